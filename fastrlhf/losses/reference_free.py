@@ -1,0 +1,164 @@
+"""Losses of preference pairs that need no reference model: SimPO, CPO and ORPO.
+
+Dims: B sequences, P pairs.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrlhf.losses.arguments import check_label_smoothing, check_lengths, check_pairs
+from fastrlhf.ops.checks import check_floating, check_positive, check_shape
+from fastrlhf.reference import accumulation_dtype, masked_sum, sequence_lengths, sigmoid_loss
+
+
+def simpo_loss(
+    logps: Tensor,
+    lengths: Tensor,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """Compute the SimPO loss: reference-free, of log-probs averaged over tokens, with a target
+    margin.
+
+    Eager equivalent: `r = beta * logps / lengths; losses = -F.logsigmoid(r[yw_idxs] - r[yl_idxs] -
+    gamma)`.
+
+    Args:
+        logps: (B,) log-probs of whole sequences, in nats.
+        lengths: (B,) tokens of each sequence.
+        yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
+        beta: positive scale of the reward.
+        gamma: target margin between the rewards of a pair.
+
+    Returns:
+        losses (P,), differentiable with respect to logps, and rewards (B,) = β·mean log-prob,
+        detached.
+
+    Raises:
+        TypeError, ValueError: as `dpo_loss`.
+
+    Source: 2405.14734 Eq. 6.
+    """
+    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs, beta)
+    losses = -F.logsigmoid(beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma)
+    return losses, (beta * mean).detach()
+
+
+def cpo_loss(
+    logps: Tensor,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    beta: float = 0.1,
+    *,
+    nll: Tensor | None = None,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute the CPO loss: DPO against a uniform reference, plus the likelihood of the preferred
+    sequences.
+
+    Eager equivalent: `losses = -F.logsigmoid(beta * (logps[yw_idxs] - logps[yl_idxs])) + alpha *
+    nll`.
+
+    Args:
+        logps: (B,) log-probs of whole sequences, in nats.
+        yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
+        beta: positive scale of the reward.
+        nll: (P,) or 0-d negative log-likelihood of the preferred sequences; None: their sums,
+            -logps[yw_idxs].
+        alpha: weight of nll, 0 for none.
+        label_smoothing: probability ε in [0, 0.5] that a label is flipped.
+
+    Returns:
+        losses (P,), differentiable with respect to logps and nll, and rewards (B,) = β·logps,
+        detached.
+
+    Raises:
+        TypeError, ValueError: as `dpo_loss`.
+
+    Source: 2401.08417 Eq. 5 and 6.
+    """
+    check_pairs("logps", logps, yw_idxs, yl_idxs, None)
+    check_positive("beta", beta)
+    check_label_smoothing(label_smoothing)
+    sums = masked_sum(logps, None)
+    chosen, rejected = sums[yw_idxs.long()], sums[yl_idxs.long()]
+    losses = sigmoid_loss(chosen - rejected, beta, label_smoothing)
+    return losses + alpha * _chosen_nll(nll, -chosen), (beta * sums).detach()
+
+
+def orpo_loss(
+    logps: Tensor,
+    lengths: Tensor,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    beta: float = 0.1,
+    *,
+    nll: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the ORPO loss: the likelihood of the preferred sequences, and the odds ratio of each
+    pair.
+
+    Eager equivalent, with m = logps / lengths and odds(m) = e^m / (1 - e^m)::
+
+        losses = nll - beta * F.logsigmoid(log(odds(m[yw_idxs])) - log(odds(m[yl_idxs])))
+
+    Args:
+        logps: (B,) log-probs of whole sequences, in nats.
+        lengths: (B,) tokens of each sequence.
+        yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
+        beta: positive weight of the odds-ratio term (λ in the paper).
+        nll: (P,) or 0-d negative log-likelihood of the preferred sequences; None: their mean over
+            tokens.
+
+    Returns:
+        losses (P,), differentiable with respect to logps and nll, and rewards (B,) = β·mean
+        log-prob, detached.
+
+    1 - e^m is taken without cancellation. Raises as `dpo_loss`. Source: 2403.07691 Eq. 6 and 7.
+    """
+    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs, beta)
+    log_odds = mean - _log1mexp(mean)
+    chosen = yw_idxs.long()
+    ratio = log_odds[chosen] - log_odds[yl_idxs.long()]
+    losses = _chosen_nll(nll, -mean[chosen]) - beta * F.logsigmoid(ratio)
+    return losses, (beta * mean).detach()
+
+
+def _mean_logps(
+    logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float
+) -> Tensor:
+    """Check the arguments of a length-normalised loss and average its log-probs over tokens."""
+    check_pairs("logps", logps, yw_idxs, yl_idxs, None)
+    check_lengths(lengths, logps, "the loss averages over tokens")
+    check_positive("beta", beta)
+    sums = masked_sum(logps, None)
+    return sums / sequence_lengths(None, lengths, sums.dtype)
+
+
+def _chosen_nll(nll: Tensor | None, default: Tensor) -> Tensor:
+    if nll is None:
+        return default
+    check_floating("nll", nll)
+    if nll.ndim > 0:
+        check_shape("nll", nll, tuple(default.shape), "one for each pair, or 0-d")
+    return nll.to(accumulation_dtype(nll.dtype))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """ln(1 - e^x) for x < 0; a probability of 1 counts as the nearest one below, so that odds stay
+    finite.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    near = x > -math.log(2)
+    # Each branch sees only arguments that suit it: a branch not taken must not make NaN gradients.
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )

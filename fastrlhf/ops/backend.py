@@ -1,0 +1,45 @@
+"""Where an operation runs: Triton kernels, or eager PyTorch with the same semantics."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+_TRITON_DEVICES = {"cuda", "xpu"}  # ROCm devices call themselves cuda
+
+
+def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> bool:
+    """Decide the backend for operations on the device of `tensor`.
+
+    "auto" takes Triton on a GPU for which it is installed. With `auto_interprets`, it also takes
+    the kernel on CPU tensors when Triton's interpreter is on: for kernels too small to be slow
+    there.
+
+    Raises:
+        ValueError: an unknown `impl`, or "triton" for a device on which it cannot run.
+    """
+    on_gpu = tensor.device.type in _TRITON_DEVICES
+    interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if impl == "auto":
+        return (on_gpu or (auto_interprets and interpreted)) and _triton_installed()
+    if impl == "eager":
+        return False
+    if impl != "triton":
+        raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
+    if not _triton_installed():
+        raise ValueError('impl: "triton" needs the triton package, which is not installed')
+    if not (on_gpu or interpreted):
+        raise ValueError(
+            'impl: "triton" needs tensors on a GPU, or on the CPU with TRITON_INTERPRET=1 set '
+            f"before Python starts; got {tensor.device}"
+        )
+    return True
+
+
+@cache
+def _triton_installed() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except ImportError:
+        return False

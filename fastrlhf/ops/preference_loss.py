@@ -1,0 +1,146 @@
+"""Sequence log-probs → loss of each pair, for the losses that depend on the margin between two
+sequences.
+
+On a GPU, one launch forward and one backward for sums, loss, slope and the gradient of every token;
+elsewhere the definition in `fastrlhf.reference`, which is as good for so few numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+from fastrlhf.reference import MARGIN_LOSSES
+
+from .backend import use_triton
+
+
+def preference_loss(
+    policy: Tensor,
+    ref: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Compute losses (P,) and rewards (B,) as `reference.preference_loss` does, from arguments
+    already checked.
+    """
+    # The kernel is launched on a handful of numbers, so the interpreter is quick enough to be a
+    # default.
+    if not use_triton(impl, policy, auto_interprets=True):
+        return reference.preference_loss(
+            policy, ref, chosen, rejected, mask, lengths,
+            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
+        )  # fmt: skip
+    if not MARGIN_LOSSES[loss_type].average:
+        lengths = None
+    losses, _, rewards, _ = _forward(
+        policy, ref, chosen, rejected, mask, lengths, loss_type, beta, label_smoothing
+    )
+    return losses, rewards.detach()
+
+
+@torch.library.custom_op("fastrlhf::preference_loss", mutates_args=())
+def _forward(
+    policy: Tensor,
+    ref: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastrlhf.kernels.preference_loss import preference_loss_forward
+
+    loss = MARGIN_LOSSES[loss_type]
+    return preference_loss_forward(
+        _token_contiguous(policy if mask is not None else policy.unsqueeze(1)),
+        _token_contiguous(ref),
+        chosen.contiguous(),
+        rejected.contiguous(),
+        None if mask is None else _token_contiguous(mask),
+        None if lengths is None else lengths.contiguous(),
+        formula=loss.kernel,
+        average=loss.average,
+        beta=beta,
+        label_smoothing=label_smoothing if loss.smoothed else 0.0,
+    )
+
+
+@_forward.register_fake
+def _forward_fake(policy, ref, chosen, *_):
+    acc = reference.accumulation_dtype(policy.dtype)
+    pairs, sequences = chosen.shape[0], policy.shape[0]
+    return tuple(policy.new_empty(n, dtype=acc) for n in (pairs, pairs, sequences, sequences))
+
+
+@torch.library.custom_op("fastrlhf::preference_loss_backward", mutates_args=())
+def _backward(
+    policy: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor,
+    weights: Tensor,
+    d_losses: Tensor,
+) -> tuple[Tensor, Tensor]:
+    from fastrlhf.kernels.preference_loss import preference_loss_backward
+
+    return preference_loss_backward(
+        chosen.contiguous(),
+        rejected.contiguous(),
+        None if mask is None else _token_contiguous(mask),
+        slopes,
+        weights,
+        d_losses.contiguous(),
+        tokens=policy.shape[1] if mask is not None else 1,
+        dtype=policy.dtype,
+    )
+
+
+@_backward.register_fake
+def _backward_fake(policy, chosen, rejected, mask, slopes, weights, d_losses):
+    shape = policy.shape if mask is not None else (policy.shape[0], 1)
+    return policy.new_empty(shape), torch.empty_like(weights)
+
+
+def _setup_context(ctx, inputs, output):
+    policy, ref, chosen, rejected, mask, lengths, *options = inputs
+    _, slopes, _, weights = output
+    ctx.save_for_backward(policy, ref, chosen, rejected, mask, lengths, slopes, weights)
+    ctx.options = options
+
+
+def _autograd(ctx, d_losses, *_):
+    policy, ref, chosen, rejected, mask, lengths, slopes, weights = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # The gradient is itself to be differentiated (create_graph): take it by autograd.
+        loss_type, beta, label_smoothing = ctx.options
+        losses, _ = reference.preference_loss(
+            policy, ref, chosen, rejected, mask, lengths,
+            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
+        )  # fmt: skip
+        wanted = [x for x in (policy, ref) if x.requires_grad]
+        gradients = torch.autograd.grad(losses, wanted, d_losses, create_graph=True)
+        found = dict(zip(map(id, wanted), gradients, strict=True))
+        d_policy, d_ref = found.get(id(policy)), found.get(id(ref))
+    else:
+        d_tokens, d_sums = _backward(policy, chosen, rejected, mask, slopes, weights, d_losses)
+        d_ref = -(d_tokens if mask is not None and ref.ndim == 2 else d_sums).to(ref.dtype)
+        d_policy = d_tokens.view(policy.shape)
+    return d_policy, d_ref, None, None, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _token_contiguous(x: Tensor) -> Tensor:
+    """The tensor itself where tokens are neighbours, as in any slice of sequences or positions."""
+    return x if x.stride(-1) == 1 and x.stride(0) >= 0 else x.contiguous()

@@ -1,0 +1,40 @@
+"""Targets aligned with the logits that predict them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_integer, check_mask, check_same_device, check_shape
+
+
+def shift_targets(
+    input_ids: Tensor, mask: Tensor | None = None, *, ignore_index: int = -100
+) -> Tensor:
+    """Shift token ids by one, so that they line up with the logits of a causal language model.
+
+    Eager equivalent: `targets[:, t] = input_ids[:, t + 1] if mask[:, t + 1] else ignore_index`, and
+    `targets[:, -1] = ignore_index`, since nothing is known to follow the last token. The shape
+    stays, so that the model's logits are used whole, without a slice.
+
+    Args:
+        input_ids: (..., T) integer.
+        mask: (..., T) bool or 0/1, the tokens to score (those of the completion, not of the prompt
+            or the padding); None for all.
+        ignore_index: what marks a position without a target.
+
+    Returns:
+        (..., T) int64 targets; `targets != ignore_index` is the mask of their log-probs.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit.
+    """
+    check_integer("input_ids", input_ids)
+    if input_ids.ndim == 0:
+        raise ValueError("input_ids: expected shape (..., T), got ()")
+    targets = input_ids.long()
+    if mask is not None:
+        check_mask("mask", mask)
+        check_shape("mask", mask, tuple(input_ids.shape), "the shape of input_ids")
+        check_same_device("mask", mask, "input_ids", input_ids)
+        targets = torch.where(mask != 0, targets, ignore_index)
+    return F.pad(targets[..., 1:], (0, 1), value=ignore_index)

@@ -1,0 +1,450 @@
+"""Log-prob, entropy and log-sum-exp of each token from logits, with their gradient.
+
+Three opaque operators carry it, so that `torch.compile` keeps them whole: the forward, the
+backward, and the backward that overwrites the logits. Each runs the Triton kernels or, for a
+bounded number of rows at a time, the closed forms of `fastrlhf.reference`.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+from fastrlhf.reference import TokenStats
+
+from .backend import use_triton
+from .checks import (
+    check_floating,
+    check_indices_on_host,
+    check_integer,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
+
+# Logits that the eager backend holds in fp32 at once (at least one row): 4 MiB stay in a CPU's
+# cache.
+_EAGER_CHUNK_LOGITS = 2**20
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+) -> TokenStats:
+    """Compute the log-prob of each target, and the entropy and log-sum-exp of its distribution.
+
+    Eager equivalent, with z = softcap·tanh(scale·logits / softcap) / temperature (no tanh without
+    softcap)::
+
+        log_p = z.float().log_softmax(-1)
+        logprob = log_p.gather(-1, targets[..., None])[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+
+    Args:
+        logits: (..., V) bf16, fp16, fp32 or fp64, any strides. -inf is legal and means probability
+            0; with a softcap it is capped like any other logit, to -softcap.
+        targets: (...) integer, aligned with the logits that predict them: see `shift_targets`.
+        temperature: positive number, or a (...) tensor with one for each token (a shape that
+            broadcasts to it will do); not differentiable.
+        softcap: cap of the logits (Gemma), positive; None for none.
+        scale: factor of the logits before the cap (Cohere, Granite), positive.
+        ignore_index: rows with this target are not read: their statistics are 0, their gradient
+            exactly 0, whatever they hold.
+        entropy: also compute the entropy.
+        inplace_backward: let the backward overwrite the logits with their gradient, where their
+            memory does not overlap itself. Autograd then refuses any later use of a graph that
+            saved the logits.
+        impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager". CPU tensors take
+            "triton" under TRITON_INTERPRET=1.
+
+    Returns:
+        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 logits). The entropy is None unless
+        asked for.
+
+    `logprob` and `entropy` are differentiable with respect to the logits, twice if need be (the
+    second derivative runs eagerly and builds tensors of the size of the logits); `lse` is not.
+
+    The kernels read the logits once forward; backward they read them and write the gradient once.
+    Nothing else of that size is allocated but the gradient, and not even that with
+    inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32. A row has the same
+    bits whatever batch surrounds it. The log-prob is accurate where the probability is nearly 1.
+
+    Raises:
+        TypeError: logits that are not floating (or fp8), targets that are not integer.
+        ValueError: shapes or devices that do not match, an empty vocabulary, a temperature, softcap
+            or scale that is not positive, a temperature that requires a gradient, a target outside
+            [0, V) that is not ignore_index. What tensors hold is checked here on the CPU; on a GPU,
+            by an assertion in the kernel.
+
+    The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
+    the entropy H.
+    """
+    check_floating("logits", logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
+    check_integer("targets", targets)
+    check_shape("targets", targets, tuple(logits.shape[:-1]), "logits without the vocabulary")
+    check_same_device("targets", targets, "logits", logits)
+    token_temperature = None
+    if isinstance(temperature, Tensor):
+        token_temperature = _token_temperature(temperature, targets)
+        temperature = 1.0
+    check_positive("temperature", temperature)
+    check_positive("scale", scale)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+
+    logprob, row_entropy, lse, _, _ = _forward(
+        logits,
+        targets,
+        token_temperature,
+        float(temperature),
+        None if softcap is None else float(softcap),
+        float(scale),
+        ignore_index,
+        entropy,
+        inplace_backward,
+        impl,
+    )
+    shape = targets.shape
+    return TokenStats(
+        logprob.view(shape), row_entropy.view(shape) if entropy else None, lse.detach().view(shape)
+    )
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute ln p(target) of each token: `token_stats(...).logprob`, with its arguments and
+    errors.
+
+    Eager equivalent: `logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]`.
+    """
+    return token_stats(
+        logits,
+        targets,
+        temperature=temperature,
+        softcap=softcap,
+        scale=scale,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        impl=impl,
+    ).logprob
+
+
+def _token_temperature(temperature: Tensor, targets: Tensor) -> Tensor:
+    """Check a tensor of temperatures and give every token its own."""
+    check_floating("temperature", temperature)
+    check_same_device("temperature", temperature, "targets", targets)
+    if temperature.requires_grad:
+        raise ValueError(
+            "temperature: expected a tensor without gradient, got one that requires it"
+        )
+    missing = targets.ndim - temperature.ndim
+    sizes = targets.shape[max(missing, 0) :]
+    if missing < 0 or any(
+        n not in (1, size) for n, size in zip(temperature.shape, sizes, strict=True)
+    ):
+        raise ValueError(
+            f"temperature: expected a number or a tensor that broadcasts to {tuple(targets.shape)} "
+            f"(the shape of targets), got {tuple(temperature.shape)}"
+        )
+    return temperature.expand(targets.shape)
+
+
+@torch.library.custom_op("fastrlhf::token_stats", mutates_args=())
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    entropy: bool,
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    triton = use_triton(impl, logits)
+    rows, targets, row_temperature = _flat(logits, targets, token_temperature, temperature)
+    _check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
+    if targets.numel() == 0:
+        return _empty_statistics(logits, 0, entropy)
+    if triton:
+        from fastrlhf.kernels.token_stats import token_stats_forward
+
+        return token_stats_forward(
+            rows,
+            targets,
+            temperature=row_temperature,
+            softcap=softcap,
+            scale=scale,
+            ignore_index=ignore_index,
+            entropy=entropy,
+        )
+    stats = _empty_statistics(logits, targets.numel(), entropy)
+    for index in _chunks(targets != ignore_index, logits.shape[-1]):
+        chunk = reference.token_stats_forward(
+            _take_rows(rows, index),
+            targets[index],
+            temperature=_take(row_temperature, index),
+            softcap=softcap,
+            scale=scale,
+            entropy=entropy,
+        )
+        for whole, part in zip(stats, chunk, strict=True):
+            if whole.numel():
+                whole[index] = part
+    return stats
+
+
+@_forward.register_fake
+def _forward_fake(logits, targets, *options):
+    entropy = options[5]
+    return _empty_statistics(logits, targets.numel(), entropy)
+
+
+def _empty_statistics(
+    logits: Tensor, rows: int, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of ignored rows: logprob, entropy, lse, peak and log_norm; peak -inf marks no
+    distribution.
+    """
+    acc = reference.accumulation_dtype(logits.dtype)
+    logprob, lse, log_norm = (logits.new_zeros(rows, dtype=acc) for _ in range(3))
+    peak = logits.new_full((rows,), -torch.inf, dtype=acc)
+    return logprob, logits.new_zeros(rows if entropy else 0, dtype=acc), lse, peak, log_norm
+
+
+def _backward_into(
+    d_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    stats: tuple[Tensor, Tensor, Tensor, Tensor],
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    impl: str,
+) -> None:
+    """Write the gradient into d_logits: fresh zeros, or the logits themselves."""
+    rows, targets, row_temperature = _flat(logits, targets, token_temperature, temperature)
+    d_rows = rows if d_logits is logits else d_logits.view(rows.shape)
+    d_logprob = d_logprob.contiguous()
+    d_entropy = None if d_entropy is None else d_entropy.contiguous()
+    if targets.numel() == 0:
+        return
+    if use_triton(impl, logits):
+        from fastrlhf.kernels.token_stats import token_stats_backward
+
+        token_stats_backward(
+            d_rows,
+            rows,
+            targets,
+            stats,
+            d_logprob,
+            d_entropy,
+            temperature=row_temperature,
+            softcap=softcap,
+            scale=scale,
+        )
+        return
+    _, _, peak, _ = stats
+    # As in the kernel: the peak of a row without a distribution is -inf.
+    active = d_logprob != 0 if d_entropy is None else (d_logprob != 0) | (d_entropy != 0)
+    active &= peak > -torch.inf
+    inner = rows.shape[1]
+    for index in _chunks(active, rows.shape[-1]):
+        d_rows[index // inner, index % inner] = reference.token_stats_backward(
+            _take_rows(rows, index),
+            targets[index],
+            tuple(value[index] if value.numel() else value for value in stats),
+            d_logprob[index],
+            None if d_entropy is None else d_entropy[index],
+            temperature=_take(row_temperature, index),
+            softcap=softcap,
+            scale=scale,
+        ).to(d_rows.dtype)
+    if d_logits is logits:
+        index = (~active).nonzero().squeeze(1)
+        d_rows[index // inner, index % inner] = 0.0
+
+
+@torch.library.custom_op("fastrlhf::token_stats_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    targets: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_norm: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    # The kernel writes every element; the eager backend only rows that have a gradient.
+    new = torch.empty if use_triton(impl, logits) else torch.zeros
+    d_logits = new(logits.shape, dtype=logits.dtype, device=logits.device)
+    stats = (logprob, entropy, peak, log_norm)
+    transform = (token_temperature, temperature, softcap, scale)
+    _backward_into(d_logits, logits, targets, stats, d_logprob, d_entropy, *transform, impl)
+    return d_logits
+
+
+@_backward.register_fake
+def _backward_fake(logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("fastrlhf::token_stats_backward_", mutates_args={"logits"})
+def _backward_inplace(
+    logits: Tensor,
+    targets: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_norm: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    impl: str,
+) -> None:
+    stats = (logprob, entropy, peak, log_norm)
+    transform = (token_temperature, temperature, softcap, scale)
+    _backward_into(logits, logits, targets, stats, d_logprob, d_entropy, *transform, impl)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, token_temperature, *options = inputs
+    logprob, entropy, _, peak, log_norm = output
+    ctx.save_for_backward(logits, targets, token_temperature, logprob, entropy, peak, log_norm)
+    ctx.options = options
+
+
+def _autograd(ctx, d_logprob, d_entropy, *_):
+    logits, targets, token_temperature, *stats = ctx.saved_tensors
+    temperature, softcap, scale, ignore_index, entropy, inplace, impl = ctx.options
+    if not entropy:
+        d_entropy = None
+    if torch.is_grad_enabled():
+        # The gradient is itself to be differentiated (create_graph): take it by autograd.
+        row_temperature = temperature if token_temperature is None else token_temperature
+        transform = {"temperature": row_temperature, "softcap": softcap, "scale": scale}
+        differentiable = reference.token_stats(
+            logits, targets, ignore_index=ignore_index, entropy=entropy, **transform
+        )
+        outputs = [x for x in (differentiable.logprob, differentiable.entropy) if x is not None]
+        upstream = [d_logprob.view(targets.shape)]
+        upstream += [d_entropy.view(targets.shape)] if entropy else []
+        (d_logits,) = torch.autograd.grad(outputs, logits, upstream, create_graph=True)
+    else:
+        arguments = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
+        arguments += (temperature, softcap, scale, impl)
+        if inplace and _can_overwrite(logits):
+            _backward_inplace(*arguments)
+            d_logits = logits.detach()
+        else:
+            d_logits = _backward(*arguments)
+    return d_logits, *(None for _ in range(len(ctx.options) + 2))
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _flat(
+    logits: Tensor, targets: Tensor, token_temperature: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Logits as (outer, inner, V), targets and temperatures as contiguous (N,)."""
+    rows = _row_view(logits)
+    if rows is None:
+        rows = logits.contiguous().view(1, -1, logits.shape[-1])
+    if token_temperature is None:
+        return rows, targets.reshape(-1).contiguous(), temperature
+    acc = reference.accumulation_dtype(logits.dtype)
+    return (
+        rows,
+        targets.reshape(-1).contiguous(),
+        token_temperature.reshape(-1).to(acc).contiguous(),
+    )
+
+
+def _row_view(logits: Tensor) -> Tensor | None:
+    """View logits as (outer, inner, V) without a copy: whole, or a slice of the positions of each
+    sequence.
+    """
+    vocab = logits.shape[-1]
+    if logits.numel() == 0:
+        return logits.new_empty(1, 0, vocab)
+    for shape in ((1, -1, vocab), (-1, logits.shape[-2] if logits.ndim > 1 else 1, vocab)):
+        try:
+            return logits.view(shape)
+        except RuntimeError:  # the strides do not allow it
+            continue
+    return None
+
+
+def _can_overwrite(logits: Tensor) -> bool:
+    """Whether each logit has a memory cell of its own, reachable without a copy."""
+    rows = _row_view(logits)
+    if rows is None:
+        return False
+    span = 1
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1 and stride < span:
+            return False
+        span = max(span, stride * (size - 1) + span)
+    return True
+
+
+def _check_values_on_host(
+    targets: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int
+) -> None:
+    """Check what the tensors hold, where that costs no synchronisation."""
+    if targets.device.type != "cpu":
+        return
+    live = targets != ignore_index
+    check_indices_on_host("targets", targets[live], vocab, f"or ignore_index {ignore_index}")
+    if isinstance(temperature, Tensor) and not (temperature[live] > 0).all():
+        worst = temperature[live].min().item()
+        raise ValueError(f"temperature: expected positive temperatures, got {worst}")
+
+
+def _chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:
+    """Indices of the selected rows, in pieces of a bounded number of logits."""
+    return selected.nonzero().squeeze(1).split(max(1, _EAGER_CHUNK_LOGITS // vocab))
+
+
+def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Copy some rows of an (outer, inner, V) view."""
+    if rows.shape[0] == 1:
+        # Several times faster than indexing, which does the rows one after the other.
+        return rows[0].gather(0, index.unsqueeze(1).expand(-1, rows.shape[2]))
+    return rows[index // rows.shape[1], index % rows.shape[1]]
+
+
+def _take(value: float | Tensor, index: Tensor) -> float | Tensor:
+    return value[index] if isinstance(value, Tensor) else value

@@ -1,0 +1,251 @@
+"""What every operation that has a kernel means, in eager PyTorch and in any floating dtype.
+
+`token_stats` and `preference_loss` are definitions: plain tensor code that autograd differentiates,
+as often as wanted. Tests evaluate them in fp64. `token_stats_forward` and `token_stats_backward`
+compute the numbers of `token_stats` and their gradient in closed form, as the kernels do, for a few
+rows at a
+time: they are what runs where Triton does not.
+
+Dims: N rows, V vocabulary, B sequences, T tokens, P pairs, ... any leading shape. Imports only
+torch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Statistics of the distribution over the vocabulary at each position; fp32 (fp64 for fp64
+    logits).
+
+    logprob: (...,) ln p(target) in nats; exactly 0 where the target is ignored.
+    entropy: (...,) in nats, None unless asked for; 0 where the target is ignored.
+    lse: (...,) log-sum-exp of the effective logits, not differentiable; 0 where the target is
+    ignored.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; every other floating dtype is computed in fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def capped_logits(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """softcap·tanh(scale·x / softcap), or scale·x without a cap: the logits but for the
+    temperature.
+    """
+    scaled = logits if scale == 1.0 else logits * scale
+    return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+) -> TokenStats:
+    """Define `fastrlhf.token_stats` by `log_softmax` and `gather`; differentiable to any order.
+
+    A row of nothing but -inf has no distribution: log-prob and lse -inf, entropy 0, gradient 0.
+    """
+    live = targets != ignore_index
+    empty = (capped_logits(logits, softcap, scale) == -torch.inf).all(-1)
+    regular = (live & ~empty).unsqueeze(-1)
+    x = torch.where(regular, logits, 0.0).to(accumulation_dtype(logits.dtype))
+    rows_t = (
+        temperature.to(x.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    )
+    log_p = F.log_softmax(capped_logits(x, softcap, scale) / rows_t, dim=-1)
+    lse = torch.logsumexp(capped_logits(x, softcap, scale) / rows_t, dim=-1).detach()
+    logprob = log_p.gather(-1, torch.where(live, targets, 0).long().unsqueeze(-1)).squeeze(-1)
+
+    def of_row(value: Tensor, if_empty: float) -> Tensor:
+        return torch.where(live, torch.where(empty, if_empty, value), 0.0)
+
+    row_entropy = None
+    if entropy:
+        # 0·ln 0 = 0, also for the derivative: a token without probability takes no part.
+        finite_log_p = torch.where(log_p == -torch.inf, 0.0, log_p)
+        row_entropy = of_row(-(log_p.exp() * finite_log_p).sum(-1), 0.0)
+    return TokenStats(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf))
+
+
+def token_stats_forward(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute logprob, entropy (empty unless asked for), lse, peak and log_norm of (N, V) logits.
+
+    No row is ignored. `peak` is the largest logit before the temperature, `log_norm` is
+    lse - peak / temperature: apart, they keep the accuracy that their sum loses for large logits.
+    """
+    index = targets.long().unsqueeze(-1)
+    rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    capped = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
+    peak = capped.amax(-1, keepdim=True)
+    empty = peak == -torch.inf
+    shifted = (capped - torch.where(empty, 0.0, peak)) / rows_t
+    weight = shifted.exp()
+    target_shifted, target_weight = shifted.gather(-1, index), weight.gather(-1, index)
+    # Without the target in it, the sum stays accurate where p(target) → 1: see
+    # kernels/token_stats.py.
+    rest = weight.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
+    logprob = F.logsigmoid(target_shifted - rest.log())
+    total = rest + target_weight
+    log_norm = total.log()
+    lse = torch.where(empty, 0.0, peak) / rows_t + log_norm
+    row_entropy = capped.new_empty(0)
+    if entropy:
+        # e^-inf·(-inf) counts as 0; a finite stand-in for the exponent lets the product say so.
+        moment = weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)).sum(
+            -1, keepdim=True
+        )
+        moment += torch.where(target_weight > 0, target_weight * target_shifted, 0.0)
+        row_entropy = torch.where(empty, 0.0, log_norm - moment / total).squeeze(-1)
+    logprob = torch.where(empty, -torch.inf, logprob)
+    lse, peak, log_norm = (x.squeeze(-1) for x in (lse, peak, log_norm))
+    return logprob.squeeze(-1), row_entropy, lse, peak, log_norm
+
+
+def token_stats_backward(
+    logits: Tensor,
+    targets: Tensor,
+    stats: tuple[Tensor, ...],
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Compute d_logits (N, V) in the accumulation dtype; no row is ignored or all -inf.
+
+    `stats` are the logprob, entropy, peak and log_norm of the forward. With g and h the gradients
+    of log-prob and entropy, dz = g·(e_target - p) - h·p⊙(ln p + H), times dz/dlogits.
+    """
+    index = targets.long().unsqueeze(-1)
+    rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    logprob, row_entropy, peak, log_norm = stats
+    capped = capped_logits(logits.to(peak.dtype), softcap, scale)
+    log_p = (capped - peak.unsqueeze(-1)).div_(rows_t).sub_(log_norm.unsqueeze(-1))
+    p = log_p.exp()
+    dz = p * -d_logprob.unsqueeze(-1)
+    # g·(1 - p) at the target, accurate where p is nearly 1.
+    dz.scatter_(-1, index, (-d_logprob * torch.expm1(logprob)).unsqueeze(-1))
+    if d_entropy is not None:
+        log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(row_entropy.unsqueeze(-1))
+        dz.sub_(p.mul_(log_p).mul_(d_entropy.unsqueeze(-1)))
+    if softcap is not None:
+        share = capped / softcap
+        dz.mul_(1 - share).mul_(1 + share)
+    return dz.mul_(scale / rows_t)
+
+
+def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum (B, T) over the tokens of the mask, whatever the others hold; without a mask, values are
+    sums (B,).
+    """
+    values = values.to(accumulation_dtype(values.dtype))
+    return values if mask is None else torch.where(mask != 0, values, 0.0).sum(-1)
+
+
+def sequence_scores(policy: Tensor, reference: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute s (B,) = Σ(ln π - ln π_ref); the reference may be summed already."""
+    if mask is not None and reference.ndim == 2:
+        dtype = torch.promote_types(
+            policy.dtype, torch.promote_types(reference.dtype, torch.float32)
+        )
+        return masked_sum(policy.to(dtype) - reference.to(dtype), mask)
+    return masked_sum(policy, mask) - masked_sum(reference, None)
+
+
+def sequence_lengths(mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Tokens of each sequence (B,), at least 1, from the mask if there is one."""
+    counts = (mask != 0).sum(-1) if mask is not None else lengths
+    assert counts is not None
+    return counts.to(dtype).clamp(min=1)
+
+
+def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Compute (1-ε)·ℓ(βΔ) + ε·ℓ(-βΔ), ℓ = -ln σ: DPO, 2305.18290 Eq. 7; with ε, cDPO."""
+    d = beta * margin
+    return -(1 - label_smoothing) * F.logsigmoid(d) - label_smoothing * F.logsigmoid(-d)
+
+
+def robust_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Compute [(1-ε)·ℓ(βΔ) - ε·ℓ(-βΔ)] / (1-2ε), unbiased under label noise ε: 2403.00409."""
+    d = beta * margin
+    noisy = -(1 - label_smoothing) * F.logsigmoid(d) + label_smoothing * F.logsigmoid(-d)
+    return noisy / (1 - 2 * label_smoothing)
+
+
+def hinge_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Compute max(0, 1 - βΔ): SLiC, 2305.10425."""
+    return torch.relu(1 - beta * margin)
+
+
+def ipo_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Compute (Δ - 1/(2β))², Δ of averages over tokens: IPO, 2310.12036 Eq. 17."""
+    return (margin - 0.5 / beta).square()
+
+
+class MarginLoss(NamedTuple):
+    """A loss of the margin Δ between two sequences: its formula here, its name in the kernel, its
+    Δ.
+    """
+
+    formula: Callable[[Tensor, float, float], Tensor]
+    kernel: str
+    average: bool = False  # Δ of scores averaged over tokens, not summed
+    smoothed: bool = False  # label smoothing has a meaning
+
+
+MARGIN_LOSSES = {
+    "sigmoid": MarginLoss(sigmoid_loss, "sigmoid", smoothed=True),
+    "robust": MarginLoss(robust_loss, "robust", smoothed=True),
+    "hinge": MarginLoss(hinge_loss, "hinge"),
+    "ipo": MarginLoss(ipo_loss, "ipo", average=True),
+    "sigmoid_norm": MarginLoss(sigmoid_loss, "sigmoid", average=True),
+}
+
+
+def preference_loss(
+    policy: Tensor,
+    reference: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute a margin loss of each pair (P,), and the rewards β·s (B,), from sums or masked token
+    log-probs.
+    """
+    loss = MARGIN_LOSSES[loss_type]
+    scores = sequence_scores(policy, reference, mask)
+    comparable = scores
+    if loss.average:
+        comparable = scores / sequence_lengths(mask, lengths, scores.dtype)
+    margin = comparable[chosen.long()] - comparable[rejected.long()]
+    smoothing = label_smoothing if loss.smoothed else 0.0
+    return loss.formula(margin, beta, smoothing), (beta * scores).detach()

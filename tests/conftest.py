@@ -1,0 +1,29 @@
+"""Where the tests run: real kernels on a GPU if there is one, else interpreted on the CPU."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+if not torch.cuda.is_available():
+    # Before triton is imported: it decides at the decoration of a kernel.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The root holds kernels/, which must not pass for Hugging Face's package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device on which impl="triton" runs the kernels."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
