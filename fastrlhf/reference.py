@@ -153,8 +153,8 @@ def token_stats_backward(
         log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(row_entropy.unsqueeze(-1))
         dz.sub_(p.mul_(log_p).mul_(d_entropy.unsqueeze(-1)))
     if softcap is not None:
-        share = capped / softcap
-        dz.mul_(1 - share).mul_(1 + share)
+        # 1 - tanh², without its cancellation where the cap saturates.
+        dz.mul_(torch.cosh(logits.to(peak.dtype) * (scale / softcap)).square_().reciprocal_())
     return dz.mul_(scale / rows_t)
 
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import log_sigmoid, sigmoid
+from .tiles import ASSERTING, log_sigmoid, sigmoid
 
 _TOKENS = tl.constexpr(1024)  # tokens of a sequence that a program handles at once
 _PAIRS = tl.constexpr(256)  # and pairs
@@ -114,8 +114,7 @@ def _sequence_score(
     return score, tl.maximum(count, 1.0)
 
 
-# `debug` keeps the assertion on: a wrong index must not be read in silence.
-@triton.jit(debug=True, do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING)
 def _preference_loss_fwd_kernel(
     policy,  # (B, T), or (B, 1) sums
     reference,  # (B, T), or (B,) sums
@@ -256,6 +255,7 @@ def preference_loss_forward(
         HAS_MASK=mask is not None,
         REFERENCE_PER_TOKEN=reference.ndim == 2,
         HAS_LENGTHS=lengths is not None,
+        **ASSERTING,
     )
     return losses, slopes, rewards, weights
 

@@ -12,6 +12,11 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Launch options of a small kernel whose `tl.device_assert` must hold in every launch, not only in
+# debug mode: an index out of range must not pass in silence, and here checking it costs no
+# synchronisation. Checks for integer overflow, which debug mode would add, are left out.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
 
 @triton.jit
 def exp(x):
@@ -56,11 +61,11 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """Tanh with relative accuracy near 0, where a capped logit is nearly the logit itself."""
-    # Saturated beyond 20 in fp64 too. Comparisons, unlike min and max, keep a NaN.
-    bounded = tl.where(x > 20.0, 20.0, tl.where(x < -20.0, -20.0, x))
-    growth = expm1(2.0 * bounded)
-    return growth / (growth + 2.0)
+    """Tanh and its derivative 1 - tanh², each with relative accuracy in every range."""
+    decay = exp(-2.0 * tl.abs(x))
+    shrink = expm1(-2.0 * tl.abs(x))
+    magnitude = -shrink / (2.0 + shrink)
+    return tl.where(x < 0, -magnitude, magnitude), 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
 
 
 @triton.jit
@@ -71,11 +76,14 @@ def row_start(row, inner, stride_outer, stride_inner):
 
 @triton.jit
 def capped_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """softcap·tanh(scale·x / softcap): the effective logits but for the temperature."""
+    """softcap·tanh(scale·x / softcap), the effective logits but for the temperature; and its
+    slope.
+    """
     if HAS_SOFTCAP:
-        return softcap * tanh(x * scale / softcap)
+        saturation, slope = tanh(x * scale / softcap)
+        return softcap * saturation, slope * scale
     else:
-        return x * scale
+        return x * scale, scale
 
 
 @triton.jit

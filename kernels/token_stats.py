@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    ASSERTING,
     LN2,
     LOG2E,
     capped_logits,
@@ -53,9 +54,10 @@ class RowPlan(NamedTuple):
         return self.lanes * self.vec
 
 
-# At large vocabularies, a tile is 64 bytes of accumulators on each thread of 8 warps; four tiles
-# share one final reduction, and a row of 128k still makes 8 programs.
-_THREAD_BYTES = 64
+# At large vocabularies, a tile is 16 tokens on each thread of 8 warps (4 in fp64, whose functions
+# take many registers); four tiles share one final reduction, and a row of 128k still makes 8
+# programs.
+_THREAD_TOKENS = {4: 16, 8: 4}
 _MAX_WARPS = 8
 _TILES_PER_SPLIT = 4
 _VEC = 8
@@ -63,7 +65,7 @@ _VEC = 8
 
 def row_plan(vocab: int, dtype: torch.dtype) -> RowPlan:
     """Cut a row by its vocabulary and dtype alone, which is what makes results batch invariant."""
-    warp_tokens = 32 * _THREAD_BYTES // torch.promote_types(dtype, torch.float32).itemsize
+    warp_tokens = 32 * _THREAD_TOKENS[torch.promote_types(dtype, torch.float32).itemsize]
     tile = max(_VEC, min(_MAX_WARPS * warp_tokens, triton.next_power_of_2(vocab)))
     lanes = tile // _VEC
     # A thread owns the vectors of its lanes. Rows that all start at 16 bytes let it load neighbours
@@ -155,7 +157,7 @@ def _token_stats_fwd_kernel(
         x = tl.load(
             source + columns.to(tl.int64) * stride_vocab, mask=inside, other=-float("inf")
         ).to(acc)
-        capped = capped_logits(x, scale, softcap, HAS_SOFTCAP)
+        capped, _ = capped_logits(x, scale, softcap, HAS_SOFTCAP)
         if HAS_SOFTCAP:
             capped = tl.where(inside, capped, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(capped, axis=1))
@@ -177,9 +179,7 @@ def _token_stats_fwd_kernel(
         tl.store(partials + 2 * plane + program, tl.sum(moment, axis=0))
 
 
-# `debug` keeps the assertions of this small kernel on: an index error must not pass in silence, and
-# here, unlike on the host, checking it needs no synchronisation.
-@triton.jit(debug=True, do_not_specialize=["rows", "inner", "splits", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "inner", "splits", "ignore_index"])
 def _token_stats_combine_kernel(
     logits,
     targets,
@@ -242,7 +242,7 @@ def _token_stats_combine_kernel(
         mask=live & in_vocab,
         other=float("nan"),
     ).to(acc)
-    capped = capped_logits(x, tl.full((), scale, acc), tl.full((), softcap, acc), HAS_SOFTCAP)
+    capped, _ = capped_logits(x, tl.full((), scale, acc), tl.full((), softcap, acc), HAS_SOFTCAP)
     target_bits = (capped - base) * rate
     target_weight = tl.exp2(target_bits)
     total = rest + target_weight
@@ -253,7 +253,7 @@ def _token_stats_combine_kernel(
     tl.store(logprob_out + row, tl.where(live, logprob, 0.0), mask=inside)
     tl.store(lse_out + row, tl.where(live, base / row_t + log_norm, 0.0), mask=inside)
     tl.store(peak_out + row, row_peak, mask=inside)
-    tl.store(log_norm_out + row, log_norm, mask=inside)
+    tl.store(log_norm_out + row, tl.where(live, log_norm, 0.0), mask=inside)
     if WITH_ENTROPY:
         moment = tl.sum(moment, axis=1)
         moment += tl.where(target_weight > 0, target_weight * target_bits, 0.0)
@@ -319,18 +319,14 @@ def _token_stats_bwd_kernel(
     softcap = tl.full((), softcap, acc)
     source = logits + row_start(row, inner, stride_outer, stride_inner)
     x = tl.load(source + columns.to(tl.int64) * stride_vocab, mask=inside, other=0.0).to(acc)
-    capped = capped_logits(x, scale, softcap, HAS_SOFTCAP)
+    capped, slope = capped_logits(x, scale, softcap, HAS_SOFTCAP)
     bits = (capped - base) * (LOG2E / row_t) - tl.load(log_norm + row) * LOG2E
     p = tl.exp2(bits)
     # g·(1 - p) at the target, from log p where p is nearly 1.
     dz = tl.where(columns == target, -g * expm1(tl.load(logprob + row)), -g * p)
     if WITH_ENTROPY:
         dz -= tl.where(p > 0, h * p * (bits * LN2 + tl.load(entropy + row)), 0.0)
-    chain = scale / row_t
-    if HAS_SOFTCAP:
-        share = capped / softcap
-        dz *= (1.0 - share) * (1.0 + share)
-    tl.store(destination, (dz * chain).to(d_logits.dtype.element_ty), mask=inside)
+    tl.store(destination, (dz * (slope * (1.0 / row_t))).to(d_logits.dtype.element_ty), mask=inside)
 
 
 def token_stats_forward(
@@ -373,7 +369,14 @@ def token_stats_forward(
     padded = triton.next_power_of_2(plan.splits)
     block = max(1, 128 // padded)
     _token_stats_combine_kernel[(triton.cdiv(rows, block),)](
-        *sources, *stats, *shape, **options, SPLITS_PADDED=padded, BLOCK=block, num_warps=1
+        *sources,
+        *stats,
+        *shape,
+        **options,
+        SPLITS_PADDED=padded,
+        BLOCK=block,
+        num_warps=1,
+        **ASSERTING,
     )
     return stats
 

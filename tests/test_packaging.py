@@ -1,4 +1,6 @@
-"""The package as users get it: wheel, sdist, bare imports, and a kernels/ folder that shadows nobody."""
+"""The package as users get it: wheel, sdist, bare imports, and a kernels/ folder that shadows
+nobody.
+"""
 
 import os
 import subprocess
@@ -83,7 +85,8 @@ def test_the_wheel_holds_the_kernels_and_only_the_package(built: Path) -> None:
 
 def test_the_sdist_holds_the_kernels_and_the_license(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {f"fastrlhf/kernels/{name}" for name in KERNEL_FILES} <= names
     assert "LICENSE" in names
 

@@ -1,10 +1,14 @@
 """Where an operation runs: Triton kernels, or eager PyTorch with the same semantics."""
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
+
+try:
+    _TRITON_INSTALLED = find_spec("triton") is not None
+except ImportError:  # an import hook forbids it
+    _TRITON_INSTALLED = False
 
 _TRITON_DEVICES = {"cuda", "xpu"}  # ROCm devices call themselves cuda
 
@@ -22,12 +26,12 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
     on_gpu = tensor.device.type in _TRITON_DEVICES
     interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if impl == "auto":
-        return (on_gpu or (auto_interprets and interpreted)) and _triton_installed()
+        return (on_gpu or (auto_interprets and interpreted)) and _TRITON_INSTALLED
     if impl == "eager":
         return False
     if impl != "triton":
         raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         raise ValueError('impl: "triton" needs the triton package, which is not installed')
     if not (on_gpu or interpreted):
         raise ValueError(
@@ -35,11 +39,3 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
             f"before Python starts; got {tensor.device}"
         )
     return True
-
-
-@cache
-def _triton_installed() -> bool:
-    try:
-        return find_spec("triton") is not None
-    except ImportError:
-        return False

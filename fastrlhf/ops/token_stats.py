@@ -269,7 +269,7 @@ def _backward_into(
     _, _, peak, _ = stats
     # As in the kernel: the peak of a row without a distribution is -inf.
     active = d_logprob != 0 if d_entropy is None else (d_logprob != 0) | (d_entropy != 0)
-    active &= peak > -torch.inf
+    active &= peak != -torch.inf
     inner = rows.shape[1]
     for index in _chunks(active, rows.shape[-1]):
         d_rows[index // inner, index % inner] = reference.token_stats_backward(

@@ -36,7 +36,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.bool: "i1",
 }
-_LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "debug", "sanitize_overflow")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Binary:
     stack: int
     load_bits: tuple[int, ...]
     store_bits: tuple[int, ...]
+    asserts: bool
     assembly: str
 
 
@@ -79,7 +80,8 @@ def compile_launch(launch: Launch, target: str) -> Binary:
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specialized):
             signature[parameter.name] = "constexpr"
             constants[(position,)] = value
         elif isinstance(value, torch.Tensor):
@@ -87,7 +89,7 @@ def compile_launch(launch: Launch, target: str) -> Binary:
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and specialized:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = parameter.annotation_type or "fp32"
@@ -111,6 +113,7 @@ def _read_cuda(compiled) -> Binary:
         stack if spills else 0,
         _widths(r"LDG\.E(\S*)", assembly),
         _widths(r"STG\.E(\S*)", assembly),
+        "__assertfail" in compiled.asm["ptx"],
         assembly,
     )
 
@@ -128,7 +131,7 @@ def _widths(pattern: str, assembly: str) -> tuple[int, ...]:
 def _read_hip(compiled) -> Binary:
     assembly = compiled.asm["amdgcn"]
     number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))  # noqa: E731
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    spills = number("private_segment_fixed_size")
     widths = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
 
     def bits(kind: str) -> tuple[int, ...]:
@@ -136,10 +139,26 @@ def _read_hip(compiled) -> Binary:
             widths.get(name, 8) for name in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", assembly)
         )
 
-    return Binary(number("vgpr_count"), spills, bits("load"), bits("store"), assembly)
+    asserts = "__assert_fail" in compiled.asm["llir"]
+    return Binary(number("vgpr_count"), spills, bits("load"), bits("store"), asserts, assembly)
 
 
 def _run(*command) -> str:
     return subprocess.run(
         [str(c) for c in command], check=True, capture_output=True, text=True
     ).stdout
+
+
+def launch_key(launch: Launch) -> tuple:
+    """What tells compilations apart: the kernel, its options and the specialised arguments."""
+    described = []
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            described.append(str(getattr(value, "__name__", value)))
+        elif isinstance(value, torch.Tensor):
+            described.append(str(value.dtype))
+        elif isinstance(value, int):
+            plain = parameter.do_not_specialize
+            described.append((abs(value) < 2**31, not plain and (value == 1, value % 16 == 0)))
+    return launch.kernel.__name__, tuple(launch.options.items()), tuple(described)

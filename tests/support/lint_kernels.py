@@ -1,0 +1,113 @@
+"""Compile every kernel at the launches its launcher makes, and print a report on each as a line of
+JSON.
+
+Usage: python lint_kernels.py TARGET... (with tests/ on PYTHONPATH and without TRITON_INTERPRET).
+"""
+
+import json
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+from fastrlhf.kernels import preference_loss, token_stats
+from support.compile_lint import captured_launches, compile_launch, launch_key
+
+VOCABS = [32000, 50257, 128256, 151936, 262144]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+ROWS = 96
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_token_stats(vocab: int, dtype: torch.dtype, everything: bool) -> None:
+    """Forward and backward, plain or with every option."""
+    acc = torch.promote_types(dtype, torch.float32)
+    logits = meta(1, ROWS, vocab, dtype=dtype)
+    targets = meta(ROWS, dtype=torch.int64)
+    transform = {
+        "temperature": meta(ROWS, dtype=acc) if everything else 1.0,
+        "softcap": 30.0 if everything else None,
+        "scale": 1.0,
+    }
+    stats = token_stats.token_stats_forward(
+        logits, targets, ignore_index=-100, entropy=everything, **transform
+    )
+    logprob, entropy, _, peak, log_norm = stats
+    token_stats.token_stats_backward(
+        logits,
+        logits,
+        targets,
+        (logprob, entropy, peak, log_norm),
+        logprob,
+        entropy if everything else None,
+        **transform,
+    )
+
+
+def launch_preference_loss(formula: str, dtype: torch.dtype, per_token: bool) -> None:
+    """Forward and backward, from sums or from token log-probs with a mask."""
+    sequences, tokens = 16, 500 if per_token else 1
+    logps = meta(sequences, tokens, dtype=dtype)
+    mask = meta(sequences, tokens, dtype=torch.bool) if per_token else None
+    index = meta(8, dtype=torch.int64)
+    losses, slopes, _, weights = preference_loss.preference_loss_forward(
+        logps,
+        logps if per_token else logps[:, 0],
+        index,
+        index,
+        mask,
+        None,
+        formula=formula,
+        average=per_token,
+        beta=0.1,
+        label_smoothing=0.1,
+    )
+    preference_loss.preference_loss_backward(
+        index, index, mask, slopes, weights, losses, tokens=tokens, dtype=dtype
+    )
+
+
+def all_launches() -> dict:
+    """Every distinct launch, with the vocabulary that it is for (0 for those without)."""
+    found: dict = {}
+    for vocab, dtype, everything in product(VOCABS, DTYPES, (False, True)):
+        with captured_launches(pytest.MonkeyPatch()) as launches:
+            launch_token_stats(vocab, dtype, everything)
+        for launch in launches:
+            found.setdefault(launch_key(launch), (launch, vocab))
+    for formula, dtype, per_token in product(preference_loss.FORMULAS, DTYPES, (False, True)):
+        with captured_launches(pytest.MonkeyPatch()) as launches:
+            launch_preference_loss(formula, dtype, per_token)
+        for launch in launches:
+            found.setdefault(launch_key(launch), (launch, 0))
+    return found
+
+
+def main(targets: list[str]) -> None:
+    for target, (launch, vocab) in product(targets, all_launches().values()):
+        binary = compile_launch(launch, target)
+        report = {
+            "target": target,
+            "kernel": launch.kernel.__name__,
+            "vocab": vocab,
+            "dtypes": sorted(
+                {str(x.dtype) for x in launch.arguments.values() if hasattr(x, "dtype")}
+            ),
+            "warps": launch.options.get("num_warps", 4),
+            "registers": binary.registers,
+            "stack": binary.stack,
+            "loads": len(binary.load_bits),
+            "wide_loads": binary.load_bits.count(128),
+            "stores": len(binary.store_bits),
+            "wide_stores": binary.store_bits.count(128),
+            "asserts": binary.asserts,
+        }
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""The machine code of every kernel, compiled without a GPU for the GPUs that people have.
+
+A fresh process compiles, since this one may hold the kernels as the interpreter sees them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+SCRIPT = Path(__file__).parent / "support" / "lint_kernels.py"
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.fixture(scope="module")
+def binaries() -> dict[str, list[dict]]:
+    """Reports on every distinct compilation, by target; two processes share the work."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parent.parent)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *targets],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for targets in (TARGETS[:2], TARGETS[2:])
+    ]
+    reports: dict[str, list[dict]] = {target: [] for target in TARGETS}
+    for process in processes:
+        output, _ = process.communicate()
+        assert process.returncode == 0
+        for line in output.splitlines():
+            report = json.loads(line)
+            reports[report["target"]].append(report)
+    return reports
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills(target, binaries) -> None:
+    assert {report["kernel"] for report in binaries[target]} == {
+        "_token_stats_fwd_kernel",
+        "_token_stats_combine_kernel",
+        "_token_stats_bwd_kernel",
+        "_preference_loss_fwd_kernel",
+        "_preference_loss_bwd_kernel",
+    }
+    assert [report for report in binaries[target] if report["stack"]] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
+    target, binaries
+) -> None:
+    streaming = [
+        report
+        for report in binaries[target]
+        if report["kernel"] in ("_token_stats_fwd_kernel", "_token_stats_bwd_kernel")
+        and report["vocab"] % 16 == 0
+    ]
+    assert streaming
+    for report in streaming:
+        assert report["wide_loads"] >= 1, report
+        # What is not wide is a number per row, not a number per token.
+        assert report["loads"] - report["wide_loads"] <= 8, report
+        if report["kernel"] == "_token_stats_bwd_kernel":
+            assert report["wide_stores"] == report["stores"], report
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_registers_leave_room_for_two_blocks_on_a_multiprocessor(target, binaries) -> None:
+    for report in binaries[target]:
+        assert report["registers"] * 32 * report["warps"] * 2 <= 65536, report
+
+
+def test_an_out_of_range_index_traps_on_the_gpu(binaries) -> None:
+    for report in binaries["sm_90"]:
+        checked = ("_token_stats_combine_kernel", "_preference_loss_fwd_kernel")
+        assert report["asserts"] == (report["kernel"] in checked), report

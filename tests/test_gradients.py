@@ -1,0 +1,181 @@
+"""First and second derivatives of every differentiable operation and loss, by finite differences in
+fp64.
+"""
+
+import pytest
+import torch
+from torch import autograd
+from torch.autograd.gradcheck import GradcheckError
+
+import fastrlhf
+
+IMPLS = ["eager", "triton"]
+
+# Central differences in fp64 are good to about 1e-9.
+PRECISION = {"rtol": 1e-6, "atol": 1e-7}
+
+
+def gradcheck(function, inputs) -> None:
+    """Check first derivatives along random directions, which takes few launches."""
+    assert autograd.gradcheck(function, inputs, fast_mode=True, **PRECISION)
+
+
+def gradgradcheck(function, inputs) -> None:
+    """Check second derivatives likewise."""
+    assert autograd.gradgradcheck(function, inputs, fast_mode=True, **PRECISION)
+
+
+TRANSFORMS = {
+    "plain": {},
+    "scaled": {"scale": 0.5, "temperature": 0.7},
+    "capped": {"softcap": 3.0},
+    "per token": {
+        "temperature": torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
+        "softcap": 4.0,
+    },
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_token_stats(impl, transform, entropy, device) -> None:
+    options = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in TRANSFORMS[transform].items()
+    }
+    logits = torch.randn(3, 7, dtype=torch.float64, device=device, requires_grad=True)
+    targets = torch.tensor([1, -100, 6], device=device)
+
+    def statistics(x):
+        stats = fastrlhf.token_stats(x, targets, entropy=entropy, impl=impl, **options)
+        return (stats.logprob, stats.entropy) if entropy else stats.logprob
+
+    gradcheck(statistics, (logits,))
+    gradgradcheck(statistics, (logits,))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_token_stats_of_a_masked_vocabulary(impl, device) -> None:
+    mask = torch.zeros(2, 9, dtype=torch.float64, device=device)
+    mask[0, :5], mask[1, 3:] = -torch.inf, -torch.inf
+    logits = torch.randn(2, 9, dtype=torch.float64, device=device, requires_grad=True)
+    targets = torch.tensor([7, 0], device=device)
+
+    def statistics(x):
+        stats = fastrlhf.token_stats(x + mask, targets, entropy=True, impl=impl)
+        return stats.logprob, stats.entropy
+
+    gradcheck(statistics, (logits,))
+    gradgradcheck(statistics, (logits,))
+
+
+def sequences(device, sums: bool):
+    """Log-probs of 6 sequences under policy and reference, differentiable, and the options for
+    them.
+    """
+    shape = (6,) if sums else (6, 5)
+    policy, ref = (
+        (torch.rand(shape, dtype=torch.float64, device=device) * -3).requires_grad_()
+        for _ in range(2)
+    )
+    if sums:
+        lengths = torch.tensor([3, 1, 4, 1, 5, 9], device=device)
+        return policy, ref, {"lengths": lengths}
+    return policy, ref, {"mask": torch.rand(shape, device=device) > 0.3}
+
+
+PAIRS = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 4, 5, 5])
+DPO_LOSSES = [
+    "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "aot", "aot_unpaired",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("loss_type", DPO_LOSSES)
+def test_dpo_loss(impl, sums, loss_type, device) -> None:
+    policy, ref, options = sequences(device, sums)
+    index = [i.to(device) for i in PAIRS]
+
+    def losses(policy, ref):
+        return fastrlhf.dpo_loss(
+            policy, ref, *index, 0.3, loss_type=loss_type, label_smoothing=0.1, discopop_tau=0.5,
+            impl=impl, **options,
+        )[0]  # fmt: skip
+
+    gradcheck(losses, (policy, ref))
+    gradgradcheck(losses, (policy, ref))
+
+
+def test_a_summed_reference_gets_its_gradient(device) -> None:
+    policy, _, options = sequences(device, sums=False)
+    ref = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
+    index = [i.to(device) for i in PAIRS]
+
+    def losses(policy, ref):
+        return fastrlhf.dpo_loss(policy, ref, *index, impl="triton", **options)[0]
+
+    gradcheck(losses, (policy, ref))
+    gradgradcheck(losses, (policy, ref))
+
+
+@pytest.mark.parametrize("loss", ["simpo", "cpo", "cpo with nll", "orpo", "orpo with nll"])
+def test_reference_free_losses(loss, device) -> None:
+    logps, _, options = sequences(device, sums=True)
+    nll = torch.rand(4, dtype=torch.float64, device=device, requires_grad=True)
+    index = [i.to(device) for i in PAIRS]
+    lengths = options["lengths"]
+
+    def losses(logps, nll):
+        given = nll if "nll" in loss else None
+        if loss == "simpo":
+            return fastrlhf.simpo_loss(logps, lengths, *index)[0]
+        if loss.startswith("cpo"):
+            return fastrlhf.cpo_loss(logps, *index, nll=given)[0]
+        return fastrlhf.orpo_loss(logps, lengths, *index, nll=given)[0]
+
+    inputs = (logps, nll if "nll" in loss else nll.detach())
+    gradcheck(losses, inputs)
+    gradgradcheck(losses, inputs)
+
+
+def test_kto_loss(device) -> None:
+    policy, ref, _ = sequences(device, sums=True)
+    desirable = torch.tensor([True, False, True, True, False, False], device=device)
+
+    def losses(policy, ref):
+        return fastrlhf.kto_loss(policy, ref, desirable, 0.2, 0.5, undesirable_weight=1.5)[0]
+
+    gradcheck(losses, (policy, ref))
+    gradgradcheck(losses, (policy, ref))
+
+
+def test_sequence_logprobs(device) -> None:
+    policy, _, options = sequences(device, sums=False)
+    mask = options["mask"]
+    for average in (False, True):
+        gradcheck(
+            lambda x: fastrlhf.sequence_logprobs(x, mask, average=average),  # noqa: B023
+            (policy,),
+        )
+
+
+def test_the_check_rejects_a_gradient_that_is_off_by_a_thousandth(device) -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            ctx.save_for_backward(logits)
+            return fastrlhf.token_logprobs(logits, torch.tensor([1, 2], device=logits.device))
+
+        @staticmethod
+        def backward(ctx, g):
+            (logits,) = ctx.saved_tensors
+            p = logits.softmax(-1)
+            onehot = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[[1, 2]]
+            return 1.001 * g.unsqueeze(-1) * (onehot - p)
+
+    logits = torch.randn(2, 5, dtype=torch.float64, device=device, requires_grad=True)
+    with pytest.raises(GradcheckError, match="Jacobian"):
+        gradcheck(Wrong.apply, (logits,))

@@ -1,0 +1,538 @@
+"""Token statistics and their gradient, by kernels and by the eager backend, against the oracle."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.compare import assert_gradient_close, gradient_errors, relative_error
+from support.oracle import token_stats_oracle
+
+import fastrlhf
+from fastrlhf import reference
+
+IMPLS = ["eager", "triton"]
+BACKENDS = pytest.mark.parametrize("impl", IMPLS)
+
+# Tolerances by dtype, relative. fp32 and fp64: a few roundings. Below, the gradient is rounded to
+# the dtype of the logits, and the interpreter truncates to bf16: one unit in the last place.
+TOLERANCE = {
+    torch.float64: 2e-13,
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+
+def options_of(kind: str, rows: int, device) -> dict:
+    """Named combinations of the logit transform."""
+    own = torch.linspace(0.5, 2.0, rows, dtype=torch.float64, device=device)
+    return {
+        "plain": {},
+        "scaled": {"scale": 0.3, "temperature": 0.7},
+        "capped": {"softcap": 12.0, "scale": 1.5},
+        "all": {"softcap": 8.0, "scale": 0.5, "temperature": own},
+    }[kind]
+
+
+def evaluate(logits, targets, *, g=None, h=None, impl="triton", **options):
+    """Statistics of (N, V) logits, and the gradient of Σ g·logprob + h·entropy."""
+    x = logits.detach().clone().requires_grad_()
+    stats = fastrlhf.token_stats(x, targets, entropy=h is not None, impl=impl, **options)
+    upstream = [torch.ones_like(stats.logprob) if g is None else g.to(stats.logprob)]
+    outputs = [stats.logprob]
+    if h is not None:
+        outputs, upstream = [*outputs, stats.entropy], [*upstream, h.to(stats.entropy)]
+    (gradient,) = torch.autograd.grad(outputs, x, upstream)
+    return stats, gradient
+
+
+def random_rows(rows, vocab, device, dtype=torch.float32, spread=4.0):
+    """Logits, targets with an ignored row of NaN (if there are three rows), and coefficients g,
+    h.
+    """
+    logits = torch.randn(rows, vocab, device=device).mul(spread).to(dtype)
+    targets = torch.randint(vocab, (rows,), device=device)
+    targets[0] = logits[0].argmax()  # a likely target, for which 1 - p(target) is not 1
+    if rows > 2:
+        targets[2], logits[2] = -100, torch.nan
+    return logits, targets, *(torch.randn(rows, device=device) for _ in range(2))
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("vocab", [1, 2, 33, 1000, 4128, 5003])
+@pytest.mark.parametrize("kind", ["plain", "scaled", "capped", "all"])
+def test_values_and_gradients_match_the_oracle(impl, dtype, vocab, kind, device) -> None:
+    logits, targets, g, h = random_rows(5, vocab, device, dtype)
+    options = options_of(kind, 5, device)
+    expected = token_stats_oracle(logits, targets, g=g, h=h, **options)
+    stats, gradient = evaluate(logits, targets, g=g, h=h, impl=impl, **options)
+    exact = TOLERANCE[torch.promote_types(dtype, torch.float32)]
+    for name in ("logprob", "entropy", "lse"):
+        value = getattr(stats, name)
+        assert value.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(
+            value.cpu().double(), getattr(expected, name), rtol=exact, atol=exact
+        )
+        assert value[2] == 0
+    if vocab > 1:
+        assert_gradient_close(gradient, expected.gradient, targets, TOLERANCE[dtype])
+    assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "mutant", ["zero", "target only", "no softmax at target", "scaled", "late"]
+)
+def test_the_gradient_comparison_rejects_mutants(mutant, device) -> None:
+    logits, targets, g, _ = random_rows(5, 1000, device)
+    true = token_stats_oracle(logits, targets, g=g).gradient
+    index = targets.cpu().clamp(min=0).unsqueeze(1)
+    live = (targets.cpu() >= 0).unsqueeze(1)
+    wrong = {
+        "zero": torch.zeros_like(true),
+        "target only": torch.zeros_like(true).scatter(1, index, true.gather(1, index)),
+        "no softmax at target": true.scatter(1, index, g.cpu().double().unsqueeze(1)) * live,
+        "scaled": true * 1.0001,
+        "late": torch.where(torch.arange(1000) > 990, 0.0, true),
+    }[mutant]
+    with pytest.raises(AssertionError, match="error of"):
+        assert_gradient_close(wrong, true, targets, 10 * TOLERANCE[torch.float32])
+
+
+def eager_in(dtype, logits, targets, **transform):
+    """The formula as trainers write it, evaluated in `dtype`, with its gradient for g = 1."""
+    x = logits.detach().to(dtype).requires_grad_()
+    z = reference.capped_logits(x, transform.get("softcap"), transform.get("scale", 1.0))
+    z = z / transform.get("temperature", 1.0)
+    logprob = F.log_softmax(z, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    (gradient,) = torch.autograd.grad(logprob.sum(), x)
+    return logprob.detach(), gradient
+
+
+@BACKENDS
+@pytest.mark.parametrize("spread", [1.0, 10.0, 1e4])
+@pytest.mark.parametrize("transform", [{}, {"softcap": 30.0}, {"temperature": 0.7, "scale": 0.3}])
+def test_errors_are_at_most_twice_those_of_the_eager_formula(
+    impl, spread, transform, device
+) -> None:
+    logits = torch.randn(32, 3000, device=device) * spread
+    targets = torch.randint(3000, (32,), device=device)
+    expected = token_stats_oracle(logits, targets, **transform)
+    stats, gradient = evaluate(logits, targets, impl=impl, **transform)
+    logprob, eager_gradient = eager_in(torch.float32, logits, targets, **transform)
+    assert relative_error(stats.logprob, expected.logprob) <= 2 * relative_error(
+        logprob, expected.logprob
+    )
+    ours = gradient_errors(gradient, expected.gradient, targets)
+    eager = gradient_errors(eager_gradient, expected.gradient, targets)
+    rounding = torch.finfo(torch.float32).eps
+    assert all(a <= 2 * b + rounding for a, b in zip(ours, eager, strict=True)), (ours, eager)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_probability_of_nearly_one_keeps_its_relative_accuracy(impl, dtype, device) -> None:
+    logits = torch.zeros(4, 50, dtype=dtype, device=device)
+    logits[:, 7] = torch.tensor([15.0, 20.0, 30.0, 80.0])
+    targets = torch.full((4,), 7, device=device)
+    expected = token_stats_oracle(logits, targets)
+    stats, gradient = evaluate(logits, targets, impl=impl)
+    assert (stats.logprob < 0).all()
+    torch.testing.assert_close(
+        stats.logprob.cpu().double(), expected.logprob, rtol=100 * torch.finfo(dtype).eps, atol=0
+    )
+    torch.testing.assert_close(
+        gradient[:, 7].cpu().double(), expected.gradient[:, 7], rtol=1e-5, atol=0
+    )
+
+
+@BACKENDS
+def test_masked_vocabulary_makes_no_nan_wherever_it_stands(impl, device) -> None:
+    vocab = 40000  # more than two splits
+    logits = torch.randn(7, vocab, device=device)
+    targets = torch.randint(20000, 30000, (7,), device=device)
+    logits[0, :4096] = -torch.inf  # the first tile
+    logits[1, :16384] = -torch.inf  # the first split
+    logits[2, 16384:] = -torch.inf
+    targets[2] = 5
+    logits[3, ::2] = -torch.inf
+    targets[3] = 20001
+    logits[4, targets[4]] = -torch.inf  # the target itself
+    logits[5] = -torch.inf
+    logits[5, targets[5]] = 3.0  # nothing but the target
+    logits[6] = -torch.inf  # nothing at all
+    g, h = torch.ones(7), torch.full((7,), 0.5)
+    expected = token_stats_oracle(logits, targets, g=g, h=h)
+    stats, gradient = evaluate(logits, targets, g=g.to(device), h=h.to(device), impl=impl)
+    for value, oracle in ((stats.logprob, expected.logprob), (stats.entropy, expected.entropy)):
+        torch.testing.assert_close(value.cpu().double(), oracle, rtol=2e-6, atol=2e-6)
+    assert stats.logprob[4] == stats.logprob[6] == -torch.inf
+    assert stats.logprob[5] == 0 and stats.entropy[5] == 0
+    assert not gradient[6].any()
+    regular = [0, 1, 2, 3]
+    assert_gradient_close(gradient[regular], expected.gradient[regular], targets[regular], 2e-6)
+    torch.testing.assert_close(
+        gradient[4].cpu().double(), expected.gradient[4], rtol=2e-5, atol=1e-9
+    )
+    assert not gradient.isnan().any()
+
+
+@BACKENDS
+def test_a_live_row_with_nan_says_nan_and_leaves_the_others_alone(impl, device) -> None:
+    logits = torch.randn(3, 100, device=device)
+    targets = torch.tensor([1, 2, 3], device=device)
+    clean, clean_gradient = evaluate(logits, targets, h=torch.ones(3), impl=impl)
+    logits[1, 50] = torch.nan
+    stats, gradient = evaluate(logits, targets, h=torch.ones(3), impl=impl, softcap=None)
+    assert stats.logprob[1].isnan() and stats.entropy[1].isnan() and gradient[1].isnan().any()
+    for row in (0, 2):
+        assert stats.logprob[row] == clean.logprob[row]
+        assert torch.equal(gradient[row], clean_gradient[row])
+
+
+@BACKENDS
+def test_a_live_nan_passes_through_the_cap(impl, device) -> None:
+    logits = torch.randn(1, 10, device=device)
+    logits[0, 4] = torch.nan
+    stats, _ = evaluate(logits, torch.tensor([2], device=device), impl=impl, softcap=5.0)
+    assert stats.logprob.isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_ignored_rows_are_exactly_zero_whatever_they_hold(impl, garbage, inplace, device) -> None:
+    logits = torch.randn(4, 70, device=device)
+    targets = torch.tensor([-100, 5, -100, 69], device=device)
+    logits[0], logits[2] = garbage, garbage
+    g = torch.tensor([torch.nan, 1.0, torch.inf, 2.0], device=device)
+    stats, gradient = evaluate(
+        logits, targets, g=g, h=g, impl=impl, inplace_backward=inplace, softcap=3.0
+    )
+    for value in (stats.logprob, stats.entropy, stats.lse, gradient):
+        assert not value[[0, 2]].any()
+        assert value[[1, 3]].isfinite().all()
+
+
+@BACKENDS
+def test_any_integer_can_mark_ignored_targets(impl, device) -> None:
+    logits = torch.randn(3, 10, device=device)
+    for ignore_index, targets in ((0, [0, 1, 2]), (-1, [-1, 1, 2]), (7, [7, 1, 2])):
+        index = torch.tensor(targets, device=device)
+        stats = fastrlhf.token_stats(logits, index, ignore_index=ignore_index, impl=impl)
+        assert stats.logprob[0] == 0 and (stats.logprob[1:] < 0).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_targets_of_any_integer_dtype(impl, dtype, device) -> None:
+    logits = torch.randn(4, 100, device=device)
+    targets = torch.tensor([0, 99, 50, 3], device=device)
+    expected = fastrlhf.token_logprobs(logits, targets, impl=impl)
+    unaligned = torch.cat([targets[:1], targets]).to(dtype)[1:]
+    assert torch.equal(fastrlhf.token_logprobs(logits, unaligned, impl=impl), expected)
+
+
+@BACKENDS
+def test_empty_and_smallest_shapes(impl, device) -> None:
+    for shape in ((0, 5), (2, 0, 5), (0, 3, 5)):
+        logits = torch.randn(shape, device=device, requires_grad=True)
+        targets = torch.zeros(shape[:-1], dtype=torch.long, device=device)
+        stats = fastrlhf.token_stats(logits, targets, entropy=True, impl=impl)
+        assert stats.logprob.shape == stats.entropy.shape == stats.lse.shape == shape[:-1]
+        stats.logprob.sum().backward()
+        assert logits.grad.shape == shape
+    logits = torch.randn(5, device=device, requires_grad=True)
+    value = fastrlhf.token_logprobs(logits, torch.tensor(3, device=device), impl=impl)
+    torch.testing.assert_close(value, logits.log_softmax(-1)[3])
+    certain = torch.randn(2, 1, device=device, requires_grad=True)
+    stats = fastrlhf.token_stats(
+        certain, torch.zeros(2, dtype=torch.long, device=device), entropy=True, impl=impl
+    )
+    (stats.logprob + stats.entropy).sum().backward()
+    assert not stats.logprob.any() and not stats.entropy.any() and not certain.grad.any()
+
+
+def layouts(device):
+    """(B, T, V) = (2, 3, 65) logits of one content in many layouts, by name."""
+    content = torch.randn(2, 3, 65, device=device)
+
+    def filled(view: torch.Tensor) -> torch.Tensor:
+        return view.copy_(content)
+
+    new = lambda *shape: torch.full(shape, torch.nan, device=device)  # noqa: E731
+    return content, {
+        "contiguous": content.clone(),
+        "all but the last position": filled(new(2, 4, 65)[:, :-1]),
+        "all but the first position": filled(new(2, 4, 65)[:, 1:]),
+        "part of the vocabulary": filled(new(2, 3, 80)[..., 7:72]),
+        "every other token": filled(new(2, 3, 130)[..., ::2]),
+        "vocabulary first": filled(new(65, 3, 2).permute(2, 1, 0)),
+        "positions first": filled(new(3, 2, 65).transpose(0, 1)),
+        "odd offset": filled(new(2 * 3 * 65 + 3)[3:].view(2, 3, 65)),
+    }
+
+
+@BACKENDS
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", layouts("cpu")[1])
+def test_layouts_do_not_matter(impl, inplace, layout, device) -> None:
+    content, views = layouts(device)
+    targets = torch.randint(65, (2, 3), device=device)
+    targets[1, 1] = -100
+    expected, gradient = evaluate(content, targets, impl=impl)
+    leaf = views[layout].requires_grad_()
+    logits = leaf.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+    stats = fastrlhf.token_stats(logits, targets, impl=impl, inplace_backward=inplace)
+    torch.testing.assert_close(stats.logprob, expected.logprob, rtol=1e-6, atol=1e-6)
+    (found,) = torch.autograd.grad(stats.logprob.sum(), logits)
+    torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-7)
+
+
+@BACKENDS
+@pytest.mark.parametrize("inplace", [False, True])
+def test_expanded_logits_and_upstream_gradients(impl, inplace, device) -> None:
+    row = torch.randn(1, 30, device=device, requires_grad=True)
+    targets = torch.tensor([1, 2, 29], device=device)
+    logprobs = fastrlhf.token_logprobs(
+        row.expand(3, 30), targets, impl=impl, inplace_backward=inplace
+    )
+    (gradient,) = torch.autograd.grad(logprobs.mean(), row)
+    (expected,) = torch.autograd.grad(row.log_softmax(-1)[0, targets].mean(), row)
+    torch.testing.assert_close(gradient, expected)
+
+
+@BACKENDS
+def test_offsets_past_2_to_the_31_elements(impl, device) -> None:
+    vocab, stride = 262144, 2**31 + 16
+    # Two rows, far apart in memory of which only they are ever touched.
+    memory = torch.empty(stride + vocab, dtype=torch.bfloat16, device=device)
+    logits = memory.as_strided((2, vocab), (stride, 1))
+    content = torch.randn(2, vocab, device=device).bfloat16()
+    logits.copy_(content)
+    targets = torch.tensor([5, vocab - 1], device=device)
+    expected = fastrlhf.token_logprobs(content, targets, impl=impl)
+    assert torch.equal(fastrlhf.token_logprobs(logits, targets, impl=impl), expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("vocab", [1000, 20011])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(impl, vocab, dtype, device) -> None:
+    rows = 1000 if device.type == "cuda" else 40
+    logits, targets, g, h = random_rows(rows, vocab, device, dtype)
+    targets, logits = torch.where(targets < 0, 0, targets), logits.nan_to_num(0.0)
+    options = {"impl": impl, "temperature": 0.7}
+    stats, gradient = evaluate(logits, targets, g=g, h=h, **options)
+    again, gradient_again = evaluate(logits, targets, g=g, h=h, **options)
+    assert torch.equal(stats.logprob, again.logprob) and torch.equal(gradient, gradient_again)
+    for row in (0, 1, rows - 1):
+        one = slice(row, row + 1)
+        alone, gradient_alone = evaluate(logits[one], targets[one], g=g[one], h=h[one], **options)
+        for name in ("logprob", "entropy", "lse"):
+            assert torch.equal(getattr(alone, name), getattr(stats, name)[one]), name
+        assert torch.equal(gradient_alone, gradient[one])
+
+
+@BACKENDS
+def test_backward_in_place_gives_the_same_bits_in_the_memory_of_the_logits(impl, device) -> None:
+    leaf = torch.randn(5, 300, device=device, requires_grad=True)
+    targets = torch.tensor([1, -100, 299, 0, 7], device=device)
+    _, expected = evaluate(leaf, targets, impl=impl)
+    logits = leaf * 1.0
+    logprobs = fastrlhf.token_logprobs(logits, targets, impl=impl, inplace_backward=True)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(logits.detach(), expected)
+
+
+@BACKENDS
+def test_overwritten_logits_are_refused_by_autograd(impl, device) -> None:
+    leaf = torch.randn(2, 30, device=device, requires_grad=True)
+    logits = leaf * 1.0
+    targets = torch.tensor([1, 2], device=device)
+    logprobs = fastrlhf.token_logprobs(logits, targets, impl=impl, inplace_backward=True)
+    other_loss = logits.square().sum()
+    logprobs.sum().backward(retain_graph=True)
+    for later in (logprobs, other_loss):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            later.sum().backward()
+
+
+@BACKENDS
+def test_a_leaf_may_be_overwritten_too(impl, device) -> None:
+    logits = torch.randn(2, 30, device=device, requires_grad=True)
+    targets = torch.tensor([1, 2], device=device)
+    _, expected = evaluate(logits, targets, impl=impl)
+    fastrlhf.token_logprobs(logits, targets, impl=impl, inplace_backward=True).sum().backward()
+    assert torch.equal(logits.grad, expected)
+
+
+@BACKENDS
+def test_what_was_not_asked_for_is_not_there(impl, device) -> None:
+    logits = torch.randn(2, 9, device=device, requires_grad=True)
+    targets = torch.tensor([1, 2], device=device)
+    stats = fastrlhf.token_stats(logits, targets, impl=impl)
+    assert stats.entropy is None
+    assert stats.logprob.requires_grad and not stats.lse.requires_grad
+    with torch.no_grad():
+        assert not fastrlhf.token_stats(logits, targets, impl=impl).logprob.requires_grad
+
+
+@BACKENDS
+def test_a_temperature_tensor_broadcasts(impl, device) -> None:
+    logits = torch.randn(2, 3, 20, device=device)
+    targets = torch.randint(20, (2, 3), device=device)
+    own = torch.tensor([[0.5], [2.0]], device=device)
+    found = fastrlhf.token_logprobs(logits, targets, temperature=own, impl=impl)
+    for i, temperature in enumerate((0.5, 2.0)):
+        expected = fastrlhf.token_logprobs(
+            logits[i], targets[i], temperature=temperature, impl=impl
+        )
+        torch.testing.assert_close(found[i], expected)
+
+
+def test_auto_is_eager_on_the_cpu() -> None:
+    logits, targets = torch.randn(3, 50), torch.tensor([1, 2, 3])
+    auto = fastrlhf.token_logprobs(logits, targets)
+    assert torch.equal(auto, fastrlhf.token_logprobs(logits, targets, impl="eager"))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_property_any_shape_and_stride(data) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lead = data.draw(st.lists(st.integers(1, 3), max_size=3))
+    vocab, pad, step = (data.draw(st.integers(1, n)) for n in (90, 3, 3))
+    backing = torch.randn(*lead, vocab * step + pad, device=device) * 5
+    logits = backing[..., pad : pad + vocab * step : step]
+    targets = torch.randint(vocab, tuple(lead), device=device)
+    if lead and data.draw(st.booleans()):
+        logits, targets = logits.transpose(0, len(lead) - 1), targets.transpose(0, len(lead) - 1)
+    flat = logits.reshape(-1, vocab)
+    expected = token_stats_oracle(flat, targets.reshape(-1))
+    for impl in IMPLS:
+        stats = fastrlhf.token_stats(logits, targets, impl=impl, entropy=True)
+        for name in ("logprob", "entropy", "lse"):
+            value = getattr(stats, name)
+            assert value.shape == targets.shape
+            torch.testing.assert_close(
+                value.reshape(-1).cpu().double(), getattr(expected, name), rtol=3e-6, atol=3e-6
+            )
+
+
+LOGITS, TARGETS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+BAD_INPUT = {
+    "integer logits": (TypeError, "logits: .*floating.*int64", {"logits": LOGITS.long()}),
+    "fp8 logits": (TypeError, "logits: .*float8", {"logits": LOGITS.to(torch.float8_e4m3fn)}),
+    "a list": (TypeError, "logits: expected a tensor, got list", {"logits": [1.0]}),
+    "0-d logits": (ValueError, r"logits: .*\(\.\.\., V\)", {"logits": torch.tensor(1.0)}),
+    "empty vocabulary": (ValueError, "logits: .*V > 0", {"logits": torch.zeros(2, 3, 0)}),
+    "floating targets": (TypeError, "targets: .*integer", {"targets": TARGETS.float()}),
+    "boolean targets": (TypeError, "targets: .*integer", {"targets": TARGETS.bool()}),
+    "shape": (ValueError, r"targets: .*\(2, 3\).*got \(2, 2\)", {"targets": TARGETS[:, 1:]}),
+    "device": (ValueError, "targets: .*meta", {"targets": TARGETS.to("meta")}),
+    "target too large": (ValueError, r"targets: .*\[0, 5\).*got 5", {"targets": TARGETS + 5}),
+    "negative target": (ValueError, r"targets: .*\[0, 5\).*got -1", {"targets": TARGETS - 1}),
+    "zero temperature": (ValueError, "temperature: .*positive", {"temperature": 0.0}),
+    "infinite temperature": (ValueError, "temperature: .*finite", {"temperature": torch.inf}),
+    "temperature None": (TypeError, "temperature: .*number", {"temperature": None}),
+    "one bad temperature": (
+        ValueError,
+        "temperature: .*positive.*got -1",
+        {"temperature": torch.tensor([[1.0, 1, 1], [1, -1, 1]])},
+    ),
+    "temperatures of another shape": (
+        ValueError,
+        r"temperature: .*\(2, 3\).*got \(2,\)",
+        {"temperature": torch.ones(2)},
+    ),
+    "integer temperatures": (TypeError, "temperature: .*floating", {"temperature": TARGETS + 1}),
+    "differentiable temperature": (
+        ValueError,
+        "temperature: .*without gradient",
+        {"temperature": torch.ones(2, 3, requires_grad=True)},
+    ),
+    "zero softcap": (ValueError, "softcap: .*positive", {"softcap": 0.0}),
+    "negative softcap": (ValueError, "softcap: .*positive", {"softcap": -30.0}),
+    "zero scale": (ValueError, "scale: .*positive", {"scale": 0.0}),
+    "unknown impl": (ValueError, "impl: .*'cuda'", {"impl": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+@pytest.mark.parametrize("operation", [fastrlhf.token_stats, fastrlhf.token_logprobs])
+def test_bad_input_names_the_argument(case, operation) -> None:
+    error, message, arguments = BAD_INPUT[case]
+    with pytest.raises(error, match=message):
+        operation(**{"logits": LOGITS, "targets": TARGETS} | arguments)
+
+
+def test_the_eager_backend_holds_a_bounded_fp32_copy(monkeypatch) -> None:
+    held = []
+    forward = reference.token_stats_forward
+    backward = reference.token_stats_backward
+
+    def recorded(function):
+        def call(logits, *args, **kwargs):
+            held.append(logits.numel())
+            return function(logits, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(reference, "token_stats_forward", recorded(forward))
+    monkeypatch.setattr(reference, "token_stats_backward", recorded(backward))
+    logits = torch.randn(300, 20000, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(20000, (300,))
+    fastrlhf.token_logprobs(logits, targets, impl="eager").sum().backward()
+    assert len(held) == 2 * 6 and max(held) <= 2**20
+    assert sum(held) == 2 * logits.numel()
+
+
+def training_step(impl, inplace):
+    """A step from hidden states to a DPO loss, with everything that fastrlhf puts in between."""
+
+    def step(hidden, weight, ids, mask, ref):
+        targets = fastrlhf.shift_targets(ids, mask)
+        stats = fastrlhf.token_stats(
+            hidden @ weight.T, targets, entropy=True, softcap=20.0, impl=impl,
+            inplace_backward=inplace,
+        )  # fmt: skip
+        index = torch.arange(2, device=ids.device), torch.arange(2, 4, device=ids.device)
+        losses, _ = fastrlhf.dpo_loss(stats.logprob, ref, *index, mask=targets != -100, impl=impl)
+        return losses.mean() - 0.01 * stats.entropy.mean()
+
+    return step
+
+
+@BACKENDS
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_training_step_compiles_whole(impl, inplace, backend, device) -> None:
+    torch.compiler.reset()
+    hidden = torch.randn(4, 6, 8, device=device, requires_grad=True)
+    weight = torch.randn(37, 8, device=device, requires_grad=True)
+    ids = torch.randint(37, (4, 6), device=device)
+    inputs = (ids, torch.rand(4, 6, device=device) > 0.3, torch.randn(4, device=device))
+    step = training_step(impl, inplace)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        loss = function(hidden, weight, *inputs)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-5, atol=1e-6)
+
+
+@BACKENDS
+def test_the_operators_pass_opcheck(impl, device) -> None:
+    logits = torch.randn(3, 20, device=device, requires_grad=True)
+    targets = torch.tensor([1, -100, 19], device=device)
+    options = (None, 0.7, 5.0, 1.0, -100, True, False, impl)
+    operator = torch.ops.fastrlhf.token_stats.default
+    torch.library.opcheck(operator, (logits, targets, *options))
+    logprob, entropy, _, peak, log_norm = (x.detach() for x in operator(logits, targets, *options))
+    saved = (logits.detach(), targets, logprob, entropy, peak, log_norm, logprob, entropy)
+    transform = (None, 0.7, 5.0, 1.0, impl)
+    torch.library.opcheck(torch.ops.fastrlhf.token_stats_backward.default, (*saved, *transform))
+    torch.library.opcheck(torch.ops.fastrlhf.token_stats_backward_.default, (*saved, *transform))

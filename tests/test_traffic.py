@@ -1,0 +1,104 @@
+"""Bytes moved by the kernels, against the floors: counted under the interpreter, exactly."""
+
+import pytest
+import torch
+
+import fastrlhf
+
+pytest.importorskip("triton", reason="needs triton")
+if torch.cuda.is_available():
+    pytest.skip("the interpreter counts bytes on machines without a GPU", allow_module_level=True)
+
+from support.traffic import counted_traffic
+
+VOCABS = [1000, 4096, 20000]
+
+
+def run(logits, targets, monkeypatch, **options):
+    """Traffic of the forward and of the backward of token_stats on a leaf; and the gradient."""
+    with counted_traffic(monkeypatch) as forward:
+        stats = fastrlhf.token_stats(logits, targets, impl="triton", **options)
+    loss = stats.logprob.sum() + (stats.entropy.sum() if options.get("entropy") else 0)
+    with counted_traffic(monkeypatch) as backward:
+        (gradient,) = torch.autograd.grad(loss, logits)
+    return forward, backward, gradient
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_k1_reads_the_logits_once_and_k2_reads_and_writes_them_once(
+    vocab, entropy, dtype, monkeypatch
+) -> None:
+    logits = torch.randn(4, vocab, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocab, (4,))
+    forward, backward, gradient = run(logits, targets, monkeypatch, entropy=entropy)
+    # Each row's target is looked up once more: 4 logits in all.
+    assert forward.loaded(logits) == logits.nbytes + 4 * dtype.itemsize
+    assert forward.stored(logits) == 0
+    assert backward.loaded(logits) == logits.nbytes
+    assert backward.stored(gradient) == logits.nbytes
+    assert backward.loaded(gradient) == 0
+    # Everything else, targets, partial sums and statistics, is small beside the logits.
+    assert forward.loaded() + forward.stored() <= 1.01 * logits.nbytes + 4 * 200
+    assert backward.loaded() + backward.stored() <= 2.01 * logits.nbytes + 4 * 300
+
+
+def test_k2_in_place_reads_and_writes_the_logits_themselves_once(monkeypatch) -> None:
+    leaf = torch.randn(3, 5000, requires_grad=True)
+    logits = leaf * 1.0
+    targets = torch.randint(5000, (3,))
+    logprobs = fastrlhf.token_logprobs(logits, targets, impl="triton", inplace_backward=True)
+    with counted_traffic(monkeypatch) as backward:
+        logprobs.sum().backward()
+    assert backward.loaded(logits) == backward.stored(logits) == logits.nbytes
+
+
+def test_ignored_rows_are_not_read_and_only_written(monkeypatch) -> None:
+    logits = torch.randn(6, 1000, requires_grad=True)
+    targets = torch.tensor([3, -100, -100, 5, -100, 999])
+    forward, backward, gradient = run(logits, targets, monkeypatch)
+    row = 1000 * 4
+    assert forward.loaded(logits) == 3 * row + 3 * 4
+    assert backward.loaded(logits) == 3 * row
+    assert backward.stored(gradient) == 6 * row
+
+
+def test_rows_without_a_gradient_are_not_read_backward(monkeypatch) -> None:
+    logits = torch.randn(4, 1000, requires_grad=True)
+    logprobs = fastrlhf.token_logprobs(logits, torch.randint(1000, (4,)), impl="triton")
+    with counted_traffic(monkeypatch) as backward:
+        (logprobs * torch.tensor([1.0, 0.0, 0.0, 2.0])).sum().backward()
+    assert backward.loaded(logits) == 2 * 1000 * 4
+
+
+def test_launches_do_not_depend_on_the_number_of_rows(monkeypatch) -> None:
+    for rows in (1, 7):
+        logits = torch.randn(rows, 300, requires_grad=True)
+        forward, backward, _ = run(logits, torch.randint(300, (rows,)), monkeypatch)
+        assert sum(forward.launches.values()) == 2
+        assert sum(backward.launches.values()) == 1
+
+
+def test_the_audit_notices_a_second_read(monkeypatch) -> None:
+    logits = torch.randn(2, 1000)
+    targets = torch.randint(1000, (2,))
+    with counted_traffic(monkeypatch) as twice:
+        fastrlhf.token_logprobs(logits, targets, impl="triton")
+        fastrlhf.token_logprobs(logits, targets, impl="triton")
+    assert twice.loaded(logits) == 2 * (logits.nbytes + 2 * 4)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_preference_tail_is_one_launch_forward_and_one_backward(per_token, monkeypatch) -> None:
+    sequences, tokens = 6, 40
+    logprobs = torch.randn(sequences, tokens, requires_grad=True)
+    mask = torch.rand(sequences, tokens) > 0.3
+    index = torch.arange(3), torch.arange(3, 6)
+    ref = torch.randn(sequences, tokens) if per_token else torch.randn(sequences)
+    with counted_traffic(monkeypatch) as forward:
+        losses, _ = fastrlhf.dpo_loss(logprobs, ref, *index, mask=mask, impl="triton")
+    with counted_traffic(monkeypatch) as backward:
+        losses.mean().backward()
+    assert sum(forward.launches.values()) == sum(backward.launches.values()) == 1
+    assert backward.stored(logprobs.grad) == logprobs.nbytes
