@@ -27,7 +27,7 @@ pytest: $(VENV)/.test ## the test suite: on a GPU if there is one, else interpre
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test ## time and memory against plain PyTorch and TRL
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds
 
 # NumPy 2.4 breaks loops with run-time bounds in the interpreter of Triton 3.6.0.
 triton-versions: ## the test suite against the oldest and the newest Triton (environments of their own)

@@ -1,7 +1,9 @@
 """Where the tests run: real kernels on a GPU if there is one, else interpreted on the CPU."""
 
+import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +16,15 @@ if not torch.cuda.is_available():
 
 # The root holds kernels/, which must not pass for Hugging Face's package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+if importlib.util.find_spec("fastrlhf") is None:
+    # Not installed: a folder with a link to the package stands in for an installation.
+    _links = tempfile.TemporaryDirectory()
+    Path(_links.name, "fastrlhf").symlink_to(ROOT / "fastrlhf")
+    sys.path.append(_links.name)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [_links.name, os.environ.get("PYTHONPATH")])
+    )
 
 import pytest  # noqa: E402
 
