@@ -248,16 +248,18 @@ def _token_stats_combine_kernel(
     total = rest + target_weight
     log_norm = tl.log(total)
     logprob = log_sigmoid(target_bits * LN2 - tl.log(rest))
-    logprob = tl.where(row_peak == -float("inf"), -float("inf"), logprob)
+    # Nothing but -inf. The maximum passes over NaN, which the sums and the target show.
+    empty = (row_peak == -float("inf")) & (rest == 0.0) & (capped == -float("inf"))
+    logprob = tl.where(empty, -float("inf"), logprob)
 
     tl.store(logprob_out + row, tl.where(live, logprob, 0.0), mask=inside)
     tl.store(lse_out + row, tl.where(live, base / row_t + log_norm, 0.0), mask=inside)
-    tl.store(peak_out + row, row_peak, mask=inside)
+    tl.store(peak_out + row, tl.where(live & (empty == 0), base, -float("inf")), mask=inside)
     tl.store(log_norm_out + row, tl.where(live, log_norm, 0.0), mask=inside)
     if WITH_ENTROPY:
         moment = tl.sum(moment, axis=1)
         moment += tl.where(target_weight > 0, target_weight * target_bits, 0.0)
-        entropy = tl.where(row_peak == -float("inf"), 0.0, log_norm - LN2 * moment / total)
+        entropy = tl.where(empty, 0.0, log_norm - LN2 * moment / total)
         tl.store(entropy_out + row, tl.where(live, entropy, 0.0), mask=inside)
 
 

@@ -194,6 +194,28 @@ def test_a_live_row_with_nan_says_nan_and_leaves_the_others_alone(impl, device) 
 
 
 @BACKENDS
+@pytest.mark.parametrize("vocab", [1, 2, 100, 20000])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_row_of_nothing_but_nan_says_nan(impl, vocab, softcap, device) -> None:
+    logits = torch.full((2, vocab), torch.nan, device=device)
+    targets = torch.tensor([0, vocab - 1], device=device)
+    h = torch.ones(2, device=device)
+    stats, gradient = evaluate(logits, targets, h=h, impl=impl, softcap=softcap)
+    for value in (stats.logprob, stats.entropy, stats.lse, gradient):
+        assert value.isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("at_target", [True, False])
+def test_an_infinite_logit_says_nan_as_log_softmax_does(impl, at_target, device) -> None:
+    logits = torch.randn(1, 50, device=device)
+    logits[0, 7] = torch.inf
+    targets = torch.tensor([7 if at_target else 8], device=device)
+    stats, gradient = evaluate(logits, targets, impl=impl)
+    assert stats.logprob.isnan().all() and gradient.isnan().any()
+
+
+@BACKENDS
 def test_a_live_nan_passes_through_the_cap(impl, device) -> None:
     logits = torch.randn(1, 10, device=device)
     logits[0, 4] = torch.nan
