@@ -128,9 +128,8 @@ def _autograd(ctx, d_losses, *_):
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
         )  # fmt: skip
         wanted = [x for x in (policy, ref) if x.requires_grad]
-        gradients = torch.autograd.grad(losses, wanted, d_losses, create_graph=True)
-        found = dict(zip(map(id, wanted), gradients, strict=True))
-        d_policy, d_ref = found.get(id(policy)), found.get(id(ref))
+        gradients = iter(torch.autograd.grad(losses, wanted, d_losses, create_graph=True))
+        d_policy, d_ref = (next(gradients) if x.requires_grad else None for x in (policy, ref))
     else:
         d_tokens, d_sums = _backward(policy, chosen, rejected, mask, slopes, weights, d_losses)
         d_ref = -(d_tokens if mask is not None and ref.ndim == 2 else d_sums).to(ref.dtype)
