@@ -60,6 +60,7 @@ def token_stats(
 
     A row of nothing but -inf has no distribution: log-prob and lse -inf, entropy 0, gradient 0.
     """
+    targets = targets.long()
     live = targets != ignore_index
     empty = (capped_logits(logits, softcap, scale) == -torch.inf).all(-1)
     regular = (live & ~empty).unsqueeze(-1)
@@ -69,7 +70,7 @@ def token_stats(
     )
     log_p = F.log_softmax(capped_logits(x, softcap, scale) / rows_t, dim=-1)
     lse = torch.logsumexp(capped_logits(x, softcap, scale) / rows_t, dim=-1).detach()
-    logprob = log_p.gather(-1, torch.where(live, targets, 0).long().unsqueeze(-1)).squeeze(-1)
+    logprob = log_p.gather(-1, torch.where(live, targets, 0).unsqueeze(-1)).squeeze(-1)
 
     def of_row(value: Tensor, if_empty: float) -> Tensor:
         return torch.where(live, torch.where(empty, if_empty, value), 0.0)
@@ -186,13 +187,16 @@ def sequence_lengths(mask: Tensor | None, lengths: Tensor | None, dtype: torch.d
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Compute (1-ε)·ℓ(βΔ) + ε·ℓ(-βΔ), ℓ = -ln σ: DPO, 2305.18290 Eq. 7; with ε, cDPO."""
     d = beta * margin
-    return -(1 - label_smoothing) * F.logsigmoid(d) - label_smoothing * F.logsigmoid(-d)
+    clean = -(1 - label_smoothing) * F.logsigmoid(d)
+    # An infinite margin is legal as long as nothing is said to be flipped: 0·inf would be NaN.
+    return clean - label_smoothing * F.logsigmoid(-d) if label_smoothing > 0 else clean
 
 
 def robust_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Compute [(1-ε)·ℓ(βΔ) - ε·ℓ(-βΔ)] / (1-2ε), unbiased under label noise ε: 2403.00409."""
     d = beta * margin
-    noisy = -(1 - label_smoothing) * F.logsigmoid(d) + label_smoothing * F.logsigmoid(-d)
+    clean = -(1 - label_smoothing) * F.logsigmoid(d)
+    noisy = clean + label_smoothing * F.logsigmoid(-d) if label_smoothing > 0 else clean
     return noisy / (1 - 2 * label_smoothing)
 
 

@@ -28,9 +28,15 @@ _VARYING = ["pairs", "sequences", "tokens", "policy_stride", "reference_stride",
 
 
 @triton.jit
+def _flipped(d, label_smoothing):
+    """ε·ln σ(-d), and 0 without smoothing, also where d is infinite."""
+    return tl.where(label_smoothing > 0, label_smoothing * log_sigmoid(-d), 0.0)
+
+
+@triton.jit
 def _sigmoid_loss(margin, beta, label_smoothing):
     d = beta * margin
-    loss = -(1.0 - label_smoothing) * log_sigmoid(d) - label_smoothing * log_sigmoid(-d)
+    loss = -(1.0 - label_smoothing) * log_sigmoid(d) - _flipped(d, label_smoothing)
     slope = label_smoothing * sigmoid(d) - (1.0 - label_smoothing) * sigmoid(-d)
     return loss, beta * slope
 
@@ -39,7 +45,7 @@ def _sigmoid_loss(margin, beta, label_smoothing):
 def _robust_loss(margin, beta, label_smoothing):
     d = beta * margin
     confidence = 1.0 - 2.0 * label_smoothing
-    loss = -(1.0 - label_smoothing) * log_sigmoid(d) + label_smoothing * log_sigmoid(-d)
+    loss = -(1.0 - label_smoothing) * log_sigmoid(d) + _flipped(d, label_smoothing)
     slope = -(1.0 - label_smoothing) * sigmoid(-d) - label_smoothing * sigmoid(d)
     return loss / confidence, beta * slope / confidence
 
@@ -194,8 +200,8 @@ def _preference_loss_bwd_kernel(
     for start in range(0, pairs, _PAIRS):
         pair = start + tl.arange(0, _PAIRS)
         inside = pair < pairs
-        as_chosen = tl.load(chosen + pair, mask=inside, other=-1) == sequence
-        as_rejected = tl.load(rejected + pair, mask=inside, other=-1) == sequence
+        as_chosen = inside & (tl.load(chosen + pair, mask=inside, other=0) == sequence)
+        as_rejected = inside & (tl.load(rejected + pair, mask=inside, other=0) == sequence)
         involved = as_chosen | as_rejected
         slope = tl.load(slopes + pair, mask=involved, other=0.0)
         slope *= tl.load(d_losses + pair, mask=involved, other=0.0)
@@ -227,7 +233,7 @@ def preference_loss_forward(
     Token strides are 1 and the vectors contiguous. Returns losses (P,), slopes dloss/dmargin (P,),
     rewards (B,) and weights dscore/dsum (B,).
     """
-    acc = torch.promote_types(policy.dtype, torch.float32)
+    acc = torch.promote_types(torch.promote_types(policy.dtype, reference.dtype), torch.float32)
     sequences, tokens = policy.shape
     losses, slopes = (policy.new_empty(len(chosen), dtype=acc) for _ in range(2))
     rewards, weights = (policy.new_empty(sequences, dtype=acc) for _ in range(2))

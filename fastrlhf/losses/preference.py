@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_label_smoothing, check_lengths, check_pairs
 from fastrlhf.ops import preference_loss
+from fastrlhf.ops.backend import check_impl
 from fastrlhf.ops.checks import check_floating, check_positive, check_same_device, check_shape
 from fastrlhf.reference import MARGIN_LOSSES, masked_sum, sequence_scores, sigmoid_loss
 
@@ -182,6 +183,7 @@ def dpo_loss(
     check_same_device("ref_logps", ref_logps, "pi_logps", pi_logps)
     check_positive("beta", beta)
     check_positive("discopop_tau", discopop_tau)
+    check_impl(impl)
     _check_loss_type(loss_type, label_smoothing)
     if loss_type in MARGIN_LOSSES:
         if MARGIN_LOSSES[loss_type].average and mask is None:

@@ -52,8 +52,9 @@ def kto_loss(
     check_floating("pi_logps", pi_logps)
     if pi_logps.ndim != 1:
         raise ValueError(f"pi_logps: expected shape (B,), got {tuple(pi_logps.shape)}")
+    check_floating("ref_logps", ref_logps)
+    check_mask("desirable", desirable)
     for name, tensor in (("ref_logps", ref_logps), ("desirable", desirable)):
-        check_mask(name, tensor)
         check_shape(name, tensor, tuple(pi_logps.shape), "the shape of pi_logps")
         check_same_device(name, tensor, "pi_logps", pi_logps)
     check_positive("beta", beta)

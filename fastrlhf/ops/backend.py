@@ -13,6 +13,12 @@ except ImportError:  # an import hook forbids it
 _TRITON_DEVICES = {"cuda", "xpu"}  # ROCm devices call themselves cuda
 
 
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless `impl` names a backend, or "auto"."""
+    if impl not in ("auto", "triton", "eager"):
+        raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
+
+
 def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> bool:
     """Decide the backend for operations on the device of `tensor`.
 
@@ -23,14 +29,13 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
     Raises:
         ValueError: an unknown `impl`, or "triton" for a device on which it cannot run.
     """
+    check_impl(impl)
     on_gpu = tensor.device.type in _TRITON_DEVICES
     interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if impl == "auto":
         return (on_gpu or (auto_interprets and interpreted)) and _TRITON_INSTALLED
     if impl == "eager":
         return False
-    if impl != "triton":
-        raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
     if not _TRITON_INSTALLED:
         raise ValueError('impl: "triton" needs the triton package, which is not installed')
     if not (on_gpu or interpreted):

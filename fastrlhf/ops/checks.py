@@ -55,10 +55,16 @@ def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> Non
     """
     if index.device.type != "cpu" or index.numel() == 0:
         return
+    index = wide_integers(index)
     outside = (index < 0) | (index >= size)
     if outside.any():
         worst = index[outside][0].item()
         raise ValueError(f"{name}: expected indices in [0, {size}) ({what}), got {worst}")
+
+
+def wide_integers(index: Tensor) -> Tensor:
+    """Widen small integers, in which a sentinel or the size of a vocabulary would wrap around."""
+    return index if index.dtype in (torch.int64, torch.int32) else index.long()
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], kind: str) -> None:

@@ -12,6 +12,7 @@ from fastrlhf import reference
 from fastrlhf.reference import MARGIN_LOSSES
 
 from .backend import use_triton
+from .checks import wide_integers
 
 
 def preference_loss(
@@ -63,8 +64,8 @@ def _forward(
     return preference_loss_forward(
         _token_contiguous(policy if mask is not None else policy.unsqueeze(1)),
         _token_contiguous(ref),
-        chosen.contiguous(),
-        rejected.contiguous(),
+        wide_integers(chosen).contiguous(),
+        wide_integers(rejected).contiguous(),
         None if mask is None else _token_contiguous(mask),
         None if lengths is None else lengths.contiguous(),
         formula=loss.kernel,
@@ -76,7 +77,7 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(policy, ref, chosen, *_):
-    acc = reference.accumulation_dtype(policy.dtype)
+    acc = reference.accumulation_dtype(torch.promote_types(policy.dtype, ref.dtype))
     pairs, sequences = chosen.shape[0], policy.shape[0]
     return tuple(policy.new_empty(n, dtype=acc) for n in (pairs, pairs, sequences, sequences))
 
@@ -94,8 +95,8 @@ def _backward(
     from fastrlhf.kernels.preference_loss import preference_loss_backward
 
     return preference_loss_backward(
-        chosen.contiguous(),
-        rejected.contiguous(),
+        wide_integers(chosen).contiguous(),
+        wide_integers(rejected).contiguous(),
         None if mask is None else _token_contiguous(mask),
         slopes,
         weights,
@@ -121,19 +122,24 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, d_losses, *_):
     policy, ref, chosen, rejected, mask, lengths, slopes, weights = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # The gradient is itself to be differentiated (create_graph): take it by autograd.
+        # The gradient is itself to be differentiated (create_graph): take it by autograd, with
+        # respect to views, so that a path from one input to the other is not walked here.
+        policy, ref = policy.view_as(policy), ref.view_as(ref)
         loss_type, beta, label_smoothing = ctx.options
-        losses, _ = reference.preference_loss(
+        losses = reference.preference_loss(
             policy, ref, chosen, rejected, mask, lengths,
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
-        )  # fmt: skip
+        )[0]  # fmt: skip
         wanted = [x for x in (policy, ref) if x.requires_grad]
         gradients = iter(torch.autograd.grad(losses, wanted, d_losses, create_graph=True))
         d_policy, d_ref = (next(gradients) if x.requires_grad else None for x in (policy, ref))
     else:
         d_tokens, d_sums = _backward(policy, chosen, rejected, mask, slopes, weights, d_losses)
-        d_ref = -(d_tokens if mask is not None and ref.ndim == 2 else d_sums).to(ref.dtype)
-        d_policy = d_tokens.view(policy.shape)
+        d_policy, d_ref = d_tokens.view(policy.shape), None
+        if ref.requires_grad:
+            per_token = mask is not None and ref.ndim == 2
+            d_ref = torch.where(mask != 0, -d_sums.unsqueeze(1), 0.0) if per_token else -d_sums
+            d_ref = d_ref.to(ref.dtype)
     return d_policy, d_ref, None, None, None, None, None, None, None
 
 

@@ -1,7 +1,6 @@
 """Targets aligned with the logits that predict them."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_integer, check_mask, check_same_device, check_shape
@@ -37,4 +36,6 @@ def shift_targets(
         check_shape("mask", mask, tuple(input_ids.shape), "the shape of input_ids")
         check_same_device("mask", mask, "input_ids", input_ids)
         targets = torch.where(mask != 0, targets, ignore_index)
-    return F.pad(targets[..., 1:], (0, 1), value=ignore_index)
+    shifted = torch.full_like(targets, ignore_index)
+    shifted[..., :-1] = targets[..., 1:]
+    return shifted

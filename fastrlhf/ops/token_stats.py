@@ -19,6 +19,7 @@ from .checks import (
     check_positive,
     check_same_device,
     check_shape,
+    wide_integers,
 )
 
 # Logits that the eager backend holds in fp32 at once (at least one row): 4 MiB stay in a CPU's
@@ -382,12 +383,13 @@ def _flat(
     rows = _row_view(logits)
     if rows is None:
         rows = logits.contiguous().view(1, -1, logits.shape[-1])
+    targets = wide_integers(targets).reshape(-1).contiguous()
     if token_temperature is None:
-        return rows, targets.reshape(-1).contiguous(), temperature
+        return rows, targets, temperature
     acc = reference.accumulation_dtype(logits.dtype)
     return (
         rows,
-        targets.reshape(-1).contiguous(),
+        targets,
         token_temperature.reshape(-1).to(acc).contiguous(),
     )
 
