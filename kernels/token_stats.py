@@ -54,10 +54,9 @@ class RowPlan(NamedTuple):
         return self.lanes * self.vec
 
 
-# At large vocabularies, a tile is 16 tokens on each thread of 8 warps (4 in fp64, whose functions
-# take many registers); four tiles share one final reduction, and a row of 128k still makes 8
-# programs.
-_THREAD_TOKENS = {4: 16, 8: 4}
+# At large vocabularies, a tile is two 128-bit loads on each thread of 8 warps: 16 tokens of bf16.
+# Four tiles share one final reduction, and a row of 128k still makes 8 programs.
+_THREAD_BYTES = 32
 _MAX_WARPS = 8
 _TILES_PER_SPLIT = 4
 _VEC = 8
@@ -65,7 +64,7 @@ _VEC = 8
 
 def row_plan(vocab: int, dtype: torch.dtype) -> RowPlan:
     """Cut a row by its vocabulary and dtype alone, which is what makes results batch invariant."""
-    warp_tokens = 32 * _THREAD_TOKENS[torch.promote_types(dtype, torch.float32).itemsize]
+    warp_tokens = 32 * _THREAD_BYTES // dtype.itemsize
     tile = max(_VEC, min(_MAX_WARPS * warp_tokens, triton.next_power_of_2(vocab)))
     lanes = tile // _VEC
     # A thread owns the vectors of its lanes. Rows that all start at 16 bytes let it load neighbours

@@ -154,8 +154,8 @@ def test_masked_vocabulary_makes_no_nan_wherever_it_stands(impl, device) -> None
     vocab = 40000  # more than two splits
     logits = torch.randn(7, vocab, device=device)
     targets = torch.randint(20000, 30000, (7,), device=device)
-    logits[0, :4096] = -torch.inf  # the first tile
-    logits[1, :16384] = -torch.inf  # the first split
+    logits[0, :4096] = -torch.inf  # whole tiles at the start
+    logits[1, :16384] = -torch.inf  # a whole split at the start
     logits[2, 16384:] = -torch.inf
     targets[2] = 5
     logits[3, ::2] = -torch.inf

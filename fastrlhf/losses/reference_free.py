@@ -89,9 +89,7 @@ def cpo_loss(
     sums = masked_sum(logps, None)
     chosen, rejected = sums[yw_idxs.long()], sums[yl_idxs.long()]
     losses = sigmoid_loss(chosen - rejected, beta, label_smoothing)
-    if alpha != 0:  # 0 leaves an infinite likelihood term out
-        losses = losses + alpha * _chosen_nll(nll, -chosen)
-    return losses, (beta * sums).detach()
+    return losses + alpha * _chosen_nll(nll, -chosen), (beta * sums).detach()
 
 
 def orpo_loss(
