@@ -1,16 +1,28 @@
 """Fused kernels for preference learning and RLHF."""
 
 from .losses import cpo_loss, dpo_loss, kto_loss, orpo_loss, sequence_logprobs, simpo_loss
-from .ops import shift_targets, token_logprobs, token_stats
+from .ops import (
+    ChunkStats,
+    linear_loss,
+    linear_token_logprobs,
+    linear_token_stats,
+    shift_targets,
+    token_logprobs,
+    token_stats,
+)
 from .reference import TokenStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChunkStats",
     "TokenStats",
     "cpo_loss",
     "dpo_loss",
     "kto_loss",
+    "linear_loss",
+    "linear_token_logprobs",
+    "linear_token_stats",
     "orpo_loss",
     "sequence_logprobs",
     "shift_targets",

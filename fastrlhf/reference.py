@@ -11,7 +11,7 @@ torch.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,25 @@ def token_stats(
     return TokenStats(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf))
 
 
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> TokenStats:
+    """Define `fastrlhf.linear_token_stats`: the statistics of the logits of a linear head."""
+    dtype = accumulation_dtype(hidden.dtype)
+    live = (targets != ignore_index).unsqueeze(-1)
+    # What ignored rows hold must not reach the gradient of the weight, a sum over rows.
+    logits = torch.where(live, hidden, 0.0).to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return token_stats(logits, targets, ignore_index=ignore_index, **options)
+
+
 def token_stats_forward(
     logits: Tensor,
     targets: Tensor,
@@ -102,7 +121,7 @@ def token_stats_forward(
     capped = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
     peak = capped.amax(-1, keepdim=True)
     empty = peak == -torch.inf
-    shifted = (capped - torch.where(empty, 0.0, peak)) / rows_t
+    shifted = _divide_(capped - torch.where(empty, 0.0, peak), rows_t)
     weight = shifted.exp()
     target_shifted, target_weight = shifted.gather(-1, index), weight.gather(-1, index)
     # Without the target in it, the sum stays accurate where p(target) → 1: see
@@ -145,18 +164,27 @@ def token_stats_backward(
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     logprob, row_entropy, peak, log_norm = stats
     capped = capped_logits(logits.to(peak.dtype), softcap, scale)
-    log_p = (capped - peak.unsqueeze(-1)).div_(rows_t).sub_(log_norm.unsqueeze(-1))
-    p = log_p.exp()
-    dz = p * -d_logprob.unsqueeze(-1)
+    log_p = _divide_(capped - peak.unsqueeze(-1), rows_t).sub_(log_norm.unsqueeze(-1))
+    surprise = None
+    if d_entropy is not None:
+        # 0·ln 0 = 0: a finite stand-in for ln 0 lets the product say so.
+        surprise = log_p.clamp(min=torch.finfo(log_p.dtype).min).add_(row_entropy.unsqueeze(-1))
+        surprise.mul_(log_p.exp()).mul_(d_entropy.unsqueeze(-1))
+    dz = log_p.exp_().mul_(-d_logprob.unsqueeze(-1))
     # g·(1 - p) at the target, accurate where p is nearly 1.
     dz.scatter_(-1, index, (-d_logprob * torch.expm1(logprob)).unsqueeze(-1))
-    if d_entropy is not None:
-        log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(row_entropy.unsqueeze(-1))
-        dz.sub_(p.mul_(log_p).mul_(d_entropy.unsqueeze(-1)))
+    if surprise is not None:
+        dz.sub_(surprise)
     if softcap is not None:
         # 1 - tanh², without its cancellation where the cap saturates.
         dz.mul_(torch.cosh(logits.to(peak.dtype) * (scale / softcap)).square_().reciprocal_())
-    return dz.mul_(scale / rows_t)
+    dz = _divide_(dz, rows_t)
+    return dz if scale == 1.0 else dz.mul_(scale)
+
+
+def _divide_(x: Tensor, temperature: float | Tensor) -> Tensor:
+    """Divide in place, and not at all by the number 1: a pass over the vocabulary less."""
+    return x if isinstance(temperature, float) and temperature == 1.0 else x.div_(temperature)
 
 
 def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:

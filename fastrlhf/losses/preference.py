@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_label_smoothing, check_lengths, check_pairs
-from fastrlhf.ops import preference_loss
 from fastrlhf.ops.backend import check_impl
 from fastrlhf.ops.checks import check_floating, check_positive, check_same_device, check_shape
+from fastrlhf.ops.preference_loss import preference_loss
 from fastrlhf.reference import MARGIN_LOSSES, masked_sum, sequence_scores, sigmoid_loss
 
 

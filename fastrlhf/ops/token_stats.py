@@ -5,6 +5,8 @@ backward, and the backward that overwrites the logits. Each runs the Triton kern
 bounded number of rows at a time, the closed forms of `fastrlhf.reference`.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,11 @@ from .checks import (
     check_floating,
     check_indices_on_host,
     check_integer,
-    check_positive,
     check_same_device,
     check_shape,
     wide_integers,
 )
+from .transform import checked_transform
 
 # Logits that the eager backend holds in fp32 at once (at least one row): 4 MiB stay in a CPU's
 # cache.
@@ -93,26 +95,9 @@ def token_stats(
     check_integer("targets", targets)
     check_shape("targets", targets, tuple(logits.shape[:-1]), "logits without the vocabulary")
     check_same_device("targets", targets, "logits", logits)
-    token_temperature = None
-    if isinstance(temperature, Tensor):
-        token_temperature = _token_temperature(temperature, targets)
-        temperature = 1.0
-    check_positive("temperature", temperature)
-    check_positive("scale", scale)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-
+    transform = checked_transform(temperature, softcap, scale, targets)
     logprob, row_entropy, lse, _, _ = _forward(
-        logits,
-        targets,
-        token_temperature,
-        float(temperature),
-        None if softcap is None else float(softcap),
-        float(scale),
-        ignore_index,
-        entropy,
-        inplace_backward,
-        impl,
+        logits, targets, *transform, ignore_index, entropy, inplace_backward, impl
     )
     shape = targets.shape
     return TokenStats(
@@ -148,26 +133,6 @@ def token_logprobs(
     ).logprob
 
 
-def _token_temperature(temperature: Tensor, targets: Tensor) -> Tensor:
-    """Check a tensor of temperatures and give every token its own."""
-    check_floating("temperature", temperature)
-    check_same_device("temperature", temperature, "targets", targets)
-    if temperature.requires_grad:
-        raise ValueError(
-            "temperature: expected a tensor without gradient, got one that requires it"
-        )
-    missing = targets.ndim - temperature.ndim
-    sizes = targets.shape[max(missing, 0) :]
-    if missing < 0 or any(
-        n not in (1, size) for n, size in zip(temperature.shape, sizes, strict=True)
-    ):
-        raise ValueError(
-            f"temperature: expected a number or a tensor that broadcasts to {tuple(targets.shape)} "
-            f"(the shape of targets), got {tuple(temperature.shape)}"
-        )
-    return temperature.expand(targets.shape)
-
-
 @torch.library.custom_op("fastrlhf::token_stats", mutates_args=())
 def _forward(
     logits: Tensor,
@@ -183,7 +148,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     triton = use_triton(impl, logits)
     rows, targets, row_temperature = _flat(logits, targets, token_temperature, temperature)
-    _check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
+    check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
     if targets.numel() == 0:
         return _empty_statistics(logits, 0, entropy)
     if triton:
@@ -199,7 +164,7 @@ def _forward(
             entropy=entropy,
         )
     stats = _empty_statistics(logits, targets.numel(), entropy)
-    for index in _chunks(targets != ignore_index, logits.shape[-1]):
+    for index in _chunks(targets != ignore_index, rows):
         chunk = reference.token_stats_forward(
             _take_rows(rows, index),
             targets[index],
@@ -271,9 +236,8 @@ def _backward_into(
     # As in the kernel: the peak of a row without a distribution is -inf.
     active = d_logprob != 0 if d_entropy is None else (d_logprob != 0) | (d_entropy != 0)
     active &= peak != -torch.inf
-    inner = rows.shape[1]
-    for index in _chunks(active, rows.shape[-1]):
-        d_rows[index // inner, index % inner] = reference.token_stats_backward(
+    for index in _chunks(active, rows):
+        gradient = reference.token_stats_backward(
             _take_rows(rows, index),
             targets[index],
             tuple(value[index] if value.numel() else value for value in stats),
@@ -282,10 +246,10 @@ def _backward_into(
             temperature=_take(row_temperature, index),
             softcap=softcap,
             scale=scale,
-        ).to(d_rows.dtype)
+        )
+        _put_rows(d_rows, index, gradient.to(d_rows.dtype))
     if d_logits is logits:
-        index = (~active).nonzero().squeeze(1)
-        d_rows[index // inner, index % inner] = 0.0
+        _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
 
 
 @torch.library.custom_op("fastrlhf::token_stats_backward", mutates_args=())
@@ -303,10 +267,11 @@ def _backward(
     softcap: float | None,
     scale: float,
     impl: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     # The kernel writes every element; the eager backend only rows that have a gradient.
     new = torch.empty if use_triton(impl, logits) else torch.zeros
-    d_logits = new(logits.shape, dtype=logits.dtype, device=logits.device)
+    d_logits = new(logits.shape, dtype=dtype or logits.dtype, device=logits.device)
     stats = (logprob, entropy, peak, log_norm)
     transform = (token_temperature, temperature, softcap, scale)
     _backward_into(d_logits, logits, targets, stats, d_logprob, d_entropy, *transform, impl)
@@ -314,8 +279,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_fake(logits, *_):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _backward_fake(logits, *arguments):
+    dtype = arguments[-1] if isinstance(arguments[-1], torch.dtype) else logits.dtype
+    return torch.empty(logits.shape, dtype=dtype, device=logits.device)
 
 
 @torch.library.custom_op("fastrlhf::token_stats_backward_", mutates_args={"logits"})
@@ -422,7 +388,7 @@ def _can_overwrite(logits: Tensor) -> bool:
     return True
 
 
-def _check_values_on_host(
+def check_values_on_host(
     targets: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int
 ) -> None:
     """Check what the tensors hold, where that costs no synchronisation."""
@@ -435,18 +401,35 @@ def _check_values_on_host(
         raise ValueError(f"temperature: expected positive temperatures, got {worst}")
 
 
-def _chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:
-    """Indices of the selected rows, in pieces of a bounded number of logits."""
-    return selected.nonzero().squeeze(1).split(max(1, _EAGER_CHUNK_LOGITS // vocab))
+def _chunks(selected: Tensor, rows: Tensor) -> Iterator[Tensor | slice]:
+    """Indices of the selected rows of an (outer, inner, V) view, in pieces of a bounded number of
+    logits.
+
+    A slice, which needs no copy, where every row of a single outer block is selected.
+    """
+    size = max(1, _EAGER_CHUNK_LOGITS // rows.shape[2])
+    if rows.shape[0] == 1 and bool(selected.all()):
+        yield from (slice(first, first + size) for first in range(0, len(selected), size))
+    else:
+        yield from selected.nonzero().squeeze(1).split(size)
 
 
-def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Copy some rows of an (outer, inner, V) view."""
+def _take_rows(rows: Tensor, index: Tensor | slice) -> Tensor:
+    """Take some rows of an (outer, inner, V) view: a view if they are a slice, else a copy."""
+    if isinstance(index, slice):
+        return rows[0, index]
     if rows.shape[0] == 1:
         # Several times faster than indexing, which does the rows one after the other.
         return rows[0].gather(0, index.unsqueeze(1).expand(-1, rows.shape[2]))
     return rows[index // rows.shape[1], index % rows.shape[1]]
 
 
-def _take(value: float | Tensor, index: Tensor) -> float | Tensor:
+def _put_rows(rows: Tensor, index: Tensor | slice, values: Tensor | float) -> None:
+    if isinstance(index, slice):
+        rows[0, index] = values
+    else:
+        rows[index // rows.shape[1], index % rows.shape[1]] = values
+
+
+def _take(value: float | Tensor, index: Tensor | slice) -> float | Tensor:
     return value[index] if isinstance(value, Tensor) else value

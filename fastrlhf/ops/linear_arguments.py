@@ -1,0 +1,154 @@
+"""The arguments that operations from hidden states share, checked and ready for the plans."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import check_impl
+from .checks import (
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    wide_integers,
+)
+from .linear_head import Head, Weight
+from .linear_plans import Workbench
+from .linear_rows import Rows, default_chunk
+from .token_stats import check_values_on_host
+from .transform import Transform, checked_transform
+
+
+class LinearOptions(NamedTuple):
+    """What is no tensor."""
+
+    temperature: float
+    softcap: float | None
+    scale: float
+    ignore_index: int
+    entropy: bool
+    chunk: int
+    impl: str
+    dtype: torch.dtype  # of the matmuls: that of the hidden states, or of autocast
+
+
+class LinearProblem(NamedTuple):
+    """Hidden states, the head, and what is asked about its logits."""
+
+    hidden: Tensor  # (..., K) in the dtype of the matmuls
+    weights: list[Weight]  # column blocks of a (V, K) matrix
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (...)
+    token_temperature: Tensor | None  # (...)
+    options: LinearOptions
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """Of all tokens, or of each."""
+        tokens = self.token_temperature
+        return self.options.temperature if tokens is None else tokens
+
+    def workbench(self, order: Tensor | None) -> Workbench:
+        """Lay out the rows in an order: see `Rows`."""
+        options = self.options
+        temperature = self.token_temperature
+        head = Head(self.weights, self.bias, options.dtype)
+        if temperature is not None:
+            temperature = temperature.reshape(-1).to(head.sums)
+        transform = Transform(temperature, options.temperature, options.softcap, options.scale)
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+        targets = wide_integers(self.targets).reshape(-1)
+        rows = Rows(hidden, targets, transform, options.ignore_index, order)
+        return Workbench(head, rows, options.entropy, options.impl)
+
+
+def exact(hidden: Tensor) -> torch.autocast:
+    """Keep autocast, whose dtype the operands have already, from rounding fp32 sums."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def checked_problem(
+    hidden: Tensor,
+    weights: list[Weight],
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    entropy: bool,
+    chunk_size: int | None,
+    impl: str,
+) -> LinearProblem:
+    """Check everything and convert the hidden states to the dtype of the matmuls.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by its public name.
+    """
+    check_floating("hidden", hidden)
+    for weight in weights:
+        _check_weight(weight, hidden)
+    vocab, width = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
+    if hidden.ndim == 0 or hidden.shape[-1] != width:
+        raise ValueError(
+            f"hidden: expected shape (..., {width}), the width of the weight {(vocab, width)}, "
+            f"got {tuple(hidden.shape)}"
+        )
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (vocab,), "one for each row of the weight")
+        check_same_device("bias", bias, "hidden", hidden)
+    check_integer("targets", targets)
+    check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden without its last dimension")
+    check_same_device("targets", targets, "hidden", hidden)
+    check_impl(impl)
+    transform = checked_transform(temperature, softcap, scale, targets)
+    check_values_on_host(
+        wide_integers(targets),
+        1.0 if transform.token_temperature is None else transform.token_temperature,
+        vocab,
+        ignore_index,
+    )
+    options = LinearOptions(
+        *transform[1:], ignore_index, entropy,
+        _checked_chunk(chunk_size, vocab, hidden.device), impl, _matmul_dtype(hidden),
+    )  # fmt: skip
+    return LinearProblem(
+        hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options
+    )
+
+
+def _check_weight(weight: Weight, hidden: Tensor) -> None:
+    if isinstance(weight, Tensor):
+        check_floating("weight", weight)
+        if weight.dtype != hidden.dtype and not _autocast(hidden):
+            raise TypeError(
+                f"weight: expected {hidden.dtype}, the dtype of hidden, got {weight.dtype}"
+            )
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape (V, H), neither 0, got {tuple(weight.shape)}")
+    if weight.device != hidden.device:
+        raise ValueError(
+            f"weight: expected on {hidden.device}, the device of hidden, got {weight.device}"
+        )
+
+
+def _checked_chunk(chunk_size: int | None, vocab: int, device: torch.device) -> int:
+    if chunk_size is None:
+        return default_chunk(vocab, device)
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size: expected an integer, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    return chunk_size
+
+
+def _autocast(hidden: Tensor) -> bool:
+    """Whether autocast decides the dtype of a matmul of hidden: it leaves fp64 alone."""
+    return torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype

@@ -1,0 +1,233 @@
+"""A loss of one's own on token statistics from hidden states, at the fewest vocabulary matmuls."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrlhf.reference import accumulation_dtype
+
+from .checks import check_integer, check_same_device, check_shape
+from .linear_arguments import LinearProblem, checked_problem, exact
+from .linear_plans import Needs, Plan, Statistics, choose_plan, loss_alone, loss_and_gradients
+from .linear_rows import Span, even_spans, live_rows, order_by_group, pack_groups
+
+
+class ChunkStats(NamedTuple):
+    """What a loss sees of n tokens at a time: `TokenStats`, and the groups that they belong to."""
+
+    logprob: Tensor  # (n,)
+    entropy: Tensor | None  # (n,), None unless asked for
+    lse: Tensor  # (n,), not differentiable
+    groups: Tensor | None  # (n,) ids, as given
+
+
+LossFunction = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
+
+
+@torch.compiler.disable
+def linear_loss(
+    loss_fn: LossFunction,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *side_inputs: Tensor,
+    groups: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute a loss that is a sum over chunks of tokens, and its gradient with it.
+
+    Eager equivalent, where one chunk holds all tokens::
+
+        stats = linear_token_stats(hidden, weight, targets, ...)
+        live = targets != ignore_index  # in the order of `groups`, if given
+        loss, aux = loss_fn(ChunkStats(stats.logprob[live], ...), *(x[live] for x in side_inputs))
+
+    Args:
+        loss_fn: `loss_fn(stats, *side_chunk)` returns the 0-d loss of a chunk, or the loss and a
+            dict of 0-d or 1-d tensors. It is ordinary PyTorch on vectors `stats.logprob`,
+            `stats.entropy`, `stats.lse` and `stats.groups` of the chunk's n tokens. The losses of
+            all chunks are added up: a mean has to divide by a count of its own. Called once for
+            each chunk; tokens that are ignored never reach it, and if all are, it is not called.
+        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, entropy,
+            chunk_size, impl: as `linear_token_stats`.
+        side_inputs: (...) tensors, cut like the tokens.
+        groups: (...) integer ids. The tokens of a group reach loss_fn together and in their order,
+            groups in ascending order, wherever in memory they are; None: each token stands alone.
+            Whole groups are packed into chunks of chunk_size tokens; a larger group makes a chunk
+            of its own, in the same memory.
+
+    Returns:
+        loss: 0-d, fp32 (fp64 for fp64 hidden states).
+        aux: the entries of loss_fn's dict, detached; 1-d ones concatenated, 0-d ones added up.
+
+    The loss is differentiable, once, with respect to hidden, weight and bias; and with respect to
+    side inputs and whatever else loss_fn uses. Whatever scale backward gets is applied to the
+    gradients that were computed with the loss.
+
+    Cost, in matmuls G of the tokens with a target: G without gradients, 2G for hidden or the head
+    alone, 3G for both; G more for the tokens of groups larger than chunk_size. Memory:
+    chunk_size·V logits, and from forward to backward a gradient of hidden and of weight in fp32.
+    On a GPU, counts of tokens and groups are awaited once. Under torch.compile it runs as it is.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_stats`; groups or side inputs that do not fit; a
+            loss_fn that returns anything else.
+    """
+    problem = checked_problem(
+        hidden, [weight], targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
+        ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
+    )  # fmt: skip
+    for i, side_input in enumerate(side_inputs):
+        if not isinstance(side_input, Tensor):
+            raise TypeError(f"side_inputs[{i}]: expected a tensor, got {type(side_input).__name__}")
+        check_shape(f"side_inputs[{i}]", side_input, tuple(targets.shape), "the shape of targets")
+        check_same_device(f"side_inputs[{i}]", side_input, "hidden", hidden)
+    if groups is not None:
+        check_integer("groups", groups)
+        check_shape("groups", groups, tuple(targets.shape), "the shape of targets")
+        check_same_device("groups", groups, "hidden", hidden)
+    return _loss_of(problem, loss_fn, side_inputs, groups)
+
+
+def _loss_of(
+    problem: LinearProblem,
+    loss_fn: LossFunction,
+    side_inputs: tuple[Tensor, ...],
+    groups: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    inputs = (problem.hidden, problem.bias, *problem.weights)
+    grad = torch.is_grad_enabled()
+    wanted = [grad and x is not None and x.requires_grad for x in inputs]
+    needs = Needs(wanted[0], wanted[2:], wanted[1])
+    plan = choose_plan(needs, loss_known=True, grouped=groups is not None)
+    order, segments = _segments(problem, groups)
+    chunks = _ChunkLosses(loss_fn, order, side_inputs, groups, with_slopes=plan is not Plan.P0)
+    with torch.no_grad(), exact(problem.hidden):
+        bench = problem.workbench(order)
+        # fp32, since the scale of the loss is not known: fp16 could lose small gradients.
+        gradients = bench.gradients(needs, bench.head.sums)
+        if plan is Plan.P0:
+            loss_alone(bench, segments, chunks)
+        else:
+            loss_and_gradients(bench, segments, chunks, gradients)
+    loss, aux = chunks.total(bench.rows.hidden.new_zeros((), dtype=bench.head.sums))
+    if plan is Plan.P0:
+        return loss, aux
+    return loss + _KnownGradient.apply(
+        gradients.totals(problem.hidden, problem.bias, problem.weights), *inputs
+    ), aux
+
+
+def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, list[list[Span]]]:
+    """Order the live tokens, and cut them into what the loss must see at once, block by block."""
+    chunk = problem.options.chunk
+    order = live_rows(problem.targets.reshape(-1), problem.options.ignore_index)
+    if groups is None:
+        return order, [[span] for span in even_spans(order.shape[0], chunk)]
+    order, sizes = order_by_group(order, groups.reshape(-1))
+    return order, [
+        [(first + a, first + b) for a, b in even_spans(last - first, chunk)]
+        for first, last in pack_groups(sizes, chunk)
+    ]
+
+
+class _ChunkLosses:
+    """Calls a loss on one chunk after the other: answers with its slopes, keeps its values."""
+
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        order: Tensor,
+        side_inputs: tuple[Tensor, ...],
+        groups: Tensor | None,
+        with_slopes: bool,
+    ):
+        self.loss_fn, self.order, self.with_slopes = loss_fn, order, with_slopes
+        self.side_inputs = [x.reshape(-1) for x in side_inputs]
+        self.groups = None if groups is None else groups.reshape(-1)
+        self.grad = torch.is_grad_enabled()
+        self.losses: list[Tensor] = []
+        self.aux: list[dict[str, Tensor]] = []
+
+    def __call__(self, span: Span, found: Statistics) -> tuple[Tensor, Tensor | None]:
+        index = self.order[slice(*span)]
+        logprob = found.logprob.detach().requires_grad_(self.with_slopes)
+        entropy = None
+        if found.entropy.numel():
+            entropy = found.entropy.detach().requires_grad_(self.with_slopes)
+        groups = None if self.groups is None else self.groups[index]
+        with torch.set_grad_enabled(self.grad):
+            stats = ChunkStats(logprob, entropy, found.lse, groups)
+            result = self.loss_fn(stats, *(x[index] for x in self.side_inputs))
+            loss, aux = result if isinstance(result, tuple) else (result, {})
+            _check_result(loss, aux, self.aux[0] if self.aux else aux)
+        self.losses.append(loss)
+        self.aux.append({name: value.detach() for name, value in aux.items()})
+        return self._slopes(loss, logprob, entropy)
+
+    def _slopes(
+        self, loss: Tensor, logprob: Tensor, entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Differentiate a chunk's loss; its graph stays, for what else it depends on."""
+        zeros = torch.zeros_like(logprob)
+        if not (self.with_slopes and loss.requires_grad):
+            return zeros, None
+        leaves = [logprob] if entropy is None else [logprob, entropy]
+        g, *h = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        return zeros if g is None else g, h[0] if h else None
+
+    def total(self, zero: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add up the losses, and collect the aux entries."""
+        loss = sum((loss.to(zero.dtype) for loss in self.losses), start=zero)
+        names = self.aux[0] if self.aux else {}
+        parts = {name: [aux[name] for aux in self.aux] for name in names}
+        return loss, {
+            name: torch.cat(values) if values[0].ndim else torch.stack(values).sum(0)
+            for name, values in parts.items()
+        }
+
+
+def _check_result(loss: Any, aux: Any, first_aux: dict[str, Tensor]) -> None:
+    """Raise unless a loss_fn returned what it should, and the same kind as for the first chunk."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+        raise ValueError(f"loss_fn: expected a 0-d floating loss (a sum over tokens), got {got}")
+    if not isinstance(aux, dict):
+        raise ValueError(f"loss_fn: expected a dict after the loss, got {type(aux)}")
+    for name, value in aux.items():
+        if not isinstance(value, Tensor) or value.ndim > 1:
+            raise ValueError(f"loss_fn: expected 0-d or 1-d tensors in its dict, {name!r} is none")
+    kinds = [{name: value.ndim for name, value in x.items()} for x in (aux, first_aux)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"loss_fn: expected the same entries from every chunk, got {kinds[0]} (names and "
+            f"dimensions) after {kinds[1]}"
+        )
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A zero whose gradients with respect to the inputs are known already."""
+
+    @staticmethod
+    def forward(ctx, known, *inputs):
+        ctx.save_for_backward(*known)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return inputs[0].new_zeros((), dtype=accumulation_dtype(inputs[0].dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss):
+        return None, *(
+            None if known is None else (known * d_loss).to(dtype)
+            for known, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )

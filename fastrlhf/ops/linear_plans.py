@@ -1,0 +1,226 @@
+"""The plans: which vocabulary matmuls an operation from hidden states does, and when.
+
+G is one matmul of the rows with a target, 2·n·V·H operations. What needs a gradient, and what is
+known when, decides:
+
+| plan | for                                                          | forward  | backward | sum |
+|------|--------------------------------------------------------------|----------|----------|-----|
+| P0   | nothing needs a gradient                                     | G        |          | 1G  |
+| P1   | statistics, and hidden states alone need a gradient          | G + G    |          | 2G  |
+| P2   | a loss that each token has by itself                         | G + G·k  |          | 3G  |
+| P3   | a loss that groups of tokens have, a group at a time         | G + G·k  |          | 3G  |
+| P4   | statistics, and the weight needs a gradient                  | G        | G + G·k  | 4G  |
+
+k is how many of hidden states and weight need a gradient: the sums are for both, and G less for
+one. So P2 and P3 cost 2G where the weight is frozen, as P1 does.
+
+P1 works because the gradient of a token's log-prob with respect to its hidden state, u, is a vector
+that the forward can keep: backward, whatever the loss, is a product of u with a number. The entropy
+is a second such vector, and one G more. P2 and P3 learn the loss's derivative while the logits are
+still there. P4 must make the logits again. A group that is larger than a block is scored block by
+block, and its logits are made again once its loss is known: G more, in bounded memory.
+"""
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear_head import Gradients, Head
+from .linear_rows import Block, Rows, Span
+
+
+class Needs(NamedTuple):
+    """What needs a gradient."""
+
+    hidden: bool
+    weights: list[bool]
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        """Anything whose gradient is a sum over tokens."""
+        return any(self.weights) or self.bias
+
+
+class Plan(Enum):
+    """What is done with the logits while they are there."""
+
+    P0 = "read the statistics"
+    P1 = "keep the gradient of each statistic"
+    P2 = "ask for the loss of each token, and finish its gradient"
+    P3 = "ask for the loss of each group, and finish its gradient"
+    P4 = "read the statistics, and make the logits again backward"
+
+
+def choose_plan(needs: Needs, *, loss_known: bool, grouped: bool = False) -> Plan:
+    """Choose the plan of fewest matmuls."""
+    if not (needs.hidden or needs.head):
+        return Plan.P0
+    if loss_known:
+        return Plan.P3 if grouped else Plan.P2
+    return Plan.P4 if needs.head else Plan.P1
+
+
+class Statistics(NamedTuple):
+    """Of n tokens: what `token_stats` returns, and what its gradient needs besides; each (n,)."""
+
+    logprob: Tensor
+    entropy: Tensor  # empty unless asked for
+    lse: Tensor
+    peak: Tensor
+    log_norm: Tensor
+
+
+Found = tuple[Tensor, Tensor, Tensor]  # logprob, entropy and lse of all N tokens
+
+
+class Workbench(NamedTuple):
+    """A head, the rows that it is applied to, and how."""
+
+    head: Head
+    rows: Rows
+    entropy: bool
+    impl: str
+
+    def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
+        """Make room for what is needed, for the hidden states in their dtype or another."""
+        hidden = torch.zeros_like(self.rows.hidden, dtype=dtype) if needs.hidden else None
+        return Gradients(hidden, needs.weights, needs.bias)
+
+    def score(self, block: Block) -> tuple[Tensor, Statistics]:
+        """Make the logits of a block, and read their statistics: G."""
+        logits = self.head.logits(block.hidden.to(self.head.operands))
+        found = torch.ops.fastrlhf.token_stats(
+            logits, block.targets, *block.transform, self.rows.ignore_index, self.entropy, False,
+            self.impl,
+        )  # fmt: skip
+        return logits, Statistics(*found)
+
+    def d_logits(
+        self, block: Block, logits: Tensor, stats: Statistics, g: Tensor, h: Tensor | None,
+        *, overwrite: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Compute the gradient of Σ g·logprob + h·entropy, as operands, where the logits were if
+        possible.
+        """
+        saved = (logits, block.targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm)
+        arguments = (*saved, g, h, *block.transform, self.impl)
+        if overwrite and logits.dtype == self.head.operands:
+            torch.ops.fastrlhf.token_stats_backward_(*arguments)
+            return logits
+        return torch.ops.fastrlhf.token_stats_backward(*arguments, self.head.operands)
+
+    def differentiate(
+        self, block: Block, logits: Tensor, stats: Statistics, g: Tensor, h: Tensor | None,
+        gradients: Gradients,
+    ) -> None:  # fmt: skip
+        """Turn the logits into their gradient and hand it on: G each for hidden states and
+        weight.
+        """
+        dz = self.d_logits(block, logits, stats, g, h)
+        self.head.accumulate(gradients, block.hidden.to(self.head.operands), dz)
+        if gradients.hidden is not None:
+            gradients.hidden[block.place] = self.head.pull_back(dz).to(gradients.hidden.dtype)
+
+
+def statistics(bench: Workbench, spans: Iterable[Span]) -> Found:
+    """Read the statistics of all tokens: P0, and the forward of P4."""
+    found = _room_for_all_tokens(bench)
+    for span in spans:
+        block = bench.rows.block(span)
+        _put(found, block, bench.score(block)[1])
+    return found
+
+
+def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Tensor, Tensor]:
+    """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K): P1."""
+    found = _room_for_all_tokens(bench)
+    hidden = bench.rows.hidden
+    u_logprob = torch.zeros_like(hidden)
+    u_entropy = torch.zeros_like(hidden if bench.entropy else hidden[:0])
+    for span in spans:
+        _slopes_of_block(bench, bench.rows.block(span), found, u_logprob, u_entropy)
+    return found, u_logprob, u_entropy
+
+
+def _slopes_of_block(
+    bench: Workbench, block: Block, found: Found, u_logprob: Tensor, u_entropy: Tensor
+) -> None:
+    logits, stats = bench.score(block)
+    _put(found, block, stats)
+    one, zero = torch.ones_like(stats.logprob), torch.zeros_like(stats.logprob)
+    if bench.entropy:
+        dz = bench.d_logits(block, logits, stats, zero, one, overwrite=False)
+        u_entropy[block.place] = bench.head.pull_back(dz).to(u_entropy.dtype)
+        del dz
+    dz = bench.d_logits(block, logits, stats, one, None)
+    u_logprob[block.place] = bench.head.pull_back(dz).to(u_logprob.dtype)
+
+
+def recomputed_gradients(
+    bench: Workbench, spans: Iterable[Span], g: Tensor, h: Tensor | None, gradients: Gradients
+) -> None:
+    """Make the logits again and finish, given the gradients (N,) of the statistics: P4 backward."""
+    for span in spans:
+        block = bench.rows.block(span)
+        of_block = g[block.place], None if h is None else h[block.place]
+        bench.differentiate(block, *bench.score(block), *of_block, gradients)
+
+
+# Given the statistics of a span of the ordered rows, the derivatives of the loss.
+Loss = Callable[[Span, Statistics], tuple[Tensor, Tensor | None]]
+
+
+def loss_alone(bench: Workbench, segments: Iterable[list[Span]], loss: Loss) -> None:
+    """Show each segment's statistics to the loss: P0 where there is a loss."""
+    for spans in segments:
+        loss(_whole(spans), _statistics_of(bench, spans))
+
+
+def loss_and_gradients(
+    bench: Workbench, segments: Iterable[list[Span]], loss: Loss, gradients: Gradients
+) -> None:
+    """Show each segment's statistics to the loss and finish the gradient: P2, P3.
+
+    A segment is what the loss must see at once: one block or, if that is too large, several.
+    """
+    for spans in segments:
+        if len(spans) == 1:
+            block = bench.rows.block(spans[0])
+            logits, stats = bench.score(block)
+            bench.differentiate(block, logits, stats, *loss(spans[0], stats), gradients)
+            del logits  # before the next block makes its own
+            continue
+        whole = _whole(spans)
+        g, h = loss(whole, _statistics_of(bench, spans))
+        for first, last in spans:
+            block = bench.rows.block((first, last))
+            part = slice(first - whole[0], last - whole[0])
+            of_block = g[part], None if h is None else h[part]
+            bench.differentiate(block, *bench.score(block), *of_block, gradients)
+
+
+def _whole(spans: list[Span]) -> Span:
+    return spans[0][0], spans[-1][1]
+
+
+def _statistics_of(bench: Workbench, spans: list[Span]) -> Statistics:
+    """Read the statistics of some spans, one after the other."""
+    parts = [bench.score(bench.rows.block(span))[1] for span in spans]
+    return Statistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _room_for_all_tokens(bench: Workbench) -> Found:
+    """Make zeros, which are the statistics of ignored tokens."""
+    tokens, dtype = bench.rows.targets.shape[0], bench.head.sums
+    logprob, lse = (bench.rows.hidden.new_zeros(tokens, dtype=dtype) for _ in range(2))
+    return logprob, lse.new_zeros(tokens if bench.entropy else 0), lse
+
+
+def _put(found: Found, block: Block, stats: Statistics) -> None:
+    for whole, part in zip(found, stats[:3], strict=True):
+        if whole.numel():
+            whole[block.place] = part

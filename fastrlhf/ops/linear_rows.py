@@ -1,0 +1,109 @@
+"""The tokens that have a target, in blocks small enough for their logits.
+
+Ignored rows cost nothing because they never reach a matmul: the rows with a target are gathered, a
+block at a time, in the order in which they are needed. How many there are must be known before the
+matmuls can be launched, which on a GPU waits for the targets once; they usually are there long
+before the hidden states. Where it cannot be known (while a graph is compiled or captured), all rows
+are kept, ignored ones as zeros.
+
+Dims: N tokens, n tokens with a target, K width of the hidden states.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .transform import Transform
+
+# Bytes of fp32 logits that are held at once. A GPU needs blocks of many rows to be busy; a CPU's
+# matmuls are as fast with few.
+_WORKSPACE_BYTES = {"cpu": 2**26}
+_GPU_WORKSPACE_BYTES = 2**29
+
+Span = tuple[int, int]  # first and last (exclusive) of the ordered rows
+
+
+class Block(NamedTuple):
+    """Consecutive rows of the order: where they belong, and what they hold."""
+
+    place: Tensor | slice
+    hidden: Tensor  # (n, K)
+    targets: Tensor  # (n,)
+    transform: Transform
+
+
+class Rows(NamedTuple):
+    """All N tokens, flattened, and the order of those that count."""
+
+    hidden: Tensor  # (N, K)
+    targets: Tensor  # (N,)
+    transform: Transform  # its temperatures (N,)
+    ignore_index: int
+    order: Tensor | None  # (n,) indices of the tokens with a target; None: all N as they come
+
+    @property
+    def size(self) -> int:
+        """The number of rows to work on."""
+        return self.targets.shape[0] if self.order is None else self.order.shape[0]
+
+    def block(self, span: Span) -> Block:
+        """Gather the rows of a span."""
+        first, last = span
+        temperature = self.transform.token_temperature
+        index = slice(first, last) if self.order is None else self.order[first:last]
+        hidden, targets = self.hidden[index], self.targets[index]
+        if self.order is None:
+            # Whatever ignored rows hold, they must not spoil the sums over rows.
+            hidden = torch.where((targets != self.ignore_index).unsqueeze(1), hidden, 0.0)
+        if temperature is not None:
+            temperature = temperature[index]
+        return Block(index, hidden, targets, self.transform._replace(token_temperature=temperature))
+
+
+def default_chunk(vocab: int, device: torch.device) -> int:
+    """Rows whose fp32 logits fill the workspace: 512 MiB, on a CPU 64 MiB."""
+    return max(1, _WORKSPACE_BYTES.get(device.type, _GPU_WORKSPACE_BYTES) // (4 * vocab))
+
+
+def live_rows(targets: Tensor, ignore_index: int) -> Tensor:
+    """Find the indices of the tokens with a target."""
+    return (targets != ignore_index).nonzero().squeeze(1)
+
+
+def live_rows_if_known(targets: Tensor, ignore_index: int) -> Tensor | None:
+    """Find them too; None while a graph is compiled or captured, when they cannot be counted."""
+    capturing = targets.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing:
+        return None
+    return live_rows(targets, ignore_index)
+
+
+def even_spans(rows: int, chunk: int) -> list[Span]:
+    """Cut rows into as few blocks of at most `chunk` as possible, of nearly one size."""
+    if rows == 0:
+        return []
+    blocks = -(-rows // chunk)
+    size = -(-rows // blocks)
+    return [(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def order_by_group(order: Tensor, groups: Tensor) -> tuple[Tensor, list[int]]:
+    """Put rows of one group next to each other, in their own order; and the sizes of the groups."""
+    of_rows = groups[order]
+    by_group = of_rows.argsort(stable=True)
+    sizes = of_rows[by_group].unique_consecutive(return_counts=True)[1]
+    return order[by_group], sizes.tolist()
+
+
+def pack_groups(sizes: list[int], chunk: int) -> Iterator[Span]:
+    """Cut rows into spans of whole groups: at most `chunk` rows, or a single larger group."""
+    first = last = 0
+    for size in sizes:
+        if last > first and last + size - first > chunk:
+            yield first, last
+            first = last
+        last += size
+    if last > first:
+        yield first, last

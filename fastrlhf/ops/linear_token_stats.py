@@ -1,0 +1,228 @@
+"""Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits."""
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+from fastrlhf.reference import TokenStats
+
+from .linear_arguments import LinearProblem, checked_problem, exact
+from .linear_plans import (
+    Needs,
+    Plan,
+    choose_plan,
+    recomputed_gradients,
+    statistics,
+    statistics_and_slopes,
+)
+from .linear_rows import even_spans, live_rows_if_known
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> TokenStats:
+    """Compute `token_stats` of the logits that a linear head gives, without building them.
+
+    Eager equivalent: `token_stats(F.linear(hidden, weight, bias).float(), targets, ...)`.
+
+    Args:
+        hidden: (..., H) bf16, fp16, fp32 or fp64.
+        weight: (V, H) of the same dtype (any floating dtype under autocast, which decides the dtype
+            of the matmuls as for `F.linear`).
+        targets: (...) integer, aligned with the hidden states that predict them: see
+            `shift_targets`.
+        bias: (V,) floating, or None.
+        temperature, softcap, scale, ignore_index, entropy, impl: as `token_stats`.
+        chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
+            (64 MiB on a CPU).
+
+    Returns:
+        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states). The entropy is None
+        unless asked for.
+
+    `logprob` and `entropy` are differentiable with respect to hidden, weight and bias, twice if
+    need be (the second derivative builds the logits, eagerly); `lse` is not.
+
+    Cost, in matmuls of the tokens with a target, G = 2·n·V·H operations (ignored tokens cost none):
+    G where nothing needs a gradient; 2G in all where hidden alone does, as with LoRA; 4G where the
+    weight does too (3G where it alone does): `linear_loss` needs 3G there. The entropy adds 1G
+    where hidden alone needs a gradient. Memory: chunk_size·V logits; a (..., H) tensor kept for the
+    backward where hidden alone needs a gradient, one more with the entropy; an fp32 (V, H) tensor
+    for the gradient of a weight. Logits are fp32, and so are all sums; on CUDA, where inputs are
+    bf16 or fp16, the gradient of the logits is rounded to that dtype for its matmuls. Results are
+    the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
+
+    Raises:
+        TypeError: hidden, weight or bias that are not floating, or of two dtypes; targets that are
+            not integer.
+        ValueError: shapes or devices that do not match, chunk_size < 1, and as `token_stats`.
+
+    The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.
+    """
+    problem = checked_problem(
+        hidden, [weight], targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
+        ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
+    )  # fmt: skip
+    return token_stats_of(problem)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute ln p(target) of each token: `linear_token_stats(...).logprob`, with its arguments,
+    cost and errors.
+
+    Eager equivalent: `F.linear(hidden, weight, bias).float().log_softmax(-1).gather(-1,
+    targets[..., None])[..., 0]`.
+    """
+    return linear_token_stats(
+        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
+        ignore_index=ignore_index, chunk_size=chunk_size, impl=impl,
+    ).logprob  # fmt: skip
+
+
+def token_stats_of(problem: LinearProblem) -> TokenStats:
+    """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
+    logprob, entropy, lse = _LinearTokenStats.apply(
+        problem.options, problem.hidden, problem.bias, problem.targets, problem.token_temperature,
+        *problem.weights,
+    )  # fmt: skip
+    shape = problem.targets.shape
+    with_entropy = problem.options.entropy
+    return TokenStats(
+        logprob.view(shape), entropy.view(shape) if with_entropy else None, lse.view(shape)
+    )
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    """P0, P1 and P4: statistics whose upstream gradients come later."""
+
+    @staticmethod
+    def forward(ctx, options, hidden, bias, targets, token_temperature, *weights):
+        wanted = ctx.needs_input_grad
+        needs = Needs(wanted[1], list(wanted[5:]), wanted[2])
+        plan = choose_plan(needs, loss_known=False)
+        problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
+        order = live_rows_if_known(targets.reshape(-1), options.ignore_index)
+        slopes: list[Tensor] = []
+        with exact(hidden):
+            bench = problem.workbench(order)
+            spans = even_spans(bench.rows.size, options.chunk)
+            if plan is Plan.P1:
+                found, *slopes = statistics_and_slopes(bench, spans)
+            else:
+                found = statistics(bench, spans)
+        ctx.options, ctx.needs = options, needs
+        ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
+        dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
+        ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *slopes)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(found[2])
+        return found
+
+    @staticmethod
+    def backward(ctx, d_logprob, d_entropy, _):
+        hidden, bias, targets, token_temperature, order, *rest = ctx.saved_tensors
+        slopes = rest[len(ctx.codes) :]
+        weights = [code or dense for code, dense in zip(ctx.codes, rest, strict=False)]
+        problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
+        if torch.is_grad_enabled():  # create_graph
+            d_hidden, d_bias, *d_weights = _differentiable(problem, ctx.needs, d_logprob, d_entropy)
+        elif slopes:
+            d_hidden = _times_slopes(problem, slopes, d_logprob, d_entropy)
+            d_bias, d_weights = None, [None] * len(weights)
+        else:
+            d_hidden, d_bias, *d_weights = _recomputed(
+                problem, order, ctx.needs, d_logprob, d_entropy
+            )
+        return None, d_hidden, d_bias, None, None, *d_weights
+
+
+def _times_slopes(
+    problem: LinearProblem,
+    slopes: list[Tensor],
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+) -> Tensor | None:
+    """Scale the kept vectors of each token by its upstream gradients."""
+    live = problem.targets.reshape(-1) != problem.options.ignore_index
+    d_hidden = None
+    for slope, upstream in zip(slopes, (d_logprob, d_entropy), strict=True):
+        if upstream is not None and slope.numel():
+            part = slope * torch.where(live, upstream, 0.0).unsqueeze(1)
+            d_hidden = part if d_hidden is None else d_hidden.add_(part)
+    if d_hidden is None:
+        return None
+    return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
+
+
+def _recomputed(
+    problem: LinearProblem,
+    order: Tensor | None,
+    needs: Needs,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients of hidden states, bias and weights from logits that are made again."""
+    with exact(problem.hidden):
+        bench = problem.workbench(order)
+        if d_logprob is None:
+            d_logprob = bench.rows.hidden.new_zeros(bench.rows.targets.shape, dtype=bench.head.sums)
+        if not problem.options.entropy:
+            d_entropy = None
+        gradients = bench.gradients(needs)
+        spans = even_spans(bench.rows.size, problem.options.chunk)
+        recomputed_gradients(bench, spans, d_logprob, d_entropy, gradients)
+    totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
+    return [
+        None if total is None or x is None else total.to(x.dtype)
+        for total, x in zip(totals, (problem.hidden, problem.bias, *problem.weights), strict=True)
+    ]
+
+
+def _differentiable(
+    problem: LinearProblem, needs: Needs, d_logprob: Tensor | None, d_entropy: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients that can themselves be differentiated: by autograd, through the logits."""
+    # Views, so that a path from one input to another is not walked here.
+    hidden = problem.hidden.view_as(problem.hidden)
+    bias = None if problem.bias is None else problem.bias.view_as(problem.bias)
+    weights = [weight[0 : weight.shape[0]] for weight in problem.weights]
+    options = problem.options
+    stats = reference.linear_token_stats(
+        hidden, torch.cat(weights, dim=1), problem.targets, bias=bias,
+        temperature=problem.temperature, softcap=options.softcap, scale=options.scale,
+        ignore_index=options.ignore_index, entropy=options.entropy,
+    )  # fmt: skip
+    outputs = [
+        (value, upstream.view(value.shape))
+        for value, upstream in ((stats.logprob, d_logprob), (stats.entropy, d_entropy))
+        if value is not None and upstream is not None
+    ]
+    values, upstream = zip(*outputs, strict=True)
+    wanted = needs.hidden, needs.bias, *needs.weights
+    tensors = (hidden, bias, *weights)
+    inputs = [x for x, want in zip(tensors, wanted, strict=True) if want and x is not None]
+    found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=True))
+    return [next(found) if want else None for want in wanted]

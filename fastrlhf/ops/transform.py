@@ -1,0 +1,59 @@
+"""The map from the logits of a head to the effective ones, which all else speaks of."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .checks import check_floating, check_positive, check_same_device
+
+
+class Transform(NamedTuple):
+    """softcap·tanh(scale·x / softcap) / temperature, without tanh where there is no softcap.
+
+    Its fields are, in this order, arguments of the operators on logits.
+    """
+
+    token_temperature: Tensor | None  # one for each token; `temperature` is then 1
+    temperature: float
+    softcap: float | None
+    scale: float
+
+
+def checked_transform(
+    temperature: float | Tensor, softcap: float | None, scale: float, targets: Tensor
+) -> Transform:
+    """Check the options of a transform and give every token of `targets` its temperature.
+
+    Raises:
+        TypeError, ValueError: an option that is not a positive number, or a tensor of temperatures
+            that does not fit or requires a gradient.
+    """
+    token_temperature = None
+    if isinstance(temperature, Tensor):
+        token_temperature = _token_temperature(temperature, targets)
+        temperature = 1.0
+    check_positive("temperature", temperature)
+    check_positive("scale", scale)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+        softcap = float(softcap)
+    return Transform(token_temperature, float(temperature), softcap, float(scale))
+
+
+def _token_temperature(temperature: Tensor, targets: Tensor) -> Tensor:
+    check_floating("temperature", temperature)
+    check_same_device("temperature", temperature, "targets", targets)
+    if temperature.requires_grad:
+        raise ValueError(
+            "temperature: expected a tensor without gradient, got one that requires it"
+        )
+    missing = targets.ndim - temperature.ndim
+    sizes = targets.shape[max(missing, 0) :]
+    if missing < 0 or any(
+        n not in (1, size) for n, size in zip(temperature.shape, sizes, strict=True)
+    ):
+        raise ValueError(
+            f"temperature: expected a number or a tensor that broadcasts to {tuple(targets.shape)} "
+            f"(the shape of targets), got {tuple(temperature.shape)}"
+        )
+    return temperature.expand(targets.shape)
