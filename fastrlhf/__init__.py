@@ -1,6 +1,14 @@
 """Fused kernels for preference learning and RLHF."""
 
-from .losses import cpo_loss, dpo_loss, kto_loss, orpo_loss, sequence_logprobs, simpo_loss
+from .losses import (
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    linear_dpo_loss,
+    orpo_loss,
+    sequence_logprobs,
+    simpo_loss,
+)
 from .ops import (
     ChunkStats,
     linear_loss,
@@ -20,6 +28,7 @@ __all__ = [
     "cpo_loss",
     "dpo_loss",
     "kto_loss",
+    "linear_dpo_loss",
     "linear_loss",
     "linear_token_logprobs",
     "linear_token_stats",
