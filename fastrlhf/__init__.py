@@ -1,5 +1,6 @@
 """Fused kernels for preference learning and RLHF."""
 
+from .hf import LMHead, lm_head, model_token_stats
 from .losses import (
     cpo_loss,
     dpo_loss,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChunkStats",
+    "LMHead",
     "TokenStats",
     "cpo_loss",
     "dpo_loss",
@@ -32,6 +34,8 @@ __all__ = [
     "linear_loss",
     "linear_token_logprobs",
     "linear_token_stats",
+    "lm_head",
+    "model_token_stats",
     "orpo_loss",
     "sequence_logprobs",
     "shift_targets",

@@ -1,0 +1,340 @@
+"""Statistics of Hugging Face models' tokens against the models' own logits."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastrlhf
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+peft = pytest.importorskip("peft", reason="needs peft")
+
+VOCAB = 101
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+OLD = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+# Caps and scales that change the logits of these models by far more than rounding.
+CAP = {"final_logit_softcapping": 0.5}
+ARCHITECTURES = {
+    "Llama": SMALL,
+    "Llama, tied": {**SMALL, "tie_word_embeddings": True},
+    "Qwen3": SMALL,
+    "Gemma2": {**SMALL, **CAP, "tie_word_embeddings": True},
+    "Gemma3Text": {**SMALL, **CAP, "tie_word_embeddings": True},
+    "GPT2": {**OLD, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "OPT": {
+        **OLD, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 16,
+    },
+    "Phi": {**SMALL, "num_key_value_heads": 4},
+    "Mistral": SMALL,
+    "Mixtral": {**SMALL, "num_local_experts": 2},
+    "Cohere": {**SMALL, "logit_scale": 3.0, "tie_word_embeddings": True},
+    "Granite": {**SMALL, "logits_scaling": 0.25},
+    "FalconH1": {
+        **SMALL, "lm_head_multiplier": 5.0, "mamba_d_ssm": 32, "mamba_n_heads": 4,
+        "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8,
+    },
+    "Bloom": {**OLD, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "GPTNeoX": {**SMALL, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+def make(name: str, **changes) -> nn.Module:
+    """A tiny random model, whose logits are large enough to tell a scale or a cap."""
+    config = getattr(transformers, name.split(",")[0] + "Config")(
+        **{**ARCHITECTURES[name], **changes}
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        head.weight.normal_(0, 0.3)
+        if head.bias is not None:
+            head.bias.normal_()
+    return model.eval()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    attention = torch.ones(3, 9, dtype=torch.long)
+    attention[1, 7:] = 0
+    mask = attention.bool() & (torch.arange(9) >= 4)
+    return {"input_ids": torch.randint(VOCAB, (3, 9)), "attention_mask": attention, "mask": mask}
+
+
+def expected(model: nn.Module, inputs: dict[str, torch.Tensor], temperature: float = 1.0):
+    """Log-prob and entropy from the model's own logits, in fp64."""
+    ids, mask = inputs["input_ids"], inputs["mask"]
+    logits = model(ids, attention_mask=inputs["attention_mask"], use_cache=False).logits
+    log_p = (logits[:, :-1].double() / temperature).log_softmax(-1)
+    logprob = log_p.gather(-1, ids[:, 1:, None])[..., 0]
+    return logprob * mask[:, 1:], -(log_p.exp() * log_p).sum(-1) * mask[:, 1:]
+
+
+def assert_same(model: nn.Module, tolerance: float = 1e-4, **options) -> None:
+    """Compare values, and the gradients of all parameters."""
+    inputs = batch()
+    stats = fastrlhf.model_token_stats(model, **inputs, entropy=True, temperature=0.7, **options)
+    logprob, entropy = expected(model, inputs, 0.7)
+    assert stats.logprob.shape == (3, 8)
+    bounds = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(stats.logprob.double(), logprob, **bounds)
+    torch.testing.assert_close(stats.entropy.double(), entropy, **bounds)
+    assert logprob.std() > 0.1
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    weights = torch.randn(3, 8)
+    found, wanted = (
+        torch.autograd.grad(
+            ((a + 0.5 * b) * weights).sum(), list(trained.values()), allow_unused=True
+        )
+        for a, b in ((stats.logprob, stats.entropy), (logprob, entropy))
+    )
+    scale = max(float(g.norm()) for g in wanted if g is not None)
+    for name, a, b in zip(trained, found, wanted, strict=True):
+        if b is None or a is None:
+            assert a is b is None, name
+        else:
+            assert float((a - b).norm()) <= 10 * tolerance * scale, name
+
+
+def with_lora(model: nn.Module, *targets: str, **options) -> nn.Module:
+    config = peft.LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights, and of renamed properties
+        model = peft.get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_gives_what_its_logits_give(name) -> None:
+    assert_same(make(name))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere"])
+def test_a_frozen_head_under_lora(name) -> None:
+    assert_same(with_lora(make(name), "q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_head_with_a_lora_adapter(dropout) -> None:
+    model = with_lora(make("Llama"), "q_proj", "lm_head", lora_dropout=dropout)
+    assert_same(model)
+    with model.disable_adapter():
+        inputs = batch()
+        stats = fastrlhf.model_token_stats(model, **inputs)
+        torch.testing.assert_close(
+            stats.logprob.double(), expected(model, inputs)[0], rtol=1e-4, atol=1e-4
+        )
+    model.merge_adapter()
+    with torch.no_grad():
+        stats = fastrlhf.model_token_stats(model, **inputs)
+        torch.testing.assert_close(
+            stats.logprob.double(), expected(model, inputs)[0], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_adapter_dropout_in_training_passes_the_check() -> None:
+    model = with_lora(make("Llama"), "lm_head", lora_dropout=0.5).train()
+    inputs = batch()
+    logprobs = [fastrlhf.model_token_stats(model, **inputs).logprob for _ in range(2)]
+    assert not torch.equal(*logprobs)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_head_that_is_trained_whole_beside_lora() -> None:
+    model = with_lora(make("Llama"), "q_proj", modules_to_save=["lm_head"])
+    assert any("modules_to_save" in n and p.requires_grad for n, p in model.named_parameters())
+    assert_same(model)
+
+
+@pytest.mark.parametrize("variant", ["dora", "lora bias"])
+def test_other_adapters_on_the_head_are_refused(variant) -> None:
+    options = {"use_dora": True} if variant == "dora" else {"lora_bias": True}
+    model = with_lora(make("Llama"), "lm_head", **options)
+    with pytest.raises(TypeError, match="model: the adapter 'default' on its head is not plain"):
+        fastrlhf.model_token_stats(model, **batch())
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_head(bits, double) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    model = make("Llama", hidden_size=64, head_dim=16, vocab_size=128)
+    model.requires_grad_(False)
+    weight = model.lm_head.weight.data
+    if bits == 4:
+        head = bnb.nn.Linear4bit(
+            64, 128, bias=False, quant_type="nf4", compute_dtype=torch.float32,
+            compress_statistics=double,
+        )  # fmt: skip
+        head.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=double
+        )
+    else:
+        head = bnb.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False)
+        head.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    model.lm_head = head.to("cpu")
+    if double:
+        model = with_lora(model, "lm_head")
+    model.get_input_embeddings().weight.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what bitsandbytes casts
+        # The module of an 8-bit head rounds its hidden states too.
+        assert_same(model, 1e-4 if bits == 4 else 2e-2)
+
+
+def test_the_head_of_a_model_serves_the_linear_operations() -> None:
+    for name in ("Gemma2", "Cohere", "Granite", "Phi"):
+        model, inputs = make(name), batch()
+        head = fastrlhf.lm_head(model)
+        hidden = model.base_model(inputs["input_ids"]).last_hidden_state
+        targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+        found = fastrlhf.linear_token_logprobs(hidden, head.weight, targets, **head.options())
+        plain = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+        torch.testing.assert_close(
+            found[:, :-1].double(), expected(model, plain)[0], rtol=1e-4, atol=1e-4
+        )
+    model = with_lora(make("Llama"), "lm_head")
+    merged = fastrlhf.lm_head(model).weight
+    model.merge_adapter()
+    torch.testing.assert_close(merged, fastrlhf.lm_head(model).weight)
+    assert merged.requires_grad
+
+
+def test_default_mask_scores_what_follows_a_real_token() -> None:
+    model, inputs = make("Llama"), batch()
+    inputs["attention_mask"][0, :3] = 0
+    with torch.no_grad():
+        stats = fastrlhf.model_token_stats(model, inputs["input_ids"], inputs["attention_mask"])
+        every = fastrlhf.model_token_stats(model, inputs["input_ids"])
+    scored = stats.logprob != 0
+    assert scored[0].tolist() == [False] * 3 + [True] * 5
+    assert scored[1].tolist() == [True] * 6 + [False] * 2
+    assert (every.logprob != 0).all()
+
+
+def test_the_logits_are_never_built() -> None:
+    model, inputs = make("Llama", vocab_size=5000), batch()
+    shapes = []
+    hook = model.lm_head.register_forward_hook(lambda m, a, out: shapes.append(tuple(out.shape)))
+    fastrlhf.model_token_stats(model, **inputs)
+    fastrlhf.model_token_stats(model, **inputs)
+    hook.remove()
+    # The first call checks four tokens against the model's own logits.
+    assert shapes == [(1, 5, 5000), (3, 9, 1)]
+
+
+def test_the_backbone_runs_once_and_its_hooks_fire() -> None:
+    model = make("Llama")
+    calls = []
+    for module in (model, model.model, model.lm_head):
+        module.register_forward_hook(lambda m, *_: calls.append(type(m).__name__))
+    fastrlhf.model_token_stats(model, **batch())
+    assert calls == ["LlamaModel", "Linear", "LlamaForCausalLM"]
+    assert "forward" not in vars(model.lm_head)
+
+
+class Twisted(nn.Module):
+    """A head that is no plain linear layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).sin()
+
+
+@pytest.mark.parametrize("lie", ["scale", "softcap", "bend", "hook", "class", "unused"])
+def test_a_head_that_is_not_understood_fails_loudly(lie, monkeypatch) -> None:
+    model = make("Llama")
+    if lie == "scale":
+        model.config.logit_scale = 1.01
+    elif lie == "softcap":
+        own = type(model).forward
+        monkeypatch.setattr(
+            type(model), "forward",
+            lambda self, *a, **k: _edited(own(self, *a, **k), lambda z: 60 * torch.tanh(z / 60)),
+        )  # fmt: skip
+    elif lie == "bend":
+        own = type(model).forward
+        monkeypatch.setattr(
+            type(model), "forward",
+            # Where the logits of this model are, it makes no difference: only the ramp shows it.
+            lambda self, *a, **k: _edited(own(self, *a, **k), lambda z: z.clamp(max=50)),
+        )  # fmt: skip
+    elif lie == "hook":
+        model.lm_head.register_forward_hook(lambda m, a, out: 1.1 * out)
+    elif lie == "class":
+        model.lm_head = Twisted(model.lm_head)
+    elif lie == "unused":
+        model.get_output_embeddings = lambda: nn.Linear(32, VOCAB, bias=False)
+    with pytest.raises((RuntimeError, TypeError), match=r"^model: .*use token_stats on"):
+        fastrlhf.model_token_stats(model, **batch())
+    assert "forward" not in vars(model.lm_head)
+
+
+def _edited(output, change):
+    output.logits = change(output.logits)
+    return output
+
+
+def test_bad_inputs_are_named() -> None:
+    model, inputs = make("Llama"), batch()
+    ids = inputs["input_ids"]
+    with pytest.raises(ValueError, match=r"^labels: "):
+        fastrlhf.model_token_stats(model, ids, labels=ids)
+    with pytest.raises(ValueError, match=r"^mask: "):
+        fastrlhf.model_token_stats(model, ids, mask=torch.ones(3, 8))
+    with pytest.raises(ValueError, match=r"^input_ids: .*leaves out positions"):
+        fastrlhf.model_token_stats(model, ids, logits_to_keep=2)
+    with pytest.raises(TypeError, match=r"^model: expected a causal language model"):
+        fastrlhf.model_token_stats(nn.Linear(2, 2), ids)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_bf16_and_autocast() -> None:
+    model, inputs = make("Llama"), batch()
+    exact = expected(model, inputs)[0].detach()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = fastrlhf.model_token_stats(model, **inputs).logprob
+        low = fastrlhf.model_token_stats(copy.deepcopy(model).bfloat16(), **inputs).logprob
+    for found in (autocast, low):
+        assert found.dtype == torch.float32
+        assert 1e-5 < float((found - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_temperature_for_each_token_and_gradient_checkpointing() -> None:
+    model, inputs = make("Llama"), batch()
+    temperature = torch.full((3, 8), 0.5)
+    stats = fastrlhf.model_token_stats(model, **inputs, temperature=temperature)
+    torch.testing.assert_close(
+        stats.logprob.double(), expected(model, inputs, 0.5)[0], rtol=1e-4, atol=1e-4
+    )
+    stats.logprob.sum().backward()
+    before = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    model.train()
+    model.activation_checkpointing_enable()
+    fastrlhf.model_token_stats(model, **inputs, temperature=0.5).logprob.sum().backward()
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, before)
