@@ -12,6 +12,7 @@ from .losses import (
 )
 from .ops import (
     ChunkStats,
+    QuantizedWeight,
     linear_loss,
     linear_token_logprobs,
     linear_token_stats,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChunkStats",
     "LMHead",
+    "QuantizedWeight",
     "TokenStats",
     "cpo_loss",
     "dpo_loss",

@@ -15,7 +15,7 @@ from fastrlhf.losses.arguments import check_pairs
 from fastrlhf.losses.preference import dpo_loss
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
-from fastrlhf.ops import ChunkStats, linear_loss, linear_token_logprobs
+from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
 PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -26,7 +26,7 @@ _OF_THE_BATCH = ("aot", "aot_unpaired")
 
 def linear_dpo_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     targets: Tensor,
     ref_logps: Tensor | None,
     yw_idxs: Tensor,
@@ -103,6 +103,7 @@ def linear_dpo_loss(
     if (
         torch.is_grad_enabled()
         and trained
+        and isinstance(weight, Tensor)
         and not differentiable_ref
         and loss_type not in _OF_THE_BATCH
     ):
@@ -112,7 +113,7 @@ def linear_dpo_loss(
 
 
 def _ungrouped_losses(
-    pair_loss: PairLoss, hidden: Tensor, weight: Tensor, targets: Tensor, head: dict[str, Any]
+    pair_loss: PairLoss, hidden: Tensor, weight: Weight, targets: Tensor, head: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """All log-probs, then the loss: right for any loss."""
     logprobs = linear_token_logprobs(hidden, weight, targets, **head)
@@ -122,7 +123,7 @@ def _ungrouped_losses(
 def _grouped_losses(
     pair_loss: PairLoss,
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     targets: Tensor,
     pairs: tuple[Tensor, Tensor],
     head: dict[str, Any],
@@ -154,9 +155,8 @@ def _grouped_losses(
         logprobs = logprobs.index_put((aux["token"],), aux["logprob"])
     with torch.no_grad():
         losses, rewards = pair_loss(logprobs.view(targets.shape), mask)
-    inputs = (hidden, weight, head["bias"])
     again = partial(_losses_again, pair_loss, targets, head, _current_autocast(hidden))
-    return _SummedGradient.apply(again, total, losses, *inputs), rewards
+    return _SummedGradient.apply(again, total, losses, hidden, weight, head["bias"]), rewards
 
 
 def _losses_again(
@@ -165,7 +165,7 @@ def _losses_again(
     head: dict[str, Any],
     autocast: torch.autocast,
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
 ) -> Tensor:
     with autocast:

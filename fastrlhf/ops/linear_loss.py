@@ -11,6 +11,7 @@ from fastrlhf.reference import accumulation_dtype
 
 from .checks import check_integer, check_same_device, check_shape
 from .linear_arguments import LinearProblem, checked_problem, exact
+from .linear_head import Weight
 from .linear_plans import Needs, Plan, Statistics, choose_plan, loss_alone, loss_and_gradients
 from .linear_rows import Span, even_spans, live_rows, order_by_group, pack_groups
 
@@ -31,7 +32,7 @@ LossFunction = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 def linear_loss(
     loss_fn: LossFunction,
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     targets: Tensor,
     *side_inputs: Tensor,
     groups: Tensor | None = None,

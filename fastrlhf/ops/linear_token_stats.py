@@ -7,6 +7,7 @@ from fastrlhf import reference
 from fastrlhf.reference import TokenStats
 
 from .linear_arguments import LinearProblem, checked_problem, exact
+from .linear_head import Weight
 from .linear_plans import (
     Needs,
     Plan,
@@ -20,7 +21,7 @@ from .linear_rows import even_spans, live_rows_if_known
 
 def linear_token_stats(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -39,7 +40,7 @@ def linear_token_stats(
     Args:
         hidden: (..., H) bf16, fp16, fp32 or fp64.
         weight: (V, H) of the same dtype (any floating dtype under autocast, which decides the dtype
-            of the matmuls as for `F.linear`).
+            of the matmuls as for `F.linear`); or a QuantizedWeight, which is frozen.
         targets: (...) integer, aligned with the hidden states that predict them: see
             `shift_targets`.
         bias: (V,) floating, or None.
@@ -79,7 +80,7 @@ def linear_token_stats(
 
 def linear_token_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     targets: Tensor,
     *,
     bias: Tensor | None = None,

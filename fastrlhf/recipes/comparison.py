@@ -1,4 +1,4 @@
-"""The fused DPO loss beside the one that trainers write, on the same logits."""
+"""The fused DPO loss beside the one that trainers write, from the same hidden states."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,81 +9,104 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
-from fastrlhf import dpo_loss, token_logprobs
+from fastrlhf import LMHead, linear_dpo_loss, lm_head, shift_targets
+from fastrlhf.reference import capped_logits
 
 from .memory import peak_memory
-from .preference import Batch, model_logits
+from .preference import Batch
+
+LossFunction = Callable[[Tensor, LMHead, Batch, Tensor, float], Tensor]
 
 
 class Comparison(NamedTuple):
-    """Both losses, their largest differences, and the bytes that each held, the logits included."""
+    """Both losses, their largest differences, and the bytes that each held beyond its inputs."""
 
-    shape: tuple[int, ...]  # of the logits: (B, T, V)
+    shape: tuple[int, ...]  # of the hidden states: (B, T, H)
+    vocabulary: int
     dtype: str
     fused_loss: float
     plain_loss: float
     loss_difference: float
-    fused_gradient: float  # the largest |d loss / d logits|
+    fused_gradient: float  # the largest |d loss / d hidden|
     plain_gradient: float
     gradient_difference: float  # the largest absolute difference of the two
-    logits_bytes: int
+    logits_bytes: int  # of the logits (B, T, V), which the fused loss does not build
     fused_bytes: int
     plain_bytes: int
 
 
-def fused_loss(logits: Tensor, batch: Batch, reference: Tensor, beta: float) -> Tensor:
+def fused_loss(
+    hidden: Tensor, head: LMHead, batch: Batch, reference: Tensor, beta: float
+) -> Tensor:
     """Compute the mean DPO loss with the operations of this package."""
-    logprobs = token_logprobs(logits, batch.targets, inplace_backward=True)
-    mask = batch.targets != -100
-    losses, _ = dpo_loss(logprobs, reference, batch.chosen, batch.rejected, beta, mask=mask)
+    targets = shift_targets(batch.input_ids, batch.completion_mask)
+    losses, _ = linear_dpo_loss(
+        hidden, head.weight, targets, reference, batch.chosen, batch.rejected, beta,
+        **head.options(),
+    )  # fmt: skip
     return losses.mean()
 
 
-def plain_loss(logits: Tensor, batch: Batch, reference: Tensor, beta: float) -> Tensor:
+def plain_loss(
+    hidden: Tensor, head: LMHead, batch: Batch, reference: Tensor, beta: float
+) -> Tensor:
     """Compute the mean DPO loss in plain PyTorch, as trainers write it."""
-    mask = batch.targets != -100
-    targets = batch.targets.masked_fill(~mask, 0)
-    logprobs = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    log_ratios = (logprobs * mask).sum(-1) - reference
+    weight = head.weight[0 : head.weight.shape[0]]
+    logits = capped_logits(F.linear(hidden, weight, head.bias), head.softcap, head.scale)
+    log_p = logits[:, :-1].float().log_softmax(-1)
+    logprobs = log_p.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    log_ratios = (logprobs * batch.scored).sum(-1) - reference
     margins = log_ratios[batch.chosen] - log_ratios[batch.rejected]
     return -F.logsigmoid(beta * margins).mean()
 
 
 def compare(model: PeftModel, batch: Batch, reference: Tensor, beta: float) -> Comparison:
-    """Run both losses forward and backward from the same logits, and measure what they need."""
+    """Run both losses forward and backward from the same hidden states, and measure what they
+    need.
+    """
+    head = lm_head(model)
     with torch.no_grad():
-        logits = model_logits(model, batch)
+        hidden = model.get_base_model().base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )[0]
 
-    def measure(loss_fn: Callable[..., Tensor]) -> tuple[float, Tensor, int]:
-        leaf = logits.clone().requires_grad_()
-        work = partial(_forward_backward, loss_fn, leaf, batch, reference, beta)
-        (loss, gradient), peak = peak_memory(work, logits.device)
-        return loss, gradient, peak + logits.nbytes
+    def measure(loss_fn: LossFunction) -> tuple[float, Tensor, int]:
+        leaf = hidden.clone().requires_grad_()
+        work = partial(_forward_backward, loss_fn, leaf, head, batch, reference, beta)
+        (loss, gradient), peak = peak_memory(work, hidden.device)
+        return loss, gradient, peak
 
     # The first runs also pay for what is set up once: workspaces, compiled kernels.
     measure(fused_loss)
     measure(plain_loss)
     fused, fused_gradient, fused_bytes = measure(fused_loss)
     plain, plain_gradient, plain_bytes = measure(plain_loss)
+    vocabulary = head.weight.shape[0]
     return Comparison(
-        shape=tuple(logits.shape),
-        dtype=str(logits.dtype).removeprefix("torch."),
+        shape=tuple(hidden.shape),
+        vocabulary=vocabulary,
+        dtype=str(hidden.dtype).removeprefix("torch."),
         fused_loss=fused,
         plain_loss=plain,
         loss_difference=abs(fused - plain),
         fused_gradient=fused_gradient.abs().max().item(),
         plain_gradient=plain_gradient.abs().max().item(),
         gradient_difference=(fused_gradient - plain_gradient).abs().max().item(),
-        logits_bytes=logits.nbytes,
+        logits_bytes=hidden.shape[:-1].numel() * vocabulary * hidden.element_size(),
         fused_bytes=fused_bytes,
         plain_bytes=plain_bytes,
     )
 
 
 def _forward_backward(
-    loss_fn: Callable[..., Tensor], logits: Tensor, batch: Batch, reference: Tensor, beta: float
+    loss_fn: LossFunction,
+    hidden: Tensor,
+    head: LMHead,
+    batch: Batch,
+    reference: Tensor,
+    beta: float,
 ) -> tuple[float, Tensor]:
-    loss = loss_fn(logits, batch, reference, beta)
+    loss = loss_fn(hidden, head, batch, reference, beta)
     loss.backward()
-    assert logits.grad is not None
-    return loss.item(), logits.grad
+    assert hidden.grad is not None
+    return loss.item(), hidden.grad

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastrlhf import dpo_loss, sequence_logprobs, shift_targets, token_logprobs
+from fastrlhf import dpo_loss, model_token_stats, sequence_logprobs
 
 from .sentiment import Pair
 from .settings import TrainingOptions
@@ -20,9 +20,14 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) 0/1
-    targets: Tensor  # (B, T), aligned with the logits; -100 except for completion tokens
+    completion_mask: Tensor  # (B, T) bool
     chosen: Tensor  # (P,) rows
     rejected: Tensor  # (P,) rows
+
+    @property
+    def scored(self) -> Tensor:
+        """Mask (B, T-1) of the log-probs of completion tokens: the first token has none."""
+        return self.completion_mask[:, 1:]
 
 
 class Step(NamedTuple):
@@ -45,24 +50,16 @@ def collate(pairs: Sequence[Pair], pad_token_id: int) -> Batch:
     attention = pad_sequence(
         [torch.ones_like(sequence) for sequence in sequences], batch_first=True
     )
-    targets = shift_targets(input_ids, pad_sequence(completions, batch_first=True))
+    completion = pad_sequence(completions, batch_first=True)
     chosen, rejected = torch.arange(len(samples), device=input_ids.device).chunk(2)
-    return Batch(input_ids, attention, targets, chosen, rejected)
-
-
-def model_logits(model: PeftModel, batch: Batch) -> Tensor:
-    """Run the model on a batch: logits (B, T, V)."""
-    return model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits
+    return Batch(input_ids, attention, completion, chosen, rejected)
 
 
 def completion_logprobs(model: PeftModel, batch: Batch) -> Tensor:
-    """Compute the log-prob of each completion token: (B, T), 0 elsewhere.
-
-    Nothing but the loss reads the logits, so their gradient may take their place.
-    """
-    return token_logprobs(model_logits(model, batch), batch.targets, inplace_backward=True)
+    """Compute the log-prob of each completion token: (B, T-1), 0 elsewhere."""
+    return model_token_stats(
+        model, batch.input_ids, batch.attention_mask, mask=batch.completion_mask
+    ).logprob
 
 
 @torch.no_grad()
@@ -70,7 +67,7 @@ def reference_logprobs(model: PeftModel, batch: Batch) -> Tensor:
     """Sum the log-probs of each completion under the model without its adapters: (B,)."""
     with model.disable_adapter():
         logprobs = completion_logprobs(model, batch)
-    return sequence_logprobs(logprobs, batch.targets != -100)
+    return sequence_logprobs(logprobs, batch.scored)
 
 
 class PairData:
@@ -121,7 +118,7 @@ def train(model: PeftModel, data: PairData, options: TrainingOptions, seed: int)
             batch.chosen,
             batch.rejected,
             options.beta,
-            mask=batch.targets != -100,
+            mask=batch.scored,
         )
         loss = losses.mean()
         optimizer.zero_grad()

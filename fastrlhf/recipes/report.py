@@ -62,10 +62,12 @@ class Report:
 
     def comparison(self, figures: Comparison) -> None:
         """Print both losses, how far they are apart, and their memory."""
-        size = f"{figures.dtype} logits {figures.shape}, {figures.logits_bytes / _MIB:.1f} MiB"
-        table = Table(
-            "", "fused", "plain", "", title=f"Forward and backward of the loss from\n{size}"
+        size = (
+            f"Loss and gradient from {figures.dtype} hidden states {figures.shape},\n"
+            f"whose logits over {figures.vocabulary} tokens take "
+            f"{figures.logits_bytes / _MIB:.1f} MiB"
         )
+        table = Table("", "fused", "plain", "", title=size)
         table.add_row(
             "DPO loss",
             f"{figures.fused_loss:.7f}",
@@ -79,7 +81,7 @@ class Report:
             f"largest difference {figures.gradient_difference:.1e}",
         )
         table.add_row(
-            "peak memory with logits",
+            "peak memory",
             f"{figures.fused_bytes / _MIB:.1f} MiB",
             f"{figures.plain_bytes / _MIB:.1f} MiB",
             f"{figures.plain_bytes / figures.fused_bytes:.2f} times less",
