@@ -2,9 +2,9 @@
 
     python benchmarks/bench_linear_dpo_loss.py [--rounds N]
 
-prints time and memory side by side, in one process with the providers taking turns, so that whatever
-else the machine does meets all of them. Half of each sequence is a prompt, which has no target. TRL's
-function gets the rows with a target alone, as its trainers do on a GPU.
+prints time and memory side by side, in one process with the providers taking turns, so that
+whatever else the machine does meets all of them. Half of each sequence is a prompt, which has no
+target. TRL's function gets the rows with a target alone, as its trainers do on a GPU.
 """
 
 import argparse

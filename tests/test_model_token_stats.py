@@ -338,3 +338,44 @@ def test_temperature_for_each_token_and_gradient_checkpointing() -> None:
     model.activation_checkpointing_enable()
     fastrlhf.model_token_stats(model, **inputs, temperature=0.5).logprob.sum().backward()
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, before)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def logprob_gradients(model: nn.Module, wrapped: nn.Module) -> list[torch.Tensor]:
+    """Gradients of all parameters, accumulated over two passes of a wrapped model."""
+    for _ in range(2):
+        fastrlhf.model_token_stats(wrapped, **batch()).logprob.sum().backward()
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in
+            model.parameters()]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Llama", "Llama, tied"])
+@pytest.mark.parametrize("wrapper", ["ddp", "ddp, unused", "fsdp2", "compile"])
+@pytest.mark.filterwarnings("ignore")  # of the wrappers themselves
+def test_wrapped_models(name, wrapper, process_group) -> None:
+    plain, model = make(name), make(name)
+    wanted = logprob_gradients(plain, plain)
+    if wrapper == "fsdp2":
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+        wrapped = torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        with pytest.raises(RuntimeError, match=r"^model: the weight of its head is sharded"):
+            fastrlhf.lm_head(wrapped)
+    elif wrapper == "compile":
+        wrapped = torch.compile(model, backend="eager")
+        wrapped(batch()["input_ids"])  # compiled with its own head first
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters="unused" in wrapper
+        )
+    for found, want in zip(logprob_gradients(model, wrapped), wanted, strict=True):
+        torch.testing.assert_close(found, want)
