@@ -22,12 +22,12 @@ def test_examples_run(index) -> None:
     run_example(EXAMPLES[index])
 
 
-def test_the_trainer_example_is_short_and_trains_a_hugging_face_model() -> None:
+@pytest.mark.parametrize("name", ["dpo_step", "dpo_step_from_logits"])
+def test_the_trainer_example_is_short_and_trains_a_hugging_face_model(name) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    (example,) = [text for text in EXAMPLES if "def dpo_step" in text]
-    body = example.split('"""', 2)[2].strip().splitlines()
-    assert len(body) <= 10
-    dpo_step = run_example(example)["dpo_step"]
+    (example,) = [text for text in EXAMPLES if f"def {name}(" in text]
+    assert len(example.split(f"def {name}(")[1].strip().splitlines()) <= 10
+    dpo_step = run_example(example)[name]
     config = transformers.LlamaConfig(
         vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1,

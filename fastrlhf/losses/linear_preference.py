@@ -16,6 +16,7 @@ from fastrlhf.losses.preference import dpo_loss
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
+from fastrlhf.ops.backend import outside_of_graphs
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
 PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -108,7 +109,8 @@ def linear_dpo_loss(
         and loss_type not in _OF_THE_BATCH
     ):
         pairs = yw_idxs, yl_idxs
-        return _grouped_losses(pair_loss, hidden, weight, targets, pairs, head)
+        grouped = outside_of_graphs(_grouped_losses)
+        return grouped(pair_loss, hidden, weight, targets, pairs, head)
     return _ungrouped_losses(pair_loss, hidden, weight, targets, head)
 
 

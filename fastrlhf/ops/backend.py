@@ -1,9 +1,15 @@
 """Where an operation runs: Triton kernels, or eager PyTorch with the same semantics."""
 
 import os
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 try:
     _TRITON_INSTALLED = find_spec("triton") is not None
@@ -17,6 +23,14 @@ def check_impl(impl: str) -> None:
     """Raise ValueError unless `impl` names a backend, or "auto"."""
     if impl not in ("auto", "triton", "eager"):
         raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
+
+
+def outside_of_graphs(function: Function) -> Function:
+    """Keep the compiler away from a function whose course depends on what tensors hold.
+
+    A decorator would import the compiler, which takes seconds, only to keep it away.
+    """
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> bool:

@@ -105,12 +105,11 @@ def checked_problem(
     check_same_device("targets", targets, "hidden", hidden)
     check_impl(impl)
     transform = checked_transform(temperature, softcap, scale, targets)
-    check_values_on_host(
-        wide_integers(targets),
-        1.0 if transform.token_temperature is None else transform.token_temperature,
-        vocab,
-        ignore_index,
-    )
+    if not torch.compiler.is_compiling():  # the operator on logits checks again
+        tokens = transform.token_temperature
+        check_values_on_host(
+            wide_integers(targets), 1.0 if tokens is None else tokens, vocab, ignore_index
+        )
     options = LinearOptions(
         *transform[1:], ignore_index, entropy,
         _checked_chunk(chunk_size, vocab, hidden.device), impl, _matmul_dtype(hidden),

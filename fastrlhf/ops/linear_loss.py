@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrlhf.reference import accumulation_dtype
 
+from .backend import outside_of_graphs
 from .checks import check_integer, check_same_device, check_shape
 from .linear_arguments import LinearProblem, checked_problem, exact
 from .linear_head import Weight
@@ -28,7 +29,6 @@ class ChunkStats(NamedTuple):
 LossFunction = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 
 
-@torch.compiler.disable
 def linear_loss(
     loss_fn: LossFunction,
     hidden: Tensor,
@@ -97,7 +97,7 @@ def linear_loss(
         check_integer("groups", groups)
         check_shape("groups", groups, tuple(targets.shape), "the shape of targets")
         check_same_device("groups", groups, "hidden", hidden)
-    return _loss_of(problem, loss_fn, side_inputs, groups)
+    return outside_of_graphs(_loss_of)(problem, loss_fn, side_inputs, groups)
 
 
 def _loss_of(
