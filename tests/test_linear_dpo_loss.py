@@ -188,6 +188,21 @@ def test_without_gradients_and_without_tokens() -> None:
         assert not gradient.any()
 
 
+def test_a_second_derivative_is_right_or_refused() -> None:
+    tensors, targets, ref = inputs()
+    loss = linear(tensors, targets, ref, "sigmoid")[0].mean()
+    with pytest.raises(RuntimeError, match=r"^linear_dpo_loss: .*cannot be differentiated"):
+        torch.autograd.grad(loss, tensors[1], create_graph=True)
+    tensors, targets, ref = inputs(trained=False)
+    with torch.no_grad():
+        tensors[0][targets == -100] = 0.0  # finite differences cannot step from NaN
+
+    def losses(hidden):
+        return linear([hidden, *tensors[1:]], targets, ref, "sigmoid")[0]
+
+    assert torch.autograd.gradgradcheck(losses, (tensors[0],), fast_mode=True)
+
+
 def test_no_pairs() -> None:
     tensors, targets, ref = inputs()
     none = torch.zeros(0, dtype=torch.long)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf.losses.arguments import check_pairs
 from fastrlhf.losses.preference import dpo_loss
@@ -17,6 +16,7 @@ from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
 from fastrlhf.ops.backend import outside_of_graphs
+from fastrlhf.ops.linear_loss import refuse_second_derivative
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
 PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -191,8 +191,8 @@ class _SummedGradient(torch.autograd.Function):
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_losses):
+        refuse_second_derivative("linear_dpo_loss")
         nothing = (None, None, None, None, None, None)
         if d_losses.numel() == 0:
             return nothing

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrlhf.reference import accumulation_dtype
 
@@ -216,6 +215,15 @@ def _check_result(loss: Any, aux: Any, first_aux: dict[str, Tensor]) -> None:
         )
 
 
+def refuse_second_derivative(function: str) -> None:
+    """Raise in a backward whose own derivative is asked for, and would be taken for zero."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: its gradient is computed in the forward and cannot be differentiated "
+            "again (create_graph=True); linear_token_stats can"
+        )
+
+
 class _KnownGradient(torch.autograd.Function):
     """A zero whose gradients with respect to the inputs are known already."""
 
@@ -226,8 +234,8 @@ class _KnownGradient(torch.autograd.Function):
         return inputs[0].new_zeros((), dtype=accumulation_dtype(inputs[0].dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss):
+        refuse_second_derivative("linear_loss")
         return None, *(
             None if known is None else (known * d_loss).to(dtype)
             for known, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

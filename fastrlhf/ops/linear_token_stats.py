@@ -169,8 +169,9 @@ def _times_slopes(
     """Scale the kept vectors of each token by its upstream gradients."""
     live = problem.targets.reshape(-1) != problem.options.ignore_index
     d_hidden = None
-    for slope, upstream in zip(slopes, (d_logprob, d_entropy), strict=True):
-        if upstream is not None and slope.numel():
+    upstreams = d_logprob, d_entropy if problem.options.entropy else None
+    for slope, upstream in zip(slopes, upstreams, strict=True):
+        if upstream is not None:
             part = slope * torch.where(live, upstream, 0.0).unsqueeze(1)
             d_hidden = part if d_hidden is None else d_hidden.add_(part)
     if d_hidden is None:
