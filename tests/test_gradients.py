@@ -162,6 +162,68 @@ def test_sequence_logprobs(device) -> None:
         )
 
 
+def linear_inputs(device, trained: bool):
+    """Hidden states of 4 sequences, a head, targets; garbage where there is no target."""
+    hidden = torch.randn(4, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.float64, device=device, requires_grad=trained)
+    targets = torch.randint(7, (4, 3), device=device)
+    targets[:, 0] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_linear_token_stats(impl, trained, entropy, device) -> None:
+    hidden, weight, targets = linear_inputs(device, trained)
+
+    def statistics(hidden, weight):
+        stats = fastrlhf.linear_token_stats(
+            hidden, weight, targets, softcap=4.0, entropy=entropy, chunk_size=3, impl=impl
+        )
+        return (stats.logprob, stats.entropy) if entropy else stats.logprob
+
+    gradcheck(statistics, (hidden, weight))
+    gradgradcheck(statistics, (hidden, weight))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_linear_loss(impl, chunk_size, device) -> None:
+    hidden, weight, targets = linear_inputs(device, trained=True)
+    factors = torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+    groups = torch.tensor([0, 1, 0, 1], device=device)[:, None].expand(4, 3)
+
+    def of_chunk(stats, factors):
+        same = (stats.groups[:, None] == stats.groups).double()
+        return (same @ (stats.logprob * factors)).tanh().sum() + stats.entropy.square().sum()
+
+    def loss(hidden, weight, factors):
+        return fastrlhf.linear_loss(
+            of_chunk, hidden, weight, targets, factors, groups=groups, entropy=True,
+            chunk_size=chunk_size, impl=impl,
+        )[0]  # fmt: skip
+
+    gradcheck(loss, (hidden, weight, factors))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("loss_type", [*DPO_LOSSES, "simpo", "cpo", "orpo"])
+def test_linear_dpo_loss(trained, loss_type, device) -> None:
+    hidden, weight, targets = linear_inputs(device, trained)
+    free = loss_type in ("simpo", "cpo", "orpo")
+    ref = None if free else torch.randn(4, dtype=torch.float64, device=device)
+    index = (torch.tensor([0, 1, 0], device=device), torch.tensor([2, 3, 1], device=device))
+
+    def losses(hidden, weight):
+        return fastrlhf.linear_dpo_loss(
+            hidden, weight, targets, ref, *index, 0.3, loss_type=loss_type, label_smoothing=0.1,
+            discopop_tau=0.5, chunk_size=4, impl="eager",
+        )[0]  # fmt: skip
+
+    gradcheck(losses, (hidden, weight))
+
+
 def test_the_check_rejects_a_gradient_that_is_off_by_a_thousandth(device) -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod

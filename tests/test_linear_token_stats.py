@@ -347,6 +347,7 @@ def test_a_quantized_weight(bits) -> None:
     [
         ({"hidden": torch.zeros(TOKENS, WIDTH + 1)}, ValueError, "^hidden: expected shape"),
         ({"hidden": torch.zeros(TOKENS, WIDTH).long()}, TypeError, "^hidden: "),
+        ({"weight": None}, TypeError, "^weight: "),
         ({"weight": torch.zeros(VOCAB)}, ValueError, "^weight: "),
         ({"weight": torch.zeros(0, WIDTH)}, ValueError, "^weight: "),
         ({"weight": torch.zeros(VOCAB, WIDTH).bfloat16()}, TypeError, "^weight: expected"),

@@ -9,6 +9,7 @@ from support.oracle import token_stats_oracle
 from torch.utils.checkpoint import checkpoint
 
 from fastrlhf import linear_token_logprobs, linear_token_stats
+from fastrlhf.ops import linear_rows
 
 ROWS, WIDTH, VOCAB = 9, 5, 37
 NAMES = ("hidden", "weight", "bias")
@@ -257,39 +258,28 @@ def test_errors_are_at_most_twice_those_of_fp32_logits(dtype, trained, chunks) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mutant", ["bf16 logits", "bf16 sums", "bf16 gradient of the logits"])
-def test_the_comparison_of_errors_rejects_mutants(dtype, mutant) -> None:
+@pytest.mark.parametrize(("at", "mutant"), enumerate(["logits", "d_hidden", "d_weight"]))
+def test_the_comparison_rejects_sums_of_low_precision(dtype, at, mutant) -> None:
     hidden, weight, targets, g = given = low_precision(dtype)
-    live = targets != -100
-    h, w, x = hidden[live], weight, targets[live]
-    logits = h.float() @ w.float().T
-    if mutant == "bf16 logits":
-        logits = logits.to(dtype).float()
-    log_p = F.log_softmax(logits, -1)
+    live = (targets != -100).nonzero()[:, 0]
+    h, x = hidden[live].float(), targets[live]
+    logits = h @ weight.float().T
+    log_p = F.log_softmax(logits.to(dtype).float() if mutant == "logits" else logits, -1)
+    dz = g[live, None] * (F.one_hot(x, len(weight)) - log_p.exp())
     logprob = torch.zeros(len(targets))
     logprob[live] = log_p.gather(-1, x[:, None])[:, 0]
-    dz = g[live, None] * (F.one_hot(x, len(w)) - log_p.exp())
-    d_weight = torch.zeros_like(w)
-    if mutant == "bf16 sums":
-        for rows in range(0, len(dz), 2):  # 64 chunks
-            d_weight += (dz[rows : rows + 2].T @ h[rows : rows + 2].float()).to(dtype)
-    elif mutant == "bf16 gradient of the logits":
-        low = dz.to(torch.bfloat16).to(dtype).float()
-        d_weight = (low.T @ h.float()).to(dtype)
-    else:
-        d_weight = (dz.T @ h.float()).to(dtype)
-    d_hidden = torch.zeros_like(hidden)
-    d_hidden[live] = (dz @ w.float()).to(dtype)
+    d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+    step = len(weight) // 64 if mutant == "d_hidden" else len(weight)
+    for part in range(0, len(weight), step):
+        share = dz[:, part : part + step] @ weight[part : part + step].float()
+        d_hidden[live] += share.to(dtype)
+    step = 2 if mutant == "d_weight" else len(h)
+    for part in range(0, len(h), step):
+        d_weight += (dz[part : part + step].T @ h[part : part + step]).to(dtype)
     eager = errors_of(in_eager_fp32(*given), given)
     found = errors_of((logprob, d_hidden, d_weight), given)
-    at_fault = 0 if mutant == "bf16 logits" else 2
-    others = {0, 1, 2} - {at_fault} if at_fault else set()
-    if mutant == "bf16 gradient of the logits" and dtype == torch.bfloat16:
-        # One more rounding of the same size: within twice, as documented for CUDA.
-        assert eager[2] < found[2] <= 2 * eager[2]
-    else:
-        assert found[at_fault] > 2 * eager[at_fault], (found, eager)
-    assert all(found[i] <= 2 * eager[i] for i in others)
+    assert found[at] > 2 * eager[at], (found, eager)
+    assert mutant == "logits" or all(found[i] <= 2 * eager[i] for i in {0, 1, 2} - {at})
 
 
 # Cost
@@ -359,8 +349,6 @@ def test_memory_depends_on_the_chunk_and_not_on_the_tokens(wanted, entropy) -> N
 
 
 def test_the_default_chunk_is_bounded(monkeypatch) -> None:
-    from fastrlhf.ops import linear_rows
-
     monkeypatch.setitem(linear_rows._WORKSPACE_BYTES, "cpu", 4 * 3000 * 10)
     _, largest = audit(512, 3000, 4, NAMES, chunk_size=None, ignored=False)
     assert 9 * 3000 <= largest <= 10 * 3000
@@ -389,7 +377,8 @@ def test_autocast_rounds_the_operands_as_linear_does(dtype, wanted) -> None:
             leaves[name].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             logprob = function(*leaves.values())
-        return logprob, torch.autograd.grad(logprob.sum(), [leaves[name] for name in wanted])
+        gradients = torch.autograd.grad(logprob.sum(), [leaves[name] for name in wanted])
+        return logprob.detach(), gradients
 
     def plain(h, w, b):
         return F.linear(h, w, b).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]

@@ -13,7 +13,7 @@ from .checks import (
     check_shape,
     wide_integers,
 )
-from .linear_head import Head, Weight
+from .linear_head import Head, QuantizedWeight, Weight
 from .linear_plans import Workbench
 from .linear_rows import Rows, default_chunk
 from .token_stats import check_values_on_host
@@ -120,7 +120,7 @@ def checked_problem(
 
 
 def _check_weight(weight: Weight, hidden: Tensor) -> None:
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, QuantizedWeight):
         check_floating("weight", weight)
         if weight.dtype != hidden.dtype and not _autocast(hidden):
             raise TypeError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """L2 error of all entries together, relative to what is expected."""
-    actual, expected = actual.detach().cpu().double(), expected.cpu().double()
+    actual, expected = (x.detach().cpu().double() for x in (actual, expected))
     scale = expected.norm()
     error = (actual - expected).norm()
     return float(error / scale) if scale > 0 else float(error)

@@ -1,4 +1,4 @@
-"""Count the multiply-adds of every matmul, from the shapes of its arguments, and the largest output.
+"""Count the operations of every matmul, from the shapes of its arguments; find the largest output.
 
 A mode of our own, because `torch.utils.flop_counter` misses `addmm_` and `addmm` with `out=`.
 """
