@@ -251,6 +251,8 @@ def test_compiled_callers() -> None:
         (lambda lp: lp, "^loss_fn: expected a 0-d"),
         (lambda lp: 1.0, "^loss_fn: expected a 0-d"),
         (lambda lp: (lp.sum(), lp), "^loss_fn: expected a dict"),
+        (lambda lp: (lp.sum(), {}, {}), "^loss_fn: .*got 3 values"),
+        (lambda lp: (), "^loss_fn: expected a 0-d"),
         (lambda lp: (lp.sum(), {"x": 1.0}), "^loss_fn: .*'x'"),
         (lambda lp: (lp.sum(), {"x": torch.zeros(2, 2)}), "^loss_fn: .*'x'"),
         (lambda lp: (lp.sum(), {"a" if len(lp) == 4 else "b": lp}), "^loss_fn: expected the same"),

@@ -169,8 +169,9 @@ class _ChunkLosses:
         with torch.set_grad_enabled(self.grad):
             stats = ChunkStats(logprob, entropy, found.lse, groups)
             result = self.loss_fn(stats, *(x[index] for x in self.side_inputs))
-            loss, aux = result if isinstance(result, tuple) else (result, {})
-            _check_result(loss, aux, self.aux[0] if self.aux else aux)
+            loss, *rest = result if isinstance(result, tuple) and result else (result,)
+            aux = rest[0] if rest else {}
+            _check_result(loss, aux, rest[1:], self.aux[0] if self.aux else aux)
         self.losses.append(loss)
         self.aux.append({name: value.detach() for name, value in aux.items()})
         return self._slopes(loss, logprob, entropy)
@@ -197,13 +198,14 @@ class _ChunkLosses:
         }
 
 
-def _check_result(loss: Any, aux: Any, first_aux: dict[str, Tensor]) -> None:
+def _check_result(loss: Any, aux: Any, more: list, first_aux: dict[str, Tensor]) -> None:
     """Raise unless a loss_fn returned what it should, and the same kind as for the first chunk."""
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
         got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
         raise ValueError(f"loss_fn: expected a 0-d floating loss (a sum over tokens), got {got}")
-    if not isinstance(aux, dict):
-        raise ValueError(f"loss_fn: expected a dict after the loss, got {type(aux)}")
+    if not isinstance(aux, dict) or more:
+        got = f"{2 + len(more)} values" if more else type(aux)
+        raise ValueError(f"loss_fn: expected a dict after the loss, and nothing else, got {got}")
     for name, value in aux.items():
         if not isinstance(value, Tensor) or value.ndim > 1:
             raise ValueError(f"loss_fn: expected 0-d or 1-d tensors in its dict, {name!r} is none")
