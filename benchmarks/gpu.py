@@ -142,6 +142,60 @@ def measure(bandwidth: float) -> list[dict]:
     return results
 
 
+def linear_plans(rows: int = 8192, vocab: int = 128256, width: int = 4096) -> list[dict]:
+    """Time the plans from hidden states; the limit is as many matmuls as a plan needs."""
+    import fastrlhf
+
+    hidden = torch.randn(rows, width, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(vocab, width, device="cuda") * 0.02).bfloat16()
+    targets = torch.randint(vocab, (rows,), device="cuda")
+    groups = torch.arange(rows, device="cuda") // 512
+    with torch.no_grad():
+        matmul = median_ms(lambda: hidden[:2048] @ weight.T) * rows / 2048
+
+    def log_probs() -> None:
+        hidden.grad = weight.grad = None
+        fastrlhf.linear_token_logprobs(hidden, weight, targets).sum().backward()
+
+    def grouped_loss() -> None:
+        hidden.grad = weight.grad = None
+        fastrlhf.linear_loss(
+            lambda stats: -stats.logprob.sum(), hidden, weight, targets, groups=groups
+        )[0].backward()
+
+    def no_gradient() -> None:
+        with torch.no_grad():
+            fastrlhf.linear_token_logprobs(hidden, weight, targets)
+
+    plans = [
+        ("P0 log-probs, no gradient", no_gradient, False, 1),
+        ("P1 log-probs, head frozen", log_probs, False, 2),
+        ("P3 grouped loss, head trained", grouped_loss, True, 3),
+        ("P4 log-probs, head trained", log_probs, True, 4),
+    ]
+    results = []
+    for name, work, trained, matmuls in plans:
+        weight.requires_grad_(trained)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ms = median_ms(work, rounds=7)
+        limit = matmuls * matmul
+        results.append(
+            {
+                "operation": name,
+                "rows": rows,
+                "vocab": vocab,
+                "width": width,
+                "ms": round(ms, 3),
+                "limit_ms": round(limit, 3),
+                "fraction_of_limit": round(limit / ms, 3),
+                "peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1),
+            }
+        )
+        print(results[-1], flush=True)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<name of the GPU>")
@@ -167,6 +221,7 @@ def main() -> int:
             "copy_bytes_per_second": bandwidth,
             "tests_exit_status": None if arguments.skip_tests else status,
             "results": measure(bandwidth),
+            "from_hidden_states": linear_plans(),
         }
     (output / "token_stats.json").write_text(json.dumps(report, indent=1) + "\n")
     return status
