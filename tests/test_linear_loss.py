@@ -169,7 +169,10 @@ def test_a_second_derivative_is_refused() -> None:
     tensors, targets, advantages = inputs()
     loss = linear(reinforce, tensors, targets, advantages)[0]
     with pytest.raises(RuntimeError, match=r"^linear_loss: .*cannot be differentiated"):
-        autograd.grad(loss, tensors[1], create_graph=True)
+        autograd.grad(loss, tensors[1], create_graph=True, retain_graph=True)
+    # It would miss what goes through the log-probs.
+    with pytest.raises(RuntimeError, match=r"^linear_loss: .*cannot be differentiated"):
+        autograd.grad(loss, advantages, create_graph=True)
 
 
 def test_autocast_and_small_fp16_losses() -> None:

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import accumulation_dtype
-
 from .backend import outside_of_graphs
 from .checks import check_integer, check_same_device, check_shape
 from .linear_arguments import LinearProblem, checked_problem, exact
@@ -71,8 +69,8 @@ def linear_loss(
         aux: the entries of loss_fn's dict, detached; 1-d ones concatenated, 0-d ones added up.
 
     The loss is differentiable, once, with respect to hidden, weight and bias; and with respect to
-    side inputs and whatever else loss_fn uses. Whatever scale backward gets is applied to the
-    gradients that were computed with the loss.
+    side inputs and whatever else loss_fn uses, which runs without autocast. Whatever scale backward
+    gets is applied to the gradients that were computed with the loss.
 
     Cost, in matmuls G of the tokens with a target: G without gradients, 2G for hidden or the head
     alone, 3G for both; G more for the tokens of groups larger than chunk_size. Memory:
@@ -123,9 +121,8 @@ def _loss_of(
     loss, aux = chunks.total(bench.rows.hidden.new_zeros((), dtype=bench.head.sums))
     if plan is Plan.P0:
         return loss, aux
-    return loss + _KnownGradient.apply(
-        gradients.totals(problem.hidden, problem.bias, problem.weights), *inputs
-    ), aux
+    known = gradients.totals(problem.hidden, problem.bias, problem.weights)
+    return _WithKnownGradient.apply(loss, known, *inputs), aux
 
 
 def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, list[list[Span]]]:
@@ -226,19 +223,24 @@ def refuse_second_derivative(function: str) -> None:
         )
 
 
-class _KnownGradient(torch.autograd.Function):
-    """A zero whose gradients with respect to the inputs are known already."""
+class _WithKnownGradient(torch.autograd.Function):
+    """A loss, and its gradients with respect to the inputs, which are known already.
+
+    All of the loss passes through, so that no derivative of it is itself differentiated: it would
+    miss what goes through the statistics.
+    """
 
     @staticmethod
-    def forward(ctx, known, *inputs):
+    def forward(ctx, loss, known, *inputs):
         ctx.save_for_backward(*known)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return inputs[0].new_zeros((), dtype=accumulation_dtype(inputs[0].dtype))
+        return loss.clone()
 
     @staticmethod
     def backward(ctx, d_loss):
         refuse_second_derivative("linear_loss")
-        return None, *(
+        scaled = [
             None if known is None else (known * d_loss).to(dtype)
             for known, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
+        ]
+        return d_loss, None, *scaled
