@@ -66,6 +66,7 @@ def linear(tensors: list[Tensor], targets: Tensor, ref: Tensor, loss_type: str, 
     hidden, weight, *bias = tensors
     head["bias"] = bias[0] if bias else None
     head.setdefault("chunk_size", 5)
+    head.setdefault("impl", "eager")
     given = None if loss_type in REFERENCE_FREE else ref
     return fastrlhf.linear_dpo_loss(
         hidden, weight, targets, given, CHOSEN, REJECTED, 0.3, loss_type=loss_type, gamma=0.7,
@@ -96,6 +97,22 @@ def test_values_and_gradients(loss_type, reduction) -> None:
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert not found[0][targets == -100].any()
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_the_kernels_give_the_same(loss_type, device) -> None:
+    tensors, targets, ref = inputs()
+    expected, _ = plain(tensors, targets, ref, loss_type)
+    wanted = torch.autograd.grad(expected.mean(), tensors)
+    moved = [x.detach().to(device).requires_grad_() for x in tensors]
+    losses, _ = fastrlhf.linear_dpo_loss(
+        moved[0], moved[1], targets.to(device), ref.to(device), CHOSEN.to(device),
+        REJECTED.to(device), 0.3, loss_type=loss_type, bias=moved[2], chunk_size=5, impl="triton",
+        **OPTIONS,
+    )  # fmt: skip
+    torch.testing.assert_close(losses.cpu(), expected)
+    for a, b in zip(torch.autograd.grad(losses.mean(), moved), wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("trained", [False, True])
