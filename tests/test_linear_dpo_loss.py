@@ -220,6 +220,17 @@ def test_a_second_derivative_is_right_or_refused() -> None:
     assert torch.autograd.gradgradcheck(losses, (tensors[0],), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["hidden", "weight", "targets", "ref_logps", "yw_idxs"])
+def test_what_is_no_tensor_is_named(name) -> None:
+    tensors, targets, ref = inputs()
+    arguments = {
+        "hidden": tensors[0], "weight": tensors[1], "targets": targets, "ref_logps": ref,
+        "yw_idxs": CHOSEN, "yl_idxs": REJECTED, name: [1.0],
+    }  # fmt: skip
+    with pytest.raises(TypeError, match=f"^{name}: "):
+        fastrlhf.linear_dpo_loss(**arguments)
+
+
 def test_no_pairs() -> None:
     tensors, targets, ref = inputs()
     none = torch.zeros(0, dtype=torch.long)

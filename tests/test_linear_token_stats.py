@@ -157,6 +157,16 @@ def test_errors_are_at_most_twice_those_of_fp32_logits(dtype, trained) -> None:
         assert own <= 2 * eager
 
 
+def test_bf16_logits_would_not_pass() -> None:
+    (_, theirs), (_, exact) = errors(torch.bfloat16, True)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 64, generator=generator).bfloat16()
+    weight = (torch.randn(500, 64, generator=generator) * 0.3).bfloat16()
+    targets = torch.randint(500, (256,), generator=generator)
+    log_p = F.linear(hidden, weight).float().log_softmax(-1)
+    assert relative_error(log_p.gather(-1, targets[:, None])[:, 0], exact[0]) > 100 * theirs[0]
+
+
 def test_the_weight_gradient_stays_exact_over_64_chunks() -> None:
     (ours, theirs), (found, exact) = errors(torch.bfloat16, True, tokens=256, chunk_size=4)
     assert ours[2] <= 2 * theirs[2]

@@ -34,13 +34,18 @@ def check_pairs(
     if mask is None and logps.ndim != 1:
         hint = "; token log-probs (B, T) need a mask" if name == "pi_logps" else ""
         raise ValueError(f"{name}: expected shape (B,), got {tuple(logps.shape)}{hint}")
+    check_pair_indices(name, logps, yw_idxs, yl_idxs)
+
+
+def check_pair_indices(name: str, sequences: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> None:
+    """Check the indices of pairs into the first dimension of a tensor."""
     for index_name, index in (("yw_idxs", yw_idxs), ("yl_idxs", yl_idxs)):
         check_integer(index_name, index)
         if index.ndim != 1:
             raise ValueError(f"{index_name}: expected shape (P,), got {tuple(index.shape)}")
-        check_same_device(index_name, index, name, logps)
+        check_same_device(index_name, index, name, sequences)
         if not torch.compiler.is_compiling():
-            check_indices_on_host(index_name, index, logps.shape[0], f"sequences of {name}")
+            check_indices_on_host(index_name, index, sequences.shape[0], f"sequences of {name}")
     check_shape("yl_idxs", yl_idxs, tuple(yw_idxs.shape), "the shape of yw_idxs")
 
 

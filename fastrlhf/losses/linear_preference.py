@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_pairs
+from fastrlhf.losses.arguments import check_pair_indices
 from fastrlhf.losses.preference import dpo_loss
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
 from fastrlhf.ops.backend import outside_of_graphs
+from fastrlhf.ops.checks import check_integer
 from fastrlhf.ops.linear_loss import refuse_second_derivative
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
@@ -97,10 +98,14 @@ def linear_dpo_loss(
         "bias": bias, "temperature": temperature, "softcap": softcap, "scale": scale,
         "ignore_index": ignore_index, "chunk_size": chunk_size, "impl": impl,
     }  # fmt: skip
-    if isinstance(targets, Tensor) and targets.ndim != 2:
+    check_integer("targets", targets)
+    if targets.ndim != 2:
         raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    differentiable_ref = ref_logps is not None and ref_logps.requires_grad
+    # What is no tensor is refused further down, by its name.
+    trained, differentiable_ref = (
+        any(getattr(x, "requires_grad", False) for x in tensors)
+        for tensors in ((weight, bias), (ref_logps,))
+    )
     if (
         torch.is_grad_enabled()
         and trained
@@ -132,7 +137,7 @@ def _grouped_losses(
 ) -> tuple[Tensor, Tensor]:
     """The loss of the sequences that share pairs as soon as their log-probs are known."""
     mask = targets != head["ignore_index"]
-    check_pairs("targets", torch.empty_like(targets, dtype=torch.float32), *pairs, mask)
+    check_pair_indices("targets", targets, *pairs)
     chosen, rejected = (index.long() for index in pairs)
 
     def of_chunk(stats: ChunkStats, token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
