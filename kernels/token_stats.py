@@ -1,15 +1,7 @@
 """Logits → log-prob, entropy and log-sum-exp of each row (K1), and → their gradient (K2).
 
-K1 reads every logit once. A program takes one *split* of one row and runs the online recurrence
-over it: the largest logit so far (`peak`), Σ e^(z - peak) over all tokens but the target (`rest`)
-and, for the entropy, Σ e^(z - peak)·(z - peak) over the same tokens (`moment`). Each lane keeps its
-own recurrence over short vectors that one thread loads at once, so that an element costs one
-exponential and nothing is exchanged before the end of the split. A second, tiny launch combines the
-splits of a row.
-
-Two decisions carry the numerics. The target stays out of `rest`, so that log p = -softplus(ln rest
-- z_target) is exact where p → 1 and `z_target - lse` would cancel. And K2 gets `peak` and
-`log_norm` = lse - peak apart, because their sum loses 1e-3 nats in fp32 where logits reach 1e4.
+K1 reads every logit once. A program takes one *split* of one row and runs the online recurrence of
+`rows.py` over it; a second, tiny launch combines the splits of a row.
 
 How a row is cut depends on the vocabulary and the dtype alone, never on the number of rows: few
 rows fill the machine, and a row's result has the same bits whatever batch surrounds it. No atomics.
@@ -20,87 +12,35 @@ zeroed unread, whatever they hold.
 Dims: N rows = outer x inner, V vocabulary, S splits.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from .tiles import (
-    ASSERTING,
-    LN2,
-    LOG2E,
-    capped_logits,
-    expm1,
-    log_sigmoid,
-    row_start,
-    row_temperature,
+from .rows import (
+    RowPlan,
+    add_tile,
+    finite_base,
+    gradient_tile,
+    merged_lanes,
+    move_base,
+    row_plan,
+    statistics,
+    strides,
+    tile_columns,
+    transform_options,
 )
+from .tiles import ASSERTING, LOG2E, capped_logits, row_start, row_temperature
 
-
-class RowPlan(NamedTuple):
-    """How one row is cut: S splits of `width` tokens, in tiles of `lanes` x `vec`."""
-
-    lanes: int
-    vec: int
-    lane_stride: int
-    vec_stride: int
-    width: int
-    splits: int
-    warps: int
-
-    @property
-    def tile(self) -> int:
-        return self.lanes * self.vec
-
-
-# At large vocabularies, a tile is two 128-bit loads on each thread of 8 warps: 16 tokens of bf16.
 # Four tiles share one final reduction, and a row of 128k still makes 8 programs.
-_THREAD_BYTES = 32
 _MAX_WARPS = 8
 _TILES_PER_SPLIT = 4
-_VEC = 8
 
 
-def row_plan(vocab: int, dtype: torch.dtype) -> RowPlan:
-    """Cut a row by its vocabulary and dtype alone, which is what makes results batch invariant."""
-    warp_tokens = 32 * _THREAD_BYTES // dtype.itemsize
-    tile = max(_VEC, min(_MAX_WARPS * warp_tokens, triton.next_power_of_2(vocab)))
-    lanes = tile // _VEC
-    # A thread owns the vectors of its lanes. Rows that all start at 16 bytes let it load neighbours
-    # at once; other rows are loaded an element at a time, and then neighbouring threads take
-    # neighbours.
-    strides: tuple[int, int] = (_VEC, 1) if vocab % 16 == 0 else (1, lanes)
-    width = _TILES_PER_SPLIT * tile
-    warps = max(1, tile // warp_tokens)
-    return RowPlan(lanes, _VEC, *strides, width, triton.cdiv(vocab, width), warps)
-
-
-@triton.jit
-def _tile_columns(
-    LANES: tl.constexpr, VEC: tl.constexpr, LANE_STRIDE: tl.constexpr, VEC_STRIDE: tl.constexpr
-):
-    """Columns of a (LANES, VEC) tile, relative to its first."""
-    return tl.arange(0, LANES)[:, None] * LANE_STRIDE + tl.arange(0, VEC)[None, :] * VEC_STRIDE
-
-
-@triton.jit
-def _move_base(peak, rest, moment, base, rate, WITH_ENTROPY: tl.constexpr):
-    """Express sums taken relative to `peak` relative to `base` instead; `rate` turns logits into
-    bits.
-    """
-    shift = (peak - base) * rate
-    fade = tl.exp2(shift)
-    if WITH_ENTROPY:
-        # A sum that fades to nothing (an empty one has peak -inf) must not meet inf·0.
-        moment = (moment + rest * tl.where(fade > 0, shift, 0.0)) * fade
-    return rest * fade, moment
-
-
-@triton.jit
-def _finite_base(peak):
-    """The peak, or 0 where there were only -inf logits: any finite base then gives e^-inf = 0."""
-    return tl.where(peak == -float("inf"), 0.0, peak)
+def _plan(vocab: int, dtype: torch.dtype) -> tuple[RowPlan, int, int]:
+    """Cut a row: its tiles, the width of a split and the number of splits."""
+    plan = row_plan(vocab, dtype, _MAX_WARPS)
+    width = _TILES_PER_SPLIT * plan.tile
+    return plan, width, triton.cdiv(vocab, width)
 
 
 # What varies from batch to batch is not specialised, so that no batch compiles a kernel anew.
@@ -144,38 +84,29 @@ def _token_stats_fwd_kernel(
     scale = tl.full((), scale, acc)
     softcap = tl.full((), softcap, acc)
     source = logits + row_start(row, inner, stride_outer, stride_inner)
-    tile_columns = _tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
+    within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
 
     peak = tl.full((LANES,), -float("inf"), acc)
     rest = tl.zeros((LANES,), acc)
     moment = tl.zeros((LANES,), acc)
     first = split * WIDTH
     for start in range(first, tl.minimum(first + WIDTH, vocab), LANES * VEC):
-        columns = start + tile_columns
+        columns = start + within_tile
         inside = columns < vocab
         x = tl.load(
             source + columns.to(tl.int64) * stride_vocab, mask=inside, other=-float("inf")
         ).to(acc)
-        capped, _ = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-        if HAS_SOFTCAP:
-            capped = tl.where(inside, capped, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(capped, axis=1))
-        base = _finite_base(new_peak)
-        bits = (capped - base[:, None]) * rate
-        weight = tl.where(columns == target, 0.0, tl.exp2(bits))
-        rest, moment = _move_base(peak, rest, moment, base, rate, WITH_ENTROPY)
-        rest += tl.sum(weight, axis=1)
-        if WITH_ENTROPY:
-            moment += tl.sum(tl.where(weight > 0, weight * bits, 0.0), axis=1)
-        peak = new_peak
+        peak, rest, moment = add_tile(
+            x, inside, columns, target, peak, rest, moment, rate, scale, softcap,
+            HAS_SOFTCAP, WITH_ENTROPY,
+        )  # fmt: skip
 
-    row_peak = tl.max(peak, axis=0)
-    rest, moment = _move_base(peak, rest, moment, _finite_base(row_peak), rate, WITH_ENTROPY)
+    row_peak, rest, moment = merged_lanes(peak, rest, moment, rate, WITH_ENTROPY)
     plane = rows.to(tl.int64) * splits
     tl.store(partials + program, row_peak)
-    tl.store(partials + plane + program, tl.sum(rest, axis=0))
+    tl.store(partials + plane + program, rest)
     if WITH_ENTROPY:
-        tl.store(partials + 2 * plane + program, tl.sum(moment, axis=0))
+        tl.store(partials + 2 * plane + program, moment)
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "splits", "ignore_index"])
@@ -228,13 +159,12 @@ def _token_stats_combine_kernel(
     else:
         moment = rest
     row_peak = tl.max(peak, axis=1)
-    base = _finite_base(row_peak)
     if PER_TOKEN_TEMPERATURE:
         split_rate = rate[:, None]
     else:
         split_rate = rate
-    rest, moment = _move_base(peak, rest, moment, base[:, None], split_rate, WITH_ENTROPY)
-    rest = tl.sum(rest, axis=1)
+    base = finite_base(row_peak)
+    rest, moment = move_base(peak, rest, moment, base[:, None], split_rate, WITH_ENTROPY)
 
     x = tl.load(
         logits + row_start(row, inner, stride_outer, stride_inner) + target * stride_vocab,
@@ -242,23 +172,15 @@ def _token_stats_combine_kernel(
         other=float("nan"),
     ).to(acc)
     capped, _ = capped_logits(x, tl.full((), scale, acc), tl.full((), softcap, acc), HAS_SOFTCAP)
-    target_bits = (capped - base) * rate
-    target_weight = tl.exp2(target_bits)
-    total = rest + target_weight
-    log_norm = tl.log(total)
-    logprob = log_sigmoid(target_bits * LN2 - tl.log(rest))
-    # Nothing but -inf. The maximum passes over NaN, which the sums and the target show.
-    empty = (row_peak == -float("inf")) & (rest == 0.0) & (capped == -float("inf"))
-    logprob = tl.where(empty, -float("inf"), logprob)
+    logprob, entropy, log_norm, empty, base = statistics(
+        row_peak, tl.sum(rest, axis=1), tl.sum(moment, axis=1), capped, rate, WITH_ENTROPY
+    )
 
     tl.store(logprob_out + row, tl.where(live, logprob, 0.0), mask=inside)
     tl.store(lse_out + row, tl.where(live, base / row_t + log_norm, 0.0), mask=inside)
     tl.store(peak_out + row, tl.where(live & (empty == 0), base, -float("inf")), mask=inside)
     tl.store(log_norm_out + row, tl.where(live, log_norm, 0.0), mask=inside)
     if WITH_ENTROPY:
-        moment = tl.sum(moment, axis=1)
-        moment += tl.where(target_weight > 0, target_weight * target_bits, 0.0)
-        entropy = tl.where(empty, 0.0, log_norm - LN2 * moment / total)
         tl.store(entropy_out + row, tl.where(live, entropy, 0.0), mask=inside)
 
 
@@ -298,13 +220,14 @@ def _token_stats_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles
     start = (program % tiles).to(tl.int32) * (LANES * VEC)
-    columns = start + _tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
+    columns = start + tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
     inside = columns < vocab
     destination = d_logits + row_start(row, inner, d_stride_outer, d_stride_inner)
     destination += columns.to(tl.int64) * d_stride_vocab
 
     base = tl.load(peak + row)
     g = tl.load(d_logprob + row)
+    h = g  # unused without the entropy, as is row_entropy below
     without_gradient = g == 0.0
     if WITH_ENTROPY:
         h = tl.load(d_entropy + row)
@@ -320,14 +243,14 @@ def _token_stats_bwd_kernel(
     softcap = tl.full((), softcap, acc)
     source = logits + row_start(row, inner, stride_outer, stride_inner)
     x = tl.load(source + columns.to(tl.int64) * stride_vocab, mask=inside, other=0.0).to(acc)
-    capped, slope = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-    bits = (capped - base) * (LOG2E / row_t) - tl.load(log_norm + row) * LOG2E
-    p = tl.exp2(bits)
-    # g·(1 - p) at the target, from log p where p is nearly 1.
-    dz = tl.where(columns == target, -g * expm1(tl.load(logprob + row)), -g * p)
+    row_entropy = g
     if WITH_ENTROPY:
-        dz -= tl.where(p > 0, h * p * (bits * LN2 + tl.load(entropy + row)), 0.0)
-    tl.store(destination, (dz * (slope * (1.0 / row_t))).to(d_logits.dtype.element_ty), mask=inside)
+        row_entropy = tl.load(entropy + row)
+    dx = gradient_tile(
+        x, columns, target, base, tl.load(log_norm + row), tl.load(logprob + row), row_entropy,
+        g, h, row_t, scale, softcap, HAS_SOFTCAP, WITH_ENTROPY,
+    )  # fmt: skip
+    tl.store(destination, dx.to(d_logits.dtype.element_ty), mask=inside)
 
 
 def token_stats_forward(
@@ -347,27 +270,23 @@ def token_stats_forward(
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
-    plan = row_plan(vocab, logits.dtype)
+    plan, width, splits = _plan(vocab, logits.dtype)
     acc = torch.promote_types(logits.dtype, torch.float32)
-    partials = logits.new_empty((3 if entropy else 2, rows, plan.splits), dtype=acc)
+    partials = logits.new_empty((3 if entropy else 2, rows, splits), dtype=acc)
     logprob, lse, peak, log_norm = (logits.new_empty(rows, dtype=acc) for _ in range(4))
     stats = (logprob, logits.new_empty(rows if entropy else 0, dtype=acc), lse, peak, log_norm)
-    transform, token_temperature = _transform_options(temperature, softcap, scale, logits)
+    transform, token_temperature = transform_options(temperature, softcap, scale, logits)
     sources = (logits, targets, token_temperature, partials)
-    shape = (rows, inner, *_strides(logits), vocab, plan.splits, ignore_index)
+    shape = (rows, inner, *strides(logits), vocab, splits, ignore_index)
     options = {**transform, "WITH_ENTROPY": entropy}
-    _token_stats_fwd_kernel[(rows * plan.splits,)](
+    _token_stats_fwd_kernel[(rows * splits,)](
         *sources,
         *shape,
         **options,
-        WIDTH=plan.width,
-        LANES=plan.lanes,
-        VEC=plan.vec,
-        LANE_STRIDE=plan.lane_stride,
-        VEC_STRIDE=plan.vec_stride,
-        num_warps=plan.warps,
+        WIDTH=width,
+        **plan.options(),
     )
-    padded = triton.next_power_of_2(plan.splits)
+    padded = triton.next_power_of_2(splits)
     block = max(1, 128 // padded)
     _token_stats_combine_kernel[(triton.cdiv(rows, block),)](
         *sources,
@@ -400,9 +319,9 @@ def token_stats_backward(
     `stats` are the logprob, entropy, peak and log_norm that K1 gave; all rows (N,) are contiguous.
     """
     outer, inner, vocab = logits.shape
-    plan = row_plan(vocab, logits.dtype)
+    plan, _, _ = _plan(vocab, logits.dtype)
     tiles = triton.cdiv(vocab, plan.tile)
-    transform, token_temperature = _transform_options(temperature, softcap, scale, logits)
+    transform, token_temperature = transform_options(temperature, softcap, scale, logits)
     _token_stats_bwd_kernel[(outer * inner * tiles,)](
         d_logits,
         logits,
@@ -412,43 +331,11 @@ def token_stats_backward(
         d_logprob,
         d_logprob if d_entropy is None else d_entropy,
         inner,
-        *_strides(d_logits),
-        *_strides(logits),
+        *strides(d_logits),
+        *strides(logits),
         vocab,
         tiles,
         **transform,
         WITH_ENTROPY=d_entropy is not None,
-        LANES=plan.lanes,
-        VEC=plan.vec,
-        LANE_STRIDE=plan.lane_stride,
-        VEC_STRIDE=plan.vec_stride,
-        num_warps=plan.warps,
+        **plan.options(),
     )
-
-
-def _strides(rows: torch.Tensor) -> tuple[int, ...]:
-    """Strides of an (outer, inner, V) view; that of a single outer block is never used, so never
-    large.
-    """
-    return (rows.stride(0) if rows.shape[0] > 1 else 0, *rows.stride()[1:])
-
-
-def _transform_options(
-    temperature: float | torch.Tensor,
-    softcap: float | None,
-    scale: float,
-    placeholder: torch.Tensor,
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Kernel arguments of the logit transform, and the pointer to per-token temperatures.
-
-    A pointer that the kernel, told so by a constexpr, never follows is any tensor's.
-    """
-    per_token = isinstance(temperature, torch.Tensor)
-    options: dict[str, Any] = {
-        "temperature": 1.0 if per_token else temperature,
-        "softcap": 1.0 if softcap is None else softcap,
-        "scale": scale,
-        "PER_TOKEN_TEMPERATURE": per_token,
-        "HAS_SOFTCAP": softcap is not None,
-    }
-    return options, temperature if isinstance(temperature, torch.Tensor) else placeholder
