@@ -281,3 +281,24 @@ def preference_loss(
     margin = comparable[chosen.long()] - comparable[rejected.long()]
     smoothing = label_smoothing if loss.smoothed else 0.0
     return loss.formula(margin, beta, smoothing), (beta * scores).detach()
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Compute advantages and returns (B, T) of the tokens of the mask, 0 elsewhere: 1506.02438
+    Eq. 16.
+    """
+    dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    keep = mask != 0
+    rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = values.new_zeros(values.shape[0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        # A token that does not count is passed over: what follows it follows the one before it.
+        next_advantage = torch.where(keep[:, t], advantage, next_advantage)
+        next_value = torch.where(keep[:, t], values[:, t], next_value)
+        advantages[:, t] = torch.where(keep[:, t], advantage, 0.0)
+    return advantages, advantages + values

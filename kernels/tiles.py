@@ -35,6 +35,16 @@ def expm1(x):
 
 
 @triton.jit
+def expm1_minus(x):
+    """e^x - 1 - x without cancellation: x²/2 by Taylor's series near 0."""
+    terms: tl.constexpr = 16 if x.dtype == tl.float64 else 8
+    series = x * 0.0 + 1.0
+    for i in tl.static_range(terms):
+        series = 1.0 + series * x * (1.0 / (terms + 2 - i))
+    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, exp(x) - 1.0 - x)
+
+
+@triton.jit
 def log1p(u):
     """ln(1 + u) for u >= 0 without cancellation: 2 artanh(u / (2 + u)), as a series up to u = 1."""
     terms: tl.constexpr = 18 if u.dtype == tl.float64 else 9

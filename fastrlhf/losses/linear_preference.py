@@ -15,9 +15,8 @@ from fastrlhf.losses.preference import dpo_loss
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
-from fastrlhf.ops.backend import outside_of_graphs
+from fastrlhf.ops.backend import outside_of_graphs, refuse_second_derivative
 from fastrlhf.ops.checks import check_integer
-from fastrlhf.ops.linear_loss import refuse_second_derivative
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
 PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -197,7 +196,7 @@ class _SummedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_losses):
-        refuse_second_derivative("linear_dpo_loss")
+        refuse_second_derivative("linear_dpo_loss", "linear_token_stats")
         nothing = (None, None, None, None, None, None)
         if d_losses.numel() == 0:
             return nothing

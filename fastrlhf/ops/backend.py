@@ -58,3 +58,12 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
             f"before Python starts; got {tensor.device}"
         )
     return True
+
+
+def refuse_second_derivative(function: str, alternative: str) -> None:
+    """Raise in a backward whose own derivative is asked for, and would be taken for zero."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: its gradient is computed in the forward and cannot be differentiated "
+            f"again (create_graph=True); that of {alternative} can"
+        )

@@ -41,12 +41,32 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         )
 
 
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is `least` or more."""
+    _check_is_number(name, value)
+    if not value >= least:
+        raise ValueError(f"{name}: expected a number of at least {least}, got {value}")
+
+
+def check_between(name: str, value: float, least: float, most: float) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is in [least, most]."""
+    _check_is_number(name, value)
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected a number in [{least}, {most}], got {value}")
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise TypeError unless `value` is a number, ValueError unless it is positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    _check_is_number(name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite."""
+    _check_is_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> None:
@@ -65,6 +85,16 @@ def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> Non
 def wide_integers(index: Tensor) -> Tensor:
     """Widen small integers, in which a sentinel or the size of a vocabulary would wrap around."""
     return index if index.dtype in (torch.int64, torch.int32) else index.long()
+
+
+def token_contiguous(x: Tensor) -> Tensor:
+    """Return (B, T) itself where tokens are neighbours, as in a slice of sequences or positions."""
+    return x if x.stride(-1) == 1 and x.stride(0) >= 0 else x.contiguous()
+
+
+def _check_is_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], kind: str) -> None:

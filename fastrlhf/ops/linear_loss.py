@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import outside_of_graphs
+from .backend import outside_of_graphs, refuse_second_derivative
 from .checks import check_integer, check_same_device, check_shape
 from .linear_arguments import LinearProblem, checked_problem, exact
 from .linear_head import Weight
@@ -214,15 +214,6 @@ def _check_result(loss: Any, aux: Any, more: list, first_aux: dict[str, Tensor])
         )
 
 
-def refuse_second_derivative(function: str) -> None:
-    """Raise in a backward whose own derivative is asked for, and would be taken for zero."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{function}: its gradient is computed in the forward and cannot be differentiated "
-            "again (create_graph=True); linear_token_stats can"
-        )
-
-
 class _WithKnownGradient(torch.autograd.Function):
     """A loss, and its gradients with respect to the inputs, which are known already.
 
@@ -238,7 +229,7 @@ class _WithKnownGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        refuse_second_derivative("linear_loss")
+        refuse_second_derivative("linear_loss", "linear_token_stats")
         scaled = [
             None if known is None else (known * d_loss).to(dtype)
             for known, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

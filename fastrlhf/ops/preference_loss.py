@@ -12,7 +12,7 @@ from fastrlhf import reference
 from fastrlhf.reference import MARGIN_LOSSES
 
 from .backend import use_triton
-from .checks import wide_integers
+from .checks import token_contiguous, wide_integers
 
 
 def preference_loss(
@@ -62,11 +62,11 @@ def _forward(
 
     loss = MARGIN_LOSSES[loss_type]
     return preference_loss_forward(
-        _token_contiguous(policy if mask is not None else policy.unsqueeze(1)),
-        _token_contiguous(ref),
+        token_contiguous(policy if mask is not None else policy.unsqueeze(1)),
+        token_contiguous(ref),
         wide_integers(chosen).contiguous(),
         wide_integers(rejected).contiguous(),
-        None if mask is None else _token_contiguous(mask),
+        None if mask is None else token_contiguous(mask),
         None if lengths is None else lengths.contiguous(),
         formula=loss.kernel,
         average=loss.average,
@@ -97,7 +97,7 @@ def _backward(
     return preference_loss_backward(
         wide_integers(chosen).contiguous(),
         wide_integers(rejected).contiguous(),
-        None if mask is None else _token_contiguous(mask),
+        None if mask is None else token_contiguous(mask),
         slopes,
         weights,
         d_losses.contiguous(),
@@ -144,8 +144,3 @@ def _autograd(ctx, d_losses, *_):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _token_contiguous(x: Tensor) -> Tensor:
-    """The tensor itself where tokens are neighbours, as in any slice of sequences or positions."""
-    return x if x.stride(-1) == 1 and x.stride(0) >= 0 else x.contiguous()

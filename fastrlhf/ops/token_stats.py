@@ -22,7 +22,7 @@ from .checks import (
     check_shape,
     wide_integers,
 )
-from .transform import checked_transform
+from .transform import Transform, checked_transform
 
 # Logits that the eager backend holds in fp32 at once (at least one row): 4 MiB stay in a CPU's
 # cache.
@@ -89,13 +89,7 @@ def token_stats(
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.
     """
-    check_floating("logits", logits)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
-    check_integer("targets", targets)
-    check_shape("targets", targets, tuple(logits.shape[:-1]), "logits without the vocabulary")
-    check_same_device("targets", targets, "logits", logits)
-    transform = checked_transform(temperature, softcap, scale, targets)
+    transform = checked_logits(logits, targets, temperature, softcap, scale)
     logprob, row_entropy, lse, _, _ = _forward(
         logits, targets, *transform, ignore_index, entropy, inplace_backward, impl
     )
@@ -103,6 +97,27 @@ def token_stats(
     return TokenStats(
         logprob.view(shape), row_entropy.view(shape) if entropy else None, lse.detach().view(shape)
     )
+
+
+def checked_logits(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> Transform:
+    """Check logits (..., V), their targets (...) and how they are transformed.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by its public name.
+    """
+    check_floating("logits", logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
+    check_integer("targets", targets)
+    check_shape("targets", targets, tuple(logits.shape[:-1]), "logits without the vocabulary")
+    check_same_device("targets", targets, "logits", logits)
+    return checked_transform(temperature, softcap, scale, targets)
 
 
 def token_logprobs(
@@ -147,7 +162,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     triton = use_triton(impl, logits)
-    rows, targets, row_temperature = _flat(logits, targets, token_temperature, temperature)
+    rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
     check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
     if targets.numel() == 0:
         return _empty_statistics(logits, 0, entropy)
@@ -211,7 +226,7 @@ def _backward_into(
     impl: str,
 ) -> None:
     """Write the gradient into d_logits: fresh zeros, or the logits themselves."""
-    rows, targets, row_temperature = _flat(logits, targets, token_temperature, temperature)
+    rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
     d_rows = rows if d_logits is logits else d_logits.view(rows.shape)
     d_logprob = d_logprob.contiguous()
     d_entropy = None if d_entropy is None else d_entropy.contiguous()
@@ -331,7 +346,7 @@ def _autograd(ctx, d_logprob, d_entropy, *_):
     else:
         arguments = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
         arguments += (temperature, softcap, scale, impl)
-        if inplace and _can_overwrite(logits):
+        if inplace and can_overwrite(logits):
             _backward_inplace(*arguments)
             d_logits = logits.detach()
         else:
@@ -342,7 +357,7 @@ def _autograd(ctx, d_logprob, d_entropy, *_):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _flat(
+def flat_rows(
     logits: Tensor, targets: Tensor, token_temperature: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Logits as (outer, inner, V), targets and temperatures as contiguous (N,)."""
@@ -375,7 +390,7 @@ def _row_view(logits: Tensor) -> Tensor | None:
     return None
 
 
-def _can_overwrite(logits: Tensor) -> bool:
+def can_overwrite(logits: Tensor) -> bool:
     """Whether each logit has a memory cell of its own, reachable without a copy."""
     rows = _row_view(logits)
     if rows is None:

@@ -1,0 +1,151 @@
+"""From rewards to advantages: shaped rewards, whitening, and baselines from groups of samples.
+
+Everything here is a constant of the training step: nothing is differentiable, but `whiten`.
+
+Dims: B sequences, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.penalties import kl_penalty
+from fastrlhf.losses.segments import segment_sums
+from fastrlhf.ops.checks import (
+    check_finite,
+    check_floating,
+    check_integer,
+    check_mask,
+    check_same_device,
+    check_shape,
+)
+from fastrlhf.reference import accumulation_dtype
+
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce++")
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scale the entries of the mask to variance 1, and shift them to mean 0.
+
+    Eager equivalent: `(x - x[mask].mean()) * (x[mask].var() + 1e-8).rsqrt()`, plus the mean again
+    without shift_mean; the variance is that of a sample (divided by n - 1).
+
+    Args:
+        x: (B, T), or any shape.
+        mask: the same shape, bool or 0/1; entries outside can hold anything.
+        shift_mean: whether the mean becomes 0, or stays.
+
+    Returns:
+        The shape of x, fp32 (fp64 for fp64); 0 outside of the mask. A single entry has variance 0.
+
+    Differentiable. Raises TypeError, ValueError for dtypes, shapes or devices that do not fit.
+    """
+    check_floating("x", x)
+    check_mask("mask", mask)
+    check_shape("mask", mask, tuple(x.shape), "the shape of x")
+    check_same_device("mask", mask, "x", x)
+    inside = mask != 0
+    x = torch.where(inside, x, 0.0).to(accumulation_dtype(x.dtype))
+    count = inside.sum()
+    mean = x.sum() / count.clamp(min=1)
+    centred = torch.where(inside, x - mean, 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    scaled = centred * torch.rsqrt(variance + 1e-8)
+    return scaled if shift_mean else torch.where(inside, scaled + mean, 0.0)
+
+
+@torch.no_grad()
+def shaped_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+) -> Tensor:
+    """Compute the reward of each token: a KL penalty, and on the last token the sequence's score.
+
+    Eager equivalent::
+
+        rewards = -kl_coef * kl_penalty(logprobs, ref_logprobs, kl_estimator) * mask
+        rewards[sequence, last_token_of_mask] += scores
+
+    Args:
+        scores: (B,) of the reward model.
+        logprobs, ref_logprobs: (B, T) under the policy that sampled and the reference, in nats.
+        mask: (B, T) bool or 0/1, the tokens of the completions; the others can hold anything.
+        kl_coef: weight of the penalty.
+        kl_estimator: see `kl_penalty`.
+
+    Returns:
+        (B, T) fp32 (fp64 for fp64 log-probs), 0 outside of the mask; not differentiable. The score
+        of a sequence without tokens goes nowhere.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown estimator.
+
+    Source: 2203.02155 (InstructGPT), 2009.01325.
+    """
+    check_tokens("logprobs", logprobs, mask)
+    check_floating("scores", scores)
+    check_shape("scores", scores, (logprobs.shape[0],), "one for each sequence")
+    check_same_device("scores", scores, "logprobs", logprobs)
+    check_finite("kl_coef", kl_coef)
+    inside = mask != 0
+    penalty = kl_penalty(logprobs, ref_logprobs, kl_estimator)
+    rewards = torch.where(inside, -kl_coef * penalty, 0.0)
+    # The last token of the mask is the one after which it counts no other.
+    is_last = inside & (inside.flip(-1).cumsum(-1).flip(-1) == 1)
+    return torch.where(is_last, rewards + scores.unsqueeze(1), rewards).to(penalty.dtype)
+
+
+@torch.no_grad()
+def group_advantages(rewards: Tensor, groups: Tensor, *, kind: str = "grpo") -> Tensor:
+    """Compute the advantage of each sequence over the others that answer the same prompt.
+
+    Eager equivalent, for the rewards R of one group, μ their mean, σ their sample standard
+    deviation (n - 1) and n their number::
+
+        grpo: (R - μ) / (σ + 1e-4)
+        dr_grpo: R - μ
+        rloo: R_i - mean of the other R_j = (R - μ) · n / (n - 1)
+        reinforce++: (R - μ) / (σ + 1e-4), where μ and σ are those of the whole batch
+
+    Args:
+        rewards: (B,) one for each sequence.
+        groups: (B,) integer, the same for the samples of one prompt; in any order, of any sizes.
+        kind: see above.
+
+    Returns:
+        (B,) fp32 (fp64 for fp64 rewards), not differentiable. A group of equal rewards gets exactly
+        0, so that the fused losses do not read its tokens; so does a group of one.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown kind.
+
+    Source: 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++).
+    """
+    check_floating("rewards", rewards)
+    check_integer("groups", groups)
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
+    check_shape("groups", groups, tuple(rewards.shape), "the shape of rewards")
+    check_same_device("groups", groups, "rewards", rewards)
+    if kind not in ADVANTAGES:
+        raise ValueError(f"kind: expected one of {', '.join(ADVANTAGES)}, got {kind!r}")
+    rewards = rewards.to(accumulation_dtype(rewards.dtype))
+    if kind == "reinforce++":
+        groups = torch.zeros_like(groups)
+    order = groups.argsort(stable=True)
+    ids, values = groups[order], rewards[order]
+    # Relative to the first of its group, so that rounding leaves no trace of equal rewards.
+    values = values - values[torch.searchsorted(ids, ids)]
+    count = segment_sums(torch.ones_like(values), ids)
+    centred = values - segment_sums(values, ids) / count
+    if kind in ("grpo", "reinforce++"):
+        variance = segment_sums(centred.square(), ids) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + 1e-4)
+    elif kind == "rloo":
+        centred = centred * count / (count - 1).clamp(min=1)
+    return torch.empty_like(centred).index_copy_(0, order, centred)

@@ -1,0 +1,223 @@
+"""The policy losses from logits, in one launch, and from hidden states, at the fewest matmuls.
+
+Dims: B sequences, T tokens, H hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.losses.policy import (
+    Metrics,
+    policy_metrics,
+    reduced_loss,
+    token_log_ratio,
+    token_losses,
+)
+from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyOptions, policy_batch
+from fastrlhf.losses.segments import segment_sums
+from fastrlhf.ops import (
+    ChunkStats,
+    PolicyFormula,
+    Weight,
+    linear_loss,
+    policy_loss,
+    token_stats,
+)
+from fastrlhf.ops.backend import use_triton
+from fastrlhf.ops.checks import check_floating, check_integer, check_same_device, check_shape
+from fastrlhf.ops.token_stats import checked_logits
+
+# Marks the tokens that are not read. A target of -100 that the mask wants is an error, not one of
+# these.
+_IGNORED = -(2**31)
+
+
+def logits_policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    entropy: bool = False,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+    **policy_options: Any,
+) -> tuple[Tensor, Metrics]:
+    """Compute `policy_loss` and its gradient from logits, in one launch.
+
+    Eager equivalent::
+
+        stats = token_stats(logits, targets, entropy=True, ...)
+        loss, metrics = policy_loss(
+            stats.logprob, old_logprobs, advantages, mask, entropy=stats.entropy, ...
+        )
+
+    Args:
+        logits: (B, T, V) bf16, fp16, fp32 or fp64, any strides.
+        targets: (B, T) integer, the tokens that were sampled, aligned with the logits that predict
+            them (`shift_targets`). Outside of the mask they can hold anything.
+        old_logprobs, advantages, mask, ref_logprobs, rollout_weights: as `policy_loss`.
+        entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
+        temperature, softcap, scale, impl: as `token_stats`.
+        inplace_backward: let the gradient overwrite the logits, where their memory does not overlap
+            itself. It is computed along with the loss, so the logits are spent once this function
+            returns; autograd then refuses the backward of any graph that saved them.
+        **policy_options: surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef,
+            kl_estimator, entropy_coef, reduction, normalizer and sapo_temperatures of
+            `policy_loss`; or `**grpo_options(...)`.
+
+    Returns:
+        loss and metrics, as `policy_loss`.
+
+    Differentiable, once, with respect to the logits.
+
+    The kernel reads the logits twice, the second time mostly from the cache, and writes the
+    gradient once. Tokens outside of the mask are not read, nor are those without an advantage,
+    unless there is a reference or an entropy to look at; a token whose ratio is clipped is read
+    once. Backward hands the gradient on if its upstream is 1, and otherwise scales it: a factor for
+    gradient accumulation costs less as a normalizer. Without gradients, the logits are read once. A
+    ratio of sequences needs all log-probs before the first gradient: it takes `token_stats` and its
+    backward, as does the eager backend.
+
+    Raises:
+        TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
+    """
+    options = PolicyOptions.parse("logits_policy_loss", policy_options)
+    transform = checked_logits(logits, targets, temperature, softcap, scale)
+    with_entropy = entropy or options.entropy_coef != 0
+    batch = policy_batch(
+        options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
+        with_entropy=with_entropy,
+    )  # fmt: skip
+    targets = _active_targets(targets, batch)
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    if differentiable and options.ratio_level == "token" and use_triton(impl, logits):
+        loss, logprobs, entropies = policy_loss(
+            logits, targets, batch.tokens, transform, _formula(options),
+            ignore_index=_IGNORED, entropy=with_entropy, inplace=inplace_backward,
+        )  # fmt: skip
+        found = entropies if with_entropy else None
+        return loss, policy_metrics(options, batch, logprobs, found)
+    stats = token_stats(
+        logits, targets, temperature=temperature, softcap=softcap, scale=scale,
+        ignore_index=_IGNORED, entropy=with_entropy, inplace_backward=inplace_backward, impl=impl,
+    )  # fmt: skip
+    loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
+    return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Weight,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    entropy: bool = False,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    **policy_options: Any,
+) -> tuple[Tensor, Metrics]:
+    """Compute `policy_loss` from hidden states and the weight of the head: no logits are built.
+
+    Eager equivalent::
+
+        stats = linear_token_stats(hidden, weight, targets, entropy=True, ...)
+        loss, metrics = policy_loss(
+            stats.logprob, old_logprobs, advantages, mask, entropy=stats.entropy, ...
+        )
+
+    Args:
+        hidden: (B, T, H).
+        weight: (V, H).
+        targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, entropy,
+            **policy_options: as `logits_policy_loss`.
+        bias, temperature, softcap, scale, chunk_size, impl: as `linear_token_stats`.
+
+    Returns:
+        loss and metrics, as `policy_loss`.
+
+    Differentiable, once, with respect to hidden, weight and bias.
+
+    Cost, in matmuls G of the active tokens: G without gradients, 2G where hidden or the head alone
+    needs one, 3G for both, with an entropy bonus too. Active are the tokens of the mask, without
+    those that have no advantage, unless there is a reference or an entropy to look at. Memory: as
+    `linear_loss`, by which it is computed; with a ratio of sequences, those are its groups.
+
+    Raises:
+        TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
+    """
+    options = PolicyOptions.parse("linear_policy_loss", policy_options)
+    check_floating("hidden", hidden)
+    check_integer("targets", targets)
+    with_entropy = entropy or options.entropy_coef != 0
+    batch = policy_batch(
+        options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
+        with_entropy=with_entropy,
+    )  # fmt: skip
+    by_sequence = options.ratio_level == "sequence"
+    names, sides = zip(
+        *((name, x) for name, x in batch.tokens._asdict().items() if x is not None), strict=True
+    )
+
+    def of_chunk(
+        stats: ChunkStats, token: Tensor, *chunk: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = batch.tokens._replace(**dict(zip(names, chunk, strict=True)))
+        log_ratio = token_log_ratio(tokens, stats.logprob)
+        if by_sequence:
+            assert stats.groups is not None
+            count = segment_sums(torch.ones_like(log_ratio), stats.groups)
+            log_ratio = segment_sums(log_ratio, stats.groups) / count
+        losses = token_losses(options, tokens, stats.logprob, stats.entropy, log_ratio)
+        found = {"token": token, "logprob": stats.logprob}
+        if stats.entropy is not None:
+            found["entropy"] = stats.entropy
+        return (losses * tokens.weights).sum(), found
+
+    token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+    sequence = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
+    loss, aux = linear_loss(
+        of_chunk, hidden, weight, _active_targets(targets, batch), token, *sides,
+        groups=sequence if by_sequence else None, bias=bias, temperature=temperature,
+        softcap=softcap, scale=scale, ignore_index=_IGNORED, entropy=with_entropy,
+        chunk_size=chunk_size, impl=impl,
+    )  # fmt: skip
+
+    def of_all(name: str) -> Tensor:
+        values = loss.detach().new_zeros(mask.numel())
+        return (values.index_put((aux["token"],), aux[name]) if aux else values).view(mask.shape)
+
+    entropies = of_all("entropy") if with_entropy else None
+    return loss, policy_metrics(options, batch, of_all("logprob"), entropies)
+
+
+def _active_targets(targets: Tensor, batch: PolicyBatch) -> Tensor:
+    """Targets (B, T) of the active tokens, all others ignored."""
+    check_shape("targets", targets, tuple(batch.mask.shape), "the shape of mask")
+    check_same_device("targets", targets, "mask", batch.mask)
+    return torch.where(batch.active, targets.long(), _IGNORED)
+
+
+def _formula(options: PolicyOptions) -> PolicyFormula:
+    dual_clip = torch.inf if options.dual_clip is None else options.dual_clip
+    settings = (
+        1 - options.clip_low, 1 + options.clip_high, dual_clip, *options.sapo_temperatures,
+        options.kl_coef, options.entropy_coef,
+    )  # fmt: skip
+    return PolicyFormula(options.surrogate, options.kl_estimator, settings)

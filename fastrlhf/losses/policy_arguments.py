@@ -1,0 +1,146 @@
+"""What all forms of the policy loss take: options, and a batch of tokens, checked and cleared.
+
+Dims: B sequences, T tokens.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf.losses.penalties import check_estimator
+from fastrlhf.losses.reduce import check_reduction, token_weights
+from fastrlhf.losses.surrogates import SURROGATES, Bounds
+from fastrlhf.ops import PolicyTokens
+from fastrlhf.ops.checks import (
+    check_at_least,
+    check_finite,
+    check_floating,
+    check_mask,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
+from fastrlhf.reference import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """The options of a policy loss that are no tensors, with their defaults; see `policy_loss`."""
+
+    surrogate: str = "clip"
+    ratio_level: str = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    reduction: str = "token-mean"
+    normalizer: float | Tensor | None = None
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+
+    def __post_init__(self) -> None:
+        if self.surrogate not in SURROGATES:
+            raise ValueError(
+                f"surrogate: expected one of {', '.join(SURROGATES)}, got {self.surrogate!r}"
+            )
+        if self.ratio_level not in ("token", "sequence"):
+            raise ValueError(
+                f'ratio_level: expected "token" or "sequence", got {self.ratio_level!r}'
+            )
+        check_at_least("clip_low", self.clip_low, 0)
+        check_at_least("clip_high", self.clip_high, 0)
+        check_finite("kl_coef", self.kl_coef)
+        check_finite("entropy_coef", self.entropy_coef)
+        if self.dual_clip is not None:
+            check_at_least("dual_clip", self.dual_clip, 1)
+            if not self.dual_clip > 1:
+                raise ValueError(f"dual_clip: expected more than 1, got {self.dual_clip}")
+        if not isinstance(self.sapo_temperatures, tuple) or len(self.sapo_temperatures) != 2:
+            raise ValueError(
+                "sapo_temperatures: expected two numbers, for A > 0 and for the rest, got "
+                f"{self.sapo_temperatures!r}"
+            )
+        for tau in self.sapo_temperatures:
+            check_positive("sapo_temperatures", tau)
+        check_estimator("kl_estimator", self.kl_estimator)
+        check_reduction(self.reduction, self.normalizer)
+
+    @classmethod
+    def parse(cls, function: str, given: dict[str, Any]) -> "PolicyOptions":
+        """Make options from the keywords of a function, which an unknown one is a TypeError of."""
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise TypeError(
+                    f"{function}: unexpected option {name!r}; expected one of {', '.join(names)}"
+                )
+        return cls(**given)
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.clip_low, self.clip_high, self.dual_clip, *self.sapo_temperatures)
+
+
+class PolicyBatch(NamedTuple):
+    """The constants of a batch, as if there were nothing outside of the mask."""
+
+    mask: Tensor  # (B, T) bool
+    # (B, T) bool: tokens of the mask that are looked at. With no advantage, no reference and no
+    # entropy to look at, a token changes neither the loss nor its gradient.
+    active: Tensor
+    tokens: PolicyTokens  # (B, T) each
+
+
+def policy_batch(
+    options: PolicyOptions,
+    dtype: torch.dtype,
+    mask: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    rollout_weights: Tensor | None,
+    *,
+    with_entropy: bool,
+) -> PolicyBatch:
+    """Check the tensors that accompany log-probs (B, T) of a dtype, and clear what the mask hides.
+
+    Raises:
+        TypeError, ValueError: a tensor that does not fit, or is missing for an option.
+    """
+    check_mask("mask", mask)
+    if mask.ndim != 2:
+        raise ValueError(f"mask: expected shape (B, T), got {tuple(mask.shape)}")
+    if options.kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
+    shape, inside = tuple(mask.shape), mask != 0
+
+    def cleared(name: str, x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        check_floating(name, x)
+        check_same_device(name, x, "mask", mask)
+        per_sequence = name in ("advantages", "rollout_weights")
+        if per_sequence and tuple(x.shape) in (shape[:1], (*shape[:1], 1)):
+            x = x.reshape(-1, 1).expand(shape)
+        else:
+            what = "the shape of mask" + (", or (B,)" if per_sequence else "")
+            check_shape(name, x, shape, what)
+        return torch.where(inside, x.detach(), 0.0).to(accumulation_dtype(dtype))
+
+    gain = cleared("advantages", advantages)
+    assert gain is not None
+    rollout = cleared("rollout_weights", rollout_weights)
+    if rollout is not None:
+        # The surrogates are homogeneous in the advantage, so this weighs them, and not the penalty.
+        gain = gain * rollout
+    active = inside
+    if ref_logprobs is None and not with_entropy:
+        active = inside & (gain != 0)
+        if options.ratio_level == "sequence":  # its tokens share a ratio
+            active = inside & active.any(-1, keepdim=True)
+    weights = token_weights(inside, options.reduction, options.normalizer, gain.dtype)
+    old, ref = cleared("old_logprobs", old_logprobs), cleared("ref_logprobs", ref_logprobs)
+    return PolicyBatch(inside, active, PolicyTokens(old, ref, gain, weights))

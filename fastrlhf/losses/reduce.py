@@ -1,0 +1,52 @@
+"""From losses of tokens to one number: which weight each token has in it.
+
+Dims: B sequences, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops.checks import check_positive
+
+REDUCTIONS = ("token-mean", "sequence-mean", "sequence-sum", "constant")
+
+
+def check_reduction(reduction: str, normalizer: float | Tensor | None) -> None:
+    """Raise unless the reduction exists and the normalizer is a positive number, or 0-d tensor."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is None:
+        if reduction == "constant":
+            raise ValueError(
+                "normalizer: expected a number for reduction 'constant' (such as sequences times "
+                "the longest completion allowed), got None"
+            )
+    elif isinstance(normalizer, Tensor):
+        if normalizer.ndim != 0:
+            raise ValueError(
+                f"normalizer: expected a number or a 0-d tensor, got {tuple(normalizer.shape)}"
+            )
+    else:
+        check_positive("normalizer", normalizer)
+
+
+def token_weights(
+    mask: Tensor, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Give each token of the mask (B, T) its weight in the reduced loss; 0 outside of the mask."""
+    lengths = mask.sum(-1, keepdim=True).to(dtype).clamp(min=1)
+    if normalizer is None:
+        # Only where there is one does a batch without tokens, or without sequences, need care.
+        whole = mask.sum().to(dtype) if reduction == "token-mean" else mask.shape[0]
+        denominator = torch.as_tensor(whole, dtype=dtype, device=mask.device).clamp(min=1)
+    else:
+        denominator = torch.as_tensor(normalizer, dtype=dtype, device=mask.device).detach()
+    if reduction == "sequence-mean":
+        denominator = denominator * lengths
+    return torch.where(mask, 1 / denominator, 0.0)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Average over the mask, whatever lies outside; 0 where the mask is empty."""
+    total = torch.where(mask, x, 0.0).sum()
+    return total / mask.sum().clamp(min=1)

@@ -1,0 +1,74 @@
+"""The loss of a value model (critic).
+
+Dims: B sequences, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.reduce import check_reduction, masked_mean, token_weights
+from fastrlhf.ops.checks import check_at_least, check_floating, check_same_device, check_shape
+from fastrlhf.reference import accumulation_dtype
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float | None = 0.2,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute PPO's clipped squared error of a value model, averaged over tokens.
+
+    Eager equivalent::
+
+        clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        losses = torch.max((values - returns) ** 2, (clipped - returns) ** 2) / 2
+        loss = losses[mask].mean()
+
+    Args:
+        values: (B, T) of the model that is trained.
+        old_values: (B, T) at the time of sampling.
+        returns: (B, T) to be predicted, see `gae`.
+        mask: (B, T) bool or 0/1, the tokens that count; the others can hold anything.
+        clip_range: how far a value may move from its old one before the loss stops to reward it;
+            None for no bound.
+        normalizer: number or 0-d tensor that replaces the number of tokens, for batches that are
+            spread over steps or devices.
+
+    Returns:
+        loss: 0-d, fp32 (fp64 for fp64 values), differentiable with respect to values, twice too.
+        metrics: detached 0-d tensors; "val/clipfrac_avg" is the share of tokens whose loss is that
+            of the clipped value.
+
+    A batch without tokens has loss 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; clip_range < 0.
+
+    Source: PPO's reference implementation, with the ½ of 2005.12729 and TRL.
+    """
+    check_tokens("values", values, mask)
+    for name, x in (("old_values", old_values), ("returns", returns)):
+        check_floating(name, x)
+        check_shape(name, x, tuple(values.shape), "the shape of values")
+        check_same_device(name, x, "values", values)
+    if clip_range is not None:
+        check_at_least("clip_range", clip_range, 0)
+    check_reduction("token-mean", normalizer)
+    inside, dtype = mask != 0, accumulation_dtype(values.dtype)
+    values = torch.where(inside, values, 0.0).to(dtype)
+    old, target = (torch.where(inside, x.detach(), 0.0).to(dtype) for x in (old_values, returns))
+    losses = (values - target).square()
+    clipped = torch.zeros_like(inside)
+    if clip_range is not None:
+        bounded = old + (values - old).clamp(-clip_range, clip_range)
+        of_bounded = (bounded - target).square()
+        clipped = of_bounded > losses
+        losses = torch.maximum(losses, of_bounded)
+    weights = token_weights(inside, "token-mean", normalizer, dtype)
+    loss = (losses / 2 * weights).sum()
+    return loss, {"val/clipfrac_avg": masked_mean(clipped.to(dtype), inside)}

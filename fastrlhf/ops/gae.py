@@ -1,0 +1,77 @@
+"""Generalised advantage estimation, by a scan on a GPU.
+
+Dims: B sequences, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+
+from .backend import use_triton
+from .checks import (
+    check_between,
+    check_floating,
+    check_mask,
+    check_same_device,
+    check_shape,
+    token_contiguous,
+)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Estimate the advantage of each token, and the return that its value should have predicted.
+
+    Eager equivalent, for one sequence, where everything counts and the value after the end is 0::
+
+        for t in reversed(range(T)):
+            delta = rewards[t] + gamma * values[t + 1] - values[t]
+            advantages[t] = delta + gamma * lam * advantages[t + 1]
+        returns = advantages + values
+
+    Args:
+        rewards: (B, T), see `shaped_rewards`.
+        values: (B, T) that the value model gave when the tokens were sampled.
+        mask: (B, T) bool or 0/1, the tokens that count. The others can hold anything, and may stand
+            anywhere: the token after them is the next one of the token before them.
+        gamma: discount in [0, 1].
+        lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1).
+        impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton"
+            or "eager".
+
+    Returns:
+        advantages and returns, (B, T) each, fp32 (fp64 if an input is), 0 outside of the mask; not
+        differentiable.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; gamma or lam outside
+            [0, 1].
+
+    Source: 1506.02438 Eq. 16.
+    """
+    check_floating("rewards", rewards)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards: expected shape (B, T), got {tuple(rewards.shape)}")
+    check_floating("values", values)
+    check_mask("mask", mask)
+    for name, x in (("values", values), ("mask", mask)):
+        check_shape(name, x, tuple(rewards.shape), "the shape of rewards")
+        check_same_device(name, x, "rewards", rewards)
+    check_between("gamma", gamma, 0, 1)
+    check_between("lam", lam, 0, 1)
+    if rewards.numel() == 0 or not use_triton(impl, rewards, auto_interprets=True):
+        return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    from fastrlhf.kernels.scan import gae as launch
+
+    return launch(
+        *(token_contiguous(x) for x in (rewards, values, mask)), gamma=float(gamma), lam=float(lam)
+    )

@@ -1,0 +1,213 @@
+"""Logits → policy loss, with the gradient computed along with it: one launch of the kernel.
+
+The kernel is all there is: where Triton does not run, the same numbers come from `token_stats` and
+a loss of its log-probs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+
+from .backend import refuse_second_derivative
+from .token_stats import can_overwrite, check_values_on_host, flat_rows
+from .transform import Transform
+
+
+class PolicyTokens(NamedTuple):
+    """What a policy loss knows of each token besides its logits: each (...), constants."""
+
+    old_logprobs: Tensor | None  # None: those of the logits
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    weights: Tensor  # of the token's loss in the sum
+
+
+class PolicyFormula(NamedTuple):
+    """Which formula, by its name in the kernel, and its numbers, as the kernel's settings."""
+
+    surrogate: str
+    kl_estimator: str
+    settings: tuple[float, ...]
+
+
+def policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    tokens: PolicyTokens,
+    transform: Transform,
+    formula: PolicyFormula,
+    *,
+    ignore_index: int,
+    entropy: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute Σ weights·loss of the tokens with a target, from arguments already checked.
+
+    Returns the loss (0-d), and log-probs and entropies (...), which are not differentiable. The
+    entropies are 0 unless asked for.
+    """
+    loss, logprobs, entropies = _PolicyLoss.apply(
+        logits, targets, tokens, transform, formula, ignore_index, entropy, inplace
+    )
+    return loss, logprobs.view(targets.shape), entropies.view(targets.shape)
+
+
+def _launch(
+    d_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    surrogate: str,
+    kl_estimator: str,
+    settings: list[float],
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastrlhf.kernels.policy_loss import PolicySettings
+    from fastrlhf.kernels.policy_loss import policy_loss as launch
+
+    rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
+    check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
+    d_rows = rows if d_logits is logits else d_logits.view(rows.shape)
+    acc = reference.accumulation_dtype(logits.dtype)
+    if targets.numel() == 0:
+        return _rows_like(logits, targets)
+
+    def flat(x: Tensor) -> Tensor:
+        return x.reshape(-1).to(acc).contiguous()
+
+    old, ref = (None if x is None else flat(x) for x in (old_logprobs, ref_logprobs))
+    return launch(
+        d_rows, rows, targets, old, ref, flat(advantages), flat(weights),
+        surrogate=surrogate, kl_estimator=kl_estimator, settings=PolicySettings(*settings),
+        entropy=entropy, temperature=row_temperature, softcap=softcap, scale=scale,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastrlhf::policy_loss", mutates_args=())
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    surrogate: str,
+    kl_estimator: str,
+    settings: list[float],
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    found = _launch(
+        d_logits, logits, targets, old_logprobs, ref_logprobs, advantages, weights,
+        token_temperature, temperature, softcap, scale, surrogate, kl_estimator, settings,
+        ignore_index, entropy,
+    )  # fmt: skip
+    return d_logits, *found
+
+
+@_forward.register_fake
+def _forward_fake(logits, targets, *_):
+    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return d_logits, *_rows_like(logits, targets)
+
+
+@torch.library.custom_op("fastrlhf::policy_loss_", mutates_args={"logits"})
+def _forward_inplace(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    surrogate: str,
+    kl_estimator: str,
+    settings: list[float],
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch(
+        logits, logits, targets, old_logprobs, ref_logprobs, advantages, weights,
+        token_temperature, temperature, softcap, scale, surrogate, kl_estimator, settings,
+        ignore_index, entropy,
+    )  # fmt: skip
+
+
+@_forward_inplace.register_fake
+def _forward_inplace_fake(logits, targets, *_):
+    return _rows_like(logits, targets)
+
+
+def _rows_like(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    acc = reference.accumulation_dtype(logits.dtype)
+    losses, logprobs, entropies = (logits.new_empty(targets.numel(), dtype=acc) for _ in range(3))
+    return losses, logprobs, entropies
+
+
+@torch.library.custom_op("fastrlhf::scale_", mutates_args={"values"})
+def _scale_(values: Tensor, factor: Tensor) -> None:
+    if values.device.type == "cpu" or not values.is_contiguous():
+        values.mul_(factor)
+        return
+    from fastrlhf.kernels.policy_loss import scale_
+
+    scale_(values, factor)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """A loss whose gradient, for an upstream gradient of 1, is computed with it."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, tokens, transform, formula, ignore_index, entropy, inplace):
+        arguments = (logits, targets, *tokens[:2], *tokens[2:], *transform)
+        arguments += (*formula[:2], list(formula.settings), ignore_index, entropy)
+        if inplace and not torch.compiler.is_compiling() and can_overwrite(logits):
+            losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss_(*arguments)
+            d_logits = logits.detach()
+        else:
+            d_logits, losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss(*arguments)
+        ctx.save_for_backward(d_logits)
+        ctx.mark_non_differentiable(logprobs, entropies)
+        weights = tokens.weights.reshape(-1).to(losses.dtype)
+        return (losses * weights).sum(), logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        refuse_second_derivative("logits_policy_loss", "policy_loss of token_logprobs")
+        (d_logits,) = ctx.saved_tensors
+        return _scaled(d_logits, d_loss), *(None for _ in range(7))
+
+
+def _scaled(d_logits: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by a factor that nearly always is 1, or known to be a constant of the training.
+
+    In place, unless the graph is kept for another backward, which will want the values as they are.
+    """
+    if torch.compiler.is_compiling():
+        return (d_logits * factor).to(d_logits.dtype)
+    if factor.device.type == "cpu" and factor == 1:
+        return d_logits
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return (d_logits * factor).to(d_logits.dtype)
+    torch.ops.fastrlhf.scale_(d_logits, factor)
+    return d_logits

@@ -1,0 +1,361 @@
+"""Logits → policy loss of each token and its gradient with respect to the logits, one launch (K3).
+
+The gradient of a token's loss needs the token's log-prob, which needs the whole row, so a row is
+swept twice by one program: forward for the statistics, from which follow the loss and its slopes,
+and then backward for the gradient. Going back, the sweep meets first what was read last, which is
+still in the cache. The gradient may be written over the logits. Rows that are ignored are written
+as zeros, unread; so are rows whose slopes turn out to be 0 (a clipped ratio), without being read a
+second time.
+
+The formula of a surrogate, and that of a KL penalty, is a device function that the launcher hands
+to the kernel. From what is known of one token it gives the value and its derivative with respect to
+the token's log-prob. Everything else that varies (bounds, coefficients, temperature, lengths) is an
+ordinary argument: one compiled kernel serves every batch.
+
+Dims: N rows = outer x inner, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .rows import (
+    add_tile,
+    gradient_tile,
+    merged_lanes,
+    row_plan,
+    statistics,
+    strides,
+    tile_columns,
+    transform_options,
+)
+from .tiles import (
+    ASSERTING,
+    LOG2E,
+    capped_logits,
+    exp,
+    expm1,
+    expm1_minus,
+    row_start,
+    row_temperature,
+    sigmoid,
+)
+
+# One program holds a whole row in flight: warps enough to hide the latency of its loads.
+_MAX_WARPS = 16
+
+
+class PolicySettings(NamedTuple):
+    """The numbers of a policy loss, as the kernel's arguments of the same names."""
+
+    ratio_low: float  # 1 - clip_low
+    ratio_high: float  # 1 + clip_high
+    dual_clip: float  # inf for none
+    tau_positive: float
+    tau_negative: float
+    kl_coef: float
+    entropy_coef: float
+
+
+@triton.jit
+def _saturated(log_ratio):
+    """The log of a ratio, which ends at 80, in fp64 at 700, and whether its derivative does not.
+    Beyond lies inf, which makes NaN of every product with 0.
+    """
+    ceiling: tl.constexpr = 700.0 if log_ratio.dtype == tl.float64 else 80.0
+    # Written so that NaN stays one.
+    beyond = log_ratio > ceiling
+    return tl.where(beyond, ceiling, log_ratio), tl.where(beyond, 0.0, 1.0)
+
+
+@triton.jit
+def _clip(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+    log_ratio, alive = _saturated(log_ratio)
+    ratio = exp(log_ratio)
+    from_above = tl.where(ratio > high, high, ratio)
+    from_below = tl.where(ratio < low, low, tl.where(ratio > dual, dual, ratio))
+    bounded = tl.where(advantage < 0, from_below, from_above)
+    return -bounded * advantage, tl.where(bounded == ratio, -ratio * advantage * alive, 0.0)
+
+
+@triton.jit
+def _likelihood(weight, logprob):
+    """-weight·ln p and its derivative; 0 for weight 0 even where ln p is -inf."""
+    return tl.where(weight == 0, 0.0, -weight * logprob), -weight
+
+
+@triton.jit
+def _cispo(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+    ratio = exp(_saturated(log_ratio)[0])
+    return _likelihood(tl.where(ratio > high, high, ratio) * advantage, logprob)
+
+
+@triton.jit
+def _sapo(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+    log_ratio, alive = _saturated(log_ratio)
+    tau = tl.where(advantage > 0, tau_positive, tau_negative)
+    gate = tau * expm1(log_ratio)
+    slope = 4.0 * sigmoid(gate) * sigmoid(-gate) * exp(log_ratio) * alive
+    return -(4.0 / tau) * sigmoid(gate) * advantage, -slope * advantage
+
+
+@triton.jit
+def _plain(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+    return _likelihood(advantage, logprob)
+
+
+SURROGATES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "plain": _plain}
+
+
+# Of x = ln ref - ln p; the derivative is with respect to ln p.
+@triton.jit
+def _k1(x):
+    return -x, x * 0.0 + 1.0
+
+
+@triton.jit
+def _k2(x):
+    return 0.5 * x * x, -x
+
+
+@triton.jit
+def _k3(x):
+    x, alive = _saturated(x)
+    return expm1_minus(x), -expm1(x) * alive
+
+
+@triton.jit
+def _abs(x):
+    return tl.abs(x), tl.where(x > 0, -1.0, tl.where(x < 0, 1.0, x * 0.0))
+
+
+KL_ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3, "abs": _abs}
+
+_VECTORS = ["targets", "old_logprobs", "ref_logprobs", "advantages", "weights"]
+_VECTORS += ["token_temperature", "losses", "logprobs", "entropies"]
+
+
+@triton.jit
+def _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE: tl.constexpr):
+    for start in range(0, vocab, TILE):
+        columns = start + within_tile
+        zeros = tl.zeros(columns.shape, destination.dtype.element_ty)
+        tl.store(destination + columns.to(tl.int64) * d_stride_vocab, zeros, mask=columns < vocab)
+
+
+@triton.jit(
+    do_not_specialize=["inner", "ignore_index", "on_policy", "with_entropy"],
+    do_not_specialize_on_alignment=_VECTORS,
+)
+def _policy_loss_kernel(
+    d_logits,  # (outer, inner, V): gradient out; may be the memory of the logits
+    logits,  # (outer, inner, V), any strides
+    targets,  # (N,)
+    token_temperature,  # (N,) or unused
+    old_logprobs,  # (N,), of no effect where on_policy is 1
+    ref_logprobs,  # (N,), of no effect where kl_coef is 0
+    advantages,  # (N,)
+    weights,  # (N,) of each token's loss in the loss that the gradient is of
+    losses,  # (N,) out, as are all below
+    logprobs,
+    entropies,
+    inner,
+    d_stride_outer,
+    d_stride_inner,
+    d_stride_vocab,
+    stride_outer,
+    stride_inner,
+    stride_vocab,
+    vocab,
+    ignore_index,
+    on_policy,  # 0 or 1, as is the next
+    with_entropy,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    scale: tl.float64,
+    ratio_low: tl.float64,
+    ratio_high: tl.float64,
+    dual_clip: tl.float64,
+    tau_positive: tl.float64,
+    tau_negative: tl.float64,
+    kl_coef: tl.float64,
+    entropy_coef: tl.float64,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    PER_TOKEN_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    LANE_STRIDE: tl.constexpr,
+    VEC_STRIDE: tl.constexpr,
+):
+    acc: tl.constexpr = losses.dtype.element_ty
+    TILE: tl.constexpr = LANES * VEC
+    row = tl.program_id(0).to(tl.int64)
+    destination = d_logits + row_start(row, inner, d_stride_outer, d_stride_inner)
+    within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
+    target = tl.load(targets + row)
+    if target == ignore_index:
+        tl.store(losses + row, 0.0)
+        tl.store(logprobs + row, 0.0)
+        tl.store(entropies + row, 0.0)
+        _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE)
+        return
+
+    row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
+    in_vocab = (target >= 0) & (target < vocab)
+    tl.device_assert(in_vocab, "fastrlhf: a target is outside [0, vocabulary)")
+    tl.device_assert(row_t > 0, "fastrlhf: a temperature is not positive")
+    rate = LOG2E / row_t
+    scale = tl.full((), scale, acc)
+    softcap = tl.full((), softcap, acc)
+    source = logits + row_start(row, inner, stride_outer, stride_inner)
+
+    x_target = tl.load(
+        source + target.to(tl.int64) * stride_vocab, mask=in_vocab, other=float("nan")
+    )
+    peak = tl.full((LANES,), -float("inf"), acc)
+    rest = tl.zeros((LANES,), acc)
+    moment = tl.zeros((LANES,), acc)
+    for start in range(0, vocab, TILE):
+        columns = start + within_tile
+        inside = columns < vocab
+        x = tl.load(
+            source + columns.to(tl.int64) * stride_vocab,
+            mask=inside,
+            other=-float("inf"),
+            eviction_policy="evict_last",
+        ).to(acc)
+        peak, rest, moment = add_tile(
+            x, inside, columns, target, peak, rest, moment, rate, scale, softcap,
+            HAS_SOFTCAP, with_entropy,
+        )  # fmt: skip
+    row_peak, rest, moment = merged_lanes(peak, rest, moment, rate, with_entropy)
+    capped, _ = capped_logits(x_target.to(acc), scale, softcap, HAS_SOFTCAP)
+    logprob, entropy, log_norm, empty, base = statistics(
+        row_peak, rest, moment, capped, rate, with_entropy
+    )
+
+    log_ratio = tl.where(on_policy != 0, 0.0, logprob - tl.load(old_logprobs + row))
+    loss, slope = SURROGATE(
+        log_ratio, logprob, tl.load(advantages + row),
+        tl.full((), ratio_low, acc), tl.full((), ratio_high, acc), tl.full((), dual_clip, acc),
+        tl.full((), tau_positive, acc), tl.full((), tau_negative, acc),
+    )  # fmt: skip
+    if kl_coef != 0:
+        kl, kl_slope = KL(tl.load(ref_logprobs + row) - logprob)
+        loss += tl.full((), kl_coef, acc) * kl
+        slope += tl.full((), kl_coef, acc) * kl_slope
+    loss -= tl.full((), entropy_coef, acc) * entropy
+    tl.store(losses + row, loss)
+    tl.store(logprobs + row, logprob)
+    tl.store(entropies + row, entropy)
+
+    weight = tl.load(weights + row)
+    g = weight * slope
+    h = -weight * tl.full((), entropy_coef, acc)
+    if empty | ((g == 0) & (h == 0)):
+        _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE)
+        return
+    # The target's logit, which every thread has read by itself, may be overwritten from here on.
+    tl.debug_barrier()
+    tiles = tl.cdiv(vocab, TILE)
+    for done in range(0, tiles):
+        columns = (tiles - 1 - done) * TILE + within_tile
+        inside = columns < vocab
+        x = tl.load(
+            source + columns.to(tl.int64) * stride_vocab,
+            mask=inside,
+            other=0.0,
+            eviction_policy="evict_first",
+        ).to(acc)
+        dx = gradient_tile(
+            x, columns, target, base, log_norm, logprob, entropy, g, h, row_t, scale, softcap,
+            HAS_SOFTCAP, with_entropy,
+        )  # fmt: skip
+        tl.store(
+            destination + columns.to(tl.int64) * d_stride_vocab,
+            dx.to(destination.dtype.element_ty),
+            mask=inside,
+        )
+
+
+_SCALE_BLOCK = tl.constexpr(4096)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _scale_kernel(values, factor, size):
+    by = tl.load(factor)
+    if by == 1.0:
+        return
+    place = tl.program_id(0).to(tl.int64) * _SCALE_BLOCK + tl.arange(0, _SCALE_BLOCK)
+    inside = place < size
+    x = tl.load(values + place, mask=inside, other=0.0)
+    tl.store(values + place, (x.to(by.dtype) * by).to(x.dtype), mask=inside)
+
+
+def policy_loss(
+    d_logits: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    surrogate: str,
+    kl_estimator: str,
+    settings: PolicySettings,
+    entropy: bool,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch K3 on logits (outer, inner, V): write the gradient of Σ weights·losses into d_logits,
+    which may be the logits themselves. Without old log-probs, the ratio is 1.
+
+    All rows (N,) are contiguous, and but for the targets in the dtype of accumulation. Returns
+    losses, log-probs and entropies (0 unless asked for), each (N,).
+    """
+    outer, inner, vocab = logits.shape
+    rows = outer * inner
+    losses, logprobs, entropies = (torch.empty_like(weights) for _ in range(3))
+    transform, token_temperature = transform_options(temperature, softcap, scale, weights)
+    _policy_loss_kernel[(rows,)](
+        d_logits,
+        logits,
+        targets,
+        token_temperature,
+        weights if old_logprobs is None else old_logprobs,
+        weights if ref_logprobs is None else ref_logprobs,
+        advantages,
+        weights,
+        losses,
+        logprobs,
+        entropies,
+        inner,
+        *strides(d_logits),
+        *strides(logits),
+        vocab,
+        ignore_index,
+        int(old_logprobs is None),
+        int(entropy),
+        **transform,
+        **settings._asdict(),
+        SURROGATE=SURROGATES[surrogate],
+        KL=KL_ESTIMATORS[kl_estimator],
+        **row_plan(vocab, logits.dtype, _MAX_WARPS).options(),
+        **ASSERTING,
+    )
+    return losses, logprobs, entropies
+
+
+def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply contiguous values by a 0-d factor, which is looked at on the device: a factor of 1
+    costs nothing.
+    """
+    size = values.numel()
+    _scale_kernel[(triton.cdiv(size, _SCALE_BLOCK.value),)](values, factor, size, num_warps=8)

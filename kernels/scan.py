@@ -1,0 +1,123 @@
+"""Generalised advantage estimation: rewards and values → advantages, one launch.
+
+Going backwards over the tokens that count, A_t = δ_t + γλ·A_next with δ_t = r_t + γ·V_next - V_t.
+As a function of A_next that is affine, and so is the composition of such functions, which makes the
+recurrence an associative scan. A token that does not count is the identity: it hands A_next on, and
+likewise V_next. One program scans one sequence, a block at a time from its end, and carries A and V
+from block to block, so that a sequence can have any length.
+
+Dims: B sequences, T tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Tokens that a program scans at once. The interpreter goes through them one by one, whether they
+# are there or not.
+_BLOCK = {"cpu": 32}
+_GPU_BLOCK = 1024
+
+
+@triton.jit
+def _nearest(far_found, far, near_found, near):
+    """Of two values, that of the token nearer to the start, if it counts."""
+    return far_found | near_found, tl.where(near_found != 0, near, far)
+
+
+@triton.jit
+def _compose(far_scale, far_shift, near_scale, near_shift):
+    """X → near(far(x)), of affine functions."""
+    return near_scale * far_scale, near_scale * far_shift + near_shift
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "rewards_stride", "values_stride", "mask_stride"],
+    do_not_specialize_on_alignment=["rewards", "values", "mask"],
+)
+def _gae_kernel(
+    rewards,  # (B, T), neighbours in memory along T, as are all below
+    values,  # (B, T)
+    mask,  # (B, T)
+    advantages,  # (B, T) contiguous, out
+    returns,  # (B, T) contiguous, out
+    tokens,
+    rewards_stride,
+    values_stride,
+    mask_stride,
+    gamma: tl.float64,
+    lam: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    acc: tl.constexpr = advantages.dtype.element_ty
+    sequence = tl.program_id(0).to(tl.int64)
+    gamma = tl.full((), gamma, acc)
+    decay = gamma * tl.full((), lam, acc)
+    later_value = tl.zeros((), acc)
+    later_advantage = tl.zeros((), acc)
+    offsets = tl.arange(0, BLOCK)
+    blocks = tl.cdiv(tokens, BLOCK)
+    for done in range(0, blocks):
+        token = (blocks - 1 - done) * BLOCK + offsets
+        inside = token < tokens
+        keep = tl.load(mask + sequence * mask_stride + token, mask=inside, other=0) != 0
+        reward = tl.load(rewards + sequence * rewards_stride + token, mask=keep, other=0.0)
+        value = tl.load(values + sequence * values_stride + token, mask=keep, other=0.0).to(acc)
+
+        # The value of the next token that counts: that of the neighbour, or what the neighbour saw.
+        neighbour = token + 1
+        inside_block = (neighbour < tokens) & (offsets + 1 < BLOCK)
+        counts = tl.load(mask + sequence * mask_stride + neighbour, mask=inside_block, other=0) != 0
+        next_value = tl.load(
+            values + sequence * values_stride + neighbour, mask=counts, other=0.0
+        ).to(acc)
+        found, next_value = tl.associative_scan(
+            (counts.to(tl.int32), next_value), 0, _nearest, reverse=True
+        )
+        next_value = tl.where(found != 0, next_value, later_value)
+
+        delta = tl.where(keep, reward.to(acc) + gamma * next_value - value, 0.0)
+        scale, shift = tl.associative_scan(
+            (tl.where(keep, decay, 1.0).to(acc), delta), 0, _compose, reverse=True
+        )
+        advantage = scale * later_advantage + shift
+        place = sequence * tokens + token
+        tl.store(advantages + place, tl.where(keep, advantage, 0.0), mask=inside)
+        tl.store(returns + place, tl.where(keep, advantage + value, 0.0), mask=inside)
+
+        first = offsets == 0
+        later_advantage = tl.sum(tl.where(first, advantage, 0.0), axis=0)
+        later_value = tl.sum(tl.where(first, tl.where(keep, value, next_value), 0.0), axis=0)
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the scan on (B, T) tensors whose tokens are neighbours in memory.
+
+    Returns advantages and returns (B, T), 0 where the mask is, in the wider dtype of the inputs,
+    fp32 at least.
+    """
+    sequences, tokens = rewards.shape
+    acc = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    advantages, returns = (rewards.new_empty(rewards.shape, dtype=acc) for _ in range(2))
+    _gae_kernel[(sequences,)](
+        rewards,
+        values,
+        mask,
+        advantages,
+        returns,
+        tokens,
+        rewards.stride(0),
+        values.stride(0),
+        mask.stride(0),
+        gamma,
+        lam,
+        BLOCK=_BLOCK.get(rewards.device.type, _GPU_BLOCK),
+    )
+    return advantages, returns
