@@ -43,8 +43,10 @@ from .tiles import (
     sigmoid,
 )
 
-# One program holds a whole row in flight: warps enough to hide the latency of its loads.
-_MAX_WARPS = 16
+# A program has a whole row in flight, which should still be in the cache when the program comes
+# back: so few programs, of many warps each. With one 128-bit load on each thread, two fit on a
+# multiprocessor.
+_TILE = {"max_warps": 16, "thread_bytes": 16}
 
 
 class PolicySettings(NamedTuple):
@@ -197,16 +199,11 @@ def _policy_loss_kernel(
     destination = d_logits + row_start(row, inner, d_stride_outer, d_stride_inner)
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
     target = tl.load(targets + row)
-    if target == ignore_index:
-        tl.store(losses + row, 0.0)
-        tl.store(logprobs + row, 0.0)
-        tl.store(entropies + row, 0.0)
-        _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE)
-        return
+    live = target != ignore_index
 
-    row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
+    row_t = row_temperature(token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)
     in_vocab = (target >= 0) & (target < vocab)
-    tl.device_assert(in_vocab, "fastrlhf: a target is outside [0, vocabulary)")
+    tl.device_assert(in_vocab | (live == 0), "fastrlhf: a target is outside [0, vocabulary)")
     tl.device_assert(row_t > 0, "fastrlhf: a temperature is not positive")
     rate = LOG2E / row_t
     scale = tl.full((), scale, acc)
@@ -214,12 +211,13 @@ def _policy_loss_kernel(
     source = logits + row_start(row, inner, stride_outer, stride_inner)
 
     x_target = tl.load(
-        source + target.to(tl.int64) * stride_vocab, mask=in_vocab, other=float("nan")
+        source + target.to(tl.int64) * stride_vocab, mask=live & in_vocab, other=float("nan")
     )
     peak = tl.full((LANES,), -float("inf"), acc)
     rest = tl.zeros((LANES,), acc)
     moment = tl.zeros((LANES,), acc)
-    for start in range(0, vocab, TILE):
+    # Of a row that is ignored, no column is read.
+    for start in range(0, tl.where(live, vocab, 0), TILE):
         columns = start + within_tile
         inside = columns < vocab
         x = tl.load(
@@ -249,14 +247,14 @@ def _policy_loss_kernel(
         loss += tl.full((), kl_coef, acc) * kl
         slope += tl.full((), kl_coef, acc) * kl_slope
     loss -= tl.full((), entropy_coef, acc) * entropy
-    tl.store(losses + row, loss)
-    tl.store(logprobs + row, logprob)
-    tl.store(entropies + row, entropy)
+    tl.store(losses + row, tl.where(live, loss, 0.0))
+    tl.store(logprobs + row, tl.where(live, logprob, 0.0))
+    tl.store(entropies + row, tl.where(live, entropy, 0.0))
 
     weight = tl.load(weights + row)
     g = weight * slope
     h = -weight * tl.full((), entropy_coef, acc)
-    if empty | ((g == 0) & (h == 0)):
+    if (live == 0) | empty | ((g == 0) & (h == 0)):
         _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE)
         return
     # The target's logit, which every thread has read by itself, may be overwritten from here on.
@@ -347,7 +345,7 @@ def policy_loss(
         **settings._asdict(),
         SURROGATE=SURROGATES[surrogate],
         KL=KL_ESTIMATORS[kl_estimator],
-        **row_plan(vocab, logits.dtype, _MAX_WARPS).options(),
+        **row_plan(vocab, logits.dtype, **_TILE).options(),
         **ASSERTING,
     )
     return losses, logprobs, entropies

@@ -46,21 +46,23 @@ class RowPlan(NamedTuple):
         }
 
 
-# At large vocabularies, a tile is two 128-bit loads on each thread: 16 tokens of bf16.
-_THREAD_BYTES = 32
-_VEC = 8
+_MAX_VEC = 8
 
 
-def row_plan(vocab: int, dtype: torch.dtype, max_warps: int) -> RowPlan:
-    """Cut a row by its vocabulary and dtype alone, which is what makes results batch invariant."""
-    warp_tokens = 32 * _THREAD_BYTES // dtype.itemsize
-    tile = max(_VEC, min(max_warps * warp_tokens, triton.next_power_of_2(vocab)))
-    lanes = tile // _VEC
+def row_plan(vocab: int, dtype: torch.dtype, *, max_warps: int, thread_bytes: int) -> RowPlan:
+    """Cut a row by its vocabulary and dtype alone, which is what makes results batch invariant.
+
+    At large vocabularies, a tile is `thread_bytes` on each thread of `max_warps`.
+    """
+    warp_tokens = 32 * thread_bytes // dtype.itemsize
+    vec = min(_MAX_VEC, thread_bytes // dtype.itemsize)
+    tile = max(vec, min(max_warps * warp_tokens, triton.next_power_of_2(vocab)))
+    lanes = tile // vec
     # A thread owns the vectors of its lanes. Rows that all start at 16 bytes let it load neighbours
     # at once; other rows are loaded an element at a time, and then neighbouring threads take
     # neighbours.
-    strides: tuple[int, int] = (_VEC, 1) if vocab % 16 == 0 else (1, lanes)
-    return RowPlan(lanes, _VEC, *strides, max(1, tile // warp_tokens))
+    strides: tuple[int, int] = (vec, 1) if vocab % 16 == 0 else (1, lanes)
+    return RowPlan(lanes, vec, *strides, max(1, tile // warp_tokens))
 
 
 @triton.jit

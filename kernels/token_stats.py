@@ -31,14 +31,15 @@ from .rows import (
 )
 from .tiles import ASSERTING, LOG2E, capped_logits, row_start, row_temperature
 
-# Four tiles share one final reduction, and a row of 128k still makes 8 programs.
-_MAX_WARPS = 8
+# A tile is two 128-bit loads on each thread: 16 tokens of bf16. Four tiles share one final
+# reduction, and a row of 128k still makes 8 programs.
+_TILE = {"max_warps": 8, "thread_bytes": 32}
 _TILES_PER_SPLIT = 4
 
 
 def _plan(vocab: int, dtype: torch.dtype) -> tuple[RowPlan, int, int]:
     """Cut a row: its tiles, the width of a split and the number of splits."""
-    plan = row_plan(vocab, dtype, _MAX_WARPS)
+    plan = row_plan(vocab, dtype, **_TILE)
     width = _TILES_PER_SPLIT * plan.tile
     return plan, width, triton.cdiv(vocab, width)
 

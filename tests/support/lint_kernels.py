@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 
-from fastrlhf.kernels import preference_loss, token_stats
+from fastrlhf.kernels import policy_loss, preference_loss, scan, token_stats
 from support.compile_lint import captured_launches, compile_launch, launch_key
 
 VOCABS = [32000, 50257, 128256, 151936, 262144]
@@ -71,6 +71,29 @@ def launch_preference_loss(formula: str, dtype: torch.dtype, per_token: bool) ->
     )
 
 
+def launch_policy_loss(
+    vocab: int, dtype: torch.dtype, surrogate: str, kl_estimator: str, everything: bool
+) -> None:
+    """Statistics, loss and gradient, plain or with every option; and the scaling of a gradient."""
+    acc = torch.promote_types(dtype, torch.float32)
+    logits = meta(1, ROWS, vocab, dtype=dtype)
+    rows = meta(ROWS, dtype=acc)
+    policy_loss.policy_loss(
+        logits, logits, meta(ROWS, dtype=torch.int64), rows, rows, rows, rows,
+        surrogate=surrogate, kl_estimator=kl_estimator,
+        settings=policy_loss.PolicySettings(0.8, 1.2, 3.0, 1.0, 1.05, 0.1, 0.01),
+        entropy=everything, temperature=rows if everything else 1.0,
+        softcap=30.0 if everything else None, scale=1.0, ignore_index=-100,
+    )  # fmt: skip
+    policy_loss.scale_(logits, meta(dtype=acc))
+
+
+def launch_scan(dtype: torch.dtype) -> None:
+    """Advantages, on blocks as wide as on a GPU."""
+    tokens = meta(16, 500, dtype=dtype)
+    scan.gae(tokens, tokens, meta(16, 500, dtype=torch.bool), gamma=1.0, lam=0.95)
+
+
 def all_launches() -> dict:
     """Every distinct launch, with the vocabulary that it is for (0 for those without)."""
     found: dict = {}
@@ -82,6 +105,20 @@ def all_launches() -> dict:
     for formula, dtype, per_token in product(preference_loss.FORMULAS, DTYPES, (False, True)):
         with captured_launches(pytest.MonkeyPatch()) as launches:
             launch_preference_loss(formula, dtype, per_token)
+        for launch in launches:
+            found.setdefault(launch_key(launch), (launch, 0))
+    # Surrogates and penalties are a few numbers per row, so two estimators stand for the four.
+    policies = [(name, "k3") for name in policy_loss.SURROGATES] + [("clip", "k2")]
+    for vocab, dtype, (surrogate, kl_estimator), everything in product(
+        VOCABS, DTYPES, policies, (False, True)
+    ):
+        with captured_launches(pytest.MonkeyPatch()) as launches:
+            launch_policy_loss(vocab, dtype, surrogate, kl_estimator, everything)
+        for launch in launches:
+            found.setdefault(launch_key(launch), (launch, vocab))
+    for dtype in DTYPES:
+        with captured_launches(pytest.MonkeyPatch()) as launches:
+            launch_scan(dtype)
         for launch in launches:
             found.setdefault(launch_key(launch), (launch, 0))
     return found
