@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_tokens
 from fastrlhf.losses.penalties import KL_ESTIMATORS
 from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyOptions, policy_batch
 from fastrlhf.losses.ratios import saturated
@@ -105,12 +106,11 @@ def policy_loss(
         surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef, kl_estimator,
         entropy_coef, reduction, normalizer, sapo_temperatures,
     )  # fmt: skip
-    check_floating("logprobs", logprobs)
-    for name, x in (("logprobs", logprobs), ("entropy", entropy)):
-        if x is not None and isinstance(mask, Tensor):
-            check_floating(name, x)
-            check_shape(name, x, tuple(mask.shape), "the shape of mask")
-            check_same_device(name, x, "mask", mask)
+    check_tokens("logprobs", logprobs, mask)
+    if entropy is not None:
+        check_floating("entropy", entropy)
+        check_shape("entropy", entropy, tuple(mask.shape), "the shape of mask")
+        check_same_device("entropy", entropy, "mask", mask)
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy: expected a tensor for entropy_coef {entropy_coef}, got None")
     batch = policy_batch(
@@ -264,9 +264,9 @@ def policy_metrics(
         high = active & (ratio > 1 + options.clip_high) & (tokens.advantages > 0)
     squares = token_log_ratio(tokens, logprobs).square() / 2
     metrics = {
-        "clip_ratio/low_mean": _share(options, low, mask),
-        "clip_ratio/high_mean": _share(options, high, mask),
-        "clip_ratio/region_mean": _share(options, low | high, mask),
+        "clip_ratio/low_mean": _share(options, low.to(ratio.dtype), mask),
+        "clip_ratio/high_mean": _share(options, high.to(ratio.dtype), mask),
+        "clip_ratio/region_mean": _share(options, (low | high).to(ratio.dtype), mask),
         "policy/approxkl_avg": masked_mean(squares, active),
     }
     if tokens.ref_logprobs is not None:
@@ -279,7 +279,6 @@ def policy_metrics(
 
 def _share(options: PolicyOptions, clipped: Tensor, mask: Tensor) -> Tensor:
     """Share of the clipped tokens, or of clipped sequences where they share a ratio."""
-    clipped = clipped.float()
     if options.ratio_level == "token":
         return masked_mean(clipped, mask)
     of_sequences = clipped.sum(-1) / mask.sum(-1).clamp(min=1)

@@ -42,7 +42,10 @@ def cispo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds)
 
 def sapo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
     """Compute -(4/τ)·σ(τ(r - 1))·A with τ by the sign of A: SAPO, 2511.20347 Eq. 5 and 6."""
-    tau = torch.where(advantage > 0, bounds.tau_positive, bounds.tau_negative).to(advantage.dtype)
+    # Of the dtype of A: torch.where of two numbers would round them to fp32.
+    tau = torch.where(
+        advantage > 0, advantage.new_full((), bounds.tau_positive), bounds.tau_negative
+    )
     return -(4 / tau) * torch.sigmoid(tau * torch.expm1(saturated(log_ratio))) * advantage
 
 

@@ -1,0 +1,551 @@
+"""policy_loss, its recipes and kl_penalty, against formulas written a second time."""
+
+import math
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.policy_formulas import PolicyCase, expected_policy
+from torch import Tensor
+
+import fastrlhf
+from fastrlhf import grpo_loss, grpo_options, kl_penalty, policy_loss, ppo_loss
+
+SURROGATES = ["clip", "cispo", "sapo", "plain"]
+LEVELS = ["token", "sequence"]
+REDUCTIONS = ["token-mean", "sequence-mean", "sequence-sum", "constant"]
+ESTIMATORS = ["k1", "k2", "k3", "abs"]
+# fp32: the difference of two log-probs of up to 5 is good to 2e-7, and so is the ratio.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+GARBAGE = [math.nan, math.inf, -math.inf, -1e9, 1e30]
+FINE = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
+
+
+def batch(dtype: torch.dtype = torch.float64, spread: float = 0.4) -> dict[str, Tensor]:
+    """Four sequences of up to five tokens, one of them empty; ratios beyond both bounds."""
+    logprobs = -5 * torch.rand(4, 5, dtype=torch.float64)
+    old, ref = (logprobs + spread * torch.randn(4, 5) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    tensors = {
+        "logprobs": logprobs, "old_logprobs": old, "advantages": torch.randn(4, 5),
+        "ref_logprobs": ref, "entropy": 3 * torch.rand(4, 5), "rollout_weights": torch.rand(4, 5),
+    }  # fmt: skip
+    return {name: x.to(dtype) for name, x in tensors.items()} | {"mask": mask.bool()}
+
+
+def evaluate(arguments: dict[str, Any], loss_fn: Any = policy_loss) -> tuple[Tensor, Tensor, dict]:
+    """Loss, gradient with respect to the log-probs, and metrics."""
+    logprobs = arguments["logprobs"].detach().clone().requires_grad_()
+    loss, metrics = loss_fn(**{**arguments, "logprobs": logprobs})
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    return loss.detach(), gradient, metrics
+
+
+def disagreement(found: tuple[Tensor, Tensor], case: PolicyCase) -> float:
+    """Largest error of loss and gradient, relative to the largest gradient of a token."""
+    expected = expected_policy(case)
+    scale = max(float(expected.d_logprobs.abs().max()), 1e-30)
+    of_gradient = (found[1].double() - expected.d_logprobs).abs().max() / scale
+    of_loss = abs(found[0].double() - expected.loss) / max(abs(expected.loss), scale)
+    return float(max(of_gradient, of_loss))
+
+
+@FINE
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_loss_and_gradient_are_those_of_the_papers(
+    surrogate: str, level: str, dtype: torch.dtype
+) -> None:
+    for reduction, estimator in zip(REDUCTIONS, ESTIMATORS, strict=True):
+        arguments = batch(dtype) | {
+            "surrogate": surrogate, "ratio_level": level, "clip_low": 0.15, "clip_high": 0.28,
+            "kl_coef": 0.3, "kl_estimator": estimator, "entropy_coef": 0.1, "reduction": reduction,
+            "normalizer": 7.0 if reduction == "constant" else None,
+            "sapo_temperatures": (0.8, 1.3),
+        }  # fmt: skip
+        loss, gradient, _ = evaluate(arguments)
+        assert loss.dtype == gradient.dtype == dtype
+        assert disagreement((loss, gradient), PolicyCase(**arguments)) <= TOLERANCE[dtype]
+        assert not gradient[~arguments["mask"]].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip_low": 0.151}, {"clip_high": 0.281}, {"dual_clip": 1.601}, {"kl_coef": 0.3001},
+        {"kl_estimator": "k2"}, {"entropy_coef": 0.1001}, {"reduction": "sequence-mean"},
+        {"ratio_level": "sequence"}, {"surrogate": "plain"}, {"normalizer": 11.001},
+        {"rollout_weights": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_comparison_notices_a_change_of(change: dict[str, Any]) -> None:
+    arguments = batch(torch.float32, spread=1.0) | {
+        "clip_low": 0.15, "clip_high": 0.28, "dual_clip": 1.6, "kl_coef": 0.3, "entropy_coef": 0.1,
+    }  # fmt: skip
+    case = PolicyCase(**arguments)
+    right = evaluate(arguments)
+    assert disagreement(right[:2], case) <= TOLERANCE[torch.float32]
+    wrong = evaluate(arguments | change)
+    assert disagreement(wrong[:2], case) > 10 * TOLERANCE[torch.float32]
+
+
+@FINE
+def test_the_dual_clip_bounds_only_negative_advantages(dtype: torch.dtype) -> None:
+    arguments = batch(dtype, spread=1.0) | {"dual_clip": 1.5}
+    found = evaluate(arguments)
+    assert disagreement(found[:2], PolicyCase(**arguments)) <= TOLERANCE[dtype]
+    # Ratios beyond the bound, of either sign, are there, and so the tests above can fail.
+    ratio = (arguments["logprobs"] - arguments["old_logprobs"]).exp()
+    beyond = arguments["mask"] & (ratio > 1.5)
+    assert (beyond & (arguments["advantages"] < 0)).any()
+    assert (beyond & (arguments["advantages"] > 0)).any()
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_rollout_weights_weigh_the_surrogate_and_not_the_penalty(surrogate: str) -> None:
+    arguments = batch() | {"surrogate": surrogate, "kl_coef": 0.5, "entropy_coef": 0.2}
+    found = evaluate(arguments)
+    assert disagreement(found[:2], PolicyCase(**arguments)) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("shape", ["(B,)", "(B, 1)"])
+def test_advantages_and_weights_can_be_one_for_each_sequence(shape: str) -> None:
+    arguments = batch()
+    for name in ("advantages", "rollout_weights"):
+        column = arguments[name][:, :1]
+        arguments[name] = column.expand(4, 5)
+    expected = evaluate(arguments)
+    for name in ("advantages", "rollout_weights"):
+        column = arguments[name][:, :1]
+        arguments[name] = column[:, 0] if shape == "(B,)" else column
+    assert all(torch.equal(a, b) for a, b in zip(evaluate(arguments)[:2], expected, strict=False))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_normalizer_replaces_the_denominator(reduction: str, as_tensor: bool) -> None:
+    arguments = batch() | {"reduction": reduction, "normalizer": 13.0}
+    case = PolicyCase(**arguments)
+    if as_tensor:
+        arguments["normalizer"] = torch.tensor(13)
+    assert disagreement(evaluate(arguments)[:2], case) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_the_mask_hides_changes_no_bit(level: str, surrogate: str, garbage: float) -> None:
+    options = {
+        "surrogate": surrogate, "ratio_level": level, "kl_coef": 0.3, "entropy_coef": 0.1,
+        "reduction": "sequence-mean",
+    }  # fmt: skip
+    clean = batch(torch.float32)
+    dirty = {
+        name: x if name == "mask" else torch.where(clean["mask"], x, garbage)
+        for name, x in clean.items()
+    }
+    loss, gradient, metrics = evaluate(clean | options)
+    dirty_loss, dirty_gradient, dirty_metrics = evaluate(dirty | options)
+    assert torch.equal(loss, dirty_loss) and torch.equal(gradient, dirty_gradient)
+    assert loss.isfinite() and gradient.isfinite().all()
+    assert metrics.keys() == dirty_metrics.keys()
+    assert all(torch.equal(metrics[name], dirty_metrics[name]) for name in metrics)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_batch_without_tokens_has_loss_and_gradient_zero(level: str, reduction: str) -> None:
+    for rows, normalizer in product((4, 0), (5.0, torch.tensor(0))):
+        arguments = {name: torch.full_like(x, math.nan)[:rows] for name, x in batch().items()}
+        arguments["mask"] = torch.zeros(rows, 5)
+        entropy = arguments["entropy"].requires_grad_()
+        loss, gradient, metrics = evaluate(
+            arguments | {"ratio_level": level, "reduction": reduction, "normalizer": normalizer,
+                         "kl_coef": 0.1, "entropy_coef": 0.1}
+        )  # fmt: skip
+        assert loss == 0 and not gradient.any()
+        assert entropy.grad is None
+        assert all(value == 0 for value in metrics.values())
+
+
+@FINE
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_old_policy_a_hundred_nats_away_gives_the_clipped_answer(
+    level: str, surrogate: str, dtype: torch.dtype
+) -> None:
+    logprobs = torch.full((2, 3), -2.0, dtype=dtype)
+    for offset, sign in product((-100.0, 100.0, -1e4, 1e4), (1.0, -1.0, 0.0)):
+        arguments = {
+            "logprobs": logprobs, "old_logprobs": logprobs + offset,
+            "advantages": torch.full((2,), sign, dtype=dtype), "mask": torch.ones(2, 3),
+            "surrogate": surrogate, "ratio_level": level, "dual_clip": 3.0,
+        }  # fmt: skip
+        loss, gradient, metrics = evaluate(arguments)
+        assert loss.isfinite() and gradient.isfinite().all(), (offset, sign)
+        assert all(value.isfinite() for value in metrics.values())
+        if abs(offset) == 100.0:
+            case = PolicyCase(**arguments)
+            assert disagreement((loss, gradient), case) <= TOLERANCE[dtype], (offset, sign)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_without_a_dual_clip_even_that_stays_finite(level: str, dtype: torch.dtype) -> None:
+    # The true loss, e^1000, is no number of either dtype. It ends where its square still nearly is.
+    arguments = {
+        "logprobs": torch.zeros(1, 2, dtype=dtype), "advantages": -torch.ones(1, dtype=dtype),
+        "old_logprobs": torch.full((1, 2), -1000.0, dtype=dtype), "mask": torch.ones(1, 2),
+        "ratio_level": level, "ref_logprobs": torch.full((1, 2), 1000.0, dtype=dtype),
+        "kl_coef": 0.1,
+    }  # fmt: skip
+    loss, gradient, _ = evaluate(arguments)
+    assert 1e30 < loss < torch.inf and gradient.isfinite().all()
+
+
+def test_nan_where_the_mask_is_set_is_not_hidden() -> None:
+    for name in ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropy"):
+        arguments = batch() | {"kl_coef": 0.1, "entropy_coef": 0.1}
+        arguments[name][0, 1] = math.nan
+        assert evaluate(arguments)[0].isnan(), name
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_token_that_the_policy_forbids_makes_no_nan_without_an_advantage(surrogate: str) -> None:
+    arguments = batch() | {"surrogate": surrogate}
+    del arguments["ref_logprobs"], arguments["entropy"]
+    arguments["logprobs"][0, 1], arguments["advantages"][0, 1] = -math.inf, 0.0
+    loss, gradient, metrics = evaluate(arguments)
+    assert loss.isfinite() and gradient.isfinite().all()
+    assert all(value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_without_old_log_probs_the_ratio_is_one_and_has_a_gradient(
+    level: str, surrogate: str
+) -> None:
+    arguments = batch() | {"surrogate": surrogate, "ratio_level": level}
+    same = evaluate(arguments | {"old_logprobs": arguments["logprobs"].clone()})
+    none = evaluate(arguments | {"old_logprobs": None})
+    assert torch.equal(same[0], none[0]) and torch.equal(same[1], none[1])
+    assert none[1].any()
+
+
+def test_constants_get_no_gradient_even_if_they_are_the_log_probs_themselves() -> None:
+    arguments = batch()
+    logprobs = arguments["logprobs"].requires_grad_()
+    for x in arguments.values():
+        if x.dtype != torch.bool:
+            x.requires_grad_()
+    loss, _ = policy_loss(**arguments | {"old_logprobs": logprobs, "kl_coef": 0.1})
+    loss.backward()
+    expected = evaluate(arguments | {"old_logprobs": logprobs.detach(), "kl_coef": 0.1})[1]
+    assert torch.equal(logprobs.grad, expected)
+    assert arguments["ref_logprobs"].grad is None and arguments["advantages"].grad is None
+
+
+def test_the_entropy_gets_its_gradient() -> None:
+    arguments = batch() | {"entropy_coef": 0.7, "reduction": "sequence-mean"}
+    expected = expected_policy(PolicyCase(**arguments)).d_entropy
+    entropy = arguments["entropy"].requires_grad_()
+    policy_loss(**arguments)[0].backward()
+    torch.testing.assert_close(entropy.grad, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_fp32(dtype: torch.dtype) -> None:
+    arguments = batch(dtype) | {"kl_coef": 0.1, "entropy_coef": 0.1}
+    wide = {name: x.float() if isinstance(x, Tensor) and x.dtype == dtype else x
+            for name, x in arguments.items()}  # fmt: skip
+    found, expected = evaluate(arguments), evaluate(wide)
+    assert found[0].dtype == torch.float32 and torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1].to(dtype))
+
+
+def test_metrics_are_those_of_their_names() -> None:
+    arguments = batch(spread=0.5)
+    _, _, metrics = evaluate(arguments)
+    mask, advantage = arguments["mask"], arguments["advantages"]
+    difference = arguments["logprobs"] - arguments["old_logprobs"]
+    low = ((difference.exp() < 0.8) & (advantage < 0))[mask].double().mean()
+    high = ((difference.exp() > 1.2) & (advantage > 0))[mask].double().mean()
+    assert low > 0 and high > 0
+    x = arguments["ref_logprobs"] - arguments["logprobs"]
+    expected = {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+        "policy/approxkl_avg": difference[mask].square().mean() / 2,
+        "kl": (x.exp() - 1 - x)[mask].mean(),
+        "entropy": arguments["entropy"][mask].mean(),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name].ndim == 0 and not metrics[name].requires_grad
+        torch.testing.assert_close(metrics[name], value, rtol=1e-12, atol=0)
+
+
+def test_of_a_sequence_ratio_it_is_sequences_that_are_clipped() -> None:
+    arguments = batch() | {"ratio_level": "sequence", "advantages": torch.tensor([1.0, -1, 1, 1])}
+    arguments["old_logprobs"] = arguments["logprobs"] + torch.tensor([[-0.5], [0.5], [0.0], [0.1]])
+    metrics = evaluate(arguments)[2]
+    # The third sequence has no token, and counts neither here nor there.
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    torch.testing.assert_close(metrics["clip_ratio/high_mean"], third)
+    torch.testing.assert_close(metrics["clip_ratio/low_mean"], third)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "clipped"),
+    [("clip", (True, True)), ("cispo", (False, True)), ("sapo", (False, False)),
+     ("plain", (False, False))],
+)  # fmt: skip
+def test_only_ends_that_a_surrogate_clips_are_counted(surrogate: str, clipped: tuple) -> None:
+    metrics = evaluate(batch(spread=1.0) | {"surrogate": surrogate})[2]
+    found = metrics["clip_ratio/low_mean"] > 0, metrics["clip_ratio/high_mean"] > 0
+    assert found == clipped
+
+
+def test_a_ratio_on_its_bound_is_not_clipped() -> None:
+    logprobs = torch.zeros(1, 2, dtype=torch.float64)
+    mask, advantages = torch.ones(1, 2), torch.tensor([[1.0, -1.0]])
+    # 1 - 0.25 and 1 + 0.5 are exact, and so is a ratio that is 1.
+    options = {"clip_low": 0.0, "clip_high": 0.0}
+    arguments = {"logprobs": logprobs, "old_logprobs": logprobs, "advantages": advantages}
+    loss, gradient, metrics = evaluate(arguments | {"mask": mask} | options)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5, 0.5]], dtype=torch.float64))
+    assert loss == 0 and metrics["clip_ratio/region_mean"] == 0
+
+
+RECIPES = {
+    "grpo": {"reduction": "sequence-mean"},
+    "bnpo": {"reduction": "token-mean"},
+    "dr_grpo": {"reduction": "constant", "normalizer": 20.0},
+    "dapo": {"reduction": "token-mean", "clip_high": 0.28},
+    "gspo": {"ratio_level": "sequence", "reduction": "sequence-mean",
+             "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"surrogate": "cispo", "clip_high": 4.0},
+    "sapo": {"surrogate": "sapo", "reduction": "sequence-mean"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", RECIPES)
+def test_grpo_recipes_are_what_their_papers_say(loss_type: str) -> None:
+    arguments = batch()
+    case = PolicyCase(**arguments | {"kl_coef": 0.04} | RECIPES[loss_type])
+    given = {"normalizer": 20.0} if loss_type == "dr_grpo" else {}
+    found = evaluate(
+        arguments | {"loss_type": loss_type, "kl_coef": 0.04} | given, loss_fn=grpo_loss
+    )
+    assert disagreement(found[:2], case) <= TOLERANCE[torch.float64]
+    others = [name for name in RECIPES if name not in (loss_type, "bnpo")]
+    for other in others:
+        wrong = PolicyCase(**arguments | {"kl_coef": 0.04} | RECIPES[other])
+        assert disagreement(found[:2], wrong) > 1e-6, other
+
+
+def test_options_of_a_recipe_can_be_replaced_and_serve_policy_loss() -> None:
+    arguments = batch()
+    found = evaluate(arguments | {"loss_type": "gspo", "clip_low": 0.1}, loss_fn=grpo_loss)
+    options = grpo_options("gspo") | {"clip_low": 0.1}
+    assert torch.equal(found[1], evaluate(arguments | options)[1])
+    grpo_options("dapo")["clip_high"] = 9  # a copy
+    assert grpo_options("dapo")["clip_high"] == 0.28
+
+
+def test_ppo_is_the_clipped_surrogate() -> None:
+    arguments = batch() | {"clip_low": 0.1, "kl_coef": 0.2}
+    assert torch.equal(evaluate(arguments)[1], evaluate(arguments, loss_fn=ppo_loss)[1])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    lp=st.floats(-30, 0), old=st.floats(-30, 0), ref=st.floats(-30, 0),
+    advantage=st.floats(-5, 5), surrogate=st.sampled_from(SURROGATES),
+    estimator=st.sampled_from(ESTIMATORS), low=st.floats(0, 0.9), high=st.floats(0, 3),
+)  # fmt: skip
+def test_any_token_agrees_with_the_formula(
+    lp: float, old: float, ref: float, advantage: float, surrogate: str, estimator: str,
+    low: float, high: float,
+) -> None:  # fmt: skip
+    one = {"logprobs": lp, "old_logprobs": old, "advantages": advantage, "ref_logprobs": ref}
+    arguments = {name: torch.tensor([[x]], dtype=torch.float64) for name, x in one.items()}
+    arguments |= {
+        "mask": torch.ones(1, 1), "surrogate": surrogate, "kl_coef": 0.5, "clip_low": low,
+        "clip_high": high, "kl_estimator": estimator,
+    }  # fmt: skip
+    case = PolicyCase(**arguments)
+    found = evaluate(arguments)
+    expected = expected_policy(case)
+    # Penalty and surrogate may cancel: errors are relative to the larger of them.
+    alone = expected_policy(replace(case, kl_coef=0.0))
+    scale = max(abs(alone.loss), abs(expected.loss), 1e-3)
+    assert abs(float(found[0]) - expected.loss) <= 1e-12 * scale
+    slopes = [float(x.d_logprobs.abs().max()) for x in (alone, expected)]
+    error = float((found[1] - expected.d_logprobs).abs().max())
+    kink = estimator == "abs" and abs(ref - lp) < 1e-20
+    assert kink or error <= 1e-12 * max(*slopes, 1e-3)
+
+
+# kl_penalty
+
+
+@FINE
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-3, 0.1, 0.13, 1.0, 20.0, 79.0])
+def test_penalties_keep_their_relative_accuracy(
+    size: float, estimator: str, dtype: torch.dtype
+) -> None:
+    mpmath = pytest.importorskip("mpmath", reason="needs mpmath")
+    ref = torch.tensor([size, -size], dtype=dtype)
+    logprobs = torch.zeros(2, dtype=dtype)
+    found = kl_penalty(logprobs, ref, estimator)
+    for value, given_ref in zip(found.tolist(), ref.tolist(), strict=True):
+        x = mpmath.mpf(given_ref)
+        exact = {"k1": -x, "k2": x**2 / 2, "k3": mpmath.exp(x) - 1 - x, "abs": abs(x)}[estimator]
+        bound = {torch.float32: 2e-6, torch.float64: 3e-13}[dtype]
+        assert abs(value - exact) <= bound * abs(exact)
+
+
+def test_the_naive_k3_would_fail_that() -> None:
+    x = torch.tensor(1e-4)
+    naive = x.exp() - 1 - x
+    assert abs(naive / kl_penalty(torch.tensor(0.0), x, "k3") - 1) > 1
+
+
+def divergences(policy: Tensor, ref: Tensor) -> dict[str, Tensor]:
+    log_p, log_q = policy.log_softmax(-1), ref.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    return {
+        "none": 0 * p.sum(),
+        "reverse": (p * (log_p - log_q)).sum(),
+        "forward": (q * (log_q - log_p)).sum(),
+        "variation": (p - q).abs().sum(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("estimator", "of"),
+    [("k1", "none"), ("k2", "reverse"), ("k3", "forward"), ("abs", "variation")],
+)
+def test_the_expected_gradient_is_that_of_the_divergence_in_the_docstring(
+    estimator: str, of: str
+) -> None:
+    # The expectation is a sum over all of a small vocabulary, not a sample.
+    policy = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(7, dtype=torch.float64)
+    log_p = policy.log_softmax(-1)
+    expected_penalty = (
+        log_p.detach().exp() * kl_penalty(log_p, ref.log_softmax(-1), estimator)
+    ).sum()
+    (found,) = torch.autograd.grad(expected_penalty, policy, retain_graph=True)
+    for name, divergence in divergences(policy, ref).items():
+        (gradient,) = torch.autograd.grad(divergence, policy, retain_graph=True)
+        close = torch.allclose(found, gradient, rtol=1e-10, atol=1e-12)
+        assert close == (name == of), name
+
+
+@pytest.mark.parametrize(("estimator", "exact"), [("k1", True), ("k3", True), ("k2", False)])
+def test_the_expected_value_is_the_divergence(estimator: str, exact: bool) -> None:
+    for distance in (1.0, 0.01):
+        policy = torch.randn(7, dtype=torch.float64)
+        ref = policy + distance * torch.randn(7, dtype=torch.float64)
+        log_p, log_q = policy.log_softmax(-1), ref.log_softmax(-1)
+        found = (log_p.exp() * kl_penalty(log_p, log_q, estimator)).sum()
+        error = abs(float(found / divergences(policy, ref)["reverse"]) - 1)
+        assert error <= (1e-9 if exact else 2 * distance)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"surrogate": "ppo"}, ValueError, "surrogate: expected one of clip, .*'ppo'"),
+        ({"ratio_level": "batch"}, ValueError, "ratio_level: .*'batch'"),
+        ({"clip_low": -0.1}, ValueError, "clip_low: expected .*at least 0"),
+        ({"clip_high": math.nan}, ValueError, "clip_high: expected"),
+        ({"clip_high": "0.2"}, TypeError, "clip_high: expected a number, got str"),
+        ({"dual_clip": 1.0}, ValueError, "dual_clip: expected more than 1"),
+        ({"kl_coef": math.inf}, ValueError, "kl_coef: expected a finite"),
+        ({"kl_estimator": "k4"}, ValueError, "kl_estimator: expected one of k1"),
+        ({"kl_coef": 0.1, "ref_logprobs": None}, ValueError, "ref_logprobs: .*kl_coef"),
+        ({"entropy_coef": 0.1, "entropy": None}, ValueError, "entropy: .*entropy_coef"),
+        ({"reduction": "mean"}, ValueError, "reduction: expected one of token-mean"),
+        ({"reduction": "constant"}, ValueError, "normalizer: .*'constant'"),
+        ({"normalizer": 0}, ValueError, "normalizer: expected a positive"),
+        ({"normalizer": torch.ones(4)}, ValueError, r"normalizer: .*0-d tensor, got \(4,\)"),
+        ({"sapo_temperatures": (1.0,)}, ValueError, "sapo_temperatures: expected two"),
+        ({"sapo_temperatures": (1.0, 0.0)}, ValueError, "sapo_temperatures: expected a positive"),
+        ({"logprobs": [0.0]}, TypeError, "logprobs: expected a tensor"),
+        ({"logprobs": torch.zeros(4, 5).long()}, TypeError, "logprobs: .*floating"),
+        ({"logprobs": torch.zeros(4, 6)}, ValueError, r"mask: .*\(4, 6\).*got \(4, 5\)"),
+        ({"logprobs": torch.zeros(5)}, ValueError, r"logprobs: .*\(B, T\).*got \(5,\)"),
+        ({"old_logprobs": torch.zeros(4, 6)}, ValueError, "old_logprobs: expected shape"),
+        ({"ref_logprobs": torch.zeros(4)}, ValueError, "ref_logprobs: expected shape"),
+        ({"entropy": torch.zeros(5)}, ValueError, "entropy: expected shape"),
+        ({"advantages": torch.zeros(5)}, ValueError, r"advantages: .*\(B,\)"),
+        ({"advantages": 1.0}, TypeError, "advantages: expected a tensor, got float"),
+        ({"rollout_weights": torch.zeros(2, 5)}, ValueError, "rollout_weights: expected shape"),
+        ({"mask": None}, TypeError, "mask: expected a tensor"),
+        ({"mask": torch.ones(5)}, ValueError, r"mask: .*\(4, 5\).*got \(5,\)"),
+        ({"advantages": torch.zeros(4, 5, device="meta")}, ValueError, "advantages: expected on"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_errors_name_the_argument(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        policy_loss(**batch() | change)
+
+
+def test_recipes_refuse_what_they_do_not_know() -> None:
+    tensors = [batch()[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")]
+    with pytest.raises(ValueError, match=r"loss_type: expected one of grpo, .*'gpro'"):
+        grpo_loss(*tensors, loss_type="gpro")
+    with pytest.raises(ValueError, match="normalizer: expected a number"):
+        grpo_loss(*tensors, loss_type="dr_grpo")
+    with pytest.raises(TypeError, match="surrogate"):
+        ppo_loss(*tensors, surrogate="plain")
+    with pytest.raises(ValueError, match="estimator: expected one of"):
+        kl_penalty(torch.zeros(1), torch.zeros(1), "k0")
+
+
+def test_ppo_learns_the_best_arm_of_a_bandit() -> None:
+    """Three contexts, four arms, known rewards: several clipped steps on each batch of samples."""
+    rewards = torch.tensor([[0.0, 1.0, 0.2, 0.1], [0.3, 0.0, 0.1, 0.9], [0.5, 0.4, 0.8, 0.0]])
+    policy = torch.zeros(3, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([policy], lr=0.1)
+    for _ in range(60):
+        context = torch.arange(3).repeat_interleave(16)
+        with torch.no_grad():
+            old_policy = policy.log_softmax(-1)
+            arm = torch.multinomial(old_policy.exp()[context], 1)
+            old = old_policy[context].gather(1, arm)
+            advantages = fastrlhf.group_advantages(rewards[context, arm[:, 0]], context)
+        for _ in range(4):
+            logprobs = policy.log_softmax(-1)[context].gather(1, arm)
+            loss, metrics = ppo_loss(logprobs, old, advantages, torch.ones_like(arm))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert metrics["policy/approxkl_avg"] < 0.5
+    probability = policy.softmax(-1)
+    assert (probability.argmax(-1) == rewards.argmax(-1)).all()
+    mean_reward = (probability * rewards).sum(-1)
+    assert (mean_reward > 0.95 * rewards.amax(-1)).all()
+
+
+def test_options_have_one_set_of_defaults() -> None:
+    from inspect import signature
+
+    from fastrlhf.losses.policy_arguments import PolicyOptions
+
+    parameters = signature(policy_loss).parameters
+    for name, default in asdict(PolicyOptions()).items():
+        assert parameters[name].default == default
