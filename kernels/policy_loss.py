@@ -76,10 +76,12 @@ def _saturated(log_ratio):
 def _clip(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
     log_ratio, alive = _saturated(log_ratio)
     ratio = exp(log_ratio)
-    from_above = tl.where(ratio > high, high, ratio)
-    from_below = tl.where(ratio < low, low, tl.where(ratio > dual, dual, ratio))
-    bounded = tl.where(advantage < 0, from_below, from_above)
-    return -bounded * advantage, tl.where(bounded == ratio, -ratio * advantage * alive, 0.0)
+    bad = advantage < 0
+    too_low = bad & (ratio < low)
+    too_high = tl.where(bad, ratio > dual, ratio > high)
+    bounded = tl.where(too_low, low, tl.where(too_high, tl.where(bad, dual, high), ratio))
+    slope = tl.where(too_low | too_high, 0.0, -ratio * advantage * alive)
+    return -bounded * advantage, slope
 
 
 @triton.jit

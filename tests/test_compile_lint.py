@@ -50,6 +50,9 @@ def test_no_kernel_spills(target, binaries) -> None:
         "_token_stats_bwd_kernel",
         "_preference_loss_fwd_kernel",
         "_preference_loss_bwd_kernel",
+        "_policy_loss_kernel",
+        "_scale_kernel",
+        "_gae_kernel",
     }
     assert [report for report in binaries[target] if report["stack"]] == []
 
@@ -61,7 +64,8 @@ def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
     streaming = [
         report
         for report in binaries[target]
-        if report["kernel"] in ("_token_stats_fwd_kernel", "_token_stats_bwd_kernel")
+        if report["kernel"]
+        in ("_token_stats_fwd_kernel", "_token_stats_bwd_kernel", "_policy_loss_kernel")
         and report["vocab"] % 16 == 0
     ]
     assert streaming
@@ -69,17 +73,25 @@ def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
         assert report["wide_loads"] >= 1, report
         # What is not wide is a number per row, not a number per token.
         assert report["loads"] - report["wide_loads"] <= 8, report
-        if report["kernel"] == "_token_stats_bwd_kernel":
-            assert report["wide_stores"] == report["stores"], report
+        of_rows = {"_token_stats_bwd_kernel": 0, "_policy_loss_kernel": 6}
+        if report["kernel"] in of_rows:
+            assert report["stores"] - report["wide_stores"] <= of_rows[report["kernel"]], report
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_registers_leave_room_for_two_blocks_on_a_multiprocessor(target, binaries) -> None:
     for report in binaries[target]:
-        assert report["registers"] * 32 * report["warps"] * 2 <= 65536, report
+        # K3 has every option at once, and rows that start anywhere: one block of 16 warps.
+        crowded = report["kernel"] == "_policy_loss_kernel" and report["vocab"] % 16 != 0
+        blocks = 1 if crowded else 2
+        assert report["registers"] * 32 * report["warps"] * blocks <= 65536, report
 
 
 def test_an_out_of_range_index_traps_on_the_gpu(binaries) -> None:
     for report in binaries["sm_90"]:
-        checked = ("_token_stats_combine_kernel", "_preference_loss_fwd_kernel")
+        checked = (
+            "_token_stats_combine_kernel",
+            "_preference_loss_fwd_kernel",
+            "_policy_loss_kernel",
+        )
         assert report["asserts"] == (report["kernel"] in checked), report

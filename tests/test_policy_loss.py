@@ -1,7 +1,7 @@
 """policy_loss, its recipes and kl_penalty, against formulas written a second time."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -547,5 +547,5 @@ def test_options_have_one_set_of_defaults() -> None:
     from fastrlhf.losses.policy_arguments import PolicyOptions
 
     parameters = signature(policy_loss).parameters
-    for name, default in asdict(PolicyOptions()).items():
+    for name, default in PolicyOptions()._asdict().items():
         assert parameters[name].default == default

@@ -102,3 +102,88 @@ def test_the_preference_tail_is_one_launch_forward_and_one_backward(per_token, m
         losses.mean().backward()
     assert sum(forward.launches.values()) == sum(backward.launches.values()) == 1
     assert backward.stored(logprobs.grad) == logprobs.nbytes
+
+
+def policy_step(logits, monkeypatch, *, advantages=None, mask=None, shift=0.0, **options):
+    """Traffic of logits_policy_loss, forward and backward together, and the gradient."""
+    batch, tokens, vocab = logits.shape
+    targets = torch.randint(vocab, (batch, tokens))
+    old = fastrlhf.token_logprobs(logits.detach(), targets) + shift
+    ones = torch.ones(batch, tokens)
+    mask, advantages = (ones if x is None else x for x in (mask, advantages))
+    with counted_traffic(monkeypatch) as traffic:
+        loss, _ = fastrlhf.logits_policy_loss(
+            logits, targets, old, advantages, mask, impl="triton", **options
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+    return traffic, gradient
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo", "plain"])
+def test_k3_reads_the_logits_twice_and_writes_the_gradient_once_in_one_launch(
+    vocab, dtype, surrogate, monkeypatch
+) -> None:
+    logits = torch.randn(1, 3, vocab, dtype=dtype, requires_grad=True)
+    traffic, gradient = policy_step(logits, monkeypatch, surrogate=surrogate, entropy_coef=0.1)
+    assert traffic.launches.total() == 1
+    # Each row's target is looked up once more: 3 logits in all.
+    assert traffic.loaded(logits) == 2 * logits.nbytes + 3 * dtype.itemsize
+    assert traffic.stored(gradient) == logits.nbytes
+    assert traffic.stored(logits) == traffic.loaded(gradient) == 0
+    assert traffic.loaded() + traffic.stored() <= 3 * logits.nbytes + 3 * 100
+
+
+def test_k3_in_place_moves_as_much_and_allocates_nothing(monkeypatch) -> None:
+    leaf = torch.randn(1, 3, 5000, requires_grad=True)
+    logits = leaf * 1.0
+    traffic, gradient = policy_step(logits, monkeypatch, inplace_backward=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert traffic.launches.total() == 1
+    assert traffic.loaded(logits) == 2 * logits.nbytes + 3 * 4
+    assert traffic.stored(logits) == logits.nbytes
+
+
+def test_k3_does_not_read_tokens_that_change_nothing(monkeypatch) -> None:
+    row = 1000 * 4
+    logits = torch.randn(1, 6, 1000, requires_grad=True)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1]])
+    advantages = torch.tensor([[1.0, 1.0, 0.0, -1.0, 0.0, 0.0]])
+    traffic, gradient = policy_step(logits, monkeypatch, mask=mask, advantages=advantages)
+    assert traffic.loaded(logits) == 2 * (2 * row + 4)
+    assert traffic.stored(gradient) == 6 * row
+    # A reference or an entropy is a reason to look at the others of the mask.
+    for options in ({"ref_logprobs": torch.zeros(1, 6)}, {"entropy": True}):
+        traffic, _ = policy_step(logits, monkeypatch, mask=mask, advantages=advantages, **options)
+        # Those without a slope are read for their log-prob alone.
+        assert traffic.loaded(logits) == (2 + 4) * row + 4 * 4
+
+
+def test_k3_reads_a_clipped_token_once(monkeypatch) -> None:
+    logits = torch.randn(1, 4, 1000, requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    shift = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])  # ratios e, e, 1/e, 1/e
+    traffic, gradient = policy_step(logits, monkeypatch, advantages=advantages, shift=shift)
+    assert traffic.loaded(logits) == (4 + 2) * 1000 * 4 + 4 * 4
+    assert gradient.any(-1).tolist() == [[False, True, True, False]]
+
+
+def test_a_ratio_of_sequences_takes_k1_and_k2(monkeypatch) -> None:
+    logits = torch.randn(2, 2, 1000, requires_grad=True)
+    traffic, gradient = policy_step(logits, monkeypatch, ratio_level="sequence")
+    assert traffic.launches.total() == 3
+    assert traffic.loaded(logits) == 2 * logits.nbytes + 4 * 4
+    assert traffic.stored(gradient) == logits.nbytes
+
+
+def test_the_scan_reads_and_writes_each_token_once_in_one_launch(monkeypatch) -> None:
+    rewards, values = torch.randn(2, 70), torch.randn(2, 70)
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    with counted_traffic(monkeypatch) as traffic:
+        advantages, returns = fastrlhf.gae(rewards, values, mask, impl="triton")
+    assert traffic.launches.total() == 1
+    assert traffic.loaded(rewards) == rewards.nbytes
+    # Each value also serves the token before it, within a block of the scan.
+    assert traffic.loaded(values) <= 2 * values.nbytes
+    assert traffic.stored(advantages) == traffic.stored(returns) == rewards.nbytes

@@ -105,7 +105,7 @@ def policy_loss(
     options = PolicyOptions(
         surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef, kl_estimator,
         entropy_coef, reduction, normalizer, sapo_temperatures,
-    )  # fmt: skip
+    ).checked()  # fmt: skip
     check_tokens("logprobs", logprobs, mask)
     if entropy is not None:
         check_floating("entropy", entropy)

@@ -3,7 +3,6 @@
 Dims: B sequences, T tokens.
 """
 
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +24,7 @@ from fastrlhf.ops.checks import (
 from fastrlhf.reference import accumulation_dtype
 
 
-@dataclass(frozen=True)
-class PolicyOptions:
+class PolicyOptions(NamedTuple):
     """The options of a policy loss that are no tensors, with their defaults; see `policy_loss`."""
 
     surrogate: str = "clip"
@@ -41,7 +39,12 @@ class PolicyOptions:
     normalizer: float | Tensor | None = None
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
 
-    def __post_init__(self) -> None:
+    def checked(self) -> "PolicyOptions":
+        """Return the options.
+
+        Raises:
+            TypeError, ValueError: one that is not what it should be.
+        """
         if self.surrogate not in SURROGATES:
             raise ValueError(
                 f"surrogate: expected one of {', '.join(SURROGATES)}, got {self.surrogate!r}"
@@ -67,17 +70,16 @@ class PolicyOptions:
             check_positive("sapo_temperatures", tau)
         check_estimator("kl_estimator", self.kl_estimator)
         check_reduction(self.reduction, self.normalizer)
+        return self
 
     @classmethod
     def parse(cls, function: str, given: dict[str, Any]) -> "PolicyOptions":
-        """Make options from the keywords of a function, which an unknown one is a TypeError of."""
-        names = [field.name for field in fields(cls)]
+        """Make options from the keywords of a function, to which an unknown one is a TypeError."""
         for name in given:
-            if name not in names:
-                raise TypeError(
-                    f"{function}: unexpected option {name!r}; expected one of {', '.join(names)}"
-                )
-        return cls(**given)
+            if name not in cls._fields:
+                known = ", ".join(cls._fields)
+                raise TypeError(f"{function}: unexpected option {name!r}; expected one of {known}")
+        return cls(**given).checked()
 
     @property
     def bounds(self) -> Bounds:

@@ -9,7 +9,17 @@ def saturated(log_ratio: Tensor) -> Tensor:
 
     Beyond lies inf, which makes NaN of every product with 0.
     """
-    return log_ratio.clamp(max=700.0 if log_ratio.dtype == torch.float64 else 80.0)
+    return at_most(log_ratio, 700.0 if log_ratio.dtype == torch.float64 else 80.0)
+
+
+def at_most(x: Tensor, bound: float) -> Tensor:
+    """Bound x from above: `x.clamp(max=bound)`, but the gradient of NaN is NaN, and not 0."""
+    return torch.where(x > bound, bound, x)
+
+
+def at_least(x: Tensor, bound: float) -> Tensor:
+    """Bound x from below, likewise."""
+    return torch.where(x < bound, bound, x)
 
 
 def expm1_minus(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.ratios import saturated
+from fastrlhf.losses.ratios import at_least, at_most, saturated
 
 
 class Bounds(NamedTuple):
@@ -29,14 +29,16 @@ def clip(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) 
     With dual_clip c, -max(min(...), c·A) where A < 0: 1912.09729 Eq. 5.
     """
     ratio = saturated(log_ratio).exp()
-    from_above = ratio.clamp(max=1 + bounds.clip_high)
-    from_below = ratio.clamp(min=1 - bounds.clip_low, max=bounds.dual_clip)
+    from_above = at_most(ratio, 1 + bounds.clip_high)
+    from_below = at_least(ratio, 1 - bounds.clip_low)
+    if bounds.dual_clip is not None:
+        from_below = at_most(from_below, bounds.dual_clip)
     return -torch.where(advantage < 0, from_below, from_above) * advantage
 
 
 def cispo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
     """Compute -sg(min(r, 1+ε_h))·A·ln π: CISPO, 2506.13585 Eq. 4 and 5."""
-    ratio = saturated(log_ratio).exp().clamp(max=1 + bounds.clip_high)
+    ratio = at_most(saturated(log_ratio).exp(), 1 + bounds.clip_high)
     return _likelihood(ratio.detach() * advantage, logprob)
 
 

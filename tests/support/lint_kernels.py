@@ -107,11 +107,11 @@ def all_launches() -> dict:
             launch_preference_loss(formula, dtype, per_token)
         for launch in launches:
             found.setdefault(launch_key(launch), (launch, 0))
-    # Surrogates and penalties are a few numbers per row, so two estimators stand for the four.
-    policies = [(name, "k3") for name in policy_loss.SURROGATES] + [("clip", "k2")]
-    for vocab, dtype, (surrogate, kl_estimator), everything in product(
-        VOCABS, DTYPES, policies, (False, True)
-    ):
+    # Surrogates and penalties are a few numbers per row: one stands for the four in each dtype.
+    policies = list(product(["clip"], ["k3"], DTYPES, (False, True)))
+    policies += [(name, "k3", torch.bfloat16, True) for name in policy_loss.SURROGATES]
+    policies += [("clip", name, torch.bfloat16, True) for name in policy_loss.KL_ESTIMATORS]
+    for vocab, (surrogate, kl_estimator, dtype, everything) in product(VOCABS, policies):
         with captured_launches(pytest.MonkeyPatch()) as launches:
             launch_policy_loss(vocab, dtype, surrogate, kl_estimator, everything)
         for launch in launches:
