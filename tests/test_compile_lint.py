@@ -13,25 +13,23 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
-SCRIPT = Path(__file__).parent / "support" / "lint_kernels.py"
+SUPPORT = Path(__file__).parent / "support"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen:
+    """Run a script of tests/support/ where the kernels are as the compiler sees them."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(SUPPORT.parent), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, str(SUPPORT / script), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
 def binaries() -> dict[str, list[dict]]:
     """Reports on every distinct compilation, by target; two processes share the work."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *targets],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for targets in (TARGETS[:2], TARGETS[2:])
-    ]
+    processes = [start("lint_kernels.py", *targets) for targets in (TARGETS[:2], TARGETS[2:])]
     reports: dict[str, list[dict]] = {target: [] for target in TARGETS}
     for process in processes:
         output, _ = process.communicate()
@@ -95,3 +93,14 @@ def test_an_out_of_range_index_traps_on_the_gpu(binaries) -> None:
             "_policy_loss_kernel",
         )
         assert report["asserts"] == (report["kernel"] in checked), report
+
+
+def test_twenty_batches_and_settings_share_one_compilation_of_the_policy_loss() -> None:
+    process = start("count_compilations.py")
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    counts = json.loads(output)
+    # Two vocabularies do not share one: the count can fail.
+    assert counts.pop("both vocabularies") == 2
+    assert len(counts) == 16
+    assert set(counts.values()) == {1}, counts

@@ -18,7 +18,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import (
+    JITFunction,
+    compute_cache_key,
+    create_function_from_signature,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -147,6 +152,15 @@ def _run(*command) -> str:
     return subprocess.run(
         [str(c) for c in command], check=True, capture_output=True, text=True
     ).stdout
+
+
+def cache_key(launch: Launch) -> str:
+    """Triton's own key of the binary that a launch takes: what it specialises on, and how."""
+    kernel = launch.kernel
+    backend = make_backend(TARGETS["sm_90"])
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, options = bind(**launch.arguments, **launch.options)
+    return compute_cache_key({}, specialization, options)
 
 
 def launch_key(launch: Launch) -> tuple:
