@@ -105,7 +105,9 @@ def gae(
     """
     sequences, tokens = rewards.shape
     acc = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
-    advantages, returns = (rewards.new_empty(rewards.shape, dtype=acc) for _ in range(2))
+    advantages, returns = (
+        torch.empty(rewards.shape, dtype=acc, device=rewards.device) for _ in range(2)
+    )
     _gae_kernel[(sequences,)](
         rewards,
         values,

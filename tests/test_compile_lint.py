@@ -69,9 +69,11 @@ def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
     assert streaming
     for report in streaming:
         assert report["wide_loads"] >= 1, report
+        if report["asserts"] and target == "gfx942":
+            continue  # the report of a failed assertion has loads and stores of its own there
         # What is not wide is a number per row, not a number per token.
         assert report["loads"] - report["wide_loads"] <= 8, report
-        of_rows = {"_token_stats_bwd_kernel": 0, "_policy_loss_kernel": 6}
+        of_rows = {"_token_stats_bwd_kernel": 0, "_policy_loss_kernel": 3}
         if report["kernel"] in of_rows:
             assert report["stores"] - report["wide_stores"] <= of_rows[report["kernel"]], report
 

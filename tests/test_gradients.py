@@ -224,6 +224,121 @@ def test_linear_dpo_loss(trained, loss_type, device) -> None:
     gradcheck(losses, (hidden, weight))
 
 
+SURROGATES = ["clip", "cispo", "sapo", "plain"]
+POLICY_OPTIONS = {
+    "kl_coef": 0.3, "entropy_coef": 0.2, "dual_clip": 1.5, "clip_low": 0.1, "clip_high": 0.15,
+}  # fmt: skip
+
+
+def policy_batch(logprobs, surrogate: str) -> dict:
+    """Old and reference log-probs around given ones, and a mask; ratios are away from the bounds.
+
+    CISPO holds its ratio constant, and so has the gradient of its value only where the bound does:
+    there, all ratios are beyond it.
+    """
+    steps = torch.linspace(-0.5, 0.5, logprobs.numel()).view(logprobs.shape).to(logprobs)
+    shift = steps.abs() + 0.3 if surrogate == "cispo" else steps
+    return {
+        "old_logprobs": logprobs.detach() - shift,
+        "ref_logprobs": logprobs.detach() + 0.7 * steps.flip(-1) + 0.05,
+        "advantages": torch.randn_like(logprobs),
+        "mask": (torch.arange(logprobs.shape[1], device=logprobs.device) != 1).expand_as(logprobs),
+        "surrogate": surrogate,
+    }
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_policy_loss(surrogate, estimator, level, device) -> None:
+    logprobs, entropy = (
+        (torch.rand(3, 5, dtype=torch.float64, device=device) * 2).neg().requires_grad_()
+        for _ in range(2)
+    )
+    given = policy_batch(logprobs, surrogate) | POLICY_OPTIONS
+
+    def loss(logprobs, entropy):
+        return fastrlhf.policy_loss(
+            logprobs, **given, entropy=entropy, kl_estimator=estimator, ratio_level=level,
+            reduction="sequence-mean",
+        )[0]  # fmt: skip
+
+    gradcheck(loss, (logprobs, entropy))
+    gradgradcheck(loss, (logprobs, entropy))
+
+
+# The kernels of token_stats, which a ratio of sequences takes, are tested above.
+@pytest.mark.parametrize(
+    ("level", "impl"), [("token", "triton"), ("token", "eager"), ("sequence", "eager")]
+)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_logits_policy_loss(surrogate, level, impl, device) -> None:
+    logits = torch.randn(2, 2, 7, dtype=torch.float64, device=device, requires_grad=True)
+    targets = torch.randint(7, (2, 2), device=device)
+    given = policy_batch(fastrlhf.token_logprobs(logits, targets, softcap=4.0), surrogate)
+
+    def loss(logits):
+        return fastrlhf.logits_policy_loss(
+            logits, targets, **given, **POLICY_OPTIONS, ratio_level=level, softcap=4.0, impl=impl
+        )[0]
+
+    gradcheck(loss, (logits,))
+    if impl == "eager":  # the fused kernel refuses, as a test of its own says
+        gradgradcheck(loss, (logits,))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_linear_policy_loss(surrogate, level, trained, device) -> None:
+    hidden, weight, targets = linear_inputs(device, trained)
+    targets = targets.clamp(min=0)
+    given = policy_batch(fastrlhf.linear_token_logprobs(hidden, weight, targets), surrogate)
+
+    def loss(hidden, weight):
+        return fastrlhf.linear_policy_loss(
+            hidden, weight, targets, **given, **POLICY_OPTIONS, ratio_level=level, chunk_size=4
+        )[0]
+
+    gradcheck(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_kl_penalty(estimator, device) -> None:
+    # Both branches of k3, near 0 and further away.
+    logprobs = torch.tensor([0.0, -0.5, -2.0, 1e-3], dtype=torch.float64, device=device)
+    ref = torch.tensor([1e-3, -0.5 + 1e-4, 3.0, -1.0], dtype=torch.float64, device=device)
+    inputs = (logprobs.requires_grad_(), ref.requires_grad_())
+    gradcheck(lambda *x: fastrlhf.kl_penalty(*x, estimator), inputs)
+    gradgradcheck(lambda *x: fastrlhf.kl_penalty(*x, estimator), inputs)
+
+
+def test_value_loss_and_whiten(device) -> None:
+    values = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    old, returns = values.detach() + 0.3 * torch.randn_like(values), torch.randn_like(values)
+    mask = torch.rand(3, 4, device=device) > 0.3
+    for function in (
+        lambda x: fastrlhf.value_loss(x, old, returns, mask)[0],
+        lambda x: fastrlhf.whiten(x, mask),
+    ):
+        gradcheck(function, (values,))
+        gradgradcheck(function, (values,))
+
+
+def test_reward_losses(device) -> None:
+    scores, margin = (
+        torch.randn(6, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)
+    )
+    groups = torch.tensor([4, 2, 4, 4, 2, 9], device=device)
+    ranks = torch.tensor([2, 0, 1, 7, 5, 0], device=device)
+    for function in (
+        lambda s, m: fastrlhf.reward_loss(s, s.flip(0), margin=m, center_coef=0.1)[0],
+        lambda s, m: fastrlhf.plackett_luce_loss(s * m, groups, ranks),
+    ):
+        gradcheck(function, (scores, margin))
+        gradgradcheck(function, (scores, margin))
+
+
 def test_the_check_rejects_a_gradient_that_is_off_by_a_thousandth(device) -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod

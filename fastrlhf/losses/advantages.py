@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens
-from fastrlhf.losses.penalties import kl_penalty
+from fastrlhf.losses.penalties import check_estimator, kl_penalty
 from fastrlhf.losses.segments import segment_sums
 from fastrlhf.ops.checks import (
     check_finite,
@@ -48,6 +48,8 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     x = torch.where(inside, x, 0.0).to(accumulation_dtype(x.dtype))
     count = inside.sum()
     mean = x.sum() / count.clamp(min=1)
+    # The rounding of the mean of large entries is all that is left of equal ones: once more.
+    mean = mean + torch.where(inside, x - mean, 0.0).sum() / count.clamp(min=1)
     centred = torch.where(inside, x - mean, 0.0)
     variance = centred.square().sum() / (count - 1).clamp(min=1)
     scaled = centred * torch.rsqrt(variance + 1e-8)
@@ -92,6 +94,7 @@ def shaped_rewards(
     check_shape("scores", scores, (logprobs.shape[0],), "one for each sequence")
     check_same_device("scores", scores, "logprobs", logprobs)
     check_finite("kl_coef", kl_coef)
+    check_estimator("kl_estimator", kl_estimator)
     inside = mask != 0
     penalty = kl_penalty(logprobs, ref_logprobs, kl_estimator)
     rewards = torch.where(inside, -kl_coef * penalty, 0.0)

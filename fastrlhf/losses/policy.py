@@ -78,9 +78,9 @@ def policy_loss(
         reduction: "token-mean" over all tokens; "sequence-mean" of the means over tokens;
             "sequence-sum", the mean over sequences of the sums over tokens; "constant", the sum
             divided by normalizer. Means over sequences count all B.
-        normalizer: number or 0-d tensor that replaces the denominator: of tokens for token-mean, of
-            sequences for the sequence reductions. Give the count of the global batch, where a batch
-            is spread over steps or devices.
+        normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
+            denominator: of tokens for token-mean, of sequences for the sequence reductions. Give
+            the count of the global batch, where a batch is spread over steps or devices.
         sapo_temperatures: τ where A > 0, and where not.
 
     Returns:

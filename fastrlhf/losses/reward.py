@@ -24,7 +24,7 @@ def reward_loss(
     chosen_scores: Tensor,
     rejected_scores: Tensor,
     *,
-    margin: Tensor | None = None,
+    margin: Tensor | float | None = None,
     center_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the Bradley–Terry loss of each preference pair, from the scores of a reward model.
@@ -34,7 +34,7 @@ def reward_loss(
 
     Args:
         chosen_scores, rejected_scores: (P,).
-        margin: (P,) by how much the chosen score should be higher; None: 0.
+        margin: (P,), or a number, by how much the chosen score should be higher; None: 0.
         center_coef: weight of the term that keeps scores around 0 (0.01 in its paper).
 
     Returns:
@@ -51,7 +51,11 @@ def reward_loss(
     check_floating("chosen_scores", chosen_scores)
     if chosen_scores.ndim != 1:
         raise ValueError(f"chosen_scores: expected shape (P,), got {tuple(chosen_scores.shape)}")
-    others = {"rejected_scores": rejected_scores} | ({} if margin is None else {"margin": margin})
+    others = {"rejected_scores": rejected_scores}
+    if isinstance(margin, Tensor):
+        others["margin"] = margin
+    elif margin is not None:
+        check_finite("margin", margin)
     for name, x in others.items():
         check_floating(name, x)
         check_shape(name, x, tuple(chosen_scores.shape), "the shape of chosen_scores")
@@ -60,7 +64,9 @@ def reward_loss(
     dtype = accumulation_dtype(torch.promote_types(chosen_scores.dtype, rejected_scores.dtype))
     chosen, rejected = chosen_scores.to(dtype), rejected_scores.to(dtype)
     difference = chosen - rejected
-    losses = -F.logsigmoid(difference if margin is None else difference - margin.to(dtype))
+    if isinstance(margin, Tensor):
+        margin = margin.to(dtype)
+    losses = -F.logsigmoid(difference if margin is None else difference - margin)
     if center_coef != 0:
         losses = losses + center_coef * (chosen + rejected).square()
     pairs = torch.ones_like(chosen, dtype=torch.bool)

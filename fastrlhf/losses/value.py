@@ -25,19 +25,19 @@ def value_loss(
 
     Eager equivalent::
 
-        clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        clipped = values.clamp(old_values - clip_range, old_values + clip_range)
         losses = torch.max((values - returns) ** 2, (clipped - returns) ** 2) / 2
         loss = losses[mask].mean()
 
     Args:
         values: (B, T) of the model that is trained.
-        old_values: (B, T) at the time of sampling.
+        old_values: (B, T) at the time of sampling; not looked at without a clip_range.
         returns: (B, T) to be predicted, see `gae`.
         mask: (B, T) bool or 0/1, the tokens that count; the others can hold anything.
         clip_range: how far a value may move from its old one before the loss stops to reward it;
             None for no bound.
-        normalizer: number or 0-d tensor that replaces the number of tokens, for batches that are
-            spread over steps or devices.
+        normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
+            number of tokens, for batches that are spread over steps or devices.
 
     Returns:
         loss: 0-d, fp32 (fp64 for fp64 values), differentiable with respect to values, twice too.
@@ -65,7 +65,7 @@ def value_loss(
     losses = (values - target).square()
     clipped = torch.zeros_like(inside)
     if clip_range is not None:
-        bounded = old + (values - old).clamp(-clip_range, clip_range)
+        bounded = values.clamp(old - clip_range, old + clip_range)
         of_bounded = (bounded - target).square()
         clipped = of_bounded > losses
         losses = torch.maximum(losses, of_bounded)

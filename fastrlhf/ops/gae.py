@@ -70,8 +70,24 @@ def gae(
     check_between("lam", lam, 0, 1)
     if rewards.numel() == 0 or not use_triton(impl, rewards, auto_interprets=True):
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    advantages, returns = _scan(rewards, values, mask, float(gamma), float(lam))
+    return advantages, returns
+
+
+@torch.library.custom_op("fastrlhf::gae", mutates_args=())
+def _scan(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     from fastrlhf.kernels.scan import gae as launch
 
-    return launch(
-        *(token_contiguous(x) for x in (rewards, values, mask)), gamma=float(gamma), lam=float(lam)
+    tokens = (token_contiguous(x) for x in (rewards, values, mask))
+    return launch(*tokens, gamma=gamma, lam=lam)
+
+
+@_scan.register_fake
+def _scan_fake(rewards, values, *_):
+    dtype = reference.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    advantages, returns = (
+        torch.empty(rewards.shape, dtype=dtype, device=rewards.device) for _ in range(2)
     )
+    return advantages, returns
