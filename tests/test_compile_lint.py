@@ -88,7 +88,7 @@ def test_registers_leave_room_for_two_blocks_on_a_multiprocessor(target, binarie
 
 
 def test_an_out_of_range_index_traps_on_the_gpu(binaries) -> None:
-    for report in binaries["sm_90"]:
+    for report in binaries["sm_90"] + binaries["gfx942"]:
         checked = (
             "_token_stats_combine_kernel",
             "_preference_loss_fwd_kernel",

@@ -240,7 +240,7 @@ def policy_batch(logprobs, surrogate: str) -> dict:
     shift = steps.abs() + 0.3 if surrogate == "cispo" else steps
     return {
         "old_logprobs": logprobs.detach() - shift,
-        "ref_logprobs": logprobs.detach() + 0.7 * steps.flip(-1) + 0.05,
+        "ref_logprobs": logprobs.detach() + 0.7 * steps.flip(-1) + 0.03,
         "advantages": torch.randn_like(logprobs),
         "mask": (torch.arange(logprobs.shape[1], device=logprobs.device) != 1).expand_as(logprobs),
         "surrogate": surrogate,

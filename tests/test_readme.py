@@ -22,23 +22,30 @@ def test_examples_run(index) -> None:
     run_example(EXAMPLES[index])
 
 
+def tiny_llama(transformers, kind: str, **options):
+    """A random model of a few thousand parameters."""
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, **options,
+    )  # fmt: skip
+    return getattr(transformers, kind).from_config(config)
+
+
+def tiny_batch() -> dict[str, torch.Tensor]:
+    """Four sequences of twelve tokens, a prompt of five and a completion of seven."""
+    ids = torch.randint(97, (4, 12))
+    mask = torch.arange(12).expand(4, 12) >= 5
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+
+
 @pytest.mark.parametrize("name", ["dpo_step", "dpo_step_from_logits"])
 def test_the_trainer_example_is_short_and_trains_a_hugging_face_model(name) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     (example,) = [text for text in EXAMPLES if f"def {name}(" in text]
     assert len(example.split(f"def {name}(")[1].strip().splitlines()) <= 10
     dpo_step = run_example(example)[name]
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    ids = torch.randint(97, (4, 12))
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "completion_mask": torch.arange(12).expand(4, 12) >= 5,
-    }
+    model, batch = tiny_llama(transformers, "AutoModelForCausalLM"), tiny_batch()
+    ids = batch["input_ids"]
     with torch.no_grad():
         plain = model(ids).logits.log_softmax(-1)[:, 4:-1].gather(-1, ids[:, 5:, None])
     ref = plain[..., 0].sum(-1)
@@ -49,3 +56,51 @@ def test_the_trainer_example_is_short_and_trains_a_hugging_face_model(name) -> N
     loss.backward()
     optimizer.step()
     assert dpo_step(model, batch, ref)[0] < loss
+
+
+def test_the_ppo_example_is_short_and_trains_policy_and_critic() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def ppo_step(" in text]
+    assert len(example.split("def ppo_step(")[1].strip().splitlines()) <= 15
+    ppo_step = run_example(example)["ppo_step"]
+    model = tiny_llama(transformers, "AutoModelForCausalLM")
+    critic = tiny_llama(transformers, "AutoModelForTokenClassification", num_labels=1)
+    batch = tiny_batch()
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        logprobs = model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        values = critic(ids).logits[:, :-1, 0]
+    batch |= {"logprobs": logprobs, "ref_logprobs": logprobs, "values": values}
+    batch["scores"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    parameters = [*model.parameters(), *critic.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss, metrics = ppo_step(model, critic, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    assert metrics["policy/approxkl_avg"] > 0 and "val/clipfrac_avg" in metrics
+
+
+def test_the_grpo_example_makes_the_better_completions_likelier() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def grpo_step(" in text]
+    grpo_step = run_example(example)["grpo_step"]
+    model, batch = tiny_llama(transformers, "AutoModelForCausalLM"), tiny_batch()
+    batch |= {"rewards": torch.tensor([1.0, 0.0, 3.0, 2.0]), "prompts": torch.tensor([0, 0, 1, 1])}
+    batch["old_logprobs"] = None
+
+    def likelihood() -> torch.Tensor:
+        ids = batch["input_ids"]
+        with torch.no_grad():
+            logprobs = model(ids).logits.log_softmax(-1)[:, 4:-1].gather(-1, ids[:, 5:, None])
+        return logprobs.sum((1, 2))
+
+    before = likelihood()
+    loss, _ = grpo_step(model, batch)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert ((likelihood() - before) > 0).tolist() == [True, False, True, False]

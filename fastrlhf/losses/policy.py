@@ -70,11 +70,13 @@ def policy_loss(
         dual_clip: bound c > 1 of the ratio where A < 0, for "clip".
         ref_logprobs: (B, T) under the reference policy, for the penalty; without a kl_coef, for its
             metric.
-        kl_coef, kl_estimator: weight and kind of the penalty, see `kl_penalty`.
+        kl_coef, kl_estimator: weight and kind of the penalty, see `kl_penalty`. (TRL's
+            use_bias_correction_kl multiplies it by the ratio besides, which this does not.)
         entropy: (B, T) entropy of the policy at each token, in nats; for the bonus or its metric.
         entropy_coef: weight of the entropy bonus, which is reduced as the surrogate is.
-        rollout_weights: (B, T) or (B,), at least 0: importance weights for the difference between
-            the sampler's log-probs and old_logprobs. They weigh the surrogate, not the penalty.
+        rollout_weights: (B, T), (B,) or (B, 1), at least 0: importance weights for the difference
+            between the sampler's log-probs and old_logprobs. They multiply the advantage, and so
+            the surrogate, but not the penalty.
         reduction: "token-mean" over all tokens; "sequence-mean" of the means over tokens;
             "sequence-sum", the mean over sequences of the sums over tokens; "constant", the sum
             divided by normalizer. Means over sequences count all B.
@@ -86,11 +88,11 @@ def policy_loss(
     Returns:
         loss: 0-d, fp32 (fp64 for fp64 log-probs).
         metrics: detached 0-d tensors. "clip_ratio/low_mean", "clip_ratio/high_mean" and
-            "clip_ratio/region_mean": share of tokens (for the sequence ratio, mean over sequences)
-            whose ratio is clipped from below with A < 0, from above with A > 0, or either;
-            "policy/approxkl_avg": mean of (ln π - ln π_old)²/2 over the tokens with a nonzero
-            advantage (over all, with a reference or an entropy); "kl" and "entropy": means, where
-            their tensors are given.
+            "clip_ratio/region_mean": share of tokens (for the sequence ratio, of sequences that
+            have tokens) whose ratio is clipped from below with A < 0, from above with A > 0, or
+            either, A with its rollout weight; "policy/approxkl_avg": mean of (ln π - ln π_old)²/2
+            over the tokens with a nonzero advantage (over all, with a reference or an entropy);
+            "kl" and "entropy": means, where their tensors are given.
 
     Differentiable, twice if need be, with respect to logprobs and entropy; everything else counts
     as constant. Log-ratios end at 80 (700 in fp64), so that no policy, however far, makes inf·0. A

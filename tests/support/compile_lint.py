@@ -144,7 +144,7 @@ def _read_hip(compiled) -> Binary:
             widths.get(name, 8) for name in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", assembly)
         )
 
-    asserts = "__assert_fail" in compiled.asm["llir"]
+    asserts = "fprintf_stderr" in compiled.asm["llir"]
     return Binary(number("vgpr_count"), spills, bits("load"), bits("store"), asserts, assembly)
 
 
