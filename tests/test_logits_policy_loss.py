@@ -487,13 +487,13 @@ def test_the_operators_pass_opcheck(device) -> None:
     rows = torch.where(given.mask, given.tensors["advantages"], 0.0)
     settings = [0.8, 1.2, math.inf, 1.0, 1.05, 0.1, 0.0]
     arguments = (
-        given.logits, targets, rows, None, rows, rows, None, 1.0, None, 1.0, "clip", "k3",
-        settings, -100, True,
+        torch.empty_like(given.logits), given.logits, targets, rows, None, rows, rows, None, 1.0,
+        None, 1.0, "clip", "k3", settings, -100, True,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.fastrlhf.policy_loss.default, arguments, test_utils=checks)
-    inplace = (given.logits.clone(), *arguments[1:])
-    torch.library.opcheck(torch.ops.fastrlhf.policy_loss_.default, inplace, test_utils=checks[:2])
+    tokens = rows, rows, given.mask
+    torch.library.opcheck(torch.ops.fastrlhf.gae.default, (*tokens, 1.0, 0.95), test_utils=checks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -55,8 +55,9 @@ def policy_loss(
     return loss, logprobs.view(targets.shape), entropies.view(targets.shape)
 
 
+@torch.library.custom_op("fastrlhf::policy_loss", mutates_args={"d_logits"})
 def _launch(
-    d_logits: Tensor,
+    d_logits: Tensor,  # contiguous, or the logits themselves
     logits: Tensor,
     targets: Tensor,
     old_logprobs: Tensor | None,
@@ -95,66 +96,8 @@ def _launch(
     )  # fmt: skip
 
 
-@torch.library.custom_op("fastrlhf::policy_loss", mutates_args=())
-def _forward(
-    logits: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    surrogate: str,
-    kl_estimator: str,
-    settings: list[float],
-    ignore_index: int,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    found = _launch(
-        d_logits, logits, targets, old_logprobs, ref_logprobs, advantages, weights,
-        token_temperature, temperature, softcap, scale, surrogate, kl_estimator, settings,
-        ignore_index, entropy,
-    )  # fmt: skip
-    return d_logits, *found
-
-
-@_forward.register_fake
-def _forward_fake(logits, targets, *_):
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return d_logits, *_rows_like(logits, targets)
-
-
-@torch.library.custom_op("fastrlhf::policy_loss_", mutates_args={"logits"})
-def _forward_inplace(
-    logits: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    surrogate: str,
-    kl_estimator: str,
-    settings: list[float],
-    ignore_index: int,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch(
-        logits, logits, targets, old_logprobs, ref_logprobs, advantages, weights,
-        token_temperature, temperature, softcap, scale, surrogate, kl_estimator, settings,
-        ignore_index, entropy,
-    )  # fmt: skip
-
-
-@_forward_inplace.register_fake
-def _forward_inplace_fake(logits, targets, *_):
+@_launch.register_fake
+def _launch_fake(d_logits, logits, targets, *_):
     return _rows_like(logits, targets)
 
 
@@ -179,14 +122,15 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, tokens, transform, formula, ignore_index, entropy, inplace):
-        arguments = (logits, targets, *tokens[:2], *tokens[2:], *transform)
-        arguments += (*formula[:2], list(formula.settings), ignore_index, entropy)
         if inplace and not torch.compiler.is_compiling() and can_overwrite(logits):
-            losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss_(*arguments)
-            d_logits = logits.detach()
+            d_logits = logits
         else:
-            d_logits, losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss(*arguments)
-        ctx.save_for_backward(d_logits)
+            d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss(
+            d_logits, logits, targets, *tokens, *transform, formula.surrogate, formula.kl_estimator,
+            list(formula.settings), ignore_index, entropy,
+        )  # fmt: skip
+        ctx.save_for_backward(d_logits.detach())
         ctx.mark_non_differentiable(logprobs, entropies)
         weights = tokens.weights.reshape(-1).to(losses.dtype)
         return (losses * weights).sum(), logprobs, entropies
