@@ -79,6 +79,8 @@ def operations(rows: int, vocab: int) -> dict[str, tuple[Callable[[], object], i
     logits = torch.randn(rows, vocab, device="cuda").bfloat16()
     targets = torch.randint(vocab, (rows,), device="cuda")
     ones = torch.ones(rows, device="cuda")
+    # One sequence; no old log-prob is so far away that a token is clipped and read but once.
+    policy = (targets[None], None, torch.randn(1, rows, device="cuda"), ones[None])
     leaf = logits.clone().requires_grad_()
     stats = torch.ops.fastrlhf.token_stats(
         logits, targets, None, 1.0, None, 1.0, -100, False, False, "triton"
@@ -94,6 +96,13 @@ def operations(rows: int, vocab: int) -> dict[str, tuple[Callable[[], object], i
     def fused() -> None:
         torch.autograd.grad(fastrlhf.token_logprobs(leaf, targets).sum(), leaf)
 
+    def policy_loss() -> None:
+        torch.autograd.grad(fastrlhf.logits_policy_loss(leaf[None], *policy)[0], leaf)
+
+    def policy_loss_in_two_steps() -> None:
+        logprobs = fastrlhf.token_logprobs(leaf[None], targets[None])
+        torch.autograd.grad(fastrlhf.policy_loss(logprobs, *policy[1:])[0], leaf)
+
     return {
         "K1 statistics": (lambda: fastrlhf.token_logprobs(logits, targets), size),
         "K1 with entropy": (lambda: fastrlhf.token_stats(logits, targets, entropy=True), size),
@@ -108,6 +117,8 @@ def operations(rows: int, vocab: int) -> dict[str, tuple[Callable[[], object], i
         ),
         "forward + backward": (fused, 3 * size),
         "forward + backward, eager": (eager, 3 * size),
+        "K3 policy loss, forward + backward": (policy_loss, 2 * size),
+        "policy loss, K1 and K2": (policy_loss_in_two_steps, 3 * size),
     }
 
 

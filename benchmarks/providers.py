@@ -52,6 +52,42 @@ TOKEN_LOGPROBS: dict[str, Callable[[], TokenLogprobs]] = {
 }
 
 
+# Loss of logits, targets, old log-probs, advantages and a mask, all (B, T) but the logits.
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def ppo_one_launch(logits: Tensor, targets, old, advantages, mask) -> Tensor:
+    return fastrlhf.logits_policy_loss(logits, targets, old, advantages, mask)[0]
+
+
+def ppo_one_launch_inplace(logits: Tensor, targets, old, advantages, mask) -> Tensor:
+    # Through a view, so that a leaf stands for the output of a head.
+    return fastrlhf.logits_policy_loss(
+        logits.view_as(logits), targets, old, advantages, mask, inplace_backward=True
+    )[0]
+
+
+def ppo_two_steps(logits: Tensor, targets, old, advantages, mask) -> Tensor:
+    logprobs = fastrlhf.token_logprobs(logits, torch.where(mask, targets, -100))
+    return fastrlhf.ppo_loss(logprobs, old, advantages, mask)[0]
+
+
+def ppo_eager(logits: Tensor, targets, old, advantages, mask) -> Tensor:
+    logprobs = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    ratio = (logprobs - old).exp()
+    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (losses * mask).sum() / mask.sum()
+
+
+PPO_FROM_LOGITS: dict[str, Callable[[], PolicyLoss]] = {
+    "fastrlhf": lambda: ppo_one_launch,
+    "fastrlhf in place": lambda: ppo_one_launch_inplace,
+    "fastrlhf in two steps": lambda: ppo_two_steps,
+    "eager": lambda: ppo_eager,
+    "torch.compile": lambda: torch.compile(ppo_eager, dynamic=False),
+}
+
+
 def dpo_from_tokens(name: str) -> Callable[..., Tensor]:
     """Mean DPO loss from token log-probs, a mask and reference sums, by a provider's name."""
 
