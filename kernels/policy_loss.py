@@ -256,11 +256,11 @@ def _policy_loss_kernel(
     weight = tl.load(weights + row)
     g = weight * slope
     h = -weight * tl.full((), entropy_coef, acc)
+    # The target's logit, which every thread has read by itself, may be overwritten from here on.
+    tl.debug_barrier()
     if (live == 0) | empty | ((g == 0) & (h == 0)):
         _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE)
         return
-    # The target's logit, which every thread has read by itself, may be overwritten from here on.
-    tl.debug_barrier()
     tiles = tl.cdiv(vocab, TILE)
     for done in range(0, tiles):
         columns = (tiles - 1 - done) * TILE + within_tile

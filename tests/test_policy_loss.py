@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.policy_formulas import PolicyCase, expected_policy
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrlhf
 from fastrlhf import grpo_loss, grpo_options, kl_penalty, policy_loss, ppo_loss
@@ -514,6 +515,32 @@ def test_recipes_refuse_what_they_do_not_know() -> None:
         ppo_loss(*tensors, surrogate="plain")
     with pytest.raises(ValueError, match="estimator: expected one of"):
         kl_penalty(torch.zeros(1), torch.zeros(1), "k0")
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: looking at a value, and sizes that depend on
+    one.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_nothing_waits_for_the_device(surrogate: str, level: str) -> None:
+    arguments = batch(torch.float32) | {
+        "surrogate": surrogate, "ratio_level": level, "kl_coef": 0.1, "entropy_coef": 0.1,
+        "dual_clip": 2.0, "normalizer": torch.tensor(9),
+    }  # fmt: skip
+    with _NoWaiting():
+        evaluate(arguments)
+        fastrlhf.group_advantages(torch.randn(6), torch.randint(3, (6,)))
+        fastrlhf.whiten(arguments["advantages"], arguments["mask"])
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            bool(arguments["mask"].any())
 
 
 def test_ppo_learns_the_best_arm_of_a_bandit() -> None:

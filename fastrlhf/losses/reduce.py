@@ -35,12 +35,14 @@ def token_weights(
 ) -> Tensor:
     """Give each token of the mask (B, T) its weight in the reduced loss; 0 outside of the mask."""
     lengths = mask.sum(-1, keepdim=True).to(dtype).clamp(min=1)
-    if normalizer is None:
-        # Only where there is one does a batch without tokens, or without sequences, need care.
-        whole = mask.sum().to(dtype) if reduction == "token-mean" else mask.shape[0]
-        denominator = torch.as_tensor(whole, dtype=dtype, device=mask.device).clamp(min=1)
+    if isinstance(normalizer, Tensor):
+        denominator = normalizer.detach().to(mask.device, dtype)
+    elif normalizer is None and reduction == "token-mean":
+        denominator = mask.sum().to(dtype).clamp(min=1)
     else:
-        denominator = torch.as_tensor(normalizer, dtype=dtype, device=mask.device).detach()
+        # Filled on the device, which a copy of the number would have to wait for.
+        number = max(mask.shape[0], 1) if normalizer is None else normalizer
+        denominator = lengths.new_full((), number)
     if reduction == "sequence-mean":
         denominator = denominator * lengths
     return torch.where(mask, 1 / denominator, 0.0)
