@@ -205,7 +205,7 @@ def test_errors_are_at_most_twice_those_of_the_eager_formula(impl, spread, devic
     found = evaluate(given, impl=impl)[1]
     assert not found[~gradients[0].any(-1)].any()  # clipped
     live = gradients[0].abs().amax(-1) > 1e-30  # and no probability of 1
-    assert 5 < live.sum() < 32
+    assert live.sum() > 5
     of_live = targets.view(-1)[live]
     ours, theirs = (
         gradient_errors(x[live], gradients[0][live], of_live) for x in (found, gradients[1])
@@ -534,6 +534,7 @@ def test_no_host_sync_and_no_more_memory_than_a_gradient() -> None:
     ("change", "error", "message"),
     [
         ({"clip": 0.1}, TypeError, "logits_policy_loss: unexpected option 'clip'; expected one of"),
+        ({"entropy": torch.ones(2, 4)}, TypeError, "entropy: expected a bool"),
         ({"entropy_coef": "x"}, TypeError, "entropy_coef: expected a number"),
         ({"targets": torch.zeros(2, 4)}, TypeError, "targets: .*integer"),
         ({"targets": torch.zeros(2, 3).long()}, ValueError, r"targets: expected shape \(2, 4\)"),

@@ -354,7 +354,7 @@ def test_grpo_recipes_are_what_their_papers_say(loss_type: str) -> None:
 def test_options_of_a_recipe_can_be_replaced_and_serve_policy_loss() -> None:
     arguments = batch()
     found = evaluate(arguments | {"loss_type": "gspo", "clip_low": 0.1}, loss_fn=grpo_loss)
-    options = grpo_options("gspo") | {"clip_low": 0.1}
+    options = grpo_options("gspo", clip_low=0.1)
     assert torch.equal(found[1], evaluate(arguments | options)[1])
     grpo_options("dapo")["clip_high"] = 9  # a copy
     assert grpo_options("dapo")["clip_high"] == 0.28

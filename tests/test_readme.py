@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastrlhf
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -62,7 +64,7 @@ def test_the_ppo_example_is_short_and_trains_policy_and_critic() -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     (example,) = [text for text in EXAMPLES if "def ppo_step(" in text]
     assert len(example.split("def ppo_step(")[1].strip().splitlines()) <= 15
-    ppo_step = run_example(example)["ppo_step"]
+    ppo_step, ppo_targets = (run_example(example)[name] for name in ("ppo_step", "ppo_targets"))
     model = tiny_llama(transformers, "AutoModelForCausalLM")
     critic = tiny_llama(transformers, "AutoModelForTokenClassification", num_labels=1)
     batch = tiny_batch()
@@ -71,7 +73,7 @@ def test_the_ppo_example_is_short_and_trains_policy_and_critic() -> None:
         logprobs = model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         values = critic(ids).logits[:, :-1, 0]
     batch |= {"logprobs": logprobs, "ref_logprobs": logprobs, "values": values}
-    batch["scores"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    batch = ppo_targets(batch | {"scores": torch.tensor([1.0, -1.0, 0.5, -0.5])})
     parameters = [*model.parameters(), *critic.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.5)
     losses = []
@@ -85,12 +87,14 @@ def test_the_ppo_example_is_short_and_trains_policy_and_critic() -> None:
     assert metrics["policy/approxkl_avg"] > 0 and "val/clipfrac_avg" in metrics
 
 
-def test_the_grpo_example_makes_the_better_completions_likelier() -> None:
+@pytest.mark.parametrize("name", ["grpo_step", "grpo_step_from_hidden_states"])
+def test_the_grpo_examples_make_the_better_completions_likelier(name) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    (example,) = [text for text in EXAMPLES if "def grpo_step(" in text]
-    grpo_step = run_example(example)["grpo_step"]
+    (example,) = [text for text in EXAMPLES if f"def {name}(" in text]
+    grpo_step = run_example(example)[name]
     model, batch = tiny_llama(transformers, "AutoModelForCausalLM"), tiny_batch()
-    batch |= {"rewards": torch.tensor([1.0, 0.0, 3.0, 2.0]), "prompts": torch.tensor([0, 0, 1, 1])}
+    rewards, prompts = torch.tensor([1.0, 0.0, 3.0, 2.0]), torch.tensor([0, 0, 1, 1])
+    batch["advantages"] = fastrlhf.group_advantages(rewards, prompts)
     batch["old_logprobs"] = None
 
     def likelihood() -> torch.Tensor:

@@ -107,6 +107,9 @@ def shaped_rewards(
 def group_advantages(rewards: Tensor, groups: Tensor, *, kind: str = "grpo") -> Tensor:
     """Compute the advantage of each sequence over the others that answer the same prompt.
 
+    Call it once on all that was sampled, of every rank, before that is cut into minibatches: a
+    group that is cut has another mean, and a group of one has no advantage at all.
+
     Eager equivalent, for the rewards R of one group, μ their mean, σ their sample standard
     deviation (n - 1) and n their number::
 

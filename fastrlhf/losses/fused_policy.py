@@ -26,7 +26,13 @@ from fastrlhf.ops import (
     token_stats,
 )
 from fastrlhf.ops.backend import use_triton
-from fastrlhf.ops.checks import check_floating, check_integer, check_same_device, check_shape
+from fastrlhf.ops.checks import (
+    check_floating,
+    check_indices_on_host,
+    check_integer,
+    check_same_device,
+    check_shape,
+)
 from fastrlhf.ops.token_stats import checked_logits
 
 # Marks the tokens that are not read. A target of -100 that the mask wants is an error, not one of
@@ -63,13 +69,16 @@ def logits_policy_loss(
     Args:
         logits: (B, T, V) bf16, fp16, fp32 or fp64, any strides.
         targets: (B, T) integer, the tokens that were sampled, aligned with the logits that predict
-            them (`shift_targets`). Outside of the mask they can hold anything.
+            them: `shift_targets(input_ids, completion_mask)` and the mask `targets != -100`, or
+            logits[:, :-1], input_ids[:, 1:] and completion_mask[:, 1:]. Outside of the mask they
+            can hold anything.
         old_logprobs, advantages, mask, ref_logprobs, rollout_weights: as `policy_loss`.
         entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
         temperature, softcap, scale, impl: as `token_stats`.
         inplace_backward: let the gradient overwrite the logits, where their memory does not overlap
             itself. It is computed along with the loss, so the logits are spent once this function
-            returns; autograd then refuses the backward of any graph that saved them.
+            returns (on a GPU; the eager backend spends them backward): whatever else needs them has
+            to come before. Autograd refuses the backward of graphs that had saved them.
         **policy_options: surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef,
             kl_estimator, entropy_coef, reduction, normalizer and sapo_temperatures of
             `policy_loss`; or `**grpo_options(...)`.
@@ -91,13 +100,14 @@ def logits_policy_loss(
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
     """
     options = PolicyOptions.parse("logits_policy_loss", policy_options)
+    _check_entropy(entropy)
     transform = checked_logits(logits, targets, temperature, softcap, scale)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
         with_entropy=with_entropy,
     )  # fmt: skip
-    targets = _active_targets(targets, batch)
+    targets = _active_targets(targets, batch, logits.shape[-1])
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if differentiable and options.ratio_level == "token" and use_triton(impl, logits):
         loss, logprobs, entropies = policy_loss(
@@ -144,7 +154,8 @@ def linear_policy_loss(
 
     Args:
         hidden: (B, T, H).
-        weight: (V, H).
+        weight: (V, H); of a model, `head = lm_head(model)` gives `weight=head.weight` and, as
+            important, `**head.options()`.
         targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, entropy,
             **policy_options: as `logits_policy_loss`.
         bias, temperature, softcap, scale, chunk_size, impl: as `linear_token_stats`.
@@ -163,6 +174,7 @@ def linear_policy_loss(
         TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
     """
     options = PolicyOptions.parse("linear_policy_loss", policy_options)
+    _check_entropy(entropy)
     check_floating("hidden", hidden)
     check_integer("targets", targets)
     with_entropy = entropy or options.entropy_coef != 0
@@ -190,10 +202,13 @@ def linear_policy_loss(
             found["entropy"] = stats.entropy
         return (losses * tokens.weights).sum(), found
 
+    # A weight that is none is refused by linear_loss, by its name.
+    vocab = weight.shape[0] if getattr(weight, "ndim", 0) else torch.iinfo(torch.int64).max
+    active_targets = _active_targets(targets, batch, vocab)
     token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
     sequence = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
     loss, aux = linear_loss(
-        of_chunk, hidden, weight, _active_targets(targets, batch), token, *sides,
+        of_chunk, hidden, weight, active_targets, token, *sides,
         groups=sequence if by_sequence else None, bias=bias, temperature=temperature,
         softcap=softcap, scale=scale, ignore_index=_IGNORED, entropy=with_entropy,
         chunk_size=chunk_size, impl=impl,
@@ -207,11 +222,23 @@ def linear_policy_loss(
     return loss, policy_metrics(options, batch, of_all("logprob"), entropies)
 
 
-def _active_targets(targets: Tensor, batch: PolicyBatch) -> Tensor:
+def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int) -> Tensor:
     """Targets (B, T) of the active tokens, all others ignored."""
     check_shape("targets", targets, tuple(batch.mask.shape), "the shape of mask")
     check_same_device("targets", targets, "mask", batch.mask)
+    if not torch.compiler.is_compiling():
+        wanted = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
+        what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
+        check_indices_on_host("targets", wanted, vocab, what)
     return torch.where(batch.active, targets.long(), _IGNORED)
+
+
+def _check_entropy(entropy: bool) -> None:
+    if not isinstance(entropy, bool):
+        raise TypeError(
+            f"entropy: expected a bool (the entropy itself is computed here), got "
+            f"{type(entropy).__name__}"
+        )
 
 
 def _formula(options: PolicyOptions) -> PolicyFormula:

@@ -91,8 +91,8 @@ def policy_loss(
             "clip_ratio/region_mean": share of tokens (for the sequence ratio, of sequences that
             have tokens) whose ratio is clipped from below with A < 0, from above with A > 0, or
             either, A with its rollout weight; "policy/approxkl_avg": mean of (ln π - ln π_old)²/2
-            over the tokens with a nonzero advantage (over all, with a reference or an entropy);
-            "kl" and "entropy": means, where their tensors are given.
+            over the tokens with a nonzero advantage (for the sequence ratio, of sequences that have
+            one); "kl" and "entropy": means over all tokens, where their tensors are given.
 
     Differentiable, twice if need be, with respect to logprobs and entropy; everything else counts
     as constant. Log-ratios end at 80 (700 in fp64), so that no policy, however far, makes inf·0. A
@@ -162,10 +162,11 @@ _GRPO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def grpo_options(loss_type: str) -> dict[str, Any]:
+def grpo_options(loss_type: str, **changes: Any) -> dict[str, Any]:
     """Return the options of `policy_loss` that a member of GRPO's family consists of.
 
-    They serve its fused forms too: `linear_policy_loss(..., **grpo_options("gspo"))`.
+    They serve its fused forms too: `linear_policy_loss(..., **grpo_options("gspo"))`. What is
+    passed besides replaces or joins them: `grpo_options("dapo", clip_high=0.3, kl_coef=0.01)`.
 
     Args:
         loss_type: "grpo" (2402.03300): mean over tokens, then over sequences. "bnpo": mean over the
@@ -181,7 +182,7 @@ def grpo_options(loss_type: str) -> dict[str, Any]:
     """
     if loss_type not in _GRPO:
         raise ValueError(f"loss_type: expected one of {', '.join(_GRPO)}, got {loss_type!r}")
-    return dict(_GRPO[loss_type])
+    return {**_GRPO[loss_type], **changes}
 
 
 def grpo_loss(
@@ -195,11 +196,11 @@ def grpo_loss(
 ) -> tuple[Tensor, Metrics]:
     """Compute a loss of GRPO's family: `policy_loss` with `grpo_options(loss_type)`.
 
-    Eager equivalent: `policy_loss(..., **{**grpo_options(loss_type), **options})`, with its
+    Eager equivalent: `policy_loss(..., **grpo_options(loss_type, **options))`, with its
     arguments, returns and errors. Advantages come from `group_advantages`; the papers' penalty is
     ref_logprobs and a kl_coef (0.04 in 2402.03300), which is 0 here unless given.
     """
-    recipe = {**grpo_options(loss_type), **options}
+    recipe = grpo_options(loss_type, **options)
     return policy_loss(logprobs, old_logprobs, advantages, mask, **recipe)
 
 
@@ -254,22 +255,22 @@ def policy_metrics(
     """Compute the metrics of `policy_loss` from log-probs (B, T), which inactive tokens need not
     have.
     """
-    mask, active, tokens = batch
+    mask, scored, active, tokens = batch
     logprobs = torch.where(active, logprobs, 0.0)
     ratio = saturated(_log_ratio(options, batch, logprobs)).exp()
     surrogate = SURROGATES[options.surrogate]
-    nowhere = torch.zeros_like(active)
+    nowhere = torch.zeros_like(scored)
     low, high = nowhere, nowhere
     if surrogate.clips_low:
-        low = active & (ratio < 1 - options.clip_low) & (tokens.advantages < 0)
+        low = scored & (ratio < 1 - options.clip_low) & (tokens.advantages < 0)
     if surrogate.clips_high:
-        high = active & (ratio > 1 + options.clip_high) & (tokens.advantages > 0)
+        high = scored & (ratio > 1 + options.clip_high) & (tokens.advantages > 0)
     squares = token_log_ratio(tokens, logprobs).square() / 2
     metrics = {
         "clip_ratio/low_mean": _share(options, low.to(ratio.dtype), mask),
         "clip_ratio/high_mean": _share(options, high.to(ratio.dtype), mask),
         "clip_ratio/region_mean": _share(options, (low | high).to(ratio.dtype), mask),
-        "policy/approxkl_avg": masked_mean(squares, active),
+        "policy/approxkl_avg": masked_mean(squares, scored),
     }
     if tokens.ref_logprobs is not None:
         kl = KL_ESTIMATORS[options.kl_estimator](tokens.ref_logprobs - logprobs)

@@ -90,8 +90,10 @@ class PolicyBatch(NamedTuple):
     """The constants of a batch, as if there were nothing outside of the mask."""
 
     mask: Tensor  # (B, T) bool
-    # (B, T) bool: tokens of the mask that are looked at. With no advantage, no reference and no
-    # entropy to look at, a token changes neither the loss nor its gradient.
+    # (B, T) bool: tokens that the surrogate is of, those of the mask that have an advantage.
+    scored: Tensor
+    # (B, T) bool: tokens that are looked at. With no advantage, no reference and no entropy to look
+    # at, a token changes neither the loss nor its gradient.
     active: Tensor
     tokens: PolicyTokens  # (B, T) each
 
@@ -138,11 +140,10 @@ def policy_batch(
     if rollout is not None:
         # The surrogates are homogeneous in the advantage, so this weighs them, and not the penalty.
         gain = gain * rollout
-    active = inside
-    if ref_logprobs is None and not with_entropy:
-        active = inside & (gain != 0)
-        if options.ratio_level == "sequence":  # its tokens share a ratio
-            active = inside & active.any(-1, keepdim=True)
+    scored = inside & (gain != 0)
+    if options.ratio_level == "sequence":  # its tokens share a ratio
+        scored = inside & scored.any(-1, keepdim=True)
+    active = scored if ref_logprobs is None and not with_entropy else inside
     weights = token_weights(inside, options.reduction, options.normalizer, gain.dtype)
     old, ref = cleared("old_logprobs", old_logprobs), cleared("ref_logprobs", ref_logprobs)
-    return PolicyBatch(inside, active, PolicyTokens(old, ref, gain, weights))
+    return PolicyBatch(inside, scored, active, PolicyTokens(old, ref, gain, weights))

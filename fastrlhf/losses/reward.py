@@ -89,7 +89,8 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
     Args:
         scores: (M,) of the items of all rankings, in any order.
         groups: (M,) integer, which ranking an item belongs to; rankings may differ in length.
-        ranks: (M,) integer, the item's place in its ranking, the best the smallest; no two alike.
+        ranks: (M,) integer, the item's place in its ranking, the best the smallest; no two alike
+            (drop an item of a tie, or order it by chance).
 
     Returns:
         One loss for each ranking, in ascending order of their ids, fp32 (fp64 for fp64 scores);
