@@ -235,7 +235,7 @@ def _policy_loss_kernel(
     row_peak, rest, moment = merged_lanes(peak, rest, moment, rate, with_entropy)
     capped, _ = capped_logits(x_target.to(acc), scale, softcap, HAS_SOFTCAP)
     logprob, entropy, log_norm, empty, base = statistics(
-        row_peak, rest, moment, capped, rate, with_entropy
+        row_peak, rest, moment, capped, row_t, with_entropy
     )
 
     log_ratio = tl.where(on_policy != 0, 0.0, logprob - tl.load(old_logprobs + row))

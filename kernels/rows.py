@@ -131,16 +131,18 @@ def merged_lanes(peak, rest, moment, rate, with_entropy):
 
 
 @triton.jit
-def statistics(peak, rest, moment, target_capped, rate, with_entropy):
+def statistics(peak, rest, moment, target_capped, row_t, with_entropy):
     """Log-prob, entropy, log_norm of a row, or of several, whether it is nothing but -inf, and the
     base that log_norm is relative to.
     """
     base = finite_base(peak)
-    target_bits = (target_capped - base) * rate
+    # Not by way of bits, whose rounding would be that of the log-prob of an unlikely target.
+    target_shift = (target_capped - base) / row_t
+    target_bits = target_shift * LOG2E
     target_weight = tl.exp2(target_bits)
     total = rest + target_weight
     log_norm = tl.log(total)
-    logprob = log_sigmoid(target_bits * LN2 - tl.log(rest))
+    logprob = log_sigmoid(target_shift - tl.log(rest))
     # The maximum passes over NaN, which the sums and the target show.
     empty = (peak == -float("inf")) & (rest == 0.0) & (target_capped == -float("inf"))
     logprob = tl.where(empty, -float("inf"), logprob)

@@ -174,7 +174,7 @@ def _token_stats_combine_kernel(
     ).to(acc)
     capped, _ = capped_logits(x, tl.full((), scale, acc), tl.full((), softcap, acc), HAS_SOFTCAP)
     logprob, entropy, log_norm, empty, base = statistics(
-        row_peak, tl.sum(rest, axis=1), tl.sum(moment, axis=1), capped, rate, WITH_ENTROPY
+        row_peak, tl.sum(rest, axis=1), tl.sum(moment, axis=1), capped, row_t, WITH_ENTROPY
     )
 
     tl.store(logprob_out + row, tl.where(live, logprob, 0.0), mask=inside)

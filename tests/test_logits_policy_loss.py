@@ -182,10 +182,10 @@ def test_the_comparison_rejects(mutant, impl, device) -> None:
 
 
 @BACKENDS
-@pytest.mark.parametrize("spread", [1.0, 10.0, 300.0])
+@pytest.mark.parametrize("spread", [1.0, 10.0, 1e4])
 def test_errors_are_at_most_twice_those_of_the_eager_formula(impl, spread, device) -> None:
     logits = (torch.randn(4, 8, 1500) * spread).to(device)
-    targets = logits.argmax(-1)  # with large logits, other targets are impossible
+    targets = torch.randint(1500, (4, 8), device=device)
     mask = torch.ones(4, 8, device=device)
 
     def eager(x: Tensor) -> Tensor:
@@ -203,9 +203,8 @@ def test_errors_are_at_most_twice_those_of_the_eager_formula(impl, spread, devic
         gradients.append(torch.autograd.grad(eager(x), x)[0].view(32, -1))
     given = Problem(logits, targets, mask, {"old_logprobs": old, "advantages": advantages})
     found = evaluate(given, impl=impl)[1]
-    assert not found[~gradients[0].any(-1)].any()  # clipped
-    live = gradients[0].abs().amax(-1) > 1e-30  # and no probability of 1
-    assert live.sum() > 5
+    assert not found[~gradients[0].any(-1)].any()  # clipped, or a log-prob too far from the old one
+    live = gradients[0].any(-1)
     of_live = targets.view(-1)[live]
     ours, theirs = (
         gradient_errors(x[live], gradients[0][live], of_live) for x in (found, gradients[1])
