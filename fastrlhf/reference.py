@@ -10,6 +10,7 @@ Dims: N rows, V vocabulary, B sequences, T tokens, P pairs, ... any leading shap
 torch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -302,3 +303,108 @@ def gae(
         next_value = torch.where(keep[:, t], values[:, t], next_value)
         advantages[:, t] = torch.where(keep[:, t], advantage, 0.0)
     return advantages, advantages + values
+
+
+def log_probs(
+    logits: Tensor, temperature: float | Tensor, softcap: float | None, scale: float
+) -> Tensor:
+    """Compute ln p (..., V) of the effective logits; -inf where they are, and in a row of nothing
+    else.
+    """
+    z = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
+    z = z / (
+        temperature.to(z.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    )
+    empty = (z == -torch.inf).all(-1, keepdim=True)
+    return torch.where(empty, -torch.inf, F.log_softmax(torch.where(empty, 0.0, z), dim=-1))
+
+
+def mean_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Compute Σ p·(ln p - ln q): 0 where p is, inf where q alone is."""
+    possible = log_p > -torch.inf
+    # What takes no part must be finite even before it is left out, for the sake of its gradient.
+    ratio = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
+    return torch.where(possible | log_p.isnan(), log_p.exp() * ratio, 0.0).sum(-1)
+
+
+def divergence(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    mask: Tensor,
+    *,
+    share: float | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Compute KL(p‖q) of each row (...), or with a share of q in a mixture m their JSD, which is
+    share·KL(q‖m) + (1-share)·KL(p‖m); 0 where the mask is.
+    """
+    live = (mask != 0).unsqueeze(-1)
+    dtype = torch.promote_types(logits_p.dtype, logits_q.dtype)
+    log_p, log_q = (
+        log_probs(torch.where(live, x, 0.0).to(dtype), temperature, softcap, scale)
+        for x in (logits_p, logits_q)
+    )
+    if share is None:
+        value = mean_log_ratio(log_p, log_q)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(1 - share), log_q + math.log(share))
+        value = (1 - share) * mean_log_ratio(log_p, log_m) + share * mean_log_ratio(log_q, log_m)
+    # A row of nothing but -inf has no distribution, and so is no distance away from another.
+    return torch.where(live.squeeze(-1), value, 0.0)
+
+
+def divergence_backward(
+    own: Tensor,
+    other: Tensor,
+    d_values: Tensor,
+    *,
+    of_p: bool,
+    share: float | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Compute the gradient of the divergence of rows (N, V) with respect to one side, in the dtype
+    of d_values (N,); no row is masked.
+
+    With w the log-ratio of the own side p to the other side, or to the mixture, dz = p⊙(w - E_p[w])
+    (times the share of the own side in the mixture); of q in KL(p‖q), dz = q - p. Times
+    dz/dlogits.
+    """
+    log_own, log_other = (
+        log_probs(x.to(d_values.dtype), temperature, softcap, scale) for x in (own, other)
+    )
+    probability = log_own.exp()
+    if share is None and not of_p:
+        dz = probability - log_other.exp()
+    else:
+        part = 1.0
+        if share is not None:
+            part = 1 - share if of_p else share
+            log_other = torch.logaddexp(log_own + math.log(part), log_other + math.log(1 - part))
+        mean = mean_log_ratio(log_own, log_other).unsqueeze(-1)
+        ratio = torch.where(log_own == -torch.inf, 0.0, log_own - log_other - mean)
+        dz = part * probability * ratio
+    dz = dz * d_values.unsqueeze(-1)
+    if softcap is not None:
+        # 1 - tanh², without its cancellation where the cap saturates.
+        dz = dz / torch.cosh(own.to(dz.dtype) * (scale / softcap)).square()
+    rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    return _divide_(dz, rows_t) * scale
+
+
+def fisher_product(
+    logits: Tensor, tangent: Tensor, mask: Tensor, *, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is."""
+    live = (mask != 0).unsqueeze(-1)
+    dtype = accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
+    p = log_probs(torch.where(live, logits, 0.0).to(dtype), temperature, None, 1.0).exp()
+    # What has no probability takes no part, whatever its tangent is.
+    u = torch.where(live & (p != 0), tangent, 0.0).to(dtype)
+    centred = u - (p * u).sum(-1, keepdim=True)
+    rows_t = temperature.to(dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    product = torch.where(live, p * centred / rows_t**2, 0.0)
+    return product, torch.where(live, product * centred, 0.0).sum(-1)

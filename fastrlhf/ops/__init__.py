@@ -1,6 +1,9 @@
 """The vocabulary-sized operations, and the sequence-sized ones that have a kernel."""
 
+from .divergence import kl_divergence
+from .fisher import linear_softmax_fisher_product, softmax_fisher_product
 from .gae import gae
+from .linear_divergence import linear_kl_divergence
 from .linear_head import QuantizedWeight, Weight
 from .linear_loss import ChunkStats, linear_loss
 from .linear_token_stats import linear_token_logprobs, linear_token_stats
@@ -16,12 +19,16 @@ __all__ = [
     "QuantizedWeight",
     "Weight",
     "gae",
+    "kl_divergence",
+    "linear_kl_divergence",
     "linear_loss",
+    "linear_softmax_fisher_product",
     "linear_token_logprobs",
     "linear_token_stats",
     "policy_loss",
     "preference_loss",
     "shift_targets",
+    "softmax_fisher_product",
     "token_logprobs",
     "token_stats",
 ]

@@ -87,19 +87,8 @@ def checked_problem(
     Raises:
         TypeError, ValueError: an argument that does not fit, by its public name.
     """
-    check_floating("hidden", hidden)
-    for weight in weights:
-        _check_weight(weight, hidden)
-    vocab, width = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
-    if hidden.ndim == 0 or hidden.shape[-1] != width:
-        raise ValueError(
-            f"hidden: expected shape (..., {width}), the width of the weight {(vocab, width)}, "
-            f"got {tuple(hidden.shape)}"
-        )
-    if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (vocab,), "one for each row of the weight")
-        check_same_device("bias", bias, "hidden", hidden)
+    check_head(hidden, weights, bias)
+    vocab = weights[0].shape[0]
     check_integer("targets", targets)
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden without its last dimension")
     check_same_device("targets", targets, "hidden", hidden)
@@ -112,29 +101,55 @@ def checked_problem(
         )
     options = LinearOptions(
         *transform[1:], ignore_index, entropy,
-        _checked_chunk(chunk_size, vocab, hidden.device), impl, _matmul_dtype(hidden),
+        checked_chunk(chunk_size, vocab, hidden.device), impl, matmul_dtype(hidden),
     )  # fmt: skip
     return LinearProblem(
         hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options
     )
 
 
-def _check_weight(weight: Weight, hidden: Tensor) -> None:
+def check_head(
+    hidden: Tensor, weights: list[Weight], bias: Tensor | None, *, prefix: str = ""
+) -> None:
+    """Check hidden states (..., K), the column blocks of a head (V, K) and its bias (V,).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by its public name.
+    """
+    name = f"{prefix}hidden"
+    check_floating(name, hidden)
+    for weight in weights:
+        _check_weight(weight, hidden, prefix)
+    vocab, width = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
+    if hidden.ndim == 0 or hidden.shape[-1] != width:
+        raise ValueError(
+            f"{name}: expected shape (..., {width}), the width of the {prefix}weight "
+            f"{(vocab, width)}, got {tuple(hidden.shape)}"
+        )
+    if bias is not None:
+        check_floating(f"{prefix}bias", bias)
+        check_shape(f"{prefix}bias", bias, (vocab,), f"one for each row of the {prefix}weight")
+        check_same_device(f"{prefix}bias", bias, name, hidden)
+
+
+def _check_weight(weight: Weight, hidden: Tensor, prefix: str) -> None:
+    name = f"{prefix}weight"
     if not isinstance(weight, QuantizedWeight):
-        check_floating("weight", weight)
+        check_floating(name, weight)
         if weight.dtype != hidden.dtype and not _autocast(hidden):
             raise TypeError(
-                f"weight: expected {hidden.dtype}, the dtype of hidden, got {weight.dtype}"
+                f"{name}: expected {hidden.dtype}, the dtype of {prefix}hidden, got {weight.dtype}"
             )
     if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(f"weight: expected shape (V, H), neither 0, got {tuple(weight.shape)}")
+        raise ValueError(f"{name}: expected shape (V, H), neither 0, got {tuple(weight.shape)}")
     if weight.device != hidden.device:
         raise ValueError(
-            f"weight: expected on {hidden.device}, the device of hidden, got {weight.device}"
+            f"{name}: expected on {hidden.device}, the device of {prefix}hidden, got "
+            f"{weight.device}"
         )
 
 
-def _checked_chunk(chunk_size: int | None, vocab: int, device: torch.device) -> int:
+def checked_chunk(chunk_size: int | None, vocab: int, device: torch.device) -> int:
     if chunk_size is None:
         return default_chunk(vocab, device)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
@@ -149,5 +164,6 @@ def _autocast(hidden: Tensor) -> bool:
     return torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of a matmul of hidden states: theirs, or that of autocast."""
     return torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype

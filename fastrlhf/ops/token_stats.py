@@ -361,7 +361,7 @@ def flat_rows(
     logits: Tensor, targets: Tensor, token_temperature: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Logits as (outer, inner, V), targets and temperatures as contiguous (N,)."""
-    rows = _row_view(logits)
+    rows = row_view(logits)
     if rows is None:
         rows = logits.contiguous().view(1, -1, logits.shape[-1])
     targets = wide_integers(targets).reshape(-1).contiguous()
@@ -375,7 +375,7 @@ def flat_rows(
     )
 
 
-def _row_view(logits: Tensor) -> Tensor | None:
+def row_view(logits: Tensor) -> Tensor | None:
     """View logits as (outer, inner, V) without a copy: whole, or a slice of the positions of each
     sequence.
     """
@@ -392,7 +392,7 @@ def _row_view(logits: Tensor) -> Tensor | None:
 
 def can_overwrite(logits: Tensor) -> bool:
     """Whether each logit has a memory cell of its own, reachable without a copy."""
-    rows = _row_view(logits)
+    rows = row_view(logits)
     if rows is None:
         return False
     span = 1

@@ -1,0 +1,286 @@
+"""Exact divergences of two distributions over the vocabulary, from logits.
+
+Dims: N rows, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+
+from .backend import use_triton
+from .checks import (
+    check_between,
+    check_floating,
+    check_mask,
+    check_same_device,
+    check_shape,
+)
+from .token_stats import row_view
+from .transform import checked_transform
+
+DIRECTIONS = ("reverse", "forward", "jsd")
+
+# Logits of each side that the eager backend holds at once.
+_EAGER_CHUNK_LOGITS = 2**20
+
+
+class Measure(NamedTuple):
+    """A divergence of π and ref as one of p and q."""
+
+    swapped: bool  # p is ref
+    share: float | None  # of q in a mixture; None: KL(p‖q)
+
+
+def checked_measure(direction: str, beta: float) -> Measure:
+    """Read a direction and the weight of the reference in the mixture of a JSD.
+
+    Raises:
+        TypeError, ValueError: an unknown direction, a beta outside of [0, 1].
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    check_between("beta", beta, 0, 1)
+    if direction == "jsd" and 0 < beta < 1:
+        return Measure(swapped=False, share=float(beta))
+    forward = direction == "forward" or (direction == "jsd" and beta == 0)
+    return Measure(swapped=forward, share=None)
+
+
+def kl_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    direction: str = "reverse",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    beta: float = 0.5,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute the divergence of two distributions over the whole vocabulary, token by token.
+
+    Eager equivalent, with log_p and log_q the log-softmax of logits and ref_logits / temperature::
+
+        reverse, KL(π‖ref): (log_p.exp() * (log_p - log_q)).sum(-1)
+        forward, KL(ref‖π): (log_q.exp() * (log_q - log_p)).sum(-1)
+        jsd: beta * KL(ref‖m) + (1 - beta) * KL(π‖m), m = beta * q + (1 - beta) * p
+
+    Args:
+        logits: (..., V) of the policy π, bf16, fp16, fp32 or fp64, any strides.
+        ref_logits: (..., V) of the reference, floating, of any dtype.
+        direction: "reverse", "forward" or "jsd", see above.
+        mask: (...) bool or 0/1; where it is 0 nothing is read, and value and gradient are 0. None:
+            everything counts.
+        temperature: positive number, or a (...) tensor with one for each token, of both sides.
+        beta: weight of the reference in the mixture of the jsd. 0 and 1 stand for the forward and
+            the reverse KL, in the direction of which the jsd then leads.
+        softcap, scale: of the logits of both sides, as `token_stats`.
+        impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager".
+
+    Returns:
+        (...) in nats, fp32 (fp64 if a side is). -inf logits have probability 0: KL(p‖q) is inf
+        where q is 0 and p is not, and terms where p is 0 are 0. (A probability that is 0 in the
+        dtype of the result counts as 0.)
+
+    Differentiable with respect to logits and ref_logits, twice if need be (the second derivative
+    runs eagerly and builds tensors of the size of the logits).
+
+    The kernel reads both logits once forward, for the jsd twice, and once for each side that needs
+    a gradient, which is all that is allocated.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; an option out of range.
+
+    Source: the jsd 2306.13649 Eq. 1 (GKD).
+    """
+    check_floating("logits", logits)
+    check_floating("ref_logits", ref_logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
+    check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
+    check_same_device("ref_logits", ref_logits, "logits", logits)
+    mask = checked_rows(mask, logits)
+    transform = checked_transform(temperature, softcap, scale, mask)
+    measure = checked_measure(direction, beta)
+    sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
+    values, _ = _forward(*sides, mask, *transform, measure.share, impl)
+    return values.view(mask.shape)
+
+
+def checked_rows(mask: Tensor | None, logits: Tensor) -> Tensor:
+    """Check a mask of the rows of (..., V), or make one of everything."""
+    shape = tuple(logits.shape[:-1])
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+    check_mask("mask", mask)
+    check_shape("mask", mask, shape, "without the last dimension")
+    check_same_device("mask", mask, "logits", logits)
+    return mask != 0
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """View logits as (outer, inner, V), copied if their strides do not allow it."""
+    rows = row_view(logits)
+    return logits.contiguous().view(1, -1, logits.shape[-1]) if rows is None else rows
+
+
+def flat_temperature(tokens: Tensor | None, temperature: float, dtype: torch.dtype) -> Any:
+    return temperature if tokens is None else tokens.reshape(-1).to(dtype).contiguous()
+
+
+def _wider(logits_p: Tensor, logits_q: Tensor) -> torch.dtype:
+    return reference.accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
+
+
+@torch.library.custom_op("fastrlhf::divergence", mutates_args=())
+def _forward(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    mask: Tensor,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    share: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    acc, keep = _wider(logits_p, logits_q), mask.reshape(-1).contiguous()
+    check_temperature_on_host(token_temperature, mask)
+    options: dict[str, Any] = {"share": share, "softcap": softcap, "scale": scale}
+    temperatures = flat_temperature(token_temperature, temperature, acc)
+    if use_triton(impl, logits_p) and keep.numel():
+        from fastrlhf.kernels.divergence import divergence_forward
+
+        sides = rows_of(logits_p), rows_of(logits_q)
+        return divergence_forward(*sides, keep, temperature=temperatures, **options)
+    values = torch.zeros(keep.numel(), dtype=acc, device=mask.device)
+    for rows in _chunks(keep, logits_p.shape[-1]):
+        values[rows] = reference.divergence(
+            *_take(logits_p, logits_q, rows), keep[rows],
+            temperature=_of_rows(temperatures, rows), **options,
+        )  # fmt: skip
+    return values, values.new_empty(0)
+
+
+@_forward.register_fake
+def _forward_fake(logits_p, logits_q, mask, *options):
+    dtype = _wider(logits_p, logits_q)
+    values = torch.empty(mask.numel(), dtype=dtype, device=mask.device)
+    planes = (6, mask.numel()) if use_triton(options[-1], logits_p) and mask.numel() else (0,)
+    return values, values.new_empty(planes)
+
+
+def check_temperature_on_host(token_temperature: Tensor | None, mask: Tensor) -> None:
+    if token_temperature is not None and mask.device.type == "cpu":
+        wanted = token_temperature[mask]
+        if not (wanted > 0).all():
+            worst = wanted.min().item()
+            raise ValueError(f"temperature: expected positive temperatures, got {worst}")
+
+
+def _chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:
+    """Indices of the selected rows, in pieces of a bounded number of logits."""
+    return selected.nonzero().squeeze(1).split(max(1, _EAGER_CHUNK_LOGITS // vocab))
+
+
+def _take(logits_p: Tensor, logits_q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy rows of both sides, one way of flattening whatever their strides."""
+    index = torch.unravel_index(rows, logits_p.shape[:-1]) if logits_p.ndim > 1 else ()
+    take = lambda x: x[index] if index else x.unsqueeze(0)[rows]  # noqa: E731
+    return take(logits_p), take(logits_q)
+
+
+def _of_rows(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+    return temperature[rows] if isinstance(temperature, Tensor) else temperature
+
+
+@torch.library.custom_op("fastrlhf::divergence_backward", mutates_args=())
+def _backward(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    mask: Tensor,
+    stats: Tensor,
+    d_values: Tensor,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    share: float | None,
+    of_p: bool,
+    impl: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradient with respect to one side."""
+    own, other = (logits_p, logits_q) if of_p else (logits_q, logits_p)
+    keep, acc = mask.reshape(-1).contiguous(), d_values.dtype
+    temperatures = flat_temperature(token_temperature, temperature, acc)
+    shape, dtype = own.shape, dtype or own.dtype
+    if stats.numel():
+        from fastrlhf.kernels.divergence import divergence_backward
+
+        d_own = torch.empty(shape, dtype=dtype, device=own.device)
+        pairs = (stats[:2], stats[2:4]) if of_p else (stats[2:4], stats[:2])
+        of_q = 0.0 if share is None else share
+        divergence_backward(
+            rows_of(d_own), rows_of(own), rows_of(other), keep, *pairs, stats[4 if of_p else 5],
+            d_values.contiguous(), temperature=temperatures, softcap=softcap, scale=scale,
+            formula="mixture" if share is not None else "first" if of_p else "second",
+            share=1 - of_q if of_p else of_q,
+        )  # fmt: skip
+        return d_own
+    d_own = torch.zeros(shape, dtype=dtype, device=own.device)
+    flat = d_own.view(-1, shape[-1])
+    for rows in _chunks(keep & (d_values != 0), shape[-1]):
+        flat[rows] = reference.divergence_backward(
+            *_take(own, other, rows), d_values[rows], of_p=of_p, share=share,
+            temperature=_of_rows(temperatures, rows), softcap=softcap, scale=scale,
+        ).to(dtype)  # fmt: skip
+    return d_own
+
+
+@_backward.register_fake
+def _backward_fake(logits_p, logits_q, mask, stats, d_values, *options):
+    of_p = next(option for option in reversed(options) if isinstance(option, bool))
+    dtype = options[-1] if isinstance(options[-1], torch.dtype) else None
+    own = logits_p if of_p else logits_q
+    return torch.empty(own.shape, dtype=dtype or own.dtype, device=own.device)
+
+
+def _setup_context(ctx, inputs, output):
+    logits_p, logits_q, mask, token_temperature, *options = inputs
+    ctx.save_for_backward(logits_p, logits_q, mask, token_temperature, output[1])
+    ctx.options = options
+
+
+def _autograd(ctx, d_values, _):
+    logits_p, logits_q, mask, token_temperature, stats = ctx.saved_tensors
+    temperature, softcap, scale, share, impl = ctx.options
+    wanted = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled():
+        # The gradient is itself to be differentiated (create_graph): take it by autograd, with
+        # respect to views, so that a path from one side to the other is not walked here.
+        sides = logits_p.view_as(logits_p), logits_q.view_as(logits_q)
+        value = reference.divergence(
+            sides[0], sides[1], mask, share=share, softcap=softcap, scale=scale,
+            temperature=temperature if token_temperature is None else token_temperature,
+        )  # fmt: skip
+        inputs = [x for x, want in zip(sides, wanted, strict=True) if want]
+        upstream = d_values.view(value.shape)
+        found = iter(torch.autograd.grad(value, inputs, upstream, create_graph=True))
+        gradients = [next(found) if want else None for want in wanted]
+    else:
+        transform = (token_temperature, temperature, softcap, scale)
+        gradients = [
+            _backward(logits_p, logits_q, mask, stats, d_values, *transform, share, of_p, impl)
+            if want
+            else None
+            for want, of_p in zip(wanted, (True, False), strict=True)
+        ]
+    return *gradients, *(None for _ in range(len(ctx.options) + 2))
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

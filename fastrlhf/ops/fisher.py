@@ -1,0 +1,182 @@
+"""The Fisher information of the softmax times a tangent, from logits or from hidden states.
+
+Dims: N rows, H hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+
+from .backend import outside_of_graphs, use_triton
+from .checks import check_floating, check_same_device, check_shape
+from .divergence import check_temperature_on_host, checked_rows, flat_temperature, rows_of
+from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
+from .linear_head import Head, Weight
+from .linear_rows import even_spans, live_rows
+from .transform import checked_transform
+
+
+@torch.no_grad()
+def softmax_fisher_product(
+    logits: Tensor,
+    tangent: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Multiply the Fisher information of each token's distribution by a tangent of its logits.
+
+    It is the Hessian of the KL divergence from that distribution, in both directions, and
+    diag(p) - p pᵀ over T².
+
+    Eager equivalent::
+
+        p = (logits / temperature).softmax(-1)
+        product = p * (tangent - (p * tangent).sum(-1, keepdim=True)) / temperature**2
+        quadratic = (product * tangent).sum(-1)
+
+    Args:
+        logits: (..., V) floating, any strides.
+        tangent: (..., V) floating, u: the direction in which the logits move.
+        temperature: positive number, or a (...) tensor with one for each token.
+        mask: (...) bool or 0/1; where it is 0, nothing is read and both results are 0. None:
+            everything counts.
+        impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager".
+
+    Returns:
+        product (..., V) in the dtype of the tangent, and quadratic (...), which is the variance of
+        the tangent, fp32 (fp64 if an input is); neither is differentiable. A constant tangent,
+        which changes no probability, gives 0 up to rounding.
+
+    One launch reads logits and tangent twice, the second time mostly from the cache, and writes the
+    product once; the product is all that is allocated.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; a temperature that is not
+            positive.
+
+    Source: 1502.05477 appendix C.
+    """
+    check_floating("logits", logits)
+    check_floating("tangent", tangent)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
+    check_shape("tangent", tangent, tuple(logits.shape), "the shape of logits")
+    check_same_device("tangent", tangent, "logits", logits)
+    mask = checked_rows(mask, logits)
+    transform = checked_transform(temperature, None, 1.0, mask)
+    product, quadratic = _product(logits, tangent, mask, *transform[:2], impl)
+    return product.view(logits.shape), quadratic.view(mask.shape)
+
+
+@torch.library.custom_op("fastrlhf::fisher_product", mutates_args=())
+def _product(
+    logits: Tensor,
+    tangent: Tensor,
+    mask: Tensor,
+    token_temperature: Tensor | None,
+    temperature: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    acc = reference.accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
+    check_temperature_on_host(token_temperature, mask)
+    temperatures = flat_temperature(token_temperature, temperature, acc)
+    keep = mask.reshape(-1).contiguous()
+    if use_triton(impl, logits) and keep.numel():
+        from fastrlhf.kernels.fisher import fisher_product
+
+        return fisher_product(
+            rows_of(logits), rows_of(tangent), keep, temperature=temperatures, dtype=tangent.dtype
+        )
+    z, u = (x.reshape(-1, x.shape[-1]) for x in (logits, tangent))
+    product, quadratic = reference.fisher_product(z, u, keep, temperature=temperatures)
+    return product.to(tangent.dtype), quadratic
+
+
+@_product.register_fake
+def _product_fake(logits, tangent, mask, *_):
+    acc = reference.accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
+    product = torch.empty((mask.numel(), logits.shape[-1]), dtype=tangent.dtype, device=mask.device)
+    return product, torch.empty(mask.numel(), dtype=acc, device=mask.device)
+
+
+@torch.no_grad()
+def linear_softmax_fisher_product(
+    hidden: Tensor,
+    weight: Weight,
+    tangent: Tensor,
+    *,
+    weight_tangent: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Multiply the Fisher information of a linear head's distributions by a tangent of its inputs.
+
+    Eager equivalent, with the logits that `linear_token_stats` makes of hidden states, and their
+    slope, the derivative of softcap and scale::
+
+        moved = slope * (tangent @ weight.T)
+        product, quadratic = softmax_fisher_product(logits, moved, ...)
+        product = (slope * product) @ weight
+
+    Args:
+        hidden: (..., H) of a dtype that the head's matmuls take.
+        weight: (V, H).
+        tangent: (..., H) of the same dtype, how the hidden states move.
+        weight_tangent: (V, H) how the weight moves, in addition; None for a frozen head.
+        bias, softcap, scale, chunk_size: as `linear_token_stats`.
+        temperature, mask, impl: as `softmax_fisher_product`.
+
+    Returns:
+        product (..., H), what F makes of the tangent, pulled back to the hidden states, and
+        quadratic (...); fp32 (fp64 for fp64). Not differentiable.
+
+    Cost, in matmuls G of the tokens of the mask: 3G, and 1G more with a weight_tangent. Memory: two
+    blocks of logits. On a GPU, the count of tokens is awaited once.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_stats` and `softmax_fisher_product`.
+    """
+    check_head(hidden, [weight], bias)
+    check_floating("tangent", tangent)
+    check_shape("tangent", tangent, tuple(hidden.shape), "the shape of hidden")
+    check_same_device("tangent", tangent, "hidden", hidden)
+    if weight_tangent is not None:
+        check_floating("weight_tangent", weight_tangent)
+        check_shape("weight_tangent", weight_tangent, tuple(weight.shape), "the shape of weight")
+    mask = checked_rows(mask, hidden)
+    transform = checked_transform(temperature, softcap, scale, mask)
+    chunk = checked_chunk(chunk_size, weight.shape[0], hidden.device)
+    dtype = matmul_dtype(hidden)
+    head = Head([weight], bias, dtype)
+    moving = Head([weight], None, dtype)
+    turned = None if weight_tangent is None else Head([weight_tangent.to(dtype)], None, dtype)
+    flat, flat_tangent = (x.reshape(-1, x.shape[-1]).to(dtype) for x in (hidden, tangent))
+    product = torch.zeros(flat.shape, dtype=head.sums, device=hidden.device)
+    quadratic = torch.zeros(mask.numel(), dtype=head.sums, device=hidden.device)
+    order = outside_of_graphs(live_rows)(mask.reshape(-1).to(torch.int64), 0)
+    temperatures = flat_temperature(transform.token_temperature, 1.0, head.sums)
+    with exact(hidden):
+        for first, last in even_spans(order.shape[0], chunk):
+            rows = order[first:last]
+            h, t = (x[rows].to(head.operands) for x in (flat, flat_tangent))
+            x, moved = head.logits(h), moving.logits(t)
+            if turned is not None:
+                moved += turned.logits(h)
+            slope: float | Tensor = scale
+            if softcap is not None:
+                slope = scale / torch.cosh(x * (scale / softcap)).square_()
+            of_rows = temperatures[rows] if isinstance(temperatures, Tensor) else None
+            logits, everything = reference.capped_logits(x, softcap, scale), rows >= 0
+            d_logits, quadratic[rows] = torch.ops.fastrlhf.fisher_product(
+                logits, moved.mul_(slope), everything, of_rows, transform.temperature, impl
+            )
+            product[rows] = head.pull_back(d_logits.mul_(slope).to(head.operands))
+    return product.view(hidden.shape), quadratic.view(mask.shape)

@@ -1,0 +1,233 @@
+"""Exact divergences over the vocabulary from the hidden states of two models: no logits are built.
+
+A block of tokens at a time, both heads make their logits, and the divergence is read from them. The
+gradient of a token's value with respect to its hidden state is a vector that the forward can keep,
+whatever comes of the value; where a head is trained too, backward makes the logits again.
+
+Dims: N tokens, n tokens of the mask, H hidden (of each model its own), V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import check_impl, outside_of_graphs, refuse_second_derivative
+from .checks import check_same_device, check_shape
+from .divergence import Measure, checked_measure, checked_rows
+from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
+from .linear_head import Gradients, Head, Weight
+from .linear_rows import even_spans, live_rows
+from .transform import Transform, checked_transform
+
+
+class _Side(NamedTuple):
+    """One model: hidden states (N, H), the head, and what of them needs a gradient."""
+
+    hidden: Tensor
+    head: Head
+    wants_hidden: bool
+    wants_weight: bool
+    wants_bias: bool
+
+    @property
+    def trained(self) -> bool:
+        return self.wants_weight or self.wants_bias
+
+    def logits(self, rows: Tensor) -> Tensor:
+        return self.head.logits(self.hidden[rows].to(self.head.operands))
+
+
+class _Options(NamedTuple):
+    measure: Measure
+    temperature: float
+    softcap: float | None
+    scale: float
+    chunk: int
+    impl: str
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the matmuls of the two sides
+
+
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Weight,
+    ref_hidden: Tensor,
+    ref_weight: Weight,
+    *,
+    direction: str = "reverse",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    beta: float = 0.5,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute `kl_divergence` of two models from their hidden states and heads.
+
+    Eager equivalent: `kl_divergence(F.linear(hidden, weight, bias), F.linear(ref_hidden,
+    ref_weight, ref_bias), ...)`.
+
+    Args:
+        hidden: (..., H) of the policy.
+        weight: (V, H) of the policy's head, of the same dtype.
+        ref_hidden: (..., H') of the reference, whose width may differ.
+        ref_weight: (V, H').
+        direction, mask, temperature, beta, softcap, scale, impl: as `kl_divergence`.
+        bias, ref_bias: (V,) or None.
+        chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
+            with those of each side (64 MiB on a CPU).
+
+    Returns:
+        (...) in nats, fp32 (fp64 if a side is).
+
+    Differentiable, once, with respect to hidden, weight and bias of both sides.
+
+    Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
+    values, 1G more for each side whose hidden states alone need a gradient. Where a head needs one,
+    backward makes both logits again: 2G, and 1G each for hidden states and weight. Memory: two
+    blocks of logits; a (..., H) tensor kept for each side whose hidden states need a gradient. On a
+    GPU, the count of tokens is awaited once.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
+
+    Source: 2306.13649 (GKD).
+    """
+    check_head(hidden, [weight], bias)
+    check_head(ref_hidden, [ref_weight], ref_bias, prefix="ref_")
+    check_shape("ref_hidden", ref_hidden[..., 0], tuple(hidden.shape[:-1]), "that of hidden but H")
+    check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
+    if weight.shape[0] != ref_weight.shape[0]:
+        raise ValueError(
+            f"ref_weight: expected {weight.shape[0]} rows, the vocabulary of weight, got "
+            f"{ref_weight.shape[0]}"
+        )
+    mask = checked_rows(mask, hidden)
+    check_impl(impl)
+    transform = checked_transform(temperature, softcap, scale, mask)
+    options = _Options(
+        checked_measure(direction, beta), *transform[1:],
+        checked_chunk(chunk_size, weight.shape[0], hidden.device), impl,
+        (matmul_dtype(hidden), matmul_dtype(ref_hidden)),
+    )  # fmt: skip
+    values = outside_of_graphs(_LinearDivergence.apply)(
+        options, mask, transform.token_temperature, hidden.to(options.dtypes[0]), weight, bias,
+        ref_hidden.to(options.dtypes[1]), ref_weight, ref_bias,
+    )  # fmt: skip
+    return values.view(mask.shape)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, mask, token_temperature, *tensors):
+        sides = _sides(options, tensors, ctx.needs_input_grad[3:])
+        order = live_rows(mask.reshape(-1).to(torch.int64), 0)
+        slopes = [torch.zeros_like(side.hidden) if _keeps_slope(side) else None for side in sides]
+        sums = torch.promote_types(sides[0].head.sums, sides[1].head.sums)
+        values = torch.zeros(mask.numel(), dtype=sums, device=mask.device)
+        with exact(sides[0].hidden):
+            for first, last in even_spans(order.shape[0], options.chunk):
+                rows = order[first:last]
+                block = _Block(options, sides, rows, token_temperature)
+                values[rows] = block.values
+                for i, slope in enumerate(slopes):
+                    if slope is not None:
+                        d_logits = block.d_logits(i, torch.ones_like(block.values))
+                        slope[rows] = sides[i].head.pull_back(d_logits).to(slope.dtype)
+        ctx.options = options
+        ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]
+        dense = [x if isinstance(x, Tensor) else None for x in tensors]
+        ctx.save_for_backward(mask, order, token_temperature, *dense, *slopes)
+        return values
+
+    @staticmethod
+    def backward(ctx, d_values):
+        refuse_second_derivative("linear_kl_divergence", "kl_divergence")
+        mask, order, token_temperature, *rest = ctx.saved_tensors
+        dense, slopes = rest[:6], rest[6:]
+        tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
+        sides = _sides(ctx.options, tensors, ctx.needs_input_grad[3:])
+        found = [
+            Gradients(
+                torch.zeros_like(side.hidden) if side.trained and side.wants_hidden else None,
+                [side.wants_weight],
+                side.wants_bias,
+            )
+            for side in sides
+        ]
+        if any(side.trained for side in sides):
+            with exact(sides[0].hidden):
+                for first, last in even_spans(order.shape[0], ctx.options.chunk):
+                    rows = order[first:last]
+                    block = _Block(ctx.options, sides, rows, token_temperature)
+                    for i, side in enumerate(sides):
+                        if side.trained:
+                            _finish(side, found[i], rows, block.d_logits(i, d_values[rows]))
+        gradients: list[Tensor | None] = []
+        for i in range(2):
+            hidden, weight, bias = tensors[3 * i : 3 * i + 3]
+            d_hidden, d_bias, d_weight = found[i].totals(hidden, bias, [weight])
+            if slopes[i] is not None:
+                upstream = torch.where(mask.reshape(-1), d_values, 0.0).unsqueeze(1)
+                d_hidden = (slopes[i] * upstream).view(hidden.shape)
+            for total, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias)):
+                gradients.append(None if total is None else total.to(x.dtype))
+        return None, None, None, *gradients
+
+
+class _Block:
+    """The logits of both models on some tokens, and their divergence."""
+
+    def __init__(
+        self,
+        options: _Options,
+        sides: list[_Side],
+        rows: Tensor,
+        token_temperature: Tensor | None,
+    ):
+        logits = [side.logits(rows) for side in sides]
+        self.swapped, share = options.measure
+        self.pair = logits[::-1] if self.swapped else logits
+        self.mask = torch.ones_like(rows, dtype=torch.bool)
+        if token_temperature is not None:
+            token_temperature = token_temperature.reshape(-1)[rows]
+        self.transform = Transform(
+            token_temperature, options.temperature, options.softcap, options.scale
+        )
+        self.share, self.impl = share, options.impl
+        self.operands = [side.head.operands for side in sides]
+        self.values, self.stats = torch.ops.fastrlhf.divergence(
+            *self.pair, self.mask, *self.transform, share, options.impl
+        )
+
+    def d_logits(self, side: int, d_values: Tensor) -> Tensor:
+        """Compute the gradient with respect to the logits of a side, as operands of its matmuls."""
+        of_p = (side == 0) != self.swapped
+        return torch.ops.fastrlhf.divergence_backward(
+            *self.pair, self.mask, self.stats, d_values.to(self.values.dtype), *self.transform,
+            self.share, of_p, self.impl, self.operands[side],
+        )  # fmt: skip
+
+
+def _sides(options: _Options, tensors, wanted) -> list[_Side]:
+    """The policy and the reference."""
+    sides = []
+    for i, dtype in enumerate(options.dtypes):
+        hidden, weight, bias = tensors[3 * i : 3 * i + 3]
+        head = Head([weight], bias, dtype)
+        sides.append(_Side(hidden.reshape(-1, hidden.shape[-1]), head, *wanted[3 * i : 3 * i + 3]))
+    return sides
+
+
+def _keeps_slope(side: _Side) -> bool:
+    return side.wants_hidden and not side.trained
+
+
+def _finish(side: _Side, found: Gradients, rows: Tensor, d_logits: Tensor) -> None:
+    """Add the share of some tokens to the gradients of a trained side."""
+    side.head.accumulate(found, side.hidden[rows].to(side.head.operands), d_logits)
+    if found.hidden is not None:
+        found.hidden[rows] = side.head.pull_back(d_logits).to(found.hidden.dtype)
