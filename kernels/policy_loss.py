@@ -63,24 +63,24 @@ class PolicySettings(NamedTuple):
 
 @triton.jit
 def _saturated(log_ratio):
-    """The log of a ratio, which ends at 80, in fp64 at 700, and whether its derivative does not.
-    Beyond lies inf, which makes NaN of every product with 0.
+    """The log of a ratio, which ends at 80, in fp64 at 700, and whether it has, when its derivative
+    is 0. Beyond lies inf, which makes NaN of every product with 0.
     """
     ceiling: tl.constexpr = 700.0 if log_ratio.dtype == tl.float64 else 80.0
     # Written so that NaN stays one.
     beyond = log_ratio > ceiling
-    return tl.where(beyond, ceiling, log_ratio), tl.where(beyond, 0.0, 1.0)
+    return tl.where(beyond, ceiling, log_ratio), beyond
 
 
 @triton.jit
 def _clip(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
-    log_ratio, alive = _saturated(log_ratio)
+    log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
     bad = advantage < 0
     too_low = bad & (ratio < low)
     too_high = tl.where(bad, ratio > dual, ratio > high)
     bounded = tl.where(too_low, low, tl.where(too_high, tl.where(bad, dual, high), ratio))
-    slope = tl.where(too_low | too_high, 0.0, -ratio * advantage * alive)
+    slope = tl.where(too_low | too_high | ended, 0.0, -ratio * advantage)
     return -bounded * advantage, slope
 
 
@@ -98,11 +98,11 @@ def _cispo(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_neg
 
 @triton.jit
 def _sapo(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
-    log_ratio, alive = _saturated(log_ratio)
+    log_ratio, ended = _saturated(log_ratio)
     tau = tl.where(advantage > 0, tau_positive, tau_negative)
     gate = tau * expm1(log_ratio)
-    slope = 4.0 * sigmoid(gate) * sigmoid(-gate) * exp(log_ratio) * alive
-    return -(4.0 / tau) * sigmoid(gate) * advantage, -slope * advantage
+    slope = -4.0 * sigmoid(gate) * sigmoid(-gate) * exp(log_ratio) * advantage
+    return -(4.0 / tau) * sigmoid(gate) * advantage, tl.where(ended, 0.0, slope)
 
 
 @triton.jit
@@ -126,8 +126,8 @@ def _k2(x):
 
 @triton.jit
 def _k3(x):
-    x, alive = _saturated(x)
-    return expm1_minus(x), -expm1(x) * alive
+    x, ended = _saturated(x)
+    return expm1_minus(x), tl.where(ended, 0.0, -expm1(x))
 
 
 @triton.jit

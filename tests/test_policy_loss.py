@@ -543,6 +543,18 @@ def test_nothing_waits_for_the_device(surrogate: str, level: str) -> None:
             bool(arguments["mask"].any())
 
 
+def test_coefficients_that_change_do_not_break_the_compiler() -> None:
+    arguments = batch()
+    del arguments["rollout_weights"]
+
+    def loss(kl_coef: float, normalizer: int) -> Tensor:
+        return policy_loss(**arguments, kl_coef=kl_coef, normalizer=normalizer)[0]
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    for kl_coef, normalizer in ((0.1, 7), (0.2, 8), (0.3, 9)):
+        torch.testing.assert_close(compiled(kl_coef, normalizer), loss(kl_coef, normalizer))
+
+
 def test_ppo_learns_the_best_arm_of_a_bandit() -> None:
     """Three contexts, four arms, known rewards: several clipped steps on each batch of samples."""
     rewards = torch.tensor([[0.0, 1.0, 0.2, 0.1], [0.3, 0.0, 0.1, 0.9], [0.5, 0.4, 0.8, 0.0]])

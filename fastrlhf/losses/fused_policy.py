@@ -30,6 +30,7 @@ from fastrlhf.ops.checks import (
     check_floating,
     check_indices_on_host,
     check_integer,
+    check_mask,
     check_same_device,
     check_shape,
 )
@@ -78,7 +79,8 @@ def logits_policy_loss(
         inplace_backward: let the gradient overwrite the logits, where their memory does not overlap
             itself. It is computed along with the loss, so the logits are spent once this function
             returns (on a GPU; the eager backend spends them backward): whatever else needs them has
-            to come before. Autograd refuses the backward of graphs that had saved them.
+            to come before. Autograd refuses the backward of graphs that had saved them, and of
+            those that use them later, unless the logits are a view.
         **policy_options: surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef,
             kl_estimator, entropy_coef, reduction, normalizer and sapo_temperatures of
             `policy_loss`; or `**grpo_options(...)`.
@@ -94,7 +96,8 @@ def logits_policy_loss(
     once. Backward hands the gradient on if its upstream is 1, and otherwise scales it: a factor for
     gradient accumulation costs less as a normalizer. Without gradients, the logits are read once. A
     ratio of sequences needs all log-probs before the first gradient: it takes `token_stats` and its
-    backward, as does the eager backend.
+    backward, as do fp16 logits, whose gradient must be scaled before it is rounded, and the eager
+    backend.
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
@@ -102,14 +105,19 @@ def logits_policy_loss(
     options = PolicyOptions.parse("logits_policy_loss", policy_options)
     _check_entropy(entropy)
     transform = checked_logits(logits, targets, temperature, softcap, scale)
+    _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
         with_entropy=with_entropy,
     )  # fmt: skip
     targets = _active_targets(targets, batch, logits.shape[-1])
-    differentiable = torch.is_grad_enabled() and logits.requires_grad
-    if differentiable and options.ratio_level == "token" and use_triton(impl, logits):
+    one_launch = (
+        torch.is_grad_enabled() and logits.requires_grad and options.ratio_level == "token"
+        # The scale that keeps fp16 gradients from vanishing comes with the backward.
+        and logits.dtype != torch.float16
+    )  # fmt: skip
+    if use_triton(impl, logits) and one_launch:
         loss, logprobs, entropies = policy_loss(
             logits, targets, batch.tokens, transform, _formula(options),
             ignore_index=_IGNORED, entropy=with_entropy, inplace=inplace_backward,
@@ -177,6 +185,7 @@ def linear_policy_loss(
     _check_entropy(entropy)
     check_floating("hidden", hidden)
     check_integer("targets", targets)
+    _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
@@ -224,13 +233,19 @@ def linear_policy_loss(
 
 def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int) -> Tensor:
     """Targets (B, T) of the active tokens, all others ignored."""
-    check_shape("targets", targets, tuple(batch.mask.shape), "the shape of mask")
-    check_same_device("targets", targets, "mask", batch.mask)
     if not torch.compiler.is_compiling():
         wanted = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
         check_indices_on_host("targets", wanted, vocab, what)
     return torch.where(batch.active, targets.long(), _IGNORED)
+
+
+def _check_mask(mask: Tensor, targets: Tensor) -> None:
+    check_mask("mask", mask)
+    if targets.ndim != 2:
+        raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
+    check_shape("mask", mask, tuple(targets.shape), "the shape of targets")
+    check_same_device("mask", mask, "targets", targets)
 
 
 def _check_entropy(entropy: bool) -> None:

@@ -235,8 +235,11 @@ def token_losses(
 
 def token_log_ratio(tokens: PolicyTokens, logprobs: Tensor) -> Tensor:
     """Compute ln π - ln π_old of each token; 0, but with its gradient, where π_old is π."""
-    old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
-    return logprobs - old
+    if tokens.old_logprobs is None:
+        # A token that both forbid has the ratio 1 too.
+        logprobs = torch.where(logprobs == -torch.inf, 0.0, logprobs)
+        return logprobs - logprobs.detach()
+    return logprobs - tokens.old_logprobs
 
 
 def _log_ratio(options: PolicyOptions, batch: PolicyBatch, logprobs: Tensor) -> Tensor:

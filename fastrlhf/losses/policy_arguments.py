@@ -119,6 +119,7 @@ def policy_batch(
         raise ValueError(f"mask: expected shape (B, T), got {tuple(mask.shape)}")
     if options.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
+    check_floating("advantages", advantages)
     shape, inside = tuple(mask.shape), mask != 0
 
     def cleared(name: str, x: Tensor | None) -> Tensor | None:

@@ -31,4 +31,6 @@ def segment_sums(values: Tensor, ids: Tensor) -> Tensor:
     """Give each element (M,) the sum of its segment."""
     after = suffix_scan(torch.add, values, ids)
     before = suffix_scan(torch.add, values.flip(0), ids.flip(0)).flip(0)
-    return after + before - values
+    # Of what stands before, not with the element itself to be subtracted, which may be infinite.
+    has_previous = ids[1:] == ids[:-1]
+    return torch.cat((after[:1], after[1:] + torch.where(has_previous, before[:-1], 0.0)))

@@ -14,7 +14,7 @@ from fastrlhf.reference import accumulation_dtype
 
 def value_loss(
     values: Tensor,
-    old_values: Tensor,
+    old_values: Tensor | None,
     returns: Tensor,
     mask: Tensor,
     *,
@@ -31,7 +31,8 @@ def value_loss(
 
     Args:
         values: (B, T) of the model that is trained.
-        old_values: (B, T) at the time of sampling; not looked at without a clip_range.
+        old_values: (B, T) at the time of sampling; not looked at without a clip_range, and may
+            be None then.
         returns: (B, T) to be predicted, see `gae`.
         mask: (B, T) bool or 0/1, the tokens that count; the others can hold anything.
         clip_range: how far a value may move from its old one before the loss stops to reward it;
@@ -52,19 +53,22 @@ def value_loss(
     Source: PPO's reference implementation, with the ½ of 2005.12729 and TRL.
     """
     check_tokens("values", values, mask)
-    for name, x in (("old_values", old_values), ("returns", returns)):
+    others = {"returns": returns}
+    if clip_range is not None:
+        check_at_least("clip_range", clip_range, 0)
+        others["old_values"] = old_values  # type: ignore[assignment]
+    for name, x in others.items():
         check_floating(name, x)
         check_shape(name, x, tuple(values.shape), "the shape of values")
         check_same_device(name, x, "values", values)
-    if clip_range is not None:
-        check_at_least("clip_range", clip_range, 0)
     check_reduction("token-mean", normalizer)
     inside, dtype = mask != 0, accumulation_dtype(values.dtype)
     values = torch.where(inside, values, 0.0).to(dtype)
-    old, target = (torch.where(inside, x.detach(), 0.0).to(dtype) for x in (old_values, returns))
+    target = torch.where(inside, returns.detach(), 0.0).to(dtype)
     losses = (values - target).square()
     clipped = torch.zeros_like(inside)
-    if clip_range is not None:
+    if clip_range is not None and old_values is not None:
+        old = torch.where(inside, old_values.detach(), 0.0).to(dtype)
         bounded = values.clamp(old - clip_range, old + clip_range)
         of_bounded = (bounded - target).square()
         clipped = of_bounded > losses

@@ -58,14 +58,15 @@ def check_between(name: str, value: float, least: float, most: float) -> None:
 def check_positive(name: str, value: float) -> None:
     """Raise TypeError unless `value` is a number, ValueError unless it is positive and finite."""
     _check_is_number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    # Compared, since math.isfinite takes no number that the compiler keeps symbolic.
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 
 def check_finite(name: str, value: float) -> None:
     """Raise TypeError unless `value` is a number, ValueError unless it is finite."""
     _check_is_number(name, value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

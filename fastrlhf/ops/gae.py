@@ -68,7 +68,7 @@ def gae(
         check_same_device(name, x, "rewards", rewards)
     check_between("gamma", gamma, 0, 1)
     check_between("lam", lam, 0, 1)
-    if rewards.numel() == 0 or not use_triton(impl, rewards, auto_interprets=True):
+    if not use_triton(impl, rewards, auto_interprets=True) or rewards.numel() == 0:
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
     advantages, returns = _scan(rewards, values, mask, float(gamma), float(lam))
     return advantages, returns

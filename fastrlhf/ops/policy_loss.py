@@ -49,7 +49,7 @@ def policy_loss(
     Returns the loss (0-d), and log-probs and entropies (...), which are not differentiable. The
     entropies are 0 unless asked for.
     """
-    loss, logprobs, entropies = _PolicyLoss.apply(
+    loss, logprobs, entropies, _ = _PolicyLoss.apply(
         logits, targets, tokens, transform, formula, ignore_index, entropy, inplace
     )
     return loss, logprobs.view(targets.shape), entropies.view(targets.shape)
@@ -131,13 +131,26 @@ class _PolicyLoss(torch.autograd.Function):
             list(formula.settings), ignore_index, entropy,
         )  # fmt: skip
         ctx.save_for_backward(d_logits.detach())
+        ctx.set_materialize_grads(False)
+        # Handed back as changed, what is overwritten tells of every later use that autograd sees.
+        # (It takes no views there, and no leaves.)
+        spent = d_logits is logits and not logits.is_leaf and not logits._is_view()
+        if spent:
+            ctx.mark_dirty(logits)
         ctx.mark_non_differentiable(logprobs, entropies)
         weights = tokens.weights.reshape(-1).to(losses.dtype)
-        return (losses * weights).sum(), logprobs, entropies
+        return (losses * weights).sum(), logprobs, entropies, logits if spent else None
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, d_loss, _, __, d_spent):
         refuse_second_derivative("logits_policy_loss", "policy_loss of token_logprobs")
+        if d_spent is not None:
+            raise RuntimeError(
+                "logits_policy_loss: the logits were used after their gradient had overwritten "
+                "them (inplace_backward=True)"
+            )
+        if d_loss is None:
+            return (None,) * 8
         (d_logits,) = ctx.saved_tensors
         return _scaled(d_logits, d_loss), *(None for _ in range(7))
 
@@ -149,9 +162,9 @@ def _scaled(d_logits: Tensor, factor: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return (d_logits * factor).to(d_logits.dtype)
-    if factor.device.type == "cpu" and factor == 1:
-        return d_logits
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return (d_logits * factor).to(d_logits.dtype)
+    if factor.device.type == "cpu" and factor == 1:
+        return d_logits
     torch.ops.fastrlhf.scale_(d_logits, factor)
     return d_logits
