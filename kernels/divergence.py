@@ -19,10 +19,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import finite_base, row_plan, strides, tile_columns, transform_options
+from .rows import RowPlan, finite_base, row_plan, strides, tile_columns, transform_options
 from .tiles import LOG2E, capped_logits, exp, row_start, row_temperature
 
-_TILE = {"max_warps": 8, "thread_bytes": 16}
+_MAX_WARPS = 8
+
+
+def _plan(vocab: int, *sides: torch.Tensor) -> RowPlan:
+    """Cut rows by the wider dtype of the two sides."""
+    dtype = max((x.dtype for x in sides), key=lambda dtype: dtype.itemsize)
+    # With two rows in hand, fp64 has no registers for more than one 128-bit load of each.
+    thread_bytes = 16 if dtype == torch.float64 else 32
+    return row_plan(vocab, dtype, max_warps=_MAX_WARPS, thread_bytes=thread_bytes)
+
 
 # Planes of the statistics of a row: peak and log_norm of each side, and the mean of the log-ratio
 # of each side to the other (KL), or to the mixture (JSD).
@@ -125,23 +134,24 @@ def _divergence_fwd_kernel(
         inside = columns < vocab
         x = tl.load(source_p + columns * stride_vocab, mask=inside, other=-float("inf")).to(acc)
         y = tl.load(source_q + columns * q_stride_vocab, mask=inside, other=-float("inf")).to(acc)
-        z_p, _ = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-        z_q, _ = capped_logits(y, scale, softcap, HAS_SOFTCAP)
+        z_p, _slope_p = capped_logits(x, scale, softcap, HAS_SOFTCAP)
+        z_q, _slope_q = capped_logits(y, scale, softcap, HAS_SOFTCAP)
         if HAS_SOFTCAP:
             z_p = tl.where(inside, z_p, -float("inf"))
             z_q = tl.where(inside, z_q, -float("inf"))
         weight, fade, peak_p, rest_p = _add_side(z_p, peak_p, rest_p, rate)
         # A sum that fades to nothing may be inf, and must not meet inf·0.
         cross = tl.where(fade > 0, cross * fade, 0.0) + tl.sum(_mean(weight, z_p - z_q), axis=1)
-        _, _, peak_q, rest_q = _add_side(z_q, peak_q, rest_q, rate)
+        _weight, _fade, peak_q, rest_q = _add_side(z_q, peak_q, rest_q, rate)
 
     base_p, total_p, fade, empty_p = _merge(peak_p, rest_p, rate)
-    base_q, total_q, _, empty_q = _merge(peak_q, rest_q, rate)
+    base_q, total_q, _fade_q, empty_q = _merge(peak_q, rest_q, rate)
     mean = tl.sum(tl.where(fade > 0, cross * fade, 0.0), axis=0) / total_p
     norm_p = tl.log(total_p)
     norm_q = tl.log(total_q)
     if MIXTURE:
         share = tl.full((), share_q, acc)
+        per_t = 1.0 / row_t
         mean_p = tl.zeros((LANES,), acc)
         mean_q = tl.zeros((LANES,), acc)
         for start in range(0, vocab, TILE):
@@ -149,14 +159,17 @@ def _divergence_fwd_kernel(
             inside = columns < vocab
             x = tl.load(source_p + columns * stride_vocab, mask=inside, other=-float("inf")).to(acc)
             y = tl.load(source_q + columns * q_stride_vocab, mask=inside, other=-float("inf"))
-            z_p, _ = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-            z_q, _ = capped_logits(y.to(acc), scale, softcap, HAS_SOFTCAP)
-            log_p = tl.where(inside, (z_p - base_p) / row_t - norm_p, -float("inf"))
-            log_q = tl.where(inside, (z_q - base_q) / row_t - norm_q, -float("inf"))
-            w_p = _log_to_mixture(log_p, log_q, 1.0 - share, share)
-            w_q = _log_to_mixture(log_q, log_p, share, 1.0 - share)
-            mean_p += tl.sum(_mean(exp(log_p), w_p), axis=1)
-            mean_q += tl.sum(_mean(exp(log_q), w_q), axis=1)
+            z_p, _slope_p = capped_logits(x, scale, softcap, HAS_SOFTCAP)
+            z_q, _slope_q = capped_logits(y.to(acc), scale, softcap, HAS_SOFTCAP)
+            log_p = (z_p - base_p) * per_t - norm_p
+            log_q = (z_q - base_q) * per_t - norm_q
+            if HAS_SOFTCAP:
+                log_p = tl.where(inside, log_p, -float("inf"))
+                log_q = tl.where(inside, log_q, -float("inf"))
+            w = _log_to_mixture(log_p, log_q, 1.0 - share, share)
+            mean_p += tl.sum(_mean(exp(log_p), w), axis=1)
+            w = _log_to_mixture(log_q, log_p, share, 1.0 - share)
+            mean_q += tl.sum(_mean(exp(log_q), w), axis=1)
         of_p = tl.sum(mean_p, axis=0)
         of_q = tl.sum(mean_q, axis=0)
         value = (1.0 - share) * of_p + share * of_q
@@ -261,14 +274,15 @@ def _divergence_bwd_kernel(
     y = tl.load(other + place + columns * other_stride_vocab, mask=inside, other=0.0).to(acc)
     z, slope = capped_logits(x, scale, softcap, HAS_SOFTCAP)
     z_other, _ = capped_logits(y, scale, softcap, HAS_SOFTCAP)
-    log_own = (z - base) / row_t - tl.load(own_stats + plane + row)
-    log_other = (z_other - tl.load(other_stats + row)) / row_t
+    per_t = 1.0 / row_t
+    log_own = (z - base) * per_t - tl.load(own_stats + plane + row)
+    log_other = (z_other - tl.load(other_stats + row)) * per_t
     log_other -= tl.load(other_stats + plane + row)
     dz = FORMULA(
         exp(log_own), log_own, exp(log_other), log_other, tl.load(mean + row),
         tl.full((), share, acc),
     )  # fmt: skip
-    tl.store(destination, (g * dz * (slope / row_t)).to(d_own.dtype.element_ty), mask=inside)
+    tl.store(destination, (g * dz * (slope * per_t)).to(d_own.dtype.element_ty), mask=inside)
 
 
 def divergence_forward(
@@ -293,12 +307,11 @@ def divergence_forward(
         torch.empty(shape, dtype=acc, device=mask.device) for shape in ((rows,), (PLANES, rows))
     )
     transform, token_temperature = transform_options(temperature, softcap, scale, values)
-    wider = max(logits_p.dtype, logits_q.dtype, key=lambda dtype: dtype.itemsize)
     _divergence_fwd_kernel[(rows,)](
         logits_p, logits_q, mask, token_temperature, values, stats, rows,
         logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q), vocab,
         0.5 if share is None else share, **transform, MIXTURE=share is not None,
-        **row_plan(vocab, wider, **_TILE).options(),
+        **_plan(vocab, logits_p, logits_q).options(),
     )  # fmt: skip
     return values, stats
 
@@ -324,8 +337,7 @@ def divergence_backward(
     `own_stats` and `other_stats` (2, N) are peak and log_norm, `mean` (N,) is of the own side.
     """
     rows, vocab = mask.numel(), own.shape[2]
-    wider = max(own.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    plan = row_plan(vocab, wider, **_TILE)
+    plan = _plan(vocab, own, other)
     tiles = triton.cdiv(vocab, plan.tile)
     transform, token_temperature = transform_options(temperature, softcap, scale, mean)
     _divergence_bwd_kernel[(rows * tiles,)](

@@ -14,7 +14,7 @@ import triton.language as tl
 from .rows import finite_base, row_plan, strides, tile_columns, transform_options
 from .tiles import LOG2E, row_start, row_temperature
 
-_TILE = {"max_warps": 16, "thread_bytes": 16}
+_TILE = {"max_warps": 8, "thread_bytes": 32}
 
 
 @triton.jit(do_not_specialize=["inner", "inner_u"])
@@ -87,6 +87,9 @@ def _fisher_kernel(
     nothing = (row_peak == -float("inf")) & (row_total == 0.0)
 
     squares = tl.zeros((LANES,), acc)
+    # Divided once, not at every token.
+    inverse_total = 1.0 / row_total
+    inverse_t2 = 1.0 / (row_t * row_t)
     tiles = tl.cdiv(vocab, TILE)
     read = tl.where(nothing, 0, vocab)
     for done in range(0, tiles):
@@ -101,13 +104,13 @@ def _fisher_kernel(
             eviction_policy="evict_first",
         ).to(acc)  # fmt: skip
         weight = tl.exp2((x - base) * rate)
-        p = weight / row_total
+        p = weight * inverse_total
         centred = u - mean
         value = tl.where(weight == 0, 0.0, p * centred)
         squares += tl.sum(tl.where(weight == 0, 0.0, value * centred), axis=1)
-        value = value / (row_t * row_t)
+        value = value * inverse_t2
         tl.store(destination + columns, value.to(product.dtype.element_ty), mask=columns < vocab)
-    variance = tl.where(nothing, 0.0, tl.sum(squares, axis=0) / (row_t * row_t))
+    variance = tl.where(nothing, 0.0, tl.sum(squares, axis=0) * inverse_t2)
     tl.store(quadratic + row, variance)
 
 

@@ -44,9 +44,9 @@ from .tiles import (
 )
 
 # A program has a whole row in flight, which should still be in the cache when the program comes
-# back: so few programs, of many warps each. With one 128-bit load on each thread, two fit on a
+# back: so few programs at a time. With two 128-bit loads on each thread, two fit on a
 # multiprocessor.
-_TILE = {"max_warps": 16, "thread_bytes": 16}
+_TILE = {"max_warps": 8, "thread_bytes": 32}
 
 
 class PolicySettings(NamedTuple):

@@ -14,6 +14,16 @@ import pytest
 pytest.importorskip("triton", reason="needs triton")
 
 SUPPORT = Path(__file__).parent / "support"
+# Kernels that go over the vocabulary, and how many numbers of a row each of them stores.
+STREAMING = {
+    "_token_stats_fwd_kernel": None,
+    "_token_stats_bwd_kernel": 0,
+    "_policy_loss_kernel": 3,
+    "_divergence_fwd_kernel": None,
+    "_divergence_bwd_kernel": 0,
+    "_fisher_kernel": 1,
+}
+HALF_AS_WIDE = ("_divergence_fwd_kernel", "_divergence_bwd_kernel")
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
@@ -51,6 +61,9 @@ def test_no_kernel_spills(target, binaries) -> None:
         "_policy_loss_kernel",
         "_scale_kernel",
         "_gae_kernel",
+        "_divergence_fwd_kernel",
+        "_divergence_bwd_kernel",
+        "_fisher_kernel",
     }
     assert [report for report in binaries[target] if report["stack"]] == []
 
@@ -62,26 +75,26 @@ def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
     streaming = [
         report
         for report in binaries[target]
-        if report["kernel"]
-        in ("_token_stats_fwd_kernel", "_token_stats_bwd_kernel", "_policy_loss_kernel")
-        and report["vocab"] % 16 == 0
+        if report["kernel"] in STREAMING and report["vocab"] % 16 == 0
     ]
     assert streaming
     for report in streaming:
+        if target == "gfx942" and report["kernel"] in HALF_AS_WIDE and report["itemsize"] == 8:
+            continue  # 16 bytes a thread for 32 of them are 8 for the 64 there
         assert report["wide_loads"] >= 1, report
         if report["asserts"] and target == "gfx942":
             continue  # the report of a failed assertion has loads and stores of its own there
         # What is not wide is a number per row, not a number per token.
         assert report["loads"] - report["wide_loads"] <= 8, report
-        of_rows = {"_token_stats_bwd_kernel": 0, "_policy_loss_kernel": 3}
-        if report["kernel"] in of_rows:
-            assert report["stores"] - report["wide_stores"] <= of_rows[report["kernel"]], report
+        of_rows = STREAMING[report["kernel"]]
+        if of_rows is not None:
+            assert report["stores"] - report["wide_stores"] <= of_rows, report
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_registers_leave_room_for_two_blocks_on_a_multiprocessor(target, binaries) -> None:
     for report in binaries[target]:
-        # K3 has every option at once, and rows that start anywhere: one block of 16 warps.
+        # K3 with every option at once, and rows that start anywhere: one block.
         crowded = report["kernel"] == "_policy_loss_kernel" and report["vocab"] % 16 != 0
         blocks = 1 if crowded else 2
         assert report["registers"] * 32 * report["warps"] * blocks <= 65536, report

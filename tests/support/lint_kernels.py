@@ -11,8 +11,15 @@ from itertools import product
 import pytest
 import torch
 
-from fastrlhf.kernels import policy_loss, preference_loss, scan, token_stats
-from support.compile_lint import captured_launches, compile_launch, launch_key
+from fastrlhf.kernels import (
+    divergence,
+    fisher,
+    policy_loss,
+    preference_loss,
+    scan,
+    token_stats,
+)
+from support.compile_lint import Launch, captured_launches, compile_launch, launch_key
 
 VOCABS = [32000, 50257, 128256, 151936, 262144]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -88,6 +95,34 @@ def launch_policy_loss(
     policy_loss.scale_(logits, meta(dtype=acc))
 
 
+def launch_divergence(
+    vocab: int, dtype: torch.dtype, share: float | None, everything: bool
+) -> None:
+    """Forward, and backward with respect to each side, of a KL or of a mixture."""
+    acc = torch.promote_types(dtype, torch.float32)
+    logits, rows = meta(1, ROWS, vocab, dtype=dtype), meta(ROWS, dtype=acc)
+    mask = meta(ROWS, dtype=torch.bool)
+    transform = {
+        "temperature": rows if everything else 1.0,
+        "softcap": 30.0 if everything else None,
+        "scale": 1.0,
+    }
+    divergence.divergence_forward(logits, logits, mask, share=share, **transform)
+    formulas = ("first", "second") if share is None else ("mixture",)
+    for formula in formulas:
+        divergence.divergence_backward(
+            logits, logits, logits, mask, meta(2, ROWS, dtype=acc), meta(2, ROWS, dtype=acc), rows,
+            rows, formula=formula, share=0.5, **transform,
+        )  # fmt: skip
+
+
+def launch_fisher(vocab: int, dtype: torch.dtype, per_token: bool) -> None:
+    """Product and quadratic form."""
+    logits, mask = meta(1, ROWS, vocab, dtype=dtype), meta(ROWS, dtype=torch.bool)
+    rows = meta(ROWS, dtype=torch.promote_types(dtype, torch.float32))
+    fisher.fisher_product(logits, logits, mask, temperature=rows if per_token else 1.0, dtype=dtype)
+
+
 def launch_scan(dtype: torch.dtype) -> None:
     """Advantages, on blocks as wide as on a GPU."""
     tokens = meta(16, 500, dtype=dtype)
@@ -116,12 +151,27 @@ def all_launches() -> dict:
             launch_policy_loss(vocab, dtype, surrogate, kl_estimator, everything)
         for launch in launches:
             found.setdefault(launch_key(launch), (launch, vocab))
+    # Vocabularies matter by their residue alone, which two show.
+    for vocab, dtype, (share, everything) in product(
+        VOCABS[:2], DTYPES, ((None, False), (0.5, True))
+    ):
+        with captured_launches(pytest.MonkeyPatch()) as launches:
+            launch_divergence(vocab, dtype, share, everything)
+            launch_fisher(vocab, dtype, everything)
+        for launch in launches:
+            found.setdefault(launch_key(launch), (launch, vocab))
     for dtype in DTYPES:
         with captured_launches(pytest.MonkeyPatch()) as launches:
             launch_scan(dtype)
         for launch in launches:
             found.setdefault(launch_key(launch), (launch, 0))
     return found
+
+
+def floating(launch: Launch) -> list[torch.dtype]:
+    """Dtypes of the floating tensors of a launch."""
+    dtypes = [x.dtype for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+    return [dtype for dtype in dtypes if dtype.is_floating_point]
 
 
 def main(targets: list[str]) -> None:
@@ -134,6 +184,7 @@ def main(targets: list[str]) -> None:
             "dtypes": sorted(
                 {str(x.dtype) for x in launch.arguments.values() if hasattr(x, "dtype")}
             ),
+            "itemsize": max(x.itemsize for x in floating(launch)),
             "warps": launch.options.get("num_warps", 4),
             "registers": binary.registers,
             "stack": binary.stack,
