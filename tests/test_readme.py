@@ -108,3 +108,35 @@ def test_the_grpo_examples_make_the_better_completions_likelier(name) -> None:
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert ((likelihood() - before) > 0).tolist() == [True, False, True, False]
+
+
+def test_the_distillation_example_brings_the_student_closer() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def distillation_step(" in text]
+    body = example.split("def distillation_step(")[1].strip().splitlines()
+    assert len(body) <= 12  # ten, and the signature with its docstring
+    step = run_example(example)["distillation_step"]
+    student, teacher = (tiny_llama(transformers, "AutoModelForCausalLM") for _ in range(2))
+    batch = tiny_batch()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    losses = []
+    for _ in range(3):
+        loss = step(student, teacher, *batch.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+def test_the_trpo_example_is_short_and_keeps_its_bound() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    peft = pytest.importorskip("peft", reason="needs peft")
+    (example,) = [text for text in EXAMPLES if "def trust_region_step(" in text]
+    assert len(example.split("def trust_region_step(")[1].strip().splitlines()) <= 15
+    step = run_example(example)["trust_region_step"]
+    base = tiny_llama(transformers, "AutoModelForCausalLM")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).eval()
+    info = step(model, tiny_batch() | {"advantages": torch.tensor([1.0, -1.0, 0.5, -0.5])})
+    assert info.accepted and 0 < info.kl <= 0.01 and info.surrogate > 0
