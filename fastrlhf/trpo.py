@@ -41,6 +41,7 @@ from fastrlhf.ops import (
 from fastrlhf.ops.checks import (
     check_at_least,
     check_between,
+    check_finite,
     check_floating,
     check_integer,
     check_mask,
@@ -107,6 +108,7 @@ def fisher_vector_product(
 
     Source: 1502.05477 appendix C.
     """
+    _check_damping(damping)
     problem = _Problem(policy, list(params), mask, temperature, head, mode)
     return problem.fisher_product(_checked_vector(vector, problem.size), damping)
 
@@ -133,7 +135,10 @@ def conjugate_gradient(
 
     A target of 0 has the solution 0. Nothing waits for a GPU.
     """
-    x, residual = torch.zeros_like(target), target.clone()
+    # To numbers of size one, whose squares every dtype has.
+    largest = target.abs().max() if target.numel() else target.new_ones(())
+    size = torch.where(largest == 0, 1.0, largest)
+    x, residual = torch.zeros_like(target), target / size
     direction = residual.clone()
     start = square = residual @ residual
     for _ in range(iterations):
@@ -147,8 +152,8 @@ def conjugate_gradient(
         new_square = torch.where(going, residual @ residual, square)
         direction = torch.where(going, residual + new_square / square * direction, direction)
         square = new_square
-    relative = torch.where(start > 0, (square / start).sqrt(), 0.0)
-    return x, relative
+    relative = torch.where(start == 0, 0.0, (square / start).sqrt())
+    return x * size, relative
 
 
 def trpo_step(
@@ -201,20 +206,21 @@ def trpo_step(
     """
     for name, value in (("max_kl", max_kl), ("temperature", temperature)):
         check_positive(name, value)
+    _check_damping(damping)
     check_between("backtrack_ratio", backtrack_ratio, 0, 1)
     check_at_least("max_backtracks", max_backtracks, 0)
     check_at_least("cg_iterations", cg_iterations, 1)
     batch = _checked_batch(targets, advantages, mask, old_logprobs)
     problem = _Problem(policy, list(params), batch.mask, temperature, head, mode)
     with _differentiable_attention():
-        output = policy()
-        _check_output(output, targets, head)
+        output = _output_of(policy)
+        _check_shape_of(output, targets, head)
         logprobs = problem.logprobs(output, batch)
         if batch.old is None:
             batch = batch._replace(old=logprobs.detach())
         before = problem.mean(_gain(logprobs, batch))
         gradient = problem.gradient(before)
-    old_output, before = output.detach(), problem.summed(before.detach())
+    old_output, before = problem.kept(output), problem.summed(before.detach())
     del output, logprobs
     direction, residual = conjugate_gradient(
         lambda v: problem.fisher_product(v, damping), gradient, iterations=cg_iterations
@@ -224,13 +230,18 @@ def trpo_step(
     full_step = math.sqrt(2 * max_kl / length) if length > 0 else 0.0
     saved = [p.detach().clone() for p in problem.params]
     tries = max_backtracks + 1 if full_step > 0 and math.isfinite(full_step) else 0
-    for i in range(tries):
-        step = full_step * backtrack_ratio**i
-        problem.move(saved, step * direction)
-        gain, kl = problem.evaluate(old_output, batch)
-        if float(gain) > float(before) and float(kl) <= max_kl:
-            return TrustRegionInfo(True, gain - before, kl, residual, step, i)
-    problem.restore(saved)
+    accepted = False
+    try:
+        for i in range(tries):
+            step = full_step * backtrack_ratio**i
+            problem.move(saved, step * direction)
+            gain, kl = problem.evaluate(old_output, batch)
+            accepted = float(gain) > float(before) and float(kl) <= max_kl
+            if accepted:
+                return TrustRegionInfo(True, gain - before, kl, residual, step, i)
+    finally:  # an error on the way included
+        if not accepted:
+            problem.restore(saved)
     zero = torch.zeros_like(before)
     return TrustRegionInfo(False, zero, zero, residual, 0.0, tries)
 
@@ -266,11 +277,24 @@ class _Problem:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         if not params or not all(p.is_leaf and p.requires_grad for p in params):
             raise ValueError("params: expected leaves that require a gradient, at least one")
-        if head is not None and any(p is head.weight or p is head.bias for p in params):
-            raise ValueError("head: expected one that is not among params; let policy make logits")
+        if len({id(p) for p in params}) < len(params):
+            raise ValueError("params: expected each parameter once")
+        for x in () if head is None else (head.weight, head.bias):
+            made = isinstance(x, Tensor) and x.grad_fn is not None
+            if made or any(x is p for p in params):
+                raise ValueError(
+                    "head: expected one that does not depend on params; let policy make logits"
+                )
         self.policy, self.params, self.mask = policy, params, mask
         self.temperature, self.head, self.mode = temperature, head, mode
         self.size = sum(p.numel() for p in params)
+
+    def kept(self, output: Tensor) -> Tensor:
+        """What the policy returned, for when its parameters have moved."""
+        output = output.detach()
+        memory = output.untyped_storage().data_ptr()
+        shared = any(p.untyped_storage().data_ptr() == memory for p in self.params)
+        return output.clone() if shared else output
 
     def options(self) -> dict:
         head = {} if self.head is None else self.head.options()
@@ -352,7 +376,7 @@ class _Problem:
                     # The leaf itself takes the tangent, wherever the policy finds it.
                     p.copy_(forward_ad.make_dual(p.detach().clone(), tangent))
             with torch.enable_grad():
-                output, moved = forward_ad.unpack_dual(self.policy())
+                output, moved = forward_ad.unpack_dual(_output_of(self.policy))
             if moved is None:
                 raise ValueError("params: expected parameters that the policy's output depends on")
             moved = moved.detach().clone()
@@ -361,7 +385,7 @@ class _Problem:
 
     def _by_double_vjp(self, tangents: list[Tensor]) -> Tensor:
         with torch.enable_grad():
-            output = self.policy()
+            output = _output_of(self.policy)
             # J is the derivative of Jᵀw with respect to w.
             w = torch.zeros_like(output, requires_grad=True)
             pulled = torch.autograd.grad(
@@ -447,9 +471,22 @@ def _checked_batch(
     return _Batch(torch.where(inside, targets.long(), -100), cleared[0], inside, cleared[1])
 
 
-def _check_output(output: Tensor, targets: Tensor, head: LMHead | None) -> None:
+def _check_damping(damping: float) -> None:
+    check_at_least("damping", damping, 0)
+    check_finite("damping", damping)
+
+
+def _output_of(policy: Policy) -> Tensor:
+    output = policy()
     if not isinstance(output, Tensor) or not output.requires_grad:
-        raise TypeError("policy: expected a function that returns a differentiable tensor")
+        got = "one without gradient" if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"policy: expected a function that returns a differentiable tensor, got {got}"
+        )
+    return output
+
+
+def _check_shape_of(output: Tensor, targets: Tensor, head: LMHead | None) -> None:
     what = "logits (..., V)" if head is None else "hidden states (..., H)"
     if output.shape[:-1] != targets.shape:
         raise ValueError(

@@ -151,6 +151,7 @@ def linear_softmax_fisher_product(
     if weight_tangent is not None:
         check_floating("weight_tangent", weight_tangent)
         check_shape("weight_tangent", weight_tangent, tuple(weight.shape), "the shape of weight")
+        check_same_device("weight_tangent", weight_tangent, "hidden", hidden)
     mask = checked_rows(mask, hidden)
     transform = checked_transform(temperature, softcap, scale, mask)
     chunk = checked_chunk(chunk_size, weight.shape[0], hidden.device)
