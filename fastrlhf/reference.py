@@ -307,24 +307,34 @@ def gae(
 
 def log_probs(
     logits: Tensor, temperature: float | Tensor, softcap: float | None, scale: float
-) -> Tensor:
-    """Compute ln p (..., V) of the effective logits; -inf where they are, and in a row of nothing
-    else.
+) -> tuple[Tensor, Tensor]:
+    """Compute ln p (..., V) of the effective logits, and which rows (...) are nothing but -inf:
+    those have no distribution, and a uniform one stands in.
     """
     z = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
-    z = z / (
+    rows_t = (
         temperature.to(z.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     )
-    empty = (z == -torch.inf).all(-1, keepdim=True)
-    return torch.where(empty, -torch.inf, F.log_softmax(torch.where(empty, 0.0, z), dim=-1))
+    z = z / rows_t
+    empty = (z == -torch.inf).all(-1)
+    return F.log_softmax(torch.where(empty.unsqueeze(-1), 0.0, z), dim=-1), empty
 
 
 def mean_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute Σ p·(ln p - ln q): 0 where p is, inf where q alone is."""
-    possible = log_p > -torch.inf
+    p = log_p.exp()
+    possible = p != 0  # NaN included
     # What takes no part must be finite even before it is left out, for the sake of its gradient.
     ratio = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
-    return torch.where(possible | log_p.isnan(), log_p.exp() * ratio, 0.0).sum(-1)
+    return torch.where(possible, p * ratio, 0.0).sum(-1)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, share_q: float) -> Tensor:
+    """Compute ln((1-share_q)·p + share_q·q), -inf where both are 0."""
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_p, log_q = (torch.where(neither, 0.0, x) for x in (log_p, log_q))
+    mixed = torch.logaddexp(log_p + math.log(1 - share_q), log_q + math.log(share_q))
+    return torch.where(neither, -torch.inf, mixed)
 
 
 def divergence(
@@ -342,16 +352,19 @@ def divergence(
     """
     live = (mask != 0).unsqueeze(-1)
     dtype = torch.promote_types(logits_p.dtype, logits_q.dtype)
-    log_p, log_q = (
+    (log_p, empty_p), (log_q, empty_q) = (
         log_probs(torch.where(live, x, 0.0).to(dtype), temperature, softcap, scale)
         for x in (logits_p, logits_q)
     )
     if share is None:
-        value = mean_log_ratio(log_p, log_q)
+        value, if_q_is_empty = mean_log_ratio(log_p, log_q), torch.inf
     else:
-        log_m = torch.logaddexp(log_p + math.log(1 - share), log_q + math.log(share))
+        log_m = log_mixture(log_p, log_q, share)
         value = (1 - share) * mean_log_ratio(log_p, log_m) + share * mean_log_ratio(log_q, log_m)
-    # A row of nothing but -inf has no distribution, and so is no distance away from another.
+        if_q_is_empty = 0.0
+    # A row of nothing but -inf has no distribution, and so is no distance away from another; but
+    # where q is such a row, and p is not, q is 0 where p is not.
+    value = torch.where(empty_p, 0.0, torch.where(empty_q, if_q_is_empty, value))
     return torch.where(live.squeeze(-1), value, 0.0)
 
 
@@ -373,7 +386,7 @@ def divergence_backward(
     (times the share of the own side in the mixture); of q in KL(p‖q), dz = q - p. Times
     dz/dlogits.
     """
-    log_own, log_other = (
+    (log_own, own_empty), (log_other, other_empty) = (
         log_probs(x.to(d_values.dtype), temperature, softcap, scale) for x in (own, other)
     )
     probability = log_own.exp()
@@ -383,11 +396,11 @@ def divergence_backward(
         part = 1.0
         if share is not None:
             part = 1 - share if of_p else share
-            log_other = torch.logaddexp(log_own + math.log(part), log_other + math.log(1 - part))
+            log_other = log_mixture(log_own, log_other, 1 - part)
         mean = mean_log_ratio(log_own, log_other).unsqueeze(-1)
-        ratio = torch.where(log_own == -torch.inf, 0.0, log_own - log_other - mean)
-        dz = part * probability * ratio
-    dz = dz * d_values.unsqueeze(-1)
+        ratio = log_own - log_other - mean
+        dz = torch.where(probability == 0, 0.0, part * probability * ratio)
+    dz = torch.where((own_empty | other_empty).unsqueeze(-1), 0.0, dz * d_values.unsqueeze(-1))
     if softcap is not None:
         # 1 - tanh², without its cancellation where the cap saturates.
         dz = dz / torch.cosh(own.to(dz.dtype) * (scale / softcap)).square()
@@ -401,7 +414,9 @@ def fisher_product(
     """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is."""
     live = (mask != 0).unsqueeze(-1)
     dtype = accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
-    p = log_probs(torch.where(live, logits, 0.0).to(dtype), temperature, None, 1.0).exp()
+    log_p, empty = log_probs(torch.where(live, logits, 0.0).to(dtype), temperature, None, 1.0)
+    live = live & ~empty.unsqueeze(-1)
+    p = log_p.exp()
     # What has no probability takes no part, whatever its tangent is.
     u = torch.where(live & (p != 0), tangent, 0.0).to(dtype)
     centred = u - (p * u).sum(-1, keepdim=True)

@@ -480,9 +480,7 @@ def _output_of(policy: Policy) -> Tensor:
     output = policy()
     if not isinstance(output, Tensor) or not output.requires_grad:
         got = "one without gradient" if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(
-            f"policy: expected a function that returns a differentiable tensor, got {got}"
-        )
+        raise TypeError(f"policy: expected it to return a differentiable tensor, got {got}")
     return output
 
 

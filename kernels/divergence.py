@@ -64,14 +64,17 @@ def _merge(peak, rest, rate):
 
 @triton.jit
 def _log_to_mixture(log_p, log_q, share_p, share_q):
-    """Ln p - ln(share_p·p + share_q·q), for p > 0."""
-    return -tl.log(share_p + share_q * exp(log_q - log_p))
+    """Ln p - ln(share_p·p + share_q·q), for p > 0, by way of the larger of the two."""
+    gap = log_q - log_p
+    smaller = exp(-tl.abs(gap))
+    mixed = tl.where(gap > 0, share_q + share_p * smaller, share_p + share_q * smaller)
+    return -tl.maximum(gap, 0.0) - tl.log(mixed)
 
 
 @triton.jit
 def _mean(p, w):
-    """Terms of E_p[w]: what has no probability takes no part, whatever w is."""
-    return tl.where(p > 0, p * w, 0.0)
+    """Terms of E_p[w]: what has no probability takes no part, whatever w is; NaN does."""
+    return tl.where(p == 0, 0.0, p * w)
 
 
 # A NaN is a maximum's loss and a sum's gain: sums of NaN say NaN, as they should.
@@ -93,7 +96,8 @@ def _divergence_fwd_kernel(
     q_stride_inner,
     q_stride_vocab,
     vocab,
-    share_q: tl.float64,  # of q in the mixture
+    share_p: tl.float64,  # of each side in the mixture
+    share_q: tl.float64,
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
@@ -129,6 +133,7 @@ def _divergence_fwd_kernel(
     rest_p = tl.zeros((LANES,), acc)
     rest_q = tl.zeros((LANES,), acc)
     cross = tl.zeros((LANES,), acc)
+    excluded = tl.zeros((LANES,), acc)  # weight of p where q is 0
     for start in range(0, vocab, TILE):
         columns = (start + within_tile).to(tl.int64)
         inside = columns < vocab
@@ -140,17 +145,21 @@ def _divergence_fwd_kernel(
             z_p = tl.where(inside, z_p, -float("inf"))
             z_q = tl.where(inside, z_q, -float("inf"))
         weight, fade, peak_p, rest_p = _add_side(z_p, peak_p, rest_p, rate)
-        # A sum that fades to nothing may be inf, and must not meet inf·0.
-        cross = tl.where(fade > 0, cross * fade, 0.0) + tl.sum(_mean(weight, z_p - z_q), axis=1)
+        impossible = z_q == -float("inf")
+        cross = cross * fade
+        cross += tl.sum(_mean(tl.where(impossible, 0.0, weight), z_p - z_q), axis=1)
+        excluded = excluded * fade + tl.sum(tl.where(impossible, weight, 0.0), axis=1)
         _weight, _fade, peak_q, rest_q = _add_side(z_q, peak_q, rest_q, rate)
 
     base_p, total_p, fade, empty_p = _merge(peak_p, rest_p, rate)
     base_q, total_q, _fade_q, empty_q = _merge(peak_q, rest_q, rate)
-    mean = tl.sum(tl.where(fade > 0, cross * fade, 0.0), axis=0) / total_p
+    mean = tl.sum(cross * fade, axis=0) / total_p
+    disjoint = tl.sum(excluded * fade, axis=0) > 0
     norm_p = tl.log(total_p)
     norm_q = tl.log(total_q)
     if MIXTURE:
-        share = tl.full((), share_q, acc)
+        part_p = tl.full((), share_p, acc)
+        part_q = tl.full((), share_q, acc)
         per_t = 1.0 / row_t
         mean_p = tl.zeros((LANES,), acc)
         mean_q = tl.zeros((LANES,), acc)
@@ -166,19 +175,20 @@ def _divergence_fwd_kernel(
             if HAS_SOFTCAP:
                 log_p = tl.where(inside, log_p, -float("inf"))
                 log_q = tl.where(inside, log_q, -float("inf"))
-            w = _log_to_mixture(log_p, log_q, 1.0 - share, share)
+            w = _log_to_mixture(log_p, log_q, part_p, part_q)
             mean_p += tl.sum(_mean(exp(log_p), w), axis=1)
-            w = _log_to_mixture(log_q, log_p, share, 1.0 - share)
+            w = _log_to_mixture(log_q, log_p, part_q, part_p)
             mean_q += tl.sum(_mean(exp(log_q), w), axis=1)
         of_p = tl.sum(mean_p, axis=0)
         of_q = tl.sum(mean_q, axis=0)
-        value = (1.0 - share) * of_p + share * of_q
+        value = tl.where(empty_q, 0.0, part_p * of_p + part_q * of_q)
     else:
         of_p = (mean + (base_q - base_p)) / row_t + (norm_q - norm_p)
-        of_p = tl.where(empty_q, float("inf"), of_p)
+        of_p = tl.where(empty_q | disjoint, float("inf"), of_p)
         of_q = of_p
         value = of_p
-    # A row of nothing but -inf has no distribution, and so is no distance away from another.
+    # A row of nothing but -inf has no distribution, and so is no distance away from another; but
+    # where q is such a row, and p is not, q is 0 where p is not.
     value = tl.where(empty_p, 0.0, value)
     tl.store(values + row, value)
     tl.store(out, tl.where(empty_p, -float("inf"), base_p))
@@ -191,19 +201,19 @@ def _divergence_fwd_kernel(
 
 # Of the probability and its logarithm of the side that the gradient is of, and of the other side.
 @triton.jit
-def _of_first(own, log_own, other, log_other, mean, share):
-    return tl.where(own > 0, own * ((log_own - log_other) - mean), 0.0)
+def _of_first(own, log_own, other, log_other, mean, share, share_other):
+    return tl.where(own == 0, 0.0, own * ((log_own - log_other) - mean))
 
 
 @triton.jit
-def _of_second(own, log_own, other, log_other, mean, share):
+def _of_second(own, log_own, other, log_other, mean, share, share_other):
     return own - other
 
 
 @triton.jit
-def _of_mixture(own, log_own, other, log_other, mean, share):
-    w = _log_to_mixture(log_own, log_other, share, 1.0 - share)
-    return tl.where(own > 0, share * own * (w - mean), 0.0)
+def _of_mixture(own, log_own, other, log_other, mean, share, share_other):
+    w = _log_to_mixture(log_own, log_other, share, share_other)
+    return tl.where(own == 0, 0.0, share * own * (w - mean))
 
 
 FORMULAS: dict[str, Callable] = {
@@ -235,7 +245,8 @@ def _divergence_bwd_kernel(
     other_stride_vocab,
     vocab,
     tiles,
-    share: tl.float64,  # of the own side in the mixture
+    share: tl.float64,  # of the own side in the mixture, and of the other
+    share_other: tl.float64,
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
@@ -257,8 +268,9 @@ def _divergence_bwd_kernel(
     destination = d_own + row * vocab + columns
     g = tl.load(d_values + row)
     base = tl.load(own_stats + row)
-    # The peak of a row of nothing but -inf is -inf.
-    if (tl.load(mask + row) == 0) | (g == 0.0) | (base == -float("inf")):
+    # The peak of a row of nothing but -inf, on either side, is -inf.
+    nothing = (base == -float("inf")) | (tl.load(other_stats + row) == -float("inf"))
+    if (tl.load(mask + row) == 0) | (g == 0.0) | nothing:
         tl.store(destination, tl.zeros((LANES, VEC), d_own.dtype.element_ty), mask=inside)
         return
 
@@ -280,7 +292,7 @@ def _divergence_bwd_kernel(
     log_other -= tl.load(other_stats + plane + row)
     dz = FORMULA(
         exp(log_own), log_own, exp(log_other), log_other, tl.load(mean + row),
-        tl.full((), share, acc),
+        tl.full((), share, acc), tl.full((), share_other, acc),
     )  # fmt: skip
     tl.store(destination, (g * dz * (slope * per_t)).to(d_own.dtype.element_ty), mask=inside)
 
@@ -310,8 +322,8 @@ def divergence_forward(
     _divergence_fwd_kernel[(rows,)](
         logits_p, logits_q, mask, token_temperature, values, stats, rows,
         logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q), vocab,
-        0.5 if share is None else share, **transform, MIXTURE=share is not None,
-        **_plan(vocab, logits_p, logits_q).options(),
+        1.0 if share is None else 1 - share, 0.0 if share is None else share, **transform,
+        MIXTURE=share is not None, **_plan(vocab, logits_p, logits_q).options(),
     )  # fmt: skip
     return values, stats
 
@@ -343,5 +355,5 @@ def divergence_backward(
     _divergence_bwd_kernel[(rows * tiles,)](
         d_own, own, other, mask, token_temperature, own_stats, other_stats, mean, d_values, rows,
         own.shape[1], *strides(own), other.shape[1], *strides(other), vocab, tiles,
-        share, **transform, FORMULA=FORMULAS[formula], **plan.options(),
+        share, 1 - share, **transform, FORMULA=FORMULAS[formula], **plan.options(),
     )  # fmt: skip

@@ -84,7 +84,8 @@ def kl_divergence(
     Returns:
         (...) in nats, fp32 (fp64 if a side is). -inf logits have probability 0: KL(p‖q) is inf
         where q is 0 and p is not, and terms where p is 0 are 0. (A probability that is 0 in the
-        dtype of the result counts as 0.)
+        dtype of the result counts as 0.) A row of nothing but -inf has no distribution: where p is
+        one, or for the jsd either side, the value is 0; the gradient is 0 where either side is one.
 
     Differentiable with respect to logits and ref_logits, twice if need be (the second derivative
     runs eagerly and builds tensors of the size of the logits).
@@ -103,7 +104,7 @@ def kl_divergence(
         raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
     check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
     check_same_device("ref_logits", ref_logits, "logits", logits)
-    mask = checked_rows(mask, logits)
+    mask = checked_rows(mask, logits, "logits")
     transform = checked_transform(temperature, softcap, scale, mask)
     measure = checked_measure(direction, beta)
     sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
@@ -111,14 +112,14 @@ def kl_divergence(
     return values.view(mask.shape)
 
 
-def checked_rows(mask: Tensor | None, logits: Tensor) -> Tensor:
+def checked_rows(mask: Tensor | None, logits: Tensor, name: str) -> Tensor:
     """Check a mask of the rows of (..., V), or make one of everything."""
     shape = tuple(logits.shape[:-1])
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=logits.device)
     check_mask("mask", mask)
-    check_shape("mask", mask, shape, "without the last dimension")
-    check_same_device("mask", mask, "logits", logits)
+    check_shape("mask", mask, shape, f"{name} without the last dimension")
+    check_same_device("mask", mask, name, logits)
     return mask != 0
 
 

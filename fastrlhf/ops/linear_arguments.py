@@ -1,6 +1,6 @@
 """The arguments that operations from hidden states share, checked and ready for the plans."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,13 @@ class LinearProblem(NamedTuple):
         targets = wide_integers(self.targets).reshape(-1)
         rows = Rows(hidden, targets, transform, options.ignore_index, order)
         return Workbench(head, rows, options.entropy, options.impl)
+
+
+def wanted_or_detached(*tensors: Any) -> tuple[Any, ...]:
+    """Return the tensors, detached under no_grad, which the context of a Function cannot tell."""
+    if torch.is_grad_enabled():
+        return tensors
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in tensors)
 
 
 def exact(hidden: Tensor) -> torch.autocast:

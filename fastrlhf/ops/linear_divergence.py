@@ -15,7 +15,7 @@ from torch import Tensor
 from .backend import check_impl, outside_of_graphs, refuse_second_derivative
 from .checks import check_same_device, check_shape
 from .divergence import Measure, checked_measure, checked_rows
-from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
+from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype, wanted_or_detached
 from .linear_head import Gradients, Head, Weight
 from .linear_rows import even_spans, live_rows
 from .transform import Transform, checked_transform
@@ -105,7 +105,7 @@ def linear_kl_divergence(
             f"ref_weight: expected {weight.shape[0]} rows, the vocabulary of weight, got "
             f"{ref_weight.shape[0]}"
         )
-    mask = checked_rows(mask, hidden)
+    mask = checked_rows(mask, hidden, "hidden")
     check_impl(impl)
     transform = checked_transform(temperature, softcap, scale, mask)
     options = _Options(
@@ -113,10 +113,13 @@ def linear_kl_divergence(
         checked_chunk(chunk_size, weight.shape[0], hidden.device), impl,
         (matmul_dtype(hidden), matmul_dtype(ref_hidden)),
     )  # fmt: skip
-    values = outside_of_graphs(_LinearDivergence.apply)(
-        options, mask, transform.token_temperature, hidden.to(options.dtypes[0]), weight, bias,
+    tensors = (
+        hidden.to(options.dtypes[0]), weight, bias,
         ref_hidden.to(options.dtypes[1]), ref_weight, ref_bias,
     )  # fmt: skip
+    values = outside_of_graphs(_LinearDivergence.apply)(
+        options, mask, transform.token_temperature, *wanted_or_detached(*tensors)
+    )
     return values.view(mask.shape)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import TokenStats
 
-from .linear_arguments import LinearProblem, checked_problem, exact
+from .linear_arguments import LinearProblem, checked_problem, exact, wanted_or_detached
 from .linear_head import Weight
 from .linear_plans import (
     Needs,
@@ -106,8 +106,11 @@ def linear_token_logprobs(
 def token_stats_of(problem: LinearProblem) -> TokenStats:
     """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
     logprob, entropy, lse = _LinearTokenStats.apply(
-        problem.options, problem.hidden, problem.bias, problem.targets, problem.token_temperature,
-        *problem.weights,
+        problem.options,
+        *wanted_or_detached(
+            problem.hidden, problem.bias, problem.targets, problem.token_temperature,
+            *problem.weights,
+        ),
     )  # fmt: skip
     shape = problem.targets.shape
     with_entropy = problem.options.entropy

@@ -42,7 +42,7 @@ def checked_transform(
 
 def _token_temperature(temperature: Tensor, targets: Tensor) -> Tensor:
     check_floating("temperature", temperature)
-    check_same_device("temperature", temperature, "targets", targets)
+    check_same_device("temperature", temperature, "the tokens", targets)
     if temperature.requires_grad:
         raise ValueError(
             "temperature: expected a tensor without gradient, got one that requires it"
@@ -54,6 +54,6 @@ def _token_temperature(temperature: Tensor, targets: Tensor) -> Tensor:
     ):
         raise ValueError(
             f"temperature: expected a number or a tensor that broadcasts to {tuple(targets.shape)} "
-            f"(the shape of targets), got {tuple(temperature.shape)}"
+            f"(one for each token), got {tuple(temperature.shape)}"
         )
     return temperature.expand(targets.shape)
