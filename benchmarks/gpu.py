@@ -96,6 +96,8 @@ def operations(rows: int, vocab: int) -> dict[str, tuple[Callable[[], object], i
     def fused() -> None:
         torch.autograd.grad(fastrlhf.token_logprobs(leaf, targets).sum(), leaf)
 
+    ref_logits = logits + torch.randn_like(logits)
+
     def policy_loss() -> None:
         torch.autograd.grad(fastrlhf.logits_policy_loss(leaf[None], *policy)[0], leaf)
 
@@ -119,6 +121,15 @@ def operations(rows: int, vocab: int) -> dict[str, tuple[Callable[[], object], i
         "forward + backward, eager": (eager, 3 * size),
         "K3 policy loss, forward + backward": (policy_loss, 2 * size),
         "policy loss, K1 and K2": (policy_loss_in_two_steps, 3 * size),
+        "KL of two logits": (lambda: fastrlhf.kl_divergence(logits, ref_logits), 2 * size),
+        "KL, forward + backward": (
+            lambda: torch.autograd.grad(fastrlhf.kl_divergence(leaf, ref_logits).sum(), leaf),
+            5 * size,
+        ),
+        "Fisher product": (
+            lambda: fastrlhf.softmax_fisher_product(logits, ref_logits),
+            3 * size,
+        ),
     }
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastrlhf.hf import LMHead
+from fastrlhf.losses.ratios import saturated
 from fastrlhf.ops import (
     kl_divergence,
     linear_kl_divergence,
@@ -258,7 +259,7 @@ class _Batch(NamedTuple):
 def _gain(logprobs: Tensor, batch: _Batch) -> Tensor:
     """r·A of each token, 0 outside of the mask."""
     assert batch.old is not None
-    return (logprobs - batch.old).exp() * batch.advantages
+    return saturated(logprobs - batch.old).exp() * batch.advantages
 
 
 class _Problem:

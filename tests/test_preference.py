@@ -670,7 +670,7 @@ def _numeric(mask: Tensor, layout: Callable[[Tensor], Tensor], dtype: torch.dtyp
         (_transposed, torch.bool),
         (_rows, torch.float32),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # no addresses
 )
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strides_change_nothing(
