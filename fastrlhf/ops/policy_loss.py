@@ -49,9 +49,20 @@ def policy_loss(
     Returns the loss (0-d), and log-probs and entropies (...), which are not differentiable. The
     entropies are 0 unless asked for.
     """
-    loss, logprobs, entropies, _ = _PolicyLoss.apply(
-        logits, targets, tokens, transform, formula, ignore_index, entropy, inplace
-    )
+    plain, spent = logits.detach(), logits
+    overwrite = inplace and not torch.compiler.is_compiling() and can_overwrite(plain)
+    d_logits = plain
+    if not overwrite:
+        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss(
+        d_logits, plain, targets, *tokens, *transform, formula.surrogate, formula.kl_estimator,
+        list(formula.settings), ignore_index, entropy,
+    )  # fmt: skip
+    handed_out: list[tuple[int, int]] = []
+    if overwrite and not logits.is_leaf and not logits._is_view():  # autograd takes neither
+        spent = _Spent.apply(logits, handed_out)
+    value = (losses * tokens.weights.reshape(-1).to(losses.dtype)).sum()
+    loss = _PolicyLoss.apply(spent, d_logits, value, handed_out)
     return loss, logprobs.view(targets.shape), entropies.view(targets.shape)
 
 
@@ -118,41 +129,48 @@ def _scale_(values: Tensor, factor: Tensor) -> None:
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """A loss whose gradient, for an upstream gradient of 1, is computed with it."""
+    """A loss whose gradient, for an upstream gradient of 1, is known."""
 
     @staticmethod
-    def forward(ctx, logits, targets, tokens, transform, formula, ignore_index, entropy, inplace):
-        if inplace and not torch.compiler.is_compiling() and can_overwrite(logits):
-            d_logits = logits
-        else:
-            d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss(
-            d_logits, logits, targets, *tokens, *transform, formula.surrogate, formula.kl_estimator,
-            list(formula.settings), ignore_index, entropy,
-        )  # fmt: skip
-        ctx.save_for_backward(d_logits.detach())
-        ctx.set_materialize_grads(False)
-        # Handed back as changed, what is overwritten tells of every later use that autograd sees.
-        # (It takes no views there, and no leaves.)
-        spent = d_logits is logits and not logits.is_leaf and not logits._is_view()
-        if spent:
-            ctx.mark_dirty(logits)
-        ctx.mark_non_differentiable(logprobs, entropies)
-        weights = tokens.weights.reshape(-1).to(losses.dtype)
-        return (losses * weights).sum(), logprobs, entropies, logits if spent else None
+    def forward(ctx, logits, d_logits, value, handed_out):
+        ctx.save_for_backward(d_logits)
+        ctx.handed_out = handed_out
+        return value.clone()
 
     @staticmethod
-    def backward(ctx, d_loss, _, __, d_spent):
+    def backward(ctx, d_loss):
         refuse_second_derivative("logits_policy_loss", "policy_loss of token_logprobs")
-        if d_spent is not None:
+        (d_logits,) = ctx.saved_tensors
+        gradient = _scaled(d_logits, d_loss)
+        if not torch.compiler.is_compiling():
+            ctx.handed_out[:] = [_identity(gradient)]
+        return gradient, None, None, None
+
+
+class _Spent(torch.autograd.Function):
+    """Logits after their gradient has overwritten them: only the loss may be differentiated through
+    them, which shows in the gradient that arrives.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, handed_out):
+        ctx.mark_dirty(logits)
+        ctx.handed_out = handed_out
+        return logits
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.handed_out != [_identity(gradient)]:
             raise RuntimeError(
                 "logits_policy_loss: the logits were used after their gradient had overwritten "
                 "them (inplace_backward=True)"
             )
-        if d_loss is None:
-            return (None,) * 8
-        (d_logits,) = ctx.saved_tensors
-        return _scaled(d_logits, d_loss), *(None for _ in range(7))
+        return gradient, None
+
+
+def _identity(x: Tensor) -> tuple[int, int]:
+    """Tell a tensor from another, and from itself with something added to it."""
+    return x.data_ptr(), x._version
 
 
 def _scaled(d_logits: Tensor, factor: Tensor) -> Tensor:
