@@ -19,18 +19,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import RowPlan, finite_base, row_plan, strides, tile_columns, transform_options
+from .rows import (
+    RowPlan,
+    finite_base,
+    strides,
+    tile_columns,
+    transform_options,
+    whole_row_plan,
+)
 from .tiles import LOG2E, capped_logits, exp, row_start, row_temperature
-
-_MAX_WARPS = 8
 
 
 def _plan(vocab: int, *sides: torch.Tensor) -> RowPlan:
     """Cut rows by the wider dtype of the two sides."""
     dtype = max((x.dtype for x in sides), key=lambda dtype: dtype.itemsize)
-    # With two rows in hand, fp64 has no registers for more than one 128-bit load of each.
-    thread_bytes = 16 if dtype == torch.float64 else 32
-    return row_plan(vocab, dtype, max_warps=_MAX_WARPS, thread_bytes=thread_bytes)
+    return whole_row_plan(vocab, dtype, rows=2)
 
 
 # Planes of the statistics of a row: peak and log_norm of each side, and the mean of the log-ratio
@@ -269,7 +272,8 @@ def _divergence_bwd_kernel(
     g = tl.load(d_values + row)
     base = tl.load(own_stats + row)
     # The peak of a row of nothing but -inf, on either side, is -inf.
-    nothing = (base == -float("inf")) | (tl.load(other_stats + row) == -float("inf"))
+    other_base = tl.load(other_stats + row)
+    nothing = (base == -float("inf")) | (other_base == -float("inf"))
     if (tl.load(mask + row) == 0) | (g == 0.0) | nothing:
         tl.store(destination, tl.zeros((LANES, VEC), d_own.dtype.element_ty), mask=inside)
         return
@@ -288,8 +292,7 @@ def _divergence_bwd_kernel(
     z_other, _ = capped_logits(y, scale, softcap, HAS_SOFTCAP)
     per_t = 1.0 / row_t
     log_own = (z - base) * per_t - tl.load(own_stats + plane + row)
-    log_other = (z_other - tl.load(other_stats + row)) * per_t
-    log_other -= tl.load(other_stats + plane + row)
+    log_other = (z_other - other_base) * per_t - tl.load(other_stats + plane + row)
     dz = FORMULA(
         exp(log_own), log_own, exp(log_other), log_other, tl.load(mean + row),
         tl.full((), share, acc), tl.full((), share_other, acc),

@@ -11,10 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import finite_base, row_plan, strides, tile_columns, transform_options
+from .rows import finite_base, strides, tile_columns, transform_options, whole_row_plan
 from .tiles import LOG2E, row_start, row_temperature
-
-_TILE = {"max_warps": 8, "thread_bytes": 32}
 
 
 @triton.jit(do_not_specialize=["inner", "inner_u"])
@@ -136,6 +134,6 @@ def fisher_product(
     _fisher_kernel[(rows,)](
         product, quadratic, logits, tangent, mask, token_temperature,
         logits.shape[1], *strides(logits), tangent.shape[1], *strides(tangent), vocab,
-        **transform, **row_plan(vocab, wider, **_TILE).options(),
+        **transform, **whole_row_plan(vocab, wider).options(),
     )  # fmt: skip
     return product, quadratic

@@ -25,11 +25,11 @@ from .rows import (
     add_tile,
     gradient_tile,
     merged_lanes,
-    row_plan,
     statistics,
     strides,
     tile_columns,
     transform_options,
+    whole_row_plan,
 )
 from .tiles import (
     ASSERTING,
@@ -42,11 +42,6 @@ from .tiles import (
     row_temperature,
     sigmoid,
 )
-
-# A program has a whole row in flight, which should still be in the cache when the program comes
-# back: so few programs at a time. With two 128-bit loads on each thread, two fit on a
-# multiprocessor.
-_TILE = {"max_warps": 8, "thread_bytes": 32}
 
 
 class PolicySettings(NamedTuple):
@@ -347,7 +342,7 @@ def policy_loss(
         **settings._asdict(),
         SURROGATE=SURROGATES[surrogate],
         KL=KL_ESTIMATORS[kl_estimator],
-        **row_plan(vocab, logits.dtype, **_TILE).options(),
+        **whole_row_plan(vocab, logits.dtype).options(),
         **ASSERTING,
     )
     return losses, logprobs, entropies

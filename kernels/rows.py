@@ -65,6 +65,16 @@ def row_plan(vocab: int, dtype: torch.dtype, *, max_warps: int, thread_bytes: in
     return RowPlan(lanes, vec, *strides, max(1, tile // warp_tokens))
 
 
+def whole_row_plan(vocab: int, dtype: torch.dtype, *, rows: int = 1) -> RowPlan:
+    """Cut a row that one program sweeps as a whole, or two rows at once.
+
+    A tile is two 128-bit loads on each thread of 8 warps, or one where registers are scarce: rows
+    that start anywhere take an address for every token, and fp64 takes two registers a number.
+    """
+    scarce = vocab % 16 != 0 or (rows > 1 and dtype == torch.float64)
+    return row_plan(vocab, dtype, max_warps=8, thread_bytes=16 if scarce else 32)
+
+
 @triton.jit
 def tile_columns(
     LANES: tl.constexpr, VEC: tl.constexpr, LANE_STRIDE: tl.constexpr, VEC_STRIDE: tl.constexpr
