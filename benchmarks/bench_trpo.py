@@ -2,7 +2,7 @@
 
     python benchmarks/bench_trpo.py [--rounds N]
 
-Both start from the same batch, 8 sequences of 33 tokens of which 24 count, and take turns. PPO's
+Both start from the same batch, 4 sequences of 33 tokens of which 24 count, and take turns. PPO's
 step is one forward, one backward and AdamW; TRPO's has a gradient, 15 products with the Fisher
 matrix and a line search.
 """
@@ -17,7 +17,7 @@ import torch
 import fastrlhf
 from fastrlhf.recipes.models import add_adapters, bundled_model, load_model
 
-SEQUENCES, TOKENS, PROMPT = 8, 33, 8
+SEQUENCES, TOKENS, PROMPT = 4, 33, 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -59,7 +59,7 @@ def steps() -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     rounds = parser.parse_args().rounds
     work = steps()
     times: dict[str, list[float]] = {name: [] for name in work}
