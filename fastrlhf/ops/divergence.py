@@ -18,8 +18,8 @@ from .checks import (
     check_same_device,
     check_shape,
 )
-from .token_stats import row_view
-from .transform import checked_transform
+from .token_stats import rows_of
+from .transform import check_temperatures_on_host, checked_transform, flat_temperature
 
 DIRECTIONS = ("reverse", "forward", "jsd")
 
@@ -123,16 +123,6 @@ def checked_rows(mask: Tensor | None, logits: Tensor, name: str) -> Tensor:
     return mask != 0
 
 
-def rows_of(logits: Tensor) -> Tensor:
-    """View logits as (outer, inner, V), copied if their strides do not allow it."""
-    rows = row_view(logits)
-    return logits.contiguous().view(1, -1, logits.shape[-1]) if rows is None else rows
-
-
-def flat_temperature(tokens: Tensor | None, temperature: float, dtype: torch.dtype) -> Any:
-    return temperature if tokens is None else tokens.reshape(-1).to(dtype).contiguous()
-
-
 def _wider(logits_p: Tensor, logits_q: Tensor) -> torch.dtype:
     return reference.accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
 
@@ -150,7 +140,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     acc, keep = _wider(logits_p, logits_q), mask.reshape(-1).contiguous()
-    check_temperature_on_host(token_temperature, mask)
+    check_temperatures_on_host(token_temperature, mask)
     options: dict[str, Any] = {"share": share, "softcap": softcap, "scale": scale}
     temperatures = flat_temperature(token_temperature, temperature, acc)
     if use_triton(impl, logits_p) and keep.numel():
@@ -173,14 +163,6 @@ def _forward_fake(logits_p, logits_q, mask, *options):
     values = torch.empty(mask.numel(), dtype=dtype, device=mask.device)
     planes = (6, mask.numel()) if use_triton(options[-1], logits_p) and mask.numel() else (0,)
     return values, values.new_empty(planes)
-
-
-def check_temperature_on_host(token_temperature: Tensor | None, mask: Tensor) -> None:
-    if token_temperature is not None and mask.device.type == "cpu":
-        wanted = token_temperature[mask]
-        if not (wanted > 0).all():
-            worst = wanted.min().item()
-            raise ValueError(f"temperature: expected positive temperatures, got {worst}")
 
 
 def _chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:

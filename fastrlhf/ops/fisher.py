@@ -10,11 +10,12 @@ from fastrlhf import reference
 
 from .backend import outside_of_graphs, use_triton
 from .checks import check_floating, check_same_device, check_shape
-from .divergence import check_temperature_on_host, checked_rows, flat_temperature, rows_of
+from .divergence import checked_rows
 from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
 from .linear_head import Head, Weight
 from .linear_rows import even_spans, live_rows
-from .transform import checked_transform
+from .token_stats import rows_of
+from .transform import check_temperatures_on_host, checked_transform, flat_temperature
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def _product(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     acc = reference.accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
-    check_temperature_on_host(token_temperature, mask)
+    check_temperatures_on_host(token_temperature, mask)
     temperatures = flat_temperature(token_temperature, temperature, acc)
     keep = mask.reshape(-1).contiguous()
     if use_triton(impl, logits) and keep.numel():

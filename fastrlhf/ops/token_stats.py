@@ -22,7 +22,12 @@ from .checks import (
     check_shape,
     wide_integers,
 )
-from .transform import Transform, checked_transform
+from .transform import (
+    Transform,
+    check_temperatures_on_host,
+    checked_transform,
+    flat_temperature,
+)
 
 # Logits that the eager backend holds in fp32 at once (at least one row): 4 MiB stay in a CPU's
 # cache.
@@ -361,21 +366,18 @@ def flat_rows(
     logits: Tensor, targets: Tensor, token_temperature: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Logits as (outer, inner, V), targets and temperatures as contiguous (N,)."""
-    rows = row_view(logits)
-    if rows is None:
-        rows = logits.contiguous().view(1, -1, logits.shape[-1])
     targets = wide_integers(targets).reshape(-1).contiguous()
-    if token_temperature is None:
-        return rows, targets, temperature
     acc = reference.accumulation_dtype(logits.dtype)
-    return (
-        rows,
-        targets,
-        token_temperature.reshape(-1).to(acc).contiguous(),
-    )
+    return rows_of(logits), targets, flat_temperature(token_temperature, temperature, acc)
 
 
-def row_view(logits: Tensor) -> Tensor | None:
+def rows_of(logits: Tensor) -> Tensor:
+    """View logits as (outer, inner, V), copied if their strides do not allow it."""
+    rows = _row_view(logits)
+    return logits.contiguous().view(1, -1, logits.shape[-1]) if rows is None else rows
+
+
+def _row_view(logits: Tensor) -> Tensor | None:
     """View logits as (outer, inner, V) without a copy: whole, or a slice of the positions of each
     sequence.
     """
@@ -392,7 +394,7 @@ def row_view(logits: Tensor) -> Tensor | None:
 
 def can_overwrite(logits: Tensor) -> bool:
     """Whether each logit has a memory cell of its own, reachable without a copy."""
-    rows = row_view(logits)
+    rows = _row_view(logits)
     if rows is None:
         return False
     span = 1
@@ -411,9 +413,7 @@ def check_values_on_host(
         return
     live = targets != ignore_index
     check_indices_on_host("targets", targets[live], vocab, f"or ignore_index {ignore_index}")
-    if isinstance(temperature, Tensor) and not (temperature[live] > 0).all():
-        worst = temperature[live].min().item()
-        raise ValueError(f"temperature: expected positive temperatures, got {worst}")
+    check_temperatures_on_host(temperature if isinstance(temperature, Tensor) else None, live)
 
 
 def _chunks(selected: Tensor, rows: Tensor) -> Iterator[Tensor | slice]:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .checks import check_floating, check_positive, check_same_device
@@ -38,6 +39,25 @@ def checked_transform(
         check_positive("softcap", softcap)
         softcap = float(softcap)
     return Transform(token_temperature, float(temperature), softcap, float(scale))
+
+
+def check_temperatures_on_host(tokens: Tensor | None, live: Tensor) -> None:
+    """Raise ValueError for a temperature of a live token that is not positive, on the CPU only:
+    elsewhere it would synchronise.
+    """
+    if tokens is None or live.device.type != "cpu":
+        return
+    wanted = tokens[live]
+    if not (wanted > 0).all():
+        worst = wanted.min().item()
+        raise ValueError(f"temperature: expected positive temperatures, got {worst}")
+
+
+def flat_temperature(
+    tokens: Tensor | None, temperature: float, dtype: torch.dtype
+) -> float | Tensor:
+    """Return the temperature of all tokens, or those of each as a contiguous (N,)."""
+    return temperature if tokens is None else tokens.reshape(-1).to(dtype).contiguous()
 
 
 def _token_temperature(temperature: Tensor, targets: Tensor) -> Tensor:
