@@ -265,15 +265,9 @@ def eager_in_fp32(logits, ref, *, direction, beta=0.5, temperature=1.0):
     return values.detach(), *autograd.grad(values.sum(), (x, y))
 
 
-@BACKENDS
-@ALL_MEASURES
-@pytest.mark.parametrize("spread", [1.0, 10.0, 1e4])
-def test_errors_are_at_most_twice_those_of_the_eager_formula(impl, measure, spread, device) -> None:
-    logits, ref = (torch.randn(4, 600, device=device) * spread for _ in range(2))
-    options = MEASURES[measure] | {"temperature": 0.7}
-    expected = oracle(logits, ref, **options)
-    ours = evaluate(logits, ref, impl=impl, **options)
-    eager = eager_in_fp32(logits, ref, **options)
+def assert_within_budget(logits, ref, ours, options) -> None:
+    """Assert that value and gradients err at most twice as much as the eager formula in fp32."""
+    expected, eager = oracle(logits, ref, **options), eager_in_fp32(logits, ref, **options)
     rounding = torch.finfo(torch.float32).eps
     # A log-ratio rounds, and the mean one that cancels it, differently.
     p, q = (torch.softmax(x.cpu().double() / 0.7, -1) for x in (logits, ref))
@@ -284,6 +278,33 @@ def test_errors_are_at_most_twice_those_of_the_eager_formula(impl, measure, spre
         found, by_eager = ((x.cpu().double() - exact).norm() for x in (own, plain))
         bound = 2 * by_eager + 4 * rounding * torch.as_tensor(size).norm()
         assert found <= bound, f"{name}: {found:.2e}, not {bound:.2e}"
+
+
+@BACKENDS
+@ALL_MEASURES
+@pytest.mark.parametrize("spread", [1.0, 10.0, 1e4])
+def test_errors_are_at_most_twice_those_of_the_eager_formula(impl, measure, spread, device) -> None:
+    logits, ref = (torch.randn(4, 600, device=device) * spread for _ in range(2))
+    options = MEASURES[measure] | {"temperature": 0.7}
+    assert_within_budget(logits, ref, evaluate(logits, ref, impl=impl, **options), options)
+
+
+@ALL_MEASURES
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+@pytest.mark.parametrize("mutant", ["value", "policy", "reference"])
+def test_that_budget_rejects_an_error_of_a_thousandth_of_the_value(
+    mutant, measure, spread, device
+) -> None:
+    logits, ref = (torch.randn(4, 600, device=device) * spread for _ in range(2))
+    options = MEASURES[measure] | {"temperature": 0.7}
+    ours = dict(
+        zip(("value", "policy", "reference"), evaluate(logits, ref, **options), strict=True)
+    )
+    # Not of the gradient itself, which is nothing but rounding where a jsd is saturated.
+    ours[mutant] = ours[mutant].clone()
+    ours[mutant].view(-1)[0] += 1e-3 * ours["value"].max()
+    with pytest.raises(AssertionError, match=f"^{mutant}: "):
+        assert_within_budget(logits, ref, ours.values(), options)
 
 
 @BACKENDS
