@@ -1,35 +1,113 @@
-"""What the benchmarks share: the device, and a checked provider or the reason why there is none."""
+"""From contests of providers to pytest-benchmark: a test for each provider, batch and direction.
 
+Providers must take turns to be compared, while pytest-benchmark finishes one test before the next.
+So the first test of a contest runs all of it, and each test then replays its provider's times on a
+clock of its own. Selecting tests (`-k`) selects who takes part.
+"""
+
+import environment
 import pytest
 import torch
+from contest import FORWARD, contest
+from shapes import shapes
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_CONTESTS = pytest.StashKey[dict]()
+_NOT_TIMED = pytest.StashKey[list]()
+_elapsed = 0.0
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def replayed() -> float:
+    """The time on the clock that moves by what was measured."""
+    return _elapsed
+
+
+def _replay(seconds: float) -> None:
+    global _elapsed
+    _elapsed += seconds
+
+
+def pytest_configure(config) -> None:
+    config.stash[_CONTESTS] = {}
+    config.stash[_NOT_TIMED] = []
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Give a test of a benchmark file every batch, direction and provider of its operation."""
+    if "outcome" not in metafunc.fixturenames:
+        return
+    operation = metafunc.module.OPERATION
+    cases = [
+        pytest.param(shape, kind, name, id=f"{_title(operation, shape, kind)}-{name}",
+                     marks=pytest.mark.benchmark(timer=replayed))
+        for shape in shapes(operation.source, DEVICE)
+        for kind in operation.kinds(shape)
+        for name in operation.entrants(kind)
+    ]  # fmt: skip
+    metafunc.parametrize(("shape", "kind", "provider"), cases)
+
+
+def _title(operation, shape, kind) -> str:
+    sizes = [shape.sequences, shape.tokens, shape.vocab, shape.width]
+    parts = [kind.replace(" ", ""), "x".join(str(size) for size in sizes if size)]
+    parts += [f"prompt{shape.prompt:.0%}", str(shape.dtype).removeprefix("torch.")]
+    if operation.from_hidden and kind != FORWARD:
+        parts.append("trained" if shape.trained else "frozen")
+    return "-".join(parts)
 
 
 @pytest.fixture
-def timed(benchmark, device):
-    """Time a function, waiting for the device, and return the fixture to add figures to."""
+def outcome(request, benchmark, shape, kind, provider):
+    """Report what this provider achieved in its contest."""
 
-    def run(function) -> None:
-        def waited() -> None:
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+    def report() -> None:
+        operation = request.module.OPERATION
+        key = operation.name, shape, kind
+        contests = request.config.stash[_CONTESTS]
+        if key not in contests:
+            names = _selected(request.session.items, key)
+            records = contest(operation, shape, kind, DEVICE, names)
+            contests[key] = {record["provider"]: record for record in records}
+        record = contests[key][provider]
+        if record["status"] != "ok":
+            request.config.stash[_NOT_TIMED].append(record)
+            ours = provider.startswith(("fastrlhf", "eager"))
+            (pytest.fail if ours else pytest.skip)(record["status"])
+        times = record.pop("times_ms")
+        benchmark.group = f"{operation.name}: {_title(operation, shape, kind)}"
+        benchmark.extra_info.update(record)
+        rounds = iter(times)
+        benchmark.pedantic(
+            _replay, setup=lambda: ((next(rounds) * 1e-3,), {}), rounds=len(times), iterations=1
+        )
 
-        benchmark.pedantic(waited, rounds=10, warmup_rounds=2, iterations=1)
+    return report
 
-    run.extra_info = benchmark.extra_info
-    return run
+
+def _selected(items, key) -> list[str]:
+    parameters = [
+        (item.module.OPERATION.name, item.callspec.params)
+        for item in items
+        if hasattr(item.module, "OPERATION")
+    ]
+    return [p["provider"] for name, p in parameters if (name, p["shape"], p["kind"]) == key]
+
+
+def pytest_benchmark_generate_machine_info() -> dict:
+    dtypes = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
+    return environment.describe(DEVICE, dtypes)
+
+
+def pytest_benchmark_update_json(config, output_json) -> None:
+    """Keep who could not be timed, and why, beside those who were."""
+    output_json["not_timed"] = config.stash[_NOT_TIMED]
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
     """Print the peak memory of each benchmark, which the table of times has no column for."""
     session = getattr(config, "_benchmarksession", None)
-    measured = [b for b in session.benchmarks if "peak MiB" in b.extra_info] if session else []
+    measured = [b for b in session.benchmarks if "peak_mib" in b.extra_info] if session else []
     if measured:
-        terminalreporter.section("peak memory beyond the inputs, MiB")
+        terminalreporter.section("peak memory beyond the batch, MiB")
     for benchmark in measured:
-        terminalreporter.line(f"{benchmark.extra_info['peak MiB']:10.1f}  {benchmark.name}")
+        terminalreporter.line(f"{benchmark.extra_info['peak_mib']:10.1f}  {benchmark.fullname}")

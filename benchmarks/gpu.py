@@ -1,252 +1,150 @@
-"""Everything that needs a GPU, in one command: the tests on real kernels, then times against the
-limits.
+"""Everything that needs a GPU, in one command: the tests on real kernels, then the benchmarks.
 
-    python benchmarks/gpu.py [--output DIR] [--skip-tests]
+    python benchmarks/gpu.py [--minutes 8] [--output DIR] [--skip-tests]
 
-It needs torch, triton and pytest, and no installation of this package. The limit of an operation is
-the time that this very device takes to copy as many bytes as the operation must move.
+It needs torch, triton, transformers and pytest, and no installation of this package; peers take
+part where they can be imported. What it writes: tests.txt, results.json, results.csv, tables.md and
+the pictures (these need matplotlib; `report.py` makes them later from the JSON as well).
+
+The batches come in the order of what they tell: the central one of every operation, then those that
+differ from it in one thing, and so on until the time is over. `--minutes 60` has time for all.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib
+import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 
-ROOT = Path(__file__).parent.parent
-ROWS = [16, 8192]
-VOCABS = [32000, 50257, 128256, 151936, 262144]
-# Larger than any cache of a GPU: written between timed runs, so that each finds its inputs in
-# memory.
-FLUSH_BYTES = 2**28
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# These look at files, at the compiler or at recipes on the CPU, which a GPU changes nothing about.
+_WITHOUT_GPU = ("compile_lint", "packaging", "imports", "readme", "demo", "trpo_learns",
+                "benchmarks", "trl_parity")  # fmt: skip
+_TESTS_SHARE = 0.5  # of the minutes, at most
+_REPORT_SECONDS = 20
 
 
-def importable(folder: str) -> None:
-    """Make the package importable without the root of the repository, and for the tests too."""
+def make_importable(folder: str) -> None:
+    """Let the package be imported without the root of the repository, by the tests too."""
     Path(folder, "fastrlhf").symlink_to(ROOT / "fastrlhf")
-    sys.path[0] = folder
+    sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
 
 
-def run_tests(output: Path) -> int:
-    """Run the test suite; its output goes to a file too."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    with open(output / "tests.txt", "w") as log:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        log.write(done.stdout)
-    print(done.stdout[-4000:], flush=True)
-    return done.returncode
+def run_tests(output: Path, seconds: float) -> str:
+    """Run the suite for so long at most, into a file; return how it ended."""
+    ignored = [f"--ignore={ROOT}/tests/test_{name}.py" for name in _WITHOUT_GPU]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ignored]
+    if importlib.util.find_spec("xdist"):
+        # The workers compile kernels side by side, and share the GPU and what they compiled.
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
+    with (output / "tests.txt").open("w") as log:
+        try:
+            status = subprocess.run(
+                [*command, str(ROOT / "tests")], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                timeout=seconds,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"cut off after {seconds:.0f} s"
+    return "passed" if status == 0 else f"failed, exit status {status}"
 
 
-def median_ms(work: Callable[[], object], rounds: int = 15) -> float:
-    """Median time of `work` on the device, its inputs out of the cache."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(rounds):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[rounds // 2]
+def plan(device: torch.device) -> Iterator[tuple[Any, Any, str]]:
+    """Operations, batches and directions, the most telling first."""
+    from shapes import shapes, stages
+
+    modules = sorted(path.stem for path in HERE.glob("bench_*.py") if path.stem != "bench_trpo")
+    operations = [importlib.import_module(name).OPERATION for name in modules]
+    for stage in range(stages(device)):
+        for operation in operations:
+            for shape in shapes(operation.source, device, stage):
+                for kind in operation.kinds(shape):
+                    yield operation, shape, kind
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that a device copy reads and writes."""
-    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) * 1e-3)
+def entrants(operation: Any, shape: Any, kind: str, device: torch.device) -> list[str]:
+    """Who takes part: what takes long to compile only where it tells most."""
+    from contest import BOTH
+    from shapes import shapes
 
-
-def operations(rows: int, vocab: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """Work to time and the bytes that it must move, by name."""
-    import fastrlhf
-
-    logits = torch.randn(rows, vocab, device="cuda").bfloat16()
-    targets = torch.randint(vocab, (rows,), device="cuda")
-    ones = torch.ones(rows, device="cuda")
-    # One sequence; no old log-prob is so far away that a token is clipped and read but once.
-    policy = (targets[None], None, torch.randn(1, rows, device="cuda"), ones[None])
-    leaf = logits.clone().requires_grad_()
-    stats = torch.ops.fastrlhf.token_stats(
-        logits, targets, None, 1.0, None, 1.0, -100, False, False, "triton"
-    )
-    logprob, entropy, _, peak, log_norm = stats
-    saved = (logits, targets, logprob, entropy, peak, log_norm, ones, None, None, 1.0, None, 1.0)
-    size = logits.nbytes
-
-    def eager() -> None:
-        log_p = leaf.float().log_softmax(-1).gather(-1, targets[:, None])
-        torch.autograd.grad(log_p.sum(), leaf)
-
-    def fused() -> None:
-        torch.autograd.grad(fastrlhf.token_logprobs(leaf, targets).sum(), leaf)
-
-    ref_logits = logits + torch.randn_like(logits)
-
-    def policy_loss() -> None:
-        torch.autograd.grad(fastrlhf.logits_policy_loss(leaf[None], *policy)[0], leaf)
-
-    def policy_loss_in_two_steps() -> None:
-        logprobs = fastrlhf.token_logprobs(leaf[None], targets[None])
-        torch.autograd.grad(fastrlhf.policy_loss(logprobs, *policy[1:])[0], leaf)
-
-    return {
-        "K1 statistics": (lambda: fastrlhf.token_logprobs(logits, targets), size),
-        "K1 with entropy": (lambda: fastrlhf.token_stats(logits, targets, entropy=True), size),
-        "K1 with softcap": (lambda: fastrlhf.token_logprobs(logits, targets, softcap=30.0), size),
-        "K2 gradient": (
-            lambda: torch.ops.fastrlhf.token_stats_backward(*saved, "triton"),
-            2 * size,
-        ),
-        "K2 in place": (
-            lambda: torch.ops.fastrlhf.token_stats_backward_(*saved, "triton"),
-            2 * size,
-        ),
-        "forward + backward": (fused, 3 * size),
-        "forward + backward, eager": (eager, 3 * size),
-        "K3 policy loss, forward + backward": (policy_loss, 2 * size),
-        "policy loss, K1 and K2": (policy_loss_in_two_steps, 3 * size),
-        "KL of two logits": (lambda: fastrlhf.kl_divergence(logits, ref_logits), 2 * size),
-        "KL, forward + backward": (
-            lambda: torch.autograd.grad(fastrlhf.kl_divergence(leaf, ref_logits).sum(), leaf),
-            5 * size,
-        ),
-        "Fisher product": (
-            lambda: fastrlhf.softmax_fisher_product(logits, ref_logits),
-            3 * size,
-        ),
-    }
-
-
-def measure(bandwidth: float) -> list[dict]:
-    """Time every operation at every shape, and its share of the limit."""
-    results = []
-    for rows in ROWS:
-        for vocab in VOCABS:
-            for name, (work, moved) in operations(rows, vocab).items():
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                try:
-                    work()
-                    held = torch.cuda.max_memory_allocated() - before
-                    ms = median_ms(work)
-                except torch.OutOfMemoryError:
-                    results.append({"operation": name, "rows": rows, "vocab": vocab, "ms": None})
-                    continue
-                limit = moved / bandwidth * 1e3
-                row = {
-                    "operation": name,
-                    "rows": rows,
-                    "vocab": vocab,
-                    "ms": round(ms, 4),
-                    "limit_ms": round(limit, 4),
-                    "fraction_of_limit": round(limit / ms, 3),
-                    "peak_mib": round(held / 2**20, 1),
-                }
-                results.append(row)
-                print(row, flush=True)
-            torch.cuda.empty_cache()
-    return results
-
-
-def linear_plans(rows: int = 8192, vocab: int = 128256, width: int = 4096) -> list[dict]:
-    """Time the plans from hidden states; the limit is as many matmuls as a plan needs."""
-    import fastrlhf
-
-    hidden = torch.randn(rows, width, device="cuda").bfloat16().requires_grad_()
-    weight = (torch.randn(vocab, width, device="cuda") * 0.02).bfloat16()
-    targets = torch.randint(vocab, (rows,), device="cuda")
-    groups = torch.arange(rows, device="cuda") // 512
-    with torch.no_grad():
-        matmul = median_ms(lambda: hidden[:2048] @ weight.T) * rows / 2048
-
-    def log_probs() -> None:
-        hidden.grad = weight.grad = None
-        fastrlhf.linear_token_logprobs(hidden, weight, targets).sum().backward()
-
-    def grouped_loss() -> None:
-        hidden.grad = weight.grad = None
-        fastrlhf.linear_loss(
-            lambda stats: -stats.logprob.sum(), hidden, weight, targets, groups=groups
-        )[0].backward()
-
-    def no_gradient() -> None:
-        with torch.no_grad():
-            fastrlhf.linear_token_logprobs(hidden, weight, targets)
-
-    plans = [
-        ("P0 log-probs, no gradient", no_gradient, False, 1),
-        ("P1 log-probs, head frozen", log_probs, False, 2),
-        ("P3 grouped loss, head trained", grouped_loss, True, 3),
-        ("P4 log-probs, head trained", log_probs, True, 4),
+    central = kind == BOTH and shape in shapes(operation.source, device, 0)
+    return [
+        name
+        for name in operation.entrants(kind)
+        if central or not operation.providers[name].compiles
     ]
-    results = []
-    for name, work, trained, matmuls in plans:
-        weight.requires_grad_(trained)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        ms = median_ms(work, rounds=7)
-        limit = matmuls * matmul
-        results.append(
-            {
-                "operation": name,
-                "rows": rows,
-                "vocab": vocab,
-                "width": width,
-                "ms": round(ms, 3),
-                "limit_ms": round(limit, 3),
-                "fraction_of_limit": round(limit / ms, 3),
-                "peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1),
-            }
-        )
-        print(results[-1], flush=True)
-    return results
+
+
+def measure(output: Path, device: torch.device, tests: str, deadline: float) -> None:
+    """Run contests until the time is over; the JSON on the disk is complete after each of them."""
+    from contest import contest, failed
+    from environment import describe
+
+    machine = describe(device, [torch.bfloat16]) | {"tests": tests}
+    report: dict[str, Any] = {"machine_info": machine, "benchmarks": [], "not_timed": []}
+    contests = list(plan(device))
+    for done, (operation, shape, kind) in enumerate(contests):
+        if time.monotonic() > deadline:
+            break
+        names = entrants(operation, shape, kind, device)
+        try:
+            records = contest(operation, shape, kind, device, names, seconds=1.0)
+        except Exception as error:  # the batch itself does not fit, or the GPU is lost
+            records = failed(operation, shape, kind, device, names, error)
+        for record in records:
+            timed = record["status"] == "ok"
+            outcome = f"{record['median_ms']:9.3f} ms" if timed else record["status"]
+            print(f"{operation.name}, {kind}, {shape}: {record['provider']}: {outcome}", flush=True)
+            if timed:
+                report["benchmarks"].append({"extra_info": record})
+            else:
+                report["not_timed"].append(record)
+        machine["contests"] = f"{done + 1} of {len(contests)}"
+        (output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> int:
+    """Read the arguments, test, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<name of the GPU>")
     parser.add_argument("--skip-tests", action="store_true")
     arguments = parser.parse_args()
+    start, seconds = time.monotonic(), 60 * arguments.minutes
     if not torch.cuda.is_available():
         print("no GPU here: nothing measured")
         return 1
-    name = torch.cuda.get_device_name()
-    output = arguments.output or ROOT / "benchmarks" / "results" / name.lower().replace(" ", "-")
+    device = torch.device("cuda")
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    output = arguments.output or HERE / "results" / name
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        importable(folder)
-        status = 0 if arguments.skip_tests else run_tests(output)
-        bandwidth = copy_bandwidth()
-        print(f"{name}: copies at {bandwidth / 1e12:.2f} TB/s", flush=True)
-        report = {
-            "device": name,
-            "date": time.strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "copy_bytes_per_second": bandwidth,
-            "tests_exit_status": None if arguments.skip_tests else status,
-            "results": measure(bandwidth),
-            "from_hidden_states": linear_plans(),
-        }
-    (output / "token_stats.json").write_text(json.dumps(report, indent=1) + "\n")
-    return status
+        make_importable(folder)
+        tests = "not run" if arguments.skip_tests else run_tests(output, _TESTS_SHARE * seconds)
+        print(f"tests: {tests}", flush=True)
+        measure(output, device, tests, start + seconds - _REPORT_SECONDS)
+    write_report(output)
+    return 0 if tests in ("passed", "not run") else 1
+
+
+def write_report(output: Path) -> None:
+    """Make of the JSON what the machine's packages allow."""
+    import report
+
+    for path in report.write(output / "results.json", output):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -1,103 +1,194 @@
-"""Who computes token log-probs: this library, PyTorch as trainers write it, its compiler, and
-TRL.
+"""Who computes the log-probs of a batch: this library, PyTorch as trainers write it, and the peers.
+
+A provider's `load` imports what it needs and returns a function of a batch; it raises where the
+peer is not installed. The log-probs of the prompt are 0. Losses of log-probs go through `composed`.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import pytest
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
+from batch import IGNORED, Batch
 from torch import Tensor
 
 import fastrlhf
 
-TokenLogprobs = Callable[[Tensor, Tensor], Tensor]
+Function = Callable[[Batch], Tensor]
 
 
-def fused(logits: Tensor, targets: Tensor) -> Tensor:
-    return fastrlhf.token_logprobs(logits, targets)
+class Provider(NamedTuple):
+    """One way to compute an operation."""
+
+    load: Callable[[], Function]
+    spends_logits: bool = False  # its backward overwrites them
+    backward_only: bool = False  # its forward alone is another provider's
+    compiles: bool = False  # its first call takes long
+    gpu_only: bool = False
+    # What its plan must do in forward and backward, if that is more than the operation's least:
+    matmuls: int | None = None  # with a trained head
+    passes: tuple[int, int] | None = None  # over the rows that count, and over all rows
 
 
-def fused_inplace(logits: Tensor, targets: Tensor) -> Tensor:
+def upcast(logits: Tensor) -> Tensor:
+    """To fp32, as trainers do; the exact logits of a check stay fp64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def eager_logprobs(batch: Batch) -> Tensor:
+    """Log-probs as a trainer writes them: logits upcast, log_softmax, gather."""
+    logits = batch.hidden @ batch.weight.T if batch.logits is None else batch.logits
+    log_p = upcast(logits).log_softmax(-1)
+    return log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0] * batch.mask
+
+
+def compiled(function: Function) -> Provider:
+    """Have PyTorch's compiler build the function, for the very shape that it is called with."""
+
+    def load() -> Function:
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    return Provider(load, compiles=True)
+
+
+def composed(providers: Mapping[str, Provider], loss: Callable[[Tensor, Batch], Tensor]) -> dict:
+    """Providers of a loss of log-probs, from providers of log-probs."""
+
+    def compose(provider: Provider) -> Provider:
+        def load() -> Function:
+            logprobs = provider.load()
+            return lambda batch: loss(logprobs(batch), batch)
+
+        return provider._replace(load=load)
+
+    return {name: compose(provider) for name, provider in providers.items()}
+
+
+def _live_rows(batch: Batch, logprobs_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Give hidden states and targets of the tokens that count to a function; zeros elsewhere."""
+    mask = batch.mask
+    logprobs = logprobs_of(batch.hidden[mask], batch.targets[mask])
+    return torch.zeros_like(batch.old, dtype=logprobs.dtype).masked_scatter(mask, logprobs)
+
+
+# From logits.
+
+
+def _fused(batch: Batch) -> Tensor:
+    return fastrlhf.token_logprobs(batch.logits, batch.targets)
+
+
+def _fused_inplace(batch: Batch) -> Tensor:
     # Through a view, so that a leaf stands for the output of a head.
-    return fastrlhf.token_logprobs(logits.view_as(logits), targets, inplace_backward=True)
+    logits = batch.logits.view_as(batch.logits)
+    return fastrlhf.token_logprobs(logits, batch.targets, inplace_backward=True)
 
 
-def eager(logits: Tensor, targets: Tensor) -> Tensor:
-    live = targets != -100
-    log_p = logits.float().log_softmax(-1)
-    return log_p.gather(-1, torch.where(live, targets, 0)[..., None])[..., 0] * live
+def _load_trl() -> Function:
+    from trl.trainer.utils import selective_log_softmax
+
+    return lambda batch: selective_log_softmax(
+        batch.logits, batch.targets.clamp(min=0), row_mask=batch.mask
+    )
 
 
-def compiled() -> TokenLogprobs:
-    return torch.compile(eager, dynamic=False)
+def _load_liger() -> Function:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def logprobs(batch: Batch) -> Tensor:
+        rows, targets = batch.logits.flatten(0, 1), batch.targets.flatten()
+        losses = liger_cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
+        return -losses.view_as(batch.targets)
+
+    return logprobs
 
 
-def trl() -> TokenLogprobs:
-    selective_log_softmax = pytest.importorskip("trl.trainer.utils").selective_log_softmax
-
-    def selected(logits: Tensor, targets: Tensor) -> Tensor:
-        live = targets != -100
-        return selective_log_softmax(logits, torch.where(live, targets, 0)) * live
-
-    return selected
-
-
-# Made when asked for, since some need an optional package or a compiler.
-TOKEN_LOGPROBS: dict[str, Callable[[], TokenLogprobs]] = {
-    "fastrlhf": lambda: fused,
-    "fastrlhf in place": lambda: fused_inplace,
-    "eager": lambda: eager,
-    "torch.compile": compiled,
-    "trl": trl,
+# Liger's cross-entropy computes its gradient in the forward, in the memory of the logits.
+FUSED_LOGPROBS = {
+    "fastrlhf": Provider(lambda: _fused),
+    "fastrlhf, in place": Provider(lambda: _fused_inplace, spends_logits=True, backward_only=True),
+}
+PEER_LOGPROBS = {
+    "TRL selective_log_softmax": Provider(_load_trl),
+    "Liger cross-entropy": Provider(_load_liger, spends_logits=True, gpu_only=True),
 }
 
 
-# Loss of logits, targets, old log-probs, advantages and a mask, all (B, T) but the logits.
-PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# From hidden states.
 
 
-def ppo_one_launch(logits: Tensor, targets, old, advantages, mask) -> Tensor:
-    return fastrlhf.logits_policy_loss(logits, targets, old, advantages, mask)[0]
+def _fused_linear(batch: Batch) -> Tensor:
+    return fastrlhf.linear_token_logprobs(batch.hidden, batch.weight, batch.targets)
 
 
-def ppo_one_launch_inplace(logits: Tensor, targets, old, advantages, mask) -> Tensor:
-    # Through a view, so that a leaf stands for the output of a head.
-    return fastrlhf.logits_policy_loss(
-        logits.view_as(logits), targets, old, advantages, mask, inplace_backward=True
-    )[0]
+def _load_linear_trl() -> Function:
+    from trl.trainer import utils
+
+    def logprobs(batch: Batch) -> Tensor:
+        def of_rows(hidden: Tensor, targets: Tensor) -> Tensor:
+            return utils._ChunkedLogProbFunction.apply(
+                hidden, batch.weight, None, targets, 1.0,
+                utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, (),
+            )[0]  # fmt: skip
+
+        return _live_rows(batch, of_rows)
+
+    return logprobs
 
 
-def ppo_two_steps(logits: Tensor, targets, old, advantages, mask) -> Tensor:
-    logprobs = fastrlhf.token_logprobs(logits, torch.where(mask, targets, -100))
-    return fastrlhf.ppo_loss(logprobs, old, advantages, mask)[0]
+def linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
+    """PyTorch's own, in chunks; options are those of `F.linear_cross_entropy`."""
+    return F.linear_cross_entropy(
+        batch.hidden.flatten(0, 1), batch.weight, batch.targets.flatten(),
+        ignore_index=IGNORED, options=torch.nn.LinearCrossEntropyOptions(), **options,
+    )  # fmt: skip
 
 
-def ppo_eager(logits: Tensor, targets, old, advantages, mask) -> Tensor:
-    logprobs = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    ratio = (logprobs - old).exp()
-    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return (losses * mask).sum() / mask.sum()
+def load_linear_cross_entropy(use: Function) -> Callable[[], Function]:
+    """Load `use`, or say that this PyTorch is too old for it."""
+
+    def load() -> Function:
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+        return use
+
+    return load
 
 
-PPO_FROM_LOGITS: dict[str, Callable[[], PolicyLoss]] = {
-    "fastrlhf": lambda: ppo_one_launch,
-    "fastrlhf in place": lambda: ppo_one_launch_inplace,
-    "fastrlhf in two steps": lambda: ppo_two_steps,
-    "eager": lambda: ppo_eager,
-    "torch.compile": lambda: torch.compile(ppo_eager, dynamic=False),
+def _torch_linear(batch: Batch) -> Tensor:
+    return -linear_cross_entropy(batch, reduction="none").view_as(batch.targets)
+
+
+def _load_linear_liger() -> Function:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Scaled
+
+    def logprobs(batch: Batch) -> Tensor:
+        rows, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
+        return -Scaled.apply(rows, batch.weight, targets, 1.0, IGNORED).view_as(batch.targets)
+
+    return logprobs
+
+
+def _load_cut_cross_entropy() -> Function:
+    from cut_cross_entropy import linear_cross_entropy as cut
+
+    return lambda batch: (
+        -cut(batch.hidden, batch.weight, batch.targets, ignore_index=IGNORED, reduction="none")
+    )
+
+
+FUSED_LINEAR_LOGPROBS = {"fastrlhf": Provider(lambda: _fused_linear, matmuls=4)}
+PEER_LINEAR_LOGPROBS = {
+    "TRL chunked log-probs": Provider(_load_linear_trl),
+    "F.linear_cross_entropy": Provider(load_linear_cross_entropy(_torch_linear)),
+    "Liger scaled cross-entropy": Provider(_load_linear_liger),
+    "cut-cross-entropy": Provider(_load_cut_cross_entropy, gpu_only=True),
 }
 
 
-def dpo_from_tokens(name: str) -> Callable[..., Tensor]:
-    """Mean DPO loss from token log-probs, a mask and reference sums, by a provider's name."""
-
-    def plain(logprobs: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
-        score = (logprobs * mask).sum(-1) - ref
-        chosen, rejected = score.chunk(2)
-        return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
-
-    def ours(logprobs: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
-        chosen, rejected = torch.arange(len(ref), device=ref.device).chunk(2)
-        return fastrlhf.dpo_loss(logprobs, ref, chosen, rejected, mask=mask)[0].mean()
-
-    return {"fastrlhf": ours, "eager": plain, "torch.compile": torch.compile(plain)}[name]
+def plain(loss: Function) -> dict[str, Provider]:
+    """The plain PyTorch of an operation, as it is and compiled."""
+    return {"eager": Provider(lambda: loss), "torch.compile": compiled(loss)}

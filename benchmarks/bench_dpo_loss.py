@@ -1,0 +1,25 @@
+"""DPO from logits: a token's gradient depends on its pair, so the logits are read twice."""
+
+import losses
+from contest import Operation
+from providers import FUSED_LOGPROBS, PEER_LOGPROBS, composed, eager_logprobs, plain
+
+
+def _eager(batch):
+    return losses.dpo(eager_logprobs(batch), batch)
+
+
+OPERATION = Operation(
+    "DPO loss from logits",
+    "logits",
+    composed(FUSED_LOGPROBS, losses.fused_dpo)
+    | plain(_eager)
+    | composed(PEER_LOGPROBS, losses.dpo),
+    exact=_eager,
+    forward=1,
+    passes=(2, 1),
+)
+
+
+def test_benchmark(outcome) -> None:
+    outcome()

@@ -1,0 +1,258 @@
+"""An operation, the check that each provider must pass, and the contest of those that do.
+
+What each is asked is the same: the same batch, dtype and gradients. "forward" is without
+gradients, as a reference model runs it; "forward + backward" makes the gradient of every leaf.
+The outcome is one record a provider, whether it was timed or could not be.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import measure
+import torch
+from batch import Batch, Shape, Source, make_batch
+from measure import Turn
+from providers import Function, Provider
+from torch import Tensor
+
+from fastrlhf.recipes.memory import peak_memory
+
+FORWARD, BOTH = "forward", "forward + backward"
+
+# Relative errors that a right result stays below: of sums in fp32, and of logits rounded to bf16.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+Record = dict[str, Any]
+
+
+class Wrong(Exception):
+    """A provider's result is not what the operation means."""
+
+
+class Unavailable(Exception):
+    """A provider cannot run here."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the providers of one benchmark file compute, and the least that takes.
+
+    From logits and log-probs that is how often they cross the memory: the rows that count, and all
+    rows, in forward + backward; from hidden states, matmuls of the rows that count, with a frozen
+    and with a trained head.
+    """
+
+    name: str
+    source: Source
+    providers: Mapping[str, Provider]
+    exact: Function  # plain PyTorch, which the check evaluates in fp64
+    forward: int  # passes over the rows that count, or matmuls, without gradients
+    passes: tuple[int, int] = (0, 0)
+    matmuls: tuple[int, int] = (0, 0)
+    differentiable: bool = True
+
+    @property
+    def from_hidden(self) -> bool:
+        """Whether matmuls, not bytes, are what it costs."""
+        return "hidden" in self.source
+
+    def limit(
+        self, shape: Shape, kind: str, device: torch.device, plan: Provider | None = None
+    ) -> float:
+        """Seconds that this device needs for the operation's least, or for what a plan must do."""
+        if self.from_hidden:
+            matmuls = self.forward if kind == FORWARD else self.matmuls[shape.trained]
+            if kind == BOTH and shape.trained and plan and plan.matmuls:
+                matmuls = plan.matmuls
+            flops = 2 * shape.live * shape.vocab * shape.width * matmuls
+            return flops / measure.matmul_rate(device, shape.dtype)
+        live, rows = (self.forward, 0) if kind == FORWARD else self.passes
+        if kind == BOTH and plan and plan.passes:
+            live, rows = plan.passes
+        row_bytes = max(shape.vocab, 1) * torch.finfo(shape.dtype).bits // 8
+        moved = (live * shape.live + rows * shape.rows) * row_bytes
+        return moved / measure.copy_bandwidth(device)
+
+    def kinds(self, shape: Shape) -> tuple[str, ...]:
+        """What is timed of it: forward alone once, since it does not depend on who is trained."""
+        if not self.differentiable:
+            return (FORWARD,)
+        return (BOTH,) if shape.trained else (FORWARD, BOTH)
+
+    def entrants(self, kind: str) -> list[str]:
+        """Names of the providers to time."""
+        return [n for n, p in self.providers.items() if kind == BOTH or not p.backward_only]
+
+
+def run(function: Function, batch: Batch, kind: str) -> Tensor:
+    """Compute, and with backward leave the gradients in the leaves."""
+    if kind == FORWARD:
+        with torch.no_grad():
+            return function(batch)
+    result = function(batch)
+    result.backward(batch.upstream.to(result.dtype) if result.ndim else None)
+    return result
+
+
+def check(operation: Operation, function: Function, batch: Batch, kind: str) -> None:
+    """Raise `Wrong` unless result and gradients are those of the plain formula in fp64.
+
+    Of a gradient of logits, the targets' entries and the others are compared apart: the targets'
+    are so much larger that they would hide what the others lack.
+    """
+    reference = batch.exact()
+    exact = run(operation.exact, reference, kind).detach()
+    found = run(function, batch, kind).detach()
+    parts = {"result": (found, exact)}
+    for name, leaf in batch.leaves.items():
+        if leaf.grad is None:
+            raise Wrong(f"no gradient of {name}")
+        gradients = leaf.grad.double(), reference.leaves[name].grad
+        if name == "logits":
+            chosen = batch.targets.clamp(min=0)[..., None]
+            parts["gradient of the targets"] = tuple(x.gather(-1, chosen) for x in gradients)
+            gradients = tuple(x.scatter(-1, chosen, 0.0) for x in gradients)
+        parts[f"gradient of {name}"] = gradients
+    for part, (found, exact) in parts.items():
+        # Not "greater": NaN must not pass.
+        if not (error := _relative_error(found, exact)) <= TOLERANCE[batch.shape.dtype]:
+            raise Wrong(f"{part} off by {error:.1e}")
+
+
+def _relative_error(found: Tensor, exact: Tensor) -> float:
+    """Relative error; of a single number near 0, relative to a tenth."""
+    floor = 0.1 if exact.ndim == 0 else torch.finfo(torch.float64).tiny
+    return float((found.double() - exact).norm() / exact.norm().clamp(min=floor))
+
+
+def contest(
+    operation: Operation,
+    shape: Shape,
+    kind: str,
+    device: torch.device,
+    names: Iterable[str] | None = None,
+    seconds: float = 5.0,
+    rounds: tuple[int, int] = (5, 20),
+) -> list[Record]:
+    """Check, warm up and time providers, which take turns for about so many seconds.
+
+    Returns:
+        A record a provider: what was run, and times in ms with the peak of memory in MiB beyond the
+        batch, or in "status" why there are none.
+    """
+    names = operation.entrants(kind) if names is None else list(names)
+    small, batch = (
+        make_batch(operation.source, s, device, gradients=kind == BOTH)
+        for s in (shape.small(), shape)
+    )
+    turns: dict[str, Turn] = {}
+    outcomes: dict[str, Record] = {}
+    for name in names:
+        provider = operation.providers[name]
+        try:
+            if provider.gpu_only and device.type != "cuda":
+                raise Unavailable("needs a GPU")
+            with warnings.catch_warnings(action="ignore"):  # a peer's, and the compiler's
+                check(operation, provider.load(), small, kind)
+                turn = _turn(provider, batch, kind)
+                outcomes[name] = {"peak_mib": _warm_up(turn, device)}
+            turns[name] = turn
+        except Exception as error:  # whatever a provider raises is its outcome
+            outcomes[name] = {"status": _reason(error)}
+        for used in (small, batch):
+            used.restore(logits=kind == BOTH and provider.spends_logits)
+        _release(device)
+    times = measure.take_turns(turns, device, seconds, rounds) if turns else {}
+    for name, measured in times.items():
+        outcomes[name] |= _figures(
+            measured,
+            operation.limit(shape, kind, device),
+            operation.limit(shape, kind, device, operation.providers[name]),
+        )
+    return [_described(operation, shape, kind, device, name) | outcomes[name] for name in names]
+
+
+def failed(
+    operation: Operation,
+    shape: Shape,
+    kind: str,
+    device: torch.device,
+    names: Iterable[str],
+    error: Exception,
+) -> list[Record]:
+    """Records of a contest that could not be held."""
+    outcome = {"status": _reason(error)}
+    return [_described(operation, shape, kind, device, name) | outcome for name in names]
+
+
+def _turn(provider: Provider, batch: Batch, kind: str) -> Turn:
+    # Loaded anew: what a compiler made for the small batch is not asked to fit this one.
+    work = functools.partial(run, provider.load(), batch, kind)
+    spent = kind == BOTH and provider.spends_logits
+    return Turn(work, functools.partial(batch.restore, logits=spent))
+
+
+def _warm_up(turn: Turn, device: torch.device) -> float:
+    """Run twice, the second time with the memory counted; return the peak in MiB."""
+    turn.work()
+    turn.after()
+    _, peak = peak_memory(turn.work, device)
+    return peak / 2**20
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _reason(error: Exception) -> str:
+    """Say in a line why there is no time."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, Unavailable):
+        return text
+    if isinstance(error, ImportError):
+        return f"not installed: {text}"
+    return f"{type(error).__name__}: {text}"
+
+
+def _figures(times: list[float], limit: float, plan_limit: float) -> Record:
+    low, median, high = measure.percentiles(times)
+    return {
+        "status": "ok",
+        "median_ms": 1e3 * median,
+        "p20_ms": 1e3 * low,
+        "p80_ms": 1e3 * high,
+        "rounds": len(times),
+        "times_ms": [1e3 * x for x in times],
+        "limit_ms": 1e3 * limit,
+        "fraction_of_limit": limit / median,
+        "times_plan_limit": median / plan_limit,
+    }
+
+
+def _described(
+    operation: Operation, shape: Shape, kind: str, device: torch.device, name: str
+) -> Record:
+    return {
+        "operation": operation.name,
+        "kind": kind,
+        "provider": name,
+        "device": device.type,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "sequences": shape.sequences,
+        "tokens": shape.tokens,
+        "rows": shape.rows,
+        "vocab": shape.vocab,
+        "width": shape.width,
+        "prompt": shape.prompt,
+        "head": ("trained" if shape.trained else "frozen") if operation.from_hidden else "",
+    }

@@ -1,0 +1,42 @@
+"""What the figures of a run were measured with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from typing import Any
+
+import measure
+import torch
+
+_PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
+
+def describe(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
+    """Versions, the device, and its measured rates: bytes copied and matmuls of the dtypes."""
+    gpu = device.type == "cuda"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in _PACKAGES},
+        "copy_bytes_per_second": measure.copy_bandwidth(device),
+        "matmul_flops_per_second": {
+            str(dtype).removeprefix("torch."): measure.matmul_rate(device, dtype)
+            for dtype in dtypes
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,102 @@
+"""Time and memory of pieces of work that take turns, and what the device itself can do."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+Work = Callable[[], object]
+
+# Larger than the last cache of any GPU: written between timed runs, so that each finds its inputs
+# in memory.
+_FLUSH_BYTES = 2**28
+
+
+class Stopwatch:
+    """Times work on a device: with events and cold caches on a GPU, by the clock on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Reserve what the flushing of the caches needs."""
+        self._flush = None
+        if device.type == "cuda":
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def seconds(self, work: Work) -> float:
+        """Run the work once."""
+        if self._flush is None:
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        self._flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+
+class Turn(NamedTuple):
+    """Work to time, and what must be done after each run of it, which is not timed."""
+
+    work: Work
+    after: Work
+
+
+def take_turns(
+    turns: Mapping[str, Turn], device: torch.device, seconds: float, rounds: tuple[int, int]
+) -> dict[str, list[float]]:
+    """Time each piece of work once a round, starting with another one each round.
+
+    The first round, which is not kept, says how many of them fit into `seconds`, within the two
+    bounds of `rounds`.
+    """
+    stopwatch = Stopwatch(device)
+    names = list(turns)
+    times: dict[str, list[float]] = {name: [] for name in names}
+
+    def play(order: list[str]) -> None:
+        for name in order:
+            times[name].append(stopwatch.seconds(turns[name].work))
+            turns[name].after()
+
+    start = time.perf_counter()
+    play(names)
+    affordable = seconds / (time.perf_counter() - start)
+    for i in range(int(min(max(affordable, rounds[0]), rounds[1]))):
+        first = i % len(names)
+        play(names[first:] + names[:first])
+    return {name: measured[1:] for name, measured in times.items()}
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """The 20th, the 50th and the 80th of 100."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return fifths[0], statistics.median(times), fifths[3]
+
+
+def _median_seconds(work: Work, device: torch.device) -> float:
+    turns = {"": Turn(work, lambda: None)}
+    return statistics.median(take_turns(turns, device, 1.0, (5, 15))[""])
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy on this very device reads and writes."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**28, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
+
+
+@functools.cache
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matmul on this very device."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device)

@@ -1,0 +1,68 @@
+"""The batches that are timed: small ones on a CPU; on a GPU those of real models.
+
+They come in stages: first the one that all others vary from, then what differs from it in one
+thing, then in two, and so on. A run that is cut short has the most telling ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+from batch import Shape, Source
+
+# The central value first.
+_GPU_ROWS = [8192, 4096, 16384, 32768]
+_GPU_VOCABS = [128256, 32000, 50257, 151936, 262144]
+_GPU_WIDTHS = [4096, 2048]
+_PROMPTS = [0.5, 0.0]
+_TOKENS = 1024
+
+
+def shapes(source: Source, device: torch.device, stage: int | None = None) -> list[Shape]:
+    """Return the batches for operations of this source, of one stage or of all."""
+    staged = _on_gpu(source) if device.type == "cuda" else _on_cpu(source)
+    return [shape for s, shape in staged if stage in (None, s)]
+
+
+def stages(device: torch.device) -> int:
+    """How many stages there are."""
+    staged = _on_gpu("hidden") if device.type == "cuda" else _on_cpu("hidden")
+    return 1 + max(stage for stage, _ in staged)
+
+
+def _on_cpu(source: Source) -> list[tuple[int, Shape]]:
+    if source == "tokens":
+        return [(0, Shape(64, 512)), (1, Shape(64, 1024))]
+    hidden = "hidden" in source
+    center = Shape(8, 64, 32000, 512 if hidden else 0)
+    if not hidden:
+        center = replace(center, dtype=torch.bfloat16)
+    others = [{"vocab": 50257}, {"vocab": 128256}, {"sequences": 4}, {"sequences": 16}]
+    others += [{"prompt": 0.0}] + ([] if hidden else [{"dtype": torch.float32}])
+    staged = [(0, center), *((1, replace(center, **change)) for change in others)]
+    return _with_trained_head(staged) if hidden else staged
+
+
+def _on_gpu(source: Source) -> list[tuple[int, Shape]]:
+    if source == "tokens":
+        return [(0, Shape(64, _TOKENS)), (1, Shape(512, _TOKENS))]
+    hidden = "hidden" in source
+    choices = [_GPU_ROWS, _GPU_VOCABS, _PROMPTS, _GPU_WIDTHS if hidden else [0]]
+    staged = []
+    for chosen in itertools.product(*choices):
+        rows, vocab, prompt, width = chosen
+        stage = sum(x != values[0] for x, values in zip(chosen, choices, strict=True))
+        sizes = (rows // _TOKENS, _TOKENS, vocab, width)
+        staged.append((stage, Shape(*sizes, prompt, dtype=torch.bfloat16)))
+    return _with_trained_head(staged) if hidden else staged
+
+
+def _with_trained_head(staged: list[tuple[int, Shape]]) -> list[tuple[int, Shape]]:
+    """Each with a frozen head, then with a trained one."""
+    return [
+        (stage, replace(shape, trained=trained))
+        for stage, shape in staged
+        for trained in (False, True)
+    ]
