@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc) -> None:
 def _title(operation, shape, kind) -> str:
     sizes = [shape.sequences, shape.tokens, shape.vocab, shape.width]
     parts = [kind.replace(" ", ""), "x".join(str(size) for size in sizes if size)]
-    parts += [f"prompt{shape.prompt:.0%}", str(shape.dtype).removeprefix("torch.")]
+    parts += [f"prompt{100 * shape.prompt:.0f}", str(shape.dtype).removeprefix("torch.")]
     if operation.from_hidden and kind != FORWARD:
         parts.append("trained" if shape.trained else "frozen")
     return "-".join(parts)

@@ -100,16 +100,30 @@ def run(function: Function, batch: Batch, kind: str) -> Tensor:
     return result
 
 
-def check(operation: Operation, function: Function, batch: Batch, kind: str) -> None:
+@functools.cache
+def passes_check(
+    provider: Provider,
+    exact: Function,
+    source: Source,
+    shape: Shape,
+    kind: str,
+    device: torch.device,
+) -> bool:
+    """Check a provider on a small batch like that of the shape; the same small batch once."""
+    batch = make_batch(source, shape.small(), device, gradients=kind == BOTH)
+    check(exact, provider.load(), batch, kind)
+    return True
+
+
+def check(exact: Function, function: Function, batch: Batch, kind: str) -> None:
     """Raise `Wrong` unless result and gradients are those of the plain formula in fp64.
 
     Of a gradient of logits, the targets' entries and the others are compared apart: the targets'
     are so much larger that they would hide what the others lack.
     """
     reference = batch.exact()
-    exact = run(operation.exact, reference, kind).detach()
-    found = run(function, batch, kind).detach()
-    parts = {"result": (found, exact)}
+    expected = run(exact, reference, kind).detach()
+    parts = {"result": (run(function, batch, kind).detach(), expected)}
     for name, leaf in batch.leaves.items():
         if leaf.grad is None:
             raise Wrong(f"no gradient of {name}")
@@ -119,16 +133,16 @@ def check(operation: Operation, function: Function, batch: Batch, kind: str) -> 
             parts["gradient of the targets"] = tuple(x.gather(-1, chosen) for x in gradients)
             gradients = tuple(x.scatter(-1, chosen, 0.0) for x in gradients)
         parts[f"gradient of {name}"] = gradients
-    for part, (found, exact) in parts.items():
+    for part, (found, expected) in parts.items():
         # Not "greater": NaN must not pass.
-        if not (error := _relative_error(found, exact)) <= TOLERANCE[batch.shape.dtype]:
+        if not (error := _relative_error(found, expected)) <= TOLERANCE[batch.shape.dtype]:
             raise Wrong(f"{part} off by {error:.1e}")
 
 
-def _relative_error(found: Tensor, exact: Tensor) -> float:
+def _relative_error(found: Tensor, expected: Tensor) -> float:
     """Relative error; of a single number near 0, relative to a tenth."""
-    floor = 0.1 if exact.ndim == 0 else torch.finfo(torch.float64).tiny
-    return float((found.double() - exact).norm() / exact.norm().clamp(min=floor))
+    floor = 0.1 if expected.ndim == 0 else torch.finfo(torch.float64).tiny
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=floor))
 
 
 def contest(
@@ -137,7 +151,7 @@ def contest(
     kind: str,
     device: torch.device,
     names: Iterable[str] | None = None,
-    seconds: float = 5.0,
+    seconds: float = 2.0,
     rounds: tuple[int, int] = (5, 20),
 ) -> list[Record]:
     """Check, warm up and time providers, which take turns for about so many seconds.
@@ -147,10 +161,7 @@ def contest(
         batch, or in "status" why there are none.
     """
     names = operation.entrants(kind) if names is None else list(names)
-    small, batch = (
-        make_batch(operation.source, s, device, gradients=kind == BOTH)
-        for s in (shape.small(), shape)
-    )
+    batch = make_batch(operation.source, shape, device, gradients=kind == BOTH)
     turns: dict[str, Turn] = {}
     outcomes: dict[str, Record] = {}
     for name in names:
@@ -159,14 +170,15 @@ def contest(
             if provider.gpu_only and device.type != "cuda":
                 raise Unavailable("needs a GPU")
             with warnings.catch_warnings(action="ignore"):  # a peer's, and the compiler's
-                check(operation, provider.load(), small, kind)
+                passes_check(
+                    provider, operation.exact, operation.source, shape.small(), kind, device
+                )
                 turn = _turn(provider, batch, kind)
                 outcomes[name] = {"peak_mib": _warm_up(turn, device)}
             turns[name] = turn
         except Exception as error:  # whatever a provider raises is its outcome
             outcomes[name] = {"status": _reason(error)}
-        for used in (small, batch):
-            used.restore(logits=kind == BOTH and provider.spends_logits)
+        batch.restore(logits=kind == BOTH and provider.spends_logits)
         _release(device)
     times = measure.take_turns(turns, device, seconds, rounds) if turns else {}
     for name, measured in times.items():

@@ -80,7 +80,7 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.replace("|", "/") for cell in row))
     text = io.StringIO()
     Console(file=text, width=1000, markup=False, highlight=False).print(table)
     return "\n".join(line.strip() for line in text.getvalue().splitlines() if line.strip()) + "\n"
@@ -166,7 +166,7 @@ def _ours_first(record: Record) -> bool:
 
 def _cells(record: Record) -> list[str]:
     if record["status"] != "ok":
-        return [record["status"].replace("|", "/"), "", "", ""]
+        return [record["status"], "", "", ""]
     low, median, high = (_digits(record[key]) for key in ("p20_ms", "median_ms", "p80_ms"))
     return [
         f"{median} ({low} to {high})",

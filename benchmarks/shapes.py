@@ -39,8 +39,8 @@ def _on_cpu(source: Source) -> list[tuple[int, Shape]]:
     center = Shape(8, 64, 32000, 512 if hidden else 0)
     if not hidden:
         center = replace(center, dtype=torch.bfloat16)
-    others = [{"vocab": 50257}, {"vocab": 128256}, {"sequences": 4}, {"sequences": 16}]
-    others += [{"prompt": 0.0}] + ([] if hidden else [{"dtype": torch.float32}])
+    others = [{"vocab": 128256}, {"sequences": 16}, {"prompt": 0.0}]
+    others += [] if hidden else [{"dtype": torch.float32}]
     staged = [(0, center), *((1, replace(center, **change)) for change in others)]
     return _with_trained_head(staged) if hidden else staged
 

@@ -1,0 +1,436 @@
+"""The benchmarks: that the check before each timing can fail, that providers take turns, that the
+limits are the right numbers, and that the tables say what was measured and what was not.
+"""
+
+import csv
+import functools
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastrlhf
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CPU = torch.device("cpu")
+
+batch, contests, gpu, losses, measure, providers, report, shapes = map(
+    importlib.import_module,
+    ("batch", "contest", "gpu", "losses", "measure", "providers", "report", "shapes"),
+)
+FORWARD, BOTH = contests.FORWARD, contests.BOTH
+
+
+def operation(name: str):
+    return importlib.import_module(f"bench_{name}").OPERATION
+
+
+OPERATIONS = [
+    path.stem.removeprefix("bench_")
+    for path in sorted(BENCHMARKS.glob("bench_*.py"))
+    if path.stem != "bench_trpo"
+]
+
+
+# Providers.
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_provider_is_right_or_says_why_it_does_not_run(name) -> None:
+    of = operation(name)
+    center = shapes.shapes(of.source, CPU, 0)
+    for shape in [shape.small() for shape in center]:
+        for kind in of.kinds(shape):
+            # What needs a compiler is checked whenever it is timed; here it would take minutes.
+            names = [n for n in of.entrants(kind) if not of.providers[n].compiles]
+            for record in contests.contest(of, shape, kind, CPU, names, 0.0, (2, 2)):
+                provider = of.providers[record["provider"]]
+                assert record["status"] == ("needs a GPU" if provider.gpu_only else "ok"), record
+                if not provider.gpu_only:
+                    assert record["rounds"] == 2 and record["peak_mib"] >= 0
+                    assert record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
+
+
+def test_every_operation_has_this_library_first_and_plain_pytorch() -> None:
+    for name in OPERATIONS:
+        names = list(operation(name).providers)
+        assert names[0] == "fastrlhf" and "eager" in names
+    peers = {n for name in OPERATIONS for n in operation(name).providers}
+    assert {
+        "torch.compile", "TRL selective_log_softmax", "TRL chunked log-probs",
+        "F.linear_cross_entropy", "Liger cross-entropy", "Liger scaled cross-entropy",
+        "Liger fused linear DPO", "Liger fused linear GRPO", "cut-cross-entropy",
+    } <= peers  # fmt: skip
+
+
+def test_a_peer_that_is_not_installed_or_fails_says_so() -> None:
+    def load_missing():
+        raise ImportError("No module named 'peer'")
+
+    def load_failing():
+        def fail(data):
+            raise RuntimeError("first line\nsecond line")
+
+        return fail
+
+    of = operation("preference_loss")
+    of = replace(
+        of,
+        providers={
+            "missing": providers.Provider(load_missing),
+            "failing": providers.Provider(load_failing),
+            "eager": of.providers["eager"],
+        },
+    )
+    records = contests.contest(of, batch.Shape(4, 8), BOTH, CPU, None, 0.0, (2, 2))
+    statuses = {record["provider"]: record["status"] for record in records}
+    assert statuses == {
+        "missing": "not installed: No module named 'peer'",
+        "failing": "RuntimeError: first line",
+        "eager": "ok",
+    }
+
+
+# The check.
+
+
+def with_gradient(loss, change):
+    """The loss with a changed gradient of the logits."""
+
+    def mutant(data):
+        leaf = data.logits
+        value = loss(data)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return value.detach() + ((leaf - leaf.detach()) * change(gradient, data)).sum()
+
+    return mutant
+
+
+def of_targets(gradient, data, others: float, targets: float):
+    index = data.targets.clamp(min=0)[..., None]
+    return (gradient * others).scatter(-1, index, targets * gradient.gather(-1, index))
+
+
+MUTANTS = {
+    "no gradient": lambda g, data: 0 * g,
+    "twice the gradient": lambda g, data: 2 * g,
+    "the targets' part alone": lambda g, data: of_targets(g, data, 0.0, 1.0),
+    "the softmax's part alone": lambda g, data: of_targets(g, data, 1.0, 0.0),
+    "a tenth too much of the softmax": lambda g, data: of_targets(g, data, 1.1, 1.0),
+    "a gradient at the prompt": lambda g, data: g + (~data.mask)[..., None] * g.abs().mean(),
+    "not a number": lambda g, data: g * torch.nan,
+}
+
+
+def eager_ppo(data):
+    return losses.clipped(providers.eager_logprobs(data), data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_check_rejects_wrong_gradients(mutant, dtype) -> None:
+    shape = batch.Shape(4, 16, 1000, dtype=dtype)
+    of = operation("logits_policy_loss")
+    right = with_gradient(eager_ppo, lambda gradient, data: gradient)
+    contests.check(of.exact, right, batch.make_batch("logits", shape, CPU), BOTH)
+    with pytest.raises(contests.Wrong, match="gradient|nan"):
+        wrong = with_gradient(eager_ppo, MUTANTS[mutant])
+        contests.check(of.exact, wrong, batch.make_batch("logits", shape, CPU), BOTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.9, 1.1, torch.nan])
+@pytest.mark.parametrize("name", ["token_stats", "logits_policy_loss", "linear_loss"])
+def test_the_check_rejects_wrong_results(name, factor, dtype) -> None:
+    of = operation(name)
+    shape = batch.Shape(4, 16, 1000, 64, dtype=dtype)
+    for kind in (FORWARD, BOTH):
+        data = batch.make_batch(of.source, shape, CPU, gradients=kind == BOTH)
+        with pytest.raises(contests.Wrong, match="result off"):
+            contests.check(of.exact, lambda given: factor * of.exact(given), data, kind)
+
+
+def test_the_check_rejects_a_provider_that_leaves_a_gradient_out() -> None:
+    of = operation("linear_loss")
+    data = batch.make_batch("hidden", batch.Shape(4, 16, 1000, 64, trained=True), CPU)
+    with pytest.raises(contests.Wrong, match="no gradient of weight"):
+        forgetful = lambda b: of.exact(replace(b, weight=b.weight.detach()))  # noqa: E731
+        contests.check(of.exact, forgetful, data, BOTH)
+
+
+def test_overwritten_logits_are_restored_for_the_others() -> None:
+    of = operation("token_stats")
+    shape = batch.Shape(2, 8, 50, dtype=torch.bfloat16)
+    seen = []
+
+    def look(data):
+        seen.append(data.logits.detach().clone())
+        return providers.eager_logprobs(data)
+
+    of = replace(
+        of,
+        providers={
+            "in place": of.providers["fastrlhf, in place"],
+            "looks": providers.Provider(lambda: look),
+        },
+    )
+    contests.contest(of, shape, BOTH, CPU, None, 0.0, (3, 3))
+    untouched = batch.make_batch("logits", shape, CPU).logits
+    timed = [logits for logits in seen if logits.shape == untouched.shape]
+    assert len(timed) == 2 + 1 + 3
+    assert all(torch.equal(logits, untouched) for logits in timed)
+
+
+# Batches.
+
+
+def test_a_batch_is_what_its_shape_says() -> None:
+    shape = batch.Shape(4, 10, 100, 8, prompt=0.3, trained=True, dtype=torch.bfloat16)
+    data = batch.make_batch("two hidden", shape, CPU)
+    assert (shape.rows, shape.live) == (40, 28) and int(data.mask.sum()) == 28
+    assert not data.mask[:, :3].any() and not data.upstream[:, :3].any()
+    assert set(data.leaves) == {"hidden", "weight"}
+    assert data.weight.dtype == torch.bfloat16 and data.exact().weight.dtype == torch.float64
+    assert not batch.make_batch("hidden", shape, CPU, gradients=False).leaves
+    assert torch.equal(data.hidden, batch.make_batch("two hidden", shape, CPU).hidden)
+
+
+def test_about_half_of_the_ratios_are_clipped_and_none_is_near_a_bound() -> None:
+    data = batch.make_batch("logits", batch.Shape(16, 64, 500), CPU)
+    ratio = (providers.eager_logprobs(data) - data.old).detach().exp()[data.mask]
+    clipped = (ratio < 0.8) | (ratio > 1.2)
+    assert 0.4 < clipped.float().mean() < 0.6
+    assert min((ratio / 0.8).log().abs().min(), (ratio / 1.2).log().abs().min()) > 0.05
+
+
+def test_the_gpu_has_all_batches_that_are_asked_for_and_the_central_ones_first() -> None:
+    cuda = torch.device("cuda")
+    found = shapes.shapes("hidden", cuda)
+    assert len(set(found)) == len(found) == 4 * 5 * 2 * 2 * 2
+    assert {s.rows for s in found} == {4096, 8192, 16384, 32768}
+    assert {s.vocab for s in found} == {32000, 50257, 128256, 151936, 262144}
+    assert {s.width for s in found} == {2048, 4096} and {s.prompt for s in found} == {0.0, 0.5}
+    assert {s.dtype for s in found} == {torch.bfloat16}
+    assert len(shapes.shapes("logits", cuda)) == 4 * 5 * 2
+    planned = list(gpu.plan(cuda))
+    first = {of.name: shape for of, shape, _ in reversed(planned)}
+    assert len(first) == len(OPERATIONS)
+    central = planned[: sum(len(of.kinds(s)) for name in OPERATIONS for of in [operation(name)]
+                            for s in shapes.shapes(of.source, cuda, 0))]  # fmt: skip
+    assert {of.name for of, _, _ in central} == set(first)
+    assert {(s.rows, s.vocab, s.width) for of, s, _ in central if of.from_hidden} == {
+        (8192, 128256, 4096)
+    }
+    assert sum(len(shapes.shapes("logits", cuda, i)) for i in range(shapes.stages(cuda))) == 40
+
+
+# Measurements.
+
+
+def test_work_takes_turns_and_every_round_starts_with_another() -> None:
+    log = []
+    turns = {
+        name: measure.Turn(functools.partial(log.append, name), lambda: log.append("after"))
+        for name in "abc"
+    }
+    times = measure.take_turns(turns, CPU, 0.0, (3, 9))
+    order = "".join(name for name in log if name != "after")
+    assert order == "abc" + "abc" + "bca" + "cab"
+    assert log[1::2] == ["after"] * 12
+    assert {name: len(measured) for name, measured in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert len(measure.take_turns(turns, CPU, 3600.0, (3, 9))["a"]) == 9
+
+
+def test_percentiles() -> None:
+    assert measure.percentiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
+
+
+def test_the_limits_are_bytes_and_matmuls_at_the_measured_rates(monkeypatch) -> None:
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e9)
+    shape = batch.Shape(2, 10, 1000, prompt=0.5, dtype=torch.bfloat16)  # 10 of 20 rows count
+    row = 1000 * 2 / 1e9
+    expected = {
+        "token_stats": (10 * row, (2 * 10 + 20) * row),
+        "dpo_loss": (10 * row, (2 * 10 + 20) * row),
+        "logits_policy_loss": (10 * row, (10 + 20) * row),
+        "divergence": (20 * row, (4 * 10 + 20) * row),
+    }
+    for name, (forward, both) in expected.items():
+        of = operation(name)
+        assert of.limit(shape, FORWARD, CPU) == pytest.approx(forward)
+        assert of.limit(shape, BOTH, CPU) == pytest.approx(both)
+    by_logprobs = operation("logits_policy_loss").providers["fastrlhf, by log-probs"]
+    assert operation("logits_policy_loss").limit(shape, BOTH, CPU, by_logprobs) == pytest.approx(
+        (2 * 10 + 20) * row
+    )
+    matmul = 2 * 10 * 1000 * 8 / 1e9
+    for trained, head, plan in ((False, 2, 2), (True, 3, 4)):
+        linear = replace(shape, width=8, trained=trained)
+        of = operation("linear_dpo_loss")
+        assert of.limit(linear, BOTH, CPU) == pytest.approx(head * matmul)
+        by_logprobs = of.providers["fastrlhf, by log-probs"]
+        assert of.limit(linear, BOTH, CPU, by_logprobs) == pytest.approx(plan * matmul)
+        assert of.limit(linear, FORWARD, CPU) == pytest.approx(matmul)
+
+
+def test_rates_of_the_device_are_measured_once() -> None:
+    assert measure.copy_bandwidth(CPU) == measure.copy_bandwidth(CPU) > 1e8
+    assert measure.matmul_rate(CPU, torch.float32) > 1e8
+
+
+# The report.
+
+MACHINE = {
+    "device": "CPU, 2 cores", "date": "2026-01-01", "python": "3.11", "torch": "2.13", "threads": 2,
+    "cuda": None, "copy_bytes_per_second": 3e10, "matmul_flops_per_second": {"float32": 1e11},
+}  # fmt: skip
+
+
+def record(provider, vocab, median=None, fraction=0.5, kind=BOTH, **rest):
+    described = {
+        "operation": "PPO loss from logits", "kind": kind, "provider": provider, "device": "cpu",
+        "dtype": "bfloat16", "sequences": 8, "tokens": 64, "rows": 512, "vocab": vocab, "width": 0,
+        "prompt": 0.5, "head": "",
+    }  # fmt: skip
+    if median is None:
+        return described | {"status": "needs a GPU"} | rest
+    times = {"median_ms": median, "p20_ms": 0.9 * median, "p80_ms": 1.1 * median, "rounds": 9}
+    return described | {"status": "ok", "peak_mib": 12.34, "fraction_of_limit": fraction} | times
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    timed = [
+        record("fastrlhf", 32000, 10.0, 0.25), record("eager", 32000, 25.0, 0.1),
+        record("quick peer", 32000, 8.0, 0.31),
+        record("fastrlhf", 128256, 40.0, 0.0123), record("fastrlhf, in place", 128256, 30.0, 0.02),
+        record("quick peer", 128256, 35.0, 0.017),
+    ]  # fmt: skip
+    result = {
+        "machine_info": MACHINE,
+        "benchmarks": [{"extra_info": r} for r in timed],
+        "not_timed": [record("gpu | peer", 32000)],
+    }
+    (tmp_path / "results.json").write_text(json.dumps(result))
+    report.write(tmp_path / "results.json", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_is_tidy(written) -> None:
+    rows = read_csv(written / "results.csv")
+    assert len(rows) == 7
+    found = {(row["provider"], row["vocab"]): row for row in rows}
+    assert found["quick peer", "32000"]["times_fastrlhf"] == "0.8"
+    assert found["eager", "32000"]["median_ms"] == "25.0"
+    assert found["gpu | peer", "32000"]["status"] == "needs a GPU"
+    assert found["gpu | peer", "32000"]["median_ms"] == ""
+
+
+def test_the_tables_say_who_is_faster_who_is_missing_and_where_the_limit_is_far(written) -> None:
+    text = (written / "tables.md").read_text()
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    assert ["fastrlhf", "10 (9 to 11)", "1.00", "25%", "12.3"] in lines
+    assert ["quick peer", "8 (7.2 to 8.8)", "**0.80**", "31%", "12.3"] in lines
+    assert ["eager", "25 (22.5 to 27.5)", "2.50", "10%", "12.3"] in lines
+    assert ["gpu / peer", "needs a GPU", "", "", ""] in lines
+    faster = text.split("## Where a peer is faster")[1].split("##")[0]
+    # At the larger vocabulary the peer beats the default plan, not the best one.
+    assert faster.count("quick peer") == 1 and "0.80" in faster and "32,000" in faster
+    furthest = text.split("## Furthest from the limit")[1].split("##")[0]
+    assert "1.2%" in furthest and "128,256" in furthest
+    assert "copies at 30 GB/s" in text and "0.1 TFLOP/s" in text and "torch 2.13" in text
+
+
+def test_the_pictures_are_there(written) -> None:
+    pictures = list(written.glob("*.png"))
+    assert [path.name for path in pictures] == ["ppo-loss-from-logits.png"]
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_peer_is_faster_where_none_is() -> None:
+    alone = report.with_ratios([record("fastrlhf", 10, 1.0), record("eager", 10, 1.5)])
+    assert report.faster_peers(alone) == "Nowhere in this run.\n"
+
+
+# The commands.
+
+
+def test_from_pytest_to_the_report(tmp_path) -> None:
+    results = tmp_path / "results.json"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+        str(BENCHMARKS / "bench_preference_loss.py"), str(BENCHMARKS / "bench_token_stats.py"),
+        "-k", "(64x512 or 8x64x32000-prompt50-bfloat16) and forward+backward and not compile",
+        f"--benchmark-json={results}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "peak memory beyond the batch" in done.stdout
+    command = [sys.executable, str(BENCHMARKS / "report.py"), str(results)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read_csv(tmp_path / "results.csv")
+    assert {row["provider"] for row in rows} == {
+        "fastrlhf", "fastrlhf, in place", "eager", "TRL selective_log_softmax",
+        "Liger cross-entropy",
+    }  # fmt: skip
+    statuses = {row["provider"]: row["status"] for row in rows}
+    assert statuses.pop("Liger cross-entropy") == "needs a GPU"
+    assert set(statuses.values()) == {"ok"}
+    # pytest-benchmark's own figures are those of the contest.
+    for benchmark in json.loads(results.read_text())["benchmarks"]:
+        assert benchmark["stats"]["median"] * 1e3 == pytest.approx(
+            benchmark["extra_info"]["median_ms"]
+        )
+    assert "node" not in json.loads(results.read_text())["machine_info"]
+    assert (tmp_path / "tables.md").exists() and list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_the_gpu_command_says_when_there_is_none() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "no GPU here: nothing measured\n"
+
+
+def test_the_gpu_command_keeps_what_it_has_when_time_is_over(tmp_path, monkeypatch) -> None:
+    """Its part after the tests, on the CPU and with small batches."""
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e9)
+    of = operation("preference_loss")
+    lost = replace(of, name="lost", source="unheard of")
+    plan = [(of, batch.Shape(4, 8), BOTH), (lost, batch.Shape(4, 8), BOTH)]
+    monkeypatch.setattr(gpu, "plan", lambda device: iter([*plan, (of, batch.Shape(8, 8), BOTH)]))
+    clock = iter([0.0, 0.0, 100.0])
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    gpu.measure(tmp_path, CPU, "passed", deadline=50.0)
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["machine_info"]["contests"] == "2 of 3"
+    timed = {b["extra_info"]["provider"] for b in result["benchmarks"]}
+    assert timed == {"fastrlhf", "eager"}
+    assert {r["operation"] for r in result["not_timed"]} == {"lost"}
+    gpu.write_report(tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "Tests: passed. Contests: 2 of 3." in text
+
+
+def test_no_provider_of_this_library_differs_from_its_public_functions() -> None:
+    data = batch.make_batch("logits", batch.Shape(2, 8, 50), CPU, gradients=False)
+    found = providers.FUSED_LOGPROBS["fastrlhf"].load()(data)
+    assert torch.equal(found, fastrlhf.token_logprobs(data.logits, data.targets))
