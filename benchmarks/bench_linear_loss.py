@@ -50,7 +50,7 @@ OPERATION = Operation(
         **composed(PEER_LINEAR_LOGPROBS, losses.nll),
         # These have a sum or a mean of their own, which saves them work:
         "F.linear_cross_entropy": Provider(load_linear_cross_entropy(linear_cross_entropy)),
-        "cut-cross-entropy": Provider(_load_cut_cross_entropy, gpu_only=True),
+        "cut-cross-entropy": Provider(_load_cut_cross_entropy, gpu_only=True, compiles=True),
         "Liger fused linear cross-entropy": Provider(_load_liger, gpu_only=True),
     },
     exact=_eager,

@@ -27,6 +27,12 @@ def _replay(seconds: float) -> None:
     _elapsed += seconds
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--stages", type=int, default=2, help="of batches, the most telling first (default: 2)"
+    )
+
+
 def pytest_configure(config) -> None:
     config.stash[_CONTESTS] = {}
     config.stash[_NOT_TIMED] = []
@@ -40,7 +46,8 @@ def pytest_generate_tests(metafunc) -> None:
     cases = [
         pytest.param(shape, kind, name, id=f"{_title(operation, shape, kind)}-{name}",
                      marks=pytest.mark.benchmark(timer=replayed))
-        for shape in shapes(operation.source, DEVICE)
+        for stage in range(metafunc.config.getoption("--stages"))
+        for shape in shapes(operation.source, DEVICE, stage)
         for kind in operation.kinds(shape)
         for name in operation.entrants(kind)
     ]  # fmt: skip

@@ -141,9 +141,14 @@ def main() -> int:
 
 def write_report(output: Path) -> None:
     """Make of the JSON what the machine's packages allow."""
-    import report
-
-    for path in report.write(output / "results.json", output):
+    results = output / "results.json"
+    print(results)
+    try:
+        import report
+    except ImportError as error:
+        print(f"no tables: {error}; elsewhere: python benchmarks/report.py {results}")
+        return
+    for path in report.write(results, output):
         print(path)
 
 
