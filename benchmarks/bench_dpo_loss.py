@@ -16,7 +16,7 @@ OPERATION = Operation(
     | plain(_eager)
     | composed(PEER_LOGPROBS, losses.dpo),
     exact=_eager,
-    forward=1,
+    forward=(1, 0),
     passes=(2, 1),
 )
 

@@ -28,7 +28,7 @@ OPERATION = Operation(
     "tokens",
     {"fastrlhf": Provider(lambda: _fused), "eager": plain(_eager)["eager"]},
     exact=_eager,
-    forward=3,  # rewards and values read, advantages written
+    forward=(2, 2),  # rewards and values read, advantages and returns written
     differentiable=False,
 )
 

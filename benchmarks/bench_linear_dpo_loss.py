@@ -34,7 +34,10 @@ def _load_liger():
     loss = LigerFusedLinearDPOLoss(
         IGNORED, losses.BETA, compute_nll_loss=False, use_ref_model=False, average_log_prob=False
     )
-    return lambda batch: loss(batch.weight, batch.hidden, batch.targets)[0]
+    # It marks its inputs as dynamic for the compiler, which is not to be seen by the others.
+    return lambda batch: loss(
+        batch.weight, batch.hidden.view_as(batch.hidden), batch.targets.view_as(batch.targets)
+    )[0]
 
 
 _BY_LOGPROBS = composed(FUSED_LINEAR_LOGPROBS, losses.fused_dpo)["fastrlhf"]

@@ -28,10 +28,16 @@ def _load_liger():
 
     # "bnpo" is the mean over tokens.
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
-    return lambda batch: loss(
-        batch.hidden, batch.weight, batch.targets.clamp(min=0), batch.mask.long(),
-        batch.advantages, old_per_token_logps=batch.old,
-    )[0]  # fmt: skip
+
+    def of_completions(batch):
+        # It projects whatever it is given, so it gets the completions alone, as in TRL.
+        kept = (slice(None), slice(batch.shape.prompt_tokens, None))
+        return loss(
+            batch.hidden[kept], batch.weight, batch.targets[kept], batch.mask[kept].long(),
+            batch.advantages, old_per_token_logps=batch.old[kept],
+        )[0]  # fmt: skip
+
+    return of_completions
 
 
 _BY_LOGPROBS = composed(FUSED_LINEAR_LOGPROBS, losses.fused_clipped)["fastrlhf"]

@@ -37,7 +37,7 @@ OPERATION = Operation(
         **composed(PEER_LOGPROBS, losses.clipped),
     },
     exact=_eager,
-    forward=1,
+    forward=(1, 0),
     passes=(1, 1),
 )
 

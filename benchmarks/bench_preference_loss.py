@@ -18,7 +18,7 @@ OPERATION = Operation(
     "tokens",
     {"fastrlhf": Provider(lambda: _fused), **plain(_eager)},
     exact=_eager,
-    forward=1,
+    forward=(1, 0),
     passes=(1, 1),
 )
 

@@ -8,7 +8,7 @@ OPERATION = Operation(
     "logits",
     FUSED_LOGPROBS | plain(eager_logprobs) | PEER_LOGPROBS,
     exact=eager_logprobs,
-    forward=1,
+    forward=(1, 0),
     passes=(2, 1),
 )
 

@@ -44,15 +44,15 @@ class Operation:
     """What the providers of one benchmark file compute, and the least that takes.
 
     From logits and log-probs that is how often they cross the memory: the rows that count, and all
-    rows, in forward + backward; from hidden states, matmuls of the rows that count, with a frozen
-    and with a trained head.
+    rows; from hidden states, matmuls of the rows that count. "forward" is without gradients;
+    `passes` and `matmuls`, with a frozen and with a trained head, are of forward + backward.
     """
 
     name: str
     source: Source
     providers: Mapping[str, Provider]
     exact: Function  # plain PyTorch, which the check evaluates in fp64
-    forward: int  # passes over the rows that count, or matmuls, without gradients
+    forward: tuple[int, int] | int
     passes: tuple[int, int] = (0, 0)
     matmuls: tuple[int, int] = (0, 0)
     differentiable: bool = True
@@ -72,7 +72,7 @@ class Operation:
                 matmuls = plan.matmuls
             flops = 2 * shape.live * shape.vocab * shape.width * matmuls
             return flops / measure.matmul_rate(device, shape.dtype)
-        live, rows = (self.forward, 0) if kind == FORWARD else self.passes
+        live, rows = self.forward if kind == FORWARD else self.passes
         if kind == BOTH and plan and plan.passes:
             live, rows = plan.passes
         row_bytes = max(shape.vocab, 1) * torch.finfo(shape.dtype).bits // 8
@@ -180,7 +180,8 @@ def contest(
             outcomes[name] = {"status": _reason(error)}
         batch.restore(logits=kind == BOTH and provider.spends_logits)
         _release(device)
-    times = measure.take_turns(turns, device, seconds, rounds) if turns else {}
+    times, errors = measure.take_turns(turns, device, seconds, rounds) if turns else ({}, {})
+    outcomes |= {name: {"status": _reason(error)} for name, error in errors.items()}
     for name, measured in times.items():
         outcomes[name] |= _figures(
             measured,

@@ -6,24 +6,28 @@ It needs torch, triton, transformers and pytest, and no installation of this pac
 part where they can be imported. What it writes: tests.txt, results.json, results.csv, tables.md and
 the pictures (these need matplotlib; `report.py` makes them later from the JSON as well).
 
-The batches come in the order of what they tell: the central one of every operation, then those that
-differ from it in one thing, and so on until the time is over. `--minutes 60` has time for all.
+The batches come in the order of what they tell: the central one of every operation, what compiles
+first apart from the others, then those that differ from it in one thing, and so on until the time
+is over. `--minutes 180` should have time for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +38,11 @@ _WITHOUT_GPU = ("compile_lint", "packaging", "imports", "readme", "demo", "trpo_
                 "benchmarks", "trl_parity")  # fmt: skip
 _TESTS_SHARE = 0.5  # of the minutes, at most
 _REPORT_SECONDS = 20
+_COMPILE_SECONDS = 60  # what must be left for a contest of what compiles first
+# The files of the benchmarks, the most telling first.
+_OPERATIONS = ("token_stats", "logits_policy_loss", "linear_dpo_loss", "linear_policy_loss",
+               "linear_token_stats", "linear_loss", "divergence", "linear_divergence", "dpo_loss",
+               "fisher", "preference_loss", "gae")  # fmt: skip
 
 
 def make_importable(folder: str) -> None:
@@ -46,45 +55,66 @@ def make_importable(folder: str) -> None:
 def run_tests(output: Path, seconds: float) -> str:
     """Run the suite for so long at most, into a file; return how it ended."""
     ignored = [f"--ignore={ROOT}/tests/test_{name}.py" for name in _WITHOUT_GPU]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ignored]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *ignored]
     if importlib.util.find_spec("xdist"):
         # The workers compile kernels side by side, and share the GPU and what they compiled.
-        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
+        workers = str(min(8, os.cpu_count() or 1))
+        command += ["-p", "xdist.plugin", "-n", workers, "--dist", "worksteal"]
+    # Other plugins of the machine could warn, and warnings are errors here.
+    quiet = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     with (output / "tests.txt").open("w") as log:
+        tests = subprocess.Popen(
+            [*command, str(ROOT / "tests")], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | quiet, start_new_session=True,
+        )  # fmt: skip
         try:
-            status = subprocess.run(
-                [*command, str(ROOT / "tests")], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                timeout=seconds,
-            ).returncode  # fmt: skip
+            status = tests.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
+            stop(tests)
             return f"cut off after {seconds:.0f} s"
     return "passed" if status == 0 else f"failed, exit status {status}"
 
 
-def plan(device: torch.device) -> Iterator[tuple[Any, Any, str]]:
-    """Operations, batches and directions, the most telling first."""
+def stop(tests: subprocess.Popen) -> None:
+    """Let pytest say what failed so far, then end it with all of its workers."""
+    tests.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        tests.wait(timeout=15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(tests.pid, signal.SIGKILL)
+    tests.wait()
+
+
+class Contest(NamedTuple):
+    """What is timed together."""
+
+    operation: Any
+    shape: Any
+    kind: str
+    names: list[str]
+    compiles: bool
+
+
+def plan(device: torch.device) -> Iterator[Contest]:
+    """The most telling contests first.
+
+    What takes long to compile has contests of its own, at the central batches alone.
+    """
+    from contest import BOTH
     from shapes import shapes, stages
 
-    modules = sorted(path.stem for path in HERE.glob("bench_*.py") if path.stem != "bench_trpo")
-    operations = [importlib.import_module(name).OPERATION for name in modules]
-    for stage in range(stages(device)):
-        for operation in operations:
-            for shape in shapes(operation.source, device, stage):
-                for kind in operation.kinds(shape):
-                    yield operation, shape, kind
-
-
-def entrants(operation: Any, shape: Any, kind: str, device: torch.device) -> list[str]:
-    """Who takes part: what takes long to compile only where it tells most."""
-    from contest import BOTH
-    from shapes import shapes
-
-    central = kind == BOTH and shape in shapes(operation.source, device, 0)
-    return [
-        name
-        for name in operation.entrants(kind)
-        if central or not operation.providers[name].compiles
-    ]
+    operations = [importlib.import_module(f"bench_{name}").OPERATION for name in _OPERATIONS]
+    rounds = [(0, False), (0, True), *((stage, False) for stage in range(1, stages(device)))]
+    for (stage, compiles), operation in itertools.product(rounds, operations):
+        for shape in shapes(operation.source, device, stage):
+            for kind in operation.kinds(shape):
+                names = [
+                    name
+                    for name in operation.entrants(kind)
+                    if operation.providers[name].compiles == compiles
+                ]
+                if names and (not compiles or kind == BOTH or not operation.differentiable):
+                    yield Contest(operation, shape, kind, names, compiles)
 
 
 def measure(output: Path, device: torch.device, tests: str, deadline: float) -> None:
@@ -94,11 +124,13 @@ def measure(output: Path, device: torch.device, tests: str, deadline: float) -> 
 
     machine = describe(device, [torch.bfloat16]) | {"tests": tests}
     report: dict[str, Any] = {"machine_info": machine, "benchmarks": [], "not_timed": []}
-    contests = list(plan(device))
-    for done, (operation, shape, kind) in enumerate(contests):
-        if time.monotonic() > deadline:
+    contests, held = list(plan(device)), 0
+    for operation, shape, kind, names, compiles in contests:
+        left = deadline - time.monotonic()
+        if left < 0:
             break
-        names = entrants(operation, shape, kind, device)
+        if compiles and left < _COMPILE_SECONDS:
+            continue
         try:
             records = contest(operation, shape, kind, device, names, seconds=1.0)
         except Exception as error:  # the batch itself does not fit, or the GPU is lost
@@ -111,7 +143,8 @@ def measure(output: Path, device: torch.device, tests: str, deadline: float) -> 
                 report["benchmarks"].append({"extra_info": record})
             else:
                 report["not_timed"].append(record)
-        machine["contests"] = f"{done + 1} of {len(contests)}"
+        held += 1
+        machine["contests"] = f"{held} of {len(contests)}"
         (output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

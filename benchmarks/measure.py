@@ -15,6 +15,9 @@ Work = Callable[[], object]
 # Larger than the last cache of any GPU: written between timed runs, so that each finds its inputs
 # in memory.
 _FLUSH_BYTES = 2**28
+# About half a millisecond, for which the GPU waits while the host launches: in a training step the
+# host is ahead as well.
+_HEAD_START_CYCLES = 1_000_000
 
 
 class Stopwatch:
@@ -34,6 +37,7 @@ class Stopwatch:
             return time.perf_counter() - start
         self._flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START_CYCLES)
         begin.record()
         work()
         end.record()
@@ -50,28 +54,37 @@ class Turn(NamedTuple):
 
 def take_turns(
     turns: Mapping[str, Turn], device: torch.device, seconds: float, rounds: tuple[int, int]
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Time each piece of work once a round, starting with another one each round.
 
     The first round, which is not kept, says how many of them fit into `seconds`, within the two
     bounds of `rounds`.
+
+    Returns:
+        Seconds of each, and the errors of those that failed, which are out from then on.
     """
     stopwatch = Stopwatch(device)
-    names = list(turns)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    errors: dict[str, Exception] = {}
 
     def play(order: list[str]) -> None:
         for name in order:
-            times[name].append(stopwatch.seconds(turns[name].work))
+            try:
+                times[name].append(stopwatch.seconds(turns[name].work))
+            except Exception as error:
+                # Not its frames: they hold tensors.
+                errors[name] = error.with_traceback(None)
+                del times[name]
             turns[name].after()
 
     start = time.perf_counter()
-    play(names)
+    play(list(times))
     affordable = seconds / (time.perf_counter() - start)
     for i in range(int(min(max(affordable, rounds[0]), rounds[1]))):
-        first = i % len(names)
+        names = list(times)
+        first = i % max(len(names), 1)
         play(names[first:] + names[:first])
-    return {name: measured[1:] for name, measured in times.items()}
+    return {name: measured[1:] for name, measured in times.items()}, errors
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
@@ -81,8 +94,8 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def _median_seconds(work: Work, device: torch.device) -> float:
-    turns = {"": Turn(work, lambda: None)}
-    return statistics.median(take_turns(turns, device, 1.0, (5, 15))[""])
+    times, _ = take_turns({"": Turn(work, lambda: None)}, device, 1.0, (5, 15))
+    return statistics.median(times[""])
 
 
 @functools.cache

@@ -101,7 +101,8 @@ def _load_liger() -> Function:
     def logprobs(batch: Batch) -> Tensor:
         rows, targets = batch.logits.flatten(0, 1), batch.targets.flatten()
         losses = liger_cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
-        return -losses.view_as(batch.targets)
+        # In the dtype of the logits, in which no trainer would add them up.
+        return -losses.float().view_as(batch.targets)
 
     return logprobs
 

@@ -92,6 +92,8 @@ def tables(machine: dict[str, Any], records: list[Record]) -> str:
         f"# Benchmarks: {machine['device']}\n",
         _measured_with(machine),
         _READING if records and records[0]["device"] == "cuda" else _READING + _READING_CPU,
+        "## Summary\n",
+        summary(records),
         "## Where a peer is faster\n",
         faster_peers(records),
         "## Furthest from the limit\n",
@@ -110,7 +112,8 @@ Medians, with the 20th and the 80th percentile, of rounds in which the providers
 "Times fastrlhf" compares with the first row; in bold, another provider is faster. Memory is the
 peak beyond the batch and its parameters, gradients included. "Of the limit" is the time that the
 bytes or the matmuls which the operation needs at least would take at this device's measured rates,
-over the time taken.
+over the time taken. Random logits are flat beside a trained model's, which is the hardest case for
+cut-cross-entropy: it skips what has next to no probability.
 """
 _READING_CPU = "On a CPU only the figures within a table compare: time went by between tables.\n"
 
@@ -193,6 +196,56 @@ def _ratio(record: Record) -> str:
     return f"**{text}**" if faster else text
 
 
+_FAMILIES = (
+    "eager",
+    "torch.compile",
+    "TRL",
+    "Liger",
+    "F.linear_cross_entropy",
+    "cut-cross-entropy",
+)
+
+
+def summary(records: list[Record]) -> str:
+    """A row an operation, of its most usual batch: the best that each peer has, beside ours."""
+    rows = []
+    for operation, of_operation in groupby(records, key=lambda r: r["operation"]):
+        for (kind, head), batch in _usual_batches(list(of_operation)).items():
+            ours = [r for r in batch if r["provider"] == OURS and r["status"] == "ok"]
+            if ours:
+                name = f"{operation}, head {head}" if head else operation
+                name += ", forward alone" if kind == FORWARD else ""
+                own = f"{_digits(ours[0]['median_ms'])} ms, {_mib(ours[0])}"
+                rows.append([name, own, *(_best(batch, family) for family in _FAMILIES)])
+    return markdown(["operation", OURS, *_FAMILIES], rows)
+
+
+def _usual_batches(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The most frequent sizes, for each head with backward, or forward where there is none."""
+    sizes = ("dtype", "prompt", "sequences", "tokens", "vocab", "width")
+    usual = {key: Counter(r[key] for r in records).most_common(1)[0][0] for key in sizes}
+    kind = BOTH if any(r["kind"] == BOTH for r in records) else FORWARD
+    batches: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        if r["kind"] == kind and all(r[key] == usual[key] for key in sizes):
+            batches.setdefault((kind, r["head"]), []).append(r)
+    return batches
+
+
+def _best(batch: list[Record], family: str) -> str:
+    """Time of the fastest provider of a family, as a multiple of ours, and its memory."""
+    members = [r for r in batch if r["provider"].startswith(family)]
+    timed = [r for r in members if r["status"] == "ok"]
+    if not timed:
+        return members[0]["status"] if members else ""
+    best = min(timed, key=lambda r: r["median_ms"])
+    return f"{_ratio(best)}×, {_mib(best)}"
+
+
+def _mib(record: Record) -> str:
+    return f"{_digits(record['peak_mib'])} MiB"
+
+
 def faster_peers(records: list[Record]) -> str:
     """Every contest in which another than this library is the fastest, against its best plan."""
     rows = []
@@ -215,10 +268,13 @@ def faster_peers(records: list[Record]) -> str:
 
 
 def furthest(records: list[Record], count: int = 3) -> str:
-    """The operations in which this library's default achieves the least of the limit."""
+    """The operations in which this library's default achieves the least of the limit.
+
+    Those without a vocabulary are left out: their limit is nanoseconds, their cost the launches.
+    """
     worst: dict[tuple, Record] = {}
     for record in records:
-        if record["provider"] != OURS or record["status"] != "ok":
+        if record["provider"] != OURS or record["status"] != "ok" or not record["vocab"]:
             continue
         key = record["operation"], record["kind"]
         if key not in worst or record["fraction_of_limit"] < worst[key]["fraction_of_limit"]:

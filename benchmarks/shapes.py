@@ -37,7 +37,7 @@ def _on_cpu(source: Source) -> list[tuple[int, Shape]]:
         return [(0, Shape(64, 512)), (1, Shape(64, 1024))]
     if "hidden" in source:  # in fp32: most CPUs multiply bf16 far slower
         center = Shape(8, 32, 32000, 256)
-        others = [{"vocab": 128256}, {"sequences": 16}, {"prompt": 0.0}]
+        others = [{"vocab": 50257}, {"sequences": 16}, {"prompt": 0.0}]
     else:
         center = Shape(8, 64, 32000, dtype=torch.bfloat16)
         others = [{"vocab": 128256}, {"sequences": 16}, {"prompt": 0.0}, {"dtype": torch.float32}]

@@ -587,8 +587,8 @@ def test_no_host_sync_and_no_more_memory_than_a_gradient() -> None:
         logits.grad = None
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step(clip_low=0.1, temperature=0.9)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -54,13 +54,12 @@ class Step(NamedTuple):
 
 def step(vocab: int, dtype: torch.dtype) -> Step:
     def normal(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (scale * torch.randn(size)).to(DEVICE, dtype)
+        return (scale * torch.randn(size, device=DEVICE)).to(dtype)
 
     hidden, other = (normal(4, TOKENS, WIDTH, dtype=dtype) for _ in range(2))
     weights = [normal(vocab, WIDTH, scale=2 * WIDTH**-0.5, dtype=dtype) for _ in range(2)]
-    targets = torch.randint(vocab, (4, TOKENS))
+    targets = torch.randint(vocab, (4, TOKENS), device=DEVICE)
     targets[:, : TOKENS // 4] = -100
-    targets = targets.to(DEVICE)
     logprobs = (hidden.double() @ weights[0].double().T).log_softmax(-1)
     logprobs = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0].float()
     # Log-ratios of 0.1 and 0.3: clipped or not, whatever the rounding.
@@ -213,7 +212,7 @@ def from_hidden(function: Callable, s: Step, trained: bool) -> list[Tensor]:
 
 def within(found: float, plain: float) -> bool:
     """An error within twice that of plain PyTorch, or within rounding where that made none."""
-    return found <= max(2 * plain, 16 * EPS)
+    return found <= max(2 * plain, 64 * EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -341,8 +340,9 @@ def test_memory_beyond_the_gradients_is_the_workspace(name, trained) -> None:
     assert per_token <= 4 * width * 4 + 256, per_token
     gradient = vocab * width * (4 + hidden.element_size()) if trained else 0
     beyond = (peaks[few] - gradient - few * per_token) / 2**20
-    # A CPU multiplies in fp32, and holds its chunk a few times while it works on it.
-    assert beyond <= (1.3 if GPU else 6) * WORKSPACE_MIB, beyond
+    # On a GPU the logits of a chunk in fp32, and their gradient in the dtype of the matmuls; the
+    # eager backend holds its chunk a few times while it works on it.
+    assert beyond <= (1.6 if GPU else 6) * WORKSPACE_MIB, beyond
 
 
 # What a GPU alone can show.
@@ -396,8 +396,8 @@ def test_nothing_waits_for_the_gpu(name) -> None:
     logits.requires_grad_()
     fused, _ = FROM_LOGITS[name]
     autograd.grad(fused(logits, other, s), logits)  # what is compiled and loaded once
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         autograd.grad(fused(logits, other, s), logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")

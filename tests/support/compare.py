@@ -11,7 +11,7 @@ from torch import Tensor
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """L2 error of all entries together, relative to what is expected."""
-    actual, expected = (x.detach().cpu().double() for x in (actual, expected))
+    actual, expected = actual.detach().double(), expected.detach().to(actual.device).double()
     scale = expected.norm()
     error = (actual - expected).norm()
     return float(error / scale) if scale > 0 else float(error)
@@ -21,10 +21,11 @@ def gradient_errors(actual: Tensor, expected: Tensor, targets: Tensor) -> tuple[
     """Relative L2 errors of (N, V) gradients: of the targets' entries, and of the rest in its worst
     row.
     """
-    actual, expected = actual.detach().cpu().double(), expected.cpu().double()
-    live = targets.cpu() >= 0
+    actual, expected = actual.detach().double(), expected.to(actual.device).double()
+    targets = targets.to(actual.device)
+    live = targets >= 0
     actual, expected = actual[live], expected[live]
-    index = targets.cpu()[live].long().unsqueeze(1)
+    index = targets[live].long().unsqueeze(1)
     at_targets = relative_error(actual.gather(1, index), expected.gather(1, index))
     rest, expected_rest = actual.scatter(1, index, 0), expected.scatter(1, index, 0)
     scale = expected_rest.norm(dim=1)
