@@ -5,7 +5,7 @@ beforehand; this library, whose values may get any gradient, reads both again ba
 """
 
 from batch import IGNORED
-from contest import Operation
+from contest import BOTH, FORWARD, Operation
 from providers import Provider, plain, upcast
 
 import fastrlhf
@@ -51,8 +51,7 @@ OPERATION = Operation(
         "Liger JSD": Provider(_load_liger, gpu_only=True),
     },
     exact=_eager,
-    forward=(2, 0),
-    passes=(2, 1),
+    passes={FORWARD: (2, 0), BOTH: (2, 1)},
 )
 
 

@@ -1,7 +1,7 @@
 """DPO from logits: a token's gradient depends on its pair, so the logits are read twice."""
 
 import losses
-from contest import Operation
+from contest import BOTH, FORWARD, Operation
 from providers import FUSED_LOGPROBS, PEER_LOGPROBS, composed, eager_logprobs, plain
 
 
@@ -16,8 +16,7 @@ OPERATION = Operation(
     | plain(_eager)
     | composed(PEER_LOGPROBS, losses.dpo),
     exact=_eager,
-    forward=(1, 0),
-    passes=(2, 1),
+    passes={FORWARD: (1, 0), BOTH: (2, 1)},
 )
 
 

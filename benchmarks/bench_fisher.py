@@ -1,6 +1,6 @@
 """The product of a softmax's Fisher matrix with a tangent of the logits."""
 
-from contest import Operation
+from contest import FORWARD, Operation
 from providers import Provider, plain, upcast
 
 import fastrlhf
@@ -20,8 +20,7 @@ OPERATION = Operation(
     "two logits",
     {"fastrlhf": Provider(lambda: _fused), **plain(_eager)},
     exact=_eager,
-    forward=(2, 1),  # logits and tangent read, the product written
-    differentiable=False,
+    passes={FORWARD: (2, 1)},  # logits and tangent read, the product written
 )
 
 

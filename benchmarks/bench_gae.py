@@ -1,7 +1,7 @@
 """Generalized advantage estimation: a scan over the tokens of each sequence."""
 
 import torch
-from contest import Operation
+from contest import FORWARD, Operation
 from providers import Provider, plain
 
 import fastrlhf
@@ -28,8 +28,7 @@ OPERATION = Operation(
     "tokens",
     {"fastrlhf": Provider(lambda: _fused), "eager": plain(_eager)["eager"]},
     exact=_eager,
-    forward=(2, 2),  # rewards and values read, advantages and returns written
-    differentiable=False,
+    passes={FORWARD: (2, 2)},  # rewards and values read, advantages and returns written
 )
 
 

@@ -56,8 +56,7 @@ OPERATION = Operation(
         "Liger fused linear JSD": Provider(_load_liger, gpu_only=True),
     },
     exact=_eager,
-    forward=2,
-    matmuls=(3, 4),
+    matmuls=(2, 3, 4),
 )
 
 

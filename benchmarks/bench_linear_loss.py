@@ -54,8 +54,7 @@ OPERATION = Operation(
         "Liger fused linear cross-entropy": Provider(_load_liger, gpu_only=True),
     },
     exact=_eager,
-    forward=1,
-    matmuls=(2, 3),
+    matmuls=(1, 2, 3),
 )
 
 

@@ -53,8 +53,7 @@ OPERATION = Operation(
         **composed(PEER_LINEAR_LOGPROBS, losses.clipped),
     },
     exact=_eager,
-    forward=1,
-    matmuls=(2, 3),
+    matmuls=(1, 2, 3),
 )
 
 

@@ -12,8 +12,7 @@ OPERATION = Operation(
     "hidden",
     FUSED_LINEAR_LOGPROBS | plain(eager_logprobs) | PEER_LINEAR_LOGPROBS,
     exact=eager_logprobs,
-    forward=1,
-    matmuls=(2, 3),
+    matmuls=(1, 2, 3),
 )
 
 

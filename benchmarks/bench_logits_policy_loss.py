@@ -1,7 +1,7 @@
 """PPO's clipped loss from logits: the gradient comes with it, so a read and a write are enough."""
 
 import losses
-from contest import Operation
+from contest import BOTH, FORWARD, Operation
 from providers import FUSED_LOGPROBS, PEER_LOGPROBS, Provider, composed, eager_logprobs, plain
 
 import fastrlhf
@@ -37,8 +37,7 @@ OPERATION = Operation(
         **composed(PEER_LOGPROBS, losses.clipped),
     },
     exact=_eager,
-    forward=(1, 0),
-    passes=(1, 1),
+    passes={FORWARD: (1, 0), BOTH: (1, 1)},
 )
 
 

@@ -1,7 +1,7 @@
 """DPO from token log-probs: the part after the vocabulary, bound by launches."""
 
 import losses
-from contest import Operation
+from contest import BOTH, FORWARD, Operation
 from providers import Provider, plain
 
 
@@ -18,8 +18,7 @@ OPERATION = Operation(
     "tokens",
     {"fastrlhf": Provider(lambda: _fused), **plain(_eager)},
     exact=_eager,
-    forward=(1, 0),
-    passes=(1, 1),
+    passes={FORWARD: (1, 0), BOTH: (1, 1)},
 )
 
 

@@ -1,6 +1,6 @@
 """Token log-probs from logits, for any gradient: a read forward, a read and a write backward."""
 
-from contest import Operation
+from contest import BOTH, FORWARD, Operation
 from providers import FUSED_LOGPROBS, PEER_LOGPROBS, eager_logprobs, plain
 
 OPERATION = Operation(
@@ -8,8 +8,7 @@ OPERATION = Operation(
     "logits",
     FUSED_LOGPROBS | plain(eager_logprobs) | PEER_LOGPROBS,
     exact=eager_logprobs,
-    forward=(1, 0),
-    passes=(2, 1),
+    passes={FORWARD: (1, 0), BOTH: (2, 1)},
 )
 
 

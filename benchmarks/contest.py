@@ -41,43 +41,44 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Operation:
-    """What the providers of one benchmark file compute, and the least that takes.
-
-    From logits and log-probs that is how often they cross the memory: the rows that count, and all
-    rows; from hidden states, matmuls of the rows that count. "forward" is without gradients;
-    `passes` and `matmuls`, with a frozen and with a trained head, are of forward + backward.
-    """
+    """What the providers of one benchmark file compute, and the least that takes."""
 
     name: str
     source: Source
     providers: Mapping[str, Provider]
     exact: Function  # plain PyTorch, which the check evaluates in fp64
-    forward: tuple[int, int] | int
-    passes: tuple[int, int] = (0, 0)
-    matmuls: tuple[int, int] = (0, 0)
-    differentiable: bool = True
+    # From logits and log-probs: how often the rows that count, and all rows, cross the memory.
+    passes: Mapping[str, tuple[int, int]] | None = None
+    # From hidden states, of the rows that count: forward, and with backward of a frozen and of a
+    # trained head.
+    matmuls: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def from_hidden(self) -> bool:
         """Whether matmuls, not bytes, are what it costs."""
-        return "hidden" in self.source
+        return self.passes is None
 
     def limit(
         self, shape: Shape, kind: str, device: torch.device, plan: Provider | None = None
     ) -> float:
         """Seconds that this device needs for the operation's least, or for what a plan must do."""
-        if self.from_hidden:
-            matmuls = self.forward if kind == FORWARD else self.matmuls[shape.trained]
+        if self.passes is None:
+            matmuls = self.matmuls[0 if kind == FORWARD else 1 + shape.trained]
             if kind == BOTH and shape.trained and plan and plan.matmuls:
                 matmuls = plan.matmuls
             flops = 2 * shape.live * shape.vocab * shape.width * matmuls
             return flops / measure.matmul_rate(device, shape.dtype)
-        live, rows = self.forward if kind == FORWARD else self.passes
+        live, rows = self.passes[kind]
         if kind == BOTH and plan and plan.passes:
             live, rows = plan.passes
         row_bytes = max(shape.vocab, 1) * torch.finfo(shape.dtype).bits // 8
         moved = (live * shape.live + rows * shape.rows) * row_bytes
         return moved / measure.copy_bandwidth(device)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a backward to time."""
+        return self.passes is None or BOTH in self.passes
 
     def kinds(self, shape: Shape) -> tuple[str, ...]:
         """What is timed of it: forward alone once, since it does not depend on who is trained."""
@@ -109,8 +110,8 @@ def passes_check(
     kind: str,
     device: torch.device,
 ) -> bool:
-    """Check a provider on a small batch like that of the shape; the same small batch once."""
-    batch = make_batch(source, shape.small(), device, gradients=kind == BOTH)
+    """Check a provider on a batch, for the same arguments once."""
+    batch = make_batch(source, shape, device, gradients=kind == BOTH)
     check(exact, provider.load(), batch, kind)
     return True
 
@@ -161,6 +162,21 @@ def contest(
         batch, or in "status" why there are none.
     """
     names = operation.entrants(kind) if names is None else list(names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peers and the compiler say
+        outcomes = _hold(operation, shape, kind, device, names, seconds, rounds)
+    return [_described(operation, shape, kind, device, name) | outcomes[name] for name in names]
+
+
+def _hold(
+    operation: Operation,
+    shape: Shape,
+    kind: str,
+    device: torch.device,
+    names: list[str],
+    seconds: float,
+    rounds: tuple[int, int],
+) -> dict[str, Record]:
     batch = make_batch(operation.source, shape, device, gradients=kind == BOTH)
     turns: dict[str, Turn] = {}
     outcomes: dict[str, Record] = {}
@@ -169,12 +185,9 @@ def contest(
         try:
             if provider.gpu_only and device.type != "cuda":
                 raise Unavailable("needs a GPU")
-            with warnings.catch_warnings(action="ignore"):  # a peer's, and the compiler's
-                passes_check(
-                    provider, operation.exact, operation.source, shape.small(), kind, device
-                )
-                turn = _turn(provider, batch, kind)
-                outcomes[name] = {"peak_mib": _warm_up(turn, device)}
+            passes_check(provider, operation.exact, operation.source, shape.small(), kind, device)
+            turn = _turn(provider, batch, kind)
+            outcomes[name] = {"peak_mib": _warm_up(turn, device)}
             turns[name] = turn
         except Exception as error:  # whatever a provider raises is its outcome
             outcomes[name] = {"status": _reason(error)}
@@ -188,7 +201,7 @@ def contest(
             operation.limit(shape, kind, device),
             operation.limit(shape, kind, device, operation.providers[name]),
         )
-    return [_described(operation, shape, kind, device, name) | outcomes[name] for name in names]
+    return outcomes
 
 
 def failed(

@@ -293,15 +293,18 @@ def gae(
     dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
     keep = mask != 0
     rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
-    advantages = torch.zeros_like(values)
     next_value = next_advantage = values.new_zeros(values.shape[0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
+    found = []
+    from_the_end = (reversed(x.unbind(1)) for x in (rewards, values, keep))
+    for reward, value, counts in zip(*from_the_end, strict=True):
+        delta = reward + gamma * next_value - value
         advantage = delta + gamma * lam * next_advantage
         # A token that does not count is passed over: what follows it follows the one before it.
-        next_advantage = torch.where(keep[:, t], advantage, next_advantage)
-        next_value = torch.where(keep[:, t], values[:, t], next_value)
-        advantages[:, t] = torch.where(keep[:, t], advantage, 0.0)
+        next_advantage = torch.where(counts, advantage, next_advantage)
+        next_value = torch.where(counts, value, next_value)
+        found.append(advantage)
+    everywhere = torch.stack(found[::-1], 1) if found else torch.zeros_like(values)
+    advantages = torch.where(keep, everywhere, 0.0)
     return advantages, advantages + values
 
 
@@ -315,18 +318,24 @@ def log_probs(
     rows_t = (
         temperature.to(z.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     )
-    z = z / rows_t
-    empty = (z == -torch.inf).all(-1)
+    z = z if isinstance(rows_t, float) and rows_t == 1.0 else z / rows_t
+    empty = z.amax(-1) == -torch.inf
     return F.log_softmax(torch.where(empty.unsqueeze(-1), 0.0, z), dim=-1), empty
+
+
+def of_live_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Put 0 into the rows (..., V) where the mask (...) is, whatever they hold; None keeps all."""
+    return x if mask is None else torch.where((mask != 0).unsqueeze(-1), x, 0.0)
 
 
 def mean_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute Σ p·(ln p - ln q): 0 where p is, inf where q alone is."""
     p = log_p.exp()
     possible = p != 0  # NaN included
-    # What takes no part must be finite even before it is left out, for the sake of its gradient.
-    ratio = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
-    return torch.where(possible, p * ratio, 0.0).sum(-1)
+    if torch.is_grad_enabled():
+        # What takes no part must be finite even before it is left out, for its gradient's sake.
+        log_p, log_q = (torch.where(possible, x, 0.0) for x in (log_p, log_q))
+    return torch.where(possible, p * (log_p - log_q), 0.0).sum(-1)
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, share_q: float) -> Tensor:
@@ -340,7 +349,7 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share_q: float) -> Tensor:
 def divergence(
     logits_p: Tensor,
     logits_q: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     share: float | None,
     temperature: float | Tensor,
@@ -350,10 +359,9 @@ def divergence(
     """Compute KL(p‖q) of each row (...), or with a share of q in a mixture m their JSD, which is
     share·KL(q‖m) + (1-share)·KL(p‖m); 0 where the mask is.
     """
-    live = (mask != 0).unsqueeze(-1)
     dtype = torch.promote_types(logits_p.dtype, logits_q.dtype)
     (log_p, empty_p), (log_q, empty_q) = (
-        log_probs(torch.where(live, x, 0.0).to(dtype), temperature, softcap, scale)
+        log_probs(of_live_rows(x, mask).to(dtype), temperature, softcap, scale)
         for x in (logits_p, logits_q)
     )
     if share is None:
@@ -365,7 +373,7 @@ def divergence(
     # A row of nothing but -inf has no distribution, and so is no distance away from another; but
     # where q is such a row, and p is not, q is 0 where p is not.
     value = torch.where(empty_p, 0.0, torch.where(empty_q, if_q_is_empty, value))
-    return torch.where(live.squeeze(-1), value, 0.0)
+    return value if mask is None else torch.where(mask != 0, value, 0.0)
 
 
 def divergence_backward(
@@ -409,17 +417,17 @@ def divergence_backward(
 
 
 def fisher_product(
-    logits: Tensor, tangent: Tensor, mask: Tensor, *, temperature: float | Tensor
+    logits: Tensor, tangent: Tensor, mask: Tensor | None, *, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is."""
-    live = (mask != 0).unsqueeze(-1)
     dtype = accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
-    log_p, empty = log_probs(torch.where(live, logits, 0.0).to(dtype), temperature, None, 1.0)
-    live = live & ~empty.unsqueeze(-1)
-    p = log_p.exp()
-    # What has no probability takes no part, whatever its tangent is.
-    u = torch.where(live & (p != 0), tangent, 0.0).to(dtype)
+    log_p, empty = log_probs(of_live_rows(logits, mask).to(dtype), temperature, None, 1.0)
+    live = ~empty if mask is None else (mask != 0) & ~empty
+    # A row that does not count has no probability at all; and what has none takes no part,
+    # whatever its tangent is.
+    p = torch.where(live.unsqueeze(-1), log_p.exp(), 0.0)
+    u = torch.where(p != 0, tangent, 0.0).to(dtype)
     centred = u - (p * u).sum(-1, keepdim=True)
     rows_t = temperature.to(dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    product = torch.where(live, p * centred / rows_t**2, 0.0)
-    return product, torch.where(live, product * centred, 0.0).sum(-1)
+    product = p * centred / rows_t**2
+    return product, (product * centred).sum(-1)

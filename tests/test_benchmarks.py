@@ -413,6 +413,18 @@ def test_no_peer_is_faster_where_none_is() -> None:
     assert report.faster_peers(alone) == "Nowhere in this run.\n"
 
 
+RESULTS = sorted((BENCHMARKS / "results").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_the_kept_tables_are_those_of_the_kept_json(path, tmp_path) -> None:
+    machine, records = report.load(path)
+    assert (path.parent / "tables.md").read_text() == report.tables(machine, records)
+    report.write_csv(records, tmp_path / "results.csv")
+    assert read_csv(path.parent / "results.csv") == read_csv(tmp_path / "results.csv")
+    assert {machine["date"], machine["torch"]}.isdisjoint({None, ""}) and "node" not in machine
+
+
 # The commands.
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastrlhf
 from fastrlhf import linear_softmax_fisher_product, reference, softmax_fisher_product
+from fastrlhf.recipes.memory import peak_memory
 
 BACKENDS = pytest.mark.parametrize("impl", ["eager", "triton"])
 # Relative to the terms of each entry, see `assert_fisher_close`. fp32 and fp64: some roundings of
@@ -392,6 +393,14 @@ def test_a_temperature_tensor_broadcasts(impl, device) -> None:
         expected = softmax_fisher_product(logits[i], tangent[i], temperature=temperature, impl=impl)
         for value, want in zip(found, expected, strict=True):
             torch.testing.assert_close(value[i], want)
+
+
+def test_memory_is_the_product_and_a_bounded_rest(device) -> None:
+    logits, tangent = (torch.randn(1200, 20000, device=device).bfloat16() for _ in range(2))
+    (product, _), peak = peak_memory(lambda: softmax_fisher_product(logits, tangent), device)
+    # On a CPU some chunks of 4 MiB: all of it in fp32 would be 92 MiB a tensor.
+    rest = 2**20 if device.type == "cuda" else 10 * 2**22
+    assert product.nbytes <= peak <= product.nbytes + rest
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts on the CPU")

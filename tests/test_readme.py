@@ -8,7 +8,8 @@ import torch
 
 import fastrlhf
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -140,3 +141,16 @@ def test_the_trpo_example_is_short_and_keeps_its_bound() -> None:
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).eval()
     info = step(model, tiny_batch() | {"advantages": torch.tensor([1.0, -1.0, 0.5, -0.5])})
     assert info.accepted and 0 < info.kl <= 0.01 and info.surrogate > 0
+
+
+def test_the_benchmarks_are_those_of_the_results() -> None:
+    results = (ROOT / "benchmarks" / "results" / "cpu" / "tables.md").read_text()
+    summary = results.split("## Summary\n")[1].split("\n## ")[0].strip()
+    assert len(summary.splitlines()) > 10 and summary in README
+
+
+def test_what_the_readme_shows_and_names_is_there() -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(pictures) == 2 and all((ROOT / picture).is_file() for picture in pictures)
+    for name in re.findall(r"`(?:python |pytest )?((?:benchmarks|tests)/\w+\.py)", README):
+        assert (ROOT / name).is_file(), name

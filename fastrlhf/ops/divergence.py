@@ -18,13 +18,11 @@ from .checks import (
     check_same_device,
     check_shape,
 )
+from .eager_rows import chunks, of_rows, take_rows
 from .token_stats import rows_of
 from .transform import check_temperatures_on_host, checked_transform, flat_temperature
 
 DIRECTIONS = ("reverse", "forward", "jsd")
-
-# Logits of each side that the eager backend holds at once.
-_EAGER_CHUNK_LOGITS = 2**20
 
 
 class Measure(NamedTuple):
@@ -149,10 +147,10 @@ def _forward(
         sides = rows_of(logits_p), rows_of(logits_q)
         return divergence_forward(*sides, keep, temperature=temperatures, **options)
     values = torch.zeros(keep.numel(), dtype=acc, device=mask.device)
-    for rows in _chunks(keep, logits_p.shape[-1]):
+    for rows in chunks(keep, logits_p.shape[-1]):
         values[rows] = reference.divergence(
-            *_take(logits_p, logits_q, rows), keep[rows],
-            temperature=_of_rows(temperatures, rows), **options,
+            take_rows(logits_p, rows), take_rows(logits_q, rows), None,
+            temperature=of_rows(temperatures, rows), **options,
         )  # fmt: skip
     return values, values.new_empty(0)
 
@@ -163,22 +161,6 @@ def _forward_fake(logits_p, logits_q, mask, *options):
     values = torch.empty(mask.numel(), dtype=dtype, device=mask.device)
     planes = (6, mask.numel()) if use_triton(options[-1], logits_p) and mask.numel() else (0,)
     return values, values.new_empty(planes)
-
-
-def _chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:
-    """Indices of the selected rows, in pieces of a bounded number of logits."""
-    return selected.nonzero().squeeze(1).split(max(1, _EAGER_CHUNK_LOGITS // vocab))
-
-
-def _take(logits_p: Tensor, logits_q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Copy rows of both sides, one way of flattening whatever their strides."""
-    index = torch.unravel_index(rows, logits_p.shape[:-1]) if logits_p.ndim > 1 else ()
-    take = lambda x: x[index] if index else x.unsqueeze(0)[rows]  # noqa: E731
-    return take(logits_p), take(logits_q)
-
-
-def _of_rows(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
-    return temperature[rows] if isinstance(temperature, Tensor) else temperature
 
 
 @torch.library.custom_op("fastrlhf::divergence_backward", mutates_args=())
@@ -217,10 +199,10 @@ def _backward(
         return d_own
     d_own = torch.zeros(shape, dtype=dtype, device=own.device)
     flat = d_own.view(-1, shape[-1])
-    for rows in _chunks(keep & (d_values != 0), shape[-1]):
+    for rows in chunks(keep & (d_values != 0), shape[-1]):
         flat[rows] = reference.divergence_backward(
-            *_take(own, other, rows), d_values[rows], of_p=of_p, share=share,
-            temperature=_of_rows(temperatures, rows), softcap=softcap, scale=scale,
+            take_rows(own, rows), take_rows(other, rows), d_values[rows], of_p=of_p, share=share,
+            temperature=of_rows(temperatures, rows), softcap=softcap, scale=scale,
         ).to(dtype)  # fmt: skip
     return d_own
 

@@ -11,6 +11,7 @@ from fastrlhf import reference
 from .backend import outside_of_graphs, use_triton
 from .checks import check_floating, check_same_device, check_shape
 from .divergence import checked_rows
+from .eager_rows import chunks, of_rows, take_rows
 from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
 from .linear_head import Head, Weight
 from .linear_rows import even_spans, live_rows
@@ -91,9 +92,16 @@ def _product(
         return fisher_product(
             rows_of(logits), rows_of(tangent), keep, temperature=temperatures, dtype=tangent.dtype
         )
-    z, u = (x.reshape(-1, x.shape[-1]) for x in (logits, tangent))
-    product, quadratic = reference.fisher_product(z, u, keep, temperature=temperatures)
-    return product.to(tangent.dtype), quadratic
+    vocab = logits.shape[-1]
+    product = torch.zeros(keep.numel(), vocab, dtype=tangent.dtype, device=tangent.device)
+    quadratic = torch.zeros(keep.numel(), dtype=acc, device=tangent.device)
+    for rows in chunks(keep, vocab):
+        of_chunk, quadratic[rows] = reference.fisher_product(
+            take_rows(logits, rows), take_rows(tangent, rows), None,
+            temperature=of_rows(temperatures, rows),
+        )  # fmt: skip
+        product[rows] = of_chunk.to(product.dtype)
+    return product, quadratic
 
 
 @_product.register_fake
