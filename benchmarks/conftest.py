@@ -106,8 +106,11 @@ def pytest_benchmark_generate_machine_info() -> dict:
 
 
 def pytest_benchmark_update_json(config, output_json) -> None:
-    """Keep who could not be timed, and why, beside those who were."""
+    """Keep who could not be timed, and why, beside those who were; and nothing twice."""
     output_json["not_timed"] = config.stash[_NOT_TIMED]
+    for benchmark in output_json["benchmarks"]:
+        benchmark["params"] = None  # they are in the name and in extra_info
+        benchmark["stats"].pop("data", None)
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

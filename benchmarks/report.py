@@ -312,7 +312,7 @@ def write_plots(records: list[Record], folder: Path) -> list[Path]:
             figure = Figure(layout="constrained")
             figure.suptitle(f"{operation}, {kind}" + (f", head {head}" if head else ""))
             _draw(figure, shown)
-            figure.savefig(folder / name, dpi=110)
+            figure.savefig(folder / name, dpi=80)
             written.append(folder / name)
     return written
 
