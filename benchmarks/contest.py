@@ -19,6 +19,7 @@ import torch
 from batch import Batch, Shape, Source, make_batch
 from measure import Turn
 from providers import Function, Provider
+from shapes import shapes
 from torch import Tensor
 
 from fastrlhf.recipes.memory import peak_memory
@@ -280,5 +281,6 @@ def _described(
         "vocab": shape.vocab,
         "width": shape.width,
         "prompt": shape.prompt,
+        "central": shape in shapes(operation.source, device, stage=0),
         "head": ("trained" if shape.trained else "frozen") if operation.from_hidden else "",
     }

@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -207,29 +206,28 @@ _FAMILIES = (
 
 
 def summary(records: list[Record]) -> str:
-    """A row an operation, of its most usual batch: the best that each peer has, beside ours."""
+    """A row an operation, of its central batch: the best that each peer has, beside ours."""
+    with_backward = {r["operation"] for r in records if r["kind"] == BOTH}
+    central = [
+        r
+        for r in records
+        if r["central"] and r["kind"] == (BOTH if r["operation"] in with_backward else FORWARD)
+    ]
     rows = []
-    for operation, of_operation in groupby(records, key=lambda r: r["operation"]):
-        for (kind, head), batch in _usual_batches(list(of_operation)).items():
-            ours = [r for r in batch if r["provider"] == OURS and r["status"] == "ok"]
-            if ours:
-                name = f"{operation}, head {head}" if head else operation
-                name += ", forward alone" if kind == FORWARD else ""
-                own = f"{_digits(ours[0]['median_ms'])} ms, {_mib(ours[0])}"
-                rows.append([name, own, *(_best(batch, family) for family in _FAMILIES)])
+    for _, contest in groupby(central, key=_contest):
+        batch = list(contest)
+        ours = [r for r in batch if r["provider"] == OURS and r["status"] == "ok"]
+        if ours:
+            own = f"{_digits(ours[0]['median_ms'])} ms, {_mib(ours[0])}"
+            rows.append([_name(ours[0]), own, *(_best(batch, family) for family in _FAMILIES)])
     return markdown(["operation", OURS, *_FAMILIES], rows)
 
 
-def _usual_batches(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
-    """The most frequent sizes, for each head with backward, or forward where there is none."""
-    sizes = ("dtype", "prompt", "sequences", "tokens", "vocab", "width")
-    usual = {key: Counter(r[key] for r in records).most_common(1)[0][0] for key in sizes}
-    kind = BOTH if any(r["kind"] == BOTH for r in records) else FORWARD
-    batches: dict[tuple[str, str], list[Record]] = {}
-    for r in records:
-        if r["kind"] == kind and all(r[key] == usual[key] for key in sizes):
-            batches.setdefault((kind, r["head"]), []).append(r)
-    return batches
+def _name(record: Record) -> str:
+    parts = [record["operation"]]
+    parts += [f"head {record['head']}"] if record["head"] else []
+    parts += ["forward alone"] if record["kind"] == FORWARD else []
+    return ", ".join(parts)
 
 
 def _best(batch: list[Record], family: str) -> str:
@@ -345,10 +343,10 @@ def _draw(figure: Any, records: list[Record]) -> None:
 
 
 def _varying(records: list[Record], x: str) -> list[Record]:
-    """Records of the batches that differ in x alone from the most frequent one."""
+    """Records of the batches that differ in x alone from the central one."""
     fixed = [k for k in ("dtype", "prompt", "rows", "vocab", "width") if k != x]
-    usual = {k: Counter(r[k] for r in records).most_common(1)[0][0] for k in fixed}
-    return [r for r in records if all(r[k] == usual[k] for k in fixed)]
+    center = next((r for r in records if r["central"]), records[0])
+    return [r for r in records if all(r[k] == center[k] for k in fixed)]
 
 
 def write(source: Path, folder: Path) -> list[Path]:

@@ -342,7 +342,7 @@ def record(provider, vocab, median=None, fraction=0.5, kind=BOTH, **rest):
     described = {
         "operation": "PPO loss from logits", "kind": kind, "provider": provider, "device": "cpu",
         "dtype": "bfloat16", "sequences": 8, "tokens": 64, "rows": 512, "vocab": vocab, "width": 0,
-        "prompt": 0.5, "head": "",
+        "prompt": 0.5, "central": vocab == 32000, "head": "",
     }  # fmt: skip
     if median is None:
         return described | {"status": "needs a GPU"} | rest
@@ -394,6 +394,8 @@ def test_the_tables_say_who_is_faster_who_is_missing_and_where_the_limit_is_far(
     assert ["quick peer", "8 (7.2 to 8.8)", "**0.80**", "31%", "12.3"] in lines
     assert ["eager", "25 (22.5 to 27.5)", "2.50", "10%", "12.3"] in lines
     assert ["gpu / peer", "needs a GPU", "", "", ""] in lines
+    summary = text.split("## Summary")[1].split("##")[0]
+    assert "10 ms, 12.3 MiB" in summary and "2.50×, 12.3 MiB" in summary
     faster = text.split("## Where a peer is faster")[1].split("##")[0]
     # At the larger vocabulary the peer beats the default plan, not the best one.
     assert faster.count("quick peer") == 1 and "0.80" in faster and "32,000" in faster
