@@ -90,9 +90,10 @@ def _fused_inplace(batch: Batch) -> Tensor:
 def _load_trl() -> Function:
     from trl.trainer.utils import selective_log_softmax
 
+    # Without a GPU in the dtype of the logits, in which no trainer would add them up.
     return lambda batch: selective_log_softmax(
         batch.logits, batch.targets.clamp(min=0), row_mask=batch.mask
-    )
+    ).float()
 
 
 def _load_liger() -> Function:
@@ -101,7 +102,7 @@ def _load_liger() -> Function:
     def logprobs(batch: Batch) -> Tensor:
         rows, targets = batch.logits.flatten(0, 1), batch.targets.flatten()
         losses = liger_cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
-        # In the dtype of the logits, in which no trainer would add them up.
+        # In the dtype of the logits here, too.
         return -losses.float().view_as(batch.targets)
 
     return logprobs
