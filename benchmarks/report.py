@@ -317,6 +317,8 @@ def write_plots(records: list[Record], folder: Path) -> list[Path]:
 
 def _draw(figure: Any, records: list[Record]) -> None:
     """A row of panels for what the batches vary in, a line for each provider."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     axes_of = [x for x in ("vocab", "rows") if len({r[x] for r in records}) > 1] or ["rows"]
     figure.set_size_inches(13, 4 * len(axes_of))
     grid = figure.subplots(len(axes_of), len(_PANELS), squeeze=False)
@@ -334,10 +336,13 @@ def _draw(figure: Any, records: list[Record]) -> None:
             axis.set(xscale="log", yscale=scale)
             axis.set_xticks(sorted({r[x] for r in shown}), minor=False)
             axis.set_xticklabels([f"{v:,}" for v in sorted({r[x] for r in shown})])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
             if scale == "linear":
                 axis.set_ylim(bottom=0)
+            else:
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
