@@ -470,6 +470,19 @@ def test_the_gpu_command_says_when_there_is_none() -> None:
     assert done.returncode == 1 and done.stdout == "no GPU here: nothing measured\n"
 
 
+def test_the_gpu_command_runs_the_tests_that_a_gpu_matters_to(tmp_path, monkeypatch) -> None:
+    files = [Path(name) for name in gpu.test_files()]
+    assert len(set(files)) == len(files) and all(path.is_file() for path in files)
+    everything = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert everything - {path.stem for path in files} == {f"test_{n}" for n in gpu._WITHOUT_GPU}
+    (tmp_path / "test_a.py").write_text("def test_right():\n    pass\n")
+    monkeypatch.setattr(gpu, "test_files", lambda: [str(tmp_path / "test_a.py")])
+    outcome = gpu.run_tests(tmp_path, 60.0)
+    assert outcome.startswith("passed (1 passed in ")
+    (tmp_path / "test_a.py").write_text("def test_wrong():\n    assert 0\n")
+    assert gpu.run_tests(tmp_path, 60.0).startswith("failed (1 failed in ")
+
+
 def test_the_gpu_command_keeps_what_it_has_when_time_is_over(tmp_path, monkeypatch) -> None:
     """Its part after the tests, on the CPU and with small batches."""
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
