@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+TILE = 4096  # entries of a row that no kernel takes more of at a time
 
 Source = Literal["tokens", "logits", "two logits", "hidden", "two hidden"]
 
@@ -51,7 +52,7 @@ class Shape:
 
         Its rows are longer than a tile of a kernel, and start at 16 bytes if those of self do.
         """
-        vocab = 4112 if self.vocab % 16 == 0 else 4113
+        vocab = TILE + (16 if self.vocab % 16 == 0 else 17)
         return replace(self, sequences=4, tokens=16, vocab=vocab, width=min(self.width, 64))
 
 
@@ -83,6 +84,10 @@ class Batch:
         tensors = {name: getattr(self, name) for name in ("logprobs", "logits", "hidden", "weight")}
         return {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that are there, by name."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
     def restore(self, *, logits: bool) -> None:
         """Drop the gradients, and give the logits their values again if they were overwritten."""
         for leaf in self.leaves.values():
@@ -96,8 +101,8 @@ class Batch:
             self,
             **{
                 name: value.detach().double().requires_grad_(value.requires_grad)
-                for name, value in vars(self).items()
-                if isinstance(value, Tensor) and value.is_floating_point()
+                for name, value in self.tensors().items()
+                if value.is_floating_point()
             },
         )
 

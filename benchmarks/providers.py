@@ -168,7 +168,7 @@ def load_linear_cross_entropy(use: Function) -> Callable[[], Function]:
 
 
 def _torch_linear(batch: Batch) -> Tensor:
-    return -linear_cross_entropy(batch, reduction="none").view_as(batch.targets)
+    return -linear_cross_entropy(batch, reduction="none").float().view_as(batch.targets)
 
 
 def _load_linear_liger() -> Function:
@@ -184,9 +184,11 @@ def _load_linear_liger() -> Function:
 def _load_cut_cross_entropy() -> Function:
     from cut_cross_entropy import linear_cross_entropy as cut
 
-    return lambda batch: (
-        -cut(batch.hidden, batch.weight, batch.targets, ignore_index=IGNORED, reduction="none")
-    )
+    def logprobs(batch: Batch) -> Tensor:
+        rows = (batch.hidden, batch.weight, batch.targets)
+        return -cut(*rows, ignore_index=IGNORED, reduction="none").float()
+
+    return logprobs
 
 
 FUSED_LINEAR_LOGPROBS = {"fastrlhf": Provider(lambda: _fused_linear, matmuls=4)}

@@ -191,8 +191,7 @@ def _ratio(record: Record) -> str:
     if "times_fastrlhf" not in record:
         return ""
     text = f"{record['times_fastrlhf']:.2f}"
-    faster = record["times_fastrlhf"] < 1 and _ours_first(record)
-    return f"**{text}**" if faster else text
+    return f"**{text}**" if float(text) < 1 and _ours_first(record) else text
 
 
 _FAMILIES = (
@@ -245,24 +244,15 @@ def _mib(record: Record) -> str:
 
 
 def faster_peers(records: list[Record]) -> str:
-    """Every contest in which another than this library is the fastest, against its best plan."""
-    rows = []
-    for _, contest in groupby(records, key=_contest):
-        timed = [r for r in contest if r["status"] == "ok"]
-        ours = [r for r in timed if r["provider"].startswith(OURS)]
-        if not ours:
-            continue
-        best = min(ours, key=lambda r: r["median_ms"])
-        for peer in timed:
-            ratio = peer["median_ms"] / best["median_ms"]
-            if peer not in ours and ratio < 1:
-                rows.append(
-                    [peer["operation"], peer["kind"], title(peer), peer["provider"], f"{ratio:.2f}"]
-                )
+    """Every contest in which another took less time than this library's default."""
+    rows = [
+        [r["operation"], r["kind"], title(r), r["provider"], f"{r['times_fastrlhf']:.2f}"]
+        for r in records
+        if _ours_first(r) and r.get("times_fastrlhf", 1.0) < 1
+    ]
     if not rows:
         return "Nowhere in this run.\n"
-    columns = ["operation", "direction", "batch", "peer", "its time, of our fastest plan's"]
-    return markdown(columns, rows)
+    return markdown(["operation", "direction", "batch", "peer", f"times {OURS}"], rows)
 
 
 def furthest(records: list[Record], count: int = 3) -> str:
@@ -369,7 +359,11 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="the JSON of a run")
     parser.add_argument("--output", type=Path, help="default: the folder of the JSON")
     arguments = parser.parse_args()
-    for path in write(arguments.results, arguments.output or arguments.results.parent):
+    try:
+        written = write(arguments.results, arguments.output or arguments.results.parent)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(f"{arguments.results}: not the JSON of these benchmarks: {error!r}")
+    for path in written:
         print(path)
 
 
