@@ -160,9 +160,10 @@ def test_the_benchmarks_are_counted_right() -> None:
                 times[row["provider"]] = float(row["median_ms"])
 
     def fastest(kind: str, prompt: str) -> tuple[int, int]:
-        """Contests in which a plan of ours is the fastest, and all."""
+        """Contests in which no peer takes less time than our default, and all."""
         held = [times for key, times in contests.items() if key[-1] == prompt and kind in key[-2]]
-        return sum(min(t, key=t.get).startswith("fastrlhf") for t in held), len(held)
+        best = [min((n for n in t if not n.startswith("fastrlhf,")), key=t.get) for t in held]
+        return best.count("fastrlhf"), len(held)
 
     won, of = fastest("backward", "0.5")
     won_in_all, of_all = fastest("forward", "0.5")  # "forward + backward" too
