@@ -4,14 +4,7 @@ import losses
 import torch
 from batch import IGNORED
 from contest import Operation
-from providers import (
-    FUSED_LINEAR_LOGPROBS,
-    PEER_LINEAR_LOGPROBS,
-    Provider,
-    composed,
-    eager_logprobs,
-    plain,
-)
+from providers import Provider, by_linear_logprobs, eager_logprobs
 
 import fastrlhf
 
@@ -40,17 +33,13 @@ def _load_liger():
     )[0]
 
 
-_BY_LOGPROBS = composed(FUSED_LINEAR_LOGPROBS, losses.fused_dpo)["fastrlhf"]
-
 OPERATION = Operation(
     "DPO loss from hidden states",
     "hidden",
     {
         "fastrlhf": Provider(lambda: _fused),
-        "fastrlhf, by log-probs": _BY_LOGPROBS._replace(backward_only=True),
-        **plain(_eager),
+        **by_linear_logprobs(losses.fused_dpo, losses.dpo),
         "Liger fused linear DPO": Provider(_load_liger, compiles=True),
-        **composed(PEER_LINEAR_LOGPROBS, losses.dpo),
     },
     exact=_eager,
     matmuls=(1, 2, 3),

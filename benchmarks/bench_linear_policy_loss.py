@@ -2,14 +2,7 @@
 
 import losses
 from contest import Operation
-from providers import (
-    FUSED_LINEAR_LOGPROBS,
-    PEER_LINEAR_LOGPROBS,
-    Provider,
-    composed,
-    eager_logprobs,
-    plain,
-)
+from providers import Provider, by_linear_logprobs, eager_logprobs
 
 import fastrlhf
 
@@ -40,17 +33,13 @@ def _load_liger():
     return of_completions
 
 
-_BY_LOGPROBS = composed(FUSED_LINEAR_LOGPROBS, losses.fused_clipped)["fastrlhf"]
-
 OPERATION = Operation(
     "GRPO loss from hidden states",
     "hidden",
     {
         "fastrlhf": Provider(lambda: _fused),
-        "fastrlhf, by log-probs": _BY_LOGPROBS._replace(backward_only=True),
-        **plain(_eager),
+        **by_linear_logprobs(losses.fused_clipped, losses.clipped),
         "Liger fused linear GRPO": Provider(_load_liger, compiles=True),
-        **composed(PEER_LINEAR_LOGPROBS, losses.clipped),
     },
     exact=_eager,
     matmuls=(1, 2, 3),

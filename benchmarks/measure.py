@@ -71,7 +71,7 @@ def take_turns(
         for name in order:
             try:
                 times[name].append(stopwatch.seconds(turns[name].work))
-            except Exception as error:
+            except Exception as error:  # whatever a provider raises is its outcome
                 # Not its frames: they hold tensors.
                 errors[name] = error.with_traceback(None)
                 del times[name]

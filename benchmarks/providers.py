@@ -200,6 +200,18 @@ PEER_LINEAR_LOGPROBS = {
 }
 
 
+def by_linear_logprobs(
+    fused: Callable[[Tensor, Batch], Tensor], plain_loss: Callable[[Tensor, Batch], Tensor]
+) -> dict[str, Provider]:
+    """A loss of hidden states by way of log-probs: this library's, plain PyTorch's, the peers'."""
+    ours = composed(FUSED_LINEAR_LOGPROBS, fused)["fastrlhf"]
+    return {
+        "fastrlhf, by log-probs": ours._replace(backward_only=True),
+        **plain(lambda batch: plain_loss(eager_logprobs(batch), batch)),
+        **composed(PEER_LINEAR_LOGPROBS, plain_loss),
+    }
+
+
 def plain(loss: Function) -> dict[str, Provider]:
     """The plain PyTorch of an operation, as it is and compiled."""
     return {"eager": Provider(lambda: loss), "torch.compile": compiled(loss)}
