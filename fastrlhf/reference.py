@@ -10,7 +10,6 @@ Dims: N rows, V vocabulary, B sequences, T tokens, P pairs, ... any leading shap
 torch.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -328,22 +327,96 @@ def of_live_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where((mask != 0).unsqueeze(-1), x, 0.0)
 
 
-def mean_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute Σ p·(ln p - ln q): 0 where p is, inf where q alone is."""
-    p = log_p.exp()
+class Distribution(NamedTuple):
+    """Softmax of rows of logits, in parts whose differences keep the accuracy of the logits."""
+
+    z: Tensor  # (..., V) effective logits but for the temperature
+    peak: Tensor  # (..., 1) the largest, a constant
+    log_norm: Tensor  # (..., 1) log-sum-exp of (z - peak) / temperature
+    p: Tensor  # (..., V)
+    empty: Tensor  # (...) nothing but -inf: there is no distribution, and a uniform one stands in
+
+
+def distribution(
+    logits: Tensor, temperature: float | Tensor, softcap: float | None, scale: float
+) -> Distribution:
+    """Compute the softmax of the effective logits; the temperature is a number or (..., 1)."""
+    z = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
+    peak = z.detach().amax(-1, keepdim=True)
+    empty = peak == -torch.inf
+    z, peak = torch.where(empty, 0.0, z), torch.where(empty, 0.0, peak)
+    shifted = (z - peak) / temperature
+    log_norm = torch.logsumexp(shifted, dim=-1, keepdim=True)
+    return Distribution(z, peak, log_norm, (shifted - log_norm).exp(), empty.squeeze(-1))
+
+
+def log_ratio(p: Distribution, q: Distribution, temperature: float | Tensor) -> Tensor:
+    """Compute ln p - ln q (..., V) from the differences of the logits.
+
+    Those of nearly equal logits are exact, and would not be once something else is subtracted. But
+    sides that are far apart as a whole, which changes no distribution, are taken from their peaks.
+    """
+    far = (p.peak - q.peak).abs() > 1
+    anchor_p, anchor_q = (torch.where(far, side.peak, 0.0) for side in (p, q))
+    apart = (p.peak - anchor_p) - (q.peak - anchor_q)
+    differences = (p.z - anchor_p) - (q.z - anchor_q) - apart
+    return differences / temperature - (p.log_norm - q.log_norm)
+
+
+def expm1_minus(x: Tensor) -> Tensor:
+    """Compute e^x - 1 - x, whose leading term x²/2 would drown in the rounding of e^x - 1."""
+    # Where the series errs as little as the difference does.
+    near = x.abs() < 0.125
+    small = torch.where(near, x, 0.0)
+    series = torch.ones_like(x)
+    for k in range(10 if x.dtype == torch.float64 else 6, 2, -1):
+        series = 1 + small / k * series
+    return torch.where(near, small.square() / 2 * series, torch.expm1(x) - x)
+
+
+def kl_terms(p: Tensor, q: Tensor, w: Tensor) -> Tensor:
+    """Compute q - p + p·w with w = ln p - ln q: what a token adds to KL(p‖q), never negative.
+
+    The sum of q - p is 0. Of p·w alone, the sum over nearly equal distributions is a small
+    difference of large numbers. inf where q alone is 0, q where p is.
+    """
     possible = p != 0  # NaN included
-    if torch.is_grad_enabled():
-        # What takes no part must be finite even before it is left out, for its gradient's sake.
-        log_p, log_q = (torch.where(possible, x, 0.0) for x in (log_p, log_q))
-    return torch.where(possible, p * (log_p - log_q), 0.0).sum(-1)
+    # Where e^-w cannot overflow.
+    moderate = possible & ~(w < -1)
+    by_series = p * expm1_minus(torch.where(moderate, -w, 0.0))
+    return torch.where(moderate, by_series, q - p + p * torch.where(possible, w, 0.0))
 
 
-def log_mixture(log_p: Tensor, log_q: Tensor, share_q: float) -> Tensor:
-    """Compute ln((1-share_q)·p + share_q·q), -inf where both are 0."""
-    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
-    log_p, log_q = (torch.where(neither, 0.0, x) for x in (log_p, log_q))
-    mixed = torch.logaddexp(log_p + math.log(1 - share_q), log_q + math.log(share_q))
-    return torch.where(neither, -torch.inf, mixed)
+def log_to_mixture(gap: Tensor, share: float, share_other: float) -> Tensor:
+    """Compute ln m - ln p, m = share·p + share_other·q, from the gap ln q - ln p."""
+    near = gap.abs() < 0.5
+    of_near = torch.log1p(share_other * torch.expm1(torch.where(near, gap, 0.0)))
+    # By way of the larger of the two.
+    smaller, more = torch.exp(-gap.abs()), gap > 0
+    mixed = torch.where(more, share_other + share * smaller, share + share_other * smaller)
+    return torch.where(near, of_near, torch.where(more, gap, 0.0) + mixed.log())
+
+
+def jsd_terms(p: Tensor, q: Tensor, w: Tensor, share: float) -> Tensor:
+    """Compute (1-share)·p·ln(p/m) + share·q·ln(q/m), with share of q in the mixture m and
+    w = ln p - ln q: what a token adds to the JSD, never negative.
+    """
+    w = torch.where((p == 0) & (q == 0), 0.0, w)
+    to_p = torch.where(p == 0, 0.0, log_to_mixture(-w, 1 - share, share))
+    to_q = torch.where(q == 0, 0.0, log_to_mixture(w, share, 1 - share))
+    # Terms m - p and m - q, whose weighted sum is 0, as in a KL.
+    near = w.abs() < 0.5
+    of_p = torch.where(near, expm1_minus(torch.where(near, to_p, 0.0)), -to_p)
+    of_q = torch.where(near, expm1_minus(torch.where(near, to_q, 0.0)), -to_q)
+    return (1 - share) * p * of_p + share * q * of_q
+
+
+@torch.no_grad()
+def surplus(p: Tensor, q: Tensor, w: Tensor) -> Tensor:
+    """Compute Σ(q - p) (...) with w = ln p - ln q: what the rounding of the normalisers makes of
+    0.
+    """
+    return torch.where(w.abs() < 0.5, p * torch.expm1(-w), q - p).sum(-1)
 
 
 def divergence(
@@ -359,21 +432,29 @@ def divergence(
     """Compute KL(p‖q) of each row (...), or with a share of q in a mixture m their JSD, which is
     share·KL(q‖m) + (1-share)·KL(p‖m); 0 where the mask is.
     """
-    dtype = torch.promote_types(logits_p.dtype, logits_q.dtype)
-    (log_p, empty_p), (log_q, empty_q) = (
-        log_probs(of_live_rows(x, mask).to(dtype), temperature, softcap, scale)
+    dtype = accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
+    rows_t = _of_rows(temperature, dtype)
+    p, q = (
+        distribution(of_live_rows(x, mask).to(dtype), rows_t, softcap, scale)
         for x in (logits_p, logits_q)
     )
-    if share is None:
-        value, if_q_is_empty = mean_log_ratio(log_p, log_q), torch.inf
-    else:
-        log_m = log_mixture(log_p, log_q, share)
-        value = (1 - share) * mean_log_ratio(log_p, log_m) + share * mean_log_ratio(log_q, log_m)
-        if_q_is_empty = 0.0
+    w = log_ratio(p, q, rows_t)
+    terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
+    value = terms.sum(-1)
+    # A surplus s of q, which is rounding, adds s²/2 to the KL, as much as there is to one of 1e-13.
+    curvature = 1.0 if share is None else share * (1 - share)
+    rounding = 0.5 * curvature * surplus(p.p, q.p, w).square()
+    value = value - torch.minimum(rounding, value).detach()
     # A row of nothing but -inf has no distribution, and so is no distance away from another; but
     # where q is such a row, and p is not, q is 0 where p is not.
-    value = torch.where(empty_p, 0.0, torch.where(empty_q, if_q_is_empty, value))
+    if_q_is_empty = torch.inf if share is None else 0.0
+    value = torch.where(p.empty, 0.0, torch.where(q.empty, if_q_is_empty, value))
     return value if mask is None else torch.where(mask != 0, value, 0.0)
+
+
+def _of_rows(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """The number, or the temperatures (...) of rows as (..., 1)."""
+    return temperature.to(dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
 
 
 def divergence_backward(
@@ -394,25 +475,22 @@ def divergence_backward(
     (times the share of the own side in the mixture); of q in KL(p‖q), dz = q - p. Times
     dz/dlogits.
     """
-    (log_own, own_empty), (log_other, other_empty) = (
-        log_probs(x.to(d_values.dtype), temperature, softcap, scale) for x in (own, other)
-    )
-    probability = log_own.exp()
+    rows_t = _of_rows(temperature, d_values.dtype)
+    p, q = (distribution(x.to(d_values.dtype), rows_t, softcap, scale) for x in (own, other))
     if share is None and not of_p:
-        dz = probability - log_other.exp()
+        dz = p.p - q.p
     else:
-        part = 1.0
+        part, w = 1.0, log_ratio(p, q, rows_t)
         if share is not None:
             part = 1 - share if of_p else share
-            log_other = log_mixture(log_own, log_other, 1 - part)
-        mean = mean_log_ratio(log_own, log_other).unsqueeze(-1)
-        ratio = log_own - log_other - mean
-        dz = torch.where(probability == 0, 0.0, part * probability * ratio)
-    dz = torch.where((own_empty | other_empty).unsqueeze(-1), 0.0, dz * d_values.unsqueeze(-1))
+            w = -log_to_mixture(-w, part, 1 - part)
+        # What has no probability takes no part.
+        w = torch.where(p.p == 0, 0.0, w)
+        dz = part * p.p * (w - (p.p * w).sum(-1, keepdim=True))
+    dz = torch.where((p.empty | q.empty).unsqueeze(-1), 0.0, dz * d_values.unsqueeze(-1))
     if softcap is not None:
         # 1 - tanh², without its cancellation where the cap saturates.
         dz = dz / torch.cosh(own.to(dz.dtype) * (scale / softcap)).square()
-    rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     return _divide_(dz, rows_t) * scale
 
 

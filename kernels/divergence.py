@@ -1,9 +1,10 @@
 """Two rows of logits → KL divergence or generalised JSD of their distributions, and its gradient.
 
-KL(p‖q) = E_p[z - z'] - lse(z) + lse(z') takes one pass over both rows: online sums of each, and
-Σ e^(z - peak)·(z - z') with those of p. The JSD needs the logarithm of a mixture, and so both
-normalisers first: a second pass. One program has a row of each, so that nothing depends on the
-batch.
+Two sweeps over both rows, of which the second goes backwards and finds much of them in the cache:
+online sums for the normalisers, then the terms. With w = ln p - ln q, those of KL(p‖q) are
+q - p + p·w, never negative, since Σ p·w of nearly equal distributions is a small difference of
+large numbers, which one sweep cannot tell from rounding; likewise of the JSD. One program has a row
+of each, so that nothing depends on the batch.
 
 The gradient with respect to the logits of one side is p·(w - E_p[w]) for both, w the log-ratio of
 that side to the other, or to the mixture; and q - p with respect to q of KL(p‖q). The formula is a
@@ -27,7 +28,17 @@ from .rows import (
     transform_options,
     whole_row_plan,
 )
-from .tiles import LOG2E, capped_logits, exp, row_start, row_temperature
+from .tiles import (
+    LOG2E,
+    capped_logits,
+    exp,
+    expm1,
+    expm1_minus_near_0,
+    log1p,
+    row_start,
+    row_temperature,
+    stored,
+)
 
 
 def _plan(vocab: int, *sides: torch.Tensor) -> RowPlan:
@@ -43,41 +54,80 @@ PLANES = 6
 
 @triton.jit
 def _add_side(capped, peak, rest, rate):
-    """Take a tile into the online sum of one side: its weights, what the sums so far fade to, and
-    the new peak and sum.
-    """
+    """Take a tile into the online sum of one side: the new peak and sum."""
     new_peak = tl.maximum(peak, tl.max(capped, axis=1))
     base = finite_base(new_peak)
     weight = tl.exp2((capped - base[:, None]) * rate)
-    fade = tl.exp2((peak - base) * rate)
-    return weight, fade, new_peak, rest * fade + tl.sum(weight, axis=1)
+    return new_peak, rest * tl.exp2((peak - base) * rate) + tl.sum(weight, axis=1)
 
 
 @triton.jit
 def _merge(peak, rest, rate):
-    """Merge the lanes of one side: its base, the logarithm of its sum, what each lane fades to, and
-    whether there was nothing but -inf.
-    """
+    """Merge the lanes of one side: its base, the sum, and whether there was nothing but -inf."""
     row_peak = tl.max(peak, axis=0)
     base = finite_base(row_peak)
-    fade = tl.exp2((peak - base) * rate)
-    total = tl.sum(rest * fade, axis=0)
-    return base, total, fade, (row_peak == -float("inf")) & (total == 0.0)
+    total = tl.sum(rest * tl.exp2((peak - base) * rate), axis=0)
+    return base, total, (row_peak == -float("inf")) & (total == 0.0)
 
 
 @triton.jit
-def _log_to_mixture(log_p, log_q, share_p, share_q):
-    """Ln p - ln(share_p·p + share_q·q), for p > 0, by way of the larger of the two."""
-    gap = log_q - log_p
+def _log_ratio(z, base, norm, z_other, base_other, norm_other, per_t):
+    """Ln p - ln q from the differences of the logits.
+
+    Those of nearly equal logits are exact, and would not be once something else is subtracted. But
+    sides that are far apart as a whole, which changes no distribution, are taken from their bases.
+    """
+    far = tl.abs(base - base_other) > 1.0
+    anchor = tl.where(far, base, 0.0)
+    anchor_other = tl.where(far, base_other, 0.0)
+    apart = (base - anchor) - (base_other - anchor_other)
+    return ((z - anchor) - (z_other - anchor_other) - apart) * per_t - (norm - norm_other)
+
+
+@triton.jit
+def _log_to_mixture(gap, share, share_other):
+    """Ln m - ln p, m = share·p + share_other·q, from the gap ln q - ln p, for p > 0."""
+    of_near = log1p(share_other * expm1(tl.where(tl.abs(gap) < 0.5, gap, 0.0)))
+    # By way of the larger of the two.
     smaller = exp(-tl.abs(gap))
-    mixed = tl.where(gap > 0, share_q + share_p * smaller, share_p + share_q * smaller)
-    return -tl.maximum(gap, 0.0) - tl.log(mixed)
+    mixed = tl.where(gap > 0, share_other + share * smaller, share + share_other * smaller)
+    return tl.where(tl.abs(gap) < 0.5, of_near, tl.maximum(gap, 0.0) + tl.log(mixed))
 
 
 @triton.jit
 def _mean(p, w):
     """Terms of E_p[w]: what has no probability takes no part, whatever w is; NaN does."""
     return tl.where(p == 0, 0.0, p * w)
+
+
+@triton.jit
+def _kl_terms(p, q, w):
+    """Terms q - p + p·w, w = ln p - ln q: without cancellation where w is small."""
+    return tl.where(tl.abs(w) < 0.5, p * expm1_minus_near_0(-w), q - p + _mean(p, w))
+
+
+@triton.jit
+def _to_mixture(w, growth, share_p, share_q):
+    """Ln m - ln p and ln m - ln q of w = ln p - ln q, by way of one logarithm; `growth` is
+    e^-w - 1 where w is small.
+    """
+    near = tl.abs(w) < 0.5
+    smaller = exp(-tl.abs(w))
+    mixed = tl.where(w < 0, share_q + share_p * smaller, share_p + share_q * smaller)
+    to_larger = tl.log(mixed)
+    of_near = log1p(share_q * growth)
+    to_p = tl.where(near, of_near, to_larger - tl.minimum(w, 0.0))
+    to_q = tl.where(near, of_near + w, to_larger + tl.maximum(w, 0.0))
+    return to_p, to_q
+
+
+@triton.jit
+def _jsd_terms(p, q, to_p, to_q, w, share_p, share_q):
+    """Of ln m - ln p and ln m - ln q; near 0, with terms m - p and m - q, whose weighted sum is
+    0.
+    """
+    of_near = share_p * p * expm1_minus_near_0(to_p) + share_q * q * expm1_minus_near_0(to_q)
+    return tl.where(tl.abs(w) < 0.5, of_near, -share_p * _mean(p, to_p) - share_q * _mean(q, to_q))
 
 
 # A NaN is a maximum's loss and a sum's gain: sums of NaN say NaN, as they should.
@@ -135,61 +185,85 @@ def _divergence_fwd_kernel(
     peak_q = tl.full((LANES,), -float("inf"), acc)
     rest_p = tl.zeros((LANES,), acc)
     rest_q = tl.zeros((LANES,), acc)
-    cross = tl.zeros((LANES,), acc)
-    excluded = tl.zeros((LANES,), acc)  # weight of p where q is 0
     for start in range(0, vocab, TILE):
         columns = (start + within_tile).to(tl.int64)
         inside = columns < vocab
-        x = tl.load(source_p + columns * stride_vocab, mask=inside, other=-float("inf")).to(acc)
-        y = tl.load(source_q + columns * q_stride_vocab, mask=inside, other=-float("inf")).to(acc)
+        x = tl.load(
+            source_p + columns * stride_vocab, mask=inside, other=-float("inf"),
+            eviction_policy="evict_last",
+        ).to(acc)  # fmt: skip
+        y = tl.load(
+            source_q + columns * q_stride_vocab, mask=inside, other=-float("inf"),
+            eviction_policy="evict_last",
+        ).to(acc)  # fmt: skip
         z_p, _slope_p = capped_logits(x, scale, softcap, HAS_SOFTCAP)
         z_q, _slope_q = capped_logits(y, scale, softcap, HAS_SOFTCAP)
         if HAS_SOFTCAP:
             z_p = tl.where(inside, z_p, -float("inf"))
             z_q = tl.where(inside, z_q, -float("inf"))
-        weight, fade, peak_p, rest_p = _add_side(z_p, peak_p, rest_p, rate)
-        impossible = z_q == -float("inf")
-        cross = cross * fade
-        cross += tl.sum(_mean(tl.where(impossible, 0.0, weight), z_p - z_q), axis=1)
-        excluded = excluded * fade + tl.sum(tl.where(impossible, weight, 0.0), axis=1)
-        _weight, _fade, peak_q, rest_q = _add_side(z_q, peak_q, rest_q, rate)
+        peak_p, rest_p = _add_side(z_p, peak_p, rest_p, rate)
+        peak_q, rest_q = _add_side(z_q, peak_q, rest_q, rate)
 
-    base_p, total_p, fade, empty_p = _merge(peak_p, rest_p, rate)
-    base_q, total_q, _fade_q, empty_q = _merge(peak_q, rest_q, rate)
-    mean = tl.sum(cross * fade, axis=0) / total_p
-    disjoint = tl.sum(excluded * fade, axis=0) > 0
+    base_p, total_p, empty_p = _merge(peak_p, rest_p, rate)
+    base_q, total_q, empty_q = _merge(peak_q, rest_q, rate)
     norm_p = tl.log(total_p)
     norm_q = tl.log(total_q)
+    # Divided once, not at every token.
+    inverse_p = 1.0 / total_p
+    inverse_q = 1.0 / total_q
+    per_t = 1.0 / row_t
+    part_p = tl.full((), share_p, acc)
+    part_q = tl.full((), share_q, acc)
+    sums = tl.zeros((LANES,), acc)
+    mean_p = tl.zeros((LANES,), acc)
+    mean_q = tl.zeros((LANES,), acc)
+    surplus = tl.zeros((LANES,), acc)
+    tiles = tl.cdiv(vocab, TILE)
+    for done in range(0, tiles):
+        columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
+        inside = columns < vocab
+        x = tl.load(
+            source_p + columns * stride_vocab, mask=inside, other=-float("inf"),
+            eviction_policy="evict_first",
+        ).to(acc)  # fmt: skip
+        y = tl.load(
+            source_q + columns * q_stride_vocab, mask=inside, other=-float("inf"),
+            eviction_policy="evict_first",
+        ).to(acc)  # fmt: skip
+        z_p, _slope_p = capped_logits(x, scale, softcap, HAS_SOFTCAP)
+        z_q, _slope_q = capped_logits(y, scale, softcap, HAS_SOFTCAP)
+        if HAS_SOFTCAP:
+            z_p = tl.where(inside, z_p, -float("inf"))
+            z_q = tl.where(inside, z_q, -float("inf"))
+        p = tl.exp2((z_p - base_p) * rate) * inverse_p
+        q = tl.exp2((z_q - base_q) * rate) * inverse_q
+        w = _log_ratio(z_p, base_p, norm_p, z_q, base_q, norm_q, per_t)
+        if MIXTURE:
+            growth = expm1(tl.where(tl.abs(w) < 0.5, -w, 0.0))
+            to_p, to_q = _to_mixture(w, growth, part_p, part_q)
+            sums += tl.sum(_jsd_terms(p, q, to_p, to_q, w, part_p, part_q), axis=1)
+            mean_p -= tl.sum(_mean(p, to_p), axis=1)
+            mean_q -= tl.sum(_mean(q, to_q), axis=1)
+            surplus += tl.sum(tl.where(tl.abs(w) < 0.5, p * growth, q - p), axis=1)
+        else:
+            sums += tl.sum(_kl_terms(p, q, w), axis=1)
+            mean_p += tl.sum(_mean(p, w), axis=1)
+    value = tl.sum(sums, axis=0)
+    of_p = tl.sum(mean_p, axis=0)
+    # Of q over p, Σ(q - p) is rounding of the normalisers, and adds its square to what is nearly 0.
     if MIXTURE:
-        part_p = tl.full((), share_p, acc)
-        part_q = tl.full((), share_q, acc)
-        per_t = 1.0 / row_t
-        mean_p = tl.zeros((LANES,), acc)
-        mean_q = tl.zeros((LANES,), acc)
-        for start in range(0, vocab, TILE):
-            columns = (start + within_tile).to(tl.int64)
-            inside = columns < vocab
-            x = tl.load(source_p + columns * stride_vocab, mask=inside, other=-float("inf")).to(acc)
-            y = tl.load(source_q + columns * q_stride_vocab, mask=inside, other=-float("inf"))
-            z_p, _slope_p = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-            z_q, _slope_q = capped_logits(y.to(acc), scale, softcap, HAS_SOFTCAP)
-            log_p = (z_p - base_p) * per_t - norm_p
-            log_q = (z_q - base_q) * per_t - norm_q
-            if HAS_SOFTCAP:
-                log_p = tl.where(inside, log_p, -float("inf"))
-                log_q = tl.where(inside, log_q, -float("inf"))
-            w = _log_to_mixture(log_p, log_q, part_p, part_q)
-            mean_p += tl.sum(_mean(exp(log_p), w), axis=1)
-            w = _log_to_mixture(log_q, log_p, part_q, part_p)
-            mean_q += tl.sum(_mean(exp(log_q), w), axis=1)
-        of_p = tl.sum(mean_p, axis=0)
         of_q = tl.sum(mean_q, axis=0)
-        value = tl.where(empty_q, 0.0, part_p * of_p + part_q * of_q)
+        excess = tl.sum(surplus, axis=0)
+        rounding = 0.5 * part_p * part_q * excess * excess
+        if_q_is_empty = 0.0
     else:
-        of_p = (mean + (base_q - base_p)) / row_t + (norm_q - norm_p)
-        of_p = tl.where(empty_q | disjoint, float("inf"), of_p)
         of_q = of_p
-        value = of_p
+        # Both are inf where q alone is 0.
+        excess = tl.where(value == float("inf"), 0.0, value - of_p)
+        rounding = 0.5 * excess * excess
+        if_q_is_empty = float("inf")
+    value = tl.where(value <= rounding, 0.0, value - rounding)
+    value = tl.where(empty_q, if_q_is_empty, value)
     # A row of nothing but -inf has no distribution, and so is no distance away from another; but
     # where q is such a row, and p is not, q is 0 where p is not.
     value = tl.where(empty_p, 0.0, value)
@@ -202,21 +276,22 @@ def _divergence_fwd_kernel(
     tl.store(out + 5 * plane, of_q)
 
 
-# Of the probability and its logarithm of the side that the gradient is of, and of the other side.
+# Of the probabilities of the side that the gradient is of and of the other side, and the log-ratio
+# of the two.
 @triton.jit
-def _of_first(own, log_own, other, log_other, mean, share, share_other):
-    return tl.where(own == 0, 0.0, own * ((log_own - log_other) - mean))
+def _of_first(own, other, w, mean, share, share_other):
+    return tl.where(own == 0, 0.0, own * (w - mean))
 
 
 @triton.jit
-def _of_second(own, log_own, other, log_other, mean, share, share_other):
+def _of_second(own, other, w, mean, share, share_other):
     return own - other
 
 
 @triton.jit
-def _of_mixture(own, log_own, other, log_other, mean, share, share_other):
-    w = _log_to_mixture(log_own, log_other, share, share_other)
-    return tl.where(own == 0, 0.0, share * own * (w - mean))
+def _of_mixture(own, other, w, mean, share, share_other):
+    to_mixture = _log_to_mixture(-w, share, share_other)
+    return tl.where(own == 0, 0.0, share * own * (-to_mixture - mean))
 
 
 FORMULAS: dict[str, Callable] = {
@@ -291,13 +366,16 @@ def _divergence_bwd_kernel(
     z, slope = capped_logits(x, scale, softcap, HAS_SOFTCAP)
     z_other, _ = capped_logits(y, scale, softcap, HAS_SOFTCAP)
     per_t = 1.0 / row_t
-    log_own = (z - base) * per_t - tl.load(own_stats + plane + row)
-    log_other = (z_other - other_base) * per_t - tl.load(other_stats + plane + row)
+    norm = tl.load(own_stats + plane + row)
+    other_norm = tl.load(other_stats + plane + row)
+    w = _log_ratio(z, base, norm, z_other, other_base, other_norm, per_t)
+    own_p = exp((z - base) * per_t - norm)
+    other_p = exp((z_other - other_base) * per_t - other_norm)
     dz = FORMULA(
-        exp(log_own), log_own, exp(log_other), log_other, tl.load(mean + row),
+        own_p, other_p, w, tl.load(mean + row),
         tl.full((), share, acc), tl.full((), share_other, acc),
     )  # fmt: skip
-    tl.store(destination, (g * dz * (slope * per_t)).to(d_own.dtype.element_ty), mask=inside)
+    tl.store(destination, stored(g * dz * (slope * per_t), d_own.dtype.element_ty), mask=inside)
 
 
 def divergence_forward(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .rows import finite_base, strides, tile_columns, transform_options, whole_row_plan
-from .tiles import LOG2E, row_start, row_temperature
+from .tiles import LOG2E, row_start, row_temperature, stored
 
 
 @triton.jit(do_not_specialize=["inner", "inner_u"])
@@ -107,7 +107,9 @@ def _fisher_kernel(
         value = tl.where(weight == 0, 0.0, p * centred)
         squares += tl.sum(tl.where(weight == 0, 0.0, value * centred), axis=1)
         value = value * inverse_t2
-        tl.store(destination + columns, value.to(product.dtype.element_ty), mask=columns < vocab)
+        tl.store(
+            destination + columns, stored(value, product.dtype.element_ty), mask=columns < vocab
+        )
     variance = tl.where(nothing, 0.0, tl.sum(squares, axis=0) * inverse_t2)
     tl.store(quadratic + row, variance)
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import ASSERTING, log_sigmoid, sigmoid
+from .tiles import ASSERTING, log_sigmoid, sigmoid, stored
 
 _TOKENS = tl.constexpr(1024)  # tokens of a sequence that a program handles at once
 _PAIRS = tl.constexpr(256)  # and pairs
@@ -210,7 +210,7 @@ def _preference_loss_bwd_kernel(
     tl.store(d_sums + sequence, d_sum)
     for start in range(0, tokens, _TOKENS):
         token, keep = _kept(mask, sequence, start, tokens, mask_stride, HAS_MASK)
-        gradient = tl.where(keep, d_sum, 0.0).to(d_policy.dtype.element_ty)
+        gradient = stored(tl.where(keep, d_sum, 0.0), d_policy.dtype.element_ty)
         tl.store(d_policy + sequence * tokens + token, gradient, mask=token < tokens)
 
 

@@ -35,18 +35,24 @@ def expm1(x):
 
 
 @triton.jit
-def expm1_minus(x):
-    """e^x - 1 - x without cancellation: x²/2 by Taylor's series near 0."""
+def expm1_minus_near_0(x):
+    """e^x - 1 - x for |x| < 1/2: x²/2 by Taylor's series in Horner form."""
     terms: tl.constexpr = 16 if x.dtype == tl.float64 else 8
     series = x * 0.0 + 1.0
     for i in tl.static_range(terms):
         series = 1.0 + series * x * (1.0 / (terms + 2 - i))
-    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, exp(x) - 1.0 - x)
+    return 0.5 * x * x * series
+
+
+@triton.jit
+def expm1_minus(x):
+    """e^x - 1 - x without cancellation."""
+    return tl.where(tl.abs(x) < 0.5, expm1_minus_near_0(x), exp(x) - 1.0 - x)
 
 
 @triton.jit
 def log1p(u):
-    """ln(1 + u) for u >= 0 without cancellation: 2 artanh(u / (2 + u)), as a series up to u = 1."""
+    """ln(1 + u) for u >= -1/2 without cancellation: 2 artanh(u / (2 + u)), a series up to u = 1."""
     terms: tl.constexpr = 18 if u.dtype == tl.float64 else 9
     ratio = u / (2.0 + u)
     square = ratio * ratio
@@ -76,6 +82,17 @@ def tanh(x):
     shrink = expm1(-2.0 * tl.abs(x))
     magnitude = -shrink / (2.0 + shrink)
     return tl.where(x < 0, -magnitude, magnitude), 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
+def stored(x, dtype: tl.constexpr):
+    """Convert what a kernel stores. From fp64 to 16 bits by way of fp32: the interpreter makes
+    garbage of the direct way to bf16.
+    """
+    if x.dtype == tl.float64 and dtype.primitive_bitwidth < 32:
+        return x.to(tl.float32).to(dtype)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit

@@ -276,6 +276,7 @@ def test_a_live_row_with_nan_says_nan_and_leaves_the_others_alone(
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.float64),
+        (torch.float64, torch.bfloat16),
     ],
 )
 def test_logits_and_tangent_of_different_dtypes(impl, dtypes, device) -> None:

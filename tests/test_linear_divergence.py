@@ -168,6 +168,31 @@ def test_a_vocabulary_masked_by_the_bias_makes_no_nan() -> None:
             torch.testing.assert_close(found[name], of_logits[name])
 
 
+def test_small_slopes_in_fp16_keep_their_accuracy(monkeypatch) -> None:
+    # Slopes of 1e-7, which a loss scaled for fp16 shows.
+    hidden = torch.randn(16, 8).half()
+    ref, weight = hidden + 1e-3 * torch.randn(16, 8).half(), 0.01 * torch.randn(30, 8).half()
+
+    def d_hidden(function, dtype):
+        x = hidden.to(dtype).requires_grad_()
+        values = function(x, weight.to(dtype), ref.to(dtype), weight.to(dtype))
+        return autograd.grad(2.0**16 * values.sum(), x)[0]
+
+    def plain(x, w, y, v):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return kl_divergence(F.linear(x.to(wide), w.to(wide)), F.linear(y.to(wide), v.to(wide)))
+
+    exact = d_hidden(plain, torch.float64)
+    theirs = relative_error(d_hidden(plain, torch.float16), exact)
+    assert relative_error(d_hidden(linear_kl_divergence, torch.float16), exact) <= 2 * theirs
+    # The mutant: slopes in the dtype of the hidden states.
+    monkeypatch.setattr(
+        "fastrlhf.ops.linear_divergence.room_for_slopes",
+        lambda hidden, alone: torch.zeros_like(hidden),
+    )
+    assert relative_error(d_hidden(linear_kl_divergence, torch.float16), exact) > 10 * theirs
+
+
 @pytest.mark.parametrize("needs", [("hidden", "ref_hidden"), NAMES])
 def test_nothing_to_do(needs) -> None:
     tensors = inputs(needs)

@@ -157,6 +157,59 @@ def test_errors_are_at_most_twice_those_of_fp32_logits(dtype, trained) -> None:
         assert own <= 2 * eager
 
 
+def entropy_errors(dtype: torch.dtype, upstream: float, sharpness: float) -> tuple[float, float]:
+    """Relative errors of d_hidden, ours and that of eager PyTorch in fp32, where the log-prob's
+    share and the entropy's nearly cancel in every token.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 16, generator=generator).to(dtype)
+    weight = (sharpness * torch.randn(2, 16, generator=generator)).to(dtype)
+    targets = torch.zeros(64).long()
+
+    def d_hidden(function, kind, g, h):
+        x = hidden.to(kind).requires_grad_()
+        logprob, entropy, _ = function(x, weight.to(kind), targets, entropy=True)
+        (found,) = autograd.grad((g * logprob + h * entropy).sum(), x)
+        return found
+
+    def eager(x, w, targets, entropy):
+        return fastrlhf.reference.linear_token_stats(x, w, targets, entropy=entropy)
+
+    one, none = torch.ones(64).double(), torch.zeros(64).double()
+    of_logprob, of_entropy = (
+        d_hidden(eager, torch.float64, *pair) for pair in ((one, none), (none, one))
+    )
+    # Of two tokens, all slopes of a row are parallel.
+    ratio = (of_logprob * of_entropy).sum(1) / of_entropy.square().sum(1)
+    g, h = upstream * one.float(), (-0.97 * upstream * ratio).float()
+    exact = d_hidden(eager, torch.float64, g.double(), h.double())
+    own, theirs = (d_hidden(f, dtype, g, h) for f in (linear_token_stats, eager))
+    return relative_error(own, exact), relative_error(theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slopes_that_cancel_and_small_ones_keep_their_accuracy(dtype, monkeypatch) -> None:
+    # And slopes of 1e-6, which a loss scaled for fp16 shows.
+    for upstream, sharpness in ((1.0, 0.3), (1e4, 2e-3)):
+        own, theirs = entropy_errors(dtype, upstream, sharpness)
+        assert own <= 2 * theirs
+    # The mutant: slopes rounded to the dtype of the hidden states.
+    monkeypatch.setattr(
+        "fastrlhf.ops.linear_plans.room_for_slopes", lambda hidden, alone: torch.zeros_like(hidden)
+    )
+    own, theirs = entropy_errors(dtype, 1.0, 0.3)
+    assert own > 4 * theirs
+
+
+def test_one_slope_alone_keeps_the_range_of_a_scaled_loss() -> None:
+    hidden = torch.zeros(1, 2).half().requires_grad_()
+    weight = torch.tensor([[1e-7, 0.0], [0.0, 4e-7]]).half()
+    logprob = linear_token_logprobs(hidden, weight, torch.tensor([0]))
+    (found,) = autograd.grad(2.0**16 * logprob.sum(), hidden)
+    exact = 2.0**15 * (weight[0] - weight[1]).double()
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-3, atol=0)
+
+
 def test_bf16_logits_would_not_pass() -> None:
     (_, theirs), (_, exact) = errors(torch.bfloat16, True)
     generator = torch.Generator().manual_seed(0)

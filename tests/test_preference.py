@@ -208,6 +208,20 @@ def launches(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[str]
     return names
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_log_probs_with_a_reference_in_fp64(impl, dtype, device) -> None:
+    policy = torch.tensor([-3.0, -2.0], dtype=dtype, device=device, requires_grad=True)
+    ref = torch.tensor([-2.0, -2.5], dtype=torch.float64, device=device)
+    first, second = (torch.tensor([i], device=device) for i in (0, 1))
+    losses, _ = dpo_loss(policy, ref, first, second, beta=0.1, impl=impl)
+    (found,) = torch.autograd.grad(losses.sum(), policy)
+    assert found.dtype == dtype
+    slope = -0.1 / (1 + math.exp(0.1 * (-3 + 2 + 2 - 2.5)))
+    expected = torch.tensor([slope, -slope], dtype=torch.float64)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 # All types against the formulas of their papers.
 
 

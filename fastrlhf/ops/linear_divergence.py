@@ -17,6 +17,7 @@ from .checks import check_same_device, check_shape
 from .divergence import Measure, checked_measure, checked_rows
 from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype, wanted_or_detached
 from .linear_head import Gradients, Head, Weight
+from .linear_plans import room_for_slopes
 from .linear_rows import even_spans, live_rows
 from .transform import Transform, checked_transform
 
@@ -88,8 +89,8 @@ def linear_kl_divergence(
     Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
     values, 1G more for each side whose hidden states alone need a gradient. Where a head needs one,
     backward makes both logits again: 2G, and 1G each for hidden states and weight. Memory: two
-    blocks of logits; a (..., H) tensor kept for each side whose hidden states need a gradient. On a
-    GPU, the count of tokens is awaited once.
+    blocks of logits; a (..., H) tensor kept for each side whose hidden states need a gradient, in
+    their dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
@@ -128,7 +129,10 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx, options, mask, token_temperature, *tensors):
         sides = _sides(options, tensors, ctx.needs_input_grad[3:])
         order = live_rows(mask.reshape(-1).to(torch.int64), 0)
-        slopes = [torch.zeros_like(side.hidden) if _keeps_slope(side) else None for side in sides]
+        slopes = [
+            room_for_slopes(side.hidden, alone=True) if _keeps_slope(side) else None
+            for side in sides
+        ]
         sums = torch.promote_types(sides[0].head.sums, sides[1].head.sums)
         values = torch.zeros(mask.numel(), dtype=sums, device=mask.device)
         with exact(sides[0].hidden):

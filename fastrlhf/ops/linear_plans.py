@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.reference import accumulation_dtype
+
 from .linear_head import Gradients, Head
 from .linear_rows import Block, Rows, Span
 
@@ -138,12 +140,23 @@ def statistics(bench: Workbench, spans: Iterable[Span]) -> Found:
 def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Tensor, Tensor]:
     """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K): P1."""
     found = _room_for_all_tokens(bench)
-    hidden = bench.rows.hidden
-    u_logprob = torch.zeros_like(hidden)
-    u_entropy = torch.zeros_like(hidden if bench.entropy else hidden[:0])
+    u_logprob = room_for_slopes(bench.rows.hidden, alone=not bench.entropy)
+    u_entropy = torch.zeros_like(u_logprob if bench.entropy else u_logprob[:0])
     for span in spans:
         _slopes_of_block(bench, bench.rows.block(span), found, u_logprob, u_entropy)
     return found, u_logprob, u_entropy
+
+
+def room_for_slopes(hidden: Tensor, *, alone: bool) -> Tensor:
+    """Make zeros (N, K) for a slope of each token with respect to its hidden state.
+
+    fp32 where another slope is added to it, for the two may cancel, and where the hidden states are
+    fp16, in which a small slope would lose the places that a large upstream gradient shows.
+    """
+    keeps_its_own = alone and hidden.dtype != torch.float16
+    return torch.zeros_like(
+        hidden, dtype=hidden.dtype if keeps_its_own else accumulation_dtype(hidden.dtype)
+    )
 
 
 def _slopes_of_block(

@@ -58,9 +58,10 @@ def linear_token_stats(
     Cost, in matmuls of the tokens with a target, G = 2·n·V·H operations (ignored tokens cost none):
     G where nothing needs a gradient; 2G in all where hidden alone does, as with LoRA; 4G where the
     weight does too (3G where it alone does): `linear_loss` needs 3G there. The entropy adds 1G
-    where hidden alone needs a gradient. Memory: chunk_size·V logits; a (..., H) tensor kept for the
-    backward where hidden alone needs a gradient, one more with the entropy; an fp32 (V, H) tensor
-    for the gradient of a weight. Logits are fp32, and so are all sums; on CUDA, where inputs are
+    where hidden alone needs a gradient. Memory: chunk_size·V logits; where hidden alone needs a
+    gradient, a (..., H) tensor kept for the backward in the dtype of hidden, but fp32 for fp16;
+    with the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the gradient of a
+    weight. Logits are fp32, and so are all sums; on CUDA, where inputs are
     bf16 or fp16, the gradient of the logits is rounded to that dtype for its matmuls. Results are
     the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
