@@ -132,6 +132,19 @@ def test_heads_and_chunks(chunk_size, head, trained) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("empty", [0, 2], ids=["chosen", "rejected"])
+def test_a_pair_of_which_one_sequence_has_no_tokens(empty) -> None:
+    tensors, targets, ref = inputs()
+    targets[empty] = -100
+    losses, _ = linear(tensors, targets, ref, "sigmoid")
+    expected, _ = plain(tensors, targets, ref, "sigmoid")
+    torch.testing.assert_close(losses, expected)
+    found, wanted = (torch.autograd.grad(x.mean(), tensors) for x in (losses, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert found[0][2 - empty].nan_to_num().any()  # the other sequence of the pair
+
+
 def test_the_bias_alone_and_the_weight_alone() -> None:
     for alone in (1, 2):
         tensors, targets, ref = inputs()

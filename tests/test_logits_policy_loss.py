@@ -280,6 +280,68 @@ def test_an_old_policy_far_away_makes_no_nan(impl, surrogate, offset, device) ->
 
 
 @BACKENDS
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+def test_a_ratio_in_fp64_reaches_beyond_that_of_fp32(surrogate, impl, device) -> None:
+    given = problem(40, torch.float64, device)
+    given.tensors["old_logprobs"] -= 300
+    given.tensors["advantages"] = -given.tensors["advantages"].abs()
+    options = {"surrogate": surrogate, "clip_high": 1e200}
+    loss, gradient, targets = expected(given, options, {})
+    found, found_gradient, _ = evaluate(given, impl=impl, **options)
+    assert abs(loss) > 1e129
+    assert float(found) == pytest.approx(loss, rel=1e-10)
+    assert_gradient_close(found_gradient, gradient, targets, 1e-10)
+
+
+@BACKENDS
+def test_a_ratio_on_its_bound_is_not_clipped(impl, device) -> None:
+    given = problem(40, torch.float64, device)
+    tensors = given.tensors | {"old_logprobs": None}  # every ratio is 1
+    given = Problem(given.logits, given.targets, given.mask, tensors)
+    free = evaluate(given, impl=impl)
+    bounded = evaluate(given, impl=impl, clip_low=0.0, clip_high=0.0)
+    assert free[1].any()
+    assert torch.equal(bounded[1], free[1])
+    assert not any(bounded[2][f"clip_ratio/{end}_mean"] for end in ("low", "high", "region"))
+
+
+def own_logprobs(given: Problem, impl: str) -> Tensor:
+    """Log-probs of the targets (B, T), in the bits that `logits_policy_loss` has."""
+    targets = torch.where(given.mask, given.targets, -100)
+    if impl == "eager":
+        return fastrlhf.token_logprobs(given.logits, targets, impl="eager")
+    zeros = torch.zeros_like(given.tensors["advantages"])
+    settings = [0.8, 1.2, math.inf, 1.0, 1.05, 0.0, 0.0]
+    _, logprobs, _ = torch.ops.fastrlhf.policy_loss(
+        torch.empty_like(given.logits), given.logits, targets, None, None, zeros, zeros, None, 1.0,
+        None, 1.0, "plain", "k1", settings, -100, False,
+    )  # fmt: skip
+    return logprobs.view(targets.shape)
+
+
+@BACKENDS
+@pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
+def test_at_the_reference_itself_a_penalty_has_slope_zero(estimator, impl, device) -> None:
+    given = problem(40, torch.float32, device)
+    given.tensors["ref_logprobs"] = own_logprobs(given, impl)
+    loss, gradient, _ = evaluate(given, impl=impl)
+    options = {"kl_coef": 10.0, "kl_estimator": estimator}
+    penalised, same, metrics = evaluate(given, impl=impl, **options)
+    assert metrics["kl"] == 0
+    assert torch.equal(penalised, loss) and torch.equal(same, gradient)
+
+
+@BACKENDS
+def test_a_clipped_token_keeps_the_gradient_of_its_entropy(impl, device) -> None:
+    given = problem(40, torch.float64, device)
+    options = {"entropy_coef": 0.05}
+    assert_right(given, impl, options)
+    clipped = evaluate(given, impl=impl)[1].view(given.logits.shape)[0, 0]
+    assert not clipped.any()
+    assert evaluate(given, impl=impl, **options)[1].view(given.logits.shape)[0, 0].any()
+
+
+@BACKENDS
 def test_masked_vocabulary_makes_no_nan(impl, device) -> None:
     given = problem(5000, torch.float32, device)
     given.logits[0, 0, :4500] = -torch.inf

@@ -155,6 +155,19 @@ def test_a_head_with_a_lora_adapter(dropout) -> None:
         )
 
 
+@torch.no_grad()
+def test_a_merged_adapter_that_is_switched_off_takes_no_part() -> None:
+    model, inputs = with_lora(make("Llama"), "lm_head"), batch()
+    with model.disable_adapter():
+        plain = expected(model, inputs)[0]
+    model.merge_adapter()
+    merged = expected(model, inputs)[0]
+    assert not torch.allclose(merged, plain, atol=0.1)
+    with model.disable_adapter():
+        found = fastrlhf.model_token_stats(model, **inputs).logprob
+    torch.testing.assert_close(found.double(), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_adapter_dropout_in_training_passes_the_check() -> None:
     model = with_lora(make("Llama"), "lm_head", lora_dropout=0.5).train()
     inputs = batch()
@@ -341,6 +354,16 @@ def test_temperature_for_each_token_and_gradient_checkpointing() -> None:
     model.activation_checkpointing_enable()
     fastrlhf.model_token_stats(model, **inputs, temperature=0.5).logprob.sum().backward()
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, before)
+
+
+def test_temperatures_belong_to_the_tokens_that_they_are_given_for() -> None:
+    model, inputs = make("Llama"), batch()
+    temperature = torch.linspace(0.3, 3.0, 24).view(3, 8)
+    stats = fastrlhf.model_token_stats(model, **inputs, temperature=temperature)
+    torch.testing.assert_close(
+        stats.logprob.double(), expected(model, inputs, temperature[..., None])[0],
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -216,6 +216,17 @@ def test_nan_where_the_mask_is_set_is_not_hidden() -> None:
         assert evaluate(arguments)[0].isnan(), name
 
 
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo"])
+def test_a_nan_that_counts_reaches_the_gradient_of_its_token_alone(surrogate: str) -> None:
+    arguments = batch() | {"surrogate": surrogate}
+    clean = evaluate(arguments)[1]
+    arguments["logprobs"][0, 1] = math.nan
+    gradient = evaluate(arguments)[1]
+    assert gradient[0, 1].isnan()
+    clean[0, 1] = gradient[0, 1] = 0.0
+    assert torch.equal(gradient, clean)
+
+
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_a_token_that_the_policy_forbids_makes_no_nan_without_an_advantage(surrogate: str) -> None:
     arguments = batch() | {"surrogate": surrogate}

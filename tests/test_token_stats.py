@@ -150,6 +150,22 @@ def test_a_probability_of_nearly_one_keeps_its_relative_accuracy(impl, dtype, de
 
 
 @BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_probability_of_nine_tenths_and_more_keeps_its_relative_accuracy(
+    impl, dtype, device
+) -> None:
+    # Where the rest weighs little beside the target, the sum of both is rounded.
+    logits = torch.zeros(500, 2, dtype=dtype, device=device)
+    logits[:, 1] = torch.linspace(2.0, 7.0, 500, dtype=dtype)
+    targets = torch.ones(500, dtype=torch.long, device=device)
+    expected = token_stats_oracle(logits, targets)
+    stats, _ = evaluate(logits, targets, impl=impl)
+    torch.testing.assert_close(
+        stats.logprob.cpu().double(), expected.logprob, rtol=24 * torch.finfo(dtype).eps, atol=0
+    )
+
+
+@BACKENDS
 def test_masked_vocabulary_makes_no_nan_wherever_it_stands(impl, device) -> None:
     vocab = 40000  # more than two splits
     logits = torch.randn(7, vocab, device=device)
@@ -382,6 +398,29 @@ def test_overwritten_logits_are_refused_by_autograd(impl, device) -> None:
     for later in (logprobs, other_loss):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             later.sum().backward()
+
+
+@BACKENDS
+@pytest.mark.parametrize("step", [1, 19])
+def test_overlapping_windows_are_not_overwritten(impl, step, device) -> None:
+    memory = torch.randn(60, device=device)
+    before, targets = memory.clone(), torch.tensor([1, 2, 3], device=device)
+    windows = memory.unfold(0, 20, step)[:3]
+    _, expected = evaluate(windows, targets, impl=impl)
+    leaf = windows.requires_grad_()
+    fastrlhf.token_logprobs(leaf, targets, impl=impl, inplace_backward=True).sum().backward()
+    assert torch.equal(leaf.grad, expected)
+    assert torch.equal(memory.detach(), before)
+
+
+@BACKENDS
+def test_windows_that_only_touch_are_overwritten(impl, device) -> None:
+    memory = torch.randn(60, device=device)
+    windows, targets = memory.unfold(0, 20, 20), torch.tensor([1, 2, 3], device=device)
+    _, expected = evaluate(windows, targets, impl=impl)
+    leaf = windows.requires_grad_()
+    fastrlhf.token_logprobs(leaf, targets, impl=impl, inplace_backward=True).sum().backward()
+    assert torch.equal(memory.detach(), expected.view(-1))
 
 
 @BACKENDS

@@ -794,6 +794,18 @@ def test_what_is_outside_of_the_mask_can_be_anything(device) -> None:
         assert torch.equal(stepped(device, mask=kind), stepped(device))
 
 
+def test_old_logprobs_far_away_make_no_nan(device) -> None:
+    batch = Batch(device)
+    near = fastrlhf.token_logprobs(batch.policy(), batch.targets).detach()
+    far = near.clone()
+    far[0, 0] -= 1e4
+    # Without an advantage, else the ratio, although finite, would be all of the surrogate.
+    batch.advantages[0, 0] = 0.0
+    expected = stepped(device, advantages=batch.advantages, old_logprobs=near)
+    found = stepped(device, advantages=batch.advantages, old_logprobs=far)
+    assert torch.equal(found, expected)
+
+
 def test_old_logprobs_of_the_policy_itself_change_nothing(device) -> None:
     batch = Batch(device)
     with torch.no_grad():
