@@ -182,6 +182,29 @@ def test_far_beyond_the_cap_a_gradient_keeps_its_relative_accuracy(impl, dtype, 
 
 
 @BACKENDS
+def test_large_logits_in_several_splits(impl, device) -> None:
+    logits = torch.randn(2, 20011, device=device) * 1e3
+    targets = logits.argmax(-1) - torch.tensor([0, 1], device=device)
+    expected = token_stats_oracle(logits, targets)
+    stats, gradient = evaluate(logits, targets, impl=impl)
+    assert expected.logprob[0] > -1 and expected.logprob[1] < -100
+    torch.testing.assert_close(
+        stats.logprob.cpu().double(), expected.logprob, rtol=1e-5, atol=1e-30
+    )
+    torch.testing.assert_close(gradient.cpu().double(), expected.gradient, rtol=1e-4, atol=1e-9)
+
+
+@BACKENDS
+def test_the_slope_of_either_statistic_may_be_zero(impl, device) -> None:
+    logits, targets, g, h = random_rows(5, 33, device)
+    g[0] = h[1] = g[3] = h[3] = 0.0
+    expected = token_stats_oracle(logits, targets, g=g, h=h)
+    _, gradient = evaluate(logits, targets, g=g, h=h, impl=impl)
+    assert_gradient_close(gradient, expected.gradient, targets, 1e-5)
+    assert gradient[0].any() and gradient[1].any() and not gradient[3].any()
+
+
+@BACKENDS
 def test_masked_vocabulary_makes_no_nan_wherever_it_stands(impl, device) -> None:
     vocab = 40000  # more than two splits
     logits = torch.randn(7, vocab, device=device)
