@@ -7,8 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from support.compare import assert_gradient_close, relative_error
+from support.compare import (
+    assert_as_accurate,
+    assert_gradient_as_accurate,
+    assert_gradient_close,
+    relative_error,
+)
+from support.plain import of_rows, plain_divergence
 from torch import autograd
 
 import fastrlhf
@@ -26,16 +31,8 @@ ALL_MEASURES = pytest.mark.parametrize("measure", MEASURES)
 # One of each kind: where it is the code that matters, and not the numbers.
 KINDS = pytest.mark.parametrize("measure", ["reverse", "forward", "jsd 0.1"])
 
-# Tolerances by dtype, relative. The gradient of a token is its log-ratio less the mean one, which
-# costs fp32 and fp64 some places; below, it is rounded to the dtype of the logits, and the
-# interpreter truncates to bf16: one unit in the last place.
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 5e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-}
-DTYPES = [(dtype, dtype) for dtype in TOLERANCE] + [
+FINE = (torch.float64, torch.float32)
+DTYPES = [(dtype, dtype) for dtype in (*FINE, torch.float16, torch.bfloat16)] + [
     (torch.bfloat16, torch.float32),
     (torch.float64, torch.float16),
     (torch.bfloat16, torch.float64),
@@ -116,9 +113,24 @@ def assert_rows_close(found, expected, mask, tolerance):
     """Compare gradients: the largest entry of each row apart from the others, which it would hide;
     rows off the mask are exactly zero.
     """
-    largest = expected.abs().argmax(1)
-    targets = torch.where(mask.cpu(), largest, -1)
-    assert_gradient_close(found, expected, targets, tolerance)
+    assert_gradient_close(found, expected, largest(expected, mask), tolerance)
+
+
+def assert_rows_as_accurate(found, plain, expected, mask, ulps=None):
+    """The same, with the budget that the plain formula's errors give."""
+    assert_gradient_as_accurate(found, plain, expected, largest(expected, mask), ulps)
+
+
+def largest(gradient, mask):
+    return torch.where(mask.cpu(), gradient.abs().argmax(1), -1)
+
+
+def assert_close_to_oracle(found, plain, expected):
+    """Compare values, and both gradients entry by entry."""
+    for name, own, by_plain, exact in zip(
+        ("value", "policy", "reference"), found, plain, expected, strict=True
+    ):
+        assert_as_accurate(own, by_plain, exact, size=1.0 if name == "value" else None, of=name)
 
 
 def transform_of(kind: str, rows: int, device) -> dict:
@@ -155,13 +167,16 @@ def test_values_and_gradients_match_the_oracle(impl, measure, dtypes, kind, devi
     found = evaluate(logits, ref, g=g, mask=mask, impl=impl, **options)
     wider = torch.promote_types(torch.promote_types(*dtypes), torch.float32)
     assert found[0].dtype == wider and found[0][1] == 0
-    exact = TOLERANCE[wider]
-    torch.testing.assert_close(found[0].cpu().double(), expected[0], rtol=exact, atol=exact)
-    for gradient, of_oracle, dtype in zip(found[1:], expected[1:], dtypes, strict=True):
+    plain = of_rows(logits, ref, mask, g, **options)
+    assert_as_accurate(found[0], plain[0], expected[0], size=max(1.0, expected[0].max()))
+    for gradient, by_plain, of_oracle, dtype in zip(
+        found[1:], plain[1:], expected[1:], dtypes, strict=True
+    ):
         assert gradient.dtype == dtype
-        # Of two tokens, one may have nearly all probability: the log-ratio less the mean cancels.
-        slack = 20 if vocab == 2 and dtype == wider else 1
-        assert_rows_close(gradient, of_oracle, mask, slack * max(TOLERANCE[dtype], exact))
+        # The log-ratio of a token less the mean one: terms of a few units that cancel.
+        assert_rows_as_accurate(
+            gradient, by_plain, of_oracle, mask, 32.0 if dtype in FINE else None
+        )
 
 
 @BACKENDS
@@ -172,12 +187,11 @@ def test_any_shape(impl, measure, shape, device) -> None:
     values, *gradients = evaluate(logits, ref, impl=impl, **MEASURES[measure])
     assert values.shape == shape[:-1]
     rows = [x.reshape(-1, shape[-1]) for x in (logits, ref)]
-    for found, expected in zip(
-        (values, *gradients), oracle(*rows, **MEASURES[measure]), strict=True
-    ):
-        torch.testing.assert_close(
-            found.reshape(expected.shape).cpu().double(), expected, rtol=1e-5, atol=1e-6
-        )
+    assert_close_to_oracle(
+        (values, *gradients),
+        of_rows(logits, ref, None, None, **MEASURES[measure]),
+        oracle(*rows, **MEASURES[measure]),
+    )
 
 
 @BACKENDS
@@ -201,8 +215,9 @@ def test_the_jsd_is_symmetric(impl, beta, device) -> None:
     logits, ref = random_pair(2, 200, device)
     one = evaluate(logits, ref, direction="jsd", beta=beta, impl=impl)
     two = evaluate(ref, logits, direction="jsd", beta=1 - beta, impl=impl)
-    for a, b in zip(one, (two[0], two[2], two[1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+    exact = oracle(logits, ref, direction="jsd", beta=beta)
+    assert_close_to_oracle(one, (two[0], two[2], two[1]), exact)
+    assert_close_to_oracle((two[0], two[2], two[1]), one, exact)
 
 
 def wrong_gradients(logits, ref, true, **options):
@@ -237,7 +252,7 @@ def test_the_gradient_comparison_rejects_mutants(options) -> None:
     assert_rows_close(true, true, mask, 0.0)
     for name, wrong in wrong_gradients(logits, ref, true, **options).items():
         with pytest.raises(AssertionError, match="error of"):
-            assert_rows_close(wrong, true, mask, 10 * TOLERANCE[torch.float32])
+            assert_rows_close(wrong, true, mask, 5e-5)
             pytest.fail(f"passed: {name}", pytrace=False)
 
 
@@ -253,22 +268,9 @@ def test_the_comparison_of_values_rejects_mutants() -> None:
         assert relative_error(oracle(logits, ref, **wrong)[0], true) > 1e-2
 
 
-def eager_in_fp32(logits, ref, *, direction, beta=0.5, temperature=1.0):
-    """The formulas as trainers write them, with their gradients for g = 1."""
-    x, y = (t.detach().float().requires_grad_() for t in (logits, ref))
-    log_p, log_q = (F.log_softmax(t / temperature, -1) for t in (x, y))
-    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
-    if direction == "jsd":
-        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
-        values = beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
-    else:
-        values = kl(log_p, log_q) if direction == "reverse" else kl(log_q, log_p)
-    return values.detach(), *autograd.grad(values.sum(), (x, y))
-
-
 def assert_within_budget(logits, ref, ours, options) -> None:
     """Assert that value and gradients err at most twice as much as the eager formula in fp32."""
-    expected, eager = oracle(logits, ref, **options), eager_in_fp32(logits, ref, **options)
+    expected, eager = oracle(logits, ref, **options), of_rows(logits, ref, None, None, **options)
     rounding = torch.finfo(torch.float32).eps
     # A log-ratio rounds, and the mean one that cancels it, differently.
     p, q = (torch.softmax(x.cpu().double() / 0.7, -1) for x in (logits, ref))
@@ -318,7 +320,7 @@ def test_nearly_equal_distributions_keep_the_accuracy_of_the_formula(
     ref = logits + step * torch.randn(4, 700, device=device)
     expected = oracle(logits, ref, **MEASURES[measure])
     ours = evaluate(logits, ref, impl=impl, **MEASURES[measure])
-    eager = eager_in_fp32(logits, ref, **MEASURES[measure])
+    eager = of_rows(logits, ref, None, None, **MEASURES[measure])
     rounding = torch.finfo(torch.float32).eps
     assert (ours[0] >= -10 * rounding).all()
     for own, plain, exact in zip(ours, eager, expected, strict=True):
@@ -404,7 +406,7 @@ def test_an_offset_of_one_side_costs_nothing(impl, measure, offset, device) -> N
     logits, ref = random_pair(4, 300, device)
     for x, y in ((logits + offset, ref), (logits, ref - offset)):
         expected = oracle(x, y, **MEASURES[measure])
-        plain = eager_in_fp32(x, y, **MEASURES[measure])
+        plain = of_rows(x, y, None, None, **MEASURES[measure])
         found = evaluate(x, y, impl=impl, **MEASURES[measure])
         for own, theirs, exact in zip(found, plain, expected, strict=True):
             bound = 2 * relative_error(theirs, exact) + 2e-6
@@ -459,13 +461,14 @@ def test_masked_vocabulary_makes_no_nan_wherever_it_stands(impl, measure, device
     options = MEASURES[measure] | {"temperature": 0.7}
     expected = oracle(logits, ref, **options)
     found = evaluate(logits, ref, impl=impl, **options)
-    torch.testing.assert_close(found[0].cpu().double(), expected[0], rtol=5e-6, atol=1e-6)
+    plain = of_rows(logits, ref, None, None, **options)
+    assert_as_accurate(found[0], plain[0], expected[0], size=1.0)
     regular = [0, 1, 2, 4]
     every = torch.ones(4, dtype=torch.bool)
-    for gradient, of_oracle in zip(found[1:], expected[1:], strict=True):
-        assert gradient.isfinite().all()
-        assert_rows_close(gradient[regular], of_oracle[regular], every, 5e-6)
-        torch.testing.assert_close(gradient[3].cpu().double(), of_oracle[3], rtol=0, atol=1e-6)
+    for own, by_plain, exact in zip(found[1:], plain[1:], expected[1:], strict=True):
+        assert own.isfinite().all()
+        assert_rows_as_accurate(own[regular], by_plain[regular], exact[regular], every, 32.0)
+        assert_as_accurate(own[3], by_plain[3], exact[3], size=1.0)
 
 
 @BACKENDS
@@ -480,8 +483,9 @@ def test_masked_vocabulary_makes_no_nan_in_a_gradient_to_be_differentiated(
     sides = logits.requires_grad_(), ref.requires_grad_()
     values = fastrlhf.kl_divergence(*sides, impl=impl, **MEASURES[measure])
     found = autograd.grad(values.sum(), sides, create_graph=True)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    exact = oracle(logits, ref, **MEASURES[measure])[1:]
+    for a, b, right in zip(found, expected, exact, strict=True):
+        assert_as_accurate(a, b, right)
     norms = sum(gradient.square().sum() for gradient in found)
     assert all(gradient.isfinite().all() for gradient in autograd.grad(norms, sides))
 
@@ -496,15 +500,14 @@ def test_where_only_one_side_is_possible(impl, device) -> None:
         # The other way round, terms without probability are nothing, whatever the other side is.
         options = {"direction": direction}
         found = evaluate(narrow, wide, impl=impl, **options)
-        expected = oracle(narrow, wide, **options)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a.cpu().double(), b, rtol=5e-6, atol=1e-6)
+        plain = of_rows(narrow, wide, None, None, **options)
+        assert_close_to_oracle(found, plain, oracle(narrow, wide, **options))
     # The mixture of a jsd is possible wherever a side is.
     for beta in (0.1, 0.5):
-        found = evaluate(logits, ref, direction="jsd", beta=beta, impl=impl)
-        expected = oracle(logits, ref, direction="jsd", beta=beta)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a.cpu().double(), b, rtol=5e-6, atol=1e-6)
+        options = {"direction": "jsd", "beta": beta}
+        found = evaluate(logits, ref, impl=impl, **options)
+        plain = of_rows(logits, ref, None, None, **options)
+        assert_close_to_oracle(found, plain, oracle(logits, ref, **options))
 
 
 @BACKENDS
@@ -521,7 +524,9 @@ def test_a_probability_that_rounds_to_zero_counts_as_zero(impl, gap, device) -> 
         return
     without = torch.arange(3000, device=device) != 1
     expected = evaluate(logits[:, without], ref[:, without], impl=impl)
-    torch.testing.assert_close(values, expected[0], rtol=1e-5, atol=0)
+    exact = oracle(logits[:, without], ref[:, without], direction="reverse")[0]
+    # Of log-ratios as large as the gap.
+    assert_as_accurate(values, expected[0], exact, size=max(gap, float(exact)))
     assert d_logits.isfinite().all() and d_ref.isfinite().all()
 
 
@@ -641,8 +646,8 @@ def test_layouts_do_not_matter(impl, layout, device) -> None:
         x, y = (side.detach().requires_grad_() for side in sides)
         values = fastrlhf.kl_divergence(x, y, **options)
         found = values, *autograd.grad(values.sum(), (x, y))
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        exact = oracle(*(x.flatten(0, 1) for x in contents), mask.flatten(), **MEASURES["jsd 0.1"])
+        assert_close_to_oracle(found, expected, exact)
 
 
 @BACKENDS
@@ -654,10 +659,10 @@ def test_expanded_rows_and_upstream_gradients(impl, measure, device) -> None:
     values = fastrlhf.kl_divergence(*sides, impl=impl, **MEASURES[measure])
     found = autograd.grad(values.mean(), (row, ref))
     value, d_row, d_ref = oracle(row.expand(2, 1, 30)[:, 0], ref[:, 0], **MEASURES[measure])
-    close = {"rtol": 1e-5, "atol": 1e-7}
-    torch.testing.assert_close(values.cpu().double(), value[:, None].expand(2, 3), **close)
-    torch.testing.assert_close(found[0].cpu().double(), d_row.mean(0)[None, None], **close)
-    torch.testing.assert_close(found[1].cpu().double(), d_ref[:, None] / 2, **close)
+    by_plain = plain_divergence(*sides, **MEASURES[measure])
+    plain = by_plain, *autograd.grad(by_plain.mean(), (row, ref))
+    exact = value[:, None].expand(2, 3), d_row.mean(0)[None, None], d_ref[:, None] / 2
+    assert_close_to_oracle((values, *found), plain, exact)
 
 
 @BACKENDS
@@ -727,16 +732,25 @@ def test_a_training_step_compiles_whole(impl, measure, device) -> None:
 
     def step(hidden):
         values = fastrlhf.kl_divergence(
-            hidden @ weight.T, ref, mask=mask, softcap=20.0, impl=impl, **MEASURES[measure]
+            hidden @ weight.T.to(hidden),
+            ref.to(hidden),
+            mask=mask,
+            softcap=20.0,
+            impl=impl,
+            **MEASURES[measure],
         )
         return values.sum() / mask.sum()
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        loss = function(hidden)
-        results.append((loss, *autograd.grad(loss, hidden)))
-    for plain, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(plain, compiled, rtol=1e-5, atol=1e-6)
+    for function, x in (
+        (step, hidden),
+        (torch.compile(step, fullgraph=True, backend="aot_eager"), hidden),
+        (step, hidden.detach().double().requires_grad_()),
+    ):
+        loss = function(x)
+        results.append((loss, *autograd.grad(loss, x)))
+    for plain, compiled, exact in zip(*results, strict=True):
+        assert_as_accurate(compiled, plain, exact)
 
 
 @BACKENDS
@@ -792,12 +806,12 @@ def test_divergences_are_not_negative() -> None:
         rounding = 4 * torch.finfo(torch.float32).eps * (1 + spread + apart)
         flat = [side.reshape(-1, vocab) for side in (x, y)]
         expected = oracle(*flat, **measure)[0]
+        by_plain = plain_divergence(*flat, **measure)
         for impl in IMPLS:
             values = fastrlhf.kl_divergence(x, y, impl=impl, **measure)
             assert values.shape == tuple(lead)
             assert (values >= -rounding).all()
-            error = (values.reshape(-1).cpu().double() - expected).abs()
-            assert (error <= rounding + 5e-6 * expected).all()
+            assert_as_accurate(values.reshape(-1), by_plain, expected, size=1 + spread + apart)
 
     check()
 

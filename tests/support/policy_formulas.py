@@ -46,9 +46,12 @@ class PolicyCase:
 
 @dataclass(frozen=True)
 class PolicyExpectation:
-    """The loss, and its gradients with respect to log-probs and entropies (B, T), in fp64."""
+    """The loss, and its gradients with respect to log-probs and entropies (B, T), in fp64; and the
+    size of the tokens' losses, which may cancel in it.
+    """
 
     loss: float
+    size: float
     d_logprobs: Tensor
     d_entropy: Tensor
 
@@ -123,13 +126,14 @@ def _share(case: PolicyCase, b: int) -> mpf:
 def expected_policy(case: PolicyCase) -> PolicyExpectation:
     """Evaluate the loss and its derivatives."""
     shape = tuple(case.mask.shape)
-    total = mpf(0)
+    total = size = mpf(0)
     d_logprobs, d_entropy = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     for b in range(shape[0]):
         # What is masked may be no number, and is never looked at.
         held = [_at(case.logprobs, b, t) if case.mask[b, t] else mpf(0) for t in range(shape[1])]
         share = _share(case, b)
-        total += share * sum(_sequence_losses(case, b, held, held), start=mpf(0))
+        losses = [share * x for x in _sequence_losses(case, b, held, held)]
+        total, size = total + sum(losses), size + sum(map(abs, losses))
         for t in range(shape[1]):
             if not case.mask[b, t]:
                 continue
@@ -139,4 +143,4 @@ def expected_policy(case: PolicyCase) -> PolicyExpectation:
                 sides.append(sum(_sequence_losses(case, b, moved, held)))
             d_logprobs[b, t] = float(share * (sides[0] - sides[1]) / (2 * _STEP))
             d_entropy[b, t] = float(-share * mpf(case.entropy_coef))
-    return PolicyExpectation(float(total), d_logprobs, d_entropy)
+    return PolicyExpectation(float(total), float(size), d_logprobs, d_entropy)
