@@ -506,6 +506,18 @@ def test_forbidden_tokens_and_huge_advantages_agree_in_all_forms(device) -> None
 
 
 @BACKENDS
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_forbidden_token_without_an_advantage_has_an_entropy(surrogate, impl, device) -> None:
+    given = problem(40, torch.float32, device)
+    given.logits[0, 0, given.targets[0, 0]] = -torch.inf
+    given.tensors["advantages"][0, 0] = 0.0
+    options = {"impl": impl, "surrogate": surrogate, "entropy_coef": 0.1}
+    loss, gradient, _ = evaluate(given, **options)
+    assert loss.isfinite() and gradient.isfinite().all()
+    assert gradient[0].any()
+
+
+@BACKENDS
 def test_a_ratio_at_its_end_times_a_huge_advantage_makes_no_nan(impl, device) -> None:
     given = problem(30, torch.float32, device)
     given.tensors["old_logprobs"] -= 100
