@@ -46,6 +46,24 @@ def capped_logits(logits: Tensor, softcap: float | None, scale: float) -> Tensor
     return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
 
 
+def cap_slope(logits: Tensor, softcap: float, scale: float) -> Tensor:
+    """Compute 1 - tanh²(scale·x / softcap), without its cancellation where the cap saturates.
+
+    As 4d/(1 + d)² with d = e^-2|·|, since the bits of PyTorch's cosh depend on where in memory a
+    number lies.
+    """
+    decay = logits.abs().mul_(-2 * scale / softcap).exp_()
+    return decay.mul(4).div_(decay.add_(1).square_())
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Sum (..., V) to (..., 1). A lone row comes twice, for PyTorch would sum it in as many parts
+    as there are threads, and its bits would not be those that it has among others.
+    """
+    lone = x.ndim == 2 and x.shape[0] == 1
+    return (x.expand(2, -1) if lone else x).sum(-1, keepdim=True)[: x.shape[0]]
+
+
 def token_stats(
     logits: Tensor,
     targets: Tensor,
@@ -126,7 +144,7 @@ def token_stats_forward(
     target_shifted, target_weight = shifted.gather(-1, index), weight.gather(-1, index)
     # Without the target in it, the sum stays accurate where p(target) → 1: see
     # kernels/token_stats.py.
-    rest = weight.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
+    rest = row_sums(weight.scatter_(-1, index, 0.0))
     logprob = F.logsigmoid(target_shifted - rest.log())
     total = rest + target_weight
     log_norm = total.log()
@@ -134,9 +152,7 @@ def token_stats_forward(
     row_entropy = capped.new_empty(0)
     if entropy:
         # e^-inf·(-inf) counts as 0; a finite stand-in for the exponent lets the product say so.
-        moment = weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)).sum(
-            -1, keepdim=True
-        )
+        moment = row_sums(weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)))
         moment += torch.where(target_weight > 0, target_weight * target_shifted, 0.0)
         row_entropy = torch.where(empty, 0.0, log_norm - moment / total).squeeze(-1)
     logprob = torch.where(empty, -torch.inf, logprob)
@@ -176,8 +192,7 @@ def token_stats_backward(
     if surprise is not None:
         dz.sub_(surprise)
     if softcap is not None:
-        # 1 - tanh², without its cancellation where the cap saturates.
-        dz.mul_(torch.cosh(logits.to(peak.dtype) * (scale / softcap)).square_().reciprocal_())
+        dz.mul_(cap_slope(logits.to(peak.dtype), softcap, scale))
     dz = _divide_(dz, rows_t)
     return dz if scale == 1.0 else dz.mul_(scale)
 
@@ -346,7 +361,7 @@ def distribution(
     empty = peak == -torch.inf
     z, peak = torch.where(empty, 0.0, z), torch.where(empty, 0.0, peak)
     shifted = (z - peak) / temperature
-    log_norm = torch.logsumexp(shifted, dim=-1, keepdim=True)
+    log_norm = row_sums(shifted.exp()).log()
     return Distribution(z, peak, log_norm, (shifted - log_norm).exp(), empty.squeeze(-1))
 
 
@@ -416,7 +431,7 @@ def surplus(p: Tensor, q: Tensor, w: Tensor) -> Tensor:
     """Compute Σ(q - p) (...) with w = ln p - ln q: what the rounding of the normalisers makes of
     0.
     """
-    return torch.where(w.abs() < 0.5, p * torch.expm1(-w), q - p).sum(-1)
+    return row_sums(torch.where(w.abs() < 0.5, p * torch.expm1(-w), q - p)).squeeze(-1)
 
 
 def divergence(
@@ -440,7 +455,7 @@ def divergence(
     )
     w = log_ratio(p, q, rows_t)
     terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
-    value = terms.sum(-1)
+    value = row_sums(terms).squeeze(-1)
     # A surplus s of q, which is rounding, adds s²/2 to the KL, as much as there is to one of 1e-13.
     curvature = 1.0 if share is None else share * (1 - share)
     rounding = 0.5 * curvature * surplus(p.p, q.p, w).square()
@@ -486,11 +501,10 @@ def divergence_backward(
             w = -log_to_mixture(-w, part, 1 - part)
         # What has no probability takes no part.
         w = torch.where(p.p == 0, 0.0, w)
-        dz = part * p.p * (w - (p.p * w).sum(-1, keepdim=True))
+        dz = part * p.p * (w - row_sums(p.p * w))
     dz = torch.where((p.empty | q.empty).unsqueeze(-1), 0.0, dz * d_values.unsqueeze(-1))
     if softcap is not None:
-        # 1 - tanh², without its cancellation where the cap saturates.
-        dz = dz / torch.cosh(own.to(dz.dtype) * (scale / softcap)).square()
+        dz = dz * cap_slope(own.to(dz.dtype), softcap, scale)
     return _divide_(dz, rows_t) * scale
 
 
@@ -505,7 +519,7 @@ def fisher_product(
     # whatever its tangent is.
     p = torch.where(live.unsqueeze(-1), log_p.exp(), 0.0)
     u = torch.where(p != 0, tangent, 0.0).to(dtype)
-    centred = u - (p * u).sum(-1, keepdim=True)
+    centred = u - row_sums(p * u)
     rows_t = temperature.to(dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     product = p * centred / rows_t**2
-    return product, (product * centred).sum(-1)
+    return product, row_sums(product * centred).squeeze(-1)
