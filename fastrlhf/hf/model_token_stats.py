@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops import shift_targets
+from fastrlhf.ops.backend import is_batched
 from fastrlhf.ops.checks import check_integer, check_mask, check_shape
 from fastrlhf.ops.linear_arguments import checked_problem
 from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
@@ -75,8 +76,9 @@ def model_token_stats(
     gives the logits of its weights, without the rounding of hidden states to 8 bits that the
     module's own forward does.
 
-    The first call for a head compares a few tokens with the model's own logits. Not for use from
-    several threads on one model.
+    The first call for a head compares a few tokens with the model's own logits, and so has to come
+    outside of torch.func.vmap; apart from that, `torch.func` works as in `linear_token_stats`. Not
+    for use from several threads on one model.
 
     Raises:
         ValueError: inputs that do not fit, labels, a model that changes the number of positions.
@@ -181,6 +183,11 @@ class _Scorer:
         self.stats = token_stats_of(problem)
         self.signature = _signature(self.module, parts, self.scale, self.softcap)
         if _checked.get(self.module) != self.signature:
+            if is_batched(targets, hidden):
+                raise RuntimeError(
+                    "model: the first call for a head, which looks at its logits, does not work "
+                    "under torch.func.vmap; call model_token_stats once outside"
+                )
             some = (targets.reshape(-1) != _IGNORED).nonzero()[:_CHECKED_TOKENS, 0]
             if some.numel():
                 head = Head(weights, parts.bias, problem.options.dtype)
@@ -258,4 +265,6 @@ def _signature(
     module: nn.Module, parts: HeadParts, scale: float, softcap: float | None
 ) -> tuple[Any, ...]:
     """What a check of a head is good for."""
-    return type(module), type(parts.weight), len(parts.adapters), scale, softcap
+    # A parameter, and what torch.func.functional_call puts in its place, are of one kind.
+    weight = Tensor if isinstance(parts.weight, Tensor) else type(parts.weight)
+    return type(module), weight, len(parts.adapters), scale, softcap

@@ -154,4 +154,4 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, kind: str = "grpo") -> 
         centred = centred / (variance.sqrt() + 1e-4)
     elif kind == "rloo":
         centred = centred * count / (count - 1).clamp(min=1)
-    return torch.empty_like(centred).index_copy_(0, order, centred)
+    return centred[order.argsort()]

@@ -22,10 +22,11 @@ from fastrlhf.ops import (
     PolicyFormula,
     Weight,
     linear_loss,
+    linear_token_stats,
     policy_loss,
     token_stats,
 )
-from fastrlhf.ops.backend import use_triton
+from fastrlhf.ops.backend import is_batched, under_transform, use_triton
 from fastrlhf.ops.checks import (
     check_floating,
     check_indices_on_host,
@@ -88,7 +89,8 @@ def logits_policy_loss(
     Returns:
         loss and metrics, as `policy_loss`.
 
-    Differentiable, once, with respect to the logits.
+    Differentiable, once, with respect to the logits. Under `torch.func` (grad, vmap, jvp, ...) and
+    forward-mode differentiation it is `policy_loss` of `token_stats`.
 
     The kernel reads the logits twice, the second time mostly from the cache, and writes the
     gradient once. Tokens outside of the mask are not read, nor are those without an advantage,
@@ -117,7 +119,7 @@ def logits_policy_loss(
         # The scale that keeps fp16 gradients from vanishing comes with the backward.
         and logits.dtype != torch.float16
     )  # fmt: skip
-    if use_triton(impl, logits) and one_launch:
+    if use_triton(impl, logits) and one_launch and not under_transform():
         loss, logprobs, entropies = policy_loss(
             logits, targets, batch.tokens, transform, _formula(options),
             ignore_index=_IGNORED, entropy=with_entropy, inplace=inplace_backward,
@@ -171,7 +173,8 @@ def linear_policy_loss(
     Returns:
         loss and metrics, as `policy_loss`.
 
-    Differentiable, once, with respect to hidden, weight and bias.
+    Differentiable, once, with respect to hidden, weight and bias. Under `torch.func` (grad, vmap,
+    jvp, ...) and forward-mode differentiation it is `policy_loss` of `linear_token_stats`.
 
     Cost, in matmuls G of the active tokens: G without gradients, 2G where hidden or the head alone
     needs one, 3G for both, with an entropy bonus too. Active are the tokens of the mask, without
@@ -214,6 +217,14 @@ def linear_policy_loss(
     # A weight that is none is refused by linear_loss, by its name.
     vocab = weight.shape[0] if getattr(weight, "ndim", 0) else torch.iinfo(torch.int64).max
     active_targets = _active_targets(targets, batch, vocab)
+    if under_transform():
+        stats = linear_token_stats(
+            hidden, weight, active_targets, bias=bias, temperature=temperature, softcap=softcap,
+            scale=scale, ignore_index=_IGNORED, entropy=with_entropy, chunk_size=chunk_size,
+            impl=impl,
+        )  # fmt: skip
+        loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
+        return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
     token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
     sequence = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
     loss, aux = linear_loss(
@@ -233,7 +244,7 @@ def linear_policy_loss(
 
 def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int) -> Tensor:
     """Targets (B, T) of the active tokens, all others ignored."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not is_batched(targets, batch.mask):
         wanted = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
         check_indices_on_host("targets", wanted, vocab, what)

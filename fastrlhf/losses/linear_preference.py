@@ -15,7 +15,12 @@ from fastrlhf.losses.preference import dpo_loss
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
-from fastrlhf.ops.backend import outside_of_graphs, refuse_second_derivative
+from fastrlhf.ops.backend import (
+    outside_of_graphs,
+    refuse_second_derivative,
+    refuse_transforms,
+    under_transform,
+)
 from fastrlhf.ops.checks import check_integer
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
@@ -74,7 +79,8 @@ def linear_dpo_loss(
     Returns:
         losses (P,), not reduced, and rewards (B,), detached; fp32 (fp64 for fp64 hidden states).
 
-    Differentiable with respect to hidden, weight, bias and ref_logps.
+    Differentiable with respect to hidden, weight, bias and ref_logps; under `torch.func` (grad,
+    vmap, jvp, ...) and forward-mode differentiation too, where the logits are built.
 
     Cost, in matmuls G of the tokens with a target: G without gradients; 2G where hidden alone needs
     one; 3G where the weight does too, by `linear_loss` on groups of sequences that share a pair.
@@ -111,6 +117,7 @@ def linear_dpo_loss(
         and isinstance(weight, Tensor)
         and not differentiable_ref
         and loss_type not in _OF_THE_BATCH
+        and not under_transform()
     ):
         pairs = yw_idxs, yl_idxs
         grouped = outside_of_graphs(_grouped_losses)
@@ -197,6 +204,7 @@ class _SummedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_losses):
         refuse_second_derivative("linear_dpo_loss", "linear_token_stats")
+        refuse_transforms("linear_dpo_loss's backward", "linear_token_stats", d_losses)
         nothing = (None, None, None, None, None, None)
         if d_losses.numel() == 0:
             return nothing

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.segments import suffix_scan
+from fastrlhf.ops.backend import is_batched
 from fastrlhf.ops.checks import (
     check_finite,
     check_floating,
@@ -99,6 +100,7 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; two items of one rank.
+        RuntimeError: groups or ranks that torch.func.vmap batches; it may batch scores.
 
     Source: Plackett (1975), Luce (1959); 2305.18290 appendix A.3.
     """
@@ -109,6 +111,11 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
         check_integer(name, x)
         check_shape(name, x, tuple(scores.shape), "the shape of scores")
         check_same_device(name, x, "scores", scores)
+    if is_batched(groups, ranks):
+        raise RuntimeError(
+            "plackett_luce_loss: does not work with groups or ranks batched by torch.func.vmap, "
+            "for what they hold decides how many losses there are; give all rankings in one call"
+        )
     order = ranks.argsort(stable=True)
     order = order[groups[order].argsort(stable=True)]
     ids, places = wide_integers(groups)[order], ranks[order]

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -58,6 +59,47 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
             f"before Python starts; got {tensor.device}"
         )
     return True
+
+
+def under_transform(*upstream: Tensor | None) -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work, or
+    upstream gradients are many at once (is_grads_batched).
+
+    None of them knows the derivatives and batches of our operators: what runs under them is the
+    definition in plain PyTorch.
+    """
+    if torch._C._are_functorch_transforms_active():  # known to the compiler
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream)
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether torch.func.vmap hides what one of the tensors holds, so that it cannot be checked."""
+    return any(x is not None and _is_batched(x) for x in tensors)
+
+
+def _is_batched(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def refuse_transforms(function: str, alternative: str, *upstream: Tensor) -> None:
+    """Raise under a transform, for a function that has no definition to fall back on."""
+    if under_transform(*upstream):
+        raise RuntimeError(
+            f"{function}: does not work under torch.func transforms or forward-mode "
+            f"differentiation; use {alternative}"
+        )
 
 
 def refuse_second_derivative(function: str, alternative: str) -> None:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .backend import is_batched
+
 FLOATING_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -74,7 +76,7 @@ def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> Non
     """Raise ValueError for an index outside [0, size), on the CPU only: elsewhere it would
     synchronise.
     """
-    if index.device.type != "cpu" or index.numel() == 0:
+    if index.device.type != "cpu" or index.numel() == 0 or is_batched(index):
         return
     index = wide_integers(index)
     outside = (index < 0) | (index >= size)

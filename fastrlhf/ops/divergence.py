@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import use_triton
+from .backend import check_impl, under_transform, use_triton
 from .checks import (
     check_between,
     check_floating,
@@ -20,7 +20,12 @@ from .checks import (
 )
 from .eager_rows import chunks, of_rows, take_rows
 from .token_stats import rows_of
-from .transform import check_temperatures_on_host, checked_transform, flat_temperature
+from .transform import (
+    Transform,
+    check_temperatures_on_host,
+    checked_transform,
+    flat_temperature,
+)
 
 DIRECTIONS = ("reverse", "forward", "jsd")
 
@@ -86,7 +91,8 @@ def kl_divergence(
         one, or for the jsd either side, the value is 0; the gradient is 0 where either side is one.
 
     Differentiable with respect to logits and ref_logits, twice if need be (the second derivative
-    runs eagerly and builds tensors of the size of the logits).
+    runs eagerly and builds tensors of the size of the logits). Under `torch.func` (grad, vmap, jvp,
+    ...) and forward-mode differentiation, all of it runs so.
 
     Of two nearly equal distributions too, the value has few wrong places, and none is negative:
     each token adds q - p + p·ln(p/q), not p·ln(p/q), whose sum would cancel.
@@ -108,9 +114,24 @@ def kl_divergence(
     mask = checked_rows(mask, logits, "logits")
     transform = checked_transform(temperature, softcap, scale, mask)
     measure = checked_measure(direction, beta)
+    if under_transform():
+        check_impl(impl)
+        return definition(logits, ref_logits, mask, transform, measure)
     sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
     values, _ = _forward(*sides, mask, *transform, measure.share, impl)
     return values.view(mask.shape)
+
+
+def definition(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor, transform: Transform, measure: Measure
+) -> Tensor:
+    """Compute the divergence by what torch.func can differentiate and batch."""
+    check_temperatures_on_host(transform.token_temperature, mask)
+    sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
+    return reference.divergence(
+        *sides, mask, share=measure.share, temperature=transform.of_rows,
+        softcap=transform.softcap, scale=transform.scale,
+    )  # fmt: skip
 
 
 def checked_rows(mask: Tensor | None, logits: Tensor, name: str) -> Tensor:
@@ -228,17 +249,20 @@ def _autograd(ctx, d_values, _):
     logits_p, logits_q, mask, token_temperature, stats = ctx.saved_tensors
     temperature, softcap, scale, share, impl = ctx.options
     wanted = ctx.needs_input_grad[:2]
-    if torch.is_grad_enabled():
-        # The gradient is itself to be differentiated (create_graph): take it by autograd, with
-        # respect to views, so that a path from one side to the other is not walked here.
-        sides = logits_p.view_as(logits_p), logits_q.view_as(logits_q)
-        value = reference.divergence(
-            sides[0], sides[1], mask, share=share, softcap=softcap, scale=scale,
-            temperature=temperature if token_temperature is None else token_temperature,
-        )  # fmt: skip
+    if torch.is_grad_enabled() or under_transform(d_values):
+        # The gradient is itself to be differentiated (create_graph), or one of many at once
+        # (is_grads_batched): take it by autograd, with respect to views, so that a path from one
+        # side to the other is not walked here.
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            sides = logits_p.view_as(logits_p), logits_q.view_as(logits_q)
+            value = reference.divergence(
+                sides[0], sides[1], mask, share=share, softcap=softcap, scale=scale,
+                temperature=temperature if token_temperature is None else token_temperature,
+            )  # fmt: skip
         inputs = [x for x, want in zip(sides, wanted, strict=True) if want]
         upstream = d_values.view(value.shape)
-        found = iter(torch.autograd.grad(value, inputs, upstream, create_graph=True))
+        found = iter(torch.autograd.grad(value, inputs, upstream, create_graph=again))
         gradients = [next(found) if want else None for want in wanted]
     else:
         transform = (token_temperature, temperature, softcap, scale)

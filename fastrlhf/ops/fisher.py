@@ -8,7 +8,13 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import outside_of_graphs, use_triton
+from .backend import (
+    check_impl,
+    outside_of_graphs,
+    refuse_transforms,
+    under_transform,
+    use_triton,
+)
 from .checks import check_floating, check_same_device, check_shape
 from .divergence import checked_rows
 from .eager_rows import chunks, of_rows, take_rows
@@ -52,6 +58,8 @@ def softmax_fisher_product(
         the tangent, fp32 (fp64 if an input is); neither is differentiable. A constant tangent,
         which changes no probability, gives 0 up to rounding.
 
+    Under torch.func.vmap and other transforms it is plain PyTorch.
+
     One launch reads logits and tangent twice, the second time mostly from the cache, and writes the
     product once; the product is all that is allocated.
 
@@ -69,6 +77,13 @@ def softmax_fisher_product(
     check_same_device("tangent", tangent, "logits", logits)
     mask = checked_rows(mask, logits, "logits")
     transform = checked_transform(temperature, None, 1.0, mask)
+    if under_transform():
+        check_impl(impl)
+        check_temperatures_on_host(transform.token_temperature, mask)
+        product, quadratic = reference.fisher_product(
+            logits, tangent, mask, temperature=transform.of_rows
+        )
+        return product.to(tangent.dtype).detach(), quadratic.detach()
     product, quadratic = _product(logits, tangent, mask, *transform[:2], impl)
     return product.view(logits.shape), quadratic.view(mask.shape)
 
@@ -152,7 +167,9 @@ def linear_softmax_fisher_product(
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `softmax_fisher_product`.
+        RuntimeError: under a torch.func transform.
     """
+    refuse_transforms("linear_softmax_fisher_product", "softmax_fisher_product")
     check_head(hidden, [weight], bias)
     check_floating("tangent", tangent)
     check_shape("tangent", tangent, tuple(hidden.shape), "the shape of hidden")
@@ -182,7 +199,7 @@ def linear_softmax_fisher_product(
                 moved += turned.logits(h)
             slope: float | Tensor = scale
             if softcap is not None:
-                slope = scale / torch.cosh(x * (scale / softcap)).square_()
+                slope = reference.cap_slope(x, softcap, scale).mul_(scale)
             of_rows = temperatures[rows] if isinstance(temperatures, Tensor) else None
             logits, everything = reference.capped_logits(x, softcap, scale), rows >= 0
             d_logits, quadratic[rows] = torch.ops.fastrlhf.fisher_product(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import use_triton
+from .backend import under_transform, use_triton
 from .checks import (
     check_between,
     check_floating,
@@ -50,7 +50,7 @@ def gae(
 
     Returns:
         advantages and returns, (B, T) each, fp32 (fp64 if an input is), 0 outside of the mask; not
-        differentiable.
+        differentiable. Under torch.func.vmap and other transforms it is plain PyTorch.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; gamma or lam outside
@@ -68,8 +68,10 @@ def gae(
         check_same_device(name, x, "rewards", rewards)
     check_between("gamma", gamma, 0, 1)
     check_between("lam", lam, 0, 1)
-    if not use_triton(impl, rewards, auto_interprets=True) or rewards.numel() == 0:
-        return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    triton = use_triton(impl, rewards, auto_interprets=True) and not under_transform()
+    if not triton or rewards.numel() == 0:
+        advantages, returns = reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+        return advantages.detach(), returns.detach()
     advantages, returns = _scan(rewards, values, mask, float(gamma), float(lam))
     return advantages, returns
 

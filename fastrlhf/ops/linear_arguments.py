@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.reference import accumulation_dtype
+
 from .backend import check_impl
 from .checks import (
     check_floating,
@@ -174,3 +176,18 @@ def _autocast(hidden: Tensor) -> bool:
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype of a matmul of hidden states: theirs, or that of autocast."""
     return torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
+
+
+def full_logits(
+    hidden: Tensor, weight: Weight, bias: Tensor | None, live: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Make all logits (..., V) of a head in plain PyTorch: 0 where a token is not live.
+
+    Multiplied as `dtype`, and like the logits of a `Head` added up in fp32 or fp64: call it in
+    `exact`.
+    """
+    sums = accumulation_dtype(dtype)
+    # What other rows hold must not reach the gradient of the weight, a sum over rows.
+    operand = torch.where(live.unsqueeze(-1), hidden, 0.0).to(dtype).to(sums)
+    logits = operand @ weight[0 : weight.shape[0]].to(dtype).to(sums).T
+    return logits if bias is None else logits + bias.to(sums)

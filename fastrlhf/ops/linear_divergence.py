@@ -12,10 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import check_impl, outside_of_graphs, refuse_second_derivative
+from .backend import (
+    check_impl,
+    outside_of_graphs,
+    refuse_second_derivative,
+    refuse_transforms,
+    under_transform,
+)
 from .checks import check_same_device, check_shape
-from .divergence import Measure, checked_measure, checked_rows
-from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype, wanted_or_detached
+from .divergence import Measure, checked_measure, checked_rows, definition
+from .linear_arguments import (
+    check_head,
+    checked_chunk,
+    exact,
+    full_logits,
+    matmul_dtype,
+    wanted_or_detached,
+)
 from .linear_head import Gradients, Head, Weight
 from .linear_plans import room_for_slopes
 from .linear_rows import even_spans, live_rows
@@ -84,7 +97,9 @@ def linear_kl_divergence(
     Returns:
         (...) in nats, fp32 (fp64 if a side is).
 
-    Differentiable, once, with respect to hidden, weight and bias of both sides.
+    Differentiable, once, with respect to hidden, weight and bias of both sides. Under `torch.func`
+    (grad, vmap, jvp, ...) and forward-mode differentiation, all logits are built, and it can be
+    differentiated at will.
 
     Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
     values, 1G more for each side whose hidden states alone need a gradient. Where a head needs one,
@@ -114,6 +129,11 @@ def linear_kl_divergence(
         checked_chunk(chunk_size, weight.shape[0], hidden.device), impl,
         (matmul_dtype(hidden), matmul_dtype(ref_hidden)),
     )  # fmt: skip
+    if under_transform():
+        with exact(hidden):
+            logits = full_logits(hidden, weight, bias, mask, options.dtypes[0])
+            ref_logits = full_logits(ref_hidden, ref_weight, ref_bias, mask, options.dtypes[1])
+            return definition(logits, ref_logits, mask, transform, options.measure)
     tensors = (
         hidden.to(options.dtypes[0]), weight, bias,
         ref_hidden.to(options.dtypes[1]), ref_weight, ref_bias,
@@ -153,6 +173,7 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_values):
         refuse_second_derivative("linear_kl_divergence", "kl_divergence")
+        refuse_transforms("linear_kl_divergence's backward", "kl_divergence", d_values)
         mask, order, token_temperature, *rest = ctx.saved_tensors
         dense, slopes = rest[:6], rest[6:]
         tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]

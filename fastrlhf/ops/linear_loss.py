@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import outside_of_graphs, refuse_second_derivative
+from .backend import outside_of_graphs, refuse_second_derivative, refuse_transforms
 from .checks import check_integer, check_same_device, check_shape
 from .linear_arguments import LinearProblem, checked_problem, exact
 from .linear_head import Weight
@@ -75,12 +75,14 @@ def linear_loss(
     Cost, in matmuls G of the tokens with a target: G without gradients, 2G for hidden or the head
     alone, 3G for both; G more for the tokens of groups larger than chunk_size. Memory:
     chunk_size·V logits, and from forward to backward a gradient of hidden and of weight in fp32.
-    On a GPU, counts of tokens and groups are awaited once. Under torch.compile it runs as it is.
+    On a GPU, counts of tokens and groups are awaited once. Under torch.compile it runs as it is;
+    `torch.func` transforms are refused.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats`; groups or side inputs that do not fit; a
             loss_fn that returns anything else.
     """
+    refuse_transforms("linear_loss", "linear_token_stats and a loss of it")
     problem = checked_problem(
         hidden, [weight], targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
         ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
@@ -230,6 +232,7 @@ class _WithKnownGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         refuse_second_derivative("linear_loss", "linear_token_stats")
+        refuse_transforms("linear_loss's backward", "linear_token_stats", d_loss)
         scaled = [
             None if known is None else (known * d_loss).to(dtype)
             for known, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

@@ -1,12 +1,22 @@
 """Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.reference import TokenStats
 
-from .linear_arguments import LinearProblem, checked_problem, exact, wanted_or_detached
+from .backend import under_transform
+from .checks import wide_integers
+from .linear_arguments import (
+    LinearProblem,
+    checked_problem,
+    exact,
+    full_logits,
+    wanted_or_detached,
+)
 from .linear_head import Weight
 from .linear_plans import (
     Needs,
@@ -53,7 +63,8 @@ def linear_token_stats(
         unless asked for.
 
     `logprob` and `entropy` are differentiable with respect to hidden, weight and bias, twice if
-    need be (the second derivative builds the logits, eagerly); `lse` is not.
+    need be (the second derivative builds the logits, eagerly); `lse` is not. Under `torch.func`
+    (grad, vmap, jvp, ...) and forward-mode differentiation, all of it builds the logits.
 
     Cost, in matmuls of the tokens with a target, G = 2·n·V·H operations (ignored tokens cost none):
     G where nothing needs a gradient; 2G in all where hidden alone does, as with LoRA; 4G where the
@@ -106,6 +117,8 @@ def linear_token_logprobs(
 
 def token_stats_of(problem: LinearProblem) -> TokenStats:
     """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
+    if under_transform():
+        return _definition(problem, problem.hidden, problem.bias, problem.weights)
     logprob, entropy, lse = _LinearTokenStats.apply(
         problem.options,
         *wanted_or_detached(
@@ -152,7 +165,7 @@ class _LinearTokenStats(torch.autograd.Function):
         slopes = rest[len(ctx.codes) :]
         weights = [code or dense for code, dense in zip(ctx.codes, rest, strict=False)]
         problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
-        if torch.is_grad_enabled():  # create_graph
+        if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             d_hidden, d_bias, *d_weights = _differentiable(problem, ctx.needs, d_logprob, d_entropy)
         elif slopes:
             d_hidden = _times_slopes(problem, slopes, d_logprob, d_entropy)
@@ -210,17 +223,16 @@ def _recomputed(
 def _differentiable(
     problem: LinearProblem, needs: Needs, d_logprob: Tensor | None, d_entropy: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated: by autograd, through the logits."""
-    # Views, so that a path from one input to another is not walked here.
-    hidden = problem.hidden.view_as(problem.hidden)
-    bias = None if problem.bias is None else problem.bias.view_as(problem.bias)
-    weights = [weight[0 : weight.shape[0]] for weight in problem.weights]
-    options = problem.options
-    stats = reference.linear_token_stats(
-        hidden, torch.cat(weights, dim=1), problem.targets, bias=bias,
-        temperature=problem.temperature, softcap=options.softcap, scale=options.scale,
-        ignore_index=options.ignore_index, entropy=options.entropy,
-    )  # fmt: skip
+    """Gradients that can themselves be differentiated, or batched: by autograd, through the
+    logits.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a path from one input to another is not walked here.
+        hidden = problem.hidden.view_as(problem.hidden)
+        bias = None if problem.bias is None else problem.bias.view_as(problem.bias)
+        weights = [weight[0 : weight.shape[0]] for weight in problem.weights]
+        stats = _definition(problem, hidden, bias, weights)
     outputs = [
         (value, upstream.view(value.shape))
         for value, upstream in ((stats.logprob, d_logprob), (stats.entropy, d_entropy))
@@ -230,5 +242,20 @@ def _differentiable(
     wanted = needs.hidden, needs.bias, *needs.weights
     tensors = (hidden, bias, *weights)
     inputs = [x for x, want in zip(tensors, wanted, strict=True) if want and x is not None]
-    found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=True))
+    found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=again))
     return [next(found) if want else None for want in wanted]
+
+
+def _definition(
+    problem: LinearProblem, hidden: Tensor, bias: Tensor | None, weights: Sequence[Weight]
+) -> TokenStats:
+    """Compute the statistics by the logits, in what torch.func can differentiate and batch."""
+    options, targets = problem.options, wide_integers(problem.targets)
+    weight = torch.cat([weight[0 : weight.shape[0]] for weight in weights], dim=1)
+    live = targets != options.ignore_index
+    with exact(hidden):
+        return reference.token_stats(
+            full_logits(hidden, weight, bias, live, options.dtype), targets,
+            temperature=problem.temperature, softcap=options.softcap, scale=options.scale,
+            ignore_index=options.ignore_index, entropy=options.entropy,
+        )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import refuse_second_derivative
+from .backend import refuse_second_derivative, refuse_transforms
 from .token_stats import can_overwrite, check_values_on_host, flat_rows
 from .transform import Transform
 
@@ -140,6 +140,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         refuse_second_derivative("logits_policy_loss", "policy_loss of token_logprobs")
+        refuse_transforms("logits_policy_loss's backward", "policy_loss of token_logprobs", d_loss)
         (d_logits,) = ctx.saved_tensors
         gradient = _scaled(d_logits, d_loss)
         if not torch.compiler.is_compiling():

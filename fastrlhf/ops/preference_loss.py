@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import MARGIN_LOSSES
 
-from .backend import use_triton
+from .backend import under_transform, use_triton
 from .checks import token_contiguous, wide_integers
 
 
@@ -33,7 +33,7 @@ def preference_loss(
     """
     # The kernel is launched on a handful of numbers, so the interpreter is quick enough to be a
     # default.
-    if not use_triton(impl, policy, auto_interprets=True):
+    if not use_triton(impl, policy, auto_interprets=True) or under_transform():
         return reference.preference_loss(
             policy, ref, chosen, rejected, mask, lengths,
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
@@ -121,17 +121,20 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, d_losses, *_):
     policy, ref, chosen, rejected, mask, lengths, slopes, weights = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        # The gradient is itself to be differentiated (create_graph): take it by autograd, with
-        # respect to views, so that a path from one input to the other is not walked here.
-        policy, ref = policy.view_as(policy), ref.view_as(ref)
+    if torch.is_grad_enabled() or under_transform(d_losses):
+        # The gradient is itself to be differentiated (create_graph), or one of many at once
+        # (is_grads_batched): take it by autograd, with respect to views, so that a path from one
+        # input to the other is not walked here.
+        again = torch.is_grad_enabled()
         loss_type, beta, label_smoothing = ctx.options
-        losses = reference.preference_loss(
-            policy, ref, chosen, rejected, mask, lengths,
-            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
-        )[0]  # fmt: skip
+        with torch.enable_grad():
+            policy, ref = policy.view_as(policy), ref.view_as(ref)
+            losses = reference.preference_loss(
+                policy, ref, chosen, rejected, mask, lengths,
+                loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
+            )[0]  # fmt: skip
         wanted = [x for x in (policy, ref) if x.requires_grad]
-        gradients = iter(torch.autograd.grad(losses, wanted, d_losses, create_graph=True))
+        gradients = iter(torch.autograd.grad(losses, wanted, d_losses, create_graph=again))
         d_policy, d_ref = (next(gradients) if x.requires_grad else None for x in (policy, ref))
     else:
         d_tokens, d_sums = _backward(policy, chosen, rejected, mask, slopes, weights, d_losses)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import TokenStats
 
-from .backend import use_triton
+from .backend import check_impl, is_batched, under_transform, use_triton
 from .checks import (
     check_floating,
     check_indices_on_host,
@@ -78,6 +78,7 @@ def token_stats(
 
     `logprob` and `entropy` are differentiable with respect to the logits, twice if need be (the
     second derivative runs eagerly and builds tensors of the size of the logits); `lse` is not.
+    Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation, all of it runs so.
 
     The kernels read the logits once forward; backward they read them and write the gradient once.
     Nothing else of that size is allocated but the gradient, and not even that with
@@ -95,6 +96,8 @@ def token_stats(
     the entropy H.
     """
     transform = checked_logits(logits, targets, temperature, softcap, scale)
+    if under_transform():
+        return _definition(logits, targets, transform, ignore_index, entropy, impl)
     logprob, row_entropy, lse, _, _ = _forward(
         logits, targets, *transform, ignore_index, entropy, inplace_backward, impl
     )
@@ -102,6 +105,24 @@ def token_stats(
     return TokenStats(
         logprob.view(shape), row_entropy.view(shape) if entropy else None, lse.detach().view(shape)
     )
+
+
+def _definition(
+    logits: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    entropy: bool,
+    impl: str,
+) -> TokenStats:
+    """Compute the statistics by what torch.func can differentiate and batch."""
+    check_impl(impl)
+    row_temperature = transform.of_rows
+    check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
+    return reference.token_stats(
+        logits, targets, temperature=row_temperature, softcap=transform.softcap,
+        scale=transform.scale, ignore_index=ignore_index, entropy=entropy,
+    )  # fmt: skip
 
 
 def checked_logits(
@@ -337,17 +358,20 @@ def _autograd(ctx, d_logprob, d_entropy, *_):
     temperature, softcap, scale, ignore_index, entropy, inplace, impl = ctx.options
     if not entropy:
         d_entropy = None
-    if torch.is_grad_enabled():
-        # The gradient is itself to be differentiated (create_graph): take it by autograd.
+    if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
+        # The gradient is itself to be differentiated (create_graph), or one of many at once
+        # (is_grads_batched): take it by autograd.
         row_temperature = temperature if token_temperature is None else token_temperature
         transform = {"temperature": row_temperature, "softcap": softcap, "scale": scale}
-        differentiable = reference.token_stats(
-            logits, targets, ignore_index=ignore_index, entropy=entropy, **transform
-        )
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            differentiable = reference.token_stats(
+                logits, targets, ignore_index=ignore_index, entropy=entropy, **transform
+            )
         outputs = [x for x in (differentiable.logprob, differentiable.entropy) if x is not None]
         upstream = [d_logprob.view(targets.shape)]
         upstream += [d_entropy.view(targets.shape)] if entropy else []
-        (d_logits,) = torch.autograd.grad(outputs, logits, upstream, create_graph=True)
+        (d_logits,) = torch.autograd.grad(outputs, logits, upstream, create_graph=again)
     else:
         arguments = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
         arguments += (temperature, softcap, scale, impl)
@@ -409,11 +433,13 @@ def check_values_on_host(
     targets: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int
 ) -> None:
     """Check what the tensors hold, where that costs no synchronisation."""
-    if targets.device.type != "cpu":
+    per_token = temperature if isinstance(temperature, Tensor) else None
+    unknown = torch.compiler.is_compiling() or is_batched(targets, per_token)
+    if targets.device.type != "cpu" or unknown:
         return
     live = targets != ignore_index
     check_indices_on_host("targets", targets[live], vocab, f"or ignore_index {ignore_index}")
-    check_temperatures_on_host(temperature if isinstance(temperature, Tensor) else None, live)
+    check_temperatures_on_host(per_token, live)
 
 
 def _chunks(selected: Tensor, rows: Tensor) -> Iterator[Tensor | slice]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backend import is_batched
 from .checks import check_floating, check_positive, check_same_device
 
 
@@ -18,6 +19,11 @@ class Transform(NamedTuple):
     temperature: float
     softcap: float | None
     scale: float
+
+    @property
+    def of_rows(self) -> float | Tensor:
+        """The temperature of all tokens, or that of each."""
+        return self.temperature if self.token_temperature is None else self.token_temperature
 
 
 def checked_transform(
@@ -45,7 +51,8 @@ def check_temperatures_on_host(tokens: Tensor | None, live: Tensor) -> None:
     """Raise ValueError for a temperature of a live token that is not positive, on the CPU only:
     elsewhere it would synchronise.
     """
-    if tokens is None or live.device.type != "cpu":
+    unknown = torch.compiler.is_compiling() or is_batched(tokens, live)
+    if tokens is None or live.device.type != "cpu" or unknown:
         return
     wanted = tokens[live]
     if not (wanted > 0).all():
