@@ -382,9 +382,40 @@ def test_compiled_in_one_graph(needs) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("needs", NEEDS)
+def test_a_weight_in_slices_gives_the_same(needs, monkeypatch) -> None:
+    tensors, targets = inputs(NEEDS[needs])
+    wanted = [x for x in tensors if x.requires_grad]
+    results = []
+    for rows in (VOCAB, 5):
+        monkeypatch.setattr("fastrlhf.ops.linear_head._SLICE_ELEMENTS", rows * WIDTH)
+        logprob = linear_token_logprobs(tensors[0], tensors[1], targets, bias=tensors[2])
+        results.append((logprob, *autograd.grad(logprob.sum(), wanted)))
+    for whole, sliced in zip(*results, strict=True):
+        torch.testing.assert_close(sliced, whole)
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_whatever_upstream_gradient_reaches_an_ignored_token_does_no_harm(needs) -> None:
+    tensors, targets = inputs(NEEDS[needs])
+    wanted = [x for x in tensors if x.requires_grad]
+    stats = linear_token_stats(*tensors[:2], targets, bias=tensors[2], entropy=True)
+    upstream = torch.randn(2, TOKENS, dtype=torch.float64)
+    results = []
+    for garbage in (0.0, torch.nan, torch.inf):
+        g, h = torch.where(targets == -100, garbage, upstream)
+        results.append(
+            autograd.grad((stats.logprob, stats.entropy), wanted, (g, h), retain_graph=True)
+        )
+    for clean, *others in zip(*results, strict=True):
+        assert all(torch.equal(other, clean) for other in others)
+
+
+@pytest.mark.parametrize("slices", [1, 6])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_weight(bits) -> None:
+def test_a_quantized_weight(bits, slices, monkeypatch) -> None:
     vocab, width, run = 30, 8, 16 if bits == 4 else 8
+    monkeypatch.setattr("fastrlhf.ops.linear_head._SLICE_ELEMENTS", vocab * width // slices)
     scales = torch.rand(vocab * width // run) + 0.5
     if bits == 4:
         indices, table = torch.randint(16, (vocab, width)), torch.linspace(-1, 1, 16)

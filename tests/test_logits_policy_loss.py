@@ -506,6 +506,17 @@ def test_forbidden_tokens_and_huge_advantages_agree_in_all_forms(device) -> None
 
 
 @BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_beyond_its_end_a_penalty_has_slope_zero(dtype, impl, device) -> None:
+    given = problem(40, dtype, device)
+    given.tensors["ref_logprobs"] += 1e4
+    gradient = evaluate(given, impl=impl)[1]
+    penalised = evaluate(given, impl=impl, kl_coef=0.1, kl_estimator="k3")
+    assert penalised[0] > 1e30
+    assert gradient.any() and torch.equal(penalised[1], gradient)
+
+
+@BACKENDS
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_a_forbidden_token_without_an_advantage_has_an_entropy(surrogate, impl, device) -> None:
     given = problem(40, torch.float32, device)

@@ -198,6 +198,17 @@ def test_large_logits_in_several_splits(impl, device) -> None:
     torch.testing.assert_close(gradient.cpu().double(), expected.gradient, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("logits_at_once", [10, 40, 100])
+def test_the_size_of_the_eager_chunks_does_not_matter(logits_at_once, monkeypatch, device) -> None:
+    logits, targets, g, h = random_rows(6, 33, device)
+    expected = token_stats_oracle(logits, targets, g=g, h=h)
+    module = sys.modules["fastrlhf.ops.token_stats"]  # whose name in the package is the function's
+    monkeypatch.setattr(module, "_EAGER_CHUNK_LOGITS", logits_at_once)
+    stats, gradient = evaluate(logits, targets, g=g, h=h, impl="eager")
+    torch.testing.assert_close(stats.logprob.cpu().double(), expected.logprob, rtol=1e-5, atol=1e-5)
+    assert_gradient_close(gradient, expected.gradient, targets, 1e-5)
+
+
 @BACKENDS
 def test_the_slope_of_either_statistic_may_be_zero(impl, device) -> None:
     logits, targets, g, h = random_rows(5, 33, device)
