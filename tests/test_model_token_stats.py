@@ -218,6 +218,36 @@ def test_a_quantized_head(bits, double) -> None:
         assert_same(model, 1e-4 if bits == 4 else 2e-2)
 
 
+def test_an_8_bit_head_has_the_largest_weight_of_each_row_exactly() -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    model = make("Llama")
+    dense = model.lm_head.weight.data
+    head = bnb.nn.Linear8bitLt(32, VOCAB, bias=False, has_fp16_weights=False)
+    head.weight = bnb.nn.Int8Params(dense, requires_grad=False, has_fp16_weights=False)
+    model.lm_head = head.to("cpu")
+    weight = fastrlhf.lm_head(model).weight
+    assert isinstance(weight, fastrlhf.QuantizedWeight)
+    largest = dense.abs().amax(1)
+    torch.testing.assert_close(weight[0:VOCAB].float().abs().amax(1), largest, rtol=1e-3, atol=0)
+
+
+def test_a_forward_of_the_head_that_was_put_there_is_put_back() -> None:
+    model, inputs = make("Llama"), batch()
+    head, calls = model.lm_head, []
+
+    def counted(hidden):
+        calls.append(hidden.shape)
+        return type(head).forward(head, hidden)
+
+    head.forward = counted
+    fastrlhf.model_token_stats(model, **inputs)
+    assert head.forward is counted
+    assert len(calls) == 1  # the check of the first call
+    with pytest.raises(ValueError, match="adds or leaves out positions"):
+        fastrlhf.model_token_stats(model, **inputs, logits_to_keep=1)
+    assert head.forward is counted  # after an error too
+
+
 def test_the_head_of_a_model_serves_the_linear_operations() -> None:
     for name in ("Gemma2", "Cohere", "Granite", "Phi"):
         model, inputs = make(name), batch()
