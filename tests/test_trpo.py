@@ -794,6 +794,20 @@ def test_what_is_outside_of_the_mask_can_be_anything(device) -> None:
         assert torch.equal(stepped(device, mask=kind), stepped(device))
 
 
+def test_a_batch_without_tokens_moves_nothing(device) -> None:
+    batch = Batch(device)
+    before, nothing = bits(batch.params), torch.zeros_like(batch.mask)
+    info = batch.step(mask=nothing)
+    assert not info.accepted and info.cg_residual == 0
+    assert same_bits(batch.params, before)
+    vector = device_inputs(device, sum(p.numel() for p in batch.params))
+    for mode in MODES:
+        product = fisher_vector_product(
+            batch.policy, batch.params, vector, mask=nothing, damping=0.5, mode=mode
+        )
+        assert torch.equal(product, 0.5 * vector)
+
+
 def test_old_logprobs_far_away_make_no_nan(device) -> None:
     batch = Batch(device)
     near = fastrlhf.token_logprobs(batch.policy(), batch.targets).detach()
