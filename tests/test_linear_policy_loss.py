@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.compare import relative_error
+from support.compare import assert_as_accurate, budget, relative_error
 from support.matmuls import MatmulAudit
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from fastrlhf.recipes.memory import peak_memory
 SURROGATES = ["clip", "cispo", "sapo", "plain"]
 LEVELS = ["token", "sequence"]
 FULL = {"kl_coef": 0.3, "entropy_coef": 0.05, "clip_high": 0.28, "dual_clip": 1.5}
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def problem(dtype: torch.dtype, device: Any, vocab: int = 40, width: int = 8) -> dict[str, Any]:
@@ -47,27 +47,49 @@ def evaluate(given: dict[str, Any], **options: Any) -> tuple[Tensor, dict, list[
     return loss.detach(), metrics, list(torch.autograd.grad(loss, list(leaves.values())))
 
 
-def through_logits(given: dict[str, Any], **options: Any) -> tuple[Tensor, dict, list[Tensor]]:
-    """The same in fp64 by way of the logits."""
-    leaves = {name: given[name].detach().double().requires_grad_() for name in ("hidden", "weight")}
-    hidden = torch.where(given["mask"].unsqueeze(-1), leaves["hidden"], 0.0)
-    others = {name: x for name, x in given.items() if name not in ("hidden", "weight")}
-    others = {name: x.double() if x.is_floating_point() else x for name, x in others.items()}
-    loss, metrics = logits_policy_loss(hidden @ leaves["weight"].T, **others, **options)
-    return loss.detach(), metrics, list(torch.autograd.grad(loss, list(leaves.values())))
+Result = tuple[Tensor, dict, list[Tensor]]
 
 
-def assert_close(found: tuple, expected: tuple, tolerance: float) -> None:
-    assert abs(float(found[0] - expected[0])) <= tolerance * max(1.0, abs(float(expected[0])))
-    assert found[1].keys() == expected[1].keys()
-    for name, value in expected[1].items():
-        assert abs(float(found[1][name] - value)) <= tolerance * max(1.0, abs(float(value))), name
-    for gradient, exact in zip(found[2], expected[2], strict=True):
-        assert relative_error(torch.nan_to_num(gradient), exact) <= tolerance
-        assert not gradient.isnan().any()
+def through_logits(given: dict[str, Any], exact: bool, **options: Any) -> Result:
+    """The same by way of the logits, in fp64 or as exactly as the inputs are given."""
+    dtype = torch.float64 if exact else torch.promote_types(given["weight"].dtype, torch.float32)
+    given = {
+        name: x.double() if exact and torch.is_tensor(x) and x.is_floating_point() else x
+        for name, x in given.items()
+    }
+    leaves = [given.pop(name).detach().clone().requires_grad_() for name in ("hidden", "weight")]
+    if given.get("bias") is not None:
+        leaves.append(given["bias"].detach().clone().requires_grad_())
+    bias = leaves[2] if given.pop("bias", None) is not None else 0.0
+    hidden = torch.where(given["mask"].unsqueeze(-1), leaves[0], 0.0)
+    logits = hidden.to(dtype) @ leaves[1].to(dtype).T + bias
+    loss, metrics = logits_policy_loss(logits, **given, **options)
+    return loss.detach(), metrics, list(torch.autograd.grad(loss, leaves))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def assert_right(found: Result, given: dict[str, Any], **options: Any) -> None:
+    """Assert that loss, metrics and gradients err as little as those by way of the logits do."""
+    plain = through_logits(given, exact=False, **options)
+    exact = through_logits(given, exact=True, **options)
+    # The tokens' losses are of about that size, and may cancel.
+    size = max(1.0, abs(float(exact[0])))
+    assert_as_accurate(found[0], plain[0], exact[0], size=size, of="loss")
+    assert found[1].keys() == exact[1].keys()
+    for name, value in exact[1].items():
+        size = max(1.0, abs(float(value)))
+        assert_as_accurate(found[1][name], plain[1][name], value, size=size, of=name)
+    for name, own, by_plain, right in zip(
+        ("hidden", "weight", "bias"), found[2], plain[2], exact[2], strict=False
+    ):
+        assert not own.isnan().any()
+        error, bound = (
+            relative_error(own, right),
+            budget(relative_error(by_plain, right), own.dtype),
+        )
+        assert error <= bound, f"{name}: error {error:.2e}, not {bound:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("chunk_size", [1, 5, None])
@@ -76,7 +98,7 @@ def test_it_is_the_loss_of_the_logits(chunk_size, surrogate, level, dtype, devic
     options = FULL | {"surrogate": surrogate, "ratio_level": level, "reduction": "sequence-mean"}
     found = evaluate(given, **options, chunk_size=chunk_size)
     assert found[2][0].dtype == found[2][1].dtype == dtype
-    assert_close(found, through_logits(given, **options), TOLERANCE[dtype])
+    assert_right(found, given, **options)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +111,9 @@ def test_the_comparison_notices_a_change_of(change, device) -> None:
     given = problem(torch.float32, device)
     given["old_logprobs"] -= 0.3  # so that ratios are clipped from above
     options = FULL | {"reduction": "sequence-mean"}
-    expected = through_logits(given, **options)
-    assert_close(evaluate(given, **options), expected, TOLERANCE[torch.float32])
-    with pytest.raises(AssertionError):
-        assert_close(evaluate(given, **options | change), expected, TOLERANCE[torch.float32])
+    assert_right(evaluate(given, **options), given, **options)
+    with pytest.raises(AssertionError, match=": error "):
+        assert_right(evaluate(given, **options | change), given, **options)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -102,13 +123,7 @@ def test_options_of_the_head(level, device) -> None:
     options = FULL | {"ratio_level": level}
     bias = torch.randn(40, dtype=torch.float64, device=device)
     found = evaluate(given | {"bias": bias}, **options, **head, chunk_size=4)
-    hidden = given["hidden"].clone().requires_grad_()
-    weight, bias = given["weight"].clone().requires_grad_(), bias.requires_grad_()
-    clean = torch.where(given["mask"].unsqueeze(-1), hidden, 0.0)
-    others = {name: x for name, x in given.items() if name not in ("hidden", "weight")}
-    loss, metrics = logits_policy_loss(clean @ weight.T + bias, **others, **options, **head)
-    gradients = list(torch.autograd.grad(loss, (hidden, weight, bias)))
-    assert_close(found, (loss.detach(), metrics, gradients), 1e-12)
+    assert_right(found, given | {"bias": bias}, **options, **head)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -125,14 +140,7 @@ def test_other_ways_to_call_it(name, impl, device) -> None:
     else:
         options |= grpo_options("gspo") | {"entropy": True}
     found = evaluate(given, **options)
-    old = given.pop("old_logprobs")
-    weight = {"old_logprobs": old} if old is None else {"old_logprobs": old.double()}
-    given_old = dict(given)
-    leaves = [given_old.pop(x).clone().requires_grad_() for x in ("hidden", "weight")]
-    clean = torch.where(given["mask"].unsqueeze(-1), leaves[0], 0.0)
-    loss, metrics = logits_policy_loss(clean @ leaves[1].T, **weight, **given_old, **options)
-    gradients = list(torch.autograd.grad(loss, leaves))
-    assert_close(found, (loss.detach(), metrics, gradients), 1e-12)
+    assert_right(found, given, **options)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -161,11 +169,10 @@ def test_tokens_without_an_advantage_cost_no_matmul(device) -> None:
     given = problem(torch.float32, device)
     del given["ref_logprobs"]
     given["advantages"][0] = torch.where(given["mask"][0], 0.0, math.nan)
-    expected = through_logits(given)
     with MatmulAudit() as audit:
         found = evaluate(given)
     assert audit.operations == 3 * 2 * int(given["mask"][1:].sum()) * 40 * 8
-    assert_close(found, expected, TOLERANCE[torch.float32])
+    assert_right(found, given)
 
 
 @pytest.mark.parametrize("level", LEVELS)
