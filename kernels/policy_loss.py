@@ -233,9 +233,14 @@ def _policy_loss_kernel(
         row_peak, rest, moment, capped, row_t, with_entropy
     )
 
-    log_ratio = tl.where(on_policy != 0, 0.0, logprob - tl.load(old_logprobs + row))
+    advantage = tl.load(advantages + row)
+    # On policy the ratio is 1, but NaN stays what it is.
+    to_itself = tl.where(logprob == logprob, 0.0, logprob)
+    log_ratio = tl.where(on_policy != 0, to_itself, logprob - tl.load(old_logprobs + row))
+    # Without an advantage, what the token was sampled with must not matter.
+    log_ratio = tl.where(advantage == 0, 0.0, log_ratio)
     loss, slope = SURROGATE(
-        log_ratio, logprob, tl.load(advantages + row),
+        log_ratio, logprob, advantage,
         tl.full((), ratio_low, acc), tl.full((), ratio_high, acc), tl.full((), dual_clip, acc),
         tl.full((), tau_positive, acc), tl.full((), tau_negative, acc),
     )  # fmt: skip

@@ -148,7 +148,7 @@ def _grouped_losses(
 
     def of_chunk(stats: ChunkStats, token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = stats.logprob.new_zeros(targets.numel()).index_put((token,), stats.logprob)
-        here = torch.zeros_like(mask).view(-1).index_fill(0, token, True).view(mask.shape)
+        here = mask.new_zeros(mask.numel()).index_fill(0, token, True).view(mask.shape)
         losses, _ = pair_loss(logprobs.view(mask.shape), here)
         present = here.any(-1)
         of_pair_here = present[chosen] | present[rejected]

@@ -222,6 +222,8 @@ def token_losses(
 ) -> Tensor:
     """Compute the loss of each token, of whatever shape the tokens are."""
     formula = SURROGATES[options.surrogate].formula
+    # Without an advantage, what a token was sampled with must not matter: 0·NaN would.
+    log_ratio = torch.where(tokens.advantages == 0, 0.0, log_ratio)
     losses = formula(log_ratio, logprobs, tokens.advantages, options.bounds)
     if options.kl_coef != 0:
         assert tokens.ref_logprobs is not None

@@ -140,7 +140,8 @@ def policy_batch(
     rollout = cleared("rollout_weights", rollout_weights)
     if rollout is not None:
         # The surrogates are homogeneous in the advantage, so this weighs them, and not the penalty.
-        gain = gain * rollout
+        # A token without an advantage has none, whatever its weight: one that overflowed included.
+        gain = torch.where(gain == 0, 0.0, gain * rollout)
     scored = inside & (gain != 0)
     if options.ratio_level == "sequence":  # its tokens share a ratio
         scored = inside & scored.any(-1, keepdim=True)

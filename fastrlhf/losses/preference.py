@@ -11,14 +11,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_label_smoothing, check_lengths, check_pairs
 from fastrlhf.ops.backend import check_impl
 from fastrlhf.ops.checks import check_floating, check_positive, check_same_device, check_shape
 from fastrlhf.ops.preference_loss import preference_loss
-from fastrlhf.reference import MARGIN_LOSSES, masked_sum, sequence_scores, sigmoid_loss
+from fastrlhf.reference import (
+    MARGIN_LOSSES,
+    log_sigmoid,
+    masked_sum,
+    sequence_scores,
+    sigmoid,
+    sigmoid_loss,
+)
 
 
 class _Pairs(NamedTuple):
@@ -41,19 +47,26 @@ class _Options(NamedTuple):
 def _exo_pair(pairs: _Pairs, options: _Options) -> Tensor:
     """KL(σ(d) ‖ 1-ε) of the policy's preference from the smoothed label: EXO, 2402.00856 Eq. 16."""
     d = options.beta * (pairs.chosen - pairs.rejected)
-    chosen = torch.sigmoid(d) * (F.logsigmoid(d) - math.log1p(-options.label_smoothing))
-    return chosen + torch.sigmoid(-d) * (F.logsigmoid(-d) - math.log(options.label_smoothing))
+    kept = _negative_entropy(d) - sigmoid(d) * math.log1p(-options.label_smoothing)
+    return kept + _negative_entropy(-d) - sigmoid(-d) * math.log(options.label_smoothing)
+
+
+def _negative_entropy(d: Tensor) -> Tensor:
+    """σ(d)·ln σ(d), which is 0 where σ(d) is, an infinite d included."""
+    possible = d != -torch.inf
+    d = torch.where(possible, d, 0.0)
+    return torch.where(possible, sigmoid(d) * log_sigmoid(d), 0.0)
 
 
 def _nca_pair(pairs: _Pairs, options: _Options) -> Tensor:
     """ℓ(a) + ½ℓ(-a) + ½ℓ(-b): NCA, 2402.05369."""
     a, b = options.beta * pairs.chosen, options.beta * pairs.rejected
-    return -F.logsigmoid(a) - 0.5 * F.logsigmoid(-a) - 0.5 * F.logsigmoid(-b)
+    return -log_sigmoid(a) - 0.5 * log_sigmoid(-a) - 0.5 * log_sigmoid(-b)
 
 
 def _bco_pair(pairs: _Pairs, options: _Options) -> Tensor:
     """ℓ(a) + ℓ(-b), without the reward shift: BCO, 2404.04656."""
-    return -F.logsigmoid(options.beta * pairs.chosen) - F.logsigmoid(-options.beta * pairs.rejected)
+    return -log_sigmoid(options.beta * pairs.chosen) - log_sigmoid(-options.beta * pairs.rejected)
 
 
 def _sppo_hard(pairs: _Pairs, options: _Options) -> Tensor:
@@ -64,23 +77,25 @@ def _sppo_hard(pairs: _Pairs, options: _Options) -> Tensor:
 
 def _apo_zero(pairs: _Pairs, options: _Options) -> Tensor:
     """1 - σ(a) + σ(b): APO-zero, 2408.06266 Eq. 7."""
-    return torch.sigmoid(-options.beta * pairs.chosen) + torch.sigmoid(
-        options.beta * pairs.rejected
-    )
+    return sigmoid(-options.beta * pairs.chosen) + sigmoid(options.beta * pairs.rejected)
 
 
 def _apo_down(pairs: _Pairs, options: _Options) -> Tensor:
     """σ(a) + 1 - σ(a - b): APO-down, 2408.06266 Eq. 8."""
     d = options.beta * (pairs.chosen - pairs.rejected)
-    return torch.sigmoid(options.beta * pairs.chosen) + torch.sigmoid(-d)
+    return sigmoid(options.beta * pairs.chosen) + sigmoid(-d)
 
 
 def _discopop(pairs: _Pairs, options: _Options) -> Tensor:
     """ℓ(d)·(1-m) + e^-d·m with m = σ(d/τ): DiscoPOP, 2406.08414 Eq. 5."""
     d = options.beta * (pairs.chosen - pairs.rejected)
     gate = d / options.discopop_tau
-    # One exponent for e^-d·m: apart, the factors are inf and 0 for a strongly negative d.
-    return -F.logsigmoid(d) * torch.sigmoid(-gate) + torch.exp(F.logsigmoid(gate) - d)
+    # One exponent for e^-d·m: apart, the factors are inf and 0 for a strongly negative d. There,
+    # ln m is the gate but for a trifle, and d is taken off the gate before either can be infinite.
+    negative = d < 0
+    rate = torch.where(negative, 1 / options.discopop_tau - 1, d.new_full((), -1.0))
+    trifle = torch.log1p(torch.exp(torch.where(negative, gate, -gate)))
+    return -log_sigmoid(d) * sigmoid(-gate) + torch.exp(rate * d - trifle)
 
 
 def _aot(pairs: _Pairs, options: _Options) -> Tensor:

@@ -6,12 +6,17 @@ Dims: B sequences, P pairs.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_label_smoothing, check_lengths, check_pairs
 from fastrlhf.ops.checks import check_floating, check_positive, check_shape
-from fastrlhf.reference import accumulation_dtype, masked_sum, sequence_lengths, sigmoid_loss
+from fastrlhf.reference import (
+    accumulation_dtype,
+    log_sigmoid,
+    masked_sum,
+    sequence_lengths,
+    sigmoid_loss,
+)
 
 
 def simpo_loss(
@@ -45,7 +50,7 @@ def simpo_loss(
     Source: 2405.14734 Eq. 6.
     """
     mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs, beta)
-    losses = -F.logsigmoid(beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma)
+    losses = -log_sigmoid(beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma)
     return losses, (beta * mean).detach()
 
 
@@ -126,7 +131,7 @@ def orpo_loss(
     log_odds = mean - _log1mexp(mean)
     chosen = yw_idxs.long()
     ratio = log_odds[chosen] - log_odds[yl_idxs.long()]
-    losses = _chosen_nll(nll, -mean[chosen]) - beta * F.logsigmoid(ratio)
+    losses = _chosen_nll(nll, -mean[chosen]) - beta * log_sigmoid(ratio)
     return losses, (beta * mean).detach()
 
 

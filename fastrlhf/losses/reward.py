@@ -4,7 +4,6 @@ Dims: P pairs, M items, K groups.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf.losses.reduce import masked_mean
@@ -18,7 +17,7 @@ from fastrlhf.ops.checks import (
     check_shape,
     wide_integers,
 )
-from fastrlhf.reference import accumulation_dtype
+from fastrlhf.reference import accumulation_dtype, log_add_exp, log_sigmoid
 
 
 def reward_loss(
@@ -67,7 +66,7 @@ def reward_loss(
     difference = chosen - rejected
     if isinstance(margin, Tensor):
         margin = margin.to(dtype)
-    losses = -F.logsigmoid(difference if margin is None else difference - margin)
+    losses = -log_sigmoid(difference if margin is None else difference - margin)
     if center_coef != 0:
         losses = losses + center_coef * (chosen + rejected).square()
     pairs = torch.ones_like(chosen, dtype=torch.bool)
@@ -127,8 +126,8 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
         )
     s = scores.to(accumulation_dtype(scores.dtype))[order]
     # -ln σ(s_k - lse of those behind it) keeps its accuracy where s_k is far ahead.
-    behind = torch.cat((suffix_scan(torch.logaddexp, s, ids)[1:], s[-1:]))
-    terms = torch.where(has_next, -F.logsigmoid(torch.where(has_next, s - behind, 0.0)), 0.0)
+    behind = torch.cat((suffix_scan(log_add_exp, s, ids)[1:], s[-1:]))
+    terms = torch.where(has_next, -log_sigmoid(torch.where(has_next, s - behind, 0.0)), 0.0)
     first = torch.ones_like(has_next)
     first[1:] = ~has_next[:-1]
     return suffix_scan(torch.add, terms, ids)[first]

@@ -13,7 +13,7 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
 )
-from fastrlhf.reference import sequence_scores
+from fastrlhf.reference import sequence_scores, sigmoid
 
 
 def kto_loss(
@@ -65,7 +65,7 @@ def kto_loss(
     gain = beta * (scores - baseline)
     losses = torch.where(
         desirable != 0,
-        desirable_weight * torch.sigmoid(-gain),
-        undesirable_weight * torch.sigmoid(gain),
+        desirable_weight * sigmoid(-gain),
+        undesirable_weight * sigmoid(gain),
     )
     return losses, (beta * scores).detach()
