@@ -136,25 +136,43 @@ def conjugate_gradient(
 
     A target of 0 has the solution 0. Nothing waits for a GPU.
     """
-    # To numbers of size one, whose squares every dtype has.
-    largest = target.abs().max() if target.numel() else target.new_ones(())
-    size = torch.where(largest == 0, 1.0, largest)
-    x, residual = torch.zeros_like(target), target / size
-    direction = residual.clone()
+    size = _largest(target)
+    residual = _wide(target) / size
+    x, direction = torch.zeros_like(residual), residual
     start = square = residual @ residual
-    for _ in range(iterations):
-        product = operator(direction)
-        curvature = direction @ product
+    # What the recurrence says of a residual this small is not true of the residual any more, and
+    # its square has to stay far from where numbers end.
+    floor = torch.maximum(start * tolerance, start * torch.finfo(start.dtype).eps ** 4)
+    first_gain = torch.ones_like(start)
+    for i in range(iterations):
+        # Directions and products of size one: no curvature over- or underflows, whatever the
+        # scale of the operator, and of a residual that is nearly gone.
+        length = _largest(direction)
+        unit = direction / length
+        product = _wide(operator(unit.to(target.dtype)))
+        gain = _largest(product)
+        first_gain = gain if i == 0 else first_gain
+        product = product / gain
+        curvature = unit @ product
         # Once converged, or where an operator is not definite after all, x stays.
-        going = (square > tolerance * start) & (curvature > 0)
-        step = torch.where(going, square / curvature, 0.0)
-        x = x + step * direction
-        residual = residual - step * product
+        going = (square > floor) & (curvature > 0)
+        step = square / length / torch.where(going, curvature, 1.0)
+        x = torch.where(going, x + step * (first_gain / gain) * unit, x)
+        residual = torch.where(going, residual - step * product, residual)
         new_square = torch.where(going, residual @ residual, square)
-        direction = torch.where(going, residual + new_square / square * direction, direction)
+        share = new_square / torch.where(going, square, 1.0)
+        direction = torch.where(going, residual + share * direction, direction)
         square = new_square
-    relative = torch.where(start == 0, 0.0, (square / start).sqrt())
-    return x * size, relative
+    relative = torch.where(start == 0, 0.0, (square / torch.where(start == 0, 1.0, start)).sqrt())
+    return (x * (size / first_gain)).to(target.dtype), relative.to(target.dtype)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude (0-d), to divide by: 1 for nothing but zeros, or nothing at all."""
+    if x.numel() == 0:
+        return _wide(x.new_ones(()))
+    largest = _wide(x).abs().max()
+    return torch.where(largest == 0, 1.0, largest)
 
 
 def trpo_step(
