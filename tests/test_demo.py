@@ -14,6 +14,7 @@ import torch
 for name in ("transformers", "peft", "gguf", "vaderSentiment", "matplotlib", "rich"):
     pytest.importorskip(name)
 
+from support.compare import budget  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
@@ -89,7 +90,9 @@ def test_demo_writes_its_figures(
     stored = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert stored["training"] == metrics["training"]
     assert len(metrics["training"]) == 2
-    assert metrics["training"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # Log-probs of up to 200 nats, once for the reference and once for the policy.
+    rounding = budget(0.0, torch.float32, size=2 * 0.1 * 200)
+    assert metrics["training"][0]["loss"] == pytest.approx(math.log(2), abs=rounding)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     comparison = metrics["comparison"]
     assert comparison["loss_difference"] < 1e-5
@@ -206,7 +209,8 @@ def test_reference_is_the_model_without_its_adapters(model_folder: Path) -> None
 
     figures = compare(model, together, reference, beta=0.1)
     assert figures.plain_loss != pytest.approx(math.log(2), abs=1e-4)
-    assert figures.loss_difference < 1e-6
+    size = 2 * 0.1 * float(reference.abs().max())
+    assert figures.loss_difference <= budget(0.0, torch.float32, size=size)
     assert figures.gradient_difference < 1e-5 * figures.plain_gradient
     assert figures.logits_bytes == 6 * 5 * 2013 * 4
     assert figures.fused_bytes < figures.plain_bytes

@@ -268,7 +268,7 @@ def test_the_budget_rejects_what_is_missing_or_a_percent_off() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("vocab", VOCABS if GPU else VOCABS[1:])
 def test_the_same_bits_from_run_to_run(vocab, dtype) -> None:
     s = step(vocab, dtype)
     for fused, _ in FROM_LOGITS.values():
