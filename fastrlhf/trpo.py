@@ -46,9 +46,12 @@ from fastrlhf.ops.checks import (
     check_floating,
     check_integer,
     check_mask,
+    check_one_of,
     check_positive,
+    check_real,
     check_same_device,
     check_shape,
+    check_whole,
 )
 
 Policy = Callable[[], Tensor]
@@ -109,8 +112,8 @@ def fisher_vector_product(
 
     Source: 1502.05477 appendix C.
     """
-    _check_damping(damping)
-    problem = _Problem(policy, list(params), mask, temperature, head, mode)
+    damping = _checked_damping(damping)
+    problem = _Problem(policy, params, mask, temperature, head, mode)
     return problem.fisher_product(_checked_vector(vector, problem.size), damping)
 
 
@@ -134,8 +137,20 @@ def conjugate_gradient(
     Returns:
         x (D,), and the relative residual |target - A x| / |target| (0-d), as the recurrence has it.
 
-    A target of 0 has the solution 0. Nothing waits for a GPU.
+    A target of 0 has the solution 0. Residuals below the square of what the dtype resolves count as
+    none. The scales of operator and target do not matter, as long as x itself can be represented.
+    Nothing waits for a GPU.
+
+    Raises:
+        TypeError, ValueError: a target that is no vector; an option out of range.
     """
+    if not callable(operator):
+        raise TypeError(f"operator: expected a function, got {type(operator).__name__}")
+    check_floating("target", target)
+    if target.ndim != 1:
+        raise ValueError(f"target: expected shape (D,), got {tuple(target.shape)}")
+    iterations = check_whole("iterations", iterations, 0)
+    tolerance = check_at_least("tolerance", tolerance, 0)
     size = _largest(target)
     residual = _wide(target) / size
     x, direction = torch.zeros_like(residual), residual
@@ -223,14 +238,13 @@ def trpo_step(
 
     Source: 1502.05477 section 6 and appendix C.
     """
-    for name, value in (("max_kl", max_kl), ("temperature", temperature)):
-        check_positive(name, value)
-    _check_damping(damping)
-    check_between("backtrack_ratio", backtrack_ratio, 0, 1)
-    check_at_least("max_backtracks", max_backtracks, 0)
-    check_at_least("cg_iterations", cg_iterations, 1)
+    max_kl = check_positive("max_kl", max_kl)
+    damping = _checked_damping(damping)
+    backtrack_ratio = check_between("backtrack_ratio", backtrack_ratio, 0, 1)
+    max_backtracks = check_whole("max_backtracks", max_backtracks, 0)
+    cg_iterations = check_whole("cg_iterations", cg_iterations, 1)
     batch = _checked_batch(targets, advantages, mask, old_logprobs)
-    problem = _Problem(policy, list(params), batch.mask, temperature, head, mode)
+    problem = _Problem(policy, params, batch.mask, temperature, head, mode)
     with _differentiable_attention():
         output = _output_of(policy)
         _check_shape_of(output, targets, head)
@@ -286,14 +300,19 @@ class _Problem:
     def __init__(
         self,
         policy: Policy,
-        params: list[Tensor],
+        params: Sequence[Tensor],
         mask: Tensor | None,
         temperature: float,
         head: LMHead | None,
         mode: str,
     ):
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        check_one_of("mode", mode, MODES)
+        if not callable(policy):
+            raise TypeError(f"policy: expected a function, got {type(policy).__name__}")
+        if head is not None and not isinstance(head, LMHead):
+            raise TypeError(f"head: expected an LMHead or None, got {type(head).__name__}")
+        temperature = check_positive("temperature", temperature)
+        params = _checked_params(params)
         if not params or not all(p.is_leaf and p.requires_grad for p in params):
             raise ValueError("params: expected leaves that require a gradient, at least one")
         if len({id(p) for p in params}) < len(params):
@@ -470,7 +489,7 @@ def _checked_batch(
 ) -> _Batch:
     check_integer("targets", targets)
     check_mask("mask", mask)
-    check_floating("advantages", advantages)
+    check_real("advantages", advantages)
     shape = tuple(targets.shape)
     if advantages.shape == shape[:1] and len(shape) > 1:
         advantages = advantages.view(-1, *[1] * (len(shape) - 1)).expand(shape)
@@ -490,9 +509,8 @@ def _checked_batch(
     return _Batch(torch.where(inside, targets.long(), -100), cleared[0], inside, cleared[1])
 
 
-def _check_damping(damping: float) -> None:
-    check_at_least("damping", damping, 0)
-    check_finite("damping", damping)
+def _checked_damping(damping: float) -> float:
+    return check_at_least("damping", check_finite("damping", damping), 0)
 
 
 def _output_of(policy: Policy) -> Tensor:
@@ -501,6 +519,16 @@ def _output_of(policy: Policy) -> Tensor:
         got = "one without gradient" if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"policy: expected it to return a differentiable tensor, got {got}")
     return output
+
+
+def _checked_params(params: Sequence[Tensor]) -> list[Tensor]:
+    try:
+        found = list(params)
+    except TypeError:
+        raise TypeError(f"params: expected tensors, got {type(params).__name__}") from None
+    for p in found:
+        check_floating("params", p)
+    return found
 
 
 def _check_shape_of(output: Tensor, targets: Tensor, head: LMHead | None) -> None:

@@ -352,7 +352,7 @@ _ZEROS = torch.zeros(2, 3)
     ("changed", "error", "message"),
     [
         ({"rewards": [[0.0]]}, TypeError, "rewards: expected a tensor, got list"),
-        ({"rewards": _ZEROS.long()}, TypeError, "rewards: .*floating.*int64"),
+        ({"rewards": _ZEROS.cfloat()}, TypeError, "rewards: .*real.*complex"),
         ({"rewards": torch.zeros(3)}, ValueError, r"rewards: .*\(B, T\), got \(3,\)"),
         ({"rewards": torch.zeros(2, 3, 1)}, ValueError, r"rewards: .*\(B, T\), got \(2, 3, 1\)"),
         ({"values": None}, TypeError, "values: expected a tensor, got NoneType"),

@@ -549,8 +549,8 @@ BAD_INPUT = {
     ),
     "temperatures of another shape": (
         ValueError,
-        r"temperature: .*\(2, 3\).*got \(2,\)",
-        {"temperature": torch.ones(2)},
+        r"temperature: .*\(2,\).*\(2, 3\), got \(3,\)",
+        {"temperature": torch.ones(3)},
     ),
     "integer temperatures": (TypeError, "temperature: .*floating", {"temperature": TARGETS + 1}),
     "differentiable temperature": (

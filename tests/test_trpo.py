@@ -937,7 +937,11 @@ def bad_arguments() -> dict:
         ),
         "mode": (ValueError, "mode: .*'backward'", {"mode": "backward"}),
         "floating targets": (TypeError, "targets: .*integer", {"targets": float_targets}),
-        "integer advantages": (TypeError, "advantages: .*floating", {"advantages": batch.mask}),
+        "complex advantages": (
+            TypeError,
+            "advantages: .*real",
+            {"advantages": batch.advantages.cfloat()},
+        ),
         "shape of advantages": (
             ValueError,
             r"advantages: .*\(3, 4\).*\(4,\)",

@@ -337,7 +337,7 @@ _ZEROS = torch.zeros(2, 3)
         ({"old_values": torch.zeros(2, 1)}, ValueError, r"old_values: .*\(2, 3\).*got \(2, 1\)"),
         ({"old_values": _ZEROS.to("meta")}, ValueError, "old_values: expected on cpu"),
         ({"returns": 0.0}, TypeError, "returns: expected a tensor, got float"),
-        ({"returns": _ZEROS > 0}, TypeError, "returns: .*floating.*bool"),
+        ({"returns": _ZEROS.cfloat()}, TypeError, "returns: .*real.*complex"),
         ({"returns": torch.zeros(2)}, ValueError, r"returns: .*\(2, 3\).*got \(2,\)"),
         ({"returns": _ZEROS.to("meta")}, ValueError, "returns: expected on cpu"),
         ({"mask": None}, TypeError, "mask: expected a tensor, got NoneType"),

@@ -109,6 +109,11 @@ def logit_transform(base: Any) -> tuple[float, float | None]:
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         factor = getattr(config, name, None)
+        if isinstance(factor, str):
+            raise TypeError(
+                f"model: the {name} of its config is {factor!r}, which fastrlhf does not know; use "
+                "token_stats on the model's logits"
+            )
         scale *= 1.0 if factor is None else factor
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     return scale, getattr(config, "final_logit_softcapping", None)  # Gemma

@@ -24,6 +24,7 @@ from fastrlhf.ops.checks import check_integer, check_mask, check_shape
 from fastrlhf.ops.linear_arguments import checked_problem
 from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
 from fastrlhf.ops.linear_token_stats import token_stats_of
+from fastrlhf.ops.transform import token_temperatures
 from fastrlhf.reference import TokenStats, capped_logits
 
 from .lm_head import HeadParts, base_model, head_module, head_parts, logit_transform
@@ -60,7 +61,8 @@ def model_token_stats(
         attention_mask: as the model takes it; (B, T) 0/1, as a rule.
         mask: (B, T) bool or 0/1, the tokens to score; the others cost nothing at the head. None:
             those that attention_mask (B, T) has, and that follow one that it has.
-        temperature: positive number, or a tensor that broadcasts to (B, T-1).
+        temperature: positive number, or a tensor of one for each sequence, (B,), or one that
+            broadcasts to (B, T-1).
         entropy, chunk_size, impl: as `linear_token_stats`.
         inputs: what else the model takes (position_ids, pixel_values, ...), but labels.
             `use_cache` is False unless given.
@@ -94,7 +96,7 @@ def model_token_stats(
     module = head_module(base)
     if isinstance(temperature, Tensor):
         last = temperature.new_ones(())  # of the position that predicts nothing
-        expanded = temperature.expand(input_ids.shape[0], input_ids.shape[1] - 1)
+        expanded = token_temperatures(temperature, targets[:, 1:])
         temperature = torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)
     options = {
         "temperature": temperature, "entropy": entropy, "chunk_size": chunk_size, "impl": impl,
@@ -118,8 +120,16 @@ def _scored_tokens(
         check_mask("mask", mask)
         check_shape("mask", mask, tuple(input_ids.shape), "the shape of input_ids")
         return mask
-    if attention_mask is None or attention_mask.ndim != 2:
+    if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            "attention_mask: expected a tensor (or give `mask`, which says what to score), got "
+            f"{type(attention_mask).__name__}"
+        )
+    if attention_mask.ndim != 2:
+        return None
+    check_mask("attention_mask", attention_mask)
     check_shape("attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
     attended = attention_mask != 0
     scored = attended.clone()

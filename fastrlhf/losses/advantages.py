@@ -12,12 +12,16 @@ from fastrlhf.losses.arguments import check_tokens
 from fastrlhf.losses.penalties import check_estimator, kl_penalty
 from fastrlhf.losses.segments import segment_sums
 from fastrlhf.ops.checks import (
+    check_bool,
     check_finite,
     check_floating,
     check_integer,
     check_mask,
+    check_one_of,
+    check_real,
     check_same_device,
     check_shape,
+    known_on_host,
 )
 from fastrlhf.reference import accumulation_dtype
 
@@ -42,6 +46,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """
     check_floating("x", x)
     check_mask("mask", mask)
+    check_bool("shift_mean", shift_mean)
     check_shape("mask", mask, tuple(x.shape), "the shape of x")
     check_same_device("mask", mask, "x", x)
     inside = mask != 0
@@ -90,10 +95,10 @@ def shaped_rewards(
     Source: 2203.02155 (InstructGPT), 2009.01325.
     """
     check_tokens("logprobs", logprobs, mask)
-    check_floating("scores", scores)
+    check_real("scores", scores)
     check_shape("scores", scores, (logprobs.shape[0],), "one for each sequence")
     check_same_device("scores", scores, "logprobs", logprobs)
-    check_finite("kl_coef", kl_coef)
+    kl_coef = check_finite("kl_coef", kl_coef)
     check_estimator("kl_estimator", kl_estimator)
     inside = mask != 0
     penalty = kl_penalty(logprobs, ref_logprobs, kl_estimator)
@@ -104,7 +109,9 @@ def shaped_rewards(
 
 
 @torch.no_grad()
-def group_advantages(rewards: Tensor, groups: Tensor, *, kind: str = "grpo") -> Tensor:
+def group_advantages(
+    rewards: Tensor, groups: Tensor, *, kind: str = "grpo", valid: Tensor | None = None
+) -> Tensor:
     """Compute the advantage of each sequence over the others that answer the same prompt.
 
     Call it once on all that was sampled, of every rank, before that is cut into minibatches: a
@@ -119,9 +126,13 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, kind: str = "grpo") -> 
         reinforce++: (R - μ) / (σ + 1e-4), where μ and σ are those of the whole batch
 
     Args:
-        rewards: (B,) one for each sequence.
+        rewards: (B,) one for each sequence, floating, integer or bool.
         groups: (B,) integer, the same for the samples of one prompt; in any order, of any sizes.
         kind: see above.
+        valid: (B,) bool or 0/1; a sample with 0, whose reward can be anything (a verifier that
+            crashed), gets 0 and counts nowhere. None: all are. Of those that count, a reward that
+            is not finite makes its group NaN; for reinforce++, where it would make the batch NaN,
+            it is an error on the CPU.
 
     Returns:
         (B,) fp32 (fp64 for fp64 rewards), not differentiable. A group of equal rewards gets exactly
@@ -132,26 +143,49 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, kind: str = "grpo") -> 
 
     Source: 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++).
     """
-    check_floating("rewards", rewards)
+    check_real("rewards", rewards)
     check_integer("groups", groups)
     if rewards.ndim != 1:
         raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
     check_shape("groups", groups, tuple(rewards.shape), "the shape of rewards")
     check_same_device("groups", groups, "rewards", rewards)
-    if kind not in ADVANTAGES:
-        raise ValueError(f"kind: expected one of {', '.join(ADVANTAGES)}, got {kind!r}")
-    rewards = rewards.to(accumulation_dtype(rewards.dtype))
+    check_one_of("kind", kind, ADVANTAGES)
+    counts = _counting(rewards, valid)
+    rewards = torch.where(counts, rewards.to(accumulation_dtype(rewards.dtype)), 0.0)
     if kind == "reinforce++":
+        _check_one_group_is_finite(rewards)
         groups = torch.zeros_like(groups)
-    order = groups.argsort(stable=True)
-    ids, values = groups[order], rewards[order]
+    # Those that count come first in their group.
+    order = torch.logical_not(counts).to(torch.uint8).argsort(stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    ids, values, counts = groups[order], rewards[order], counts[order]
     # Relative to the first of its group, so that rounding leaves no trace of equal rewards.
-    values = values - values[torch.searchsorted(ids, ids)]
-    count = segment_sums(torch.ones_like(values), ids)
-    centred = values - segment_sums(values, ids) / count
+    values = torch.where(counts, values - values[torch.searchsorted(ids, ids)], 0.0)
+    count = segment_sums(counts.to(values.dtype), ids).clamp(min=1)
+    centred = torch.where(counts, values - segment_sums(values, ids) / count, 0.0)
     if kind in ("grpo", "reinforce++"):
         variance = segment_sums(centred.square(), ids) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + 1e-4)
     elif kind == "rloo":
         centred = centred * count / (count - 1).clamp(min=1)
     return centred[order.argsort()]
+
+
+def _counting(rewards: Tensor, valid: Tensor | None) -> Tensor:
+    """Which samples (B,) count."""
+    if valid is None:
+        return torch.ones_like(rewards, dtype=torch.bool)
+    check_mask("valid", valid)
+    check_shape("valid", valid, tuple(rewards.shape), "the shape of rewards")
+    check_same_device("valid", valid, "rewards", rewards)
+    return valid != 0
+
+
+def _check_one_group_is_finite(rewards: Tensor) -> None:
+    """Raise ValueError, on the CPU, for a reward that would spoil the whole batch."""
+    if known_on_host(rewards) and not rewards.isfinite().all():
+        worst = rewards[~rewards.isfinite()][0].item()
+        raise ValueError(
+            f"rewards: expected finite numbers for kind 'reinforce++', got {worst}; leave such "
+            "samples out with `valid`"
+        )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops.checks import (
+    check_counts,
     check_floating,
     check_indices_on_host,
     check_integer,
@@ -52,12 +53,6 @@ def check_pair_indices(name: str, sequences: Tensor, yw_idxs: Tensor, yl_idxs: T
 def check_lengths(lengths: Tensor | None, logps: Tensor, reason: str) -> None:
     if lengths is None:
         raise ValueError(f"lengths: expected a tensor of shape (B,), or a mask: {reason}")
-    check_mask("lengths", lengths)
+    check_counts("lengths", lengths)
     check_shape("lengths", lengths, (logps.shape[0],), "one for each sequence")
     check_same_device("lengths", lengths, "log-probs", logps)
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raise ValueError unless it is a probability of a flipped label, which is at most a half."""
-    if not 0 <= label_smoothing <= 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5], got {label_smoothing}")

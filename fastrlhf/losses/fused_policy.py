@@ -26,8 +26,9 @@ from fastrlhf.ops import (
     policy_loss,
     token_stats,
 )
-from fastrlhf.ops.backend import is_batched, under_transform, use_triton
+from fastrlhf.ops.backend import check_impl, is_batched, under_transform, use_triton
 from fastrlhf.ops.checks import (
+    check_bool,
     check_floating,
     check_indices_on_host,
     check_integer,
@@ -106,6 +107,8 @@ def logits_policy_loss(
     """
     options = PolicyOptions.parse("logits_policy_loss", policy_options)
     _check_entropy(entropy)
+    check_bool("inplace_backward", inplace_backward)
+    check_impl(impl)
     transform = checked_logits(logits, targets, temperature, softcap, scale)
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
@@ -260,11 +263,8 @@ def _check_mask(mask: Tensor, targets: Tensor) -> None:
 
 
 def _check_entropy(entropy: bool) -> None:
-    if not isinstance(entropy, bool):
-        raise TypeError(
-            f"entropy: expected a bool (the entropy itself is computed here), got "
-            f"{type(entropy).__name__}"
-        )
+    # The entropy itself, which policy_loss takes, is computed here.
+    check_bool("entropy", entropy)
 
 
 def _formula(options: PolicyOptions) -> PolicyFormula:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastrlhf.losses.ratios import expm1_minus, saturated
-from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.checks import check_floating, check_one_of, check_same_device, check_shape
 from fastrlhf.reference import accumulation_dtype
 
 # Of x = ln ref - ln π.
@@ -63,6 +63,5 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
 
 
 def check_estimator(name: str, estimator: str) -> None:
-    """Raise ValueError unless it is the name of an estimator."""
-    if estimator not in KL_ESTIMATORS:
-        raise ValueError(f"{name}: expected one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
+    """Raise TypeError or ValueError unless it is the name of an estimator."""
+    check_one_of(name, estimator, KL_ESTIMATORS)

@@ -19,7 +19,7 @@ from fastrlhf.losses.ratios import saturated
 from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.surrogates import SURROGATES
 from fastrlhf.ops import PolicyTokens
-from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.checks import check_floating, check_one_of, check_same_device, check_shape
 from fastrlhf.reference import accumulation_dtype
 
 Metrics = dict[str, Tensor]
@@ -180,8 +180,7 @@ def grpo_options(loss_type: str, **changes: Any) -> dict[str, Any]:
     Raises:
         ValueError: an unknown loss_type.
     """
-    if loss_type not in _GRPO:
-        raise ValueError(f"loss_type: expected one of {', '.join(_GRPO)}, got {loss_type!r}")
+    check_one_of("loss_type", loss_type, _GRPO)
     return {**_GRPO[loss_type], **changes}
 
 

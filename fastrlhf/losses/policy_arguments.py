@@ -17,7 +17,9 @@ from fastrlhf.ops.checks import (
     check_finite,
     check_floating,
     check_mask,
+    check_one_of,
     check_positive,
+    check_real,
     check_same_device,
     check_shape,
 )
@@ -40,37 +42,34 @@ class PolicyOptions(NamedTuple):
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
 
     def checked(self) -> "PolicyOptions":
-        """Return the options.
+        """Return the options, numbers as floats.
 
         Raises:
             TypeError, ValueError: one that is not what it should be.
         """
-        if self.surrogate not in SURROGATES:
-            raise ValueError(
-                f"surrogate: expected one of {', '.join(SURROGATES)}, got {self.surrogate!r}"
-            )
-        if self.ratio_level not in ("token", "sequence"):
-            raise ValueError(
-                f'ratio_level: expected "token" or "sequence", got {self.ratio_level!r}'
-            )
-        check_at_least("clip_low", self.clip_low, 0)
-        check_at_least("clip_high", self.clip_high, 0)
-        check_finite("kl_coef", self.kl_coef)
-        check_finite("entropy_coef", self.entropy_coef)
-        if self.dual_clip is not None:
-            check_at_least("dual_clip", self.dual_clip, 1)
-            if not self.dual_clip > 1:
+        check_one_of("surrogate", self.surrogate, SURROGATES)
+        check_one_of("ratio_level", self.ratio_level, ("token", "sequence"))
+        dual_clip = self.dual_clip
+        if dual_clip is not None:
+            dual_clip = check_at_least("dual_clip", dual_clip, 1)
+            if not dual_clip > 1:
                 raise ValueError(f"dual_clip: expected more than 1, got {self.dual_clip}")
         if not isinstance(self.sapo_temperatures, tuple) or len(self.sapo_temperatures) != 2:
             raise ValueError(
                 "sapo_temperatures: expected two numbers, for A > 0 and for the rest, got "
                 f"{self.sapo_temperatures!r}"
             )
-        for tau in self.sapo_temperatures:
-            check_positive("sapo_temperatures", tau)
+        first, second = (check_positive("sapo_temperatures", x) for x in self.sapo_temperatures)
         check_estimator("kl_estimator", self.kl_estimator)
-        check_reduction(self.reduction, self.normalizer)
-        return self
+        return self._replace(
+            clip_low=check_at_least("clip_low", self.clip_low, 0),
+            clip_high=check_at_least("clip_high", self.clip_high, 0),
+            dual_clip=dual_clip,
+            kl_coef=check_finite("kl_coef", self.kl_coef),
+            entropy_coef=check_finite("entropy_coef", self.entropy_coef),
+            normalizer=check_reduction(self.reduction, self.normalizer),
+            sapo_temperatures=(first, second),
+        )
 
     @classmethod
     def parse(cls, function: str, given: dict[str, Any]) -> "PolicyOptions":
@@ -119,15 +118,15 @@ def policy_batch(
         raise ValueError(f"mask: expected shape (B, T), got {tuple(mask.shape)}")
     if options.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
-    check_floating("advantages", advantages)
+    check_real("advantages", advantages)
     shape, inside = tuple(mask.shape), mask != 0
 
     def cleared(name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        check_floating(name, x)
-        check_same_device(name, x, "mask", mask)
         per_sequence = name in ("advantages", "rollout_weights")
+        (check_real if per_sequence else check_floating)(name, x)
+        check_same_device(name, x, "mask", mask)
         if per_sequence and tuple(x.shape) in (shape[:1], (*shape[:1], 1)):
             x = x.reshape(-1, 1).expand(shape)
         else:

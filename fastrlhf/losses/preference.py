@@ -13,9 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_label_smoothing, check_lengths, check_pairs
+from fastrlhf.losses.arguments import check_lengths, check_pairs
 from fastrlhf.ops.backend import check_impl
-from fastrlhf.ops.checks import check_floating, check_positive, check_same_device, check_shape
+from fastrlhf.ops.checks import (
+    check_between,
+    check_floating,
+    check_one_of,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
 from fastrlhf.ops.preference_loss import preference_loss
 from fastrlhf.reference import (
     MARGIN_LOSSES,
@@ -196,10 +203,10 @@ def dpo_loss(
     else:
         check_shape("ref_logps", ref_logps, tuple(pi_logps.shape), "the shape of pi_logps")
     check_same_device("ref_logps", ref_logps, "pi_logps", pi_logps)
-    check_positive("beta", beta)
-    check_positive("discopop_tau", discopop_tau)
+    beta = check_positive("beta", beta)
+    discopop_tau = check_positive("discopop_tau", discopop_tau)
     check_impl(impl)
-    _check_loss_type(loss_type, label_smoothing)
+    label_smoothing = _check_loss_type(loss_type, label_smoothing)
     if loss_type in MARGIN_LOSSES:
         if MARGIN_LOSSES[loss_type].average and mask is None:
             check_lengths(lengths, pi_logps, f"loss_type {loss_type!r} averages over tokens")
@@ -214,11 +221,9 @@ def dpo_loss(
     return losses, (beta * scores).detach()
 
 
-def _check_loss_type(loss_type: str, label_smoothing: float) -> None:
-    known = [*MARGIN_LOSSES, *_PAIR_LOSSES]
-    if loss_type not in known:
-        raise ValueError(f"loss_type: expected one of {', '.join(known)}, got {loss_type!r}")
-    check_label_smoothing(label_smoothing)
+def _check_loss_type(loss_type: str, label_smoothing: float) -> float:
+    check_one_of("loss_type", loss_type, [*MARGIN_LOSSES, *_PAIR_LOSSES])
+    label_smoothing = check_between("label_smoothing", label_smoothing, 0, 0.5)
     if loss_type == "robust" and label_smoothing == 0.5:
         raise ValueError("label_smoothing: expected less than 0.5 for loss_type 'robust', got 0.5")
     if loss_type == "exo_pair" and label_smoothing == 0:
@@ -226,3 +231,4 @@ def _check_loss_type(loss_type: str, label_smoothing: float) -> None:
             "label_smoothing: expected more than 0 for loss_type 'exo_pair' (its paper takes "
             "1e-3), got 0"
         )
+    return label_smoothing

@@ -6,28 +6,31 @@ Dims: B sequences, T tokens.
 import torch
 from torch import Tensor
 
-from fastrlhf.ops.checks import check_positive
+from fastrlhf.ops.checks import check_one_of, check_positive, check_real
 
 REDUCTIONS = ("token-mean", "sequence-mean", "sequence-sum", "constant")
 
 
-def check_reduction(reduction: str, normalizer: float | Tensor | None) -> None:
-    """Raise unless the reduction exists and the normalizer is a positive number, or 0-d tensor."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+def check_reduction(reduction: str, normalizer: float | Tensor | None) -> float | Tensor | None:
+    """Return the normalizer, a number as float. Raise unless the reduction exists and the
+    normalizer is a positive number, or 0-d tensor.
+    """
+    check_one_of("reduction", reduction, REDUCTIONS)
     if normalizer is None:
         if reduction == "constant":
             raise ValueError(
                 "normalizer: expected a number for reduction 'constant' (such as sequences times "
                 "the longest completion allowed), got None"
             )
-    elif isinstance(normalizer, Tensor):
-        if normalizer.ndim != 0:
-            raise ValueError(
-                f"normalizer: expected a number or a 0-d tensor, got {tuple(normalizer.shape)}"
-            )
-    else:
-        check_positive("normalizer", normalizer)
+        return None
+    if not isinstance(normalizer, Tensor):
+        return check_positive("normalizer", normalizer)
+    check_real("normalizer", normalizer)
+    if normalizer.ndim != 0:
+        raise ValueError(
+            f"normalizer: expected a number or a 0-d tensor, got {tuple(normalizer.shape)}"
+        )
+    return normalizer
 
 
 def token_weights(

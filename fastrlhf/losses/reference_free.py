@@ -8,8 +8,15 @@ import math
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_label_smoothing, check_lengths, check_pairs
-from fastrlhf.ops.checks import check_floating, check_positive, check_shape
+from fastrlhf.losses.arguments import check_lengths, check_pairs
+from fastrlhf.ops.checks import (
+    check_between,
+    check_finite,
+    check_floating,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
 from fastrlhf.reference import (
     accumulation_dtype,
     log_sigmoid,
@@ -49,7 +56,9 @@ def simpo_loss(
 
     Source: 2405.14734 Eq. 6.
     """
-    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs, beta)
+    beta = check_positive("beta", beta)
+    gamma = check_finite("gamma", gamma)
+    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs)
     losses = -log_sigmoid(beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma)
     return losses, (beta * mean).detach()
 
@@ -89,8 +98,9 @@ def cpo_loss(
     Source: 2401.08417 Eq. 5 and 6.
     """
     check_pairs("logps", logps, yw_idxs, yl_idxs, None)
-    check_positive("beta", beta)
-    check_label_smoothing(label_smoothing)
+    beta = check_positive("beta", beta)
+    alpha = check_finite("alpha", alpha)
+    label_smoothing = check_between("label_smoothing", label_smoothing, 0, 0.5)
     sums = masked_sum(logps, None)
     chosen, rejected = sums[yw_idxs.long()], sums[yl_idxs.long()]
     losses = sigmoid_loss(chosen - rejected, beta, label_smoothing)
@@ -127,7 +137,8 @@ def orpo_loss(
 
     1 - e^m is taken without cancellation. Raises as `dpo_loss`. Source: 2403.07691 Eq. 6 and 7.
     """
-    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs, beta)
+    beta = check_positive("beta", beta)
+    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs)
     log_odds = mean - _log1mexp(mean)
     chosen = yw_idxs.long()
     ratio = log_odds[chosen] - log_odds[yl_idxs.long()]
@@ -135,13 +146,10 @@ def orpo_loss(
     return losses, (beta * mean).detach()
 
 
-def _mean_logps(
-    logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float
-) -> Tensor:
+def _mean_logps(logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
     """Check the arguments of a length-normalised loss and average its log-probs over tokens."""
     check_pairs("logps", logps, yw_idxs, yl_idxs, None)
     check_lengths(lengths, logps, "the loss averages over tokens")
-    check_positive("beta", beta)
     sums = masked_sum(logps, None)
     return sums / sequence_lengths(None, lengths, sums.dtype)
 
@@ -150,6 +158,7 @@ def _chosen_nll(nll: Tensor | None, default: Tensor) -> Tensor:
     if nll is None:
         return default
     check_floating("nll", nll)
+    check_same_device("nll", nll, "log-probs", default)
     if nll.ndim > 0:
         check_shape("nll", nll, tuple(default.shape), "one for each pair, or 0-d")
     return nll.to(accumulation_dtype(nll.dtype))

@@ -55,12 +55,12 @@ def reward_loss(
     if isinstance(margin, Tensor):
         others["margin"] = margin
     elif margin is not None:
-        check_finite("margin", margin)
+        margin = check_finite("margin", margin)
     for name, x in others.items():
         check_floating(name, x)
         check_shape(name, x, tuple(chosen_scores.shape), "the shape of chosen_scores")
         check_same_device(name, x, "chosen_scores", chosen_scores)
-    check_finite("center_coef", center_coef)
+    center_coef = check_finite("center_coef", center_coef)
     dtype = accumulation_dtype(torch.promote_types(chosen_scores.dtype, rejected_scores.dtype))
     chosen, rejected = chosen_scores.to(dtype), rejected_scores.to(dtype)
     difference = chosen - rejected

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.ops.checks import check_bool
 from fastrlhf.reference import masked_sum, sequence_lengths
 
 
@@ -24,5 +25,6 @@ def sequence_logprobs(token_logprobs: Tensor, mask: Tensor, *, average: bool = F
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
     check_tokens("token_logprobs", token_logprobs, mask)
+    check_bool("average", average)
     sums = masked_sum(token_logprobs, mask)
     return sums / sequence_lengths(mask, None, sums.dtype) if average else sums

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops.checks import (
+    check_at_least,
+    check_finite,
     check_floating,
     check_mask,
     check_positive,
+    check_real,
     check_same_device,
     check_shape,
 )
@@ -57,11 +60,11 @@ def kto_loss(
     for name, tensor in (("ref_logps", ref_logps), ("desirable", desirable)):
         check_shape(name, tensor, tuple(pi_logps.shape), "the shape of pi_logps")
         check_same_device(name, tensor, "pi_logps", pi_logps)
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
+    desirable_weight = check_at_least("desirable_weight", desirable_weight, 0)
+    undesirable_weight = check_at_least("undesirable_weight", undesirable_weight, 0)
     scores = sequence_scores(pi_logps, ref_logps, None)
-    baseline = torch.as_tensor(kl, dtype=scores.dtype, device=scores.device).detach().clamp(min=0)
-    if baseline.ndim > 0:
-        check_shape("kl", baseline, tuple(scores.shape), "a number, or one for each sequence")
+    baseline = _baseline(kl, scores)
     gain = beta * (scores - baseline)
     losses = torch.where(
         desirable != 0,
@@ -69,3 +72,13 @@ def kto_loss(
         undesirable_weight * sigmoid(gain),
     )
     return losses, (beta * scores).detach()
+
+
+def _baseline(kl: Tensor | float, scores: Tensor) -> Tensor:
+    """Clamp the estimate of the divergence (0-d or (B,)) at 0; a constant."""
+    if not isinstance(kl, Tensor):
+        return scores.new_full((), max(check_finite("kl", kl), 0.0))
+    check_real("kl", kl)
+    if kl.ndim > 0:
+        check_shape("kl", kl, tuple(scores.shape), "a number, or one for each sequence")
+    return kl.detach().to(scores).clamp(min=0)

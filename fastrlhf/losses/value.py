@@ -8,7 +8,13 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens
 from fastrlhf.losses.reduce import check_reduction, masked_mean, token_weights
-from fastrlhf.ops.checks import check_at_least, check_floating, check_same_device, check_shape
+from fastrlhf.ops.checks import (
+    check_at_least,
+    check_floating,
+    check_real,
+    check_same_device,
+    check_shape,
+)
 from fastrlhf.reference import accumulation_dtype
 
 
@@ -55,13 +61,13 @@ def value_loss(
     check_tokens("values", values, mask)
     others = {"returns": returns}
     if clip_range is not None:
-        check_at_least("clip_range", clip_range, 0)
+        clip_range = check_at_least("clip_range", clip_range, 0)
         others["old_values"] = old_values  # type: ignore[assignment]
     for name, x in others.items():
-        check_floating(name, x)
+        (check_real if name == "returns" else check_floating)(name, x)
         check_shape(name, x, tuple(values.shape), "the shape of values")
         check_same_device(name, x, "values", values)
-    check_reduction("token-mean", normalizer)
+    normalizer = check_reduction("token-mean", normalizer)
     inside, dtype = mask != 0, accumulation_dtype(values.dtype)
     values = torch.where(inside, values, 0.0).to(dtype)
     target = torch.where(inside, returns.detach(), 0.0).to(dtype)

@@ -21,7 +21,9 @@ _TRITON_DEVICES = {"cuda", "xpu"}  # ROCm devices call themselves cuda
 
 
 def check_impl(impl: str) -> None:
-    """Raise ValueError unless `impl` names a backend, or "auto"."""
+    """Raise TypeError or ValueError unless `impl` names a backend, or "auto"."""
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: expected a string, got {type(impl).__name__}")
     if impl not in ("auto", "triton", "eager"):
         raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
 

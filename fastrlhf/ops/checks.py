@@ -1,6 +1,8 @@
 """Checks of arguments: each error names the argument, what was expected and what came."""
 
 import math
+from collections.abc import Iterable
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -9,6 +11,15 @@ from .backend import is_batched
 
 FLOATING_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def known_on_host(*tensors: Tensor) -> bool:
+    """Whether looking at what tensors hold is free: on the CPU, and not while a graph is traced or
+    torch.func.vmap hides it. On a GPU it would wait for the device.
+    """
+    if torch.compiler.is_compiling() or is_batched(*tensors):
+        return False
+    return all(x.device.type == "cpu" for x in tensors)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -21,10 +32,33 @@ def check_integer(name: str, tensor: Tensor) -> None:
     _check_dtype(name, tensor, INTEGER_DTYPES, "integer")
 
 
+def check_real(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is a tensor of numbers: a reward of 0 or 1 may be a bool."""
+    _check_dtype(name, tensor, (torch.bool, *INTEGER_DTYPES, *FLOATING_DTYPES), "real")
+
+
 def check_mask(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` is boolean, or numeric and meant as 0/1."""
-    allowed = (torch.bool, *INTEGER_DTYPES, *FLOATING_DTYPES)
-    _check_dtype(name, tensor, allowed, "boolean or 0/1")
+    """Raise TypeError unless `tensor` is boolean or numeric, ValueError unless it holds 0 and 1.
+
+    What it holds is looked at on the CPU only. An additive mask of 0 and -inf, or weights of
+    tokens, would otherwise pass for a mask, and mean something else.
+    """
+    _check_dtype(name, tensor, (torch.bool, *INTEGER_DTYPES, *FLOATING_DTYPES), "boolean or 0/1")
+    if tensor.dtype != torch.bool and known_on_host(tensor):
+        other = (tensor != 0) & (tensor != 1)
+        if other.any():
+            worst = tensor[other][0].item()
+            raise ValueError(f"{name}: expected a mask of 0 and 1, got {worst}")
+
+
+def check_counts(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is numeric, and ValueError, on the CPU, for a number below
+    0.
+    """
+    _check_dtype(name, tensor, (*INTEGER_DTYPES, *FLOATING_DTYPES), "numeric")
+    if known_on_host(tensor) and not (tensor >= 0).all():
+        worst = tensor[~(tensor >= 0)][0].item()
+        raise ValueError(f"{name}: expected numbers of at least 0, got {worst}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: str) -> None:
@@ -43,40 +77,73 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         )
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise TypeError unless `value` is a number, ValueError unless it is `least` or more."""
-    _check_is_number(name, value)
-    if not value >= least:
+def check_at_least(name: str, value: float, least: float) -> float:
+    """Return a number as float. Raise TypeError for anything else, ValueError below `least`."""
+    number = _number(name, value)
+    if not number >= least:
         raise ValueError(f"{name}: expected a number of at least {least}, got {value}")
+    return number
 
 
-def check_between(name: str, value: float, least: float, most: float) -> None:
-    """Raise TypeError unless `value` is a number, ValueError unless it is in [least, most]."""
-    _check_is_number(name, value)
-    if not least <= value <= most:
+def check_between(name: str, value: float, least: float, most: float) -> float:
+    """Return a number as float. Raise TypeError for anything else, ValueError outside of [least,
+    most].
+    """
+    number = _number(name, value)
+    if not least <= number <= most:
         raise ValueError(f"{name}: expected a number in [{least}, {most}], got {value}")
+    return number
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise TypeError unless `value` is a number, ValueError unless it is positive and finite."""
-    _check_is_number(name, value)
+def check_positive(name: str, value: float) -> float:
+    """Return a number as float. Raise TypeError for anything else, ValueError unless it is positive
+    and finite.
+    """
+    number = _number(name, value)
     # Compared, since math.isfinite takes no number that the compiler keeps symbolic.
-    if not 0 < value < math.inf:
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return number
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raise TypeError unless `value` is a number, ValueError unless it is finite."""
-    _check_is_number(name, value)
-    if not -math.inf < value < math.inf:
+def check_finite(name: str, value: float) -> float:
+    """Return a number as float. Raise TypeError for anything else, ValueError unless it is
+    finite.
+    """
+    number = _number(name, value)
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    return number
+
+
+def check_whole(name: str, value: int, least: int | None = None) -> int:
+    """Return a whole number as int. Raise TypeError for anything else, ValueError below `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of those known."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> None:
     """Raise ValueError for an index outside [0, size), on the CPU only: elsewhere it would
     synchronise.
     """
-    if index.device.type != "cpu" or index.numel() == 0 or is_batched(index):
+    if not known_on_host(index) or index.numel() == 0:
         return
     index = wide_integers(index)
     outside = (index < 0) | (index >= size)
@@ -95,13 +162,18 @@ def token_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(0) >= 0 else x.contiguous()
 
 
-def _check_is_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: float) -> float:
+    # Numbers of numpy are Real; the compiler's own pass for int and float.
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], kind: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind_of = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got {kind_of}")
     if tensor.dtype not in allowed:
         raise TypeError(f"{name}: expected a {kind} tensor, got {tensor.dtype}")

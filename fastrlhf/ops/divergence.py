@@ -15,6 +15,7 @@ from .checks import (
     check_between,
     check_floating,
     check_mask,
+    check_one_of,
     check_same_device,
     check_shape,
 )
@@ -43,11 +44,10 @@ def checked_measure(direction: str, beta: float) -> Measure:
     Raises:
         TypeError, ValueError: an unknown direction, a beta outside of [0, 1].
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    check_between("beta", beta, 0, 1)
+    check_one_of("direction", direction, DIRECTIONS)
+    beta = check_between("beta", beta, 0, 1)
     if direction == "jsd" and 0 < beta < 1:
-        return Measure(swapped=False, share=float(beta))
+        return Measure(swapped=False, share=beta)
     forward = direction == "forward" or (direction == "jsd" and beta == 0)
     return Measure(swapped=forward, share=None)
 

@@ -13,6 +13,7 @@ from .checks import (
     check_between,
     check_floating,
     check_mask,
+    check_real,
     check_same_device,
     check_shape,
     token_contiguous,
@@ -58,7 +59,7 @@ def gae(
 
     Source: 1506.02438 Eq. 16.
     """
-    check_floating("rewards", rewards)
+    check_real("rewards", rewards)
     if rewards.ndim != 2:
         raise ValueError(f"rewards: expected shape (B, T), got {tuple(rewards.shape)}")
     check_floating("values", values)
@@ -66,13 +67,15 @@ def gae(
     for name, x in (("values", values), ("mask", mask)):
         check_shape(name, x, tuple(rewards.shape), "the shape of rewards")
         check_same_device(name, x, "rewards", rewards)
-    check_between("gamma", gamma, 0, 1)
-    check_between("lam", lam, 0, 1)
+    if not rewards.is_floating_point():  # 0 and 1 of a verifier
+        rewards = rewards.float()
+    gamma = check_between("gamma", gamma, 0, 1)
+    lam = check_between("lam", lam, 0, 1)
     triton = use_triton(impl, rewards, auto_interprets=True) and not under_transform()
     if not triton or rewards.numel() == 0:
         advantages, returns = reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
         return advantages.detach(), returns.detach()
-    advantages, returns = _scan(rewards, values, mask, float(gamma), float(lam))
+    advantages, returns = _scan(rewards, values, mask, gamma, lam)
     return advantages, returns
 
 

@@ -9,10 +9,12 @@ from fastrlhf.reference import accumulation_dtype
 
 from .backend import check_impl
 from .checks import (
+    check_bool,
     check_floating,
     check_integer,
     check_same_device,
     check_shape,
+    check_whole,
     wide_integers,
 )
 from .linear_head import Head, QuantizedWeight, Weight
@@ -102,6 +104,8 @@ def checked_problem(
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden without its last dimension")
     check_same_device("targets", targets, "hidden", hidden)
     check_impl(impl)
+    check_bool("entropy", entropy)
+    ignore_index = check_whole("ignore_index", ignore_index)
     transform = checked_transform(temperature, softcap, scale, targets)
     if not torch.compiler.is_compiling():  # the operator on logits checks again
         tokens = transform.token_temperature
@@ -161,11 +165,7 @@ def _check_weight(weight: Weight, hidden: Tensor, prefix: str) -> None:
 def checked_chunk(chunk_size: int | None, vocab: int, device: torch.device) -> int:
     if chunk_size is None:
         return default_chunk(vocab, device)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size: expected an integer, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    return chunk_size
+    return check_whole("chunk_size", chunk_size, 1)
 
 
 def _autocast(hidden: Tensor) -> bool:

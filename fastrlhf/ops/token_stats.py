@@ -15,11 +15,13 @@ from fastrlhf.reference import TokenStats
 
 from .backend import check_impl, is_batched, under_transform, use_triton
 from .checks import (
+    check_bool,
     check_floating,
     check_indices_on_host,
     check_integer,
     check_same_device,
     check_shape,
+    check_whole,
     wide_integers,
 )
 from .transform import (
@@ -96,8 +98,12 @@ def token_stats(
     the entropy H.
     """
     transform = checked_logits(logits, targets, temperature, softcap, scale)
+    ignore_index = check_whole("ignore_index", ignore_index)
+    check_bool("entropy", entropy)
+    check_bool("inplace_backward", inplace_backward)
+    check_impl(impl)
     if under_transform():
-        return _definition(logits, targets, transform, ignore_index, entropy, impl)
+        return _definition(logits, targets, transform, ignore_index, entropy)
     logprob, row_entropy, lse, _, _ = _forward(
         logits, targets, *transform, ignore_index, entropy, inplace_backward, impl
     )
@@ -113,10 +119,8 @@ def _definition(
     transform: Transform,
     ignore_index: int,
     entropy: bool,
-    impl: str,
 ) -> TokenStats:
     """Compute the statistics by what torch.func can differentiate and batch."""
-    check_impl(impl)
     row_temperature = transform.of_rows
     check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
     return reference.token_stats(

@@ -37,14 +37,14 @@ def checked_transform(
     """
     token_temperature = None
     if isinstance(temperature, Tensor):
-        token_temperature = _token_temperature(temperature, targets)
+        token_temperature = token_temperatures(temperature, targets)
         temperature = 1.0
-    check_positive("temperature", temperature)
-    check_positive("scale", scale)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-        softcap = float(softcap)
-    return Transform(token_temperature, float(temperature), softcap, float(scale))
+    return Transform(
+        token_temperature,
+        check_positive("temperature", temperature),
+        None if softcap is None else check_positive("softcap", softcap),
+        check_positive("scale", scale),
+    )
 
 
 def check_temperatures_on_host(tokens: Tensor | None, live: Tensor) -> None:
@@ -67,12 +67,31 @@ def flat_temperature(
     return temperature if tokens is None else tokens.reshape(-1).to(dtype).contiguous()
 
 
-def _token_temperature(temperature: Tensor, targets: Tensor) -> Tensor:
+def token_temperatures(temperature: Tensor, targets: Tensor) -> Tensor:
+    """Give every token of `targets` its temperature, from a tensor that broadcasts to them.
+
+    Raises:
+        TypeError, ValueError: one that does not, or requires a gradient.
+    """
     check_floating("temperature", temperature)
     check_same_device("temperature", temperature, "the tokens", targets)
     if temperature.requires_grad:
         raise ValueError(
             "temperature: expected a tensor without gradient, got one that requires it"
+        )
+    if temperature.ndim == 1 and targets.ndim == 2:
+        # One for each sequence, as advantages are: never one for each position because there
+        # happen to be as many.
+        if temperature.shape != targets.shape[:1]:
+            raise ValueError(
+                f"temperature: expected shape {tuple(targets.shape[:1])} (one for each sequence), "
+                f"or {tuple(targets.shape)}, got {tuple(temperature.shape)}"
+            )
+        temperature = temperature.unsqueeze(1)
+    if temperature.ndim == 1 and targets.ndim > 2:
+        raise ValueError(
+            f"temperature: expected a number, or as many dimensions as {tuple(targets.shape)}, got "
+            f"{tuple(temperature.shape)}"
         )
     missing = targets.ndim - temperature.ndim
     sizes = targets.shape[max(missing, 0) :]
