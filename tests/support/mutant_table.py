@@ -1,0 +1,828 @@
+"""The changes that `mutants.py` makes, and the tests that should notice each.
+
+A row says where, by a text that stands in the file exactly once, and names the narrowest selection
+of tests that is enough.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One change: `old` becomes `new` in a file."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # a file in tests/
+    select: str = ""  # what pytest takes as -k
+    equivalent: str = ""  # why no test can tell it from the original, if none can
+
+
+def _mutants(
+    file: str, tests: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]
+) -> list[Mutant]:
+    """Make the mutants of one file that one test file should notice: name, old, new, selection."""
+    return [Mutant(row[0], file, row[1], row[2], tests, *row[3:]) for row in rows]
+
+
+MUTANTS = [
+    *_mutants(
+        "kernels/token_stats.py", "test_token_stats.py",
+        (
+            "K1: columns past the end are logits of 0",
+            'stride_vocab, mask=inside, other=-float("inf")\n        ).to(acc)\n        peak',
+            "stride_vocab, mask=inside, other=0.0\n        ).to(acc)\n        peak",
+            "match_the_oracle and triton and 5003",
+        ),
+        (
+            "K1: the smallest peak of the splits",
+            "row_peak = tl.max(peak, axis=1)", "row_peak = tl.min(peak, axis=1)",
+            "several_splits and triton",
+        ),
+        (
+            "K1: ignored rows are live",
+            "live = inside & (target != ignore_index)", "live = inside",
+            "exactly_zero and triton",
+        ),
+        (
+            "K1: splits that are not there are read",
+            "present = live[:, None] & (split < splits)", "present = live[:, None] & (split >= 0)",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "K1: the lse without the temperature",
+            "tl.where(live, base / row_t + log_norm, 0.0)", "tl.where(live, base + log_norm, 0.0)",
+            "match_the_oracle and triton and scaled and 1000",
+        ),
+        (
+            "K1: a row of nothing has a peak",
+            'tl.where(live & (empty == 0), base, -float("inf"))',
+            'tl.where(live, base, -float("inf"))',
+            "masked_vocabulary and triton",
+        ),
+        (
+            "K2: a slope of 0 alone ends the row",
+            "without_gradient &= h == 0.0", "without_gradient |= h == 0.0",
+            "either_statistic and triton",
+        ),
+        (
+            "K2: a zero slope of the log-prob alone ends the row",
+            "without_gradient &= h == 0.0", "without_gradient = g == 0.0",
+            "either_statistic and triton",
+        ),
+        (
+            "K2: the other inner dimension",
+            "    destination += columns.to(tl.int64) * d_stride_vocab\n\n    base",
+            "    destination += columns.to(tl.int64)\n\n    base",
+            "layouts and True",
+        ),
+    ),
+    *_mutants(
+        "kernels/rows.py", "test_token_stats.py",
+        (
+            "rows: no finite base",
+            'return tl.where(peak == -float("inf"), 0.0, peak)', "return peak",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: an empty sum meets inf * 0",
+            "(moment + rest * tl.where(fade > 0, shift, 0.0)) * fade",
+            "(moment + rest * shift) * fade",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: capped columns past the end",
+            'capped = tl.where(inside, capped, -float("inf"))', "capped = capped * 1.0",
+            "match_the_oracle and triton and capped and 1000",
+        ),
+        (
+            "rows: the target counts twice",
+            "weight = tl.where(columns == target, 0.0, tl.exp2(bits))", "weight = tl.exp2(bits)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "rows: 0 * -inf in the moment",
+            "tl.sum(tl.where(weight > 0, weight * bits, 0.0), axis=1)",
+            "tl.sum(weight * bits, axis=1)",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: a log-prob that cancels",
+            "logprob = log_sigmoid(target_shift - tl.log(rest))",
+            "logprob = target_shift - log_norm",
+            "nearly_one and triton",
+        ),
+        (
+            "rows: a row of nothing but -inf",
+            'logprob = tl.where(empty, -float("inf"), logprob)', "logprob = logprob * 1.0",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: 1 - p by subtraction",
+            "-g * expm1(logprob)", "g - g * p",
+            "nearly_one and triton",
+        ),
+        (
+            "rows: 0 * -inf in the gradient",
+            "dz -= tl.where(p > 0, h * p * (bits * LN2 + entropy), 0.0)",
+            "dz -= h * p * (bits * LN2 + entropy)",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: the gradient in bits",
+            "h * p * (bits * LN2 + entropy)", "h * p * (bits + entropy)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "rows: the gradient without the temperature",
+            "return dz * (slope * (1.0 / row_t))", "return dz * slope",
+            "match_the_oracle and triton and scaled and 33",
+        ),
+        (
+            "rows: the entropy without what the target adds",
+            "tl.where(target_weight > 0, target_weight * target_bits, 0.0)",
+            "tl.where(target_weight > 0, 0.0, 0.0)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+    ),
+    *_mutants(
+        "kernels/tiles.py", "test_token_stats.py",
+        (
+            "tiles: log1p takes the logarithm too early",
+            "tl.where(u <= 1.0, 2.0 * ratio * series", "tl.where(u <= 0.01, 2.0 * ratio * series",
+            "nine_tenths and triton",
+        ),
+        (
+            "tiles: expm1 subtracts too early",
+            "tl.where(tl.abs(x) < 0.5, x * series, exp(x) - 1.0)",
+            "tl.where(tl.abs(x) < 0.001, x * series, exp(x) - 1.0)",
+            "nine_tenths and triton",
+        ),
+        (
+            "tiles: the slope of tanh cancels",
+            "4.0 * decay / ((1.0 + decay) * (1.0 + decay))", "1.0 - magnitude * magnitude",
+            "beyond_the_cap and triton",
+        ),
+        (
+            "tiles: rows and blocks change places",
+            "return (row // inner) * stride_outer + (row % inner) * stride_inner",
+            "return (row % inner) * stride_outer + (row // inner) * stride_inner",
+            "layouts and triton",
+        ),
+    ),
+    *_mutants(
+        "kernels/scan.py", "test_gae.py",
+        (
+            "gae: found only if both sides are",
+            "return far_found | near_found,", "return far_found & near_found,",
+            "masked_altogether or recurrence",
+        ),
+        (
+            "gae: functions composed in the other order",
+            "near_scale * far_shift + near_shift", "far_scale * near_shift + far_shift",
+            "recurrence",
+        ),
+        (
+            "gae: a token that does not count hands on no value",
+            "tl.where(first, tl.where(keep, value, next_value), 0.0)",
+            "tl.where(first, value, 0.0)",
+            "masked_altogether or recurrence",
+        ),
+        (
+            "gae: a token that does not count decays",
+            "tl.where(keep, decay, 1.0)", "tl.where(keep, decay, decay)",
+            "recurrence",
+        ),
+        (
+            "gae: returns outside of the mask",
+            "tl.where(keep, advantage + value, 0.0)", "advantage + value",
+            "changes_no_bit or recurrence",
+        ),
+        (
+            "gae: the next value without a discount",
+            "reward.to(acc) + gamma * next_value - value", "reward.to(acc) + next_value - value",
+            "recurrence",
+        ),
+        (
+            "gae: results in the dtype of the rewards",
+            "torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)",
+            "torch.promote_types(rewards.dtype, torch.float32)",
+            "wider_dtype",
+        ),
+    ),
+    *_mutants(
+        "kernels/preference_loss.py", "test_preference.py",
+        (
+            "pairs: the slope without beta",
+            "return loss, beta * slope", "return loss, slope",
+            "sigmoid and triton",
+        ),
+        (
+            "pairs: 0 * -inf without smoothing",
+            "return tl.where(label_smoothing > 0, label_smoothing * log_sigmoid(-d), 0.0)",
+            "return label_smoothing * log_sigmoid(-d)",
+            "impossible_rejected and triton",
+        ),
+        (
+            "pairs: the slope of a hinge at its corner",
+            "0.0, shortfall), tl.where(shortfall <= 0, 0.0, -beta)",
+            "0.0, shortfall), tl.where(shortfall < 0, 0.0, -beta)",
+            "triton and hinge",
+        ),
+        (
+            "pairs: a mean over no tokens",
+            "return score, tl.maximum(count, 1.0)", "return score, count",
+            "triton and (without_any_token or empty)",
+        ),
+        (
+            "pairs: the mask is not looked at backward",
+            "tl.where(keep, d_sum, 0.0)", "tl.where(token >= 0, d_sum, 0.0)",
+            "triton and outside_the_mask",
+        ),
+        (
+            "pairs: the gradient of a sum for that of a mean",
+            "d_sum *= tl.load(weights + sequence)", "d_sum *= 1.0",
+            "triton and (ipo or summed_over)",
+        ),
+        (
+            "pairs: a reference per token of the first sequence",
+            "place = reference + sequence * reference_stride + token",
+            "place = reference + token + 0 * sequence * reference_stride",
+            "triton and summed_over",
+        ),
+        (
+            "pairs: the rejected sequence's share is added",
+            "tl.where(as_chosen, slope, 0.0) - tl.where(as_rejected, slope, 0.0)",
+            "tl.where(as_chosen, slope, 0.0) + tl.where(as_rejected, slope, 0.0)",
+            "triton and against_itself",
+        ),
+        (
+            "pairs: results in the dtype of the policy",
+            "acc = torch.promote_types(torch.promote_types(policy.dtype, reference.dtype), "
+            "torch.float32)",
+            "acc = torch.promote_types(policy.dtype, torch.float32)",
+            "promote_mixed or precision_of_the_reference",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/preference_loss.py", "test_preference.py",
+        (
+            "pairs: an expanded gradient",
+            "d_losses.contiguous(),", "d_losses,",
+            "expanded_gradient",
+        ),
+    ),
+    *_mutants(
+        "kernels/fisher.py", "test_fisher.py",
+        (
+            "fisher: a tangent without probability",
+            "tl.sum(tl.where(weight == 0, 0.0, weight * u), axis=1)",
+            "tl.sum(weight * u, axis=1)",
+            "without_probability and triton",
+        ),
+        (
+            "fisher: one temperature for two",
+            "inverse_t2 = 1.0 / (row_t * row_t)", "inverse_t2 = 1.0 / row_t",
+            "dense_matrix and triton and number and 33",
+        ),
+        (
+            "fisher: rows of nothing are read",
+            "inside = columns < read", "inside = columns < vocab",
+            "masked_rows and triton",
+        ),
+        (
+            "fisher: lanes merged without their bases",
+            "mean = tl.sum(moment * fade, axis=0) / row_total",
+            "mean = tl.sum(moment, axis=0) / row_total",
+            "dense_matrix and triton",
+        ),
+        (
+            "fisher: a second moment that is not centred",
+            "squares += tl.sum(tl.where(weight == 0, 0.0, value * centred), axis=1)",
+            "squares += tl.sum(tl.where(weight == 0, 0.0, value * u), axis=1)",
+            "rounding and triton or variance_of and triton",
+        ),
+    ),
+    *_mutants(
+        "kernels/policy_loss.py", "test_logits_policy_loss.py",
+        (
+            "K3: a ratio in fp64 ends at that of fp32",
+            "tl.constexpr = 700.0 if", "tl.constexpr = 80.0 if",
+            "beyond_that_of_fp32",
+        ),
+        (
+            "K3: a ratio on its lower bound is clipped",
+            "too_low = bad & (ratio < low)", "too_low = bad & (ratio <= low)",
+            "on_its_bound",
+        ),
+        (
+            "K3: a ratio on its upper bound is clipped",
+            "tl.where(bad, ratio > dual, ratio > high)",
+            "tl.where(bad, ratio > dual, ratio >= high)",
+            "on_its_bound",
+        ),
+        (
+            "K3: no dual clip",
+            "tl.where(bad, ratio > dual, ratio > high)", "(bad == 0) & (ratio > high)",
+            "far_away and clip and triton",
+        ),
+        (
+            "K3: the slope of |x| at 0",
+            "tl.where(x < 0, 1.0, x * 0.0)", "tl.where(x <= 0, 1.0, x * 0.0)",
+            "reference_itself and triton",
+        ),
+        (
+            "K3: a slope of 0 takes the entropy's gradient along",
+            "((g == 0) & (h == 0))", "(g == 0)",
+            "clipped_token and triton",
+        ),
+        (
+            "K3: either slope of 0 ends the row",
+            "((g == 0) & (h == 0))", "((g == 0) | (h == 0))",
+            "match_the_oracles and clip and triton",
+        ),
+        (
+            "K3: the ratio of cispo without its bound",
+            "tl.where(ratio > high, high, ratio) * advantage", "ratio * advantage",
+            "match_the_oracles and cispo and triton",
+        ),
+        (
+            "K3: weight 0 of a forbidden token",
+            "return tl.where(weight == 0, 0.0, -weight * logprob), -weight",
+            "return -weight * logprob, -weight",
+            "has_an_entropy and triton",
+        ),
+        (
+            "K3: the slope of k3 beyond its end",
+            "return expm1_minus(x), tl.where(ended, 0.0, -expm1(x))",
+            "return expm1_minus(x), -expm1(x)",
+            "beyond_its_end and triton",
+        ),
+        (
+            "K3: an entropy that is punished backward",
+            "h = -weight * tl.full((), entropy_coef, acc)",
+            "h = weight * tl.full((), entropy_coef, acc)",
+            "match_the_oracles and clip and triton",
+        ),
+        (
+            "K3: the loss of an ignored row",
+            "tl.store(losses + row, tl.where(live, loss, 0.0))", "tl.store(losses + row, loss)",
+            "match_the_oracles and clip and triton",
+        ),
+        (
+            "K3: the reference on the wrong side",
+            "KL(tl.load(ref_logprobs + row) - logprob)",
+            "KL(logprob - tl.load(ref_logprobs + row))",
+            "match_the_oracles and clip and triton",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/token_stats.py", "test_token_stats.py",
+        (
+            "in place: overlapping windows",
+            "if size > 1 and stride < span:", "if size > 1 and stride < 1:",
+            "windows",
+        ),
+        (
+            "in place: what lies side by side",
+            "if size > 1 and stride < span:", "if size > 1 and stride <= span:",
+            "windows or same_bits_in_the_memory",
+        ),
+        (
+            "eager: rows of nothing have a gradient",
+            "active &= peak != -torch.inf", "active &= True",
+            "masked_vocabulary and eager",
+        ),
+        (
+            "eager: in place, rows without a gradient keep their logits",
+            "    if d_logits is logits:\n        _put_rows(", "    if False:\n        _put_rows(",
+            "exactly_zero and eager",
+        ),
+        (
+            "eager: no row is a chunk too small",
+            "size = max(1, _EAGER_CHUNK_LOGITS // rows.shape[2])",
+            "size = _EAGER_CHUNK_LOGITS // rows.shape[2]",
+            "eager_chunks",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_head.py", "test_linear_token_stats.py",
+        (
+            "head: the low nibble first",
+            "torch.stack((codes >> 4, codes & 15), dim=-1)",
+            "torch.stack((codes & 15, codes >> 4), dim=-1)",
+            "quantized",
+        ),
+        (
+            "head: scales from the first row on",
+            "for bound in (rows.start, rows.stop)",
+            "for bound in (0, rows.stop - rows.start)",
+            "quantized",
+        ),
+        (
+            "head: slices overwrite each other backward",
+            "d_logits[:, rows], weight, fresh=rows.start == 0",
+            "d_logits[:, rows], weight, fresh=True",
+            "in_slices",
+        ),
+        (
+            "head: the bias of the last block",
+            "gradients.bias = share if gradients.bias is None else gradients.bias.add_(share)",
+            "gradients.bias = share",
+            "values_and_gradients and eager",
+        ),
+        (
+            "head: the weight of the last block",
+            "_add_product(total, d_logits.T, hidden[:, block], fresh)",
+            "_add_product(total, d_logits.T, hidden[:, block], True)",
+            "values_and_gradients and eager",
+        ),
+    ),
+    Mutant(
+        "head: blocks of columns overwrite each other",
+        "fastrlhf/ops/linear_head.py",
+        "weight.T, fresh=block.start == 0", "weight.T, fresh=True",
+        "test_model_token_stats.py", "with_a_lora_adapter",
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_rows.py", "test_linear_token_stats.py",
+        (
+            "compiled: what ignored rows hold",
+            "torch.where((targets != self.ignore_index).unsqueeze(1), hidden, 0.0)", "hidden * 1.0",
+            "compiled",
+        ),
+        (
+            "blocks: the last one ends too early",
+            "(first, min(first + size, rows)) for first in range(0, rows, size)",
+            "(first, min(first + size, rows - 1)) for first in range(0, rows, size)",
+            "values_and_gradients and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_rows.py", "test_linear_loss.py",
+        (
+            "groups: places for tokens",
+            "return order[by_group], sizes.tolist()", "return by_group, sizes.tolist()",
+            "groups_reach",
+        ),
+        (
+            "groups: more than a chunk at once",
+            "if last > first and last + size - first > chunk:",
+            "if last > first and last - first > chunk:",
+            "groups_reach or larger_than",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_plans.py", "test_linear_loss.py",
+        (
+            "plans: slopes of another block of the group",
+            "part = slice(first - whole[0], last - whole[0])", "part = slice(0, last - first)",
+            "groups_reach",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_plans.py", "test_linear_token_stats.py",
+        (
+            "plans: small slopes in fp16",
+            "keeps_its_own = alone and hidden.dtype != torch.float16", "keeps_its_own = alone",
+            "slopes_that_cancel or one_slope_alone or fp32_logits",
+        ),
+        (
+            "plans: slopes that cancel in bf16",
+            "keeps_its_own = alone and hidden.dtype != torch.float16",
+            "keeps_its_own = hidden.dtype != torch.float16",
+            "slopes_that_cancel or one_slope_alone or fp32_logits",
+        ),
+        (
+            "plans: the trained head is forgotten",
+            "return Plan.P4 if needs.head else Plan.P1", "return Plan.P1",
+            "values_and_gradients and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_loss.py", "test_linear_loss.py",
+        (
+            "linear loss: the upstream gradient",
+            "(known * d_loss).to(dtype)", "known.to(dtype)",
+            "groups_reach or accumulate or by_themselves",
+        ),
+        (
+            "linear loss: a mean for a sum in aux",
+            "torch.stack(values).sum(0)", "torch.stack(values).mean(0)",
+            "groups_reach or by_themselves",
+        ),
+        (
+            "linear loss: aux keeps its graph",
+            "{name: value.detach() for name, value in aux.items()}", "dict(aux.items())",
+            "",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_token_stats.py", "test_linear_token_stats.py",
+        (
+            "linear stats: an upstream gradient of ignored tokens",
+            "part = slope * torch.where(live, upstream, 0.0).unsqueeze(1)",
+            "part = slope * upstream.unsqueeze(1)",
+            "does_no_harm",
+        ),
+        (
+            "linear stats: the entropy's slope overwrites",
+            "part if d_hidden is None else d_hidden.add_(part)", "part",
+            "values_and_gradients and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_divergence.py", "test_linear_divergence.py",
+        (
+            "linear divergence: an upstream gradient of masked tokens",
+            "upstream = torch.where(mask.reshape(-1), d_values, 0.0).unsqueeze(1)",
+            "upstream = d_values.unsqueeze(1)",
+            "does_no_harm",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/fisher.py", "test_fisher.py",
+        (
+            "linear fisher: no slope of the cap backward",
+            "head.pull_back(d_logits.mul_(slope).to(head.operands))",
+            "head.pull_back(d_logits.to(head.operands))",
+            "linear_form",
+        ),
+    ),
+    Mutant(
+        "fused policy: strided vectors",
+        "fastrlhf/ops/policy_loss.py",
+        "return x.reshape(-1).to(acc).contiguous()", "return x.reshape(-1).to(acc)",
+        "test_logits_policy_loss.py", "strides and triton",
+        "what the losses pass comes out of torch.where or token_weights, whose (B, T) either is "
+        "contiguous or has to be copied to become (N,)",
+    ),
+    *_mutants(
+        "fastrlhf/losses/policy.py", "test_logits_policy_loss.py",
+        (
+            "policy: a forbidden token without old log-probs",
+            "logprobs = torch.where(logprobs == -torch.inf, 0.0, logprobs)",
+            "logprobs = logprobs * 1.0",
+            "forbidden_tokens_and",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/reduce.py", "test_policy_loss.py",
+        (
+            "reduction: a metric of no tokens",
+            "return total / mask.sum().clamp(min=1)", "return total / mask.sum()",
+            "without_tokens",
+        ),
+        (
+            "reduction: sequences by their length",
+            "denominator = denominator * lengths", "denominator = denominator * 1",
+            "those_of_the_papers",
+        ),
+    ),
+    Mutant(
+        "reduction: no clamp of the number of tokens",
+        "fastrlhf/losses/reduce.py",
+        "denominator = mask.sum().to(dtype).clamp(min=1)", "denominator = mask.sum().to(dtype)",
+        "test_policy_loss.py", "without_tokens",
+        "1/0 is taken only where the mask has no token, and then the where gives every token 0",
+    ),
+    *_mutants(
+        "fastrlhf/losses/ratios.py", "test_policy_loss.py",
+        (
+            "ratios: the gradient of NaN is 0",
+            "return torch.where(x > bound, bound, x)", "return x.clamp(max=bound)",
+            "its_token_alone",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/segments.py", "test_advantages.py",
+        (
+            "segments: sums run over their ends",
+            "joined = torch.where(same, joined, head)",
+            "joined = torch.where(same, joined, joined)",
+            "of_the_papers or own_group",
+        ),
+        (
+            "segments: inf * 0 from the segment before",
+            "torch.where(has_previous, before[:-1], 0.0)", "before[:-1] * has_previous",
+            "own_group",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/segments.py", "test_reward.py",
+        (
+            "segments: the gradient of what is dropped",
+            "torch.where(same, x, 0.0) for x in (head, ahead)", "x for x in (head, ahead)",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/policy.py", "test_policy_loss.py",
+        (
+            "policy: the ratio of a sequence without tokens",
+            "lengths = batch.mask.sum(-1, keepdim=True).clamp(min=1)",
+            "lengths = batch.mask.sum(-1, keepdim=True)",
+            "those_of_the_papers or without_tokens",
+        ),
+        (
+            "policy: a ratio on its bound counts as clipped",
+            "(ratio < 1 - options.clip_low)", "(ratio <= 1 - options.clip_low)",
+            "on_its_bound",
+        ),
+        (
+            "policy: clipped sequences counted by tokens",
+            "of_sequences = clipped.sum(-1) / mask.sum(-1).clamp(min=1)",
+            "of_sequences = clipped.sum(-1) / clipped.shape[-1]",
+            "sequences_that_are_clipped",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/value.py", "test_value.py",
+        (
+            "value: equal losses count as clipped",
+            "clipped = of_bounded > losses", "clipped = of_bounded >= losses",
+            "clipped",
+        ),
+        (
+            "value: twice the loss",
+            "loss = (losses / 2 * weights).sum()", "loss = (losses * weights).sum()",
+            "of_the_formula",
+        ),
+        (
+            "value: the old values are trained too",
+            "torch.where(inside, old_values.detach(), 0.0)", "torch.where(inside, old_values, 0.0)",
+            "constants",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/advantages.py", "test_advantages.py",
+        (
+            "whiten: the variance of a single entry",
+            "centred.square().sum() / (count - 1).clamp(min=1)",
+            "centred.square().sum() / (count - 1)",
+            "fewer_than_two",
+        ),
+        (
+            "whiten: equal large entries",
+            "mean = mean + torch.where(inside, x - mean, 0.0).sum() / count.clamp(min=1)",
+            "mean = mean * 1.0",
+            "no_deviation",
+        ),
+        (
+            "groups: equal rewards leave a trace",
+            "values - values[torch.searchsorted(ids, ids)]", "values * 1.0",
+            "exactly_zero",
+        ),
+        (
+            "groups: rewards of other samples",
+            "groups[order], rewards[order]", "groups[order], rewards",
+            "where_they_lie or of_the_papers",
+        ),
+        (
+            "rewards: the score on every token",
+            "(inside.flip(-1).cumsum(-1).flip(-1) == 1)",
+            "(inside.flip(-1).cumsum(-1).flip(-1) >= 1)",
+            "at_the_last",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/linear_preference.py", "test_linear_dpo_loss.py",
+        (
+            "linear dpo: a pair with an empty sequence is dropped",
+            "present[chosen] | present[rejected]", "present[chosen] & present[rejected]",
+            "one_sequence_has_no",
+        ),
+        (
+            "linear dpo: one upstream gradient for all",
+            "if bool((d_losses == d_losses[0]).all()):", "if True:",
+            "values_and_gradients and sigmoid and weighted",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/model_token_stats.py", "test_model_token_stats.py",
+        (
+            "model: a temperature for the token before",
+            "torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)",
+            "torch.cat((last.expand(len(expanded), 1), expanded), dim=1)",
+            "belong_to_the_tokens",
+        ),
+        (
+            "model: what follows padding is scored",
+            "scored[:, 1:] &= attended[:, :-1]", "scored[:, 1:] &= attended[:, 1:]",
+            "default_mask",
+        ),
+        (
+            "model: an adapter without its scaling",
+            "adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling",
+            "adapter.down(adapter.dropout(hidden.to(dtype)))",
+            "with_a_lora_adapter",
+        ),
+        (
+            "model: statistics of the next token",
+            "return TokenStats(logprob[:, :-1], entropy, lse[:, :-1])",
+            "return TokenStats(logprob[:, 1:], entropy, lse[:, :-1])",
+            "gives_what_its_logits_give and Llama",
+        ),
+        (
+            "model: dropout in the check",
+            "    module.eval()\n    try:", "    try:",
+            "dropout",
+        ),
+        (
+            "model: modules stay in evaluation mode",
+            "part.training = mode", "part.training = False",
+            "dropout",
+        ),
+        (
+            "model: a forward that was there is not put back",
+            "attributes.update(before)", "attributes.update({})",
+            "put_back",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/lm_head.py", "test_model_token_stats.py",
+        (
+            "lm_head: a merged adapter that is switched off",
+            "module.unmerge()  # as its own forward would", "pass",
+            "switched_off",
+        ),
+        (
+            "lm_head: Granite's scale upside down",
+            'scale /= getattr(config, "logits_scaling", None) or 1.0',
+            'scale *= getattr(config, "logits_scaling", None) or 1.0',
+            "gives_what_its_logits_give and Granite",
+        ),
+        (
+            "lm_head: 8-bit codes of 128 steps",
+            "scales.float() / 127", "scales.float() / 128",
+            "8_bit",
+        ),
+        (
+            "lm_head: nested scales without their offset",
+            "dequantize_blockwise(state.absmax, state.state2) + state.offset",
+            "dequantize_blockwise(state.absmax, state.state2)",
+            "quantized_head",
+        ),
+        (
+            "lm_head: an adapter that is switched off is kept",
+            "if not (module.merged or module.disable_adapters):", "if not module.merged:",
+            "with_a_lora_adapter",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/trpo.py", "test_trpo.py",
+        (
+            "trpo: ratios overflow",
+            "return saturated(logprobs - batch.old).exp() * batch.advantages",
+            "return (logprobs - batch.old).exp() * batch.advantages",
+            "far_away",
+        ),
+        (
+            "trpo: the first step is shortened already",
+            "step = full_step * backtrack_ratio**i",
+            "step = full_step * backtrack_ratio ** (i + 1)",
+            "natural_gradient or realised_kl",
+        ),
+        (
+            "trpo: half of the trust region",
+            "math.sqrt(2 * max_kl / length)", "math.sqrt(max_kl / length)",
+            "natural_gradient or realised_kl",
+        ),
+        (
+            "trpo: steps add up",
+            "p.copy_(_wide(old) + part.view(p.shape))", "p.copy_(_wide(p) + part.view(p.shape))",
+            "is_shortened",
+        ),
+        (
+            "trpo: no token counts",
+            "return self.summed(own.float()).clamp(min=1)", "return self.summed(own.float())",
+            "without_tokens",
+        ),
+        (
+            "trpo: an operator that is not definite",
+            "going = (square > floor) & (curvature > 0)", "going = square > floor",
+            "not_definite",
+        ),
+        (
+            "trpo: the old policy moves along",
+            "return output.clone() if shared else output", "return output",
+            "parameters_themselves",
+        ),
+        (
+            "trpo: steepest descent",
+            "torch.where(going, residual + share * direction, direction)",
+            "torch.where(going, residual, direction)",
+            "as_many_steps",
+        ),
+        (
+            "trpo: the solution of a target of size one",
+            "return (x * (size / first_gain)).to(", "return (x * (1 / first_gain)).to(",
+            "scales_with or solved_at_once",
+        ),
+        (
+            "trpo: the temperature is forgotten",
+            'return head | {"temperature": self.temperature}', 'return head | {"temperature": 1.0}',
+            "natural_gradient",
+        ),
+    ),
+]  # fmt: skip
