@@ -474,8 +474,8 @@ BAD_INPUT = {
     ),
     "temperatures of another shape": (
         ValueError,
-        r"temperature: .*\(2, 3\).*got \(2,\)",
-        {"temperature": torch.ones(2)},
+        r"temperature: .*\(2, 3\).*got \(3,\)",
+        {"temperature": torch.ones(3)},
     ),
     "unknown impl": (ValueError, "impl: .*'cuda'", {"impl": "cuda"}),
 }

@@ -233,7 +233,7 @@ def _sharing_pairs(sequences: int, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
 
     for chosen, rejected in torch.stack((yw_idxs.long(), yl_idxs.long()), dim=1).tolist():
         leader[lead(chosen)] = lead(rejected)
-    return torch.tensor([lead(i) for i in range(sequences)])
+    return torch.tensor([lead(i) for i in range(sequences)], dtype=torch.int64)
 
 
 def _pair_loss(
