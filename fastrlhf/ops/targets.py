@@ -36,7 +36,8 @@ def shift_targets(
         check_mask("mask", mask)
         check_shape("mask", mask, tuple(input_ids.shape), "the shape of input_ids")
         check_same_device("mask", mask, "input_ids", input_ids)
-        targets = torch.where(mask != 0, targets, ignore_index)
+        # Not `mask != 0`, which torch.compile (2.13) inverts here in code for AVX2.
+        targets = torch.where(mask.bool(), targets, ignore_index)
     shifted = torch.full_like(targets, ignore_index)
     shifted[..., :-1] = targets[..., 1:]
     return shifted
