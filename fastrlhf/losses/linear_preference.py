@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_pair_indices
-from fastrlhf.losses.preference import dpo_loss
+from fastrlhf.losses.preference import LOSS_TYPES, dpo_loss
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
@@ -21,7 +21,7 @@ from fastrlhf.ops.backend import (
     refuse_transforms,
     under_transform,
 )
-from fastrlhf.ops.checks import check_integer
+from fastrlhf.ops.checks import check_integer, check_one_of
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
 PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -262,6 +262,7 @@ def _pair_loss(
             sequence_logprobs(logprobs, mask), mask.sum(-1), yw_idxs, yl_idxs, beta
         ),
     }  # fmt: skip
+    check_one_of("loss_type", loss_type, (*LOSS_TYPES, *free))
     if loss_type in free:
         if ref_logps is not None:
             raise ValueError(f"ref_logps: expected None, loss_type {loss_type!r} has no reference")

@@ -133,6 +133,8 @@ _PAIR_LOSSES: dict[str, Callable[[_Pairs, _Options], Tensor]] = {
     "aot_unpaired": _aot_unpaired,
 }
 
+LOSS_TYPES = (*MARGIN_LOSSES, *_PAIR_LOSSES)
+
 
 def dpo_loss(
     pi_logps: Tensor,
@@ -222,7 +224,7 @@ def dpo_loss(
 
 
 def _check_loss_type(loss_type: str, label_smoothing: float) -> float:
-    check_one_of("loss_type", loss_type, [*MARGIN_LOSSES, *_PAIR_LOSSES])
+    check_one_of("loss_type", loss_type, LOSS_TYPES)
     label_smoothing = check_between("label_smoothing", label_smoothing, 0, 0.5)
     if loss_type == "robust" and label_smoothing == 0.5:
         raise ValueError("label_smoothing: expected less than 0.5 for loss_type 'robust', got 0.5")

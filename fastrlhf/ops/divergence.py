@@ -114,6 +114,7 @@ def kl_divergence(
     mask = checked_rows(mask, logits, "logits")
     transform = checked_transform(temperature, softcap, scale, mask)
     measure = checked_measure(direction, beta)
+    check_impl(impl)
     if under_transform():
         check_impl(impl)
         return definition(logits, ref_logits, mask, transform, measure)

@@ -76,6 +76,7 @@ def softmax_fisher_product(
     check_shape("tangent", tangent, tuple(logits.shape), "the shape of logits")
     check_same_device("tangent", tangent, "logits", logits)
     mask = checked_rows(mask, logits, "logits")
+    check_impl(impl)
     transform = checked_transform(temperature, None, 1.0, mask)
     if under_transform():
         check_impl(impl)
@@ -179,6 +180,7 @@ def linear_softmax_fisher_product(
         check_shape("weight_tangent", weight_tangent, tuple(weight.shape), "the shape of weight")
         check_same_device("weight_tangent", weight_tangent, "hidden", hidden)
     mask = checked_rows(mask, hidden, "hidden")
+    check_impl(impl)
     transform = checked_transform(temperature, softcap, scale, mask)
     chunk = checked_chunk(chunk_size, weight.shape[0], hidden.device)
     dtype = matmul_dtype(hidden)
