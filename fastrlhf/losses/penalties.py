@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fastrlhf.losses.ratios import expm1_minus, saturated
+from fastrlhf.losses.ratios import saturated
 from fastrlhf.ops.checks import check_floating, check_one_of, check_same_device, check_shape
-from fastrlhf.reference import accumulation_dtype
+from fastrlhf.reference import accumulation_dtype, expm1_minus
 
 # Of x = ln ref - ln π.
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
