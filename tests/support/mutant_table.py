@@ -619,10 +619,9 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/losses/policy.py", "test_policy_loss.py",
         (
-            "policy: the ratio of a sequence without tokens",
-            "lengths = batch.mask.sum(-1, keepdim=True).clamp(min=1)",
-            "lengths = batch.mask.sum(-1, keepdim=True)",
-            "those_of_the_papers or without_tokens",
+            "policy: the sum for the mean of a sequence's log-ratios",
+            "sum(-1, keepdim=True) / lengths", "sum(-1, keepdim=True)",
+            "those_of_the_papers",
         ),
         (
             "policy: a ratio on its bound counts as clipped",
@@ -635,6 +634,15 @@ MUTANTS = [
             "of_sequences = clipped.sum(-1) / clipped.shape[-1]",
             "sequences_that_are_clipped",
         ),
+    ),
+    Mutant(
+        "policy: the ratio of a sequence without tokens",
+        "fastrlhf/losses/policy.py",
+        "lengths = batch.mask.sum(-1, keepdim=True).clamp(min=1)",
+        "lengths = batch.mask.sum(-1, keepdim=True)",
+        "test_policy_loss.py", "those_of_the_papers or without_tokens",
+        "0/0 is the log-ratio of tokens outside of the mask alone, whose advantage is 0, which "
+        "replaces it by 0; a where drops its gradient, and the metrics look at no such token",
     ),
     *_mutants(
         "fastrlhf/losses/value.py", "test_value.py",
