@@ -14,6 +14,12 @@ if not torch.cuda.is_available():
     # Before triton is imported: it decides at the decoration of a kernel.
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # What torch.compile keeps on disk does not tell processors apart: code for another one, as
+    # ATEN_CPU_CAPABILITY makes it, would be taken and crash. Workers inherit this folder.
+    _compiled = tempfile.TemporaryDirectory(prefix="fastrlhf-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
+
 # The root holds kernels/, which must not pass for Hugging Face's package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
