@@ -406,6 +406,15 @@ def log_ratio(p: Distribution, q: Distribution, temperature: float | Tensor) -> 
     return differences / temperature - (p.log_norm - q.log_norm)
 
 
+def expm1(x: Tensor) -> Tensor:
+    """Compute e^x - 1, with the derivative e^x: PyTorch's, one more than the value, is 0 where that
+    is nearly -1.
+    """
+    near = x > -0.5
+    far = torch.exp(torch.where(near, 0.0, x)) - 1
+    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), far)
+
+
 def expm1_minus(x: Tensor) -> Tensor:
     """Compute e^x - 1 - x, whose leading term x²/2 would drown in the rounding of e^x - 1."""
     # Where the series errs as little as the difference does.
@@ -414,7 +423,7 @@ def expm1_minus(x: Tensor) -> Tensor:
     series = torch.ones_like(x)
     for k in range(10 if x.dtype == torch.float64 else 6, 2, -1):
         series = 1 + small / k * series
-    return torch.where(near, small.square() / 2 * series, torch.expm1(x) - x)
+    return torch.where(near, small.square() / 2 * series, expm1(x) - x)
 
 
 def kl_terms(p: Tensor, q: Tensor, w: Tensor) -> Tensor:

@@ -137,6 +137,23 @@ def test_a_soft_gate_that_is_far_open_keeps_its_gradient(tau) -> None:
         assert float(got) == pytest.approx(float(want), rel=256 * torch.finfo(lp.dtype).eps)
 
 
+def test_a_ratio_that_is_nearly_zero_keeps_its_gradient() -> None:
+    # The derivative of torch.expm1 is its value plus 1: 0 as soon as the value rounds to -1.
+    for log_ratio in (-20.0, -40.0, -80.0):
+        lp = torch.tensor([[log_ratio]], requires_grad=True)
+        tokens = torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1)
+        loss, _ = fastrlhf.policy_loss(lp, *tokens, surrogate="sapo", sapo_temperatures=(1.0, 1.0))
+        (got,) = torch.autograd.grad(loss, lp)
+        want = -4 * _s(mpf(-1)) * _s(mpf(1)) * mpmath.exp(log_ratio)
+        budget = 64 * torch.finfo(lp.dtype).eps
+        assert float(got) == pytest.approx(float(want), rel=budget)
+        # Of k3, e^x - 1 - x with x = ln ref - ln π, the second derivative.
+        penalty = fastrlhf.kl_penalty(lp.new_zeros(1, 1), lp, "k3")
+        (slope,) = torch.autograd.grad(penalty.sum(), lp, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), lp)
+        assert float(curvature) == pytest.approx(float(mpmath.exp(log_ratio)), rel=budget)
+
+
 def test_a_label_far_from_its_baseline_keeps_its_gradient() -> None:
     scores = torch.tensor([60.0, -60.0, -60.0, 60.0], requires_grad=True)
     losses, _ = fastrlhf.kto_loss(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.losses.ratios import at_least, at_most, saturated
-from fastrlhf.reference import sigmoid
+from fastrlhf.reference import expm1, sigmoid
 
 
 class Bounds(NamedTuple):
@@ -49,7 +49,7 @@ def sapo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) 
     tau = torch.where(
         advantage > 0, advantage.new_full((), bounds.tau_positive), bounds.tau_negative
     )
-    return -(4 / tau) * sigmoid(tau * torch.expm1(saturated(log_ratio))) * advantage
+    return -(4 / tau) * sigmoid(tau * expm1(saturated(log_ratio))) * advantage
 
 
 def plain(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
