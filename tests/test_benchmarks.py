@@ -42,6 +42,8 @@ OPERATIONS = [
 # Providers.
 
 
+# One worker compiles for all: what the compiler needs before its first kernel takes a while.
+@pytest.mark.xdist_group("inductor")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_provider_is_right_or_says_why_it_does_not_run(name) -> None:
     of = operation(name)

@@ -162,11 +162,11 @@ def test_sequence_logprobs(device) -> None:
         )
 
 
-def linear_inputs(device, trained: bool):
-    """Hidden states of 4 sequences, a head, targets; garbage where there is no target."""
-    hidden = torch.randn(4, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+def linear_inputs(device, trained: bool, sequences: int = 4):
+    """Hidden states of sequences, a head, targets, some of them ignored."""
+    hidden = torch.randn(sequences, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
     weight = torch.randn(7, 5, dtype=torch.float64, device=device, requires_grad=trained)
-    targets = torch.randint(7, (4, 3), device=device)
+    targets = torch.randint(7, (sequences, 3), device=device)
     targets[:, 0] = -100
     return hidden, weight, targets
 
@@ -175,7 +175,8 @@ def linear_inputs(device, trained: bool):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_linear_token_stats(impl, trained, entropy, device) -> None:
-    hidden, weight, targets = linear_inputs(device, trained)
+    # Two sequences: finite differences of the kernels, interpreted, take their time.
+    hidden, weight, targets = linear_inputs(device, trained, sequences=2)
 
     def statistics(hidden, weight):
         stats = fastrlhf.linear_token_stats(

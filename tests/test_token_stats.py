@@ -372,6 +372,10 @@ def layouts(device):
     }
 
 
+# One worker compiles for all: what the compiler needs before its first kernel takes a while.
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.xdist_group("inductor"))
+
+
 @BACKENDS
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", layouts("cpu")[1])
@@ -642,7 +646,7 @@ def training_step(impl, inplace):
 
 @BACKENDS
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_a_training_step_compiles_whole(impl, inplace, backend, device) -> None:
     torch.compiler.reset()
     hidden = torch.randn(4, 6, 8, device=device, requires_grad=True)
