@@ -116,7 +116,6 @@ def kl_divergence(
     measure = checked_measure(direction, beta)
     check_impl(impl)
     if under_transform():
-        check_impl(impl)
         return definition(logits, ref_logits, mask, transform, measure)
     sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
     values, _ = _forward(*sides, mask, *transform, measure.share, impl)

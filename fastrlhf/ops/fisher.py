@@ -79,7 +79,6 @@ def softmax_fisher_product(
     check_impl(impl)
     transform = checked_transform(temperature, None, 1.0, mask)
     if under_transform():
-        check_impl(impl)
         check_temperatures_on_host(transform.token_temperature, mask)
         product, quadratic = reference.fisher_product(
             logits, tangent, mask, temperature=transform.of_rows
