@@ -34,6 +34,11 @@ if importlib.util.find_spec("fastrlhf") is None:
 
 import pytest  # noqa: E402
 
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    from support.interpreter import look_up_the_language_once
+
+    look_up_the_language_once()
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

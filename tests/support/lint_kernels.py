@@ -1,9 +1,9 @@
 """Compile every kernel at the launches its launcher makes, and print a report on each as a line of
 JSON.
 
-Usage: python lint_kernels.py few|all TARGET... (with tests/ on PYTHONPATH and without
-TRITON_INTERPRET). The few are of every kernel, on rows that start at 16 bytes and on rows that do
-not, with every option and without any, in bf16 and in fp32, but not of all of that together.
+Usage: python lint_kernels.py fewest|few|all TARGET... (with tests/ on PYTHONPATH and without
+TRITON_INTERPRET). The fewest are of every kernel, in bf16: with every option on rows that start at
+16 bytes, and without any on rows that do not. The few are in fp32 too.
 """
 
 import json
@@ -27,11 +27,8 @@ from support.compile_lint import Launch, captured_launches, compile_launch, laun
 
 VOCABS = [32000, 50257, 128256, 151936, 262144]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-FEW = [
-    (32000, torch.bfloat16, True),
-    (50257, torch.bfloat16, False),
-    (32000, torch.float32, False),
-]
+FEWEST = [(32000, torch.bfloat16, True), (50257, torch.bfloat16, False)]
+FEW = {"fewest": FEWEST, "few": [*FEWEST, (32000, torch.float32, False)]}
 ROWS = 96
 
 
@@ -138,7 +135,7 @@ def launch_scan(dtype: torch.dtype) -> None:
     scan.gae(tokens, tokens, meta(16, 500, dtype=torch.bool), gamma=1.0, lam=0.95)
 
 
-def launches_of(every: bool) -> dict:
+def launches_of(which: str) -> dict:
     """Distinct launches, with the vocabulary that each is for (0 for those without)."""
     found: dict = {}
 
@@ -148,7 +145,8 @@ def launches_of(every: bool) -> dict:
         for one in launches:
             found.setdefault(launch_key(one), (one, vocab))
 
-    settings = list(product(VOCABS, DTYPES, (False, True))) if every else FEW
+    every = which == "all"
+    settings = list(product(VOCABS, DTYPES, (False, True))) if every else FEW[which]
     for vocab, dtype, everything in settings:
         record(vocab, launch_token_stats, vocab, dtype, everything)
         # Surrogates and penalties are a few numbers per row: one stands for the four.
@@ -163,7 +161,7 @@ def launches_of(every: bool) -> dict:
     for vocab, names in product(VOCABS if every else [], others):
         record(vocab, launch_policy_loss, vocab, torch.bfloat16, *names, True)
     formulas = list(preference_loss.FORMULAS) if every else ["sigmoid"]
-    dtypes = DTYPES if every else [torch.bfloat16, torch.float32]
+    dtypes = DTYPES if every else sorted({dtype for _, dtype, _ in settings}, key=str)
     for formula, dtype, per_token in product(formulas, dtypes, (False, True)):
         record(0, launch_preference_loss, formula, dtype, per_token)
     for dtype in dtypes:
@@ -178,7 +176,7 @@ def floating(launch: Launch) -> list[torch.dtype]:
 
 
 def main(which: str, targets: list[str]) -> None:
-    launches = launches_of(every={"few": False, "all": True}[which])
+    launches = launches_of(which)
     for target, (launch, vocab) in product(targets, launches.values()):
         binary = compile_launch(launch, target)
         report = {
