@@ -53,6 +53,16 @@ PLANES = 6
 
 
 @triton.jit
+def _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr):
+    """Logits of one side at the addresses x, transformed; -inf beyond the vocabulary."""
+    logits = tl.load(x, mask=inside, other=-float("inf"), eviction_policy=EVICTION)
+    z, _slope = capped_logits(logits.to(scale.dtype), scale, softcap, HAS_SOFTCAP)
+    if HAS_SOFTCAP:
+        z = tl.where(inside, z, -float("inf"))
+    return z
+
+
+@triton.jit
 def _add_side(capped, peak, rest, rate):
     """Take a tile into the online sum of one side: the new peak and sum."""
     new_peak = tl.maximum(peak, tl.max(capped, axis=1))
@@ -188,19 +198,10 @@ def _divergence_fwd_kernel(
     for start in range(0, vocab, TILE):
         columns = (start + within_tile).to(tl.int64)
         inside = columns < vocab
-        x = tl.load(
-            source_p + columns * stride_vocab, mask=inside, other=-float("inf"),
-            eviction_policy="evict_last",
-        ).to(acc)  # fmt: skip
-        y = tl.load(
-            source_q + columns * q_stride_vocab, mask=inside, other=-float("inf"),
-            eviction_policy="evict_last",
-        ).to(acc)  # fmt: skip
-        z_p, _slope_p = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-        z_q, _slope_q = capped_logits(y, scale, softcap, HAS_SOFTCAP)
-        if HAS_SOFTCAP:
-            z_p = tl.where(inside, z_p, -float("inf"))
-            z_q = tl.where(inside, z_q, -float("inf"))
+        x = source_p + columns * stride_vocab
+        y = source_q + columns * q_stride_vocab
+        z_p = _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP, "evict_last")
+        z_q = _capped_tile(y, inside, scale, softcap, HAS_SOFTCAP, "evict_last")
         peak_p, rest_p = _add_side(z_p, peak_p, rest_p, rate)
         peak_q, rest_q = _add_side(z_q, peak_q, rest_q, rate)
 
@@ -222,19 +223,10 @@ def _divergence_fwd_kernel(
     for done in range(0, tiles):
         columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
         inside = columns < vocab
-        x = tl.load(
-            source_p + columns * stride_vocab, mask=inside, other=-float("inf"),
-            eviction_policy="evict_first",
-        ).to(acc)  # fmt: skip
-        y = tl.load(
-            source_q + columns * q_stride_vocab, mask=inside, other=-float("inf"),
-            eviction_policy="evict_first",
-        ).to(acc)  # fmt: skip
-        z_p, _slope_p = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-        z_q, _slope_q = capped_logits(y, scale, softcap, HAS_SOFTCAP)
-        if HAS_SOFTCAP:
-            z_p = tl.where(inside, z_p, -float("inf"))
-            z_q = tl.where(inside, z_q, -float("inf"))
+        x = source_p + columns * stride_vocab
+        y = source_q + columns * q_stride_vocab
+        z_p = _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
+        z_q = _capped_tile(y, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
         p = tl.exp2((z_p - base_p) * rate) * inverse_p
         q = tl.exp2((z_q - base_q) * rate) * inverse_q
         w = _log_ratio(z_p, base_p, norm_p, z_q, base_q, norm_q, per_t)
