@@ -78,7 +78,8 @@ def kl_divergence(
         direction: "reverse", "forward" or "jsd", see above.
         mask: (...) bool or 0/1; where it is 0 nothing is read, and value and gradient are 0. None:
             everything counts.
-        temperature: positive number, or a (...) tensor with one for each token, of both sides.
+        temperature: of both sides, a positive number, or a tensor of one for each token or
+            sequence, as that of `token_stats`.
         beta: weight of the reference in the mixture of the jsd. 0 and 1 stand for the forward and
             the reverse KL, in the direction of which the jsd then leads.
         softcap, scale: of the logits of both sides, as `token_stats`.

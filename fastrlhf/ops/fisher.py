@@ -48,7 +48,8 @@ def softmax_fisher_product(
     Args:
         logits: (..., V) floating, any strides.
         tangent: (..., V) floating, u: the direction in which the logits move.
-        temperature: positive number, or a (...) tensor with one for each token.
+        temperature: positive number, or a tensor of one for each token or sequence, as that of
+            `token_stats`.
         mask: (...) bool or 0/1; where it is 0, nothing is read and both results are 0. None:
             everything counts.
         impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager".

@@ -61,8 +61,9 @@ def token_stats(
         logits: (..., V) bf16, fp16, fp32 or fp64, any strides. -inf is legal and means probability
             0; with a softcap it is capped like any other logit, to -softcap.
         targets: (...) integer, aligned with the logits that predict them: see `shift_targets`.
-        temperature: positive number, or a (...) tensor with one for each token (a shape that
-            broadcasts to it will do); not differentiable.
+        temperature: positive number, or a (...) tensor with one for each token (one that
+            broadcasts to it will do, of as many dimensions); for targets (B, T) also (B,), one for
+            each sequence. Not differentiable.
         softcap: cap of the logits (Gemma), positive; None for none.
         scale: factor of the logits before the cap (Cohere, Granite), positive.
         ignore_index: rows with this target are not read: their statistics are 0, their gradient
