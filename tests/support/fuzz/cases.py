@@ -384,8 +384,8 @@ def kto_loss(d: Draw) -> Case:
     def formula(x: dict[str, Tensor]) -> tuple:
         s = x["pi_logps"] - x["ref_logps"]
         gain = beta * (s - max(kl, 0.0))
-        good = weights["desirable_weight"] * torch.sigmoid(-gain)
-        bad = weights["undesirable_weight"] * torch.sigmoid(gain)
+        good = weights["desirable_weight"] * f.sigmoid(-gain)
+        bad = weights["undesirable_weight"] * f.sigmoid(gain)
         return torch.where(desirable != 0, good, bad), beta * s.detach()
 
     size = sum(largest(y, None) for y in x.values())

@@ -1,6 +1,6 @@
 """What the docstrings say, in plain PyTorch that autograd differentiates, in the inputs' dtype.
 
-Written for fp64, where nothing needs care but what is infinite or left out: such entries are
+Written for fp64, where little needs care but what is infinite or left out: such entries are
 replaced before a formula sees them. Nothing here comes from the library.
 """
 
@@ -112,9 +112,14 @@ def ell(x: Tensor) -> Tensor:
     return torch.logaddexp(torch.zeros_like(x), -x)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """PyTorch's derivative σ·(1 - σ) has few digits where σ is nearly 1, in fp64 from x = 30 on."""
+    return torch.exp(-ell(x))
+
+
 def pair_losses(kind: str, w: Tensor, l: Tensor, o: dict[str, Any]) -> Tensor:
     """Of scores of the preferred and the other sequence; `o` has beta, eps, tau, lengths."""
-    beta, eps, s = o["beta"], o["label_smoothing"], torch.sigmoid
+    beta, eps, s = o["beta"], o["label_smoothing"], sigmoid
     if kind in ("ipo", "sigmoid_norm"):
         w, l = w / o["lengths_w"], l / o["lengths_l"]
     d, a, b = beta * (w - l), beta * w, beta * l
@@ -154,7 +159,7 @@ def surrogate(log_ratio: Tensor, lp: Tensor, a: Tensor, o: dict[str, Any]) -> Te
     if kind == "sapo":
         positive, other = o["sapo_temperatures"]
         tau = torch.where(a > 0, a.new_full((), positive), a.new_full((), other))
-        return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * a
+        return -(4 / tau) * sigmoid(tau * (ratio - 1)) * a
     keep_off(ratio, low, high, *(() if o["dual_clip"] is None else (o["dual_clip"],)))
     if kind == "cispo":
         return -ratio.clamp(max=high).detach() * a * lp
@@ -169,7 +174,12 @@ def penalty(x: Tensor, estimator: str) -> Tensor:
     if estimator == "k3":
         keep_off(x, 80.0, 700.0)
         x = x.clamp(max=80.0)
-        return torch.expm1(x) - x
+        # By its series near 0, where e^x - 1 is a derivative without digits, in fp64 too.
+        near = x.abs() < 0.01
+        small, series = torch.where(near, x, torch.zeros_like(x)), torch.ones_like(x)
+        for k in range(8, 2, -1):
+            series = 1 + small / k * series
+        return torch.where(near, small**2 / 2 * series, torch.expm1(x) - x)
     return {"k1": -x, "k2": x * x / 2, "abs": x.abs()}[estimator]
 
 
