@@ -52,10 +52,12 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
     check_whole,
+    known_on_host,
 )
 
 Policy = Callable[[], Tensor]
 MODES = ("auto", "forward", "double-vjp")
+_IGNORED = -100
 
 
 class TrustRegionInfo(NamedTuple):
@@ -142,7 +144,8 @@ def conjugate_gradient(
     Nothing waits for a GPU.
 
     Raises:
-        TypeError, ValueError: a target that is no vector; an option out of range.
+        TypeError, ValueError: a target that is no vector; an operator that makes something else of
+            a vector; an option out of range.
     """
     if not callable(operator):
         raise TypeError(f"operator: expected a function, got {type(operator).__name__}")
@@ -164,7 +167,12 @@ def conjugate_gradient(
         # scale of the operator, and of a residual that is nearly gone.
         length = _largest(direction)
         unit = direction / length
-        product = _wide(operator(unit.to(target.dtype)))
+        # A copy, since an operator may write into what it is given.
+        product = operator(unit.to(target.dtype, copy=True))
+        check_floating("operator(x)", product)
+        check_shape("operator(x)", product, tuple(target.shape), "the shape of target")
+        check_same_device("operator(x)", product, "target", target)
+        product = _wide(product)
         gain = _largest(product)
         first_gain = gain if i == 0 else first_gain
         product = product / gain
@@ -282,7 +290,7 @@ def trpo_step(
 class _Batch(NamedTuple):
     """The tokens, as if there were nothing outside of the mask."""
 
-    targets: Tensor  # -100 where the mask is 0
+    targets: Tensor  # _IGNORED where the mask is 0
     advantages: Tensor
     mask: Tensor
     old: Tensor | None
@@ -501,12 +509,14 @@ def _checked_batch(
         check_shape(name, x, shape, "the shape of targets")
         check_same_device(name, x, "targets", targets)
     inside = mask != 0
+    if known_on_host(targets, inside) and (targets.long()[inside] == _IGNORED).any():
+        raise ValueError(f"targets: expected tokens wherever the mask is set, got {_IGNORED}")
     cleared = [
         None if x is None else torch.where(inside, _wide(x.detach()), 0.0)
         for x in (advantages, old_logprobs)
     ]
     assert cleared[0] is not None
-    return _Batch(torch.where(inside, targets.long(), -100), cleared[0], inside, cleared[1])
+    return _Batch(torch.where(inside, targets.long(), _IGNORED), cleared[0], inside, cleared[1])
 
 
 def _checked_damping(damping: float) -> float:

@@ -117,10 +117,7 @@ def test_what_is_wrong_is_named(name) -> None:
 
 def _harmless(name: str, argument: str) -> bool:
     """Whether an option is not looked at, given the others."""
-    return (name, argument) in {
-        ("linear_dpo_loss", "gamma"), ("linear_dpo_loss", "alpha"), ("trpo_step", "head"),
-        ("dpo_loss", "lengths"),
-    }  # fmt: skip
+    return (name, argument) == ("trpo_step", "head")
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -128,8 +125,6 @@ def test_numbers_are_those_of_python_or_numpy_and_not_booleans(name) -> None:
     function, good = getattr(fastrlhf, name), CALLS[name]
     for option, default in _options(name).items():
         if isinstance(default, bool) or not isinstance(default, (int, float)):
-            continue
-        if name == "linear_dpo_loss" and option in ("gamma", "alpha"):
             continue
         kind = np.int64 if isinstance(default, int) else np.float64
         function(**{**good, option: kind(default)})
@@ -146,10 +141,74 @@ def test_a_head_is_what_lm_head_returns() -> None:
     fastrlhf.fisher_vector_product(lambda: hidden * 1, [hidden], torch.ones(T * H), head=head)
 
 
-@pytest.mark.parametrize("lengths", [torch.tensor([-1, 3]), torch.tensor([torch.nan, 3])])
-def test_lengths_are_counts(lengths) -> None:
+@pytest.mark.parametrize("wrong", [-1, torch.nan, torch.inf, 0.5])
+def test_lengths_are_counts(wrong) -> None:
+    lengths = torch.tensor([wrong, 3])
     for call in (fastrlhf.simpo_loss, fastrlhf.orpo_loss):
-        with pytest.raises(ValueError, match=r"^lengths: expected numbers of at least 0"):
+        with pytest.raises(ValueError, match=r"^lengths: expected whole numbers of at least 0"):
             call(SUMS, lengths, *PAIR)
-    with pytest.raises(ValueError, match=r"^lengths: "):
-        fastrlhf.dpo_loss(SUMS, SUMS, *PAIR, loss_type="ipo", lengths=lengths)
+    for loss_type in ("ipo", "sigmoid"):  # whether the type looks at them or not
+        with pytest.raises(ValueError, match=r"^lengths: "):
+            fastrlhf.dpo_loss(SUMS, SUMS, *PAIR, loss_type=loss_type, lengths=lengths)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo", "cpo"])
+@pytest.mark.parametrize("option", ["gamma", "alpha", "discopop_tau", "label_smoothing"])
+def test_options_that_a_loss_does_not_look_at_are_checked_too(option, loss_type) -> None:
+    good = {**CALLS["linear_dpo_loss"], "loss_type": loss_type}
+    if loss_type != "sigmoid":
+        good["ref_logps"] = None
+    fastrlhf.linear_dpo_loss(**good)
+    with pytest.raises(ValueError, match=f"^{option}: "):
+        fastrlhf.linear_dpo_loss(**good, **{option: float("nan")})
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_number_is_too_large_to_be_named(name) -> None:
+    for option, default in _options(name).items():
+        if isinstance(default, float) or option == "ignore_index":
+            with pytest.raises(ValueError, match=f"^{option}: "):
+                getattr(fastrlhf, name)(**{**CALLS[name], option: 10**400})
+
+
+@pytest.mark.parametrize("value", [1e39, 1e-39, float("inf")])
+@pytest.mark.parametrize("option", ["temperature", "softcap", "scale"])
+def test_a_factor_of_logits_is_one_that_they_can_be_multiplied_by(option, value) -> None:
+    with pytest.raises(ValueError, match=f"^{option}: "):
+        fastrlhf.token_logprobs(LOGITS, IDS, **{option: value})
+    with pytest.raises(ValueError, match=r"^temperature: expected positive finite"):
+        fastrlhf.token_logprobs(LOGITS, IDS, temperature=torch.tensor([1.0, torch.inf]))
+
+
+def test_a_step_has_targets_wherever_its_mask_is_set() -> None:
+    good = CALLS["trpo_step"]
+    with pytest.raises(ValueError, match=r"^targets: expected tokens wherever the mask is set"):
+        fastrlhf.trpo_step(**{**good, "targets": torch.tensor([1, -100, 2])})
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [lambda v: None, lambda v: v[:, None], lambda v: v.sum(), lambda v: v.int(), lambda v: [v]],
+)
+def test_an_operator_makes_a_vector_of_a_vector(operator) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^operator\(x\): "):
+        fastrlhf.conjugate_gradient(operator, torch.tensor([1.0, 2.0]))
+
+
+def test_an_operator_may_write_into_its_vector() -> None:
+    x, residual = fastrlhf.conjugate_gradient(lambda v: v.mul_(2), torch.tensor([1.0, 2.0]))
+    assert torch.equal(x, torch.tensor([0.5, 1.0])) and residual == 0
+
+
+def test_a_loss_of_chunks_is_a_function_of_dense_tensors() -> None:
+    head = CALLS["linear_token_stats"]
+    with pytest.raises(TypeError, match=r"^loss_fn: expected a function, got str"):
+        fastrlhf.linear_loss("nll", *head.values())
+    with pytest.raises(TypeError, match=r"^side_inputs\[0\]: expected a dense tensor"):
+        fastrlhf.linear_loss(lambda stats, _: stats.logprob.sum(), *head.values(), MASK.to_sparse())
+
+
+@pytest.mark.parametrize("weight", [WEIGHT.T, WEIGHT[None], WEIGHT[:0], WEIGHT[0]])
+def test_a_wrong_head_of_a_policy_is_not_blamed_on_its_targets(weight) -> None:
+    with pytest.raises(ValueError, match=r"^(weight|hidden): "):
+        fastrlhf.linear_policy_loss(**{**CALLS["linear_policy_loss"], "weight": weight})

@@ -428,6 +428,51 @@ def test_targets_of_any_strides_with_a_trained_head(shape) -> None:
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize(
+    ("dtype", "token", "ignored"),
+    [
+        (torch.uint8, 156, -100), (torch.uint8, 255, -1), (torch.int8, 5, 261),
+        (torch.int16, 5, 2**16 + 5), (torch.int32, 5, 2**32 + 5),
+    ],
+)  # fmt: skip
+def test_a_token_is_not_ignored_for_the_low_bits_of_the_index_that_is(
+    dtype, token, ignored, impl
+) -> None:
+    hidden, weight = torch.randn(2, 2, 4), torch.randn(256, 4, requires_grad=True)
+    targets = torch.tensor([[token, 1], [2, token]])
+    pairs = (torch.tensor([-3.0, -4.0]), torch.tensor([0]), torch.tensor([1]))
+    options = {"ignore_index": ignored, "impl": impl}
+
+    def found(targets: Tensor) -> list[Tensor]:
+        stats = fastrlhf.linear_token_stats(hidden, weight, targets, **options)
+        loss, _ = fastrlhf.linear_loss(
+            lambda stats: stats.logprob.sum(), hidden, weight, targets, **options
+        )
+        trained, _ = fastrlhf.linear_dpo_loss(hidden, weight, targets, *pairs, **options)
+        frozen, _ = fastrlhf.linear_dpo_loss(hidden, weight.detach(), targets, *pairs, **options)
+        logprobs = fastrlhf.token_logprobs(hidden @ weight.T, targets, **options)
+        values = (stats.logprob, loss, trained, frozen, logprobs)
+        losses = (stats.logprob.sum(), loss, trained.sum(), logprobs.sum())
+        return [x.detach() for x in values] + [
+            torch.autograd.grad(x, weight, retain_graph=True)[0] for x in losses
+        ]
+
+    narrow, wide = found(targets.to(dtype)), found(targets)
+    assert (wide[0] < 0).all()
+    assert all(map(torch.equal, narrow, wide))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.float16, np.float32, np.int64])
+def test_a_scale_of_any_kind_of_number_is_that_number(kind) -> None:
+    head = {"hidden": torch.randn(2, 4), "weight": torch.randn(5, 4), "tangent": torch.randn(2, 4)}
+    for softcap in (None, kind(30)):
+        found = fastrlhf.linear_softmax_fisher_product(**head, scale=kind(100), softcap=softcap)
+        same = None if softcap is None else 30.0
+        want = fastrlhf.linear_softmax_fisher_product(**head, scale=100.0, softcap=same)
+        assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
 def test_token_sums_are_taken_in_the_dtype_that_comes_out(loss_type, impl) -> None:
     lp, mask = -torch.rand(2, 300) * 5, torch.ones(2, 300)

@@ -61,7 +61,7 @@ def model_token_stats(
         attention_mask: as the model takes it; (B, T) 0/1, as a rule.
         mask: (B, T) bool or 0/1, the tokens to score; the others cost nothing at the head. None:
             those that attention_mask (B, T) has, and that follow one that it has.
-        temperature: positive number, or a tensor of one for each sequence, (B,), or one that
+        temperature: positive number, or a tensor of one for each sequence, (B,), or a 2-d one that
             broadcasts to (B, T-1).
         entropy, chunk_size, impl: as `linear_token_stats`.
         inputs: what else the model takes (position_ids, pixel_values, ...), but labels.

@@ -29,13 +29,13 @@ from fastrlhf.ops import (
 from fastrlhf.ops.backend import check_impl, is_batched, under_transform, use_triton
 from fastrlhf.ops.checks import (
     check_bool,
-    check_floating,
     check_indices_on_host,
     check_integer,
     check_mask,
     check_same_device,
     check_shape,
 )
+from fastrlhf.ops.linear_arguments import check_head
 from fastrlhf.ops.token_stats import checked_logits
 
 # Marks the tokens that are not read. A target of -100 that the mask wants is an error, not one of
@@ -189,7 +189,7 @@ def linear_policy_loss(
     """
     options = PolicyOptions.parse("linear_policy_loss", policy_options)
     _check_entropy(entropy)
-    check_floating("hidden", hidden)
+    check_head(hidden, [weight], bias)
     check_integer("targets", targets)
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
@@ -217,9 +217,7 @@ def linear_policy_loss(
             found["entropy"] = stats.entropy
         return (losses * tokens.weights).sum(), found
 
-    # A weight that is none is refused by linear_loss, by its name.
-    vocab = weight.shape[0] if getattr(weight, "ndim", 0) else torch.iinfo(torch.int64).max
-    active_targets = _active_targets(targets, batch, vocab)
+    active_targets = _active_targets(targets, batch, weight.shape[0])
     if under_transform():
         stats = linear_token_stats(
             hidden, weight, active_targets, bias=bias, temperature=temperature, softcap=softcap,

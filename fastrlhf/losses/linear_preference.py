@@ -21,7 +21,14 @@ from fastrlhf.ops.backend import (
     refuse_transforms,
     under_transform,
 )
-from fastrlhf.ops.checks import check_integer, check_one_of
+from fastrlhf.ops.checks import (
+    check_between,
+    check_finite,
+    check_integer,
+    check_one_of,
+    check_positive,
+    wide_integers,
+)
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
 PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -106,6 +113,7 @@ def linear_dpo_loss(
     check_integer("targets", targets)
     if targets.ndim != 2:
         raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
+    targets = wide_integers(targets)
     # What is no tensor is refused further down, by its name.
     trained, differentiable_ref = (
         any(getattr(x, "requires_grad", False) for x in tensors)
@@ -263,6 +271,11 @@ def _pair_loss(
         ),
     }  # fmt: skip
     check_one_of("loss_type", loss_type, (*LOSS_TYPES, *free))
+    # Also those that the type does not look at.
+    check_finite("gamma", gamma)
+    check_finite("alpha", alpha)
+    check_positive("discopop_tau", discopop_tau)
+    check_between("label_smoothing", label_smoothing, 0, 0.5)
     if loss_type in free:
         if ref_logps is not None:
             raise ValueError(f"ref_logps: expected None, loss_type {loss_type!r} has no reference")

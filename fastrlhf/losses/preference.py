@@ -17,6 +17,7 @@ from fastrlhf.losses.arguments import check_lengths, check_pairs
 from fastrlhf.ops.backend import check_impl
 from fastrlhf.ops.checks import (
     check_between,
+    check_counts,
     check_floating,
     check_one_of,
     check_positive,
@@ -209,6 +210,8 @@ def dpo_loss(
     discopop_tau = check_positive("discopop_tau", discopop_tau)
     check_impl(impl)
     label_smoothing = _check_loss_type(loss_type, label_smoothing)
+    if lengths is not None:
+        check_counts("lengths", lengths)  # also where nothing looks at them
     if loss_type in MARGIN_LOSSES:
         if MARGIN_LOSSES[loss_type].average and mask is None:
             check_lengths(lengths, pi_logps, f"loss_type {loss_type!r} averages over tokens")

@@ -52,13 +52,16 @@ def check_mask(name: str, tensor: Tensor) -> None:
 
 
 def check_counts(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` is numeric, and ValueError, on the CPU, for a number below
-    0.
+    """Raise TypeError unless `tensor` is numeric, and ValueError, on the CPU, for what is not a
+    whole number of at least 0.
     """
     _check_dtype(name, tensor, (*INTEGER_DTYPES, *FLOATING_DTYPES), "numeric")
-    if known_on_host(tensor) and not (tensor >= 0).all():
-        worst = tensor[~(tensor >= 0)][0].item()
-        raise ValueError(f"{name}: expected numbers of at least 0, got {worst}")
+    if known_on_host(tensor):
+        counts = tensor.double()
+        wrong = ~((counts >= 0) & (counts < math.inf) & (counts == counts.floor()))
+        if wrong.any():
+            worst = tensor[wrong][0].item()
+            raise ValueError(f"{name}: expected whole numbers of at least 0, got {worst}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: str) -> None:
@@ -125,6 +128,14 @@ def check_whole(name: str, value: int, least: int | None = None) -> int:
     return int(value)
 
 
+def check_ignore_index(value: int) -> int:
+    """Return the index as int. Raise TypeError for anything else, ValueError beyond int64."""
+    index = check_whole("ignore_index", value)
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"ignore_index: expected what int64 holds, got {value}")
+    return index
+
+
 def check_bool(name: str, value: bool) -> None:
     """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
@@ -153,8 +164,8 @@ def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> Non
 
 
 def wide_integers(index: Tensor) -> Tensor:
-    """Widen small integers, in which a sentinel or the size of a vocabulary would wrap around."""
-    return index if index.dtype in (torch.int64, torch.int32) else index.long()
+    """Widen integers, in fewer bits of which a sentinel or the size of a vocabulary would wrap."""
+    return index.long()
 
 
 def token_contiguous(x: Tensor) -> Tensor:
@@ -166,7 +177,10 @@ def _number(name: str, value: float) -> float:
     # Numbers of numpy are Real; the compiler's own pass for int and float.
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float holds") from None
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], kind: str) -> None:

@@ -199,11 +199,13 @@ def linear_softmax_fisher_product(
             x, moved = head.logits(h), moving.logits(t)
             if turned is not None:
                 moved += turned.logits(h)
-            slope: float | Tensor = scale
-            if softcap is not None:
-                slope = reference.cap_slope(x, softcap, scale).mul_(scale)
+            slope: float | Tensor = transform.scale
+            if transform.softcap is not None:
+                slope = reference.cap_slope(x, transform.softcap, transform.scale)
+                slope = slope.mul_(transform.scale)
             of_rows = temperatures[rows] if isinstance(temperatures, Tensor) else None
-            logits, everything = reference.capped_logits(x, softcap, scale), rows >= 0
+            logits = reference.capped_logits(x, transform.softcap, transform.scale)
+            everything = rows >= 0
             d_logits, quadratic[rows] = torch.ops.fastrlhf.fisher_product(
                 logits, moved.mul_(slope), everything, of_rows, transform.temperature, impl
             )

@@ -11,6 +11,7 @@ from .backend import check_impl
 from .checks import (
     check_bool,
     check_floating,
+    check_ignore_index,
     check_integer,
     check_same_device,
     check_shape,
@@ -62,7 +63,7 @@ class LinearProblem(NamedTuple):
             temperature = temperature.reshape(-1).to(head.sums)
         transform = Transform(temperature, options.temperature, options.softcap, options.scale)
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
-        targets = wide_integers(self.targets).reshape(-1)
+        targets = self.targets.reshape(-1)
         rows = Rows(hidden, targets, transform, options.ignore_index, order)
         return Workbench(head, rows, options.entropy, options.impl)
 
@@ -105,13 +106,12 @@ def checked_problem(
     check_same_device("targets", targets, "hidden", hidden)
     check_impl(impl)
     check_bool("entropy", entropy)
-    ignore_index = check_whole("ignore_index", ignore_index)
+    ignore_index = check_ignore_index(ignore_index)
+    targets = wide_integers(targets)
     transform = checked_transform(temperature, softcap, scale, targets)
     if not torch.compiler.is_compiling():  # the operator on logits checks again
         tokens = transform.token_temperature
-        check_values_on_host(
-            wide_integers(targets), 1.0 if tokens is None else tokens, vocab, ignore_index
-        )
+        check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     options = LinearOptions(
         *transform[1:], ignore_index, entropy,
         checked_chunk(chunk_size, vocab, hidden.device), impl, matmul_dtype(hidden),

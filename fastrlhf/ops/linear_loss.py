@@ -90,6 +90,8 @@ def linear_loss(
     for i, side_input in enumerate(side_inputs):
         if not isinstance(side_input, Tensor):
             raise TypeError(f"side_inputs[{i}]: expected a tensor, got {type(side_input).__name__}")
+        if side_input.layout != torch.strided or side_input.is_nested:
+            raise TypeError(f"side_inputs[{i}]: expected a dense tensor")
         check_shape(f"side_inputs[{i}]", side_input, tuple(targets.shape), "the shape of targets")
         check_same_device(f"side_inputs[{i}]", side_input, "hidden", hidden)
     if groups is not None:
@@ -111,6 +113,8 @@ def _loss_of(
     needs = Needs(wanted[0], wanted[2:], wanted[1])
     plan = choose_plan(needs, loss_known=True, grouped=groups is not None)
     order, segments = _segments(problem, groups)
+    if order.shape[0] and not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     chunks = _ChunkLosses(loss_fn, order, side_inputs, groups, with_slopes=plan is not Plan.P0)
     with torch.no_grad(), exact(problem.hidden):
         bench = problem.workbench(order)

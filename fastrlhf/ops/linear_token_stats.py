@@ -9,7 +9,6 @@ from fastrlhf import reference
 from fastrlhf.reference import TokenStats
 
 from .backend import under_transform
-from .checks import wide_integers
 from .linear_arguments import (
     LinearProblem,
     checked_problem,
@@ -250,7 +249,7 @@ def _definition(
     problem: LinearProblem, hidden: Tensor, bias: Tensor | None, weights: Sequence[Weight]
 ) -> TokenStats:
     """Compute the statistics by the logits, in what torch.func can differentiate and batch."""
-    options, targets = problem.options, wide_integers(problem.targets)
+    options, targets = problem.options, problem.targets
     weight = torch.cat([weight[0 : weight.shape[0]] for weight in weights], dim=1)
     live = targets != options.ignore_index
     with exact(hidden):

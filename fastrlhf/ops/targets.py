@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_mask, check_same_device, check_shape, check_whole
+from .checks import check_ignore_index, check_integer, check_mask, check_same_device, check_shape
 
 
 def shift_targets(
@@ -30,7 +30,7 @@ def shift_targets(
     check_integer("input_ids", input_ids)
     if input_ids.ndim == 0:
         raise ValueError("input_ids: expected shape (..., T), got ()")
-    ignore_index = check_whole("ignore_index", ignore_index)
+    ignore_index = check_ignore_index(ignore_index)
     targets = input_ids.long()
     if mask is not None:
         check_mask("mask", mask)

@@ -17,11 +17,11 @@ from .backend import check_impl, is_batched, under_transform, use_triton
 from .checks import (
     check_bool,
     check_floating,
+    check_ignore_index,
     check_indices_on_host,
     check_integer,
     check_same_device,
     check_shape,
-    check_whole,
     wide_integers,
 )
 from .transform import (
@@ -99,7 +99,7 @@ def token_stats(
     the entropy H.
     """
     transform = checked_logits(logits, targets, temperature, softcap, scale)
-    ignore_index = check_whole("ignore_index", ignore_index)
+    ignore_index = check_ignore_index(ignore_index)
     check_bool("entropy", entropy)
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)

@@ -8,6 +8,8 @@ from torch import Tensor
 from .backend import is_batched
 from .checks import check_floating, check_positive, check_same_device
 
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 class Transform(NamedTuple):
     """softcap·tanh(scale·x / softcap) / temperature, without tanh where there is no softcap.
@@ -41,23 +43,35 @@ def checked_transform(
         temperature = 1.0
     return Transform(
         token_temperature,
-        check_positive("temperature", temperature),
-        None if softcap is None else check_positive("softcap", softcap),
-        check_positive("scale", scale),
+        _check_factor("temperature", temperature),
+        None if softcap is None else _check_factor("softcap", softcap),
+        _check_factor("scale", scale),
     )
 
 
+def _check_factor(name: str, value: float) -> float:
+    """Return a number as float. Raise TypeError for anything else, ValueError unless it is a
+    positive one that fp32 holds, in which most logits are transformed.
+    """
+    number = check_positive(name, value)
+    if not _SMALLEST <= number <= _LARGEST:
+        raise ValueError(f"{name}: expected a number in [1.2e-38, 3.4e38], got {value}")
+    return number
+
+
 def check_temperatures_on_host(tokens: Tensor | None, live: Tensor) -> None:
-    """Raise ValueError for a temperature of a live token that is not positive, on the CPU only:
+    """Raise ValueError for a temperature of a live token that is not positive and finite, on the
+    CPU only:
     elsewhere it would synchronise.
     """
     unknown = torch.compiler.is_compiling() or is_batched(tokens, live)
     if tokens is None or live.device.type != "cpu" or unknown:
         return
     wanted = tokens[live]
-    if not (wanted > 0).all():
-        worst = wanted.min().item()
-        raise ValueError(f"temperature: expected positive temperatures, got {worst}")
+    wrong = ~((wanted > 0) & (wanted < torch.inf))
+    if wrong.any():
+        worst = wanted[wrong][0].item()
+        raise ValueError(f"temperature: expected positive finite temperatures, got {worst}")
 
 
 def flat_temperature(
