@@ -274,6 +274,171 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "kernels/divergence.py", "test_divergence.py",
+        (
+            "divergence: a side beyond the vocabulary",
+            "z = tl.where(inside, z, -float(\"inf\"))", "z = tl.where(inside, z, 0.0)",
+            "match_the_oracle and triton",
+        ),
+        (
+            "divergence: the sum of one side loses its base",
+            "return new_peak, rest * tl.exp2((peak - base) * rate) + tl.sum(weight, axis=1)",
+            "return new_peak, rest + tl.sum(weight, axis=1)",
+            "match_the_oracle and triton or offset and triton",
+        ),
+        (
+            "divergence: sides far apart are not taken from their bases",
+            "far = tl.abs(base - base_other) > 1.0", "far = tl.abs(base - base_other) > 1e30",
+            "offset_of_one_side and triton",
+        ),
+        (
+            "divergence: differences of logits are rounded first",
+            "far = tl.abs(base - base_other) > 1.0", "far = tl.abs(base - base_other) > -1.0",
+            "keep_the_relative_accuracy and triton or keep_the_accuracy and triton",
+        ),
+        (
+            "divergence: one tile less in the second sweep",
+            "for done in range(0, tiles):", "for done in range(1, tiles):",
+            "match_the_oracle and triton",
+        ),
+        (
+            "divergence: first-order terms, which cancel",
+            "tl.where(tl.abs(w) < 0.5, p * expm1_minus_near_0(-w), q - p + _mean(p, w))",
+            "q - p + _mean(p, w)",
+            "nearly_equal and triton",
+        ),
+        (
+            "divergence: what has no probability takes part",
+            "return tl.where(p == 0, 0.0, p * w)", "return p * w",
+            "masked_vocabulary and triton or only_one_side and triton",
+        ),
+        (
+            "divergence: the rounding of the normalisers stays",
+            "value = tl.where(value <= rounding, 0.0, value - rounding)",
+            "value = tl.maximum(value, 0.0)",
+            "nearly_equal and triton",
+        ),
+        (
+            "divergence: no distance from a side of nothing",
+            "if_q_is_empty = float(\"inf\")", "if_q_is_empty = 0.0",
+            "nothing_but_minus_infinity",
+        ),
+        (
+            "divergence: the mean is not taken off",
+            "return tl.where(own == 0, 0.0, own * (w - mean))",
+            "return tl.where(own == 0, 0.0, own * w)",
+            "match_the_oracle and triton",
+        ),
+        (
+            "divergence: the other side of a mixture",
+            "tl.where(own == 0, 0.0, share * own * (-to_mixture - mean))",
+            "tl.where(own == 0, 0.0, share_other * own * (-to_mixture - mean))",
+            "match_the_oracle and triton",
+        ),
+        (
+            "divergence: rows without an upstream gradient are read",
+            "if (tl.load(mask + row) == 0) | (g == 0.0) | nothing:",
+            "if (tl.load(mask + row) == 0) | nothing:",
+            "without_an_upstream_gradient",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_reports.py",
+        (
+            "reference: a sigmoid that saturates",
+            "    return torch.where(small, tail, 1 - tail)\n", "    return torch.sigmoid(x)\n",
+            "saturated",
+        ),
+        (
+            "reference: a log-sigmoid whose second derivative is PyTorch's",
+            "    return torch.where(negative, x, 0.0) - torch.log1p(decay)\n",
+            "    return F.logsigmoid(x)\n",
+            "saturated",
+        ),
+        (
+            "reference: PyTorch's logaddexp",
+            "torch.where(first, a, b) + torch.log1p(torch.exp(torch.where(first, b - a, a - b)))",
+            "torch.logaddexp(a, b)",
+            "distant",
+        ),
+        (
+            "reference: a slope that is one more than the value",
+            "    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), far)\n",
+            "    return torch.expm1(x)\n",
+            "nearly_zero",
+        ),
+        (
+            "reference: sums in the dtype of the policy",
+            "dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))",
+            "dtype = accumulation_dtype(policy.dtype)",
+            "token_sums",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/checks.py", "test_reports.py",
+        (
+            "checks: integers stay as narrow as they are",
+            "    return index.long()\n", "    return index\n",
+            "low_bits",
+        ),
+        (
+            "checks: every mask passes",
+            "        other = (tensor != 0) & (tensor != 1)\n",
+            "        other = (tensor != 0) & (tensor == 0)\n",
+            "no_mask",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/transform.py", "test_reports.py",
+        (
+            "transform: temperatures of sequences are those of positions",
+            "        temperature = temperature.unsqueeze(1)\n", "        pass\n",
+            "temperatures_of_sequences",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/preference.py", "test_preference.py",
+        (
+            "preference: rewards that are not scaled",
+            "    return losses, (beta * scores).detach()\n", "    return losses, scores.detach()\n",
+            "values_rewards",
+        ),
+        (
+            "preference: aot sorts one side",
+            "margin = policy.sort(0).values - ref.sort(0).values",
+            "margin = policy.sort(0).values - ref",
+            "values_rewards and aot",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/reference_free.py", "test_reference_free.py",
+        (
+            "simpo: the target margin helps",
+            "mean[yl_idxs.long()]) - gamma)", "mean[yl_idxs.long()]) + gamma)",
+        ),
+        (
+            "cpo: the likelihood is not weighed",
+            "losses + alpha * _chosen_nll", "losses + _chosen_nll",
+        ),
+        ("orpo: probabilities for odds", "log_odds = mean - _log1mexp(mean)", "log_odds = mean"),
+    ),
+    *_mutants(
+        "fastrlhf/losses/unpaired.py", "test_unpaired.py",
+        (
+            "kto: a baseline below 0",
+            "return kl.detach().to(scores).clamp(min=0)", "return kl.detach().to(scores)",
+        ),
+        (
+            "kto: weights change places",
+            "desirable_weight * sigmoid(-gain),\n        undesirable_weight",
+            "undesirable_weight * sigmoid(-gain),\n        desirable_weight",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/reward.py", "test_reward.py",
+        ("reward: the margin helps", "else difference - margin)", "else difference + margin)"),
+    ),
+    *_mutants(
         "kernels/fisher.py", "test_fisher.py",
         (
             "fisher: a tangent without probability",
