@@ -54,7 +54,7 @@ fuzz: $(VENV)/.test ## random calls of every function against formulas written a
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.fuzz --cases $(CASES) --seed $(SEED)
 
 # ONLY=trpo: those with that word in their name.
-mutants: $(VENV)/.test ## small changes of the library, each of which must fail a test (a quarter of an hour)
+mutants: $(VENV)/.test ## small changes of the library, each of which must fail a test (half an hour)
 	$(BIN)/python tests/support/mutants.py --workers $(WORKERS) $(ONLY)
 
 bench: $(VENV)/.test ## time and memory against plain PyTorch and the peers: minutes, then see benchmarks/results/local
