@@ -52,12 +52,11 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
     check_whole,
-    known_on_host,
 )
+from fastrlhf.ops.targets import MASKED_OUT
 
 Policy = Callable[[], Tensor]
 MODES = ("auto", "forward", "double-vjp")
-_IGNORED = -100
 
 
 class TrustRegionInfo(NamedTuple):
@@ -290,7 +289,7 @@ def trpo_step(
 class _Batch(NamedTuple):
     """The tokens, as if there were nothing outside of the mask."""
 
-    targets: Tensor  # _IGNORED where the mask is 0
+    targets: Tensor  # MASKED_OUT where the mask is 0
     advantages: Tensor
     mask: Tensor
     old: Tensor | None
@@ -379,8 +378,10 @@ class _Problem:
 
     def logprobs(self, output: Tensor, batch: _Batch) -> Tensor:
         if self.head is None:
-            return token_logprobs(output, batch.targets, **self.options())
-        return linear_token_logprobs(output, self.head.weight, batch.targets, **self.options())
+            return token_logprobs(output, batch.targets, ignore_index=MASKED_OUT, **self.options())
+        return linear_token_logprobs(
+            output, self.head.weight, batch.targets, ignore_index=MASKED_OUT, **self.options()
+        )
 
     @torch.no_grad()
     def evaluate(self, old_output: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -509,14 +510,12 @@ def _checked_batch(
         check_shape(name, x, shape, "the shape of targets")
         check_same_device(name, x, "targets", targets)
     inside = mask != 0
-    if known_on_host(targets, inside) and (targets.long()[inside] == _IGNORED).any():
-        raise ValueError(f"targets: expected tokens wherever the mask is set, got {_IGNORED}")
     cleared = [
         None if x is None else torch.where(inside, _wide(x.detach()), 0.0)
         for x in (advantages, old_logprobs)
     ]
     assert cleared[0] is not None
-    return _Batch(torch.where(inside, targets.long(), _IGNORED), cleared[0], inside, cleared[1])
+    return _Batch(torch.where(inside, targets.long(), MASKED_OUT), cleared[0], inside, cleared[1])
 
 
 def _checked_damping(damping: float) -> float:

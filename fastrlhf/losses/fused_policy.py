@@ -36,11 +36,8 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.linear_arguments import check_head
+from fastrlhf.ops.targets import MASKED_OUT
 from fastrlhf.ops.token_stats import checked_logits
-
-# Marks the tokens that are not read. A target of -100 that the mask wants is an error, not one of
-# these.
-_IGNORED = -(2**31)
 
 
 def logits_policy_loss(
@@ -125,13 +122,13 @@ def logits_policy_loss(
     if use_triton(impl, logits) and one_launch and not under_transform():
         loss, logprobs, entropies = policy_loss(
             logits, targets, batch.tokens, transform, _formula(options),
-            ignore_index=_IGNORED, entropy=with_entropy, inplace=inplace_backward,
+            ignore_index=MASKED_OUT, entropy=with_entropy, inplace=inplace_backward,
         )  # fmt: skip
         found = entropies if with_entropy else None
         return loss, policy_metrics(options, batch, logprobs, found)
     stats = token_stats(
         logits, targets, temperature=temperature, softcap=softcap, scale=scale,
-        ignore_index=_IGNORED, entropy=with_entropy, inplace_backward=inplace_backward, impl=impl,
+        ignore_index=MASKED_OUT, entropy=with_entropy, inplace_backward=inplace_backward, impl=impl,
     )  # fmt: skip
     loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
     return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
@@ -221,7 +218,7 @@ def linear_policy_loss(
     if under_transform():
         stats = linear_token_stats(
             hidden, weight, active_targets, bias=bias, temperature=temperature, softcap=softcap,
-            scale=scale, ignore_index=_IGNORED, entropy=with_entropy, chunk_size=chunk_size,
+            scale=scale, ignore_index=MASKED_OUT, entropy=with_entropy, chunk_size=chunk_size,
             impl=impl,
         )  # fmt: skip
         loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
@@ -231,7 +228,7 @@ def linear_policy_loss(
     loss, aux = linear_loss(
         of_chunk, hidden, weight, active_targets, token, *sides,
         groups=sequence if by_sequence else None, bias=bias, temperature=temperature,
-        softcap=softcap, scale=scale, ignore_index=_IGNORED, entropy=with_entropy,
+        softcap=softcap, scale=scale, ignore_index=MASKED_OUT, entropy=with_entropy,
         chunk_size=chunk_size, impl=impl,
     )  # fmt: skip
 
@@ -249,7 +246,7 @@ def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int) -> Tensor:
         wanted = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
         check_indices_on_host("targets", wanted, vocab, what)
-    return torch.where(batch.active, targets.long(), _IGNORED)
+    return torch.where(batch.active, targets.long(), MASKED_OUT)
 
 
 def _check_mask(mask: Tensor, targets: Tensor) -> None:

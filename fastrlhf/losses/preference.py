@@ -210,11 +210,12 @@ def dpo_loss(
     discopop_tau = check_positive("discopop_tau", discopop_tau)
     check_impl(impl)
     label_smoothing = _check_loss_type(loss_type, label_smoothing)
-    if lengths is not None:
-        check_counts("lengths", lengths)  # also where nothing looks at them
+    averaged = loss_type in MARGIN_LOSSES and MARGIN_LOSSES[loss_type].average
+    if averaged and mask is None:
+        check_lengths(lengths, pi_logps, f"loss_type {loss_type!r} averages over tokens")
+    elif lengths is not None:
+        check_counts("lengths", lengths)  # though nothing looks at them
     if loss_type in MARGIN_LOSSES:
-        if MARGIN_LOSSES[loss_type].average and mask is None:
-            check_lengths(lengths, pi_logps, f"loss_type {loss_type!r} averages over tokens")
         return preference_loss(
             pi_logps, ref_logps, yw_idxs, yl_idxs, mask, None if mask is not None else lengths,
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, impl=impl,

@@ -183,11 +183,16 @@ def _number(name: str, value: float) -> float:
         raise ValueError(f"{name}: expected a number that a float holds") from None
 
 
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], kind: str) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is one, neither sparse nor nested."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:
         kind_of = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got {kind_of}")
+
+
+def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], kind: str) -> None:
+    check_dense(name, tensor)
     if tensor.dtype not in allowed:
         raise TypeError(f"{name}: expected a {kind} tensor, got {tensor.dtype}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .backend import outside_of_graphs, refuse_second_derivative, refuse_transforms
-from .checks import check_integer, check_same_device, check_shape
+from .checks import check_dense, check_integer, check_same_device, check_shape
 from .linear_arguments import LinearProblem, checked_problem, exact
 from .linear_head import Weight
 from .linear_plans import Needs, Plan, Statistics, choose_plan, loss_alone, loss_and_gradients
@@ -88,10 +88,7 @@ def linear_loss(
         ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
     )  # fmt: skip
     for i, side_input in enumerate(side_inputs):
-        if not isinstance(side_input, Tensor):
-            raise TypeError(f"side_inputs[{i}]: expected a tensor, got {type(side_input).__name__}")
-        if side_input.layout != torch.strided or side_input.is_nested:
-            raise TypeError(f"side_inputs[{i}]: expected a dense tensor")
+        check_dense(f"side_inputs[{i}]", side_input)
         check_shape(f"side_inputs[{i}]", side_input, tuple(targets.shape), "the shape of targets")
         check_same_device(f"side_inputs[{i}]", side_input, "hidden", hidden)
     if groups is not None:

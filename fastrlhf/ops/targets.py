@@ -5,6 +5,9 @@ from torch import Tensor
 
 from .checks import check_ignore_index, check_integer, check_mask, check_same_device, check_shape
 
+# Marks the tokens that a mask hides. One of -100 that the mask wants is an error, not one of these.
+MASKED_OUT = -(2**31)
+
 
 def shift_targets(
     input_ids: Tensor, mask: Tensor | None = None, *, ignore_index: int = -100
