@@ -1,6 +1,6 @@
 """Fused kernels for preference learning and RLHF."""
 
-from .hf import LMHead, lm_head, model_token_stats
+from .hf import LMHead, head_inputs, lm_head, model_token_stats
 from .losses import (
     cpo_loss,
     dpo_loss,
@@ -57,6 +57,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "grpo_options",
+    "head_inputs",
     "kl_divergence",
     "kl_penalty",
     "kto_loss",

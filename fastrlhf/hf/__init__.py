@@ -1,6 +1,6 @@
 """What knows the models of transformers, peft and bitsandbytes; it imports none of them."""
 
-from .lm_head import LMHead, lm_head
+from .lm_head import LMHead, head_inputs, lm_head
 from .model_token_stats import model_token_stats
 
-__all__ = ["LMHead", "lm_head", "model_token_stats"]
+__all__ = ["LMHead", "head_inputs", "lm_head", "model_token_stats"]

@@ -1,17 +1,20 @@
-"""Find the head of a causal language model, and how its logits become the model's.
+"""The head of a causal language model, and the hidden states that enter it."""
 
-Three things are read: the module of the output embeddings, whose class must be one that is known
-here; what the config says about the logits after it (a scale, a softcap); and, around the module,
-the wrappers of peft. Anything else is an error and not a guess: an adapter that starts at zero
-would agree with any guess at first.
-"""
-
+import logging
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.ops.linear_head import QuantizedWeight, Weight
+from fastrlhf.ops.linear_head import Weight
+
+from .head_parts import HeadParts, base_model, evaluating, head_module, head_parts
+from .logit_map import LogitMap
+from .measured import measured, state_of
+from .model_inputs import check_keywords, with_positions
+from .stand_in import StandIn
+
+logger = logging.getLogger(__name__)
 
 
 class LMHead(NamedTuple):
@@ -22,186 +25,160 @@ class LMHead(NamedTuple):
     scale: float
     softcap: float | None
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `linear_token_stats` and its relatives."""
-        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
-
-
-class Adapter(NamedTuple):
-    """A LoRA adapter of the head, which adds scaling·up(down(dropout(h)))."""
-
-    down: nn.Linear
-    up: nn.Linear
-    dropout: nn.Module
-    scaling: float
-
-
-class HeadParts(NamedTuple):
-    """A head as it is stored: a matrix, and adapters that are not merged into it."""
-
-    weight: Weight
-    bias: Tensor | None
-    adapters: list[Adapter]
+    def options(self, prefix: str = "") -> dict[str, Any]:
+        """Keyword arguments of `linear_token_stats` and its relatives; with the prefix "ref_", of
+        the reference's side of `linear_kl_divergence`.
+        """
+        named = {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+        return {prefix + name: value for name, value in named.items()}
 
 
 def lm_head(model: nn.Module) -> LMHead:
     """Find the weight, bias, scale and softcap with which a causal language model makes its logits.
 
     Eager equivalent: `linear_token_stats(hidden, head.weight, targets, **head.options())` is
-    `token_stats(model(...).logits, targets)`, for the hidden states that reach the head.
+    `token_stats(model(...).logits, targets)`, for the hidden states that enter the head.
+    `head_inputs` gives those too, and is the better choice: what a backbone returns need not be
+    what enters the head.
 
     Args:
         model: any AutoModelForCausalLM; wrapped by peft, DistributedDataParallel or torch.compile
             or not.
 
     Returns:
-        LMHead with the model's own tensors. The weight of a head that bitsandbytes quantized is a
+        LMHead with the model's own tensors. What the model does to its logits afterwards is not
+        read from its config but measured, by a forward of two tokens, once for each state of the
+        head: a scale, a softcap, and an offset of each word, which becomes part of the bias (-inf
+        where a word is ruled out). The weight of a head that bitsandbytes quantized is a
         QuantizedWeight, which the operations dequantize in slices. A LoRA adapter on the head is
         added to it, W + scaling·B·A, in a matrix of its own and differentiably, but without the
-        adapter's dropout; `model_token_stats` does neither build the matrix nor leave dropout out.
+        adapter's dropout; so is the matrix of other adapters, which their module is asked for.
+        `model_token_stats` does neither build the matrix nor leave dropout out.
 
     Raises:
-        TypeError: a head of a class that is not known here.
+        TypeError: a head of a class that is not known; a layer between the backbone and the head,
+            so that the backbone's hidden states are not those that enter the head.
         RuntimeError: a weight that is sharded or empty outside of the model's forward (FSDP,
-            ZeRO-3): use `model_token_stats`.
+            ZeRO-3): use `model_token_stats`; logits of which no scale, softcap and offset can be
+            told.
     """
     base = base_model(model)
-    parts = head_parts(head_module(base))
-    scale, softcap = logit_transform(base)
-    weight = parts.weight
-    for adapter in parts.adapters:
-        dense = weight[0 : weight.shape[0]]
-        update = adapter.up.weight @ adapter.down.weight * adapter.scaling
-        weight = dense + update.to(dense.dtype)
-    return LMHead(weight, parts.bias, scale, softcap)
+    module = head_module(base)
+    known = measured(base, module, head_parts(module))
+    if known.follows_backbone:
+        capture = _Capture(module, head_parts(module))
+        return capture.head(known.map)
+    embeddings = base.get_input_embeddings().weight
+    ids = torch.arange(1, 3, device=embeddings.device).remainder(embeddings.shape[0]).view(1, 2)
+    inputs = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+    returned: list[Tensor] = []
+
+    def keep(_, args: Any, output: Any) -> None:
+        last = output[0] if isinstance(output, tuple) else output.get("last_hidden_state")
+        returned.append(last)
+
+    backbone = base.base_model
+    hook = backbone.register_forward_hook(keep) if backbone is not base else None
+    try:
+        with torch.no_grad(), evaluating(base):
+            hidden, _ = head_inputs(base, ids, torch.ones_like(ids), **inputs)
+    finally:
+        if hook is not None:
+            hook.remove()
+    if returned:
+        _check_backbone(returned[-1], hidden, type(base).__name__)
+    known = measured(base, module, head_parts(module))
+    known.follows_backbone = True
+    return _Capture(module, head_parts(module)).head(known.map)
 
 
-def base_model(model: Any) -> Any:
-    """Take off the wrappers of a model, down to the one that transformers made."""
-    while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):  # peft
-            model = model.get_base_model()
-        elif not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):  # DDP, FSDP
-            model = model.module
-        else:
-            break
-    if not hasattr(model, "get_output_embeddings"):
-        raise TypeError(
-            f"model: expected a causal language model of transformers, got {type(model).__name__}"
-        )
-    return model
+def head_inputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+) -> tuple[Tensor, LMHead]:
+    """Run a language model up to its head, and return what enters the head, and the head.
 
+    Eager equivalent: `linear_token_stats(hidden, head.weight, targets, **head.options())` is
+    `token_stats(model(input_ids, attention_mask, **inputs).logits, targets)`.
 
-def head_module(base: Any) -> nn.Module:
-    """Find the module that makes the logits."""
-    module = base.get_output_embeddings()
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"model: {type(base).__name__} has no output embeddings")
-    return module
+    Args:
+        model: as `lm_head`.
+        input_ids, attention_mask: (B, T), as the model takes them.
+        inputs: what else its forward takes, but labels: position_ids, or decoder_input_ids. Where
+            sequences are padded on the left and no position_ids are given, they are made.
 
-
-def logit_transform(base: Any) -> tuple[float, float | None]:
-    """Read from the config by what the logits are multiplied, and how they are capped."""
-    config = base.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        factor = getattr(config, name, None)
-        if isinstance(factor, str):
-            raise TypeError(
-                f"model: the {name} of its config is {factor!r}, which fastrlhf does not know; use "
-                "token_stats on the model's logits"
-            )
-        scale *= 1.0 if factor is None else factor
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
-
-
-def head_parts(module: Any) -> HeadParts:
-    """Read a head of a known class.
+    Returns:
+        hidden (B, T, H), with which the head is called by the model's own forward, and LMHead, see
+        `lm_head`. Both are differentiable. The model's output is measured each time.
 
     Raises:
-        TypeError, RuntimeError: as `lm_head`.
+        TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
     """
-    if _is(module, "peft.", "ModulesToSaveWrapper"):
-        active = not module.disable_adapters and module.active_adapters
-        saved = module.modules_to_save
-        return head_parts(saved[module.active_adapters[0]] if active else module.original_module)
-    if _is(module, "peft.tuners.lora", "Linear", "Linear4bit", "Linear8bitLt"):
-        return _lora_parts(module)
-    if _is(module, "bitsandbytes.", "Linear4bit"):
-        return HeadParts(_four_bit(module), module.bias, [])
-    if _is(module, "bitsandbytes.", "Linear8bitLt"):
-        return HeadParts(_eight_bit(module), module.bias, [])
-    if type(module).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"model: its head is a {type(module).__module__}.{type(module).__name__}, of which "
-            "fastrlhf does not know what it computes; use token_stats on the model's logits"
-        )
-    return HeadParts(_whole(module.weight), module.bias, [])
+    base = base_model(model)
+    check_keywords(base, inputs)
+    module = head_module(base)
+    capture = _Capture(module, head_parts(module))
+    stand_in = StandIn(module, type(base).__name__, capture)
+    inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
+    with stand_in.in_place():
+        output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+    hidden = stand_in.result(output)
+    known = measured(base, module, capture.parts)
+    known.map = stand_in.check(output, known.map)
+    known.state = state_of(base, module, capture.parts)
+    return hidden, capture.head(known.map)
 
 
-def _lora_parts(module: Any) -> HeadParts:
-    base = module.get_base_layer()
-    if module.merged and module.disable_adapters:
-        module.unmerge()  # as its own forward would
-    weight, bias, _ = head_parts(base)
-    adapters = []
-    if not (module.merged or module.disable_adapters):
-        for name in module.active_adapters:
-            if name not in module.lora_A:
-                continue
-            if (
-                name in module.lora_variant
-                or getattr(module.lora_B[name], "bias", None) is not None
-            ):
-                raise TypeError(
-                    f"model: the adapter {name!r} on its head is not plain LoRA (DoRA, a bias, or "
-                    "another variant), which fastrlhf does not compute"
-                )
-            down, up = module.lora_A[name], module.lora_B[name]
-            adapters.append(Adapter(down, up, module.lora_dropout[name], module.scaling[name]))
-    return HeadParts(weight, bias, adapters)
+class _Capture:
+    """Does nothing in place of a head but to look at it."""
+
+    def __init__(self, module: Any, parts: HeadParts | None):
+        self.module, self.parts = module, parts
+        self.weight: Weight
+        self.bias: Tensor | None
+        if parts is not None:
+            self.weight, self.bias = parts.weight, parts.bias
+            for adapter in parts.adapters:
+                dense = self.weight[0 : self.weight.shape[0]]
+                update = adapter.up.weight @ adapter.down.weight * adapter.scaling
+                self.weight = dense + update.to(dense.dtype)
+        else:
+            # What the module makes of each unit vector, less what it makes of nothing.
+            stored = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            unit = torch.eye(
+                stored.in_features, dtype=next(module.parameters()).dtype,
+                device=next(module.parameters()).device,
+            )  # fmt: skip
+            with evaluating(module):
+                self.bias = module(torch.zeros_like(unit[:1]))[0]
+                self.weight = (module(unit) - self.bias).T
+
+    def __call__(self, hidden: Tensor, own_forward: Any) -> tuple[Tensor, int]:
+        return hidden, self.weight.shape[0]
+
+    def head(self, found: LogitMap) -> LMHead:
+        if found.softcap is not None and found.offset is not None:
+            raise TypeError(
+                "model: its logits are capped and then added to, which the linear operations do "
+                "not know; use model_token_stats"
+            )
+        return LMHead(self.weight, found.folded_bias(self.bias), found.scale, found.softcap)
 
 
-def _four_bit(module: Any) -> Weight:
-    state = module.weight.quant_state
-    if state is None:
-        return _whole(module.weight)
-    if getattr(state, "packing_format_for_cpu", False) or state.blocksize % 2:
-        raise TypeError("model: its 4-bit head is packed for the CPU's kernels, which is not known")
-    scales = state.absmax
-    if state.nested:
-        from bitsandbytes.functional import dequantize_blockwise
-
-        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    vocab = state.shape[0]
-    codes = module.weight.detach().view(vocab, -1)
-    return QuantizedWeight(codes, scales.float(), state.blocksize, state.code, state.dtype)
-
-
-def _eight_bit(module: Any) -> Weight:
-    holder = module.state if module.state.CB is not None else module.weight
-    if getattr(holder, "CB", None) is None:
-        return _whole(module.weight)
-    codes, scales = holder.CB, holder.SCB
-    return QuantizedWeight(codes, scales.float() / 127, codes.shape[1], None, torch.float32)
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """Raise unless a weight is all there."""
-    if type(weight).__name__ == "DTensor" or weight.numel() == 0 or weight.ndim != 2:
-        raise RuntimeError(
-            "model: the weight of its head is sharded or empty outside of the model's forward; "
-            "use model_token_stats, which reads it within"
-        )
-    return weight
-
-
-def _is(module: nn.Module, package: str, *names: str) -> bool:
-    """Whether a module's class is one of a package's, told without importing the package."""
-    return any(
-        cls.__module__.startswith(package) and cls.__name__ in names for cls in type(module).__mro__
+def _check_backbone(returned: Tensor | None, entered: Tensor, name: str) -> None:
+    """Compare what a backbone returned with what entered the head."""
+    if returned is not None and returned.shape == entered.shape:
+        a, b = returned.double(), entered.double()
+        factor = float((a * b).sum() / (a * a).sum())
+        if (b - factor * a).norm() <= 1e-2 * b.norm():
+            if abs(factor - 1) > 1e-2:
+                logger.warning(
+                    "%s multiplies the hidden states of its backbone by %.6g before they enter its "
+                    "head; take them from fastrlhf.head_inputs",
+                    name, factor,
+                )  # fmt: skip
+            return
+    raise TypeError(
+        f"model: in {name} a layer stands between the backbone and the head, so that the "
+        "backbone's hidden states would give wrong log-probs; use head_inputs, which returns what "
+        "enters the head, or model_token_stats"
     )

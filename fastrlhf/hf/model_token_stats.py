@@ -1,39 +1,51 @@
-"""Statistics of a model's tokens, taken where the model would make its logits.
+"""Statistics of a model's tokens, taken where the model would make its logits (see `stand_in`)."""
 
-The model's own forward runs, wrappers, hooks and all, but for the time of the call its head does
-something else: it computes the statistics and passes on a placeholder of one number a token. So
-the weight is read while it is whole (FSDP and ZeRO-3 gather it for the head's call), and the graph
-runs through the head as wrappers expect.
-
-What the model does to its logits after the head cannot be seen from there. It is known from the
-config, and on first use put to the test: the placeholder then is a few tokens' own logits and a row
-of numbers from -100 to 100, and what the model makes of them must be what is expected.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastrlhf.ops import shift_targets
-from fastrlhf.ops.backend import is_batched
-from fastrlhf.ops.checks import check_integer, check_mask, check_shape
-from fastrlhf.ops.linear_arguments import checked_problem
+from fastrlhf.ops import shift_targets, token_stats
+from fastrlhf.ops.backend import is_batched, under_transform
+from fastrlhf.ops.linear_arguments import checked_chunk, checked_problem
 from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
+from fastrlhf.ops.linear_rows import even_spans
 from fastrlhf.ops.linear_token_stats import token_stats_of
 from fastrlhf.ops.transform import token_temperatures
-from fastrlhf.reference import TokenStats, capped_logits
+from fastrlhf.reference import TokenStats
 
-from .lm_head import HeadParts, base_model, head_module, head_parts, logit_transform
+from .head_parts import HeadParts, base_model, evaluating, head_module, head_parts
+from .logit_map import LogitMap
+from .measured import measured, state_of
+from .model_inputs import check_ids, check_keywords, check_model, scored_tokens, with_positions
+from .stand_in import StandIn
 
 _IGNORED = -100
-_CHECKED_TOKENS = 4
+_COMPARED_TOKENS = 4
 
-# For each head, how it was when its logits were last checked.
-_checked: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+
+@overload
+def model_token_stats(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[TokenStats, Any]: ...
+
+
+@overload
+def model_token_stats(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_outputs: Literal[False] = False,
+    **options: Any,
+) -> TokenStats: ...
 
 
 def model_token_stats(
@@ -46,8 +58,9 @@ def model_token_stats(
     entropy: bool = False,
     chunk_size: int | None = None,
     impl: str = "auto",
+    return_outputs: bool = False,
     **inputs: Any,
-) -> TokenStats:
+) -> TokenStats | tuple[TokenStats, Any]:
     """Run a causal language model and compute `token_stats` of its tokens, without the logits.
 
     Eager equivalent::
@@ -64,8 +77,13 @@ def model_token_stats(
         temperature: positive number, or a tensor of one for each sequence, (B,), or a 2-d one that
             broadcasts to (B, T-1).
         entropy, chunk_size, impl: as `linear_token_stats`.
-        inputs: what else the model takes (position_ids, pixel_values, ...), but labels.
-            `use_cache` is False unless given.
+        return_outputs: return (stats, outputs), the outputs of the model without its logits: the
+            auxiliary loss of a mixture of experts, hidden states for a value head.
+        inputs: what else the model's forward names (position_ids, pixel_values, ...), but labels.
+            `use_cache` is False unless given. Where attention_mask starts with zeros and no
+            position_ids are given, they count the tokens that it has, so that a sequence has the
+            log-probs that it has without padding. Where given ones start again, a document does,
+            whose first token is not scored.
 
     Returns:
         TokenStats of shape (B, T-1), aligned with input_ids[:, 1:]; 0 for tokens that are not
@@ -74,26 +92,33 @@ def model_token_stats(
     Differentiable with respect to all parameters. The plan, and with it the cost, is that of
     `linear_token_stats`: two vocabulary matmuls where the head is frozen (LoRA), four where it is
     trained. The factors of a LoRA adapter on the head are multiplied one after the other, so its
-    matrix is never built. A quantized head (bitsandbytes) is dequantized in slices; an 8-bit one
-    gives the logits of its weights, without the rounding of hidden states to 8 bits that the
-    module's own forward does.
+    matrix is never built; other adapters of peft on the head (DoRA, IA3, OFT, VeRA, trained tokens)
+    run through their own module, a chunk of tokens at a time, again in backward. A quantized head
+    (bitsandbytes) is dequantized in slices; an 8-bit one gives the logits of its weights, without
+    the rounding of hidden states to 8 bits that the module's own forward does.
 
-    The first call for a head compares a few tokens with the model's own logits, and so has to come
-    outside of torch.func.vmap; apart from that, `torch.func` works as in `linear_token_stats`. Not
-    for use from several threads on one model.
+    What the model does to the logits of its head is measured on three rows of numbers that pass
+    through its forward: at every call on a CPU; on a GPU, where that waits for the device, whenever
+    hooks, forwards, adapters or config have changed, and every 64th call. The head itself is then
+    compared on four tokens. A forward that shows another scale, softcap or offset than the one
+    before is run once more, with it. The first call for a head has to come outside of
+    torch.func.vmap; apart from that, `torch.func` works as in `linear_token_stats`. Not for use
+    from several threads on one model.
 
     Raises:
         ValueError: inputs that do not fit, labels, a model that changes the number of positions.
-        TypeError: a head of a class that is not known.
-        RuntimeError: logits other than what the config says, or a forward that does not call the
-            head once.
+        TypeError: a head of a class that is not known, an encoder or an encoder-decoder, a keyword
+            that the model's forward does not name.
+        RuntimeError: logits that are not those of the head's weight, or are changed in a way that
+            is no scale, softcap or offset; a forward that does not call the head once.
     """
-    if "labels" in inputs:
-        raise ValueError("labels: expected none, since there are no logits to take a loss of")
-    scored = _scored_tokens(input_ids, attention_mask, mask)
-    targets = shift_targets(input_ids, scored, ignore_index=_IGNORED)
     base = base_model(model)
-    module = head_module(base)
+    module, name = head_module(base), type(base).__name__
+    check_ids(input_ids)
+    check_model(base, module, name)
+    check_keywords(base, inputs)
+    scored = scored_tokens(input_ids, attention_mask, mask, inputs.get("position_ids"))
+    targets = shift_targets(input_ids, scored, ignore_index=_IGNORED)
     if isinstance(temperature, Tensor):
         last = temperature.new_ones(())  # of the position that predicts nothing
         expanded = token_temperatures(temperature, targets[:, 1:])
@@ -102,162 +127,174 @@ def model_token_stats(
         "temperature": temperature, "entropy": entropy, "chunk_size": chunk_size, "impl": impl,
         "ignore_index": _IGNORED,
     }  # fmt: skip
-    scorer = _Scorer(module, targets, logit_transform(base), options)
-    inputs.setdefault("use_cache", False)
-    with scorer.in_place_of_the_head():
-        output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-    return scorer.result(output, type(base).__name__)
-
-
-def _scored_tokens(
-    input_ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None
-) -> Tensor | None:
-    """Check the inputs, and decide which tokens are scored."""
-    check_integer("input_ids", input_ids)
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected shape (B, T), T > 0, got {tuple(input_ids.shape)}")
-    if mask is not None:
-        check_mask("mask", mask)
-        check_shape("mask", mask, tuple(input_ids.shape), "the shape of input_ids")
-        return mask
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(
-            "attention_mask: expected a tensor (or give `mask`, which says what to score), got "
-            f"{type(attention_mask).__name__}"
+    inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
+    virtual = _virtual_tokens(model)
+    for _ in range(2):
+        scorer = _Scorer(base, module, targets, options, virtual)
+        stand_in = StandIn(module, name, scorer)
+        with stand_in.in_place():
+            output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        carrier = stand_in.result(output)
+        if not scorer.looks or scorer.confirmed(stand_in, output):
+            break
+    else:
+        raise RuntimeError(
+            f"model: {name} does something else to its logits at each call; use token_stats on them"
         )
-    if attention_mask.ndim != 2:
-        return None
-    check_mask("attention_mask", attention_mask)
-    check_shape("attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
-    attended = attention_mask != 0
-    scored = attended.clone()
-    # What predicts the first token after padding on the left is padding.
-    scored[:, 1:] &= attended[:, :-1]
-    return scored
+    logprob, *rest = carrier[:, :-1].unbind(-1)
+    stats = TokenStats(logprob, rest[0] if entropy else None, scorer.lse[:, :-1])
+    return (stats, _without_logits(output)) if return_outputs else stats
+
+
+def _virtual_tokens(model: Any) -> int:
+    """How many positions an adapter of learned prompts puts before a sequence."""
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "num_virtual_tokens", None) or 0
+
+
+def _without_logits(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return output[1:]
+    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
 
 
 class _Scorer:
-    """Stands in for the head during one forward of its model."""
+    """Scores the tokens of hidden states in place of the head."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        targets: Tensor,
-        transform: tuple[float, float | None],
-        options: dict[str, Any],
+        self, base: Any, module: Any, targets: Tensor, options: dict[str, Any], virtual: int
     ):
-        self.module, self.targets, self.options = module, targets, options
-        self.scale, self.softcap = transform
-        self.stats: TokenStats | None = None
-        self.expected: Tensor | None = None  # what the model should make of the placeholder
-        self.tolerance = 0.0
-        self.signature: tuple = ()
+        self.base, self.module, self.targets, self.options = base, module, targets, options
+        self.virtual = virtual
+        self.looks = False
+        self.lse: Tensor
+        self.map: LogitMap
+        self.parts: HeadParts | None
 
-    @contextmanager
-    def in_place_of_the_head(self) -> Iterator[None]:
-        # accelerate puts a forward that moves weights around the module's own.
-        name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
-        own, attributes = getattr(self.module, name), vars(self.module)
-        before = {name: attributes[name]} if name in attributes else {}
-        self.own_forward: Callable[..., Tensor] = own
-        attributes[name] = self
-        try:
-            yield
-        finally:
-            del attributes[name]
-            attributes.update(before)
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.stats is not None or args or kwargs:
-            raise RuntimeError(
-                "model: its forward calls its head twice or with further arguments, which fastrlhf "
-                "does not know; use token_stats on the model's logits"
-            )
+    def __call__(self, hidden: Tensor, own: Callable[..., Tensor]) -> tuple[Tensor, int]:
+        if self.virtual and hidden.shape[1] == self.targets.shape[1] + self.virtual:
+            hidden = hidden[:, self.virtual :]
         if hidden.shape[:2] != self.targets.shape:
             raise ValueError(
                 "input_ids: expected a hidden state for each of the tokens "
                 f"{tuple(self.targets.shape)}, got {tuple(hidden.shape[:2])}: the model adds or "
                 "leaves out positions"
             )
-        parts = head_parts(self.module)
-        wide, weights = _with_adapters(parts, hidden)
         targets, options = self.targets.to(hidden.device), dict(self.options)
         if isinstance(options["temperature"], Tensor):
             options["temperature"] = options["temperature"].to(hidden.device)
-        problem = checked_problem(
-            wide, weights, targets, bias=parts.bias, scale=self.scale, softcap=self.softcap,
-            **options,
-        )  # fmt: skip
-        self.stats = token_stats_of(problem)
-        self.signature = _signature(self.module, parts, self.scale, self.softcap)
-        if _checked.get(self.module) != self.signature:
-            if is_batched(targets, hidden):
+        self.parts = parts = head_parts(self.module)
+        known = measured(self.base, self.module, parts)
+        due, self.map = known.is_due(), known.map
+        known.calls += 1
+        if is_batched(targets, hidden):
+            if known.state is None:
                 raise RuntimeError(
                     "model: the first call for a head, which looks at its logits, does not work "
                     "under torch.func.vmap; call model_token_stats once outside"
                 )
-            some = (targets.reshape(-1) != _IGNORED).nonzero()[:_CHECKED_TOKENS, 0]
-            if some.numel():
+        else:
+            self.looks = due or hidden.device.type == "cpu"
+        plain = self.map.softcap is None or self.map.offset is None
+        if parts is None or not plain:
+            stats, vocab = _through_module(own, self.map, hidden, targets, options)
+        else:
+            wide, weights = _with_adapters(parts, hidden)
+            problem = checked_problem(
+                wide, weights, targets, bias=self.map.folded_bias(parts.bias),
+                scale=self.map.scale, softcap=self.map.softcap, **options,
+            )  # fmt: skip
+            stats, vocab = token_stats_of(problem), weights[0].shape[0]
+            if self.looks and due:
+                some = (targets.reshape(-1) != _IGNORED).nonzero()[:_COMPARED_TOKENS, 0]
                 head = Head(weights, parts.bias, problem.options.dtype)
-                return self._probe(head, parts, hidden.reshape(-1, hidden.shape[-1])[some])
-        return self.stats.logprob.unsqueeze(-1).to(hidden.dtype)
+                self._compare(own, head, hidden.reshape(-1, hidden.shape[-1])[some])
+        self.lse = stats.lse
+        kept = [x for x in (stats.logprob, stats.entropy) if x is not None]
+        return torch.stack(kept, dim=-1), vocab
 
-    def _probe(self, head: Head, parts: HeadParts, hidden: Tensor) -> Tensor:
-        """Make a placeholder that tells how the model's logits come about: (1, tokens + 1, V)."""
-        with _evaluating(self.module):  # the dropout of adapters would differ each time
-            own = self.own_forward(hidden.unsqueeze(0))
-            wide = _with_adapters(parts, hidden)[0]
-        ramp = torch.linspace(-100, 100, own.shape[-1], device=own.device).to(own.dtype)
-        with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
-            wide = wide.to(head.dtype).to(head.operands)
-            raw = torch.cat((head.logits(wide), ramp.to(head.sums).unsqueeze(0)))
-            self.expected = capped_logits(raw, self.softcap, self.scale)
-        eight_bit = isinstance(parts.weight, QuantizedWeight) and parts.weight.table is None
-        half = own.dtype in (torch.bfloat16, torch.float16)
+    @torch.no_grad()
+    def _compare(self, own: Callable[..., Tensor], head: Head, hidden: Tensor) -> None:
+        """Raise RuntimeError unless the head's own forward multiplies by its weight."""
+        if not hidden.shape[0]:
+            return
+        assert self.parts is not None
+        with evaluating(self.module):  # the dropout of adapters would differ each time
+            logits = own(hidden.unsqueeze(0))[0]
+            wide = _with_adapters(self.parts, hidden)[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            expected = head.logits(wide.to(head.dtype).to(head.operands))
+        weight = self.parts.weight
+        eight_bit = isinstance(weight, QuantizedWeight) and weight.table is None
+        half = logits.dtype in (torch.bfloat16, torch.float16)
         # Of the largest logit of a row. The module of an 8-bit head rounds its hidden states.
-        self.tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
-        return torch.cat((own, ramp.view(1, 1, -1)), dim=1)
-
-    def result(self, output: Any, name: str) -> TokenStats:
-        """Check what the model made of a probe, and align the statistics with the tokens."""
-        if self.stats is None:
+        tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
+        error = (logits.to(expected) - expected).abs().amax(-1)
+        if not bool((error <= tolerance * expected.abs().amax(-1)).all()):
             raise RuntimeError(
-                f"model: the forward of {name} does not call the module of its output embeddings; "
-                "use token_stats on its logits"
+                f"model: the forward of its head, a {type(self.module).__name__}, gives other "
+                "logits than its weight, so log-probs would be wrong; use token_stats on the "
+                "model's logits"
             )
-        if self.expected is not None:
-            logits = (output[0] if isinstance(output, tuple) else output.logits).detach()[0]
-            self._compare(logits, self.expected, name)
-            _checked[self.module] = self.signature
-        logprob, entropy, lse = self.stats
-        entropy = None if entropy is None else entropy[:, :-1]
-        return TokenStats(logprob[:, :-1], entropy, lse[:, :-1])
 
-    def _compare(self, logits: Tensor, expected: Tensor, name: str) -> None:
-        logits = logits.to(expected)
-        if logits.shape == expected.shape:
-            error = (logits - expected).abs().amax(-1) / expected.abs().amax(-1)
-            if bool((error <= self.tolerance).all()):
-                return
-        raise RuntimeError(
-            f"model: the logits of {name} are not what its config and its head say (scale "
-            f"{self.scale}, softcap {self.softcap}), so its log-probs would be wrong; use "
-            "token_stats on its logits"
-        )
+    def confirmed(self, stand_in: StandIn, output: Any) -> bool:
+        """Whether the model does to its logits what was assumed. Remember what it does."""
+        known = measured(self.base, self.module, self.parts)
+        known.map = stand_in.check(output, self.map)
+        known.state = state_of(self.base, self.module, self.parts)
+        return known.map is self.map
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+def _through_module(
+    own: Callable[..., Tensor],
+    logit_map: LogitMap,
+    hidden: Tensor,
+    targets: Tensor,
+    options: dict[str, Any],
+) -> tuple[TokenStats, int]:
+    """Score tokens by the logits of the head's own module, a chunk at a time, which are made again
+    in backward.
+    """
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    temperature, entropy = options["temperature"], options["entropy"]
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        temperatures = temperature.expand(targets.shape).reshape(-1)
+    with torch.no_grad():
+        vocab = own(flat[:1].unsqueeze(0)).shape[-1]
+
+    def score(rows: Tensor, some_targets: Tensor, some_temperatures: Tensor | None) -> TokenStats:
+        logits = own(rows.unsqueeze(0))[0]
+        logits = logit_map(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return token_stats(
+            logits, some_targets, ignore_index=_IGNORED, entropy=entropy, impl=options["impl"],
+            temperature=temperature if some_temperatures is None else some_temperatures,
+        )  # fmt: skip
+
+    live = (flat_targets != _IGNORED).nonzero()[:, 0]
+    size = checked_chunk(options["chunk_size"], vocab, hidden.device)
+    found = []
+    for first, last in even_spans(live.shape[0], size):
+        index = live[first:last]
+        some = None if temperatures is None else temperatures[index]
+        arguments = flat[index], flat_targets[index], some
+        if under_transform() or not torch.is_grad_enabled():
+            found.append(score(*arguments))
+        else:
+            found.append(checkpoint(score, *arguments, use_reentrant=False))
+    sums = torch.promote_types(hidden.dtype, torch.float32)
+
+    def whole(parts: list[Tensor]) -> Tensor:
+        zeros = flat.new_zeros(flat_targets.shape, dtype=sums)
+        filled = zeros.index_put((live,), torch.cat(parts)) if parts else zeros
+        return filled.view(targets.shape)
+
+    stats = TokenStats(
+        whole([part.logprob for part in found]),
+        whole([part.entropy for part in found if part.entropy is not None]) if entropy else None,
+        whole([part.lse for part in found]),
+    )
+    return stats, vocab
 
 
 def _with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight]]:
@@ -269,12 +306,3 @@ def _with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weigh
         blocks.append(low.to(hidden.dtype))
         weights.append(adapter.up.weight.to(hidden.dtype))
     return torch.cat(blocks, dim=-1) if parts.adapters else hidden, weights
-
-
-def _signature(
-    module: nn.Module, parts: HeadParts, scale: float, softcap: float | None
-) -> tuple[Any, ...]:
-    """What a check of a head is good for."""
-    # A parameter, and what torch.func.functional_call puts in its place, are of one kind.
-    weight = Tensor if isinstance(parts.weight, Tensor) else type(parts.weight)
-    return type(module), weight, len(parts.adapters), scale, softcap

@@ -1,0 +1,165 @@
+"""Read the head of a causal language model as it is stored: a matrix, a bias, adapters.
+
+The class of the output embeddings' module must be one that is known here, and wrappers of peft are
+read around it. Anything else is an error and not a guess: an adapter that starts at zero would
+agree with any guess at first. What the model does to the logits afterwards is measured, in
+`head_inputs`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops.linear_head import QuantizedWeight, Weight
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter of the head, which adds scaling·up(down(dropout(h)))."""
+
+    down: nn.Linear
+    up: nn.Linear
+    dropout: nn.Module
+    scaling: float
+
+
+class HeadParts(NamedTuple):
+    """A head as it is stored: a matrix, and LoRA adapters that are not merged into it."""
+
+    weight: Weight
+    bias: Tensor | None
+    adapters: list[Adapter]
+
+
+def base_model(model: Any) -> Any:
+    """Take off the wrappers of a model, down to the one that transformers made."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
+        elif not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):  # DDP, FSDP
+            model = model.module
+        else:
+            break
+    if not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"model: expected a causal language model of transformers, got {type(model).__name__}"
+        )
+    return model
+
+
+def head_module(base: Any) -> nn.Module:
+    """Find the module that makes the logits."""
+    module = base.get_output_embeddings()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"model: {type(base).__name__} has no output embeddings")
+    return module
+
+
+def head_parts(module: Any) -> HeadParts | None:
+    """Read a head of a known class. None: an adapter of peft whose matrix only its own module knows
+    (DoRA, IA3, OFT, VeRA, trained tokens, ...).
+
+    Raises:
+        TypeError, RuntimeError: as `lm_head`.
+    """
+    if _is(module, "peft.", "ModulesToSaveWrapper"):
+        active = not module.disable_adapters and module.active_adapters
+        saved = module.modules_to_save
+        return head_parts(saved[module.active_adapters[0]] if active else module.original_module)
+    if _is(module, "peft.tuners.lora", "Linear", "Linear4bit", "Linear8bitLt"):
+        return _lora_parts(module)
+    if _is(module, "bitsandbytes.", "Linear4bit"):
+        return HeadParts(_four_bit(module), module.bias, [])
+    if _is(module, "bitsandbytes.", "Linear8bitLt"):
+        return HeadParts(_eight_bit(module), module.bias, [])
+    if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+        return None
+    if isinstance(module, nn.Sequential):
+        inner = [part for part in module if next(part.parameters(), None) is not None]
+        if len(inner) == 1:
+            return head_parts(inner[0])
+    linear = isinstance(module, nn.Linear) and {"weight", "bias"}.issuperset(
+        name for name, _ in module.named_parameters()
+    )
+    if not linear:
+        raise TypeError(
+            f"model: its head is a {type(module).__module__}.{type(module).__name__}, of which "
+            "fastrlhf does not know what it computes; use token_stats on the model's logits"
+        )
+    return HeadParts(_whole(module.weight), module.bias, [])
+
+
+def _lora_parts(module: Any) -> HeadParts | None:
+    if module.merged and module.disable_adapters:
+        module.unmerge()  # as its own forward would
+    base = head_parts(module.get_base_layer())
+    if base is None:
+        return None
+    adapters = []
+    if not (module.merged or module.disable_adapters):
+        for name in module.active_adapters:
+            if name not in module.lora_A:
+                continue
+            biased = getattr(module.lora_B[name], "bias", None) is not None
+            if name in module.lora_variant or biased:  # DoRA and the like
+                return None
+            down, up = module.lora_A[name], module.lora_B[name]
+            adapters.append(Adapter(down, up, module.lora_dropout[name], module.scaling[name]))
+    return base._replace(adapters=base.adapters + adapters)
+
+
+def _four_bit(module: Any) -> Weight:
+    state = module.weight.quant_state
+    if state is None:
+        return _whole(module.weight)
+    if getattr(state, "packing_format_for_cpu", False) or state.blocksize % 2:
+        raise TypeError("model: its 4-bit head is packed for the CPU's kernels, which is not known")
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    vocab = state.shape[0]
+    codes = module.weight.detach().view(vocab, -1)
+    return QuantizedWeight(codes, scales.float(), state.blocksize, state.code, state.dtype)
+
+
+def _eight_bit(module: Any) -> Weight:
+    holder = module.state if module.state.CB is not None else module.weight
+    if getattr(holder, "CB", None) is None:
+        return _whole(module.weight)
+    codes, scales = holder.CB, holder.SCB
+    return QuantizedWeight(codes, scales.float() / 127, codes.shape[1], None, torch.float32)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Raise unless a weight is all there."""
+    if type(weight).__name__ == "DTensor" or weight.numel() == 0 or weight.ndim != 2:
+        raise RuntimeError(
+            "model: the weight of its head is sharded or empty outside of the model's forward; "
+            "use model_token_stats, which reads it within"
+        )
+    return weight
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _is(module: nn.Module, package: str, *names: str) -> bool:
+    """Whether a module's class is one of a package's, told without importing the package."""
+    return any(
+        cls.__module__.startswith(package) and cls.__name__ in names for cls in type(module).__mro__
+    )

@@ -1,0 +1,62 @@
+"""What was measured of a model's head, and how long it holds.
+
+A measurement is good for the state in which it was made: the head's class, its kind of weight and
+adapters, hooks and patched forwards, and the numbers of the config. Looking at those costs
+microseconds; what they do not show is found by measuring again every so often.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from .head_parts import HeadParts
+from .logit_map import LogitMap
+
+# Calls after which a GPU is asked again, which waits for it once. A CPU is asked every time.
+_CALLS_BETWEEN = 64
+
+
+@dataclass
+class Measured:
+    """What a head's logits go through, as it was found in some state of the model."""
+
+    state: tuple[Any, ...] | None = None
+    map: LogitMap = field(default_factory=LogitMap)
+    calls: int = 0
+    follows_backbone: bool = False  # what enters the head is what the backbone returns
+
+    def is_due(self) -> bool:
+        """Whether the head itself is to be compared again."""
+        return self.state is None or self.calls % _CALLS_BETWEEN == 0
+
+
+_measured: WeakKeyDictionary[nn.Module, Measured] = WeakKeyDictionary()
+
+
+def measured(base: Any, module: nn.Module, parts: HeadParts | None) -> Measured:
+    """What is known of a head, and forget it if its state is another."""
+    known, state = _measured.get(module), state_of(base, module, parts)
+    if known is None or (known.state is not None and known.state != state):
+        known = _measured[module] = Measured()
+    return known
+
+
+def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any, ...]:
+    """What could change a model's logits, as far as it is cheap to tell."""
+    changes: list[Any] = []
+    for part in (module, base):
+        hooks = part._forward_hooks, part._forward_pre_hooks
+        own = vars(part).get("forward"), vars(part).get("_old_forward"), type(part).forward
+        changes.append((type(part), *(tuple(map(id, h.values())) for h in hooks), *map(id, own)))
+    numbers = tuple(
+        (name, value)
+        for name, value in vars(base.config.get_text_config()).items()
+        if isinstance(value, int | float)
+    )
+    if parts is None:
+        return (*changes, numbers, None)
+    # A parameter, and what torch.func.functional_call puts in its place, are of one kind.
+    weight = Tensor if isinstance(parts.weight, Tensor) else type(parts.weight)
+    return (*changes, numbers, weight, parts.bias is None, len(parts.adapters))

@@ -1,0 +1,129 @@
+"""What goes into a model's forward, and which of its tokens are scored."""
+
+import inspect
+import typing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops.checks import check_integer, check_mask, check_shape
+
+# Keywords that transformers' models pass on from **kwargs, whatever the model.
+_PASSED_ON = {
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position",
+    "adapter_names",
+}  # fmt: skip
+
+
+def check_model(base: Any, module: nn.Module, name: str) -> None:
+    """Refuse models whose logits are not those of the tokens that follow.
+
+    Raises:
+        TypeError: an encoder, an encoder-decoder, or a model on the meta device.
+    """
+    config = base.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"model: {name} is an encoder-decoder: its logits are of decoder_input_ids, not of "
+            "input_ids; use head_inputs, which gives the decoder's states, with targets of your own"
+        )
+    masked = "MaskedLM" in name or "PreTraining" in name or name.startswith("XLNet")
+    if masked or getattr(config, "is_decoder", True) is False:
+        raise TypeError(
+            f"model: {name} is an encoder, whose logits see the tokens that they are to predict; "
+            "a decoder of its kind has is_decoder=True in its config"
+        )
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta and not hasattr(module, "_hf_hook"):
+        raise TypeError(f"model: expected a model with weights, got {name} on the meta device")
+
+
+def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
+    """Refuse keywords that the model's forward would swallow without a word.
+
+    Raises:
+        ValueError: labels.
+        TypeError: a keyword that the forward does not name.
+    """
+    if "labels" in inputs:
+        raise ValueError("labels: expected none, since there are no logits to take a loss of")
+    parameters = inspect.signature(type(base).forward).parameters
+    known = _PASSED_ON.union(parameters)
+    for parameter in parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            for typed in (parameter.annotation, *typing.get_args(parameter.annotation)):
+                known.update(getattr(typed, "__annotations__", ()))
+    for name in inputs:
+        if name not in known:
+            hint = "; the mask of the tokens to score is `mask`" if "mask" in name else ""
+            raise TypeError(
+                f"{name}: the forward of {type(base).__name__} takes no argument of that name{hint}"
+            )
+
+
+def check_ids(input_ids: Tensor) -> None:
+    check_integer("input_ids", input_ids)
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected shape (B, T), T > 0, got {tuple(input_ids.shape)}")
+    if input_ids.is_meta:
+        raise ValueError("input_ids: expected ids, got a tensor on the meta device")
+
+
+def scored_tokens(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """Decide which of the tokens (B, T) are scored, and check what says so."""
+    scored = _wanted_tokens(input_ids, attention_mask, mask)
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
+        # Where positions start again, another document does.
+        scored = scored.expand(input_ids.shape).clone()
+        scored[:, 1:] &= position_ids[:, 1:] > position_ids[:, :-1]
+    return scored
+
+
+def _wanted_tokens(input_ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        check_mask("mask", mask)
+        check_shape("mask", mask, tuple(input_ids.shape), "the shape of input_ids")
+        return mask != 0
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            "attention_mask: expected a tensor (or give `mask`, which says what to score), got "
+            f"{type(attention_mask).__name__}"
+        )
+    if attention_mask is None or attention_mask.ndim != 2:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    check_mask("attention_mask", attention_mask)
+    check_shape("attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
+    attended = attention_mask != 0
+    scored = attended.clone()
+    # What predicts the first token after padding on the left is padding.
+    scored[:, 1:] &= attended[:, :-1]
+    return scored
+
+
+def with_positions(
+    base: Any, attention_mask: Tensor | None, inputs: dict[str, Any], model: Any
+) -> dict[str, Any]:
+    """Give sequences that are padded on the left the positions that they have without padding.
+
+    On a GPU, what the mask holds is awaited, unless positions are given.
+    """
+    names = inspect.signature(type(base).forward).parameters
+    own = (  # models that make positions of their own: of images, of padding, of virtual tokens
+        "position_ids" not in names
+        or base.config.get_text_config() is not base.config
+        or any(hasattr(part, "create_position_ids_from_input_ids") for part in base.modules())
+        or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    )
+    if own or attention_mask is None or attention_mask.ndim != 2 or "position_ids" in inputs:
+        return inputs
+    if inputs.get("past_key_values") is not None or not bool((attention_mask[:, 0] == 0).any()):
+        return inputs
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {**inputs, "position_ids": positions}

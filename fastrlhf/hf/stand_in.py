@@ -1,0 +1,134 @@
+"""Do something else where a model would make its logits, in the middle of its own forward.
+
+The model's forward runs, wrappers, hooks and all, but for the time of the call its head does other
+work on the hidden states that it is called with: what enters a head is not always what a backbone
+returns. In place of logits the head passes on three rows of known numbers, and what the model makes
+of them tells what it does to its logits (see `logit_map`).
+
+The results of the work are tied to that output, twice: their gradient passes through the outputs
+of the head and of the model, as a gradient of zeros. So wrappers that prepare weights when the
+gradient of an output arrives (FSDP2, ZeRO-3) do so before the backward of the work needs them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops.backend import under_transform
+
+from .logit_map import LogitMap, fit, known_rows
+
+Work = Callable[[Tensor, Callable[..., Tensor]], tuple[Tensor, int]]
+
+
+class StandIn:
+    """Takes the place of a head during one forward of its model.
+
+    `work(hidden, own_forward)` runs where the head would. It returns one tensor, which `result`
+    returns, tied to the model's output; and the size of the vocabulary.
+    """
+
+    def __init__(self, module: nn.Module, name: str, work: Work):
+        self.module, self.name, self.work = module, name, work
+        self.made: Tensor | None = None
+        self.rows: Tensor
+        self.own_forward: Callable[..., Tensor]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        # accelerate puts a forward that moves weights around the module's own.
+        name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
+        own, attributes = getattr(self.module, name), vars(self.module)
+        before = {name: attributes[name]} if name in attributes else {}
+        self.own_forward = own
+        attributes[name] = self
+        try:
+            yield
+        finally:
+            del attributes[name]
+            attributes.update(before)
+
+    @torch.compiler.disable
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.made is not None or args or kwargs:
+            raise RuntimeError(
+                "model: its forward calls its head twice or with further arguments, which fastrlhf "
+                "does not know; use token_stats on the model's logits"
+            )
+        self.made, vocab = self.work(hidden, self.own_forward)
+        self.rows = known_rows(vocab, hidden.dtype, hidden.device)
+        return tied(self.rows.unsqueeze(0), self.made)
+
+    def result(self, output: Any) -> Tensor:
+        """The work's result, once the model's forward has returned its output."""
+        if self.made is None:
+            raise RuntimeError(
+                f"model: the forward of {self.name} does not call the module of its output "
+                "embeddings; use token_stats on its logits"
+            )
+        return tied(self.made, logits_of(output))
+
+    def check(self, output: Any, expected: LogitMap) -> LogitMap:
+        """The map from the head's logits to the model's: the expected one, if it still holds.
+
+        Raises:
+            RuntimeError: a model that does to its logits what no map says.
+        """
+        made = logits_of(output)
+        rows = self.rows
+        if made.shape == (1, *rows.shape):
+            made = made[0]
+            trained = _is_trained(made)
+            made = made.detach().to(rows)
+            if not trained and expected.agrees(rows, made):
+                return expected
+            found = None if trained else fit(rows, made)
+            if found is not None:
+                return found
+        raise RuntimeError(
+            f"model: {self.name} changes the logits of its head by more than a scale, a softcap and "
+            "an offset of each word, so its log-probs are not known; use token_stats on its logits"
+        )
+
+
+def _is_trained(made: Tensor) -> bool:
+    """Whether what a model makes of its head's output depends on parameters that are trained: their
+    gradient would be lost.
+    """
+    ahead, seen = [made.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen or node.name() == "_TiedBackward":
+            continue
+        if node.name() == "torch::autograd::AccumulateGrad":
+            return True
+        seen.add(node)
+        ahead += [before for before, _ in node.next_functions]
+    return False
+
+
+def logits_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.logits
+
+
+def tied(value: Tensor, other: Tensor) -> Tensor:
+    """Return the value; its gradient reaches the other tensor too, as zeros."""
+    if under_transform() or not other.requires_grad:
+        return value
+    return _Tied.apply(value, other)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, other):
+        ctx.other = other.shape, other.dtype, other.device
+        return value.clone()  # and no view, which models could not write into
+
+    @staticmethod
+    def backward(ctx, d_value):
+        shape, dtype, device = ctx.other
+        zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        return d_value if ctx.needs_input_grad[0] else None, zeros
