@@ -474,3 +474,53 @@ def test_bad_arguments_are_named(changes, error, message) -> None:
     }  # fmt: skip
     with pytest.raises(error, match=message):
         fastrlhf.linear_kl_divergence(**arguments)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "heads"])
+@pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 3.0, "scale": 1.5, "ref_softcap": None, "ref_scale": 0.25},
+        {"ref_softcap": 2.0},
+        {"scale": 0.5, "ref_scale": 1.0},
+        {"softcap": 3.0, "ref_scale": 2.0},
+    ],
+)
+def test_each_side_has_a_scale_and_a_softcap(options, direction, trained) -> None:
+    torch.manual_seed(0)
+    sides = [torch.randn(7, 8), 3 * torch.randn(37, 8), torch.randn(7, 6), 3 * torch.randn(37, 6)]
+    sides = [x.double() for x in sides]
+    for i, x in enumerate(sides):
+        x.requires_grad_(trained == "heads" or i % 2 == 0)
+    mask = torch.arange(7) != 3
+
+    def logits(hidden, weight, softcap, scale):
+        raw = scale * (hidden @ weight.T)
+        return raw if softcap is None else softcap * torch.tanh(raw / softcap)
+
+    full = {"softcap": None, "scale": 1.0} | options
+    full = {"ref_softcap": full["softcap"], "ref_scale": full["scale"]} | full
+    want = fastrlhf.kl_divergence(
+        logits(*sides[:2], full["softcap"], full["scale"]),
+        logits(*sides[2:], full["ref_softcap"], full["ref_scale"]),
+        direction=direction, mask=mask, temperature=0.7,
+    )  # fmt: skip
+    found = fastrlhf.linear_kl_divergence(
+        *sides, direction=direction, mask=mask, temperature=0.7, chunk_size=2, **options
+    )
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    inputs = [x for x in sides if x.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(want.sum(), inputs),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_no_softcap_or_scale_of_the_reference_is_named() -> None:
+    sides = torch.randn(2, 4), torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r"^ref_softcap: "):
+        fastrlhf.linear_kl_divergence(*sides, ref_softcap=0.0)
+    with pytest.raises(ValueError, match=r"^ref_scale: "):
+        fastrlhf.linear_kl_divergence(*sides, ref_scale=-1.0)

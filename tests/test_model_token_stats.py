@@ -182,12 +182,63 @@ def test_a_head_that_is_trained_whole_beside_lora() -> None:
     assert_same(model)
 
 
-@pytest.mark.parametrize("variant", ["dora", "lora bias"])
-def test_other_adapters_on_the_head_are_refused(variant) -> None:
-    options = {"use_dora": True} if variant == "dora" else {"lora_bias": True}
-    model = with_lora(make("Llama"), "lm_head", **options)
-    with pytest.raises(TypeError, match="model: the adapter 'default' on its head is not plain"):
-        fastrlhf.model_token_stats(model, **batch())
+ADAPTERS = {
+    "dora": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True),
+    "lora bias": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True),
+    "ia3": lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=8, target_modules=["lm_head"]),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["lm_head"]),
+    "trained tokens": lambda: peft.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices={"lm_head": [3, 5, 90]}
+    ),
+    "trained tokens, tied": lambda: peft.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=[3, 5, 90]
+    ),
+}
+
+
+def with_adapter(kind: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = make("Llama, tied" if "tied" in kind else "Llama")
+        model = peft.get_peft_model(base, ADAPTERS[kind]())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_whose_matrix_its_module_alone_knows(kind) -> None:
+    model = with_adapter(kind)
+    assert_same(model, chunk_size=3)
+    inputs = batch()
+    hidden, head = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+    targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+    found = fastrlhf.linear_token_logprobs(hidden, head.weight, targets, **head.options())
+    torch.testing.assert_close(
+        found[:, :-1].double(), expected(model, inputs)[0], rtol=1e-4, atol=1e-4
+    )
+    assert head.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
+def test_virtual_tokens_are_not_scored(kind) -> None:
+    configs = {
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "p-tuning": lambda: peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8
+        ),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, inputs = peft.get_peft_model(make("Llama"), configs[kind]()).eval(), batch()
+        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        stats = fastrlhf.model_token_stats(model, **inputs)
+    logp = logits[:, -9:-1].double().log_softmax(-1)
+    want = logp.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0] * inputs["mask"][:, 1:]
+    torch.testing.assert_close(stats.logprob.double(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -285,8 +336,8 @@ def test_the_logits_are_never_built() -> None:
     fastrlhf.model_token_stats(model, **inputs)
     fastrlhf.model_token_stats(model, **inputs)
     hook.remove()
-    # The first call checks four tokens against the model's own logits.
-    assert shapes == [(1, 5, 5000), (3, 9, 1)]
+    # Three rows of numbers that tell what becomes of logits.
+    assert shapes == [(1, 3, 5000)] * 2
 
 
 def test_the_backbone_runs_once_and_its_hooks_fire() -> None:
@@ -310,33 +361,66 @@ class Twisted(nn.Module):
         return self.inner(x).sin()
 
 
-@pytest.mark.parametrize("lie", ["scale", "softcap", "bend", "hook", "class", "unused"])
-def test_a_head_that_is_not_understood_fails_loudly(lie, monkeypatch) -> None:
+def changed(model: nn.Module, monkeypatch, change) -> None:
+    """Let the model's forward change its logits."""
+    own = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, *a, **k: _edited(own(self, *a, **k), change)
+    )
+
+
+@pytest.mark.parametrize("kind", ["bend", "class", "unused", "trained", "positions", "patched"])
+def test_a_head_that_is_not_understood_fails_loudly(kind, monkeypatch) -> None:
     model = make("Llama")
-    if lie == "scale":
-        model.config.logit_scale = 1.01
-    elif lie == "softcap":
-        own = type(model).forward
-        monkeypatch.setattr(
-            type(model), "forward",
-            lambda self, *a, **k: _edited(own(self, *a, **k), lambda z: 60 * torch.tanh(z / 60)),
-        )  # fmt: skip
-    elif lie == "bend":
-        own = type(model).forward
-        monkeypatch.setattr(
-            type(model), "forward",
-            # Where the logits of this model are, it makes no difference: only the ramp shows it.
-            lambda self, *a, **k: _edited(own(self, *a, **k), lambda z: z.clamp(max=50)),
-        )  # fmt: skip
-    elif lie == "hook":
-        model.lm_head.register_forward_hook(lambda m, a, out: 1.1 * out)
-    elif lie == "class":
+    if kind == "bend":
+        # Where the logits of this model are, it makes no difference: only the numbers show it.
+        changed(model, monkeypatch, lambda z: z.clamp(max=50))
+    elif kind == "class":
         model.lm_head = Twisted(model.lm_head)
-    elif lie == "unused":
+    elif kind == "unused":
         model.get_output_embeddings = lambda: nn.Linear(32, VOCAB, bias=False)
+    elif kind == "trained":
+        factor = nn.Parameter(torch.ones(()))
+        model.lm_head.register_forward_hook(lambda m, a, out: factor * out)
+    elif kind == "positions":
+        factors = torch.linspace(1, 2, 9).view(9, 1)
+        changed(model, monkeypatch, lambda z: factors * z)
+    elif kind == "patched":
+        own = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: 2 * own(hidden)
     with pytest.raises((RuntimeError, TypeError), match=r"^model: .*use token_stats on"):
         fastrlhf.model_token_stats(model, **batch())
-    assert "forward" not in vars(model.lm_head)
+    assert "forward" not in vars(model.lm_head) or kind == "patched"
+
+
+CHANGES = {
+    "scale": lambda z: 1.1 * z,
+    "softcap": lambda z: 6 * torch.tanh(z / 6),
+    "offset": lambda z: z + torch.linspace(-3, 3, VOCAB),
+    "ruled out": lambda z: z.masked_fill(torch.arange(VOCAB) >= 90, -torch.inf),
+    "lowest": lambda z: z.masked_fill(torch.arange(VOCAB) >= 90, torch.finfo(z.dtype).min),
+    "all": lambda z: 6 * torch.tanh(1.7 * z / 6) + torch.linspace(-3, 3, VOCAB),
+}
+
+
+@pytest.mark.parametrize("where", ["head", "model"])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_to_logits_is_measured(change, late, where, monkeypatch) -> None:
+    model = make("Llama")
+    if late:
+        fastrlhf.model_token_stats(model, **batch())
+    if where == "head":
+        model.lm_head.register_forward_hook(lambda m, a, out: CHANGES[change](out))
+    else:
+        changed(model, monkeypatch, CHANGES[change])
+    inputs = batch()
+    inputs["input_ids"] = inputs["input_ids"] % 90
+    wanted = expected(model, inputs)[0]
+    found = fastrlhf.model_token_stats(model, **inputs).logprob
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    wanted, found = (torch.autograd.grad(x.sum(), model.lm_head.weight)[0] for x in (wanted, found))
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def _edited(output, change):
@@ -435,3 +519,132 @@ def test_wrapped_models(name, wrapper, process_group) -> None:
         )
     for found, want in zip(logprob_gradients(model, wrapped), wanted, strict=True):
         torch.testing.assert_close(found, want)
+
+
+def test_the_states_that_enter_a_head_and_the_head() -> None:
+    inputs = batch()
+    targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+    for name in ("Gemma2", "Cohere", "Granite", "Phi"):
+        model = make(name)
+        hidden, head = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+        found = fastrlhf.linear_token_logprobs(hidden, head.weight, targets, **head.options())
+        torch.testing.assert_close(
+            found[:, :-1].double(), expected(model, inputs)[0], rtol=1e-4, atol=1e-4
+        )
+        assert hidden.requires_grad
+    assert fastrlhf.lm_head(make("Gemma2")).softcap == 0.5
+    assert fastrlhf.lm_head(make("Cohere")).scale == 3.0
+
+
+BERT = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_a_layer_between_backbone_and_head() -> None:
+    config = transformers.RobertaConfig(**BERT, is_decoder=True, initializer_range=0.5)
+    model, inputs = transformers.RobertaForCausalLM(config).eval(), batch()
+    with pytest.raises(TypeError, match="a layer stands between the backbone and the head"):
+        fastrlhf.lm_head(model)
+    hidden, head = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+    targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+    found = fastrlhf.linear_token_logprobs(hidden, head.weight, targets, **head.options())
+    stats = fastrlhf.model_token_stats(model, **inputs)
+    for values in (found[:, :-1], stats.logprob):
+        torch.testing.assert_close(
+            values.double(), expected(model, inputs)[0], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_models_that_predict_no_next_token_are_refused_by_name() -> None:
+    inputs = batch()
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**BERT)).eval()
+    undecided = transformers.BertLMHeadModel(transformers.BertConfig(**BERT)).eval()
+    for model in (bert, undecided):
+        with pytest.raises(TypeError, match=r"^model: Bert\w+ is an encoder"):
+            fastrlhf.model_token_stats(model, **inputs)
+    small = {"vocab_size": VOCAB, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1}
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**small, num_heads=4, decoder_start_token_id=0)
+    )
+    with pytest.raises(TypeError, match=r"^model: T5\w+ is an encoder-decoder"):
+        fastrlhf.model_token_stats(t5, **inputs, decoder_input_ids=inputs["input_ids"])
+    with torch.device("meta"):
+        meta = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    with pytest.raises(TypeError, match=r"^model: .*meta device"):
+        fastrlhf.model_token_stats(meta, **inputs)
+
+
+def test_keywords_that_the_forward_does_not_name_are_refused() -> None:
+    model, inputs = make("Llama"), batch()
+    mask = inputs.pop("mask")
+    with pytest.raises(TypeError, match=r"^completion_mask: .*`mask`"):
+        fastrlhf.model_token_stats(model, **inputs, completion_mask=mask)
+    with pytest.raises(TypeError, match=r"^postion_ids: "):
+        fastrlhf.model_token_stats(model, **inputs, postion_ids=None)
+    with pytest.raises(ValueError, match=r"^attention_mask: .*-inf"):
+        fastrlhf.model_token_stats(
+            model, inputs["input_ids"], torch.zeros(3, 9).masked_fill(~mask, -torch.inf)
+        )
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama", "OPT", "Bloom"])
+def test_a_sequence_has_the_same_log_probs_however_it_is_padded(name) -> None:
+    model = make(name)
+    if name == "GPT2":
+        nn.init.normal_(model.transformer.wpe.weight)
+    ids = torch.randint(1, VOCAB, (1, 6))
+    wanted = fastrlhf.model_token_stats(model, ids).logprob
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    for order, columns in (((padding, ids), slice(3, None)), ((ids, padding), slice(0, 5))):
+        attention = torch.cat([(x is ids) * torch.ones_like(x) for x in order], dim=1)
+        found = fastrlhf.model_token_stats(model, torch.cat(order, dim=1), attention).logprob
+        torch.testing.assert_close(found[:, columns], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_start_again_start_a_document() -> None:
+    model, ids = make("Llama"), batch()["input_ids"][:1]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+    scored = fastrlhf.model_token_stats(model, ids, position_ids=positions).logprob != 0
+    assert scored.tolist() == [[True, True, True, False, True, True, False, True]]
+
+
+def test_the_outputs_of_a_model_come_without_its_logits() -> None:
+    model, inputs = make("Mixtral"), batch()
+    stats, outputs = fastrlhf.model_token_stats(
+        model, **inputs, return_outputs=True, output_router_logits=True, output_hidden_states=True
+    )
+    assert outputs.logits is None
+    assert outputs.hidden_states[-1].shape == (3, 9, 32)
+    want = model(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], output_router_logits=True
+    ).aux_loss
+    torch.testing.assert_close(outputs.aux_loss, want)
+    torch.testing.assert_close(
+        stats.logprob.double(), expected(model, inputs)[0], rtol=1e-4, atol=1e-4
+    )
+
+
+class Scaled(nn.Linear):
+    """A linear layer that somebody gave a class of its own."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Cast(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
+def test_heads_that_only_cast() -> None:
+    for wrap in (lambda h: nn.Sequential(h, Cast()), lambda h: nn.Sequential(Cast(), h)):
+        model = make("Llama")
+        model.lm_head = wrap(model.lm_head)
+        assert_same(model)
+    model = make("Llama")
+    weight = model.lm_head.weight
+    model.lm_head = Scaled(32, VOCAB, bias=False)
+    model.lm_head.weight = weight
+    assert_same(model)

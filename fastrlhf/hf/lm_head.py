@@ -143,7 +143,9 @@ class _Capture:
                 self.weight = dense + update.to(dense.dtype)
         else:
             # What the module makes of each unit vector, less what it makes of nothing.
-            stored = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            stored = module
+            while not hasattr(stored, "in_features"):
+                stored = getattr(stored, "original_module", None) or stored.get_base_layer()
             unit = torch.eye(
                 stored.in_features, dtype=next(module.parameters()).dtype,
                 device=next(module.parameters()).device,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .head_parts import HeadParts
 from .logit_map import LogitMap
+from .stand_in import StandIn
 
 # Calls after which a GPU is asked again, which waits for it once. A CPU is asked every time.
 _CALLS_BETWEEN = 64
@@ -48,7 +49,8 @@ def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any
     changes: list[Any] = []
     for part in (module, base):
         hooks = part._forward_hooks, part._forward_pre_hooks
-        own = vars(part).get("forward"), vars(part).get("_old_forward"), type(part).forward
+        patches = (vars(part).get(name) for name in ("forward", "_old_forward"))
+        own = (*(x.replaced if isinstance(x, StandIn) else x for x in patches), type(part).forward)
         changes.append((type(part), *(tuple(map(id, h.values())) for h in hooks), *map(id, own)))
     numbers = tuple(
         (name, value)

@@ -21,19 +21,13 @@ def check_model(base: Any, module: nn.Module, name: str) -> None:
     """Refuse models whose logits are not those of the tokens that follow.
 
     Raises:
-        TypeError: an encoder, an encoder-decoder, or a model on the meta device.
+        TypeError: an encoder-decoder, or a model on the meta device.
     """
     config = base.config
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(
             f"model: {name} is an encoder-decoder: its logits are of decoder_input_ids, not of "
             "input_ids; use head_inputs, which gives the decoder's states, with targets of your own"
-        )
-    masked = "MaskedLM" in name or "PreTraining" in name or name.startswith("XLNet")
-    if masked or getattr(config, "is_decoder", True) is False:
-        raise TypeError(
-            f"model: {name} is an encoder, whose logits see the tokens that they are to predict; "
-            "a decoder of its kind has is_decoder=True in its config"
         )
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_meta and not hasattr(module, "_hf_hook"):

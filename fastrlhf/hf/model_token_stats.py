@@ -16,6 +16,7 @@ from fastrlhf.ops.linear_token_stats import token_stats_of
 from fastrlhf.ops.transform import token_temperatures
 from fastrlhf.reference import TokenStats
 
+from .causality import check_causal
 from .head_parts import HeadParts, base_model, evaluating, head_module, head_parts
 from .logit_map import LogitMap
 from .measured import measured, state_of
@@ -117,6 +118,7 @@ def model_token_stats(
     check_ids(input_ids)
     check_model(base, module, name)
     check_keywords(base, inputs)
+    check_causal(base)
     scored = scored_tokens(input_ids, attention_mask, mask, inputs.get("position_ids"))
     targets = shift_targets(input_ids, scored, ignore_index=_IGNORED)
     if isinstance(temperature, Tensor):

@@ -36,6 +36,7 @@ class StandIn:
         self.made: Tensor | None = None
         self.rows: Tensor
         self.own_forward: Callable[..., Tensor]
+        self.replaced: Callable[..., Tensor] | None = None  # a forward of the module's own, patched
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -43,10 +44,17 @@ class StandIn:
         name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
         own, attributes = getattr(self.module, name), vars(self.module)
         before = {name: attributes[name]} if name in attributes else {}
-        self.own_forward = own
+        self.own_forward, self.replaced = own, attributes.get(name)
         attributes[name] = self
         try:
             yield
+        except (RuntimeError, IndexError) as error:
+            if self.made is None:
+                raise
+            raise RuntimeError(
+                f"model: {self.name} fails on what its head returned, three rows of numbers in "
+                f"place of logits ({error}); use token_stats on its logits"
+            ) from error
         finally:
             del attributes[name]
             attributes.update(before)
@@ -89,8 +97,8 @@ class StandIn:
             if found is not None:
                 return found
         raise RuntimeError(
-            f"model: {self.name} changes the logits of its head by more than a scale, a softcap and "
-            "an offset of each word, so its log-probs are not known; use token_stats on its logits"
+            f"model: {self.name} changes the logits of its head by more than a scale, a softcap "
+            "and an offset of each word, so log-probs are not known; use token_stats on its logits"
         )
 
 

@@ -7,10 +7,12 @@ whatever comes of the value; where a head is trained too, backward makes the log
 Dims: N tokens, n tokens of the mask, H hidden (of each model its own), V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastrlhf.reference import cap_slope, capped_logits
 
 from .backend import (
     check_impl,
@@ -32,7 +34,7 @@ from .linear_arguments import (
 from .linear_head import Gradients, Head, Weight
 from .linear_plans import room_for_slopes
 from .linear_rows import even_spans, live_rows
-from .transform import Transform, checked_transform
+from .transform import Transform, check_factor, checked_transform
 
 
 class _Side(NamedTuple):
@@ -55,11 +57,16 @@ class _Side(NamedTuple):
 class _Options(NamedTuple):
     measure: Measure
     temperature: float
-    softcap: float | None
-    scale: float
+    caps: tuple[float | None, float | None]  # of the two sides
+    scales: tuple[float, float]
     chunk: int
     impl: str
     dtypes: tuple[torch.dtype, torch.dtype]  # of the matmuls of the two sides
+
+    @property
+    def one_transform(self) -> bool:
+        """Whether both sides scale and cap alike, as the kernel takes it."""
+        return self.caps[0] == self.caps[1] and self.scales[0] == self.scales[1]
 
 
 def linear_kl_divergence(
@@ -76,6 +83,8 @@ def linear_kl_divergence(
     beta: float = 0.5,
     softcap: float | None = None,
     scale: float = 1.0,
+    ref_softcap: float | Literal["same"] | None = "same",
+    ref_scale: float | Literal["same"] = "same",
     chunk_size: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -89,8 +98,11 @@ def linear_kl_divergence(
         weight: (V, H) of the policy's head, of the same dtype.
         ref_hidden: (..., H') of the reference, whose width may differ.
         ref_weight: (V, H').
-        direction, mask, temperature, beta, softcap, scale, impl: as `kl_divergence`.
+        direction, mask, temperature, beta, impl: as `kl_divergence`.
         bias, ref_bias: (V,) or None.
+        softcap, scale: of the logits, as `token_stats`.
+        ref_softcap, ref_scale: of the reference's; "same": those of the policy. Of two models,
+            `**head.options()` and `**ref_head.options("ref_")` give all six.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             with those of each side (64 MiB on a CPU).
 
@@ -104,8 +116,8 @@ def linear_kl_divergence(
     Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
     values, 1G more for each side whose hidden states alone need a gradient. Where a head needs one,
     backward makes both logits again: 2G, and 1G each for hidden states and weight. Memory: two
-    blocks of logits; a (..., H) tensor kept for each side whose hidden states need a gradient, in
-    their dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
+    blocks of logits (and one of slopes for each softcap, where the sides differ in softcap or
+    scale); a (..., H) tensor kept for each side whose hidden states need a gradient, in their dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
@@ -124,8 +136,13 @@ def linear_kl_divergence(
     mask = checked_rows(mask, hidden, "hidden")
     check_impl(impl)
     transform = checked_transform(temperature, softcap, scale, mask)
+    ref_cap = transform.softcap
+    if ref_softcap != "same":
+        ref_cap = None if ref_softcap is None else check_factor("ref_softcap", ref_softcap)
+    ref_factor = transform.scale if ref_scale == "same" else check_factor("ref_scale", ref_scale)
     options = _Options(
-        checked_measure(direction, beta), *transform[1:],
+        checked_measure(direction, beta), transform.temperature,
+        (transform.softcap, ref_cap), (transform.scale, ref_factor),
         checked_chunk(chunk_size, weight.shape[0], hidden.device), impl,
         (matmul_dtype(hidden), matmul_dtype(ref_hidden)),
     )  # fmt: skip
@@ -133,6 +150,14 @@ def linear_kl_divergence(
         with exact(hidden):
             logits = full_logits(hidden, weight, bias, mask, options.dtypes[0])
             ref_logits = full_logits(ref_hidden, ref_weight, ref_bias, mask, options.dtypes[1])
+            if not options.one_transform:
+                logits, ref_logits = (
+                    capped_logits(x, cap, factor)
+                    for x, cap, factor in zip(
+                        (logits, ref_logits), options.caps, options.scales, strict=True
+                    )
+                )
+                transform = transform._replace(softcap=None, scale=1.0)
             return definition(logits, ref_logits, mask, transform, options.measure)
     tensors = (
         hidden.to(options.dtypes[0]), weight, bias,
@@ -217,14 +242,19 @@ class _Block:
         token_temperature: Tensor | None,
     ):
         logits = [side.logits(rows) for side in sides]
+        cap, scale = options.caps[0], options.scales[0]
+        # Where the two differ, the kernel gets logits that are scaled and capped already.
+        self.slopes: list[Tensor | float] = [1.0, 1.0]
+        if not options.one_transform:
+            for i in range(2):
+                self.slopes[i] = _transform(logits[i], options.caps[i], options.scales[i])
+            cap, scale = None, 1.0
         self.swapped, share = options.measure
         self.pair = logits[::-1] if self.swapped else logits
         self.mask = torch.ones_like(rows, dtype=torch.bool)
         if token_temperature is not None:
             token_temperature = token_temperature.reshape(-1)[rows]
-        self.transform = Transform(
-            token_temperature, options.temperature, options.softcap, options.scale
-        )
+        self.transform = Transform(token_temperature, options.temperature, cap, scale)
         self.share, self.impl = share, options.impl
         self.operands = [side.head.operands for side in sides]
         self.values, self.stats = torch.ops.fastrlhf.divergence(
@@ -234,10 +264,23 @@ class _Block:
     def d_logits(self, side: int, d_values: Tensor) -> Tensor:
         """Compute the gradient with respect to the logits of a side, as operands of its matmuls."""
         of_p = (side == 0) != self.swapped
-        return torch.ops.fastrlhf.divergence_backward(
+        slope = self.slopes[side]
+        direct = isinstance(slope, float) and slope == 1.0
+        d_logits = torch.ops.fastrlhf.divergence_backward(
             *self.pair, self.mask, self.stats, d_values.to(self.values.dtype), *self.transform,
-            self.share, of_p, self.impl, self.operands[side],
+            self.share, of_p, self.impl, self.operands[side] if direct else None,
         )  # fmt: skip
+        return d_logits if direct else d_logits.mul_(slope).to(self.operands[side])
+
+
+def _transform(logits: Tensor, softcap: float | None, scale: float) -> Tensor | float:
+    """Scale and cap logits where they are, and return the slope of that."""
+    if softcap is None:
+        logits.mul_(scale)
+        return scale
+    slope = cap_slope(logits, softcap, scale).mul_(scale)
+    logits.mul_(scale / softcap).tanh_().mul_(softcap)
+    return slope
 
 
 def _sides(options: _Options, tensors, wanted) -> list[_Side]:

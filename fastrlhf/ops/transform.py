@@ -43,13 +43,13 @@ def checked_transform(
         temperature = 1.0
     return Transform(
         token_temperature,
-        _check_factor("temperature", temperature),
-        None if softcap is None else _check_factor("softcap", softcap),
-        _check_factor("scale", scale),
+        check_factor("temperature", temperature),
+        None if softcap is None else check_factor("softcap", softcap),
+        check_factor("scale", scale),
     )
 
 
-def _check_factor(name: str, value: float) -> float:
+def check_factor(name: str, value: float) -> float:
     """Return a number as float. Raise TypeError for anything else, ValueError unless it is a
     positive one that fp32 holds, in which most logits are transformed.
     """
