@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from support.sharded_head import compare_with_whole_model
 from torch import nn
 
 import fastrlhf
@@ -648,3 +649,22 @@ def test_heads_that_only_cast() -> None:
     model.lm_head = Scaled(32, VOCAB, bias=False)
     model.lm_head.weight = weight
     assert_same(model)
+
+
+def test_an_offset_of_scaled_logits() -> None:
+    model, inputs = make("Granite"), batch()
+    model.register_forward_hook(
+        lambda m, a, out: _edited(out, lambda z: z + torch.linspace(-3, 3, VOCAB))
+    )
+    assert_same(model)
+    hidden, head = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+    targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+    found = fastrlhf.linear_token_logprobs(hidden, head.weight, targets, **head.options())
+    torch.testing.assert_close(
+        found[:, :-1].double(), expected(model, inputs)[0], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("parts", ["head", "norm"])
+def test_a_head_that_is_sharded_by_itself(parts, tmp_path) -> None:
+    torch.multiprocessing.spawn(compare_with_whole_model, (str(tmp_path), parts), nprocs=2)

@@ -402,13 +402,17 @@ def test_a_model_takes_a_temperature_for_each_sequence_and_names_what_it_does_no
         fastrlhf.model_token_stats(model, ids, torch.full((2, 5), 0.5))
 
 
-def test_a_scale_in_words_is_refused_by_name() -> None:
+def test_a_scale_of_the_config_that_the_model_does_not_use_is_not_used() -> None:
     config = transformers.MptConfig(
         d_model=32, n_heads=4, n_layers=1, vocab_size=31, max_seq_len=16,
         logit_scale="inv_sqrt_d_model",
     )  # fmt: skip
-    with pytest.raises(TypeError, match=r"^model: .*logit_scale.*inv_sqrt_d_model"):
-        fastrlhf.lm_head(transformers.MptForCausalLM(config))
+    assert fastrlhf.lm_head(transformers.MptForCausalLM(config)).scale == 1.0
+    model, ids = _llama(), torch.randint(0, 31, (2, 5))
+    model.config.logit_scale = 3.0
+    want = fastrlhf.token_logprobs(model(ids).logits[:, :-1], ids[:, 1:])
+    got = fastrlhf.model_token_stats(model, ids).logprob
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("shape", ["transposed", "expanded", "sliced"])

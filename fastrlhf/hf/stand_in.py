@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.ops.backend import under_transform
+from fastrlhf.ops.backend import outside_of_graphs, under_transform
 
 from .logit_map import LogitMap, fit, known_rows
 
@@ -59,8 +59,10 @@ class StandIn:
             del attributes[name]
             attributes.update(before)
 
-    @torch.compiler.disable
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return outside_of_graphs(self._run)(*args, **kwargs)
+
+    def _run(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.made is not None or args or kwargs:
             raise RuntimeError(
                 "model: its forward calls its head twice or with further arguments, which fastrlhf "

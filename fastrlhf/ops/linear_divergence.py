@@ -117,7 +117,8 @@ def linear_kl_divergence(
     values, 1G more for each side whose hidden states alone need a gradient. Where a head needs one,
     backward makes both logits again: 2G, and 1G each for hidden states and weight. Memory: two
     blocks of logits (and one of slopes for each softcap, where the sides differ in softcap or
-    scale); a (..., H) tensor kept for each side whose hidden states need a gradient, in their dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
+    scale); a (..., H) tensor kept for each side whose hidden states need a gradient, in their
+    dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.

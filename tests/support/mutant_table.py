@@ -880,11 +880,6 @@ MUTANTS = [
             "belong_to_the_tokens",
         ),
         (
-            "model: what follows padding is scored",
-            "scored[:, 1:] &= attended[:, :-1]", "scored[:, 1:] &= attended[:, 1:]",
-            "default_mask",
-        ),
-        (
             "model: an adapter without its scaling",
             "adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling",
             "adapter.down(adapter.dropout(hidden.to(dtype)))",
@@ -892,10 +887,81 @@ MUTANTS = [
         ),
         (
             "model: statistics of the next token",
-            "return TokenStats(logprob[:, :-1], entropy, lse[:, :-1])",
-            "return TokenStats(logprob[:, 1:], entropy, lse[:, :-1])",
+            "carrier[:, :-1].unbind(-1)", "carrier[:, 1:].unbind(-1)",
             "gives_what_its_logits_give and Llama",
         ),
+        (
+            "model: virtual tokens are scored",
+            "hidden = hidden[:, self.virtual :]", "hidden = hidden[:, : -self.virtual]",
+            "virtual_tokens",
+        ),
+        (
+            "model: a head's forward is not compared",
+            "self._compare(own, head,", "(lambda *_: None)(own, head,",
+            "not_understood and patched",
+        ),
+        (
+            "model: an own module without what follows it",
+            "logits = logit_map(logits.to(", "logits = (logits.to(",
+            "done_to_logits and all",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/model_inputs.py", "test_model_token_stats.py",
+        (
+            "model: what follows padding is scored",
+            "scored[:, 1:] &= attended[:, :-1]", "scored[:, 1:] &= attended[:, 1:]",
+            "default_mask",
+        ),
+        (
+            "model: documents run into each other",
+            "position_ids[:, 1:] > position_ids[:, :-1]", "position_ids[:, 1:] >= 0",
+            "start_again",
+        ),
+        (
+            "model: padding on the left moves a sequence",
+            "or not bool((attention_mask[:, 0] == 0).any())", "or True",
+            "however_it_is_padded and GPT2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/stand_in.py", "test_model_token_stats.py",
+        (
+            "model: a forward that was there is not put back",
+            "attributes.update(before)", "attributes.update({})",
+            "put_back",
+        ),
+        (
+            "model: parameters after the head are lost",
+            "trained = _is_trained(made)", "trained = False",
+            "not_understood and trained",
+        ),
+        (
+            "model: a change of logits goes unseen",
+            "if not trained and expected.agrees(rows, made):", "if not trained:",
+            "done_to_logits and scale and True",
+        ),
+        (
+            "model: results that no output of a wrapper leads to",
+            "return _Tied.apply(value, other)", "return value",
+            "sharded_by_itself",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/logit_map.py", "test_model_token_stats.py",
+        (
+            "head: an offset before the scale",
+            "offset = self.offset / self.scale", "offset = self.offset",
+            "offset_of_scaled_logits",
+        ),
+        (
+            "head: only the fitted numbers are looked at",
+            "return bool((error <= _PRECISION * size).all())", "return True",
+            "not_understood and bend",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/head_parts.py", "test_model_token_stats.py",
         (
             "model: dropout in the check",
             "    module.eval()\n    try:", "    try:",
@@ -907,23 +973,9 @@ MUTANTS = [
             "dropout",
         ),
         (
-            "model: a forward that was there is not put back",
-            "attributes.update(before)", "attributes.update({})",
-            "put_back",
-        ),
-    ),
-    *_mutants(
-        "fastrlhf/hf/lm_head.py", "test_model_token_stats.py",
-        (
             "lm_head: a merged adapter that is switched off",
             "module.unmerge()  # as its own forward would", "pass",
             "switched_off",
-        ),
-        (
-            "lm_head: Granite's scale upside down",
-            'scale /= getattr(config, "logits_scaling", None) or 1.0',
-            'scale *= getattr(config, "logits_scaling", None) or 1.0',
-            "gives_what_its_logits_give and Granite",
         ),
         (
             "lm_head: 8-bit codes of 128 steps",
