@@ -1,6 +1,6 @@
 """Fused kernels for preference learning and RLHF."""
 
-from .hf import LMHead, head_inputs, lm_head, model_token_stats
+from .hf import LMHead, check, head_inputs, lm_head, model_token_stats
 from .losses import (
     cpo_loss,
     dpo_loss,
@@ -49,6 +49,7 @@ __all__ = [
     "QuantizedWeight",
     "TokenStats",
     "TrustRegionInfo",
+    "check",
     "conjugate_gradient",
     "cpo_loss",
     "dpo_loss",

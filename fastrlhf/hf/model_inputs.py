@@ -108,16 +108,21 @@ def with_positions(
 
     On a GPU, what the mask holds is awaited, unless positions are given.
     """
-    names = inspect.signature(type(base).forward).parameters
-    own = (  # models that make positions of their own: of images, of padding, of virtual tokens
-        "position_ids" not in names
-        or base.config.get_text_config() is not base.config
-        or any(hasattr(part, "create_position_ids_from_input_ids") for part in base.modules())
-        or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    )
-    if own or attention_mask is None or attention_mask.ndim != 2 or "position_ids" in inputs:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return inputs
+    if "position_ids" in inputs or makes_own_positions(base, model):
         return inputs
     if inputs.get("past_key_values") is not None or not bool((attention_mask[:, 0] == 0).any()):
         return inputs
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return {**inputs, "position_ids": positions}
+
+
+def makes_own_positions(base: Any, model: Any) -> bool:
+    """Whether a model's positions are its own: of images, of padding, of virtual tokens."""
+    return (
+        "position_ids" not in inspect.signature(type(base).forward).parameters
+        or base.config.get_text_config() is not base.config
+        or any(hasattr(part, "create_position_ids_from_input_ids") for part in base.modules())
+        or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    )

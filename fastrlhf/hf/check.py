@@ -1,0 +1,137 @@
+"""What is unusual about a model and a batch, in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .causality import check_causal
+from .head_parts import base_model, head_module
+from .lm_head import lm_head
+from .model_inputs import check_ids, check_keywords, check_model, makes_own_positions
+
+_MASKS = ("mask", "completion_mask", "loss_mask", "response_mask")
+
+
+def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """Look for what usually is a mistake in a batch, or is unusual about a model.
+
+    Eager equivalent: none. It runs a forward of a few tokens where the head is not known yet, and
+    looks at what the tensors hold, so call it once before training and not in the loop.
+
+    Args:
+        model: as `model_token_stats`.
+        batch: input_ids (B, T); attention_mask (B, T); the mask of the tokens to score (B, T) as
+            "mask", "completion_mask", "loss_mask" or "response_mask"; what else the forward takes.
+
+    Returns:
+        A sentence for each finding; none if everything is as it usually is: tokens of the prompt or
+        of padding that are scored, a mask that is not aligned with input_ids or scores nothing, an
+        end of sequence that is not scored, padding on the left without positions, a head that
+        cannot be told, a model that scales or caps its logits.
+
+    Raises:
+        TypeError, ValueError: input_ids that are none.
+    """
+    ids = batch["input_ids"]
+    check_ids(ids)
+    mask_name = next((name for name in _MASKS if name in batch), None)
+    attention = batch.get("attention_mask")
+    inputs = {
+        name: value
+        for name, value in batch.items()
+        if name not in ("input_ids", "attention_mask", mask_name)
+    }
+    found = _of_model(model, inputs)
+    attended = torch.ones_like(ids, dtype=torch.bool)
+    if isinstance(attention, Tensor) and attention.ndim == 2:
+        if attention.shape != ids.shape or bool(((attention != 0) & (attention != 1)).any()):
+            return [*found, "attention_mask: is not of 0 and 1 in the shape of input_ids"]
+        attended = attention != 0
+        if bool((attended[:, 1:] & ~attended[:, :-1]).any()) and "position_ids" not in batch:
+            found += _of_left_padding(model)
+    elif attention is None and _has_padding(model, ids):
+        found.append("attention_mask: none is given, but input_ids end in padding, which is scored")
+    if mask_name is None:
+        return [*found, "mask: none is given, so the tokens of prompts are scored too"]
+    return found + _of_mask(model, mask_name, batch[mask_name], ids, attended)
+
+
+def _of_model(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
+    found = []
+    base = base_model(model)
+    name = type(base).__name__
+    for looked_at in (
+        lambda: check_model(base, head_module(base), name),
+        lambda: check_keywords(base, inputs),
+        lambda: check_causal(base),
+    ):
+        try:
+            looked_at()
+        except (TypeError, ValueError, RuntimeError) as error:
+            found.append(str(error))
+    if found:
+        return found
+    try:
+        head = lm_head(model)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return [f"lm_head is not for this model: {error}"]
+    if head.scale != 1.0:
+        found.append(f"model: {name} multiplies its logits by {head.scale:g}")
+    if head.softcap is not None:
+        found.append(f"model: {name} caps its logits at {head.softcap:g}")
+    if head.bias is not None and bool((head.bias < torch.finfo(torch.float16).min).any()):
+        found.append(f"model: {name} rules out some words, whose log-probs are -inf")
+    if model.training and any(
+        isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()
+    ):
+        found.append("model: is in training mode and has dropout, so log-probs vary between calls")
+    return found
+
+
+def _of_left_padding(model: nn.Module) -> list[str]:
+    if makes_own_positions(base_model(model), model):
+        return [
+            "attention_mask: sequences are padded on the left and no position_ids are given; the "
+            "model makes positions of its own, perhaps of padding too"
+        ]
+    return [
+        "attention_mask: sequences are padded on the left and no position_ids are given; fastrlhf "
+        "makes them, the model's own forward does not"
+    ]
+
+
+def _has_padding(model: Any, ids: Tensor) -> bool:
+    padding = base_model(model).config.get_text_config().pad_token_id
+    return padding is not None and bool((ids[:, -1] == padding).any())
+
+
+def _of_mask(model: Any, name: str, mask: Any, ids: Tensor, attended: Tensor) -> list[str]:
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        return [
+            f"{name}: is not aligned with input_ids {tuple(ids.shape)}, one for each token: {shape}"
+        ]
+    if bool(((mask != 0) & (mask != 1)).any()):
+        return [f"{name}: holds other numbers than 0 and 1"]
+    scored, found = mask != 0, []
+    if bool((scored & ~attended).any()):
+        found.append(f"{name}: scores tokens of padding")
+    empty = int((~scored[:, 1:]).all(1).sum())
+    if empty:
+        found.append(f"{name}: scores no token of {empty} of {len(ids)} sequences")
+    first = attended.int().argmax(1, keepdim=True)
+    if bool(scored.gather(1, first).any()):
+        found.append(
+            f"{name}: scores the first token of a sequence, which nothing predicts: is the prompt "
+            "scored?"
+        )
+    last = attended & ~torch.cat((attended[:, 1:], torch.zeros_like(attended[:, :1])), dim=1)
+    unscored = int((last & ~scored & scored.any(1, keepdim=True)).any(1).sum())
+    if unscored:
+        found.append(
+            f"{name}: leaves out the last token of {unscored} of {len(ids)} sequences: is the end "
+            "of sequence scored?"
+        )
+    return found
