@@ -237,9 +237,13 @@ def test_virtual_tokens_are_not_scored(kind) -> None:
         model, inputs = peft.get_peft_model(make("Llama"), configs[kind]()).eval(), batch()
         logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         stats = fastrlhf.model_token_stats(model, **inputs)
+        hidden, head = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
     logp = logits[:, -9:-1].double().log_softmax(-1)
     want = logp.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0] * inputs["mask"][:, 1:]
-    torch.testing.assert_close(stats.logprob.double(), want, rtol=1e-4, atol=1e-4)
+    targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+    found = fastrlhf.linear_token_logprobs(hidden, head.weight, targets, **head.options())
+    for values in (stats.logprob, found[:, :-1]):
+        torch.testing.assert_close(values.double(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -575,6 +579,8 @@ def test_models_that_predict_no_next_token_are_refused_by_name() -> None:
         meta = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
     with pytest.raises(TypeError, match=r"^model: .*meta device"):
         fastrlhf.model_token_stats(meta, **inputs)
+    with pytest.raises(TypeError, match=r"^model: .*meta device"):
+        fastrlhf.lm_head(meta)
 
 
 def test_keywords_that_the_forward_does_not_name_are_refused() -> None:

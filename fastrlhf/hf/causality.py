@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .head_parts import evaluating, head_module
+from .head_parts import evaluating, head_module, text_config
 from .stand_in import StandIn
 
 # For each model that could be an encoder by its config, what is_decoder said when it was tried.
@@ -38,7 +38,7 @@ def check_causal(base: Any) -> None:
 @torch.no_grad()
 def _sees_ahead(base: Any) -> bool:
     entered: list[Tensor] = []
-    vocab = base.config.get_text_config().vocab_size
+    vocab = text_config(base).vocab_size
 
     def keep(hidden: Tensor, _: Any) -> tuple[Tensor, int]:
         entered.append(hidden)

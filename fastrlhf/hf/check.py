@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .causality import check_causal
-from .head_parts import base_model, head_module
+from .head_parts import base_model, check_weights, head_module, text_config
 from .lm_head import lm_head
 from .model_inputs import check_ids, check_keywords, check_model, makes_own_positions
 
@@ -63,7 +63,8 @@ def _of_model(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     base = base_model(model)
     name = type(base).__name__
     for looked_at in (
-        lambda: check_model(base, head_module(base), name),
+        lambda: check_weights(head_module(base), name),
+        lambda: check_model(base, name),
         lambda: check_keywords(base, inputs),
         lambda: check_causal(base),
     ):
@@ -103,7 +104,7 @@ def _of_left_padding(model: nn.Module) -> list[str]:
 
 
 def _has_padding(model: Any, ids: Tensor) -> bool:
-    padding = base_model(model).config.get_text_config().pad_token_id
+    padding = getattr(text_config(base_model(model)), "pad_token_id", None)
     return padding is not None and bool((ids[:, -1] == padding).any())
 
 

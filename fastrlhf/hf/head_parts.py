@@ -51,6 +51,25 @@ def base_model(model: Any) -> Any:
     return model
 
 
+def text_config(base: Any) -> Any:
+    """The config of the part of a model that makes text."""
+    config = base.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many positions an adapter of learned prompts (peft) puts before a sequence."""
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "num_virtual_tokens", None) or 0
+
+
+def check_weights(module: Any, name: str) -> None:
+    """Raise TypeError for a head on the meta device, but one that accelerate offloads."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta and not hasattr(module, "_hf_hook"):
+        raise TypeError(f"model: expected a model with weights, got {name} on the meta device")
+
+
 def head_module(base: Any) -> nn.Module:
     """Find the module that makes the logits."""
     module = base.get_output_embeddings()

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from fastrlhf.ops.linear_head import Weight
 
-from .head_parts import HeadParts, base_model, evaluating, head_module, head_parts
+from .head_parts import (
+    HeadParts,
+    base_model,
+    check_weights,
+    evaluating,
+    head_module,
+    head_parts,
+    virtual_tokens,
+)
 from .logit_map import LogitMap
 from .measured import measured, state_of
 from .model_inputs import check_keywords, with_positions
@@ -64,6 +72,7 @@ def lm_head(model: nn.Module) -> LMHead:
     """
     base = base_model(model)
     module = head_module(base)
+    check_weights(module, type(base).__name__)
     known = measured(base, module, head_parts(module))
     if known.follows_backbone:
         capture = _Capture(module, head_parts(module))
@@ -107,8 +116,9 @@ def head_inputs(
             sequences are padded on the left and no position_ids are given, they are made.
 
     Returns:
-        hidden (B, T, H), with which the head is called by the model's own forward, and LMHead, see
-        `lm_head`. Both are differentiable. The model's output is measured each time.
+        hidden (B, T, H), with which the head is called by the model's own forward (without the
+        virtual tokens of learned prompts), and LMHead, see `lm_head`. Both are differentiable. The
+        model's output is measured each time.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
@@ -116,12 +126,16 @@ def head_inputs(
     base = base_model(model)
     check_keywords(base, inputs)
     module = head_module(base)
+    check_weights(module, type(base).__name__)
     capture = _Capture(module, head_parts(module))
     stand_in = StandIn(module, type(base).__name__, capture)
     inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
     with stand_in.in_place():
         output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
     hidden = stand_in.result(output)
+    virtual = virtual_tokens(model)
+    if virtual and hidden.shape[1] == input_ids.shape[1] + virtual:
+        hidden = hidden[:, virtual:]
     known = measured(base, module, capture.parts)
     known.map = stand_in.check(output, known.map)
     known.state = state_of(base, module, capture.parts)

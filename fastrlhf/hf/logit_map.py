@@ -115,11 +115,14 @@ def _slope_and_cap(
         # How much of a small step of ln scale is seen: 1 where nothing is capped.
         seen = torch.where(u < 1e-4, 1.0, 2 * u / torch.sinh(2 * u.clamp(max=300)))
         missing = change.log() - cap - torch.tanh(u).log()
-        by = torch.stack((seen, 1 - seen), dim=1)
-        step = torch.linalg.lstsq(by, missing.unsqueeze(1)).solution[:, 0].clamp(-1, 1)
+        by = torch.stack((seen, 1 - seen))
+        step = torch.linalg.lstsq(by @ by.T, (by @ missing).unsqueeze(1)).solution[:, 0]
         if not bool(step.isfinite().all()):
             return None, None
+        step = step.clamp(-1, 1)
         scale, cap = scale + step[0], cap + step[1]
+        if bool((step.abs() < 1e-12).all()):
+            break
     return float(scale.exp()), float(cap.exp())
 
 

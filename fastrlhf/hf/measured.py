@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from .head_parts import HeadParts
+from .head_parts import HeadParts, text_config
 from .logit_map import LogitMap
 from .stand_in import StandIn
 
@@ -39,8 +39,11 @@ _measured: WeakKeyDictionary[nn.Module, Measured] = WeakKeyDictionary()
 def measured(base: Any, module: nn.Module, parts: HeadParts | None) -> Measured:
     """What is known of a head, and forget it if its state is another."""
     known, state = _measured.get(module), state_of(base, module, parts)
-    if known is None or (known.state is not None and known.state != state):
+    if known is None:
         known = _measured[module] = Measured()
+    elif known.state is not None and known.state != state:
+        # Most changes leave the map as it is: an adapter that is switched off for a reference.
+        known = _measured[module] = Measured(map=known.map)
     return known
 
 
@@ -54,7 +57,7 @@ def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any
         changes.append((type(part), *(tuple(map(id, h.values())) for h in hooks), *map(id, own)))
     numbers = tuple(
         (name, value)
-        for name, value in vars(base.config.get_text_config()).items()
+        for name, value in vars(text_config(base)).items()
         if isinstance(value, int | float)
     )
     if parts is None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fastrlhf.ops.checks import check_integer, check_mask, check_shape
 
+from .head_parts import text_config, virtual_tokens
+
 # Keywords that transformers' models pass on from **kwargs, whatever the model.
 _PASSED_ON = {
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
@@ -17,11 +19,11 @@ _PASSED_ON = {
 }  # fmt: skip
 
 
-def check_model(base: Any, module: nn.Module, name: str) -> None:
-    """Refuse models whose logits are not those of the tokens that follow.
+def check_model(base: Any, name: str) -> None:
+    """Refuse a model whose logits are not those of the tokens that follow.
 
     Raises:
-        TypeError: an encoder-decoder, or a model on the meta device.
+        TypeError: an encoder-decoder.
     """
     config = base.config
     if getattr(config, "is_encoder_decoder", False):
@@ -29,9 +31,6 @@ def check_model(base: Any, module: nn.Module, name: str) -> None:
             f"model: {name} is an encoder-decoder: its logits are of decoder_input_ids, not of "
             "input_ids; use head_inputs, which gives the decoder's states, with targets of your own"
         )
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_meta and not hasattr(module, "_hf_hook"):
-        raise TypeError(f"model: expected a model with weights, got {name} on the meta device")
 
 
 def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
@@ -110,9 +109,10 @@ def with_positions(
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return inputs
-    if "position_ids" in inputs or makes_own_positions(base, model):
+    given = "position_ids" in inputs or inputs.get("past_key_values") is not None
+    if given or _has_no_positions(base, model):
         return inputs
-    if inputs.get("past_key_values") is not None or not bool((attention_mask[:, 0] == 0).any()):
+    if not bool((attention_mask[:, 0] == 0).any()) or _counts_padding_itself(base):
         return inputs
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return {**inputs, "position_ids": positions}
@@ -120,9 +120,17 @@ def with_positions(
 
 def makes_own_positions(base: Any, model: Any) -> bool:
     """Whether a model's positions are its own: of images, of padding, of virtual tokens."""
+    return _has_no_positions(base, model) or _counts_padding_itself(base)
+
+
+def _has_no_positions(base: Any, model: Any) -> bool:
     return (
         "position_ids" not in inspect.signature(type(base).forward).parameters
-        or base.config.get_text_config() is not base.config
-        or any(hasattr(part, "create_position_ids_from_input_ids") for part in base.modules())
-        or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        or text_config(base) is not base.config
+        or virtual_tokens(model) > 0
     )
+
+
+def _counts_padding_itself(base: nn.Module) -> bool:
+    """As RoBERTa does, whose positions begin after that of the padding token."""
+    return any(hasattr(part, "create_position_ids_from_input_ids") for part in base.modules())

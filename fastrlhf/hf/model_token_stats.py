@@ -17,7 +17,15 @@ from fastrlhf.ops.transform import token_temperatures
 from fastrlhf.reference import TokenStats
 
 from .causality import check_causal
-from .head_parts import HeadParts, base_model, evaluating, head_module, head_parts
+from .head_parts import (
+    HeadParts,
+    base_model,
+    check_weights,
+    evaluating,
+    head_module,
+    head_parts,
+    virtual_tokens,
+)
 from .logit_map import LogitMap
 from .measured import measured, state_of
 from .model_inputs import check_ids, check_keywords, check_model, scored_tokens, with_positions
@@ -116,7 +124,8 @@ def model_token_stats(
     base = base_model(model)
     module, name = head_module(base), type(base).__name__
     check_ids(input_ids)
-    check_model(base, module, name)
+    check_weights(module, name)
+    check_model(base, name)
     check_keywords(base, inputs)
     check_causal(base)
     scored = scored_tokens(input_ids, attention_mask, mask, inputs.get("position_ids"))
@@ -130,7 +139,7 @@ def model_token_stats(
         "ignore_index": _IGNORED,
     }  # fmt: skip
     inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
-    virtual = _virtual_tokens(model)
+    virtual = virtual_tokens(model)
     for _ in range(2):
         scorer = _Scorer(base, module, targets, options, virtual)
         stand_in = StandIn(module, name, scorer)
@@ -146,12 +155,6 @@ def model_token_stats(
     logprob, *rest = carrier[:, :-1].unbind(-1)
     stats = TokenStats(logprob, rest[0] if entropy else None, scorer.lse[:, :-1])
     return (stats, _without_logits(output)) if return_outputs else stats
-
-
-def _virtual_tokens(model: Any) -> int:
-    """How many positions an adapter of learned prompts puts before a sequence."""
-    config = getattr(model, "active_peft_config", None)
-    return getattr(config, "num_virtual_tokens", None) or 0
 
 
 def _without_logits(output: Any) -> Any:

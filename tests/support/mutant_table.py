@@ -920,7 +920,7 @@ MUTANTS = [
         ),
         (
             "model: padding on the left moves a sequence",
-            "or not bool((attention_mask[:, 0] == 0).any())", "or True",
+            "not bool((attention_mask[:, 0] == 0).any())", "True",
             "however_it_is_padded and GPT2",
         ),
     ),
