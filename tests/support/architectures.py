@@ -98,6 +98,15 @@ def wrapper(name: str) -> nn.Module:
     llama = t.LlamaConfig(**_text())
     cohere = t.Cohere2Config(**_text(logit_scale=0.0625))
     gemma = t.GemmaConfig(**_text(head_dim=8))
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    sight = {
+        "depth": 1, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 32,
+        "num_heads": 4, "patch_size": 8,
+    }  # fmt: skip
+    qwen = {
+        "image_token_id": 119, "video_token_id": 118, "vision_start_token_id": 117,
+        "vision_end_token_id": 116,
+    }  # fmt: skip
     configs = {
         "Llava": lambda: t.LlavaConfig(
             vision_config=clip, text_config=llama, image_token_index=119),
@@ -125,6 +134,52 @@ def wrapper(name: str) -> nn.Module:
             vocabulary_map={**{f"IMGIMG{c}Z": 100 + i for i, c in enumerate("ABCDEFGH")},
                             "<image>": 119},
         ),
+        "Qwen2VL": lambda: t.Qwen2VLConfig(
+            text_config=_text(rope_parameters=rope), **qwen,
+            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4,
+                           "patch_size": 8},
+        ),
+        "Qwen2_5_VL": lambda: t.Qwen2_5_VLConfig(
+            text_config=_text(rope_parameters=rope), vision_config=sight, **qwen
+        ),
+        "Qwen3VL": lambda: t.Qwen3VLConfig(
+            text_config=_text(head_dim=8, rope_parameters=rope), **qwen,
+            vision_config={**sight, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        ),
+        "Mllama": lambda: t.MllamaConfig(
+            text_config=_text(cross_attention_layers=[1]),
+            vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1,
+                           "attention_heads": 4, "intermediate_size": 64, "image_size": 16,
+                           "patch_size": 8, "vision_output_dim": 64, "max_num_tiles": 1,
+                           "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
+        ),
+        "GraniteSpeech": lambda: t.GraniteSpeechConfig(
+            text_config=t.GraniteConfig(**_text(logits_scaling=8.0)), audio_token_index=119,
+            encoder_config={"hidden_dim": 32, "num_layers": 1, "num_heads": 4, "dim_head": 8,
+                            "input_dim": 16, "output_dim": 16, "context_size": 8},
+            projector_config={"model_type": "blip_2_qformer", "hidden_size": 32,
+                              "num_hidden_layers": 1, "num_attention_heads": 4,
+                              "intermediate_size": 32, "encoder_hidden_size": 32},
+            has_lora_adapter=False,
+        ),
+        "Idefics2": lambda: t.Idefics2Config(
+            vision_config=_vision(), text_config=t.MistralConfig(**_text()), image_token_id=119,
+            perceiver_config={"resampler_n_latents": 2, "resampler_depth": 1,
+                              "resampler_n_heads": 2, "resampler_head_dim": 8,
+                              "num_key_value_heads": 1, "hidden_size": 32},
+        ),
+        "Gemma4": lambda: t.Gemma4Config(
+            text_config=t.Gemma4TextConfig(
+                **_text(head_dim=8, final_logit_softcapping=2.0), global_head_dim=8,
+                vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=0,
+                num_kv_shared_layers=0,
+            ),
+            vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+                           "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64,
+                           "patch_size": 8},
+            audio_config=None, image_token_id=119, boi_token_id=118, eoi_token_id=117,
+            video_token_id=116, audio_token_id=115,
+        ),
     }  # fmt: skip
     torch.manual_seed(0)
     return with_large_logits(getattr(t, f"{name}ForConditionalGeneration")(configs[name]()))
@@ -132,7 +187,8 @@ def wrapper(name: str) -> nn.Module:
 
 WRAPPERS = (
     "Llava", "LlavaNext", "Cohere2Vision", "AyaVision", "PaliGemma", "Gemma3", "Idefics3",
-    "Chameleon",
+    "Chameleon", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Mllama", "GraniteSpeech",
+    "Idefics2", "Gemma4",
 )  # fmt: skip
 
 
