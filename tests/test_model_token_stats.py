@@ -583,6 +583,17 @@ def test_models_that_predict_no_next_token_are_refused_by_name() -> None:
         fastrlhf.lm_head(meta)
 
 
+def hidden_signature(model: nn.Module) -> nn.Module:
+    """The model with a forward of which nothing can be told."""
+
+    class Hidden(type(model)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Hidden
+    return model
+
+
 def test_keywords_that_the_forward_does_not_name_are_refused() -> None:
     model, inputs = make("Llama"), batch()
     mask = inputs.pop("mask")
@@ -590,6 +601,9 @@ def test_keywords_that_the_forward_does_not_name_are_refused() -> None:
         fastrlhf.model_token_stats(model, **inputs, completion_mask=mask)
     with pytest.raises(TypeError, match=r"^postion_ids: "):
         fastrlhf.model_token_stats(model, **inputs, postion_ids=None)
+    assert_same(hidden_signature(make("Llama")))
+    with pytest.raises(TypeError, match=r"^completion_mask: "):
+        fastrlhf.model_token_stats(hidden_signature(model), **inputs, completion_mask=mask)
     with pytest.raises(ValueError, match=r"^attention_mask: .*-inf"):
         fastrlhf.model_token_stats(
             model, inputs["input_ids"], torch.zeros(3, 9).masked_fill(~mask, -torch.inf)

@@ -78,7 +78,8 @@ def lm_head(model: nn.Module) -> LMHead:
         capture = _Capture(module, head_parts(module))
         return capture.head(known.map)
     embeddings = base.get_input_embeddings().weight
-    ids = torch.arange(1, 3, device=embeddings.device).remainder(embeddings.shape[0]).view(1, 2)
+    device = "cpu" if embeddings.is_meta else embeddings.device  # offloaded by accelerate
+    ids = torch.arange(1, 3, device=device).remainder(embeddings.shape[0]).view(1, 2)
     inputs = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
     returned: list[Tensor] = []
 

@@ -48,6 +48,8 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
         if parameter.kind is parameter.VAR_KEYWORD:
             for typed in (parameter.annotation, *typing.get_args(parameter.annotation)):
                 known.update(getattr(typed, "__annotations__", ()))
+    if "input_ids" not in parameters:  # a forward of somebody's, which hides what it takes
+        known.update(name for name in inputs if "mask" not in name)
     for name in inputs:
         if name not in known:
             hint = "; the mask of the tokens to score is `mask`" if "mask" in name else ""
