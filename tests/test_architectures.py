@@ -10,15 +10,14 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 from support.architectures import CAUSAL, WRAPPERS, encoder_decoder, shrunken, wrapper
 
-# By the name of the class: models that no log-prob of the next token can be had from.
+# Models that no log-prob of the next token can be had from.
 REFUSED = {
-    "prophetnet": "leaves out positions",  # its decoder makes logits of two streams
     "xlnet": "is an encoder",  # unless it is given masks of permutations
 }
 # A layer of their own between backbone and head.
 LAYER_BETWEEN = {
     "bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-    "modernbert-decoder", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+    "modernbert-decoder", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
     "roformer", "xlm-roberta", "xlm-roberta-xl",
 }  # fmt: skip
 

@@ -68,9 +68,14 @@ class StandIn:
                 "model: its forward calls its head twice or with further arguments, which fastrlhf "
                 "does not know; use token_stats on the model's logits"
             )
+        streams = hidden.ndim - 3
+        for _ in range(streams):
+            # ProphetNet's decoder has several streams, of which the first makes the logits: only
+            # for the first are rows sent on, so that a model that takes another one fails.
+            hidden = hidden[:, 0]
         self.made, vocab = self.work(hidden, self.own_forward)
         self.rows = known_rows(vocab, hidden.dtype, hidden.device)
-        return tied(self.rows.unsqueeze(0), self.made)
+        return tied(self.rows.view(*(1,) * (streams + 1), *self.rows.shape), self.made)
 
     def result(self, output: Any) -> Tensor:
         """The work's result, once the model's forward has returned its output."""
