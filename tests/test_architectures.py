@@ -1,5 +1,7 @@
 """Whatever model: the log-probs of its own logits, or a refusal that names it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,14 @@ def test_a_causal_architecture(key) -> None:
             fastrlhf.lm_head(model)
     elif key not in REFUSED:
         fastrlhf.lm_head(model)
+
+
+def test_the_manual_counts_them() -> None:
+    readme = " ".join((Path(__file__).parent.parent / "README.md").read_text().split())
+    right = len(CAUSAL) - len(REFUSED)
+    assert f"Of the {len(CAUSAL)} causal architectures" in readme
+    assert f"makes, {right} give the log-probs" in readme
+    assert f"{len(WRAPPERS)} wrappers of images, speech and text" in readme
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -223,6 +223,17 @@ def test_an_adapter_whose_matrix_its_module_alone_knows(kind) -> None:
     assert head.weight.requires_grad
 
 
+def test_a_hook_on_an_adapted_head_counts_once() -> None:
+    model, inputs = with_adapter("dora"), batch()
+    model.get_base_model().lm_head.register_forward_hook(lambda m, a, out: 1.5 * out)
+    wanted = expected(model, inputs)[0]
+    hidden, head = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+    targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+    found = fastrlhf.linear_token_logprobs(hidden, head.weight, targets, **head.options())
+    torch.testing.assert_close(found[:, :-1].double(), wanted, rtol=1e-4, atol=1e-4)
+    assert_same(model)
+
+
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
 def test_virtual_tokens_are_not_scored(kind) -> None:
     configs = {

@@ -63,6 +63,11 @@ def virtual_tokens(model: Any) -> int:
     return getattr(config, "num_virtual_tokens", None) or 0
 
 
+def without_virtual_tokens(hidden: Tensor, tokens: int, virtual: int) -> Tensor:
+    """Leave out what stands before the tokens of a sequence in (B, virtual + tokens, H)."""
+    return hidden[:, virtual:] if virtual and hidden.shape[1] == tokens + virtual else hidden
+
+
 def check_weights(module: Any, name: str) -> None:
     """Raise TypeError for a head on the meta device, but one that accelerate offloads."""
     weight = getattr(module, "weight", None)

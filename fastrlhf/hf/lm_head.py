@@ -16,6 +16,7 @@ from .head_parts import (
     head_module,
     head_parts,
     virtual_tokens,
+    without_virtual_tokens,
 )
 from .logit_map import LogitMap
 from .measured import measured, state_of
@@ -73,30 +74,8 @@ def lm_head(model: nn.Module) -> LMHead:
     base = base_model(model)
     module = head_module(base)
     check_weights(module, type(base).__name__)
-    known = measured(base, module, head_parts(module))
-    if known.follows_backbone:
-        capture = _Capture(module, head_parts(module))
-        return capture.head(known.map)
-    embeddings = base.get_input_embeddings().weight
-    device = "cpu" if embeddings.is_meta else embeddings.device  # offloaded by accelerate
-    ids = torch.arange(1, 3, device=device).remainder(embeddings.shape[0]).view(1, 2)
-    inputs = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-    returned: list[Tensor] = []
-
-    def keep(_, args: Any, output: Any) -> None:
-        last = output[0] if isinstance(output, tuple) else output.get("last_hidden_state")
-        returned.append(last)
-
-    backbone = base.base_model
-    hook = backbone.register_forward_hook(keep) if backbone is not base else None
-    try:
-        with torch.no_grad(), evaluating(base):
-            hidden, _ = head_inputs(base, ids, torch.ones_like(ids), **inputs)
-    finally:
-        if hook is not None:
-            hook.remove()
-    if returned:
-        _check_backbone(returned[-1], hidden, type(base).__name__)
+    if not measured(base, module, head_parts(module)).follows_backbone:
+        _compare_with_backbone(base)
     known = measured(base, module, head_parts(module))
     known.follows_backbone = True
     return _Capture(module, head_parts(module)).head(known.map)
@@ -134,9 +113,7 @@ def head_inputs(
     with stand_in.in_place():
         output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
     hidden = stand_in.result(output)
-    virtual = virtual_tokens(model)
-    if virtual and hidden.shape[1] == input_ids.shape[1] + virtual:
-        hidden = hidden[:, virtual:]
+    hidden = without_virtual_tokens(hidden, input_ids.shape[1], virtual_tokens(model))
     known = measured(base, module, capture.parts)
     known.map = stand_in.check(output, known.map)
     known.state = state_of(base, module, capture.parts)
@@ -165,9 +142,10 @@ class _Capture:
                 stored.in_features, dtype=next(module.parameters()).dtype,
                 device=next(module.parameters()).device,
             )  # fmt: skip
+            # Its forward alone, without hooks: what they do to logits is measured with the rest.
             with evaluating(module):
-                self.bias = module(torch.zeros_like(unit[:1]))[0]
-                self.weight = (module(unit) - self.bias).T
+                self.bias = module.forward(torch.zeros_like(unit[:1]))[0]
+                self.weight = (module.forward(unit) - self.bias).T
 
     def __call__(self, hidden: Tensor, own_forward: Any) -> tuple[Tensor, int]:
         return hidden, self.weight.shape[0]
@@ -181,13 +159,43 @@ class _Capture:
         return LMHead(self.weight, found.folded_bias(self.bias), found.scale, found.softcap)
 
 
+@torch.no_grad()
+def _compare_with_backbone(base: Any) -> None:
+    """Measure a head on two tokens, and compare what enters it with what the backbone returns.
+
+    Raises:
+        TypeError: where that is something else.
+    """
+    embeddings = base.get_input_embeddings().weight
+    device = "cpu" if embeddings.is_meta else embeddings.device  # offloaded by accelerate
+    ids = torch.arange(1, 3, device=device).remainder(embeddings.shape[0]).view(1, 2)
+    inputs = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+    returned: list[Tensor] = []
+
+    def keep(_, args: Any, output: Any) -> None:
+        last = output[0] if isinstance(output, tuple) else output.get("last_hidden_state")
+        returned.append(last)
+
+    backbone = base.base_model
+    hook = backbone.register_forward_hook(keep) if backbone is not base else None
+    try:
+        with evaluating(base):
+            entered, _ = head_inputs(base, ids, torch.ones_like(ids), **inputs)
+    finally:
+        if hook is not None:
+            hook.remove()
+    if returned:
+        _check_backbone(returned[-1], entered, type(base).__name__)
+
+
 def _check_backbone(returned: Tensor | None, entered: Tensor, name: str) -> None:
     """Compare what a backbone returned with what entered the head."""
     if returned is not None and returned.shape == entered.shape:
         a, b = returned.double(), entered.double()
         factor = float((a * b).sum() / (a * a).sum())
-        if (b - factor * a).norm() <= 1e-2 * b.norm():
-            if abs(factor - 1) > 1e-2:
+        rounding = 1e-2 if returned.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        if (b - factor * a).norm() <= rounding * b.norm():
+            if abs(factor - 1) > rounding:
                 logger.warning(
                     "%s multiplies the hidden states of its backbone by %.6g before they enter its "
                     "head; take them from fastrlhf.head_inputs",

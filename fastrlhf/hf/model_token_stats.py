@@ -5,13 +5,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fastrlhf.ops import shift_targets, token_stats
-from fastrlhf.ops.backend import is_batched, under_transform
-from fastrlhf.ops.linear_arguments import checked_chunk, checked_problem
+from fastrlhf.ops import shift_targets
+from fastrlhf.ops.backend import is_batched
+from fastrlhf.ops.linear_arguments import checked_problem
 from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
-from fastrlhf.ops.linear_rows import even_spans
 from fastrlhf.ops.linear_token_stats import token_stats_of
 from fastrlhf.ops.transform import token_temperatures
 from fastrlhf.reference import TokenStats
@@ -25,10 +23,12 @@ from .head_parts import (
     head_module,
     head_parts,
     virtual_tokens,
+    without_virtual_tokens,
 )
 from .logit_map import LogitMap
 from .measured import measured, state_of
 from .model_inputs import check_ids, check_keywords, check_model, scored_tokens, with_positions
+from .own_module import stats_of_module
 from .stand_in import StandIn
 
 _IGNORED = -100
@@ -177,8 +177,7 @@ class _Scorer:
         self.parts: HeadParts | None
 
     def __call__(self, hidden: Tensor, own: Callable[..., Tensor]) -> tuple[Tensor, int]:
-        if self.virtual and hidden.shape[1] == self.targets.shape[1] + self.virtual:
-            hidden = hidden[:, self.virtual :]
+        hidden = without_virtual_tokens(hidden, self.targets.shape[1], self.virtual)
         if hidden.shape[:2] != self.targets.shape:
             raise ValueError(
                 "input_ids: expected a hidden state for each of the tokens "
@@ -202,7 +201,7 @@ class _Scorer:
             self.looks = due or hidden.device.type == "cpu"
         plain = self.map.softcap is None or self.map.offset is None
         if parts is None or not plain:
-            stats, vocab = _through_module(own, self.map, hidden, targets, options)
+            stats, vocab = stats_of_module(own, self.map, hidden, targets, options)
         else:
             wide, weights = _with_adapters(parts, hidden)
             problem = checked_problem(
@@ -248,58 +247,6 @@ class _Scorer:
         known.map = stand_in.check(output, self.map)
         known.state = state_of(self.base, self.module, self.parts)
         return known.map is self.map
-
-
-def _through_module(
-    own: Callable[..., Tensor],
-    logit_map: LogitMap,
-    hidden: Tensor,
-    targets: Tensor,
-    options: dict[str, Any],
-) -> tuple[TokenStats, int]:
-    """Score tokens by the logits of the head's own module, a chunk at a time, which are made again
-    in backward.
-    """
-    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    temperature, entropy = options["temperature"], options["entropy"]
-    temperatures = None
-    if isinstance(temperature, Tensor):
-        temperatures = temperature.expand(targets.shape).reshape(-1)
-    with torch.no_grad():
-        vocab = own(flat[:1].unsqueeze(0)).shape[-1]
-
-    def score(rows: Tensor, some_targets: Tensor, some_temperatures: Tensor | None) -> TokenStats:
-        logits = own(rows.unsqueeze(0))[0]
-        logits = logit_map(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        return token_stats(
-            logits, some_targets, ignore_index=_IGNORED, entropy=entropy, impl=options["impl"],
-            temperature=temperature if some_temperatures is None else some_temperatures,
-        )  # fmt: skip
-
-    live = (flat_targets != _IGNORED).nonzero()[:, 0]
-    size = checked_chunk(options["chunk_size"], vocab, hidden.device)
-    found = []
-    for first, last in even_spans(live.shape[0], size):
-        index = live[first:last]
-        some = None if temperatures is None else temperatures[index]
-        arguments = flat[index], flat_targets[index], some
-        if under_transform() or not torch.is_grad_enabled():
-            found.append(score(*arguments))
-        else:
-            found.append(checkpoint(score, *arguments, use_reentrant=False))
-    sums = torch.promote_types(hidden.dtype, torch.float32)
-
-    def whole(parts: list[Tensor]) -> Tensor:
-        zeros = flat.new_zeros(flat_targets.shape, dtype=sums)
-        filled = zeros.index_put((live,), torch.cat(parts)) if parts else zeros
-        return filled.view(targets.shape)
-
-    stats = TokenStats(
-        whole([part.logprob for part in found]),
-        whole([part.entropy for part in found if part.entropy is not None]) if entropy else None,
-        whole([part.lse for part in found]),
-    )
-    return stats, vocab
 
 
 def _with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight]]:

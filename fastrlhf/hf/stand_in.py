@@ -49,7 +49,7 @@ class StandIn:
         try:
             yield
         except (RuntimeError, IndexError) as error:
-            if self.made is None:
+            if self.made is None or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise RuntimeError(
                 f"model: {self.name} fails on what its head returned, three rows of numbers in "

@@ -891,19 +891,25 @@ MUTANTS = [
             "gives_what_its_logits_give and Llama",
         ),
         (
-            "model: virtual tokens are scored",
-            "hidden = hidden[:, self.virtual :]", "hidden = hidden[:, : -self.virtual]",
-            "virtual_tokens",
-        ),
-        (
             "model: a head's forward is not compared",
             "self._compare(own, head,", "(lambda *_: None)(own, head,",
             "not_understood and patched",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/own_module.py", "test_model_token_stats.py",
         (
             "model: an own module without what follows it",
             "logits = logit_map(logits.to(", "logits = (logits.to(",
             "done_to_logits and all",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/lm_head.py", "test_model_token_stats.py",
+        (
+            "head: hooks of an adapter's module count twice",
+            "module.forward(unit)", "module(unit)",
+            "hook_on_an_adapted_head",
         ),
     ),
     *_mutants(
@@ -962,6 +968,11 @@ MUTANTS = [
     ),
     *_mutants(
         "fastrlhf/hf/head_parts.py", "test_model_token_stats.py",
+        (
+            "model: virtual tokens are scored",
+            "return hidden[:, virtual:] if", "return hidden[:, :tokens] if",
+            "virtual_tokens",
+        ),
         (
             "model: dropout in the check",
             "    module.eval()\n    try:", "    try:",
