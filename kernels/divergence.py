@@ -20,13 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import RowPlan, on_their_device, row_plan
 from .rows import (
-    RowPlan,
     finite_base,
     strides,
     tile_columns,
     transform_options,
-    whole_row_plan,
 )
 from .tiles import (
     LOG2E,
@@ -34,17 +33,18 @@ from .tiles import (
     exp,
     expm1,
     expm1_minus_near_0,
-    log1p,
+    log1p_near_0,
+    log1p_surplus_near_0,
     row_start,
     row_temperature,
     stored,
 )
 
 
-def _plan(vocab: int, *sides: torch.Tensor) -> RowPlan:
+def _plan(kernel: str, vocab: int, *sides: torch.Tensor) -> RowPlan:
     """Cut rows by the wider dtype of the two sides."""
     dtype = max((x.dtype for x in sides), key=lambda dtype: dtype.itemsize)
-    return whole_row_plan(vocab, dtype, rows=2)
+    return row_plan(kernel, vocab, dtype)
 
 
 # Planes of the statistics of a row: peak and log_norm of each side, and the mean of the log-ratio
@@ -97,7 +97,7 @@ def _log_ratio(z, base, norm, z_other, base_other, norm_other, per_t):
 @triton.jit
 def _log_to_mixture(gap, share, share_other):
     """Ln m - ln p, m = share·p + share_other·q, from the gap ln q - ln p, for p > 0."""
-    of_near = log1p(share_other * expm1(tl.where(tl.abs(gap) < 0.5, gap, 0.0)))
+    of_near = log1p_near_0(share_other * expm1(tl.where(tl.abs(gap) < 0.5, gap, 0.0)))
     # By way of the larger of the two.
     smaller = exp(-tl.abs(gap))
     mixed = tl.where(gap > 0, share_other + share * smaller, share + share_other * smaller)
@@ -125,18 +125,19 @@ def _to_mixture(w, growth, share_p, share_q):
     smaller = exp(-tl.abs(w))
     mixed = tl.where(w < 0, share_q + share_p * smaller, share_p + share_q * smaller)
     to_larger = tl.log(mixed)
-    of_near = log1p(share_q * growth)
+    of_near = log1p_near_0(share_q * growth)
     to_p = tl.where(near, of_near, to_larger - tl.minimum(w, 0.0))
     to_q = tl.where(near, of_near + w, to_larger + tl.maximum(w, 0.0))
     return to_p, to_q
 
 
 @triton.jit
-def _jsd_terms(p, q, to_p, to_q, w, share_p, share_q):
+def _jsd_terms(p, q, to_p, to_q, w, growth, share_p, share_q):
     """Of ln m - ln p and ln m - ln q; near 0, with terms m - p and m - q, whose weighted sum is
-    0.
+    0. Of p, these are u - ln(1 + u) of m / p = 1 + u.
     """
-    of_near = share_p * p * expm1_minus_near_0(to_p) + share_q * q * expm1_minus_near_0(to_q)
+    of_near = share_p * p * log1p_surplus_near_0(share_q * growth)
+    of_near += share_q * q * expm1_minus_near_0(to_q)
     return tl.where(tl.abs(w) < 0.5, of_near, -share_p * _mean(p, to_p) - share_q * _mean(q, to_q))
 
 
@@ -171,6 +172,7 @@ def _divergence_fwd_kernel(
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
     VEC_STRIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     acc: tl.constexpr = values.dtype.element_ty
     TILE: tl.constexpr = LANES * VEC
@@ -195,7 +197,7 @@ def _divergence_fwd_kernel(
     peak_q = tl.full((LANES,), -float("inf"), acc)
     rest_p = tl.zeros((LANES,), acc)
     rest_q = tl.zeros((LANES,), acc)
-    for start in range(0, vocab, TILE):
+    for start in tl.range(0, vocab, TILE, num_stages=STAGES):
         columns = (start + within_tile).to(tl.int64)
         inside = columns < vocab
         x = source_p + columns * stride_vocab
@@ -220,7 +222,7 @@ def _divergence_fwd_kernel(
     mean_q = tl.zeros((LANES,), acc)
     surplus = tl.zeros((LANES,), acc)
     tiles = tl.cdiv(vocab, TILE)
-    for done in range(0, tiles):
+    for done in tl.range(0, tiles, num_stages=STAGES):
         columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
         inside = columns < vocab
         x = source_p + columns * stride_vocab
@@ -233,7 +235,7 @@ def _divergence_fwd_kernel(
         if MIXTURE:
             growth = expm1(tl.where(tl.abs(w) < 0.5, -w, 0.0))
             to_p, to_q = _to_mixture(w, growth, part_p, part_q)
-            sums += tl.sum(_jsd_terms(p, q, to_p, to_q, w, part_p, part_q), axis=1)
+            sums += tl.sum(_jsd_terms(p, q, to_p, to_q, w, growth, part_p, part_q), axis=1)
             mean_p -= tl.sum(_mean(p, to_p), axis=1)
             mean_q -= tl.sum(_mean(q, to_q), axis=1)
             surplus += tl.sum(tl.where(tl.abs(w) < 0.5, p * growth, q - p), axis=1)
@@ -370,6 +372,7 @@ def _divergence_bwd_kernel(
     tl.store(destination, stored(g * dz * (slope * per_t), d_own.dtype.element_ty), mask=inside)
 
 
+@on_their_device
 def divergence_forward(
     logits_p: torch.Tensor,
     logits_q: torch.Tensor,
@@ -396,11 +399,12 @@ def divergence_forward(
         logits_p, logits_q, mask, token_temperature, values, stats, rows,
         logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q), vocab,
         1.0 if share is None else 1 - share, 0.0 if share is None else share, **transform,
-        MIXTURE=share is not None, **_plan(vocab, logits_p, logits_q).options(),
+        MIXTURE=share is not None, **_plan("divergence", vocab, logits_p, logits_q).sweep_options(),
     )  # fmt: skip
     return values, stats
 
 
+@on_their_device
 def divergence_backward(
     d_own: torch.Tensor,
     own: torch.Tensor,
@@ -422,7 +426,7 @@ def divergence_backward(
     `own_stats` and `other_stats` (2, N) are peak and log_norm, `mean` (N,) is of the own side.
     """
     rows, vocab = mask.numel(), own.shape[2]
-    plan = _plan(vocab, own, other)
+    plan = _plan("divergence_backward", vocab, own, other)
     tiles = triton.cdiv(vocab, plan.tile)
     transform, token_temperature = transform_options(temperature, softcap, scale, mean)
     _divergence_bwd_kernel[(rows * tiles,)](

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import finite_base, strides, tile_columns, transform_options, whole_row_plan
+from .launch import on_their_device, row_plan
+from .rows import finite_base, strides, tile_columns, transform_options
 from .tiles import LOG2E, row_start, row_temperature, stored
 
 
@@ -41,6 +42,7 @@ def _fisher_kernel(
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
     VEC_STRIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     acc: tl.constexpr = quadratic.dtype.element_ty
     TILE: tl.constexpr = LANES * VEC
@@ -57,7 +59,7 @@ def _fisher_kernel(
     total = tl.zeros((LANES,), acc)
     moment = tl.zeros((LANES,), acc)
     # Of a row that is masked, no column is read.
-    for start in range(0, tl.where(live, vocab, 0), TILE):
+    for start in tl.range(0, tl.where(live, vocab, 0), TILE, num_stages=STAGES):
         columns = (start + within_tile).to(tl.int64)
         inside = columns < vocab
         x = tl.load(
@@ -90,7 +92,7 @@ def _fisher_kernel(
     inverse_t2 = 1.0 / (row_t * row_t)
     tiles = tl.cdiv(vocab, TILE)
     read = tl.where(nothing, 0, vocab)
-    for done in range(0, tiles):
+    for done in tl.range(0, tiles, num_stages=STAGES):
         columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
         inside = columns < read
         x = tl.load(
@@ -114,6 +116,7 @@ def _fisher_kernel(
     tl.store(quadratic + row, variance)
 
 
+@on_their_device
 def fisher_product(
     logits: torch.Tensor,
     tangent: torch.Tensor,
@@ -136,6 +139,6 @@ def fisher_product(
     _fisher_kernel[(rows,)](
         product, quadratic, logits, tangent, mask, token_temperature,
         logits.shape[1], *strides(logits), tangent.shape[1], *strides(tangent), vocab,
-        **transform, **whole_row_plan(vocab, wider).options(),
+        **transform, **row_plan("fisher", vocab, wider).sweep_options(),
     )  # fmt: skip
     return product, quadratic

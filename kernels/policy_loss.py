@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_their_device, row_plan
 from .rows import (
     add_tile,
     gradient_tile,
@@ -29,7 +30,6 @@ from .rows import (
     strides,
     tile_columns,
     transform_options,
-    whole_row_plan,
 )
 from .tiles import (
     ASSERTING,
@@ -189,17 +189,19 @@ def _policy_loss_kernel(
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
     VEC_STRIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     acc: tl.constexpr = losses.dtype.element_ty
     TILE: tl.constexpr = LANES * VEC
     row = tl.program_id(0).to(tl.int64)
     destination = d_logits + row_start(row, inner, d_stride_outer, d_stride_inner)
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
-    target = tl.load(targets + row)
-    live = target != ignore_index
+    wide = tl.load(targets + row)
+    live = wide != ignore_index
+    target = wide.to(tl.int32)
 
     row_t = row_temperature(token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)
-    in_vocab = (target >= 0) & (target < vocab)
+    in_vocab = (wide >= 0) & (wide < vocab)
     tl.device_assert(in_vocab | (live == 0), "fastrlhf: a target is outside [0, vocabulary)")
     tl.device_assert(row_t > 0, "fastrlhf: a temperature is not positive")
     rate = LOG2E / row_t
@@ -214,7 +216,7 @@ def _policy_loss_kernel(
     rest = tl.zeros((LANES,), acc)
     moment = tl.zeros((LANES,), acc)
     # Of a row that is ignored, no column is read.
-    for start in range(0, tl.where(live, vocab, 0), TILE):
+    for start in tl.range(0, tl.where(live, vocab, 0), TILE, num_stages=STAGES):
         columns = start + within_tile
         inside = columns < vocab
         x = tl.load(
@@ -262,7 +264,7 @@ def _policy_loss_kernel(
         _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE)
         return
     tiles = tl.cdiv(vocab, TILE)
-    for done in range(0, tiles):
+    for done in tl.range(0, tiles, num_stages=STAGES):
         columns = (tiles - 1 - done) * TILE + within_tile
         inside = columns < vocab
         x = tl.load(
@@ -285,7 +287,8 @@ def _policy_loss_kernel(
 _SCALE_BLOCK = tl.constexpr(4096)
 
 
-@triton.jit(do_not_specialize=["size"])
+# Of a size that is known to be a multiple of 16, it takes 16 bytes at once.
+@triton.jit
 def _scale_kernel(values, factor, size):
     by = tl.load(factor)
     if by == 1.0:
@@ -296,6 +299,7 @@ def _scale_kernel(values, factor, size):
     tl.store(values + place, (x.to(by.dtype) * by).to(x.dtype), mask=inside)
 
 
+@on_their_device
 def policy_loss(
     d_logits: torch.Tensor,
     logits: torch.Tensor,
@@ -347,12 +351,13 @@ def policy_loss(
         **settings._asdict(),
         SURROGATE=SURROGATES[surrogate],
         KL=KL_ESTIMATORS[kl_estimator],
-        **whole_row_plan(vocab, logits.dtype).options(),
+        **row_plan("policy_loss", vocab, logits.dtype).sweep_options(),
         **ASSERTING,
     )
     return losses, logprobs, entropies
 
 
+@on_their_device
 def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply contiguous values by a 0-d factor, which is looked at on the device: a factor of 1
     costs nothing.

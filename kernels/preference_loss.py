@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_their_device
 from .tiles import ASSERTING, log_sigmoid, sigmoid, stored
 
 _TOKENS = tl.constexpr(1024)  # tokens of a sequence that a program handles at once
@@ -214,6 +215,7 @@ def _preference_loss_bwd_kernel(
         tl.store(d_policy + sequence * tokens + token, gradient, mask=token < tokens)
 
 
+@on_their_device
 def preference_loss_forward(
     policy: torch.Tensor,
     reference: torch.Tensor,
@@ -266,6 +268,7 @@ def preference_loss_forward(
     return losses, slopes, rewards, weights
 
 
+@on_their_device
 def preference_loss_backward(
     chosen: torch.Tensor,
     rejected: torch.Tensor,

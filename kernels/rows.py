@@ -1,4 +1,4 @@
-"""One row of logits: how it is cut into tiles, its statistics by online sums, its gradient.
+"""One row of logits, a tile at a time: its statistics by online sums, its gradient.
 
 The recurrence keeps the largest logit so far (`peak`), Σ e^(z - peak) over all tokens but the
 target (`rest`) and, for the entropy, Σ e^(z - peak)·(z - peak) over the same tokens (`moment`).
@@ -13,66 +13,13 @@ Two decisions carry the numerics. The target stays out of `rest`, so that log p 
 time, which skips it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .tiles import LN2, LOG2E, capped_logits, expm1, log_sigmoid
-
-
-class RowPlan(NamedTuple):
-    """How a row is cut: tiles of `lanes` x `vec` tokens, and how many warps share a tile."""
-
-    lanes: int
-    vec: int
-    lane_stride: int
-    vec_stride: int
-    warps: int
-
-    @property
-    def tile(self) -> int:
-        return self.lanes * self.vec
-
-    def options(self) -> dict[str, Any]:
-        """Launch options of a kernel that works on such tiles."""
-        return {
-            "LANES": self.lanes,
-            "VEC": self.vec,
-            "LANE_STRIDE": self.lane_stride,
-            "VEC_STRIDE": self.vec_stride,
-            "num_warps": self.warps,
-        }
-
-
-_MAX_VEC = 8
-
-
-def row_plan(vocab: int, dtype: torch.dtype, *, max_warps: int, thread_bytes: int) -> RowPlan:
-    """Cut a row by its vocabulary and dtype alone, which is what makes results batch invariant.
-
-    At large vocabularies, a tile is `thread_bytes` on each thread of `max_warps`.
-    """
-    warp_tokens = 32 * thread_bytes // dtype.itemsize
-    vec = min(_MAX_VEC, thread_bytes // dtype.itemsize)
-    tile = max(vec, min(max_warps * warp_tokens, triton.next_power_of_2(vocab)))
-    lanes = tile // vec
-    # A thread owns the vectors of its lanes. Rows that all start at 16 bytes let it load neighbours
-    # at once; other rows are loaded an element at a time, and then neighbouring threads take
-    # neighbours.
-    strides: tuple[int, int] = (vec, 1) if vocab % 16 == 0 else (1, lanes)
-    return RowPlan(lanes, vec, *strides, max(1, tile // warp_tokens))
-
-
-def whole_row_plan(vocab: int, dtype: torch.dtype, *, rows: int = 1) -> RowPlan:
-    """Cut a row that one program sweeps as a whole, or two rows at once.
-
-    A tile is two 128-bit loads on each thread of 8 warps, or one where registers are scarce: rows
-    that start anywhere take an address for every token, and fp64 takes two registers a number.
-    """
-    scarce = vocab % 16 != 0 or (rows > 1 and dtype == torch.float64)
-    return row_plan(vocab, dtype, max_warps=8, thread_bytes=16 if scarce else 32)
 
 
 @triton.jit

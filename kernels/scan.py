@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_their_device
+
 # Tokens that a program scans at once. The interpreter goes through them one by one, whether they
 # are there or not.
 _BLOCK = {"cpu": 32}
@@ -90,6 +92,7 @@ def _gae_kernel(
         later_value = tl.sum(tl.where(first, tl.where(keep, value, next_value), 0.0), axis=0)
 
 
+@on_their_device
 def gae(
     rewards: torch.Tensor,
     values: torch.Tensor,

@@ -16,14 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_their_device, row_plan
 from .rows import (
-    RowPlan,
     add_tile,
     finite_base,
     gradient_tile,
     merged_lanes,
     move_base,
-    row_plan,
     statistics,
     strides,
     tile_columns,
@@ -31,17 +30,8 @@ from .rows import (
 )
 from .tiles import ASSERTING, LOG2E, capped_logits, row_start, row_temperature
 
-# A tile is two 128-bit loads on each thread: 16 tokens of bf16. Four tiles share one final
-# reduction, and a row of 128k still makes 8 programs.
-_TILE = {"max_warps": 8, "thread_bytes": 32}
+# So many tiles share one final reduction, and a row of 128k still makes 8 programs.
 _TILES_PER_SPLIT = 4
-
-
-def _plan(vocab: int, dtype: torch.dtype) -> tuple[RowPlan, int, int]:
-    """Cut a row: its tiles, the width of a split and the number of splits."""
-    plan = row_plan(vocab, dtype, **_TILE)
-    width = _TILES_PER_SPLIT * plan.tile
-    return plan, width, triton.cdiv(vocab, width)
 
 
 # What varies from batch to batch is not specialised, so that no batch compiles a kernel anew.
@@ -70,14 +60,17 @@ def _token_stats_fwd_kernel(
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
     VEC_STRIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     acc: tl.constexpr = partials.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    row = program // splits
-    split = (program % splits).to(tl.int32)
+    pid = tl.program_id(0)
+    program = pid.to(tl.int64)
+    row = (pid // splits).to(tl.int64)
+    split = pid % splits
     target = tl.load(targets + row)
     if target == ignore_index:
         return
+    target = target.to(tl.int32)
 
     rate = LOG2E / row_temperature(
         token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE
@@ -91,7 +84,8 @@ def _token_stats_fwd_kernel(
     rest = tl.zeros((LANES,), acc)
     moment = tl.zeros((LANES,), acc)
     first = split * WIDTH
-    for start in range(first, tl.minimum(first + WIDTH, vocab), LANES * VEC):
+    last = tl.minimum(first + WIDTH, vocab)
+    for start in tl.range(first, last, LANES * VEC, num_stages=STAGES):
         columns = start + within_tile
         inside = columns < vocab
         x = tl.load(
@@ -218,9 +212,9 @@ def _token_stats_bwd_kernel(
     VEC_STRIDE: tl.constexpr,
 ):
     acc: tl.constexpr = peak.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    row = program // tiles
-    start = (program % tiles).to(tl.int32) * (LANES * VEC)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    start = (pid % tiles) * (LANES * VEC)
     columns = start + tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
     inside = columns < vocab
     destination = d_logits + row_start(row, inner, d_stride_outer, d_stride_inner)
@@ -238,7 +232,7 @@ def _token_stats_bwd_kernel(
         tl.store(destination, tl.zeros((LANES, VEC), d_logits.dtype.element_ty), mask=inside)
         return
 
-    target = tl.load(targets + row)
+    target = tl.load(targets + row).to(tl.int32)
     row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
     scale = tl.full((), scale, acc)
     softcap = tl.full((), softcap, acc)
@@ -254,6 +248,7 @@ def _token_stats_bwd_kernel(
     tl.store(destination, dx.to(d_logits.dtype.element_ty), mask=inside)
 
 
+@on_their_device
 def token_stats_forward(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -271,7 +266,9 @@ def token_stats_forward(
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
-    plan, width, splits = _plan(vocab, logits.dtype)
+    plan = row_plan("token_stats", vocab, logits.dtype)
+    width = _TILES_PER_SPLIT * plan.tile
+    splits = triton.cdiv(vocab, width)
     acc = torch.promote_types(logits.dtype, torch.float32)
     partials = logits.new_empty((3 if entropy else 2, rows, splits), dtype=acc)
     logprob, lse, peak, log_norm = (logits.new_empty(rows, dtype=acc) for _ in range(4))
@@ -285,7 +282,7 @@ def token_stats_forward(
         *shape,
         **options,
         WIDTH=width,
-        **plan.options(),
+        **plan.sweep_options(),
     )
     padded = triton.next_power_of_2(splits)
     block = max(1, 128 // padded)
@@ -302,6 +299,7 @@ def token_stats_forward(
     return stats
 
 
+@on_their_device
 def token_stats_backward(
     d_logits: torch.Tensor,
     logits: torch.Tensor,
@@ -320,7 +318,7 @@ def token_stats_backward(
     `stats` are the logprob, entropy, peak and log_norm that K1 gave; all rows (N,) are contiguous.
     """
     outer, inner, vocab = logits.shape
-    plan, _, _ = _plan(vocab, logits.dtype)
+    plan = row_plan("token_stats_backward", vocab, logits.dtype)
     tiles = triton.cdiv(vocab, plan.tile)
     transform, token_temperature = transform_options(temperature, softcap, scale, logits)
     _token_stats_bwd_kernel[(outer * inner * tiles,)](
