@@ -41,10 +41,10 @@ from .tiles import (
 )
 
 
-def _plan(kernel: str, vocab: int, *sides: torch.Tensor) -> RowPlan:
+def _plan(kernel: str, softcap: float | None, *sides: torch.Tensor) -> RowPlan:
     """Cut rows by the wider dtype of the two sides."""
     dtype = max((x.dtype for x in sides), key=lambda dtype: dtype.itemsize)
-    return row_plan(kernel, vocab, dtype)
+    return row_plan(kernel, sides[0].shape[2], dtype, capped=softcap is not None)
 
 
 # Planes of the statistics of a row: peak and log_norm of each side, and the mean of the log-ratio
@@ -297,7 +297,7 @@ FORMULAS: dict[str, Callable] = {
 
 @triton.jit(do_not_specialize=["inner", "inner_other", "tiles", "rows"])
 def _divergence_bwd_kernel(
-    d_own,  # (outer, inner, V) contiguous, out
+    d_own,  # (N, V) out
     own,  # (outer, inner, V), any strides
     other,
     mask,  # (N,)
@@ -307,6 +307,7 @@ def _divergence_bwd_kernel(
     mean,  # (N,)
     d_values,  # (N,)
     rows,
+    d_stride_row,
     inner,
     stride_outer,
     stride_inner,
@@ -331,13 +332,13 @@ def _divergence_bwd_kernel(
     VEC_STRIDE: tl.constexpr,
 ):
     acc: tl.constexpr = mean.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    row = program // tiles
-    columns = (program % tiles).to(tl.int32) * (LANES * VEC)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    columns = (pid % tiles) * (LANES * VEC)
     columns += tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
     columns = columns.to(tl.int64)
     inside = columns < vocab
-    destination = d_own + row * vocab + columns
+    destination = d_own + row * d_stride_row + columns
     g = tl.load(d_values + row)
     base = tl.load(own_stats + row)
     # The peak of a row of nothing but -inf, on either side, is -inf.
@@ -395,11 +396,12 @@ def divergence_forward(
         torch.empty(shape, dtype=acc, device=mask.device) for shape in ((rows,), (PLANES, rows))
     )
     transform, token_temperature = transform_options(temperature, softcap, scale, values)
+    plan = _plan("divergence", softcap, logits_p, logits_q)
     _divergence_fwd_kernel[(rows,)](
         logits_p, logits_q, mask, token_temperature, values, stats, rows,
         logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q), vocab,
         1.0 if share is None else 1 - share, 0.0 if share is None else share, **transform,
-        MIXTURE=share is not None, **_plan("divergence", vocab, logits_p, logits_q).sweep_options(),
+        MIXTURE=share is not None, **plan.sweep_options(),
     )  # fmt: skip
     return values, stats
 
@@ -421,16 +423,16 @@ def divergence_backward(
     softcap: float | None,
     scale: float,
 ) -> None:
-    """Launch the backward with respect to one side: write its gradient into d_own, contiguous.
+    """Launch the backward with respect to one side: write its gradient into d_own (N, V).
 
     `own_stats` and `other_stats` (2, N) are peak and log_norm, `mean` (N,) is of the own side.
     """
     rows, vocab = mask.numel(), own.shape[2]
-    plan = _plan("divergence_backward", vocab, own, other)
+    plan = _plan("divergence_backward", softcap, own, other)
     tiles = triton.cdiv(vocab, plan.tile)
     transform, token_temperature = transform_options(temperature, softcap, scale, mean)
     _divergence_bwd_kernel[(rows * tiles,)](
         d_own, own, other, mask, token_temperature, own_stats, other_stats, mean, d_values, rows,
-        own.shape[1], *strides(own), other.shape[1], *strides(other), vocab, tiles,
+        d_own.stride(0), own.shape[1], *strides(own), other.shape[1], *strides(other), vocab, tiles,
         share, 1 - share, **transform, FORMULA=FORMULAS[formula], **plan.options(),
     )  # fmt: skip

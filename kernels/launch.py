@@ -90,13 +90,13 @@ class RowPlan(NamedTuple):
         return self.options() | {"STAGES": self.stages}
 
 
-def row_plan(kernel: str, vocab: int, dtype: torch.dtype) -> RowPlan:
+def row_plan(kernel: str, vocab: int, dtype: torch.dtype, *, capped: bool = False) -> RowPlan:
     """Cut a row of the wider dtype of what `kernel` reads."""
     shape = SHAPES[kernel]
     aligned = vocab % 16 == 0
-    # Rows that start anywhere take an address for every token, and fp64 takes two registers a
-    # number.
-    scarce = not aligned or (kernel in _HAS_TWO_ROWS and dtype == torch.float64)
+    # Registers: rows that start anywhere take an address for every token, fp64 takes two a number,
+    # and a softcap a few while it is computed.
+    scarce = not aligned or (kernel in _HAS_TWO_ROWS and (dtype == torch.float64 or capped))
     thread_bytes = 16 if scarce and kernel in _HOLDS_MUCH else shape.thread_bytes
     warp_tokens = 32 * thread_bytes // dtype.itemsize
     vec = min(_MAX_VEC, thread_bytes // dtype.itemsize)

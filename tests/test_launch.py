@@ -6,10 +6,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="needs triton")
 
+from support import lint_kernels
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastrlhf.kernels import launch
-from support import lint_kernels
 
 LAUNCHES = {
     "token statistics": lambda: lint_kernels.launch_token_stats(32, torch.bfloat16, True),

@@ -204,32 +204,54 @@ def _backward(
     impl: str,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient with respect to one side."""
+    """Gradient with respect to one side, in its dtype or another."""
+    own = logits_p if of_p else logits_q
+    d_own = torch.empty(own.shape, dtype=dtype or own.dtype, device=own.device)
+    transform = Transform(token_temperature, temperature, softcap, scale)
+    divergence_backward_into(
+        d_own, logits_p, logits_q, mask, stats, d_values, transform, share, of_p, impl
+    )
+    return d_own
+
+
+def divergence_backward_into(
+    d_own: Tensor,
+    logits_p: Tensor,
+    logits_q: Tensor,
+    mask: Tensor,
+    stats: Tensor,
+    d_values: Tensor,
+    transform: Transform,
+    share: float | None,
+    of_p: bool,
+    impl: str,
+) -> None:
+    """Write the gradient with respect to one side into d_own (..., V), whose rows can start
+    anywhere, from what the forward operator found.
+    """
     own, other = (logits_p, logits_q) if of_p else (logits_q, logits_p)
     keep, acc = mask.reshape(-1).contiguous(), d_values.dtype
-    temperatures = flat_temperature(token_temperature, temperature, acc)
-    shape, dtype = own.shape, dtype or own.dtype
+    temperatures = flat_temperature(transform.token_temperature, transform.temperature, acc)
+    options: dict[str, Any] = {"softcap": transform.softcap, "scale": transform.scale}
+    d_rows = d_own.view(-1, d_own.shape[-1])
     if stats.numel():
         from fastrlhf.kernels.divergence import divergence_backward
 
-        d_own = torch.empty(shape, dtype=dtype, device=own.device)
         pairs = (stats[:2], stats[2:4]) if of_p else (stats[2:4], stats[:2])
         of_q = 0.0 if share is None else share
         divergence_backward(
-            rows_of(d_own), rows_of(own), rows_of(other), keep, *pairs, stats[4 if of_p else 5],
-            d_values.contiguous(), temperature=temperatures, softcap=softcap, scale=scale,
+            d_rows, rows_of(own), rows_of(other), keep, *pairs, stats[4 if of_p else 5],
+            d_values.contiguous(), temperature=temperatures, **options,
             formula="mixture" if share is not None else "first" if of_p else "second",
             share=1 - of_q if of_p else of_q,
         )  # fmt: skip
-        return d_own
-    d_own = torch.zeros(shape, dtype=dtype, device=own.device)
-    flat = d_own.view(-1, shape[-1])
-    for rows in chunks(keep & (d_values != 0), shape[-1]):
-        flat[rows] = reference.divergence_backward(
+        return
+    d_rows.zero_()
+    for rows in chunks(keep & (d_values != 0), d_own.shape[-1]):
+        d_rows[rows] = reference.divergence_backward(
             take_rows(own, rows), take_rows(other, rows), d_values[rows], of_p=of_p, share=share,
-            temperature=of_rows(temperatures, rows), softcap=softcap, scale=scale,
-        ).to(dtype)  # fmt: skip
-    return d_own
+            temperature=of_rows(temperatures, rows), **options,
+        ).to(d_own.dtype)  # fmt: skip
 
 
 @_backward.register_fake

@@ -18,6 +18,7 @@ from .backend import (
 from .checks import check_floating, check_same_device, check_shape
 from .divergence import checked_rows
 from .eager_rows import chunks, of_rows, take_rows
+from .head_gradients import as_operands
 from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
 from .linear_head import Head, Weight
 from .linear_rows import even_spans, live_rows
@@ -209,5 +210,7 @@ def linear_softmax_fisher_product(
             d_logits, quadratic[rows] = torch.ops.fastrlhf.fisher_product(
                 logits, moved.mul_(slope), everything, of_rows, transform.temperature, impl
             )
-            product[rows] = head.pull_back(d_logits.mul_(slope).to(head.operands))
+            room = head.room(len(rows)) if head.operands != d_logits.dtype else None
+            d_logits = as_operands(d_logits.mul_(slope), head.operands, room)
+            product[rows] = head.pull_back(d_logits)
     return product.view(hidden.shape), quadratic.view(mask.shape)

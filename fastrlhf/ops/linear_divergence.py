@@ -22,7 +22,14 @@ from .backend import (
     under_transform,
 )
 from .checks import check_same_device, check_shape
-from .divergence import Measure, checked_measure, checked_rows, definition
+from .divergence import (
+    Measure,
+    checked_measure,
+    checked_rows,
+    definition,
+    divergence_backward_into,
+)
+from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_arguments import (
     check_head,
     checked_chunk,
@@ -31,8 +38,8 @@ from .linear_arguments import (
     matmul_dtype,
     wanted_or_detached,
 )
-from .linear_head import Gradients, Head, Weight
-from .linear_plans import room_for_slopes
+from .linear_head import Head, Weight
+from .linear_plans import Room, room_for_slopes
 from .linear_rows import even_spans, live_rows
 from .transform import Transform, check_factor, checked_transform
 
@@ -186,10 +193,11 @@ class _LinearDivergence(torch.autograd.Function):
                 rows = order[first:last]
                 block = _Block(options, sides, rows, token_temperature)
                 values[rows] = block.values
-                for i, slope in enumerate(slopes):
+                for i, (side, slope) in enumerate(zip(sides, slopes, strict=True)):
                     if slope is not None:
-                        d_logits = block.d_logits(i, torch.ones_like(block.values))
-                        slope[rows] = sides[i].head.pull_back(d_logits).to(slope.dtype)
+                        ones = torch.ones_like(block.values)
+                        d_logits = block.d_logits(i, ones, side.head.room)
+                        slope[rows] = side.head.pull_back(d_logits).to(slope.dtype)
         ctx.options = options
         ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]
         dense = [x if isinstance(x, Tensor) else None for x in tensors]
@@ -206,6 +214,8 @@ class _LinearDivergence(torch.autograd.Function):
         sides = _sides(ctx.options, tensors, ctx.needs_input_grad[3:])
         found = [
             Gradients(
+                side.head,
+                order.shape[0],
                 torch.zeros_like(side.hidden) if side.trained and side.wants_hidden else None,
                 [side.wants_weight],
                 side.wants_bias,
@@ -219,7 +229,9 @@ class _LinearDivergence(torch.autograd.Function):
                     block = _Block(ctx.options, sides, rows, token_temperature)
                     for i, side in enumerate(sides):
                         if side.trained:
-                            _finish(side, found[i], rows, block.d_logits(i, d_values[rows]))
+                            d_logits = block.d_logits(i, d_values[rows], found[i].room)
+                            hidden = side.hidden[rows].to(side.head.operands)
+                            found[i].add(rows, hidden, d_logits)
         gradients: list[Tensor | None] = []
         for i in range(2):
             hidden, weight, bias = tensors[3 * i : 3 * i + 3]
@@ -258,20 +270,29 @@ class _Block:
         self.transform = Transform(token_temperature, options.temperature, cap, scale)
         self.share, self.impl = share, options.impl
         self.operands = [side.head.operands for side in sides]
+        self.sums = [side.head.sums for side in sides]
         self.values, self.stats = torch.ops.fastrlhf.divergence(
             *self.pair, self.mask, *self.transform, share, options.impl
         )
 
-    def d_logits(self, side: int, d_values: Tensor) -> Tensor:
+    def d_logits(self, side: int, d_values: Tensor, room: Room) -> LogitGradient:
         """Compute the gradient with respect to the logits of a side, as operands of its matmuls."""
-        of_p = (side == 0) != self.swapped
-        slope = self.slopes[side]
-        direct = isinstance(slope, float) and slope == 1.0
-        d_logits = torch.ops.fastrlhf.divergence_backward(
-            *self.pair, self.mask, self.stats, d_values.to(self.values.dtype), *self.transform,
-            self.share, of_p, self.impl, self.operands[side] if direct else None,
+        of_p, (logits_p, logits_q) = (side == 0) != self.swapped, self.pair
+        slope, operands = self.slopes[side], self.operands[side]
+        unscaled = isinstance(slope, float) and slope == 1.0
+        there = None if operands == self.sums[side] else room(len(d_values))
+        # fp16 is rounded to once the size of each row is known.
+        if there is not None and unscaled and operands != torch.float16:
+            out = there
+        else:
+            out = padded_rows(len(d_values), logits_p.shape[1], self.sums[side], d_values.device)
+        divergence_backward_into(
+            out, logits_p, logits_q, self.mask, self.stats, d_values.to(self.values.dtype),
+            self.transform, self.share, of_p, self.impl,
         )  # fmt: skip
-        return d_logits if direct else d_logits.mul_(slope).to(self.operands[side])
+        if not unscaled:
+            out.mul_(slope)
+        return as_operands(out, operands, there)
 
 
 def _transform(logits: Tensor, softcap: float | None, scale: float) -> Tensor | float:
@@ -296,10 +317,3 @@ def _sides(options: _Options, tensors, wanted) -> list[_Side]:
 
 def _keeps_slope(side: _Side) -> bool:
     return side.wants_hidden and not side.trained
-
-
-def _finish(side: _Side, found: Gradients, rows: Tensor, d_logits: Tensor) -> None:
-    """Add the share of some tokens to the gradients of a trained side."""
-    side.head.accumulate(found, side.hidden[rows].to(side.head.operands), d_logits)
-    if found.hidden is not None:
-        found.hidden[rows] = side.head.pull_back(d_logits).to(found.hidden.dtype)

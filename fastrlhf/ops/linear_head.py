@@ -7,7 +7,7 @@ are then as wide as all blocks. A low-rank adapter is one more block, since W·h
 Precision: logits, and sums over the vocabulary or over tokens, are fp32 (fp64 for fp64 inputs),
 whatever the inputs are. On CUDA, bf16 and fp16 operands stay as they are and cuBLAS adds up in
 fp32, so that only the gradient of the logits is rounded, once, to the operands' dtype. Elsewhere
-operands are converted to fp32, the weight in slices of a few MiB; a quantized weight likewise.
+operands are converted to fp32, the weight in slices; a quantized weight likewise.
 
 Dims: n rows of a block, K width of the hidden states, V vocabulary.
 """
@@ -21,9 +21,13 @@ from torch import Tensor
 
 from fastrlhf.reference import accumulation_dtype
 
+from .head_gradients import LogitGradient, padded_rows
+
 # Elements of a weight that are converted, or on a CPU multiplied, at a time. A slice of 8 MiB in
-# fp32 stays in a CPU's last cache while a block of rows passes over it.
+# fp32 stays in a CPU's last cache while a block of rows passes over it; a GPU needs matmuls that
+# keep it busy.
 _SLICE_ELEMENTS = 2**21
+_GPU_SLICE_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -60,56 +64,32 @@ class QuantizedWeight:
         if self.table is None:
             values = codes.float()
         else:
-            nibbles = torch.stack((codes >> 4, codes & 15), dim=-1).int()
-            values = self.table.float()[nibbles].flatten(1)
+            table = self.table.float()
+            # Both weights of each byte.
+            pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=-1)
+            values = pairs[codes.int()].flatten(1)
         first, last = (bound * values.shape[1] for bound in (rows.start, rows.stop))
-        run = torch.arange(first, last, device=self.device) // self.run
-        return (values * self.scales[run].view(values.shape)).to(self.dtype)
+        of_runs = self.scales[first // self.run : -(-last // self.run)].to(values.dtype)
+        skipped = first % self.run
+        scales = of_runs.repeat_interleave(self.run)[skipped : skipped + values.numel()]
+        return values.mul_(scales.view(values.shape)).to(self.dtype)
 
 
 Weight = Tensor | QuantizedWeight
 
 
-class Gradients:
-    """What is asked for of the gradients of hidden states (N, K), weights (V, K) and bias (V,).
-
-    A gradient that nobody wants stays None; so does that of a weight before its first block of
-    rows, which then overwrites.
-    """
-
-    def __init__(self, hidden: Tensor | None, weights: list[bool], bias: bool):
-        self.hidden = hidden  # zeros to write into
-        self.wants_weights = weights
-        self.wants_bias = bias
-        self.weights: list[Tensor | None] = [None] * len(weights)
-        self.bias: Tensor | None = None
-
-    def totals(
-        self, hidden: Tensor, bias: Tensor | None, weights: list[Weight]
-    ) -> list[Tensor | None]:
-        """Gradients of the given tensors, in their shapes; zero where no row contributed, None
-        where not asked for.
-        """
-        found = [None if self.hidden is None else self.hidden.view(hidden.shape)]
-        for wanted, total, of in (
-            (self.wants_bias, self.bias, bias),
-            *zip(self.wants_weights, self.weights, weights, strict=True),
-        ):
-            if wanted and total is None:
-                assert isinstance(of, Tensor)
-                total = torch.zeros_like(of)
-            found.append(total)
-        return found
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matmuls take: the dtype itself where they add up in fp32 by themselves."""
+    return dtype if device.type == "cuda" else accumulation_dtype(dtype)
 
 
 class Head:
     """Column blocks of a weight and a bias, multiplied as `dtype`."""
 
     def __init__(self, weights: list[Weight], bias: Tensor | None, dtype: torch.dtype):
-        device = weights[0].device
+        self.device = device = weights[0].device
         self.sums = accumulation_dtype(dtype)
-        # What the matmuls take: the dtype itself where they add up in fp32 by themselves.
-        self.operands = dtype if device.type == "cuda" else self.sums
+        self.operands = operand_dtype(dtype, device)
         self.weights, self.bias, self.dtype = weights, bias, dtype
         self.vocab = weights[0].shape[0]
         ends = list(accumulate(weight.shape[1] for weight in weights))
@@ -117,37 +97,38 @@ class Head:
         as_they_are = all(
             isinstance(weight, Tensor) and weight.dtype == self.operands for weight in weights
         )
-        whole = as_they_are and device.type != "cpu"
-        self.slice_rows = self.vocab if whole else max(1, _SLICE_ELEMENTS // ends[-1])
+        on_cpu = device.type == "cpu"
+        elements = _SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS
+        whole = as_they_are and not on_cpu
+        self.slice_rows = self.vocab if whole else max(1, elements // ends[-1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (n, K) to raw logits (n, V)."""
-        logits = hidden.new_empty((hidden.shape[0], self.vocab), dtype=self.sums)
+        logits = padded_rows(hidden.shape[0], self.vocab, self.sums, self.device)
         for rows, block, weight in self._slices():
             _add_product(logits[:, rows], hidden[:, block], weight.T, fresh=block.start == 0)
         return logits if self.bias is None else logits.add_(self.bias)
 
-    def pull_back(self, d_logits: Tensor) -> Tensor:
-        """Multiply (n, V) gradients of raw logits by the weight: (n, K), of hidden states."""
-        width = self.columns[-1].stop
-        d_hidden = d_logits.new_empty((d_logits.shape[0], width), dtype=self.sums)
-        for rows, block, weight in self._slices():
-            _add_product(d_hidden[:, block], d_logits[:, rows], weight, fresh=rows.start == 0)
-        return d_hidden
+    def room(self, rows: int) -> Tensor:
+        """Make room for the gradient of so many rows of logits, as operands."""
+        return padded_rows(rows, self.vocab, self.operands, self.device)
 
-    def accumulate(self, gradients: Gradients, hidden: Tensor, d_logits: Tensor) -> None:
-        """Add the share of a block of rows to the gradients of weights and bias."""
-        for i, block in enumerate(self.columns):
-            if not gradients.wants_weights[i]:
-                continue
-            total, fresh = gradients.weights[i], gradients.weights[i] is None
-            if total is None:
-                shape = (self.vocab, block.stop - block.start)
-                total = gradients.weights[i] = hidden.new_empty(shape, dtype=self.sums)
-            _add_product(total, d_logits.T, hidden[:, block], fresh)
-        if gradients.wants_bias:
-            share = d_logits.sum(0, dtype=self.sums)
-            gradients.bias = share if gradients.bias is None else gradients.bias.add_(share)
+    def pull_back(self, d_logits: LogitGradient) -> Tensor:
+        """Multiply (n, V) gradients of raw logits by the weight: (n, K), of hidden states."""
+        values, unit = d_logits
+        width = self.columns[-1].stop
+        d_hidden = values.new_empty((values.shape[0], width), dtype=self.sums)
+        for rows, block, weight in self._slices():
+            _add_product(d_hidden[:, block], values[:, rows], weight, fresh=rows.start == 0)
+        return d_hidden if unit is None else d_hidden.mul_(unit)
+
+    def added(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """Do `total += a @ b` in the precision of sums; without a total, make it."""
+        fresh = total is None
+        if total is None:
+            total = a.new_empty((a.shape[0], b.shape[1]), dtype=self.sums)
+        _add_product(total, a, b, fresh)
+        return total
 
     def _slices(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows and columns of the weight, and the weight there, as operands."""

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from fastrlhf.reference import accumulation_dtype
 
-from .linear_head import Gradients, Head
+from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
+from .linear_head import Head
 from .linear_rows import Block, Rows, Span
 
 
@@ -79,6 +80,9 @@ class Statistics(NamedTuple):
 Found = tuple[Tensor, Tensor, Tensor]  # logprob, entropy and lse of all N tokens
 
 
+Room = Callable[[int], Tensor]  # makes room for gradients of so many rows of logits
+
+
 class Workbench(NamedTuple):
     """A head, the rows that it is applied to, and how."""
 
@@ -90,7 +94,7 @@ class Workbench(NamedTuple):
     def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
         """Make room for what is needed, for the hidden states in their dtype or another."""
         hidden = torch.zeros_like(self.rows.hidden, dtype=dtype) if needs.hidden else None
-        return Gradients(hidden, needs.weights, needs.bias)
+        return Gradients(self.head, self.rows.size, hidden, needs.weights, needs.bias)
 
     def score(self, block: Block) -> tuple[Tensor, Statistics]:
         """Make the logits of a block, and read their statistics: G."""
@@ -103,17 +107,25 @@ class Workbench(NamedTuple):
 
     def d_logits(
         self, block: Block, logits: Tensor, stats: Statistics, g: Tensor, h: Tensor | None,
-        *, overwrite: bool = True,
-    ) -> Tensor:  # fmt: skip
+        *, room: Room, overwrite: bool = True,
+    ) -> LogitGradient:  # fmt: skip
         """Compute the gradient of Σ g·logprob + h·entropy, as operands, where the logits were if
         possible.
         """
+        operands = self.head.operands
+        # fp16 is rounded to once the size of each row is known.
+        exact = self.head.sums if operands == torch.float16 else operands
+        there = room(len(logits)) if operands != logits.dtype else None
         saved = (logits, block.targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm)
         arguments = (*saved, g, h, *block.transform, self.impl)
-        if overwrite and logits.dtype == self.head.operands:
+        if overwrite and logits.dtype == exact:
             torch.ops.fastrlhf.token_stats_backward_(*arguments)
-            return logits
-        return torch.ops.fastrlhf.token_stats_backward(*arguments, self.head.operands)
+            return as_operands(logits, operands, there)
+        out = there
+        if out is None or exact != operands:
+            out = padded_rows(len(logits), self.head.vocab, exact, logits.device)
+        torch.ops.fastrlhf.token_stats_backward_into(out, *arguments)
+        return as_operands(out, operands, there)
 
     def differentiate(
         self, block: Block, logits: Tensor, stats: Statistics, g: Tensor, h: Tensor | None,
@@ -122,10 +134,8 @@ class Workbench(NamedTuple):
         """Turn the logits into their gradient and hand it on: G each for hidden states and
         weight.
         """
-        dz = self.d_logits(block, logits, stats, g, h)
-        self.head.accumulate(gradients, block.hidden.to(self.head.operands), dz)
-        if gradients.hidden is not None:
-            gradients.hidden[block.place] = self.head.pull_back(dz).to(gradients.hidden.dtype)
+        dz = self.d_logits(block, logits, stats, g, h, room=gradients.room)
+        gradients.add(block.place, block.hidden.to(self.head.operands), dz)
 
 
 def statistics(bench: Workbench, spans: Iterable[Span]) -> Found:
@@ -166,10 +176,10 @@ def _slopes_of_block(
     _put(found, block, stats)
     one, zero = torch.ones_like(stats.logprob), torch.zeros_like(stats.logprob)
     if bench.entropy:
-        dz = bench.d_logits(block, logits, stats, zero, one, overwrite=False)
+        dz = bench.d_logits(block, logits, stats, zero, one, room=bench.head.room, overwrite=False)
         u_entropy[block.place] = bench.head.pull_back(dz).to(u_entropy.dtype)
         del dz
-    dz = bench.d_logits(block, logits, stats, one, None)
+    dz = bench.d_logits(block, logits, stats, one, None, room=bench.head.room)
     u_logprob[block.place] = bench.head.pull_back(dz).to(u_logprob.dtype)
 
 

@@ -22,6 +22,9 @@ from .transform import Transform
 _WORKSPACE_BYTES = {"cpu": 2**26}
 _GPU_WORKSPACE_BYTES = 2**29
 
+# A GPU's matmuls do so many rows at once, and waste the rest of the last of them.
+_WHOLE_ROWS = 128
+
 Span = tuple[int, int]  # first and last (exclusive) of the ordered rows
 
 
@@ -64,7 +67,8 @@ class Rows(NamedTuple):
 
 def default_chunk(vocab: int, device: torch.device) -> int:
     """Rows whose fp32 logits fill the workspace: 512 MiB, on a CPU 64 MiB."""
-    return max(1, _WORKSPACE_BYTES.get(device.type, _GPU_WORKSPACE_BYTES) // (4 * vocab))
+    rows = _WORKSPACE_BYTES.get(device.type, _GPU_WORKSPACE_BYTES) // (4 * vocab)
+    return max(1, rows // _WHOLE_ROWS * _WHOLE_ROWS or rows)
 
 
 def live_rows(targets: Tensor, ignore_index: int) -> Tensor:
@@ -86,6 +90,8 @@ def even_spans(rows: int, chunk: int) -> list[Span]:
         return []
     blocks = -(-rows // chunk)
     size = -(-rows // blocks)
+    if blocks > 1:
+        size = min(chunk, -(-size // _WHOLE_ROWS) * _WHOLE_ROWS)
     return [(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 

@@ -243,21 +243,23 @@ def _empty_statistics(
     return logprob, logits.new_zeros(rows if entropy else 0, dtype=acc), lse, peak, log_norm
 
 
-def _backward_into(
+def _write_gradient(
     d_logits: Tensor,
     logits: Tensor,
     targets: Tensor,
-    stats: tuple[Tensor, Tensor, Tensor, Tensor],
+    logprob: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_norm: Tensor,
     d_logprob: Tensor,
     d_entropy: Tensor | None,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
+    transform: Transform,
     impl: str,
 ) -> None:
-    """Write the gradient into d_logits: fresh zeros, or the logits themselves."""
-    rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
+    """Write the gradient into all of d_logits, which may be the logits themselves."""
+    stats = (logprob, entropy, peak, log_norm)
+    tokens, common, softcap, scale = transform
+    rows, targets, row_temperature = flat_rows(logits, targets, tokens, common)
     d_rows = rows if d_logits is logits else d_logits.view(rows.shape)
     d_logprob = d_logprob.contiguous()
     d_entropy = None if d_entropy is None else d_entropy.contiguous()
@@ -278,7 +280,6 @@ def _backward_into(
             scale=scale,
         )
         return
-    _, _, peak, _ = stats
     # As in the kernel: the peak of a row without a distribution is -inf.
     active = d_logprob != 0 if d_entropy is None else (d_logprob != 0) | (d_entropy != 0)
     active &= peak != -torch.inf
@@ -294,8 +295,7 @@ def _backward_into(
             scale=scale,
         )
         _put_rows(d_rows, index, gradient.to(d_rows.dtype))
-    if d_logits is logits:
-        _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
+    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
 
 
 @torch.library.custom_op("fastrlhf::token_stats_backward", mutates_args=())
@@ -313,21 +313,39 @@ def _backward(
     softcap: float | None,
     scale: float,
     impl: str,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    # The kernel writes every element; the eager backend only rows that have a gradient.
-    new = torch.empty if use_triton(impl, logits) else torch.zeros
-    d_logits = new(logits.shape, dtype=dtype or logits.dtype, device=logits.device)
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     stats = (logprob, entropy, peak, log_norm)
-    transform = (token_temperature, temperature, softcap, scale)
-    _backward_into(d_logits, logits, targets, stats, d_logprob, d_entropy, *transform, impl)
+    transform = Transform(token_temperature, temperature, softcap, scale)
+    _write_gradient(d_logits, logits, targets, *stats, d_logprob, d_entropy, transform, impl)
     return d_logits
 
 
 @_backward.register_fake
-def _backward_fake(logits, *arguments):
-    dtype = arguments[-1] if isinstance(arguments[-1], torch.dtype) else logits.dtype
-    return torch.empty(logits.shape, dtype=dtype, device=logits.device)
+def _backward_fake(logits, *_):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastrlhf::token_stats_backward_into", mutates_args={"d_logits"})
+def _backward_into(
+    d_logits: Tensor,  # (..., V) of any floating dtype, rows at any distance
+    logits: Tensor,
+    targets: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_norm: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    impl: str,
+) -> None:
+    stats = (logprob, entropy, peak, log_norm)
+    transform = Transform(token_temperature, temperature, softcap, scale)
+    _write_gradient(d_logits, logits, targets, *stats, d_logprob, d_entropy, transform, impl)
 
 
 @torch.library.custom_op("fastrlhf::token_stats_backward_", mutates_args={"logits"})
@@ -347,8 +365,8 @@ def _backward_inplace(
     impl: str,
 ) -> None:
     stats = (logprob, entropy, peak, log_norm)
-    transform = (token_temperature, temperature, softcap, scale)
-    _backward_into(logits, logits, targets, stats, d_logprob, d_entropy, *transform, impl)
+    transform = Transform(token_temperature, temperature, softcap, scale)
+    _write_gradient(logits, logits, targets, *stats, d_logprob, d_entropy, transform, impl)
 
 
 def _setup_context(ctx, inputs, output):

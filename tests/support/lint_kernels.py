@@ -175,6 +175,13 @@ def floating(launch: Launch) -> list[torch.dtype]:
     return [dtype for dtype in dtypes if dtype.is_floating_point]
 
 
+def thread_bytes(launch: Launch) -> int:
+    """Bytes of a tile of a row that each thread of a warp of 32 has; 0 where there are no tiles."""
+    tile = launch.arguments.get("LANES", 0) * launch.arguments.get("VEC", 0)
+    widest = max(x.itemsize for x in floating(launch))
+    return tile * widest // (32 * launch.options.get("num_warps", 4))
+
+
 def main(which: str, targets: list[str]) -> None:
     launches = launches_of(which)
     for target, (launch, vocab) in product(targets, launches.values()):
@@ -188,6 +195,7 @@ def main(which: str, targets: list[str]) -> None:
             ),
             "itemsize": max(x.itemsize for x in floating(launch)),
             "warps": launch.options.get("num_warps", 4),
+            "thread_bytes": thread_bytes(launch),
             "registers": binary.registers,
             "stack": binary.stack,
             "loads": len(binary.load_bits),
