@@ -169,17 +169,12 @@ def launches_of(which: str) -> dict:
     return found
 
 
-def floating(launch: Launch) -> list[torch.dtype]:
-    """Dtypes of the floating tensors of a launch."""
-    dtypes = [x.dtype for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
-    return [dtype for dtype in dtypes if dtype.is_floating_point]
-
-
 def thread_bytes(launch: Launch) -> int:
     """Bytes of a tile of a row that each thread of a warp of 32 has; 0 where there are no tiles."""
     tile = launch.arguments.get("LANES", 0) * launch.arguments.get("VEC", 0)
-    widest = max(x.itemsize for x in floating(launch))
-    return tile * widest // (32 * launch.options.get("num_warps", 4))
+    rows = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+    itemsize = max(rows, key=torch.Tensor.numel).itemsize
+    return tile * itemsize // (32 * launch.options.get("num_warps", 4))
 
 
 def main(which: str, targets: list[str]) -> None:
@@ -193,7 +188,6 @@ def main(which: str, targets: list[str]) -> None:
             "dtypes": sorted(
                 {str(x.dtype) for x in launch.arguments.values() if hasattr(x, "dtype")}
             ),
-            "itemsize": max(x.itemsize for x in floating(launch)),
             "warps": launch.options.get("num_warps", 4),
             "thread_bytes": thread_bytes(launch),
             "registers": binary.registers,
