@@ -1,7 +1,7 @@
 """Two rows of logits → KL divergence or generalised JSD of their distributions, and its gradient.
 
-Two sweeps over both rows, of which the second goes backwards and finds much of them in the cache:
-online sums for the normalisers, then the terms. With w = ln p - ln q, those of KL(p‖q) are
+Two sweeps over both rows, of which the second goes backwards and finds in the cache what fits
+there: online sums for the normalisers, then the terms. With w = ln p - ln q, those of KL(p‖q) are
 q - p + p·w, never negative, since Σ p·w of nearly equal distributions is a small difference of
 large numbers, which one sweep cannot tell from rounding; likewise of the JSD. One program has a row
 of each, so that nothing depends on the batch.

@@ -110,8 +110,9 @@ def _fisher_kernel(
         squares += tl.sum(tl.where(weight == 0, 0.0, value * centred), axis=1)
         value = value * inverse_t2
         tl.store(
-            destination + columns, stored(value, product.dtype.element_ty), mask=columns < vocab
-        )
+            destination + columns, stored(value, product.dtype.element_ty), mask=columns < vocab,
+            eviction_policy="evict_first",
+        )  # fmt: skip
     variance = tl.where(nothing, 0.0, tl.sum(squares, axis=0) * inverse_t2)
     tl.store(quadratic + row, variance)
 

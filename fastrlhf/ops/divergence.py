@@ -98,8 +98,8 @@ def kl_divergence(
     Of two nearly equal distributions too, the value has few wrong places, and none is negative:
     each token adds q - p + p·ln(p/q), not p·ln(p/q), whose sum would cancel.
 
-    The kernel reads both logits twice forward, the second time mostly from the cache, and once for
-    each side that needs a gradient, which is all that is allocated.
+    The kernel reads both logits twice forward, the second time from the cache as far as the rows in
+    flight fit there, and once for each side that needs a gradient, which is all that is allocated.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an option out of range.

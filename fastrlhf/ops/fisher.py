@@ -62,8 +62,8 @@ def softmax_fisher_product(
 
     Under torch.func.vmap and other transforms it is plain PyTorch.
 
-    One launch reads logits and tangent twice, the second time mostly from the cache, and writes the
-    product once; the product is all that is allocated.
+    One launch reads logits and tangent twice, the second time from the cache as far as the rows in
+    flight fit there, and writes the product once; the product is all that is allocated.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; a temperature that is not
