@@ -108,6 +108,16 @@ def test_registers_leave_room_for_two_blocks_on_a_multiprocessor(target, binarie
         assert report["registers"] * 32 * report["warps"] * 2 <= 65536, report
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_a_thread_overwrites_what_it_has_read_itself(target, binaries) -> None:
+    """The gradient may take the place of the logits: what one thread reads, no other overwrites."""
+    in_place = ("_token_stats_bwd_kernel", "_policy_loss_kernel")
+    found = [report for report in binaries[target] if report["kernel"] in in_place]
+    assert len({report["kernel"] for report in found}) == 2
+    for report in found:
+        assert report["exchanges_after_stores"] == 0, report
+
+
 def test_an_out_of_range_index_traps_on_the_gpu(binaries) -> None:
     for report in binaries["sm_90"] + binaries["gfx942"]:
         checked = (

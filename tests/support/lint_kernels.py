@@ -7,6 +7,7 @@ TRITON_INTERPRET). The fewest are of every kernel, in bf16: with every option on
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -169,6 +170,12 @@ def launches_of(which: str) -> dict:
     return found
 
 
+def exchanges_after_stores(assembly: str) -> int:
+    """How often threads of an NVIDIA GPU give each other something once tokens are stored."""
+    first = re.search(r"\bSTG\.\S*(128|U16)", assembly)
+    return len(re.findall(r"\b(?:LDS|STS)\b", assembly[first.start() :])) if first else 0
+
+
 def thread_bytes(launch: Launch) -> int:
     """Bytes of a tile of a row that each thread of a warp of 32 has; 0 where there are no tiles."""
     tile = launch.arguments.get("LANES", 0) * launch.arguments.get("VEC", 0)
@@ -197,6 +204,7 @@ def main(which: str, targets: list[str]) -> None:
             "stores": len(binary.store_bits),
             "wide_stores": binary.store_bits.count(128),
             "asserts": binary.asserts,
+            "exchanges_after_stores": exchanges_after_stores(binary.assembly),
         }
         print(json.dumps(report), flush=True)
 
