@@ -128,6 +128,22 @@ def test_an_out_of_range_index_traps_on_the_gpu(binaries) -> None:
         assert report["asserts"] == (report["kernel"] in checked), report
 
 
+def test_tiles_in_flight_are_copied_asynchronously() -> None:
+    process = start("lint_kernels.py", "prefetching", "sm_80", "sm_90", "sm_100")
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    reports = [json.loads(line) for line in output.splitlines()]
+    sweeping = [
+        "_token_stats_fwd_kernel",
+        "_policy_loss_kernel",
+        "_divergence_fwd_kernel",
+        "_fisher_kernel",
+    ]
+    for report in reports:
+        assert report["stack"] == 0, report
+        assert (report["asynchronous_copies"] > 0) == (report["kernel"] in sweeping), report
+
+
 def test_twenty_batches_and_settings_share_one_compilation_of_the_policy_loss() -> None:
     process = start("count_compilations.py")
     output, _ = process.communicate()

@@ -1,9 +1,10 @@
 """Compile every kernel at the launches its launcher makes, and print a report on each as a line of
 JSON.
 
-Usage: python lint_kernels.py fewest|few|all TARGET... (with tests/ on PYTHONPATH and without
-TRITON_INTERPRET). The fewest are of every kernel, in bf16: with every option on rows that start at
-16 bytes, and without any on rows that do not. The few are in fp32 too.
+Usage: python lint_kernels.py fewest|few|all|prefetching TARGET... (with tests/ on PYTHONPATH and
+without TRITON_INTERPRET). The fewest are of every kernel, in bf16: with every option on rows that
+start at 16 bytes, and without any on rows that do not. The few are in fp32 too. A launch that is
+prefetching has three tiles in flight.
 """
 
 import json
@@ -24,12 +25,17 @@ from fastrlhf.kernels import (
     scan,
     token_stats,
 )
+from fastrlhf.kernels.launch import SHAPES
 from support.compile_lint import Launch, captured_launches, compile_launch, launch_key
 
 VOCABS = [32000, 50257, 128256, 151936, 262144]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 FEWEST = [(32000, torch.bfloat16, True), (50257, torch.bfloat16, False)]
-FEW = {"fewest": FEWEST, "few": [*FEWEST, (32000, torch.float32, False)]}
+FEW = {
+    "fewest": FEWEST,
+    "few": [*FEWEST, (32000, torch.float32, False)],
+    "prefetching": [(32000, torch.bfloat16, False)],
+}
 ROWS = 96
 
 
@@ -140,9 +146,9 @@ def launches_of(which: str) -> dict:
     """Distinct launches, with the vocabulary that each is for (0 for those without)."""
     found: dict = {}
 
-    def record(vocab: int, launch: Callable[..., None], *arguments: Any) -> None:
+    def record(vocab: int, start: Callable[..., None], *arguments: Any) -> None:
         with captured_launches(pytest.MonkeyPatch()) as launches:
-            launch(*arguments)
+            start(*arguments)
         for one in launches:
             found.setdefault(launch_key(one), (one, vocab))
 
@@ -185,6 +191,9 @@ def thread_bytes(launch: Launch) -> int:
 
 
 def main(which: str, targets: list[str]) -> None:
+    if which == "prefetching":
+        for kernel, shape in SHAPES.items():
+            SHAPES[kernel] = shape._replace(stages=3)
     launches = launches_of(which)
     for target, (launch, vocab) in product(targets, launches.values()):
         binary = compile_launch(launch, target)
@@ -201,6 +210,7 @@ def main(which: str, targets: list[str]) -> None:
             "stack": binary.stack,
             "loads": len(binary.load_bits),
             "wide_loads": binary.load_bits.count(128),
+            "asynchronous_copies": binary.assembly.count("LDGSTS"),
             "stores": len(binary.store_bits),
             "wide_stores": binary.store_bits.count(128),
             "asserts": binary.asserts,
