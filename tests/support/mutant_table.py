@@ -150,18 +150,18 @@ MUTANTS = [
         "kernels/tiles.py", "test_token_stats.py",
         (
             "tiles: log1p takes the logarithm too early",
-            "tl.where(u <= 1.0, 2.0 * ratio * series", "tl.where(u <= 0.01, 2.0 * ratio * series",
+            "tl.where(u <= 1.0, log1p_near_0(u)", "tl.where(u <= 0.01, log1p_near_0(u)",
             "nine_tenths and triton",
         ),
         (
             "tiles: expm1 subtracts too early",
-            "tl.where(tl.abs(x) < 0.5, x * series, exp(x) - 1.0)",
-            "tl.where(tl.abs(x) < 0.001, x * series, exp(x) - 1.0)",
+            "tl.where(tl.abs(x) < 0.5, x * _exp_series(x, 1), exp(x) - 1.0)",
+            "tl.where(tl.abs(x) < 0.001, x * _exp_series(x, 1), exp(x) - 1.0)",
             "nine_tenths and triton",
         ),
         (
             "tiles: the slope of tanh cancels",
-            "4.0 * decay / ((1.0 + decay) * (1.0 + decay))", "1.0 - magnitude * magnitude",
+            ", complement * (2.0 - complement)", ", 1.0 - magnitude * magnitude",
             "beyond_the_cap and triton",
         ),
         (
@@ -298,7 +298,7 @@ MUTANTS = [
         ),
         (
             "divergence: one tile less in the second sweep",
-            "for done in range(0, tiles):", "for done in range(1, tiles):",
+            "for done in tl.range(0, tiles,", "for done in tl.range(1, tiles,",
             "match_the_oracle and triton",
         ),
         (
@@ -561,7 +561,7 @@ MUTANTS = [
         ),
         (
             "eager: in place, rows without a gradient keep their logits",
-            "    if d_logits is logits:\n        _put_rows(", "    if False:\n        _put_rows(",
+            "    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "    pass",
             "exactly_zero and eager",
         ),
         (
@@ -575,8 +575,8 @@ MUTANTS = [
         "fastrlhf/ops/linear_head.py", "test_linear_token_stats.py",
         (
             "head: the low nibble first",
-            "torch.stack((codes >> 4, codes & 15), dim=-1)",
-            "torch.stack((codes & 15, codes >> 4), dim=-1)",
+            "torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=-1)",
+            "torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)",
             "quantized",
         ),
         (
@@ -587,21 +587,84 @@ MUTANTS = [
         ),
         (
             "head: slices overwrite each other backward",
-            "d_logits[:, rows], weight, fresh=rows.start == 0",
-            "d_logits[:, rows], weight, fresh=True",
+            "values[:, rows], weight, fresh=rows.start == 0", "values[:, rows], weight, fresh=True",
             "in_slices",
         ),
         (
-            "head: the bias of the last block",
-            "gradients.bias = share if gradients.bias is None else gradients.bias.add_(share)",
-            "gradients.bias = share",
-            "values_and_gradients and eager",
+            "head: a run that a slice begins in the middle of",
+            "skipped = first % self.run", "skipped = 0",
+            "quantized",
         ),
         (
             "head: the weight of the last block",
-            "_add_product(total, d_logits.T, hidden[:, block], fresh)",
-            "_add_product(total, d_logits.T, hidden[:, block], True)",
+            "_add_product(total, a, b, fresh)", "_add_product(total, a, b, True)",
             "values_and_gradients and eager",
+        ),
+    ),
+    Mutant(
+        "head: small slices on a GPU too",
+        "fastrlhf/ops/linear_head.py",
+        "elements = _SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS", "elements = _SLICE_ELEMENTS",
+        "test_head_gradients.py", "large_slices",
+    ),
+    Mutant(
+        "head gradients: the bias of the last block",
+        "fastrlhf/ops/head_gradients.py",
+        "self.bias = part if self.bias is None else self.bias.add_(part)", "self.bias = part",
+        "test_linear_token_stats.py", "values_and_gradients and eager",
+    ),
+    *_mutants(
+        "fastrlhf/ops/head_gradients.py", "test_head_gradients.py",
+        (
+            "head gradients: rows start anywhere",
+            "width = -(-vocab // alignment) * alignment", "width = vocab",
+            "bounded",
+        ),
+        (
+            "head gradients: fp16 without units",
+            "if operands != torch.float16:", "if True:",
+            "small_loss",
+        ),
+        (
+            "head gradients: what was added keeps its old unit",
+            "total.mul_(self.unit / largest)", "pass",
+            "very_different",
+        ),
+        (
+            "head gradients: hidden states do not carry the units",
+            "hidden = hidden * share", "pass",
+            "cost_their_rounding and P2",
+        ),
+        (
+            "head gradients: sums end in their unit",
+            "total.mul_(self.unit)\n", "pass\n",
+            "small_loss",
+        ),
+        (
+            "head gradients: the bias without the units",
+            "part = self.head.added(None, values.T, share).squeeze(1)",
+            "part = values.sum(0, dtype=self.head.sums)",
+            "cost_their_rounding and P2",
+        ),
+        (
+            "head gradients: nothing waits",
+            "min(self.rows, waiting_rows // rows * rows)", "rows",
+            "wait_for_each_other",
+        ),
+        (
+            "head gradients: room for more rows than come",
+            "min(self.rows, waiting_rows // rows * rows)", "waiting_rows // rows * rows",
+            "bounded",
+        ),
+        (
+            "head gradients: what waits is lost at the end",
+            "self._add_waiting()\n        self._room = None", "self._room = None",
+            "wait_for_each_other",
+        ),
+        (
+            "head gradients: room that is taken is given away",
+            "return self._room[waiting : waiting + rows]", "return self._room[:rows]",
+            "wait_for_each_other",
         ),
     ),
     Mutant(
@@ -623,6 +686,44 @@ MUTANTS = [
             "(first, min(first + size, rows - 1)) for first in range(0, rows, size)",
             "values_and_gradients and eager",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_rows.py", "test_head_gradients.py",
+        (
+            "blocks: as many rows as fit",
+            "rows // _WHOLE_ROWS * _WHOLE_ROWS or rows", "rows",
+            "whole_tiles",
+        ),
+        (
+            "blocks: of one size, whole tiles or not",
+            "min(chunk, -(-size // _WHOLE_ROWS) * _WHOLE_ROWS)", "size",
+            "whole_tiles",
+        ),
+    ),
+    *_mutants(
+        "kernels/launch.py", "test_launch.py",
+        (
+            "launch: on the current device",
+            "device_index(None if on_host else device.index)", "device_index(None)",
+            "device_of_its_tensors",
+        ),
+        (
+            "launch: stages are not handed on",
+            "max(1, tile // warp_tokens), shape.stages)", "max(1, tile // warp_tokens), 1)",
+            "cut_by",
+        ),
+    ),
+    Mutant(
+        "launch: a launcher without its device",
+        "kernels/scan.py",
+        "@on_their_device\ndef gae(", "def gae(",
+        "test_launch.py", "device_of_its_tensors",
+    ),
+    Mutant(
+        "tiles: tanh near 0 from where it cancels",
+        "kernels/tiles.py",
+        "tl.where(tl.abs(x) < 0.6, _tanh_near_0(tl.abs(x)), 1.0 - complement)", "1.0 - complement",
+        "test_token_stats.py", "triton",
     ),
     *_mutants(
         "fastrlhf/ops/linear_rows.py", "test_linear_loss.py",
@@ -710,8 +811,8 @@ MUTANTS = [
         "fastrlhf/ops/fisher.py", "test_fisher.py",
         (
             "linear fisher: no slope of the cap backward",
-            "head.pull_back(d_logits.mul_(slope).to(head.operands))",
-            "head.pull_back(d_logits.to(head.operands))",
+            "as_operands(d_logits.mul_(slope), head.operands, room)",
+            "as_operands(d_logits, head.operands, room)",
             "linear_form",
         ),
     ),
