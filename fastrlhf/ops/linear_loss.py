@@ -74,7 +74,8 @@ def linear_loss(
 
     Cost, in matmuls G of the tokens with a target: G without gradients, 2G for hidden or the head
     alone, 3G for both; G more for the tokens of groups larger than chunk_size. Memory:
-    chunk_size·V logits, and from forward to backward a gradient of hidden and of weight in fp32.
+    chunk_size·V logits, on CUDA their gradient in 16 bits as with `linear_token_stats`, and from
+    forward to backward a gradient of hidden and of weight in fp32.
     On a GPU, counts of tokens and groups are awaited once. Under torch.compile it runs as it is;
     `torch.func` transforms are refused.
 

@@ -55,7 +55,7 @@ def linear_token_stats(
         bias: (V,) floating, or None.
         temperature, softcap, scale, ignore_index, entropy, impl: as `token_stats`.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
-            (64 MiB on a CPU).
+            (64 MiB on a CPU), on a GPU a multiple of 128 of them.
 
     Returns:
         TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states). The entropy is None
@@ -71,9 +71,11 @@ def linear_token_stats(
     where hidden alone needs a gradient. Memory: chunk_size·V logits; where hidden alone needs a
     gradient, a (..., H) tensor kept for the backward in the dtype of hidden, but fp32 for fp16;
     with the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the gradient of a
-    weight. Logits are fp32, and so are all sums; on CUDA, where inputs are
-    bf16 or fp16, the gradient of the logits is rounded to that dtype for its matmuls. Results are
-    the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
+    weight. Logits are fp32, and so are all sums; on CUDA, where inputs are bf16 or fp16, the
+    gradient of the logits is rounded to that dtype for its matmuls: in fp16 relative to a power of
+    two of each token, so that a small loss loses nothing. These gradients are another chunk in 16
+    bits, and as many chunks as fill 512 MiB where the weight's is asked for. Results are the same
+    bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
     Raises:
         TypeError: hidden, weight or bias that are not floating, or of two dtypes; targets that are

@@ -604,7 +604,7 @@ MUTANTS = [
     Mutant(
         "head: small slices on a GPU too",
         "fastrlhf/ops/linear_head.py",
-        "elements = _SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS", "elements = _SLICE_ELEMENTS",
+        "_SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS", "_SLICE_ELEMENTS",
         "test_head_gradients.py", "large_slices",
     ),
     Mutant(
