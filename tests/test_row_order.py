@@ -1,5 +1,5 @@
-"""The candidate for K3 that first light times: the same numbers as K3, whatever the distance between
-a row's statistics and its gradient.
+"""The candidate for K3 that first light times gives what K3 gives, whatever the distance between
+a row and the one whose gradient is written.
 """
 
 import importlib
@@ -16,7 +16,7 @@ SETTINGS = PolicySettings(0.8, 1.2, float("inf"), 1.0, 1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("cached_rows", [1, 3, 100])
-@pytest.mark.parametrize(("rows", "vocab"), [(7, 1056), (5, 1057), (2, 40000)])
+@pytest.mark.parametrize(("rows", "vocab"), [(7, 1056), (5, 1057), (3, 40000)])
 def test_rows_in_order_give_what_k3_gives(rows, vocab, cached_rows) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = (3 * torch.randn(rows, vocab, device=device)).bfloat16()
