@@ -1,0 +1,95 @@
+"""Checks of what only a device can get wrong: offsets, streams, graphs, waiting, other devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, autograd
+
+import fastrlhf
+
+from .cases import evaluate, same_bits
+from .from_logits import DIVERGENCES, POLICIES, STATISTICS, Operation, make_case
+from .machine import Machine
+from .sections import Reporter
+
+_OPERATIONS = {
+    "token_stats": STATISTICS["token_stats"],
+    "logits_policy_loss": POLICIES["logits_policy_loss"],
+    "kl_divergence": DIVERGENCES["kl_divergence reverse"],
+}
+
+
+def check_past_int32(report: Reporter, machine: Machine) -> None:
+    """Logits of more than 2^31 entries, the same row first and last: it must not matter where."""
+    rows, vocab = machine.sizes.past_int32
+    logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device=machine.device)
+    logits[0] = logits[-1] = torch.randn(vocab, device=machine.device).bfloat16()
+    logits.requires_grad_()
+    targets = torch.full((rows,), 7, device=machine.device)
+    logprobs = fastrlhf.token_logprobs(logits, targets, impl="triton")
+    same_bits(report, "past 2^31: statistics", logprobs[0], logprobs[-1])
+    (gradient,) = autograd.grad(logprobs.sum(), logits)
+    _first_is_last(report, "past 2^31: gradient", gradient)
+    del gradient
+    _policy_past_int32(report, logits, targets, logprobs.detach())
+
+
+def _policy_past_int32(report: Reporter, logits: Tensor, targets: Tensor, old: Tensor) -> None:
+    ones = torch.ones_like(old)[None]
+    loss, _ = fastrlhf.logits_policy_loss(
+        logits[None], targets[None], old[None], ones, ones, inplace_backward=True, impl="triton"
+    )
+    (gradient,) = autograd.grad(loss, logits)
+    _first_is_last(report, "past 2^31: policy loss in place", gradient)
+
+
+def _first_is_last(report: Reporter, name: str, gradient: Tensor) -> None:
+    same_bits(report, name, gradient[0], gradient[-1])
+    report.holds(f"{name}: of its own row", not torch.equal(gradient[0], gradient[1]))
+
+
+def check_execution(report: Reporter, machine: Machine) -> None:
+    """Without waiting, on a side stream, in a graph: forward and backward with the same bits."""
+    for name, operation in _OPERATIONS.items():
+        step = _step(machine, operation)
+        expected = step()
+        with machine.forbid_waiting():
+            step()
+        report.holds(f"{name}: nothing waits", True)
+        same_bits(report, f"{name}: on a side stream", machine.on_a_side_stream(step), expected)
+        same_bits(report, f"{name}: in a graph", machine.replayed(step), expected)
+
+
+def _step(machine: Machine, operation: Operation) -> Callable[[], Tensor]:
+    """Forward and backward on tensors that stay where they are; returns the gradient."""
+    vocab, dtypes = machine.sizes.vocabs[0], machine.sizes.dtypes[0]
+    case = make_case(machine, operation, vocab, dtypes[0])
+    leaf = case.leaves["logits"].requires_grad_()
+    inputs = case.leaves | {"logits": leaf}
+
+    def step() -> Tensor:
+        values = operation.ours(inputs, case.tokens)
+        return autograd.grad(sum(value.sum() for value in values.values()), leaf)[0]
+
+    return step
+
+
+def check_another_device(report: Reporter, machine: Machine) -> None:
+    """Tensors that are not on the current device: the kernels must go where they are."""
+    device = machine.another_device()
+    if device is None:
+        report.note("another device", "there is only one")
+        return
+    for name, operation in _OPERATIONS.items():
+        case = make_case(machine, operation, machine.sizes.vocabs[0], torch.float32)
+        there = case._replace(
+            leaves={key: x.to(device) for key, x in case.leaves.items()},
+            tokens=type(case.tokens)(*(x.to(device) for x in case.tokens)),
+        )
+        here, found = (
+            evaluate(operation.ours, given, ("logits",))[1]["logits"].cpu()
+            for given in (case, there)
+        )
+        same_bits(report, f"{name}: on another device", found, here)

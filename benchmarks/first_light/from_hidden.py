@@ -1,0 +1,197 @@
+"""Checks of what starts from hidden states: with the head frozen, and with it trained."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastrlhf
+
+from . import plain
+from .accuracy import judge
+from .cases import (
+    Case,
+    Function,
+    Leaves,
+    Tokens,
+    compare,
+    compare_gradients,
+    evaluate,
+    hidden_case,
+    normal,
+)
+from .machine import Machine
+from .sections import Reporter
+
+_SOFTCAP, _TEMPERATURE = 30.0, 0.8
+_SMALL = (1.0, 1 / 8192, 1e-6)  # gradients from outside, as a loss scale or a long batch makes them
+
+
+class Operation(NamedTuple):
+    """An operation and its plain formula."""
+
+    ours: Function
+    plain: Function
+
+
+def _options(x: Leaves) -> dict[str, Any]:
+    """Four chunks, so that sums go over more than one."""
+    b, t, _ = x["hidden"].shape
+    return {"chunk_size": max(2, b * t // 4), "impl": "triton"}
+
+
+def _head(x: Leaves) -> tuple[Tensor, Tensor]:
+    return x["hidden"], x["weight"]
+
+
+def _log_p(x: Leaves, prefix: str = "") -> Tensor:
+    return plain.log_softmax(x[prefix + "hidden"] @ x[prefix + "weight"].T)
+
+
+def _stats(x: Leaves, s: Tokens) -> dict:
+    stats = fastrlhf.linear_token_stats(
+        *_head(x), s.targets, entropy=True, temperature=_TEMPERATURE, softcap=_SOFTCAP,
+        **_options(x),
+    )  # fmt: skip
+    return {"logprob": stats.logprob, "entropy": stats.entropy}
+
+
+def _plain_stats(x: Leaves, s: Tokens) -> dict:
+    log_p = plain.log_softmax(x["hidden"] @ x["weight"].T, _TEMPERATURE, _SOFTCAP)
+    return {"logprob": plain.logprobs(log_p, s), "entropy": plain.entropy(log_p) * s.live}
+
+
+def _logprobs(x: Leaves, s: Tokens) -> dict:
+    return {"logprob": fastrlhf.linear_token_logprobs(*_head(x), s.targets, **_options(x))}
+
+
+def _plain_logprobs(x: Leaves, s: Tokens) -> dict:
+    return {"logprob": plain.logprobs(_log_p(x), s)}
+
+
+def _loss(x: Leaves, s: Tokens) -> dict:
+    count = s.live.sum()
+
+    def weighted(stats: fastrlhf.ChunkStats, g: Tensor) -> Tensor:
+        return (stats.logprob * g).sum() / count
+
+    return {"loss": fastrlhf.linear_loss(weighted, *_head(x), s.targets, s.g, **_options(x))[0]}
+
+
+def _plain_loss(x: Leaves, s: Tokens) -> dict:
+    return {"loss": plain.mean(plain.logprobs(_log_p(x), s) * s.g, s)}
+
+
+def _dpo(x: Leaves, s: Tokens) -> dict:
+    sequences = torch.arange(s.targets.shape[0], device=s.targets.device)
+    losses, _ = fastrlhf.linear_dpo_loss(
+        *_head(x), s.targets, s.advantages * 0, *sequences.chunk(2), plain.BETA, **_options(x)
+    )
+    return {"loss": losses.mean()}
+
+
+def _plain_dpo(x: Leaves, s: Tokens) -> dict:
+    return {"loss": plain.dpo(plain.logprobs(_log_p(x), s), s)}
+
+
+def _policy(x: Leaves, s: Tokens) -> dict:
+    rest = (s.targets, s.old, s.advantages, s.live)
+    return {"loss": fastrlhf.linear_policy_loss(*_head(x), *rest, **_options(x))[0]}
+
+
+def _plain_policy(x: Leaves, s: Tokens) -> dict:
+    return {"loss": plain.mean(plain.clipped(plain.logprobs(_log_p(x), s), s), s)}
+
+
+def _divergence(direction: str) -> Operation:
+    def ours(x: Leaves, s: Tokens) -> dict:
+        values = fastrlhf.linear_kl_divergence(
+            *_head(x), x["other_hidden"], x["other_weight"], mask=s.live, direction=direction,
+            beta=0.3, **_options(x),
+        )  # fmt: skip
+        return {"divergence": values}
+
+    def formula(x: Leaves, s: Tokens) -> dict:
+        values = plain.divergence(_log_p(x), _log_p(x, "other_"), direction, 0.3)
+        return {"divergence": values * s.live}
+
+    return Operation(ours, formula)
+
+
+OPERATIONS = {
+    "linear_token_logprobs": Operation(_logprobs, _plain_logprobs),
+    "linear_token_stats": Operation(_stats, _plain_stats),
+    "linear_loss": Operation(_loss, _plain_loss),
+    "linear_dpo_loss": Operation(_dpo, _plain_dpo),
+    "linear_policy_loss": Operation(_policy, _plain_policy),
+    "linear_kl_divergence reverse": _divergence("reverse"),
+    "linear_kl_divergence jsd": _divergence("jsd"),
+}
+
+
+def check(report: Reporter, machine: Machine, dtype: torch.dtype) -> None:
+    """Values and gradients of every operation in a dtype."""
+    for vocab, dtypes in zip(machine.sizes.vocabs, machine.sizes.linear_dtypes, strict=True):
+        if dtype not in dtypes:
+            continue
+        case = hidden_case(machine, vocab, dtype)
+        for (name, operation), trained in itertools.product(OPERATIONS.items(), (False, True)):
+            wanted = ("hidden", "weight")[: 1 + trained]
+            title = f"{name} V={vocab} {str(dtype).removeprefix('torch.')}"
+            title += ", trained head" if trained else ", frozen head"
+            compare(report, machine, title, operation, case, wanted)
+
+
+def check_small_gradients(report: Reporter, machine: Machine) -> None:
+    """fp16 gradients of a loss that counts little: as accurate as fp16 can hold them.
+
+    Plain PyTorch loses them, so the exact ones rounded to fp16 stand in for its own.
+    """
+    case = hidden_case(machine, machine.sizes.vocabs[0], torch.float16)
+    # So that what reaches the hidden states is no smaller than what fp16 can hold.
+    case.leaves["weight"].mul_(4.0)
+    case.leaves["hidden"].div_(4.0)
+    for name in ("linear_loss", "linear_token_logprobs"):
+        operation = OPERATIONS[name]
+        for size in _SMALL:
+            # The loss is a mean: undone, so that the size is that of each token's gradient.
+            factor = size * float(case.tokens.live.sum()) if name == "linear_loss" else size
+            wanted = ("hidden", "weight")
+            _, exact = _scaled(operation.plain, case.double(), factor)
+            try:
+                _, found = _scaled(operation.ours, case, factor)
+            except Exception as error:
+                report.holds(f"{name} fp16: {error!r}"[:200], False)
+                continue
+            for leaf in wanted:
+                three = (found[leaf], exact[leaf].half(), exact[leaf])
+                title = f"{name} fp16, gradients of {size:.0e}: {leaf}"
+                compare_gradients(report, machine, title, leaf, three, case.tokens.targets)
+
+
+def _scaled(function: Function, case: Case, factor: float) -> tuple[dict, dict]:
+    """Evaluate a function whose value, a loss or one for each token, counts `factor` times."""
+
+    def total(x: Leaves, s: Tokens) -> dict:
+        ((name, value),) = function(x, s).items()
+        return {"loss": value if name == "loss" else (value * s.g).sum()}
+
+    return evaluate(total, case, ("hidden", "weight"), factor)
+
+
+def check_products(report: Reporter, machine: Machine) -> None:
+    """fp32 += 16 bits × 16 bits, what every linear operation is made of; with padded rows too."""
+    dtypes = (torch.bfloat16, torch.float16)
+    for (m, k, n), dtype in itertools.product(machine.sizes.products, dtypes):
+        for padding in (0, 3):
+            a, b = (normal(machine, *size).to(dtype) for size in ((m, k), (n, k)))
+            out = normal(machine, m, n + padding)[:, :n]
+            exact = out.double() + a.double() @ b.double().T
+            usual = out + a.float() @ b.float().T
+            machine.add_product(out, a, b.T)
+            title = f"addmm fp32 += {dtype} ({m}, {k}, {n})".replace("torch.", "")
+            title += ", padded rows" if padding else ""
+            report.check(title, judge(out, usual, exact, machine.slack(torch.float32)))

@@ -1,0 +1,217 @@
+"""Checks of what starts from logits: statistics, policy losses, divergences."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+import fastrlhf
+
+from . import plain
+from .accuracy import judge_values
+from .cases import (
+    Case,
+    Function,
+    Leaves,
+    Tokens,
+    compare,
+    evaluate,
+    logits_case,
+    normal,
+    same_bits,
+)
+from .machine import Machine
+from .sections import Reporter
+
+_TRITON: dict[str, Any] = {"impl": "triton"}
+_SOFTCAP, _KL_COEF, _ENTROPY_COEF, _SHARE = 30.0, 0.1, 0.01, 0.3
+
+
+class Operation(NamedTuple):
+    """An operation and its plain formula."""
+
+    ours: Function
+    plain: Function
+    inplace: Function | None = None  # the operation where it overwrites the logits backward
+    pair: bool = False  # of the logits of two models
+    shared_zeros: bool = True  # of the two, which have probability 0 for the same tokens
+
+
+# Statistics.
+
+
+def _token_logprobs(x: Leaves, s: Tokens, **options: Any) -> dict:
+    return {"logprob": fastrlhf.token_logprobs(x["logits"], s.targets, **options, **_TRITON)}
+
+
+def _plain_logprobs(x: Leaves, s: Tokens) -> dict:
+    return {"logprob": plain.logprobs(plain.log_softmax(x["logits"]), s)}
+
+
+def _token_stats(x: Leaves, s: Tokens, **options: Any) -> dict:
+    stats = fastrlhf.token_stats(
+        x["logits"], s.targets, entropy=True, temperature=s.temperature, softcap=_SOFTCAP,
+        **options, **_TRITON,
+    )  # fmt: skip
+    return {"logprob": stats.logprob, "entropy": stats.entropy}
+
+
+def _plain_stats(x: Leaves, s: Tokens) -> dict:
+    log_p = plain.log_softmax(x["logits"], s.temperature, _SOFTCAP)
+    return {"logprob": plain.logprobs(log_p, s), "entropy": plain.entropy(log_p)}
+
+
+# Policy losses.
+
+
+def _policy(x: Leaves, s: Tokens, **options: Any) -> dict:
+    rest = (s.targets, s.old, s.advantages, s.live)
+    return {"loss": fastrlhf.logits_policy_loss(x["logits"], *rest, **options, **_TRITON)[0]}
+
+
+def _plain_policy(x: Leaves, s: Tokens) -> dict:
+    logp = plain.logprobs(plain.log_softmax(x["logits"]), s)
+    return {"loss": plain.mean(plain.clipped(logp, s), s)}
+
+
+def _regularised(x: Leaves, s: Tokens, **options: Any) -> dict:
+    return _policy(
+        x, s, ref_logprobs=s.ref, kl_coef=_KL_COEF, entropy_coef=_ENTROPY_COEF,
+        temperature=s.temperature, softcap=_SOFTCAP, **options,
+    )  # fmt: skip
+
+
+def _plain_regularised(x: Leaves, s: Tokens) -> dict:
+    log_p = plain.log_softmax(x["logits"], s.temperature, _SOFTCAP)
+    logp = plain.logprobs(log_p, s)
+    losses = plain.clipped(logp, s) + _KL_COEF * plain.k3(logp, s)
+    return {"loss": plain.mean(losses - _ENTROPY_COEF * plain.entropy(log_p), s)}
+
+
+# Divergences.
+
+
+def _divergence(direction: str, transformed: bool = False) -> Operation:
+    def ours(x: Leaves, s: Tokens) -> dict:
+        options = {"temperature": s.temperature, "softcap": _SOFTCAP} if transformed else {}
+        values = fastrlhf.kl_divergence(
+            x["logits"], x["other_logits"], direction=direction, mask=s.live, beta=_SHARE,
+            **options, **_TRITON,
+        )  # fmt: skip
+        return {"divergence": values}
+
+    def formula(x: Leaves, s: Tokens) -> dict:
+        options = (s.temperature, _SOFTCAP) if transformed else ()
+        sides = (plain.log_softmax(x[name], *options) for name in ("logits", "other_logits"))
+        return {"divergence": plain.divergence(*sides, direction, _SHARE)}
+
+    # Plain PyTorch has no gradient of a mixture of two zeros.
+    return Operation(ours, formula, pair=True, shared_zeros=direction != "jsd")
+
+
+def _inplace(function: Any) -> Function:
+    return lambda x, s: function(x, s, inplace_backward=True)
+
+
+STATISTICS = {
+    "token_logprobs": Operation(_token_logprobs, _plain_logprobs, _inplace(_token_logprobs)),
+    "token_stats": Operation(_token_stats, _plain_stats, _inplace(_token_stats)),
+}
+POLICIES = {
+    "logits_policy_loss": Operation(_policy, _plain_policy, _inplace(_policy)),
+    "logits_policy_loss, KL and entropy": Operation(
+        _regularised, _plain_regularised, _inplace(_regularised)
+    ),
+}
+DIVERGENCES = {
+    "kl_divergence reverse": _divergence("reverse"),
+    "kl_divergence forward": _divergence("forward"),
+    "kl_divergence jsd": _divergence("jsd"),
+    "kl_divergence reverse, softcap": _divergence("reverse", transformed=True),
+}
+
+
+def make_case(machine: Machine, operation: Operation, vocab: int, dtype: torch.dtype) -> Case:
+    """Inputs whose values are finite: no token is certain of one model and impossible of the other,
+    and the reference is 0 only where the policy is.
+    """
+    case = logits_case(machine, vocab, dtype, pair=operation.pair)
+    if operation.pair:
+        logits, other = case.leaves["logits"], case.leaves["other_logits"]
+        logits[-1, 1] = logits[-1, 2]
+        if operation.shared_zeros:
+            other.masked_fill_(logits.isneginf(), -torch.inf)
+    return case
+
+
+def check(report: Reporter, machine: Machine, operations: dict[str, Operation], i: int) -> None:
+    """Values and gradients with the i-th vocabulary, also in place and of a loss times 2."""
+    vocab = machine.sizes.vocabs[i]
+    for dtype, (name, operation) in itertools.product(machine.sizes.dtypes[i], operations.items()):
+        case = make_case(machine, operation, vocab, dtype)
+        title = f"{name} V={vocab} {str(dtype).removeprefix('torch.')}"
+        formulas, wanted = (operation.ours, operation.plain), tuple(case.leaves)
+        gradients = compare(report, machine, title, formulas, case, wanted)
+        if gradients and operation.inplace is not None:
+            inplace = evaluate(operation.inplace, case, wanted)[1]["logits"]
+            same_bits(report, f"{title}, in place", gradients["logits"], inplace)
+        if "loss" in name:
+            compare(report, machine, f"{title}, times 2", formulas, case, wanted, factor=2.0)
+
+
+def check_rows(report: Reporter, machine: Machine) -> None:
+    """A row alone has the bits that it has in a batch; and logits may start and lie anywhere."""
+    vocab, dtype = machine.sizes.vocabs[1], machine.sizes.dtypes[1][0]
+    for name, operation in (STATISTICS | DIVERGENCES).items():
+        case, row = make_case(machine, operation, vocab, dtype), (slice(1, 2), slice(2, 3))
+        wanted = tuple(case.leaves)
+        values, gradients = evaluate(operation.ours, case, wanted)
+        alone = evaluate(operation.ours, _part(case, row), wanted)
+        for whole, part in zip((values, gradients), alone, strict=True):
+            for key, found in part.items():
+                same_bits(report, f"{name}, a row alone: {key}", found, whole[key][row])
+        formulas = (_misplaced(operation.ours), operation.plain)
+        compare(report, machine, f"{name} of an unaligned view", formulas, case, wanted)
+
+
+def _part(case: Case, row: tuple[slice, slice]) -> Case:
+    """A batch that is a part of another."""
+    leaves = {name: x[row] for name, x in case.leaves.items()}
+    tokens = Tokens(*(x[row[0]] if x.ndim == 1 else x[row] for x in case.tokens))
+    return Case(leaves, {}, tokens)
+
+
+def _misplaced(function: Function) -> Function:
+    """Give a function its leaves in memory that starts anywhere, with rows further apart."""
+
+    def call(x: Leaves, s: Tokens) -> dict:
+        # One entry too many before the rows, and two behind each.
+        return function({k: torch.nn.functional.pad(v, (1, 2))[..., 1:-2] for k, v in x.items()}, s)
+
+    return call
+
+
+def check_hostile_values(report: Reporter, machine: Machine) -> None:
+    """What has no plain formula to be compared with: a near certainty, and infinite divergences."""
+    vocab = machine.sizes.vocabs[1]
+    logits = normal(machine, 3, vocab, scale=3.0)
+    logits[:, 7] = logits.logsumexp(-1) + torch.tensor([8.0, 12.0, 16.0], device=machine.device)
+    targets = torch.full((3,), 7, device=machine.device)
+    # Not by log_softmax, which cancels in fp64 as well.
+    rest = logits.double().index_fill(1, targets[:1], -torch.inf).logsumexp(-1)
+    exact = torch.nn.functional.logsigmoid(logits[:, 7].double() - rest)
+    found = fastrlhf.token_logprobs(logits, targets, **_TRITON)
+    ratio = found.double() / exact
+    one = torch.ones_like(ratio)
+    verdict = judge_values(ratio, one, one, machine.slack(torch.float32))
+    report.check("log-probs where p is nearly 1", verdict)
+    other = logits.clone()
+    other[1, 5] = -torch.inf
+    found = fastrlhf.kl_divergence(logits, other, **_TRITON)
+    only_the_second = [False, True, False]
+    report.holds("KL: inf where q alone is 0", found.isposinf().tolist() == only_the_second)
+    logits[1, 7] = -torch.inf
+    found = fastrlhf.token_logprobs(logits, targets, **_TRITON)
+    report.holds("log-prob: -inf where p is 0", found.isneginf().tolist() == only_the_second)

@@ -1,0 +1,198 @@
+"""What a GPU alone can do, and what stands in for it where there is none.
+
+Everything that first light asks of CUDA itself is a method of `Cuda`. Where the kernels are
+interpreted, `Interpreted` has the same methods, so that every other line of first light runs
+without a GPU: the lines of `Cuda` are the only ones that do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import measure
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fastrlhf.recipes.memory import peak_memory
+
+from .sizes import REAL, TINY, Sizes
+
+Work = Callable[[], Any]
+
+# Roundings of fp32 that a right result may be off by where the plain formula happens to be exact.
+_ROUNDINGS = 32 * torch.finfo(torch.float32).eps
+
+
+class Launch(NamedTuple):
+    """A kernel as the profiler saw it, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Cuda:
+    """A GPU."""
+
+    device = torch.device("cuda")
+    jobs = 8  # processes that share the GPU while nothing is timed
+
+    def __init__(self, sizes: Sizes) -> None:
+        """Touch nothing yet: the process that starts the others must not have a CUDA context."""
+        self.sizes = sizes
+
+    def describe(self) -> dict[str, Any]:
+        """Name the card and what drives it."""
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = None
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            driver = subprocess.check_output(query, text=True, timeout=5).split("\n")[0].strip()
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "card": torch.cuda.get_device_name(),
+            "driver": driver,
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+
+    def slack(self, dtype: torch.dtype) -> float:
+        """Relative error allowed beyond the plain formula's: a few roundings of fp32."""
+        return _ROUNDINGS
+
+    def seconds(self, work: Work, rounds: int = 7) -> float:
+        """Median time of some work, after two runs that are not counted, with cold caches."""
+        stopwatch = measure.Stopwatch(self.device)
+        for _ in range(2):
+            work()
+        return statistics.median(stopwatch.seconds(work) for _ in range(rounds))
+
+    def peak_bytes(self, work: Work) -> tuple[Any, int]:
+        """What some work returns, and the memory that it held at its peak."""
+        return peak_memory(work, self.device)
+
+    def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+        """Do `out = beta·out + a @ b`, fp32 from 16 bits, as the linear operations do."""
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+
+    @contextlib.contextmanager
+    def forbid_waiting(self) -> Iterator[None]:
+        """Raise where the host would wait for the GPU."""
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def on_a_side_stream(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do some work on a stream of its own, after the current one."""
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            found = work()
+        current.wait_stream(side)
+        torch.cuda.synchronize()
+        return found
+
+    def replayed(self, work: Callable[[], Tensor]) -> Tensor:
+        """What a CUDA graph of some work leaves when it is replayed."""
+        self.on_a_side_stream(work)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = work()
+        found.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        return found
+
+    def another_device(self) -> torch.device | None:
+        """A device that is not the current one, if there is one."""
+        return torch.device("cuda", 1) if torch.cuda.device_count() > 1 else None
+
+    def launches(self, work: Work) -> list[Launch]:
+        """Every kernel that some work launches, in the order in which they ran."""
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            work()
+            torch.cuda.synchronize()
+        return _launches(
+            event
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+
+
+class Interpreted:
+    """A CPU, under Triton's interpreter."""
+
+    device = torch.device("cpu")
+    jobs = 2
+
+    def __init__(self, sizes: Sizes) -> None:
+        """Take the sizes of everything."""
+        self.sizes = sizes
+
+    def describe(self) -> dict[str, Any]:
+        """Say that this is no card."""
+        return {"card": "interpreted", "driver": None, "cuda": None}
+
+    def slack(self, dtype: torch.dtype) -> float:
+        """Relative error allowed beyond the plain formula's.
+
+        The interpreter truncates to bf16 where a GPU rounds, which doubles the error: once its eps.
+        """
+        return _ROUNDINGS + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0)
+
+    def seconds(self, work: Work, rounds: int = 1) -> float:
+        """Time one run by the clock, after none: no figure of the interpreter means anything."""
+        return measure.Stopwatch(self.device).seconds(work)
+
+    def peak_bytes(self, work: Work) -> tuple[Any, int]:
+        """What some work returns, and no bytes: nobody asks what the interpreter holds."""
+        return work(), 0
+
+    def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+        """Multiply in fp32, without `out_dtype`, which is CUDA's."""
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
+
+    def forbid_waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: there is nothing to wait for."""
+        return contextlib.nullcontext()
+
+    def on_a_side_stream(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work: there is one stream."""
+        return work()
+
+    def replayed(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work again."""
+        return work()
+
+    def another_device(self) -> torch.device | None:
+        """The same one."""
+        return self.device
+
+    def launches(self, work: Work) -> list[Launch]:
+        """Every operator of this library that the work calls."""
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            work()
+        return _launches(e for e in profiler.events() if e.name.startswith("fastrlhf::"))
+
+
+Machine = Cuda | Interpreted
+
+
+def _launches(events: Iterator[Any]) -> list[Launch]:
+    found = [Launch(e.name, e.time_range.start, e.time_range.end) for e in events]
+    return sorted(found, key=lambda launch: launch.start)
+
+
+def make_machine(device: str, *, tiny: bool) -> Machine:
+    """Return a GPU, or the CPU that stands in for it."""
+    return (Cuda if device == "cuda" else Interpreted)(TINY if tiny else REAL)

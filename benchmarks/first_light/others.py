@@ -1,0 +1,112 @@
+"""Checks of what has rows of another kind: Fisher products, advantages, pairs of sequences."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import fastrlhf
+from fastrlhf import reference
+
+from .accuracy import judge, judge_values
+from .cases import compare_gradients, logits_case, normal
+from .machine import Machine
+from .sections import Reporter
+
+_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")  # those with a kernel
+_BETA, _SMOOTHING = 0.1, 0.1
+
+
+def check_fisher(report: Reporter, machine: Machine) -> None:
+    """The product, a row at a time, and the quadratic form."""
+    for vocab, dtypes in zip(machine.sizes.vocabs, machine.sizes.dtypes, strict=True):
+        for dtype in dtypes:
+            case = logits_case(machine, vocab, dtype)
+            logits, live = case.leaves["logits"], case.tokens.live
+            tangent, temperature = normal(machine, *logits.shape).to(dtype), case.tokens.temperature
+            found = fastrlhf.softmax_fisher_product(
+                logits, tangent, temperature=temperature, mask=live, impl="triton"
+            )
+
+            def formula(x: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+                p = (x / t[..., None]).softmax(-1)
+                product = p * (u - (p * u).sum(-1, keepdim=True)) / t[..., None] ** 2
+                return [product, (product * u).sum(-1)]
+
+            clean = case.clean().leaves["logits"]
+            usual = formula(clean.float(), tangent.float(), temperature)
+            usual[0] = usual[0].to(dtype)
+            exact = formula(clean.double(), tangent.double(), temperature.double())
+            title = f"softmax_fisher_product V={vocab} {dtype}".replace("torch.", "")
+            slack = machine.slack(dtype)
+            # A certain token's product is nothing but what rounding leaves.
+            live[-1, 1] = False
+            three = [x[0][live] for x in (found, usual, exact)]
+            report.check(f"{title}: product", judge(*three, slack))
+            three = [x[1][live] for x in (found, usual, exact)]
+            report.check(f"{title}: form", judge_values(*three, machine.slack(torch.float32)))
+            report.holds(f"{title}: 0 where ignored", not bool(found[0][0, 0].any()))
+
+
+def check_advantages(report: Reporter, machine: Machine) -> None:
+    """GAE over lengths of less than a block and of many, with holes that hold NaN."""
+    for length in machine.sizes.scan_lengths:
+        rewards, values = normal(machine, 5, length), normal(machine, 5, length)
+        mask = torch.rand(5, length, device=machine.device) > 0.3
+        mask[1] = False
+        rewards[~mask] = torch.nan
+        found = fastrlhf.gae(rewards, values, mask, gamma=0.99, lam=0.95, impl="triton")
+        clean = rewards.nan_to_num(0.0).cpu(), values.cpu()
+        usual, exact = (
+            reference.gae(*inputs, mask.cpu(), gamma=0.99, lam=0.95)
+            for inputs in (clean, [x.double() for x in clean])
+        )
+        for i, name in enumerate(("advantages", "returns")):
+            three = (found[i].cpu(), usual[i], exact[i])
+            verdict = judge_values(*three, machine.slack(torch.float32))
+            report.check(f"gae T={length}: {name}", verdict)
+
+
+def check_pairs(report: Reporter, machine: Machine) -> None:
+    """DPO's losses and rewards from log-probs, against their definition, and the gradient."""
+    logps, ref = -normal(machine, 6, 40).abs(), -normal(machine, 6, 40).abs()
+    mask = torch.rand(6, 40, device=machine.device) > 0.2
+    chosen, rejected = (torch.tensor(x, device=machine.device) for x in ([0, 1, 2], [3, 4, 0]))
+    for loss_type, smoothing in itertools.product(_LOSSES, (0.0, _SMOOTHING)):
+        if smoothing and loss_type not in ("sigmoid", "robust"):
+            continue
+        found = _ours(logps, ref, mask, chosen, rejected, loss_type, smoothing)
+        usual, exact = (
+            _definition(x, y, mask, chosen, rejected, loss_type, smoothing)
+            for x, y in ((logps, ref), (logps.double(), ref.double()))
+        )
+        title, slack = f"dpo_loss {loss_type} {smoothing}", machine.slack(torch.float32)
+        for i, name in enumerate(("losses", "rewards")):
+            report.check(f"{title}: {name}", judge_values(found[i], usual[i], exact[i], slack))
+        gradients = (found[2], usual[2], exact[2])
+        targets = torch.where(mask, 0, -100)
+        compare_gradients(report, machine, f"{title}: gradient", "hidden", gradients, targets)
+
+
+def _with_gradient(logps: torch.Tensor, losses: torch.Tensor, rewards: torch.Tensor) -> tuple:
+    (gradient,) = torch.autograd.grad(losses.sum(), logps)
+    return losses.detach(), rewards, gradient[..., None]
+
+
+def _ours(logps, ref, mask, chosen, rejected, loss_type, smoothing) -> tuple:
+    logps = logps.clone().requires_grad_()
+    found = fastrlhf.dpo_loss(
+        logps, ref, chosen, rejected, _BETA, loss_type=loss_type, label_smoothing=smoothing,
+        mask=mask, impl="triton",
+    )  # fmt: skip
+    return _with_gradient(logps, *found)
+
+
+def _definition(logps, ref, mask, chosen, rejected, loss_type, smoothing) -> tuple:
+    logps = logps.clone().requires_grad_()
+    found = reference.preference_loss(
+        logps, ref, chosen, rejected, mask, None, loss_type=loss_type, beta=_BETA,
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    return _with_gradient(logps, *found)

@@ -1,0 +1,73 @@
+"""The formulas in plain PyTorch, as trainers write them: in fp64, or in fp32 from any dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cases import Tokens
+
+BETA, CLIP = 0.1, 0.2
+
+
+def log_softmax(
+    logits: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Log-probs (..., V) after a softcap and a temperature."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[..., None]
+    return (z / temperature).log_softmax(-1)
+
+
+def logprobs(log_p: Tensor, tokens: Tokens) -> Tensor:
+    """Of the targets, 0 where there is none."""
+    return log_p.gather(-1, tokens.picked)[..., 0] * tokens.live
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """In nats; 0·ln 0 = 0."""
+    return -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0.0)).sum(-1)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q); terms where p is 0 are 0."""
+    return (log_p.exp() * (log_p - log_q).masked_fill(log_p.isinf(), 0.0)).sum(-1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, direction: str, beta: float) -> Tensor:
+    """Of the policy p and the reference q."""
+    if direction == "reverse":
+        return kl(log_p, log_q)
+    if direction == "forward":
+        return kl(log_q, log_p)
+    mixture = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    return beta * kl(log_q, mixture) + (1 - beta) * kl(log_p, mixture)
+
+
+def clipped(logp: Tensor, tokens: Tokens) -> Tensor:
+    """PPO's loss of each token."""
+    ratio, advantages = (logp - tokens.old).exp(), tokens.advantages[:, None]
+    return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+
+
+def k3(logp: Tensor, tokens: Tokens) -> Tensor:
+    """The estimator of the KL from the reference that is never negative."""
+    ratio = tokens.ref - logp
+    return ratio.exp() - 1 - ratio
+
+
+def mean(values: Tensor, tokens: Tokens) -> Tensor:
+    """Over the tokens with a target."""
+    return (values * tokens.live).sum() / tokens.live.sum()
+
+
+def dpo(logp: Tensor, tokens: Tokens) -> Tensor:
+    """The mean loss of the first half of the sequences against the second."""
+    chosen, rejected = (logp * tokens.live).sum(-1).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()

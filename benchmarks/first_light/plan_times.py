@@ -1,0 +1,173 @@
+"""How long the plans from hidden states take, in matmuls over the vocabulary (G), and beside whom.
+
+G = 2·N·V·H operations at the rate that this card's bf16 matmul has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from batch import Batch, Shape, make_batch
+from providers import PEER_LINEAR_LOGPROBS, eager_logprobs
+from torch import Tensor, autograd
+
+import fastrlhf
+
+from .machine import Machine
+from .sections import Reporter
+
+_SEQUENCES = 8
+_PEERS = ("TRL chunked log-probs", "Liger scaled cross-entropy", "F.linear_cross_entropy")
+
+
+class Bench:
+    """A batch of hidden states without a prompt, and a head."""
+
+    def __init__(self, report: Reporter, machine: Machine) -> None:
+        """Draw them."""
+        sizes = machine.sizes
+        self.report, self.machine = report, machine
+        self.rows, self.vocab, self.width = sizes.plan_rows, sizes.timed[0][1], sizes.plan_width
+        shape = Shape(
+            _SEQUENCES, self.rows // _SEQUENCES, self.vocab, self.width, prompt=0.0, trained=True,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        self.batch: Batch = make_batch("hidden", shape, machine.device)
+
+    def floor(self, matmuls: float, rows: int | None = None) -> float | None:
+        """Seconds of so many matmuls of all rows, or of some."""
+        rate = self.report.rates.get("matmul_flops_per_second")
+        flops = 2 * (rows or self.rows) * self.vocab * self.width * matmuls
+        return flops / rate if rate else None
+
+    def time(self, name: str, work: Callable[[], Any], matmuls: float) -> None:
+        """Report the time of a plan, and its memory beyond its gradients; failing is a line."""
+
+        def run() -> None:
+            gradients, peak = self.machine.peak_bytes(work)
+            kept = sum(x.nbytes for x in gradients)
+            del gradients
+            seconds = self.machine.seconds(work, rounds=5)
+            beyond = (peak - kept) / 2**30
+            self.report.timing(name, seconds, self.floor(matmuls), peak_gib=round(beyond, 2))
+
+        self.report.attempt(name, run)
+
+    def gradients(self, value: Tensor, *, trained: bool = True) -> tuple[Tensor, ...]:
+        """Of hidden states, and of the head if it is trained."""
+        upstream = self.batch.upstream if value.ndim else None
+        leaves = [self.batch.hidden, self.batch.weight][: 1 + trained]
+        return autograd.grad(value, leaves, upstream)
+
+
+def _logprobs(batch: Batch, *, trained: bool, **options: Any) -> Tensor:
+    weight = batch.weight if trained else batch.weight.detach()
+    return fastrlhf.linear_token_logprobs(batch.hidden, weight, batch.targets, **options)
+
+
+def _loss(batch: Batch, **options: Any) -> Tensor:
+    def nll(stats: fastrlhf.ChunkStats) -> Tensor:
+        return -stats.logprob.mean()
+
+    return fastrlhf.linear_loss(nll, batch.hidden, batch.weight, batch.targets, **options)[0]
+
+
+def _dpo(batch: Batch, **options: Any) -> Tensor:
+    ref = torch.zeros(_SEQUENCES, device=batch.targets.device)
+    pairs = torch.arange(_SEQUENCES, device=batch.targets.device).chunk(2)
+    head = (batch.hidden, batch.weight, batch.targets)
+    return fastrlhf.linear_dpo_loss(*head, ref, *pairs, **options)[0].mean()
+
+
+def time_plans(report: Reporter, machine: Machine) -> None:
+    """P0 to P4, and two of them with workspaces of two sizes."""
+    bench = Bench(report, machine)
+    batch, options = bench.batch, {"impl": "triton"}
+
+    def no_gradients() -> list[Tensor]:
+        with torch.no_grad():
+            _logprobs(batch, trained=True, **options)
+        return []
+
+    def frozen() -> tuple[Tensor, ...]:
+        return bench.gradients(_logprobs(batch, trained=False, **options), trained=False)
+
+    def trained() -> tuple[Tensor, ...]:
+        return bench.gradients(_logprobs(batch, trained=True, **options))
+
+    bench.time("P0 no gradient, 1G", no_gradients, 1)
+    bench.time("P1 frozen head, 2G", frozen, 2)
+    bench.time("P2 linear_loss, 3G", lambda: bench.gradients(_loss(batch, **options)), 3)
+    bench.time("P3 linear_dpo_loss, 3G", lambda: bench.gradients(_dpo(batch, **options)), 3)
+    bench.time("P4 log-probs, 4G", trained, 4)
+    for workspace in machine.sizes.workspaces:
+        # Whole tiles of a matmul: cuBLAS's largest have 256 rows, most 128.
+        chunk = max(1, workspace // (4 * bench.vocab) // 128 * 128)
+        for name, loss in (("P2", _loss), ("P3", _dpo)):
+
+            def work(loss: Any = loss, chunk: int = chunk) -> tuple[Tensor, ...]:
+                return bench.gradients(loss(batch, chunk_size=chunk, **options))
+
+            bench.time(f"{name} in chunks of {chunk}", work, 3)
+
+
+def time_chunk_matmuls(report: Reporter, machine: Machine) -> None:
+    """The matmuls of a single chunk: which of them is far from what the card can do?"""
+    bench = Bench(report, machine)
+    rows, device = machine.sizes.chunk, machine.device
+    hidden = bench.batch.hidden.detach().flatten(0, 1)[:rows]
+    weight = bench.batch.weight.detach()
+    d_logits = torch.randn(rows, bench.vocab, device=device).bfloat16()
+    narrow = torch.empty_like(d_logits)
+    logits, d_hidden, d_weight = (
+        torch.zeros(shape, device=device)
+        for shape in ((rows, bench.vocab), (rows, bench.width), weight.shape)
+    )
+    products = {
+        "logits fp32": lambda: machine.add_product(logits, hidden, weight.T, beta=0),
+        "logits bf16": lambda: torch.mm(hidden, weight.T, out=narrow),
+        "d_hidden": lambda: machine.add_product(d_hidden, d_logits, weight, beta=0),
+        "d_weight, beta 0": lambda: machine.add_product(d_weight, d_logits.T, hidden, beta=0),
+        "d_weight, beta 1": lambda: machine.add_product(d_weight, d_logits.T, hidden, beta=1),
+    }
+    for name, product in products.items():
+
+        def time(name: str = name, product: Any = product) -> None:
+            seconds = machine.seconds(product)
+            report.timing(f"{rows} rows: {name}", seconds, bench.floor(1, rows))
+
+        report.attempt(name, time)
+
+
+def time_others(report: Reporter, machine: Machine) -> None:
+    """The same gradients by plain PyTorch, and by the peers that are installed."""
+    bench = Bench(report, machine)
+    batch = bench.batch
+
+    def in_chunks() -> Tensor:
+        parts = zip(batch.hidden.flatten(0, 1).split(machine.sizes.chunk),
+                    batch.targets.flatten().split(machine.sizes.chunk), strict=True)  # fmt: skip
+        found = [
+            torch.utils.checkpoint.checkpoint(
+                _plain_logprobs, h, batch.weight, y, use_reentrant=False
+            )
+            for h, y in parts
+        ]
+        return torch.cat(found).view_as(batch.targets)
+
+    bench.time("plain PyTorch, 3G", lambda: bench.gradients(eager_logprobs(batch)), 3)
+    bench.time("plain PyTorch in chunks, 4G", lambda: bench.gradients(in_chunks()), 4)
+    for name in _PEERS:
+
+        def peer(name: str = name) -> None:
+            logprobs = PEER_LINEAR_LOGPROBS[name].load()
+            bench.time(f"{name}, by 4G", lambda: bench.gradients(logprobs(batch)), 4)
+
+        report.attempt(name, peer)
+
+
+def _plain_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    return log_p.gather(-1, targets[:, None])[:, 0]

@@ -1,0 +1,195 @@
+"""Sections: each a process of its own, so that one that crashes, hangs or kills itself ends alone.
+
+They are forked from a process that has imported everything and touched no GPU, so a section starts
+at once. What a section finds goes to a file line by line, and what it says to another; so both are
+there whatever becomes of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import IO, Any, NamedTuple
+
+from .accuracy import Verdict
+
+Record = dict[str, Any]
+
+_LAST_LINES = 12
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 2.0  # for the stack of a section that hangs to be written
+
+
+class Reporter:
+    """Where a section says what it finds."""
+
+    def __init__(self, file: IO[str], rates: Record) -> None:
+        """Write to a file; the `rates` of this card are known if their section found them."""
+        self._file, self.rates = file, rates
+
+    def record(self, kind: str, **what: Any) -> None:
+        """Write a record, complete, before anything else can go wrong."""
+        self._file.write(json.dumps({"kind": kind} | what) + "\n")
+        self._file.flush()
+
+    def check(self, name: str, verdict: Verdict) -> None:
+        """Report a comparison; what is no number has none in JSON."""
+        figures = {key: x if math.isfinite(x) else None for key, x in verdict._asdict().items()}
+        self.record("check", name=name, passed=verdict.passed, **figures)
+
+    def holds(self, name: str, condition: bool) -> None:
+        """Report something that is so or not."""
+        self.check(name, Verdict(0.0 if condition else 1.0, 0.0, 0.0))
+
+    def timing(self, name: str, seconds: float, floor: float | None = None, **more: Any) -> None:
+        """Report a time, and what the card's own rates allow for the same work."""
+        floor_ms = None if floor is None else 1e3 * floor
+        share = None if floor is None else floor / seconds
+        self.record("timing", name=name, ms=1e3 * seconds, floor_ms=floor_ms, share=share, **more)
+
+    def note(self, name: str, text: str) -> None:
+        """Report in words why there is no figure."""
+        self.record("note", name=name, text=text[:300])
+
+    def attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Do some work whose failure is a line, not the end of the section."""
+        try:
+            work()
+        except Exception as error:
+            self.note(name, describe(error))
+
+
+def describe(error: Exception) -> str:
+    """Say in a line what went wrong."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+class Section(NamedTuple):
+    """A part of the run, and the seconds that it may take."""
+
+    name: str
+    work: Callable[[Reporter], None]
+    seconds: float
+
+
+class Outcome(NamedTuple):
+    """How a section ended, and the last lines of its output if it did not end well."""
+
+    section: str
+    status: str  # "ok", or what happened
+    seconds: float
+    output: list[str]
+
+
+class Process:
+    """A section that runs."""
+
+    def __init__(self, section: Section, seconds: float, rates: Record) -> None:
+        """Fork."""
+        self.section, self._limit = section, min(section.seconds, seconds)
+        self._start, self._aborted = time.monotonic(), False
+        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._records = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
+        self._read = 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._run(rates)
+
+    def _run(self, rates: Record) -> None:
+        """What the new process does, whose last line it is."""
+        code = 1
+        try:
+            os.setsid()
+            for stream in (1, 2):
+                os.dup2(self._log.fileno(), stream)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            faulthandler.enable(file=2)  # says where it was when it is told to abort
+            with open(self._records.name, "a") as records:
+                self.section.work(Reporter(records, rates))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def new_records(self) -> list[Record]:
+        """Complete lines that were written since the last call."""
+        with open(self._records.name) as file:
+            file.seek(self._read)
+            text = file.read()
+        whole = text[: text.rfind("\n") + 1]
+        self._read += len(whole.encode())
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it runs within its time."""
+        seconds = time.monotonic() - self._start
+        pid, code = os.waitpid(self._pid, os.WNOHANG)
+        if pid == 0 and seconds <= self._limit:
+            return None
+        if pid == 0 and not self._aborted:
+            self._aborted = True
+            os.kill(self._pid, signal.SIGABRT)
+            return None
+        if pid == 0 and seconds <= self._limit + _GRACE_SECONDS:
+            return None
+        # With what it has started itself; also if it has ended, for these may go on.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
+        status = _status(code) if not self._aborted else f"ended after {self._limit:.0f} s"
+        return Outcome(self.section.name, status, seconds, [] if status == "ok" else self._tail())
+
+    def _tail(self) -> list[str]:
+        self._log.seek(0)
+        return [line.rstrip()[:300] for line in self._log.read().splitlines()[-_LAST_LINES:]]
+
+
+def _status(code: int) -> str:
+    if os.WIFSIGNALED(code):
+        return f"killed by {signal.Signals(os.WTERMSIG(code)).name}"
+    return "ok" if code == 0 else f"exit code {os.waitstatus_to_exitcode(code)}"
+
+
+def run_sections(
+    sections: list[Section],
+    jobs: int,
+    deadline: float,
+    rates: Record,
+    found: Callable[[str, list[Record]], None],
+    ended: Callable[[Outcome], None],
+) -> None:
+    """Run sections in their order, so many at a time, until a time of `time.monotonic`.
+
+    `found` is told the records of a section as they come, and `ended` how it ended.
+    """
+    waiting, running = list(sections), []
+    while waiting or running:
+        left = deadline - time.monotonic()
+        while waiting and left <= 0:
+            ended(Outcome(waiting.pop(0).name, "not started: no time left", 0.0, []))
+        while waiting and len(running) < jobs:
+            running.append(Process(waiting.pop(0), left, rates))
+        time.sleep(_POLL_SECONDS)
+        for process in list(running):
+            outcome = process.outcome()
+            if records := process.new_records():
+                found(process.section.name, records)
+            if outcome is not None:
+                running.remove(process)
+                ended(outcome)

@@ -1,0 +1,78 @@
+"""How large everything is: as in real models, or so small that an interpreter gets through."""
+
+from typing import NamedTuple
+
+import torch
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Sizes(NamedTuple):
+    """Sizes of the inputs of checks and timings."""
+
+    # Rows that all start at 16 bytes, and rows that start anywhere; with the dtypes of the checks
+    # from logits, and of those from hidden states.
+    vocabs: tuple[int, int]
+    dtypes: tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]
+    linear_dtypes: tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]
+    tokens: int  # of each of the two sequences of the checks from logits
+    past_int32: tuple[int, int]  # rows and vocabulary of the largest tensor that is checked
+    linear_rows: int  # of the checks from hidden states, a multiple of 4
+    linear_width: int
+    scan_lengths: tuple[int, ...]
+    products: tuple[tuple[int, int, int], ...]  # (m, k, n)
+    copied_bytes: int
+    matmul_side: int
+    timed: tuple[tuple[int, int], ...]  # (rows, vocabulary), the central one first
+    scan: tuple[int, int]  # sequences and tokens
+    step: tuple[int, int]  # sequences and tokens of a step whose launches are counted
+    plan_rows: int
+    plan_width: int
+    chunk: int  # rows of a single matmul
+    workspaces: tuple[int, int]  # bytes of fp32 logits held at a time
+    variants: int | None  # how many launch shapes are tried of a kernel; None: all
+
+
+REAL = Sizes(
+    vocabs=(128256, 50257),
+    dtypes=((_BF16, _FP32), (_BF16, _FP32)),
+    linear_dtypes=((_BF16, _FP16, _FP32), (_BF16, _FP16, _FP32)),
+    tokens=5,
+    past_int32=(2**31 // 262144 + 2, 262144),
+    linear_rows=160,
+    linear_width=256,
+    scan_lengths=(1, 33, 777, 1024, 2500, 5000),
+    products=((1, 64, 50257), (96, 64, 512), (96, 512, 50257), (130, 4096, 1000)),
+    copied_bytes=2**31,
+    matmul_side=8192,
+    timed=((8192, 128256), (8192, 151936), (8192, 50257)),
+    scan=(64, 1024),
+    step=(8, 128),
+    plan_rows=8192,
+    plan_width=4096,
+    chunk=1024,
+    workspaces=(2**29, 2**30),
+    variants=None,
+)
+
+TINY = Sizes(
+    vocabs=(1056, 1057),
+    dtypes=((_BF16,), (_FP32,)),
+    linear_dtypes=((_BF16,), ()),
+    tokens=3,
+    past_int32=(3, 1056),
+    linear_rows=8,
+    linear_width=16,
+    scan_lengths=(1, 33, 70),
+    products=((1, 8, 17), (3, 8, 16)),
+    copied_bytes=2**20,
+    matmul_side=64,
+    timed=((4, 1056), (4, 1040), (4, 1057)),
+    scan=(2, 64),
+    step=(2, 4),
+    plan_rows=16,
+    plan_width=16,
+    chunk=4,
+    workspaces=(2**15, 2**16),
+    variants=2,
+)
