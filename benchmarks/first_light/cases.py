@@ -10,39 +10,14 @@ from torch import Tensor, autograd
 
 from .accuracy import judge, judge_values, split_logits, split_weight
 from .machine import Machine
+from .plain import SOFTCAP, log_softmax, logprobs
 from .sections import Reporter, describe
+from .tokens import IGNORED, Tokens
 
-IGNORED = -100
 _MASKED = slice(3, 11)  # columns whose logits are -inf
 _CERTAIN = 17
 
 Leaves = dict[str, Tensor]
-
-
-class Tokens(NamedTuple):
-    """What is known of each token besides its logits: (B, T), of a sequence (B,)."""
-
-    targets: Tensor
-    g: Tensor  # gradients from outside, 0 where a token is ignored
-    h: Tensor
-    temperature: Tensor
-    advantages: Tensor
-    old: Tensor  # log-probs when the tokens were sampled
-    ref: Tensor
-
-    @property
-    def live(self) -> Tensor:
-        """The tokens with a target."""
-        return self.targets != IGNORED
-
-    @property
-    def picked(self) -> Tensor:
-        """Indices of the targets, (B, T, 1), whatever is ignored."""
-        return self.targets.clamp(min=0)[..., None]
-
-    def double(self) -> Tokens:
-        """The same in fp64."""
-        return Tokens(*(x.double() if x.is_floating_point() else x for x in self))
 
 
 # Of leaves and tokens: differentiable values, (B, T) or 0-d, by name.
@@ -78,22 +53,39 @@ def normal(machine: Machine, *size: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(size, device=machine.device)
 
 
-def make_tokens(machine: Machine, targets: Tensor, logprobs: Tensor) -> Tokens:
-    """Draw the rest for targets (B, T) whose log-probs are known."""
+def make_tokens(machine: Machine, targets: Tensor) -> Tokens:
+    """Draw what does not depend on log-probs."""
     b, t = targets.shape
     g, h = (normal(machine, b, t) * (targets != IGNORED) for _ in range(2))
     temperature = torch.rand(b, t, device=machine.device) + 0.5
-    # Log-ratios of 0.1 and 0.3 either way: with bounds of 0.2 half of them are clipped, and none is
-    # so close to a bound that rounding could bring it to the other side.
-    ratios = torch.tensor([-0.3, -0.1, 0.1, 0.3, 0.1], device=machine.device).repeat(b * t)
-    old = logprobs.float() + ratios[: b * t].view(b, t)
-    ref = logprobs.float() + normal(machine, b, t, scale=0.3)
+    old = ref = torch.zeros_like(g)
     return Tokens(targets, g, h, temperature, normal(machine, b), old, ref)
 
 
-def logits_case(machine: Machine, vocab: int, dtype: torch.dtype, *, pair: bool = False) -> Case:
+def sampled(machine: Machine, tokens: Tokens, log_p: Tensor) -> Tokens:
+    """The tokens as an older policy sampled them, whose log-probs lie near the present ones.
+
+    Log-ratios are 0.1 and 0.3 either way: with bounds of 0.2 half of them are clipped, and none is
+    so close to a bound that rounding could bring it to the other side.
+    """
+    present = logprobs(log_p, tokens).float()
+    ratios = torch.tensor([-0.3, -0.1, 0.1, 0.3, 0.1], device=machine.device)
+    old = present + ratios.repeat(present.numel())[: present.numel()].view(present.shape)
+    ref = present + normal(machine, *present.shape, scale=0.3)
+    return tokens._replace(old=old, ref=ref)
+
+
+def logits_case(
+    machine: Machine,
+    vocab: int,
+    dtype: torch.dtype,
+    *,
+    pair: bool = False,
+    transformed: bool = False,
+) -> Case:
     """Two sequences of tokens: one token is ignored and holds NaN, one is certain, and most have
-    columns of -inf. A `pair` has the logits of a second model.
+    columns of -inf. A `pair` has the logits of a second model; where the logits are `transformed`
+    by temperature and softcap, so are those that the tokens were sampled from.
     """
     b, t = 2, machine.sizes.tokens
     logits = normal(machine, b, t, vocab, scale=3.0).to(dtype)
@@ -104,9 +96,11 @@ def logits_case(machine: Machine, vocab: int, dtype: torch.dtype, *, pair: bool 
     logits[-1, 1], logits[-1, 1, _CERTAIN] = -9e3, 1e4
     targets[-1, 1] = _CERTAIN
     targets[0, 0], logits[0, 0] = IGNORED, torch.nan
-    exact = logits.double().nan_to_num(0.0, neginf=-torch.inf).log_softmax(-1)
-    logprobs = exact.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    case = Case({"logits": logits}, {}, make_tokens(machine, targets, logprobs))
+    tokens = make_tokens(machine, targets)
+    transform = (tokens.temperature, SOFTCAP) if transformed else ()
+    exact = logits.double().masked_fill(~tokens.live[..., None], 0.0)
+    tokens = sampled(machine, tokens, log_softmax(exact, *transform))
+    case = Case({"logits": logits}, {}, tokens)
     if pair:
         other = normal(machine, b, t, vocab, scale=3.0).to(dtype)
         other[0, 0] = torch.nan
@@ -126,9 +120,9 @@ def hidden_case(machine: Machine, vocab: int, dtype: torch.dtype) -> Case:
     )
     targets = torch.randint(vocab, (4, rows // 4), device=machine.device)
     targets[:, 0] = IGNORED
-    logits = leaves["hidden"].double() @ leaves["weight"].double().T
-    logprobs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return Case(leaves, constants, make_tokens(machine, targets, logprobs))
+    tokens = make_tokens(machine, targets)
+    exact = leaves["hidden"].double() @ leaves["weight"].double().T
+    return Case(leaves, constants, sampled(machine, tokens, log_softmax(exact)))
 
 
 def evaluate(
@@ -169,15 +163,18 @@ def compare(
         return {}
     same_bits(report, f"{name}, again", _flat(values, gradients), _flat(*again))
     clean, live = case.clean(), case.tokens.live
+    # The coefficient of a token is a function of its log-prob, and known as well as that.
+    terms = max(1.0, float(case.tokens.old.abs().max())) if "policy" in name else 1.0
     exact, exact_gradients = evaluate(plain, clean.double(), wanted, factor)
     usual, usual_gradients = evaluate(plain, clean, wanted, factor)
     for key, found in values.items():
         three = [x if x.ndim == 0 else x[live] for x in (found, usual[key], exact[key])]
-        report.check(f"{name}: {key}", judge_values(*three, machine.slack(found.dtype)))
+        report.check(f"{name}: {key}", judge_values(*three, terms * machine.slack(found.dtype)))
     for key, found in gradients.items():
         three = (found, usual_gradients[key], exact_gradients[key])
         title = f"{name}: gradient of {key}"
-        compare_gradients(report, machine, title, key, three, case.tokens.targets)
+        slack = machine.slack(found.dtype) * (terms if found.dtype == torch.float32 else 1.0)
+        compare_gradients(report, title, key, three, case.tokens.targets, slack)
     return gradients
 
 
@@ -187,16 +184,16 @@ def _flat(*parts: dict[str, Tensor]) -> Tensor:
 
 def compare_gradients(
     report: Reporter,
-    machine: Machine,
     name: str,
     leaf: str,
     three: tuple[Tensor, Tensor, Tensor],
     targets: Tensor,
+    slack: float,
 ) -> None:
     """Report how far a leaf's gradient is, of (found, plain, exact), in each of its parts."""
-    slack, found, live = machine.slack(three[0].dtype), three[0], targets != IGNORED
+    found, live = three[0], targets != IGNORED
     if leaf == "hidden":
-        report.check(f"{name}", judge(*(x[live] for x in three), slack))
+        report.check(name, judge(*(x[live] for x in three), slack))
     else:
         split = split_weight if leaf == "weight" else split_logits
         of_targets, of_rest = zip(*(split(x, targets) for x in three), strict=True)

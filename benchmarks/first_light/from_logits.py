@@ -15,7 +15,6 @@ from .cases import (
     Case,
     Function,
     Leaves,
-    Tokens,
     compare,
     evaluate,
     logits_case,
@@ -24,9 +23,10 @@ from .cases import (
 )
 from .machine import Machine
 from .sections import Reporter
+from .tokens import Tokens
 
 _TRITON: dict[str, Any] = {"impl": "triton"}
-_SOFTCAP, _KL_COEF, _ENTROPY_COEF, _SHARE = 30.0, 0.1, 0.01, 0.3
+_KL_COEF, _ENTROPY_COEF, _SHARE = 0.1, 0.01, 0.3
 
 
 class Operation(NamedTuple):
@@ -35,6 +35,7 @@ class Operation(NamedTuple):
     ours: Function
     plain: Function
     inplace: Function | None = None  # the operation where it overwrites the logits backward
+    transformed: bool = False  # by temperature and softcap
     pair: bool = False  # of the logits of two models
     shared_zeros: bool = True  # of the two, which have probability 0 for the same tokens
 
@@ -52,14 +53,14 @@ def _plain_logprobs(x: Leaves, s: Tokens) -> dict:
 
 def _token_stats(x: Leaves, s: Tokens, **options: Any) -> dict:
     stats = fastrlhf.token_stats(
-        x["logits"], s.targets, entropy=True, temperature=s.temperature, softcap=_SOFTCAP,
+        x["logits"], s.targets, entropy=True, temperature=s.temperature, softcap=plain.SOFTCAP,
         **options, **_TRITON,
     )  # fmt: skip
     return {"logprob": stats.logprob, "entropy": stats.entropy}
 
 
 def _plain_stats(x: Leaves, s: Tokens) -> dict:
-    log_p = plain.log_softmax(x["logits"], s.temperature, _SOFTCAP)
+    log_p = plain.log_softmax(x["logits"], s.temperature, plain.SOFTCAP)
     return {"logprob": plain.logprobs(log_p, s), "entropy": plain.entropy(log_p)}
 
 
@@ -79,12 +80,12 @@ def _plain_policy(x: Leaves, s: Tokens) -> dict:
 def _regularised(x: Leaves, s: Tokens, **options: Any) -> dict:
     return _policy(
         x, s, ref_logprobs=s.ref, kl_coef=_KL_COEF, entropy_coef=_ENTROPY_COEF,
-        temperature=s.temperature, softcap=_SOFTCAP, **options,
+        temperature=s.temperature, softcap=plain.SOFTCAP, **options,
     )  # fmt: skip
 
 
 def _plain_regularised(x: Leaves, s: Tokens) -> dict:
-    log_p = plain.log_softmax(x["logits"], s.temperature, _SOFTCAP)
+    log_p = plain.log_softmax(x["logits"], s.temperature, plain.SOFTCAP)
     logp = plain.logprobs(log_p, s)
     losses = plain.clipped(logp, s) + _KL_COEF * plain.k3(logp, s)
     return {"loss": plain.mean(losses - _ENTROPY_COEF * plain.entropy(log_p), s)}
@@ -95,7 +96,7 @@ def _plain_regularised(x: Leaves, s: Tokens) -> dict:
 
 def _divergence(direction: str, transformed: bool = False) -> Operation:
     def ours(x: Leaves, s: Tokens) -> dict:
-        options = {"temperature": s.temperature, "softcap": _SOFTCAP} if transformed else {}
+        options = {"temperature": s.temperature, "softcap": plain.SOFTCAP} if transformed else {}
         values = fastrlhf.kl_divergence(
             x["logits"], x["other_logits"], direction=direction, mask=s.live, beta=_SHARE,
             **options, **_TRITON,
@@ -103,12 +104,12 @@ def _divergence(direction: str, transformed: bool = False) -> Operation:
         return {"divergence": values}
 
     def formula(x: Leaves, s: Tokens) -> dict:
-        options = (s.temperature, _SOFTCAP) if transformed else ()
+        options = (s.temperature, plain.SOFTCAP) if transformed else ()
         sides = (plain.log_softmax(x[name], *options) for name in ("logits", "other_logits"))
         return {"divergence": plain.divergence(*sides, direction, _SHARE)}
 
     # Plain PyTorch has no gradient of a mixture of two zeros.
-    return Operation(ours, formula, pair=True, shared_zeros=direction != "jsd")
+    return Operation(ours, formula, None, transformed, pair=True, shared_zeros=direction != "jsd")
 
 
 def _inplace(function: Any) -> Function:
@@ -117,12 +118,12 @@ def _inplace(function: Any) -> Function:
 
 STATISTICS = {
     "token_logprobs": Operation(_token_logprobs, _plain_logprobs, _inplace(_token_logprobs)),
-    "token_stats": Operation(_token_stats, _plain_stats, _inplace(_token_stats)),
+    "token_stats": Operation(_token_stats, _plain_stats, _inplace(_token_stats), True),
 }
 POLICIES = {
     "logits_policy_loss": Operation(_policy, _plain_policy, _inplace(_policy)),
     "logits_policy_loss, KL and entropy": Operation(
-        _regularised, _plain_regularised, _inplace(_regularised)
+        _regularised, _plain_regularised, _inplace(_regularised), True
     ),
 }
 DIVERGENCES = {
@@ -137,10 +138,12 @@ def make_case(machine: Machine, operation: Operation, vocab: int, dtype: torch.d
     """Inputs whose values are finite: no token is certain of one model and impossible of the other,
     and the reference is 0 only where the policy is.
     """
-    case = logits_case(machine, vocab, dtype, pair=operation.pair)
+    case = logits_case(
+        machine, vocab, dtype, pair=operation.pair, transformed=operation.transformed
+    )
     if operation.pair:
         logits, other = case.leaves["logits"], case.leaves["other_logits"]
-        logits[-1, 1] = logits[-1, 2]
+        logits[-1, 1] = logits[0, 1]
         if operation.shared_zeros:
             other.masked_fill_(logits.isneginf(), -torch.inf)
     return case
@@ -164,8 +167,10 @@ def check(report: Reporter, machine: Machine, operations: dict[str, Operation], 
 def check_rows(report: Reporter, machine: Machine) -> None:
     """A row alone has the bits that it has in a batch; and logits may start and lie anywhere."""
     vocab, dtype = machine.sizes.vocabs[1], machine.sizes.dtypes[1][0]
-    for name, operation in (STATISTICS | DIVERGENCES).items():
-        case, row = make_case(machine, operation, vocab, dtype), (slice(1, 2), slice(2, 3))
+    operations = STATISTICS | DIVERGENCES
+    for name in ("token_stats", "kl_divergence reverse", "kl_divergence jsd"):
+        operation = operations[name]
+        case, row = make_case(machine, operation, vocab, dtype), (slice(0, 1), slice(1, 2))
         wanted = tuple(case.leaves)
         values, gradients = evaluate(operation.ours, case, wanted)
         alone = evaluate(operation.ours, _part(case, row), wanted)

@@ -17,11 +17,9 @@ def measure_rates(report: Reporter, machine: Machine) -> None:
     Everything after this is measured by them.
     """
     sizes = machine.sizes
-    report.record("machine", **machine.describe())
     source = torch.ones(sizes.copied_bytes, dtype=torch.int8, device=machine.device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / machine.seconds(lambda: target.copy_(source))
-    del source, target
     side = sizes.matmul_side
     a, b = (torch.randn(side, side, device=machine.device).bfloat16() for _ in range(2))
     flops = 2 * side**3 / machine.seconds(lambda: a @ b)

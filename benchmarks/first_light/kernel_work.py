@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class Logits:
         def statistics(transform: tuple, entropy: bool) -> Any:
             return ops.token_stats(x, targets, *transform, -100, entropy, False, "triton")
 
+        @functools.cache
         def saved(entropy: bool) -> tuple[Tensor, ...]:
             logprob, row_entropy, _, peak, log_norm = statistics(_NOTHING, entropy)
             return logprob, row_entropy, peak, log_norm
@@ -59,12 +61,12 @@ class Logits:
         def divergence(share: float | None) -> Any:
             return ops.divergence(x, other, mask, *_NOTHING, share, "triton")
 
-        def backward(share: float | None, of_p: bool) -> Callable[[], Any]:
-            kept = divergence(share)[1]
-            rest = (kept, g, *_NOTHING, share, of_p, "triton")
-            return lambda: ops.divergence_backward(x, other, mask, *rest)
+        kept = functools.cache(lambda share: divergence(share)[1])
 
-        plain, with_entropy = saved(False), saved(True)
+        def backward(share: float | None, of_p: bool) -> Any:
+            rest = (kept(share), g, *_NOTHING, share, of_p, "triton")
+            return ops.divergence_backward(x, other, mask, *rest)
+
         last = (*_NOTHING, "triton")
         double = torch.full((), 2.0, device=x.device)
         return {
@@ -72,23 +74,23 @@ class Logits:
             "K1 with entropy": KernelWork(lambda: statistics(_NOTHING, True), 1),
             "K1 with softcap": KernelWork(lambda: statistics(_CAPPED, False), 1),
             "K2 gradient": KernelWork(
-                lambda: ops.token_stats_backward(x, targets, *plain, g, None, *last), 2
+                lambda: ops.token_stats_backward(x, targets, *saved(False), g, None, *last), 2
             ),
             "K2 with entropy": KernelWork(
-                lambda: ops.token_stats_backward(x, targets, *with_entropy, g, g, *last), 2
+                lambda: ops.token_stats_backward(x, targets, *saved(True), g, g, *last), 2
             ),
             "K3 policy loss": KernelWork(lambda: self._policy(torch.empty_like(x)), 2),
             "KL forward": KernelWork(lambda: divergence(None), 2),
-            "KL backward, policy": KernelWork(backward(None, True), 3),
-            "KL backward, reference": KernelWork(backward(None, False), 3),
+            "KL backward, policy": KernelWork(lambda: backward(None, True), 3),
+            "KL backward, reference": KernelWork(lambda: backward(None, False), 3),
             "JSD forward": KernelWork(lambda: divergence(_SHARE), 2),
-            "JSD backward": KernelWork(backward(_SHARE, True), 3),
+            "JSD backward": KernelWork(lambda: backward(_SHARE, True), 3),
             "Fisher product": KernelWork(
                 lambda: ops.fisher_product(x, other, mask, None, 1.0, "triton"), 3
             ),
             "scale_ by 2": KernelWork(lambda: ops.scale_(other, double), 2),
             "K2 in place": KernelWork(
-                lambda: ops.token_stats_backward_(x, targets, *plain, g, None, *last), 2
+                lambda: ops.token_stats_backward_(x, targets, *saved(False), g, None, *last), 2
             ),
             "K3 in place": KernelWork(lambda: self._policy(x), 2),
         }

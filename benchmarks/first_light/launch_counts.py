@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -47,10 +48,7 @@ def count_launches(report: Reporter, machine: Machine) -> None:
 
 def _report(report: Reporter, name: str, launches: list[Launch]) -> None:
     busy = [launch.end - launch.start for launch in launches]
-    gaps = [
-        max(0.0, after.start - before.end)
-        for before, after in zip(launches, launches[1:], strict=False)
-    ]
+    gaps = [max(0.0, after.start - before.end) for before, after in itertools.pairwise(launches)]
     report.record(
         "launches", name=name, count=len(launches), busy_us=sum(busy), gaps_us=sum(gaps),
         kernels=[

@@ -86,7 +86,7 @@ def check_pairs(report: Reporter, machine: Machine) -> None:
             report.check(f"{title}: {name}", judge_values(found[i], usual[i], exact[i], slack))
         gradients = (found[2], usual[2], exact[2])
         targets = torch.where(mask, 0, -100)
-        compare_gradients(report, machine, f"{title}: gradient", "hidden", gradients, targets)
+        compare_gradients(report, f"{title}: gradient", "hidden", gradients, targets, slack)
 
 
 def _with_gradient(logps: torch.Tensor, losses: torch.Tensor, rewards: torch.Tensor) -> tuple:

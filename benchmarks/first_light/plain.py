@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Tokens
+from .tokens import Tokens
 
-BETA, CLIP = 0.1, 0.2
+BETA, CLIP, SOFTCAP = 0.1, 0.2, 30.0
 
 
 def log_softmax(

@@ -12,6 +12,7 @@ import torch
 from batch import Batch, Shape, make_batch
 from providers import PEER_LINEAR_LOGPROBS, eager_logprobs
 from torch import Tensor, autograd
+from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 
@@ -50,7 +51,7 @@ class Bench:
             kept = sum(x.nbytes for x in gradients)
             del gradients
             seconds = self.machine.seconds(work, rounds=5)
-            beyond = (peak - kept) / 2**30
+            beyond = max(0, peak - kept) / 2**30
             self.report.timing(name, seconds, self.floor(matmuls), peak_gib=round(beyond, 2))
 
         self.report.attempt(name, run)
@@ -104,7 +105,8 @@ def time_plans(report: Reporter, machine: Machine) -> None:
     bench.time("P4 log-probs, 4G", trained, 4)
     for workspace in machine.sizes.workspaces:
         # Whole tiles of a matmul: cuBLAS's largest have 256 rows, most 128.
-        chunk = max(1, workspace // (4 * bench.vocab) // 128 * 128)
+        rows = workspace // (4 * bench.vocab)
+        chunk = rows // 128 * 128 or rows
         for name, loss in (("P2", _loss), ("P3", _dpo)):
 
             def work(loss: Any = loss, chunk: int = chunk) -> tuple[Tensor, ...]:
@@ -150,10 +152,7 @@ def time_others(report: Reporter, machine: Machine) -> None:
         parts = zip(batch.hidden.flatten(0, 1).split(machine.sizes.chunk),
                     batch.targets.flatten().split(machine.sizes.chunk), strict=True)  # fmt: skip
         found = [
-            torch.utils.checkpoint.checkpoint(
-                _plain_logprobs, h, batch.weight, y, use_reentrant=False
-            )
-            for h, y in parts
+            checkpoint(_plain_logprobs, h, batch.weight, y, use_reentrant=False) for h, y in parts
         ]
         return torch.cat(found).view_as(batch.targets)
 

@@ -99,7 +99,7 @@ class Process:
         """Fork."""
         self.section, self._limit = section, min(section.seconds, seconds)
         self._start, self._aborted = time.monotonic(), False
-        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._records = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self._read = 0
         sys.stdout.flush()
