@@ -1,27 +1,32 @@
-"""Everything that needs a GPU, in one command: the tests on real kernels, then the benchmarks.
+"""Everything that needs a GPU, in one command: is it right and fast there, in minutes or in hours.
 
-    python benchmarks/gpu.py [--minutes 8] [--output DIR] [--skip-tests]
+    python benchmarks/gpu.py --first-light [--seconds 150] [--output DIR]
+    python benchmarks/gpu.py [--minutes 8] [--output DIR] [--tests]
 
-It needs torch, triton, transformers and pytest, and no installation of this package; peers take
-part where they can be imported. What it writes: tests.txt, results.json, results.csv, tables.md and
-the pictures (these need matplotlib; `report.py` makes them later from the JSON as well).
+The first is for the first minutes on a new card: every operation against fp64, then each kernel
+beside the card's own limits. It writes first-light.json. `--device cpu --tiny` runs every line of
+it interpreted, on a CPU, but for what is CUDA's own.
 
-The batches come in the order of what they tell: the central one of every operation, what compiles
-first apart from the others, then those that differ from it in one thing, and so on until the time
-is over. `--minutes 180` should have time for all.
+The second holds the contests with plain PyTorch and the peers. With --tests it spends half of its
+minutes on them, and the rest on the test suite. It writes results.json, results.csv, tables.md and
+the pictures (these need matplotlib; `report.py` makes them later from the JSON as well), and
+tests.txt. The batches come in the order of what they tell: the central one of every operation, what
+compiles first apart from the others, then those that differ from it in one thing, and so on until
+the time is over. `--minutes 180` should have time for all. The suite by itself is
+
+    python -m pytest -n 2 --maxschedchunk 1 tests/test_real_sizes.py tests
+
+All need torch, triton and transformers, the tests pytest, and no installation of this package;
+peers take part where they can be imported.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import importlib.util
 import itertools
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,15 +34,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_tests
 import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# These look at files, at the compiler or at recipes on the CPU, which a GPU changes nothing about.
-_WITHOUT_GPU = ("compile_lint", "packaging", "imports", "readme", "demo", "trpo_learns",
-                "benchmarks", "trl_parity")  # fmt: skip
-_TESTS_FIRST = ("real_sizes", "token_stats", "logits_policy_loss", "divergence", "fisher")
-_TESTS_SHARE = 0.5  # of the minutes, at most
+_CONTESTS_SHARE = 0.5  # of the minutes, if the tests are to run as well
 _REPORT_SECONDS = 20
 _COMPILE_SECONDS = 60  # what must be left for a contest of what compiles first
 # The files of the benchmarks, the most telling first.
@@ -51,47 +53,6 @@ def make_importable(folder: str) -> None:
     Path(folder, "fastrlhf").symlink_to(ROOT / "fastrlhf")
     sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-
-
-def run_tests(output: Path, seconds: float) -> str:
-    """Run the suite for so long at most, into a file; return how it ended."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *test_files()]
-    if importlib.util.find_spec("xdist"):
-        # The workers compile kernels side by side, and share the GPU and what they compiled.
-        workers = str(min(8, os.cpu_count() or 1))
-        command += ["-p", "xdist.plugin", "-n", workers, "--dist", "load"]
-    # Other plugins of the machine could warn, and warnings are errors here.
-    quiet = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-    with (output / "tests.txt").open("w") as log:
-        tests = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | quiet,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            outcome = "passed" if tests.wait(timeout=seconds) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            stop(tests)
-            outcome = f"cut off after {seconds:.0f} s"
-    lines = (output / "tests.txt").read_text().split("\n")
-    summary = next((line for line in reversed(lines) if line.strip()), "")
-    return f"{outcome} ({summary.strip('= ')})"
-
-
-def test_files() -> list[str]:
-    """Return the files of the tests that a GPU matters to, the most telling first."""
-    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    rest = sorted(names - {*_TESTS_FIRST, *_WITHOUT_GPU})
-    return [str(ROOT / "tests" / f"test_{name}.py") for name in (*_TESTS_FIRST, *rest)]
-
-
-def stop(tests: subprocess.Popen) -> None:
-    """Let pytest say what failed so far, then end it with all of its workers."""
-    tests.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        tests.wait(timeout=15)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(tests.pid, signal.SIGKILL)
-    tests.wait()
 
 
 class Contest(NamedTuple):
@@ -126,12 +87,12 @@ def plan(device: torch.device) -> Iterator[Contest]:
                     yield Contest(operation, shape, kind, names, compiles)
 
 
-def measure(output: Path, device: torch.device, tests: str, deadline: float) -> None:
+def measure(output: Path, device: torch.device, deadline: float) -> None:
     """Run contests until the time is over; the JSON on the disk is complete after each of them."""
     from contest import contest, failed
     from environment import describe
 
-    machine = describe(device, [torch.bfloat16]) | {"tests": tests}
+    machine = describe(device, [torch.bfloat16])
     report: dict[str, Any] = {"machine_info": machine, "benchmarks": [], "not_timed": []}
     contests, held = list(plan(device)), 0
     for operation, shape, kind, names, compiles in contests:
@@ -154,16 +115,59 @@ def measure(output: Path, device: torch.device, tests: str, deadline: float) -> 
                 report["not_timed"].append(record)
         held += 1
         machine["contests"] = f"{held} of {len(contests)}"
-        (output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+        _write(output, report)
+
+
+def _write(output: Path, report: dict[str, Any]) -> None:
+    (output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def add_tests(output: Path, seconds: float) -> str:
+    """Run the tests for so long, and add to the JSON how they ended."""
+    outcome = gpu_tests.run_tests(output, seconds)
+    print(f"tests: {outcome}", flush=True)
+    if (output / "results.json").exists():
+        report = json.loads((output / "results.json").read_text())
+        report["machine_info"]["tests"] = outcome
+        _write(output, report)
+    return outcome
 
 
 def main() -> int:
-    """Read the arguments, test, measure and report."""
+    """Read the arguments, and run what they ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<name of the GPU>")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
+    parser.add_argument("--tests", action="store_true", help="run the tests too, after the timings")
+    first = parser.add_argument_group("first light")
+    first.add_argument("--first-light", action="store_true", help="checks and timings in minutes")
+    first.add_argument("--seconds", type=float, default=150.0, help="for all of it (default: 150)")
+    first.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted")
+    first.add_argument("--tiny", action="store_true", help="in tiny shapes, for an interpreter")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_importable(folder)
+        return run_first_light(arguments) if arguments.first_light else run_contests(arguments)
+
+
+def run_first_light(arguments: argparse.Namespace) -> int:
+    """Check and time everything briefly. No line before this may touch the GPU: see sections.py."""
+    if arguments.device == "cpu":
+        # Before triton is imported: it decides at the decoration of a kernel.
+        os.environ["TRITON_INTERPRET"] = "1"
+        sys.path.append(str(ROOT / "tests"))
+        from support.interpreter import look_up_the_language_once
+
+        look_up_the_language_once()
+    from first_light.run import first_light
+
+    return first_light(
+        arguments.device, tiny=arguments.tiny, seconds=arguments.seconds, output=arguments.output
+    )
+
+
+def run_contests(arguments: argparse.Namespace) -> int:
+    """Measure and report; run the tests if they are asked for."""
     start, seconds = time.monotonic(), 60 * arguments.minutes
     if not torch.cuda.is_available():
         print("no GPU here: nothing measured")
@@ -172,13 +176,11 @@ def main() -> int:
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
     output = arguments.output or HERE / "results" / name
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        make_importable(folder)
-        tests = "not run" if arguments.skip_tests else run_tests(output, _TESTS_SHARE * seconds)
-        print(f"tests: {tests}", flush=True)
-        measure(output, device, tests, start + seconds - _REPORT_SECONDS)
+    end = start + seconds - _REPORT_SECONDS
+    measure(output, device, start + _CONTESTS_SHARE * seconds if arguments.tests else end)
+    outcome = add_tests(output, end - time.monotonic()) if arguments.tests else "passed"
     write_report(output)
-    return 0 if tests.startswith(("passed", "not run")) else 1
+    return 0 if outcome.startswith("passed") else 1
 
 
 def write_report(output: Path) -> None:

@@ -131,8 +131,8 @@ def _measured_with(machine: dict[str, Any]) -> str:
         f"{machine['date']}; {found}{threads}. Measured limits: copies at {copies:.4g} GB/s (read "
         f"and written), {rates}."
     )
-    if "tests" in machine:
-        text += f" Tests: {machine['tests']}. Contests: {machine['contests']}."
+    if "contests" in machine:
+        text += f" Tests: {machine.get('tests', 'not run')}. Contests: {machine['contests']}."
     return text + "\n"
 
 

@@ -21,9 +21,9 @@ import fastrlhf
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
-batch, contests, gpu, losses, measure, providers, report, shapes = map(
+batch, contests, gpu, gpu_tests, losses, measure, providers, report, shapes = map(
     importlib.import_module,
-    ("batch", "contest", "gpu", "losses", "measure", "providers", "report", "shapes"),
+    ("batch", "contest", "gpu", "gpu_tests", "losses", "measure", "providers", "report", "shapes"),
 )
 FORWARD, BOTH = contests.FORWARD, contests.BOTH
 
@@ -520,20 +520,45 @@ def test_the_gpu_command_says_when_there_is_none() -> None:
 
 
 def test_the_gpu_command_runs_the_tests_that_a_gpu_matters_to(tmp_path, monkeypatch) -> None:
-    files = [Path(name) for name in gpu.test_files()]
+    files = [Path(name) for name in gpu_tests.test_files()]
     assert len(set(files)) == len(files) and all(path.is_file() for path in files)
+    assert files[0].name == "test_real_sizes.py"
     everything = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
-    assert everything - {path.stem for path in files} == {f"test_{n}" for n in gpu._WITHOUT_GPU}
+    left_out = {f"test_{name}" for name in gpu_tests._WITHOUT_GPU}
+    assert everything - {path.stem for path in files} == left_out
     (tmp_path / "test_a.py").write_text("def test_right():\n    pass\n")
-    monkeypatch.setattr(gpu, "test_files", lambda: [str(tmp_path / "test_a.py")])
-    outcome = gpu.run_tests(tmp_path, 60.0)
+    monkeypatch.setattr(gpu_tests, "test_files", lambda: [str(tmp_path / "test_a.py")])
+    outcome = gpu_tests.run_tests(tmp_path, 60.0)
     assert outcome.startswith("passed (1 passed in ")
     (tmp_path / "test_a.py").write_text("def test_wrong():\n    assert 0\n")
-    assert gpu.run_tests(tmp_path, 60.0).startswith("failed (1 failed in ")
+    assert gpu_tests.run_tests(tmp_path, 60.0).startswith("failed (1 failed in ")
+
+
+@pytest.mark.parametrize("tests", [False, True])
+def test_the_gpu_command_spends_its_minutes_on_contests_unless_asked(
+    tests, tmp_path, monkeypatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    monkeypatch.setattr(gpu, "write_report", lambda output: calls.append("report"))
+    monkeypatch.setattr(gpu_tests, "run_tests", lambda output, left: f"failed after {left}")
+
+    def measure_until(output, device, deadline) -> None:
+        calls.append(deadline)
+        (output / "results.json").write_text('{"machine_info": {}}')
+
+    monkeypatch.setattr(gpu, "measure", measure_until)
+    arguments = SimpleNamespace(minutes=10.0, output=tmp_path, tests=tests)
+    assert gpu.run_contests(arguments) == tests
+    assert calls == [100.0 + (300.0 if tests else 580.0), "report"]
+    machine = json.loads((tmp_path / "results.json").read_text())["machine_info"]
+    assert machine == ({"tests": "failed after 580.0"} if tests else {})
 
 
 def test_the_gpu_command_keeps_what_it_has_when_time_is_over(tmp_path, monkeypatch) -> None:
-    """Its part after the tests, on the CPU and with small batches."""
+    """Its contests, on the CPU and with small batches."""
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e9)
     of = operation("preference_loss")
@@ -548,7 +573,7 @@ def test_the_gpu_command_keeps_what_it_has_when_time_is_over(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "plan", lambda device: iter(plan))
     clock = iter([0.0, 0.0, 0.0, 51.0])
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    gpu.measure(tmp_path, CPU, "passed", deadline=50.0)
+    gpu.measure(tmp_path, CPU, deadline=50.0)
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["machine_info"]["contests"] == "2 of 4"
     timed = {b["extra_info"]["provider"] for b in result["benchmarks"]}
@@ -556,7 +581,7 @@ def test_the_gpu_command_keeps_what_it_has_when_time_is_over(tmp_path, monkeypat
     assert {r["operation"] for r in result["not_timed"]} == {"lost"}
     gpu.write_report(tmp_path)
     text = (tmp_path / "tables.md").read_text()
-    assert "Tests: passed. Contests: 2 of 4." in text
+    assert "Tests: not run. Contests: 2 of 4." in text
 
 
 def test_no_provider_of_this_library_differs_from_its_public_functions() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from .sections import Outcome, Record
 
+_RESULTS = Path(__file__).resolve().parent.parent / "results"
 _PACKAGES = ("triton", "transformers", "trl", "liger-kernel")
 _CHECKS_CHARACTERS, _TIMINGS_CHARACTERS = 4300, 5500
 _WIDTH = 110
@@ -25,9 +26,9 @@ _SHOWN_FAILURES, _SHOWN_OUTPUT = 20, 6
 class Results:
     """Records of all sections, and how these ended."""
 
-    def __init__(self, folder: Path, options: Record) -> None:
-        """Write into a folder of the card's name, which the first section finds out."""
-        self._folder, self._start = folder, time.monotonic()
+    def __init__(self, output: Path | None, options: Record) -> None:
+        """Write into a folder; by default one of the card's name, which a section has to find."""
+        self._output, self._start = output, time.monotonic()
         self.found: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d"),
             "options": options,
@@ -42,7 +43,8 @@ class Results:
     def path(self) -> Path:
         """Where the JSON is."""
         card = self.found["machine"].get("card", "unknown card")
-        return self._folder / card.lower().replace(" ", "-") / "first-light.json"
+        folder = self._output or _RESULTS / card.lower().replace(" ", "-")
+        return folder / "first-light.json"
 
     def add(self, section: str, records: list[Record]) -> None:
         """Keep records of a section, and say at once what failed."""

@@ -114,11 +114,11 @@ def timing_sections(machine: Machine, seconds: float) -> list[Section]:
     ]
 
 
-def first_light(device: str, *, tiny: bool, seconds: float, folder: Path) -> int:
+def first_light(device: str, *, tiny: bool, seconds: float, output: Path | None) -> int:
     """Run all of it; return the exit code."""
     start = time.monotonic()
     machine = make_machine(device, tiny=tiny)
-    results = Results(folder, {"device": device, "tiny": tiny, "seconds": seconds})
+    results = Results(output, {"device": device, "tiny": tiny, "seconds": seconds})
     deadline = start + seconds - _REPORT_SECONDS
     phases = [
         (first_sections(machine, seconds), 1, deadline),

@@ -1,0 +1,59 @@
+"""The test suite on a GPU's real kernels, for as long as there is time."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# These look at files, at the compiler or at recipes on the CPU, which a GPU changes nothing about.
+_WITHOUT_GPU = ("compile_lint", "packaging", "imports", "readme", "demo", "trpo_learns",
+                "benchmarks", "first_light", "trl_parity")  # fmt: skip
+_TESTS_FIRST = ("real_sizes", "token_stats", "logits_policy_loss", "divergence", "fisher")
+# Each holds kernels, and in the tests past 2^31 elements up to 30 GiB of the GPU's memory.
+_WORKERS = 2
+
+
+def run_tests(output: Path, seconds: float) -> str:
+    """Run the suite for so long at most, into a file; return how it ended."""
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *test_files()]
+    if importlib.util.find_spec("xdist"):
+        # A test at a time for each worker, so that the order is that of the files.
+        command += ["-p", "xdist.plugin", "-n", str(_WORKERS), "--maxschedchunk", "1"]
+    # Other plugins of the machine could warn, and warnings are errors here.
+    quiet = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+    with (output / "tests.txt").open("w") as log:
+        tests = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | quiet,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            outcome = "passed" if tests.wait(timeout=seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            _stop(tests)
+            outcome = f"cut off after {seconds:.0f} s"
+    lines = (output / "tests.txt").read_text().split("\n")
+    summary = next((line for line in reversed(lines) if line.strip()), "")
+    return f"{outcome} ({summary.strip('= ')})"
+
+
+def test_files() -> list[str]:
+    """Return the files of the tests that a GPU matters to, the most telling first."""
+    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    rest = sorted(names - {*_TESTS_FIRST, *_WITHOUT_GPU})
+    return [str(ROOT / "tests" / f"test_{name}.py") for name in (*_TESTS_FIRST, *rest)]
+
+
+def _stop(tests: subprocess.Popen) -> None:
+    """Let pytest say what failed so far, then end it with all of its workers."""
+    tests.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        tests.wait(timeout=15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(tests.pid, signal.SIGKILL)
+    tests.wait()
