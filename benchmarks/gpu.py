@@ -151,7 +151,9 @@ def main() -> int:
 
 
 def run_first_light(arguments: argparse.Namespace) -> int:
-    """Check and time everything briefly. No line before this may touch the GPU: see sections.py."""
+    """Check and time everything briefly. Nothing before this may touch the GPU: see sections.py."""
+    # Whoever asks in this process whether there is a GPU is not to touch it either.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if arguments.device == "cpu":
         # Before triton is imported: it decides at the decoration of a kernel.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo  # the first call of a custom operator would, in every section anew
 
 from . import (
     device_checks,
