@@ -145,6 +145,8 @@ def main() -> int:
     first.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted")
     first.add_argument("--tiny", action="store_true", help="in tiny shapes, for an interpreter")
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and not (arguments.first_light and arguments.tiny):
+        parser.error("--device cpu is for --first-light --tiny")
     with tempfile.TemporaryDirectory() as folder:
         make_importable(folder)
         return run_first_light(arguments) if arguments.first_light else run_contests(arguments)

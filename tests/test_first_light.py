@@ -3,12 +3,14 @@ tiny shapes, that every line of it runs.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -365,6 +367,20 @@ def test_every_timing_is_there(tiny) -> None:
 
 
 @TINY
+def test_other_launch_shapes_are_tried(tiny) -> None:
+    _, found = tiny
+    shapes = importlib.import_module("first_light.launch_shapes")
+    names = [timing["name"] for timing in found["timings"]]
+    if importlib.util.find_spec("fastrlhf.kernels.launch") is None:
+        assert [note["name"] for note in found["notes"]] == ["launch shapes"]
+        return
+    for kernel in shapes.TRIED.values():
+        assert f"{kernel}: default" in names
+        assert any(name.startswith(f"{kernel}: best, ") for name in names)
+        assert sum(kernel in t["name"] for t in found["timings"] if t.get("variant")) == 2
+
+
+@TINY
 def test_the_last_thing_printed_are_the_tables(tiny) -> None:
     printed, found = tiny
     tables = printed[printed.rindex("CHECKS  ") :]
@@ -373,6 +389,39 @@ def test_the_last_thing_printed_are_the_tables(tiny) -> None:
         assert section["section"] in tables
     assert {"torch", "triton", "python", "date", "machine"} <= set(found)
     assert found["machine"]["card"] == "interpreted"
+
+
+def test_who_ends_the_run_gets_the_tables_and_leaves_no_process(tmp_path) -> None:
+    script = """
+        import os, sys, time
+        from pathlib import Path
+        from first_light import run
+        from first_light.sections import Section
+
+        def hangs(report):
+            report.note("process", str(os.getpid()))
+            time.sleep(600)
+
+        run.first_sections = lambda machine, seconds: [Section("hangs", hangs, 600.0)]
+        sys.exit(run.first_light("cpu", tiny=True, seconds=600, output=Path(sys.argv[1])))
+    """
+    search = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": search}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    path = tmp_path / "first-light.json"
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate()
+    assert process.returncode == 1 and "process: " in printed and "CHECKS" in printed
+    section = int(json.loads(path.read_text())["notes"][0]["text"])
+    # Without a parent it is nobody's to wait for, and may stay a while as a zombie.
+    status = Path(f"/proc/{section}/stat")
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        time.sleep(0.1)
 
 
 def test_signals_are_named() -> None:

@@ -32,6 +32,16 @@ def copy_seconds(report: Reporter, moved: float) -> float | None:
     return moved / rate if rate else None
 
 
+def compile_kernels(report: Reporter, machine: Machine, vocab: int) -> None:
+    """Launch each kernel once, so that Triton's cache has it when it is timed.
+
+    On few rows, but a multiple of 16 like those that are timed, for which the compiler has code of
+    its own.
+    """
+    for name, work in Logits(machine, machine.sizes.few_rows, vocab).works().items():
+        report.attempt(name, work.run)
+
+
 def time_kernels(report: Reporter, machine: Machine, rows: int, vocab: int) -> None:
     """Each kernel of rows of logits."""
     logits = Logits(machine, rows, vocab)

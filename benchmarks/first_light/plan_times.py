@@ -26,11 +26,12 @@ _PEERS = ("TRL chunked log-probs", "Liger scaled cross-entropy", "F.linear_cross
 class Bench:
     """A batch of hidden states without a prompt, and a head."""
 
-    def __init__(self, report: Reporter, machine: Machine) -> None:
-        """Draw them."""
+    def __init__(self, report: Reporter, machine: Machine, rows: int | None = None) -> None:
+        """Draw them; so many rows, or as many as are timed."""
         sizes = machine.sizes
         self.report, self.machine = report, machine
-        self.rows, self.vocab, self.width = sizes.plan_rows, sizes.timed[0][1], sizes.plan_width
+        self.rows = rows or sizes.plan_rows
+        self.vocab, self.width = sizes.timed[0][1], sizes.plan_width
         shape = Shape(
             _SEQUENCES, self.rows // _SEQUENCES, self.vocab, self.width, prompt=0.0, trained=True,
             dtype=torch.bfloat16,
@@ -47,6 +48,7 @@ class Bench:
         """Report the time of a plan, and its memory beyond its gradients; failing is a line."""
 
         def run() -> None:
+            work()  # what is compiled and reserved once
             gradients, peak = self.machine.peak_bytes(work)
             kept = sum(x.nbytes for x in gradients)
             del gradients
@@ -82,9 +84,8 @@ def _dpo(batch: Batch, **options: Any) -> Tensor:
     return fastrlhf.linear_dpo_loss(*head, ref, *pairs, **options)[0].mean()
 
 
-def time_plans(report: Reporter, machine: Machine) -> None:
-    """P0 to P4, and two of them with workspaces of two sizes."""
-    bench = Bench(report, machine)
+def _plans(bench: Bench) -> dict[str, tuple[Callable[[], Any], int]]:
+    """P0 to P4: what each does, and in how many matmuls."""
     batch, options = bench.batch, {"impl": "triton"}
 
     def no_gradients() -> list[Tensor]:
@@ -98,11 +99,28 @@ def time_plans(report: Reporter, machine: Machine) -> None:
     def trained() -> tuple[Tensor, ...]:
         return bench.gradients(_logprobs(batch, trained=True, **options))
 
-    bench.time("P0 no gradient, 1G", no_gradients, 1)
-    bench.time("P1 frozen head, 2G", frozen, 2)
-    bench.time("P2 linear_loss, 3G", lambda: bench.gradients(_loss(batch, **options)), 3)
-    bench.time("P3 linear_dpo_loss, 3G", lambda: bench.gradients(_dpo(batch, **options)), 3)
-    bench.time("P4 log-probs, 4G", trained, 4)
+    return {
+        "P0 no gradient, 1G": (no_gradients, 1),
+        "P1 frozen head, 2G": (frozen, 2),
+        "P2 linear_loss, 3G": (lambda: bench.gradients(_loss(batch, **options)), 3),
+        "P3 linear_dpo_loss, 3G": (lambda: bench.gradients(_dpo(batch, **options)), 3),
+        "P4 log-probs, 4G": (trained, 4),
+    }
+
+
+def compile_plans(report: Reporter, machine: Machine) -> None:
+    """Run each plan on a few rows, so that Triton's cache has its kernels when it is timed."""
+    bench = Bench(report, machine, min(machine.sizes.plan_rows, 16 * _SEQUENCES))
+    for name, (work, _) in _plans(bench).items():
+        report.attempt(name, work)
+
+
+def time_plans(report: Reporter, machine: Machine) -> None:
+    """P0 to P4, and two of them with workspaces of two sizes."""
+    bench = Bench(report, machine)
+    batch = bench.batch
+    for name, (work, matmuls) in _plans(bench).items():
+        bench.time(name, work, matmuls)
     for workspace in machine.sizes.workspaces:
         # Whole tiles of a matmul: cuBLAS's largest have 256 rows, most 128.
         rows = workspace // (4 * bench.vocab)
@@ -110,7 +128,7 @@ def time_plans(report: Reporter, machine: Machine) -> None:
         for name, loss in (("P2", _loss), ("P3", _dpo)):
 
             def work(loss: Any = loss, chunk: int = chunk) -> tuple[Tensor, ...]:
-                return bench.gradients(loss(batch, chunk_size=chunk, **options))
+                return bench.gradients(loss(batch, chunk_size=chunk, impl="triton"))
 
             bench.time(f"{name} in chunks of {chunk}", work, 3)
 

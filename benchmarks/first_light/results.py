@@ -177,10 +177,11 @@ def _by_size(timings: list[Record]) -> list[str]:
     columns = list(dict.fromkeys(timing["column"] for timing in timings))
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for timing in timings:
-        rows[timing["name"]][timing["column"]] = _time(timing)
-    lines = [f"{'ms, of a copy':26s}" + "".join(f" {column:>15s}" for column in columns)]
+        limit = "" if timing["floor_ms"] is None else f"{timing['floor_ms']:.3f}"
+        rows[timing["name"]][timing["column"]] = f"{_time(timing)} {limit:>7s}"
+    lines = [f"{'ms, of the limit, limit':23s}" + "".join(f" {column:>23s}" for column in columns)]
     for name, cells in rows.items():
-        lines.append(f"{name:26s}" + "".join(f" {cells.get(c, '-'):>15s}" for c in columns))
+        lines.append(f"{name:23s}" + "".join(f" {cells.get(c, '-'):>23s}" for c in columns))
     return lines if timings else []
 
 

@@ -7,6 +7,8 @@ compilation of what will be tried; then the timings, one at a time, the most tel
 from __future__ import annotations
 
 import itertools
+import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -88,6 +90,11 @@ def check_sections(machine: Machine, seconds: float) -> list[Section]:
         section("offsets past 2^31", device_checks.check_past_int32),
         section("streams, graphs, waiting", device_checks.check_execution),
         section("another device", device_checks.check_another_device),
+        section("compile plans", plan_times.compile_plans),
+        *(
+            section(f"compile kernels, V={vocab}", kernel_times.compile_kernels, vocab)
+            for _, vocab in sizes.timed
+        ),
         *(
             section(f"compile shapes of {kernel}", launch_shapes.compile_variants, kernel)
             for kernel in launch_shapes.TRIED
@@ -126,7 +133,12 @@ def first_light(device: str, *, tiny: bool, seconds: float, output: Path | None)
         (check_sections(machine, seconds), machine.jobs, start + _CHECKS_SHARE * seconds),
         (timing_sections(machine, seconds), 1, deadline),
     ]
-    for sections, jobs, until in phases:
-        run_sections(sections, jobs, until, results.found["rates"], results.add, results.end)
-    print(f"\n{results.path}\n\n{results.tables()}", flush=True)
+    # Whoever ends the run early gets the tables of what there is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        for sections, jobs, until in phases:
+            rates = results.found["rates"]
+            run_sections(sections, jobs, until, rates, results.add, results.end)
+    finally:
+        print(f"\n{results.path}\n\n{results.tables()}", flush=True)
     return 0 if results.passed else 1

@@ -39,7 +39,7 @@ class Reporter:
 
     def record(self, kind: str, **what: Any) -> None:
         """Write a record, complete, before anything else can go wrong."""
-        self._file.write(json.dumps({"kind": kind} | what) + "\n")
+        self._file.write(json.dumps({"kind": kind} | what, allow_nan=False) + "\n")
         self._file.flush()
 
     def check(self, name: str, verdict: Verdict) -> None:
@@ -149,11 +149,14 @@ class Process:
             return None
         if pid == 0 and seconds <= self._limit + _GRACE_SECONDS:
             return None
-        # With what it has started itself; also if it has ended, for these may go on.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._pid, signal.SIGKILL)
+        self.kill()
         status = _status(code) if not self._aborted else f"ended after {self._limit:.0f} s"
         return Outcome(self.section.name, status, seconds, [] if status == "ok" else self._tail())
+
+    def kill(self) -> None:
+        """End it with what it has started itself, which may go on where it has ended."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
 
     def _tail(self) -> list[str]:
         self._log.seek(0)
@@ -179,17 +182,21 @@ def run_sections(
     `found` is told the records of a section as they come, and `ended` how it ended.
     """
     waiting, running = list(sections), []
-    while waiting or running:
-        left = deadline - time.monotonic()
-        while waiting and left <= 0:
-            ended(Outcome(waiting.pop(0).name, "not started: no time left", 0.0, []))
-        while waiting and len(running) < jobs:
-            running.append(Process(waiting.pop(0), left, rates))
-        time.sleep(_POLL_SECONDS)
-        for process in list(running):
-            outcome = process.outcome()
-            if records := process.new_records():
-                found(process.section.name, records)
-            if outcome is not None:
-                running.remove(process)
-                ended(outcome)
+    try:
+        while waiting or running:
+            left = deadline - time.monotonic()
+            while waiting and left <= 0:
+                ended(Outcome(waiting.pop(0).name, "not started: no time left", 0.0, []))
+            while waiting and len(running) < jobs:
+                running.append(Process(waiting.pop(0), left, rates))
+            time.sleep(_POLL_SECONDS)
+            for process in list(running):
+                outcome = process.outcome()
+                if records := process.new_records():
+                    found(process.section.name, records)
+                if outcome is not None:
+                    running.remove(process)
+                    ended(outcome)
+    finally:
+        for process in running:
+            process.kill()

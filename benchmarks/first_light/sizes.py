@@ -24,6 +24,7 @@ class Sizes(NamedTuple):
     copied_bytes: int
     matmul_side: int
     timed: tuple[tuple[int, int], ...]  # (rows, vocabulary), the central one first
+    few_rows: int  # as good as those for the compiler
     scan: tuple[int, int]  # sequences and tokens
     step: tuple[int, int]  # sequences and tokens of a step whose launches are counted
     plan_rows: int
@@ -46,7 +47,8 @@ REAL = Sizes(
     copied_bytes=2**31,
     matmul_side=8192,
     timed=((8192, 128256), (8192, 151936), (8192, 50257)),
-    scan=(64, 1024),
+    few_rows=16,
+    scan=(8, 1024),
     step=(8, 128),
     plan_rows=8192,
     plan_width=4096,
@@ -68,6 +70,7 @@ TINY = Sizes(
     copied_bytes=2**20,
     matmul_side=64,
     timed=((2, 1056), (2, 1057)),
+    few_rows=2,
     scan=(2, 64),
     step=(2, 2),
     plan_rows=8,
