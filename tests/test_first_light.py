@@ -275,7 +275,7 @@ def test_the_tables_fit_whatever_was_found(tmp_path) -> None:
     filled = results.Results(tmp_path, {})
     check = {"kind": "check", "passed": False, "error": 1.0, "budget": 1e-3, "plain": 1e-3}
     long = "a name that goes on and on " * 20
-    for i in range(300):
+    for i in range(60):
         filled.add("section", [check | {"name": f"{i} {long}"}])
         timing = {"kind": "timing", "name": f"{i} {long}", "ms": 1.0, "floor_ms": 0.5, "share": 0.5}
         filled.add("section", [timing, {"kind": "note", "name": "note", "text": long}])
@@ -330,7 +330,7 @@ PUBLIC = [
 KINDS = [
     "again: same bits", "in place: same bits", "a row alone", "unaligned view", "past 2^31: ",
     "times 2", "without waiting", "on a side stream", "in a graph", "on another device",
-    "0 where ignored", "gradients of 1e-06", "addmm fp32 += bfloat16", "padded rows",
+    "0 where ignored", "gradients of 1e-06", "addmm fp32 += bfloat16", "rows padded by 3",
     "frozen head", "trained head", "where p is nearly 1",
 ]  # fmt: skip
 
@@ -385,8 +385,8 @@ def test_the_last_thing_printed_are_the_tables(tiny) -> None:
     printed, found = tiny
     tables = printed[printed.rindex("CHECKS  ") :]
     assert len(tables) < 10_000 and tables.count("TIMINGS") == 1 and "more lines" not in tables
-    for section in found["sections"]:
-        assert section["section"] in tables
+    checked = {check["section"] for check in found["checks"]}
+    assert all(section in tables for section in checked)
     assert {"torch", "triton", "python", "date", "machine"} <= set(found)
     assert found["machine"]["card"] == "interpreted"
 

@@ -27,6 +27,7 @@ from .sections import Reporter
 from .tokens import Tokens
 
 _TEMPERATURE = 0.8
+_HALVES = (torch.bfloat16, torch.float16)
 _SMALL = (1.0, 1 / 8192, 1e-6)  # gradients from outside, as a loss scale or a long batch makes them
 
 
@@ -184,15 +185,26 @@ def _scaled(function: Function, case: Case, factor: float) -> tuple[dict, dict]:
 
 
 def check_products(report: Reporter, machine: Machine) -> None:
-    """fp32 += 16 bits × 16 bits, what every linear operation is made of; with padded rows too."""
-    dtypes = (torch.bfloat16, torch.float16)
-    for (m, k, n), dtype in itertools.product(machine.sizes.products, dtypes):
-        for padding in (0, 3):
-            a, b = (normal(machine, *size).to(dtype) for size in ((m, k), (n, k)))
-            out = normal(machine, m, n + padding)[:, :n]
-            exact = out.double() + a.double() @ b.double().T
-            usual = out + a.float() @ b.float().T
-            machine.add_product(out, a, b.T)
+    """fp32 += 16 bits × 16 bits, what every linear operation is made of: logits (m, n) from hidden
+    states (m, k), and from them the gradient of the weight; with rows that lie anywhere, and with
+    rows that start at multiples of 64 numbers, as this library's do.
+    """
+    for (m, k, n), dtype in itertools.product(machine.sizes.products, _HALVES):
+        for padding in dict.fromkeys((0, 3, -n % 64)):
+            hidden, weight = (normal(machine, *size).to(dtype) for size in ((m, k), (n, k)))
+            logits = normal(machine, m, n + padding)[:, :n]
+            d_logits = normal(machine, m, n + padding).to(dtype)[:, :n]
+            total = normal(machine, n, k)
             title = f"addmm fp32 += {dtype} ({m}, {k}, {n})".replace("torch.", "")
-            title += ", padded rows" if padding else ""
-            report.check(title, judge(out, usual, exact, machine.slack(torch.float32)))
+            title += f", rows padded by {padding}"
+            _check_product(report, machine, title, logits, hidden, weight.T)
+            _check_product(report, machine, f"{title}, of a weight", total, d_logits.T, hidden)
+
+
+def _check_product(
+    report: Reporter, machine: Machine, title: str, out: Tensor, a: Tensor, b: Tensor
+) -> None:
+    exact = out.double() + a.double() @ b.double()
+    usual = out + a.float() @ b.float()
+    machine.add_product(out, a, b)
+    report.check(title, judge(out, usual, exact, machine.slack(torch.float32)))

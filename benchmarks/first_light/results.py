@@ -20,6 +20,7 @@ _RESULTS = Path(__file__).resolve().parent.parent / "results"
 _PACKAGES = ("triton", "transformers", "trl", "liger-kernel")
 _CHECKS_CHARACTERS, _TIMINGS_CHARACTERS = 4300, 5500
 _WIDTH = 110
+_NAME = 54  # characters of a check's name that are shown, the last of them
 _SHOWN_FAILURES, _SHOWN_OUTPUT = 20, 6
 
 
@@ -118,19 +119,27 @@ def _share(check: Record) -> float:
 
 
 def checks_table(found: dict[str, Any]) -> list[str]:
-    """A line for each section; what failed; and the last words of those that did not end well."""
+    """A line for each section with checks; what failed; and the last words of the sections that did
+    not end well.
+    """
     by_section = defaultdict(list)
     for check in found["checks"]:
         by_section[check["section"]].append(check)
-    lines = [f"CHECKS  {'section':34s} {'passed':>9s}  of its budget, the worst used"]
+    well = sum(section["status"] == "ok" for section in found["sections"])
+    lines = [
+        f"CHECKS  {well} of {len(found['sections'])} sections came to their end (! did not)",
+        f"        {'section':34s} {'passed':>9s}  of its budget, the worst used",
+    ]
     for section in found["sections"]:
         checks = by_section[section["section"]]
+        if not checks and section["status"] == "ok":
+            continue
         passed = sum(check["passed"] for check in checks)
         line = f"{'' if section['status'] == 'ok' else '!':7s} {section['section']:34s} "
         line += f"{passed:4d}/{len(checks):4d}  "
         worst = max((c for c in checks if c["budget"]), key=_share, default=None)
         if worst is not None:
-            line += f"{100 * min(_share(worst), 99.99):4.0f}%  {worst['name']}"
+            line += f"{100 * min(_share(worst), 99.99):4.0f}%  {worst['name'][-_NAME:]}"
         lines.append(line)
     failures = [check for check in found["checks"] if not check["passed"]]
     lines += [f"FAILED  {_failure(check)}" for check in failures[:_SHOWN_FAILURES]]
@@ -154,13 +163,13 @@ def timings_table(found: dict[str, Any]) -> list[str]:
     shown = [timing for timing in found["timings"] if not timing.get("variant")]
     lines += _by_size([timing for timing in shown if "column" in timing])
     lines.append(
-        f"{'ms, of the limit':44s} {'ms':>9s} {'':>5s} {'limit':>9s}  GiB beyond gradients"
+        f"{'ms, of the limit, limit':52s} {'ms':>9s} {'':>5s} {'':>9s}  GiB beyond gradients"
     )
     for timing in shown:
         if "column" not in timing:
             limit = "" if timing["floor_ms"] is None else f"{timing['floor_ms']:.3f}"
             figures = f"{_time(timing)} {limit:>9s}  {timing.get('peak_gib', '')}"
-            lines.append(f"{timing['name'][:44]:44s} {figures}")
+            lines.append(f"{timing['name'][:52]:52s} {figures}")
     lines += [f"{note['name']}: {note['text']}" for note in found["notes"]]
     for step in found["launches"]:
         lines += _launches(step)
