@@ -4,6 +4,7 @@ tiny shapes, that every line of it runs.
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -170,6 +171,14 @@ def test_a_plain_formula_that_is_wrong_allows_nothing() -> None:
     assert accuracy.judge(tiny.half(), lost.half(), tiny, 1e-6).passed
 
 
+def test_what_stands_in_for_a_gpu_has_all_that_one_has() -> None:
+    def methods(kind) -> dict[str, list[str]]:
+        public = {name: f for name, f in vars(kind).items() if callable(f) and name[0] != "_"}
+        return {name: list(inspect.signature(f).parameters) for name, f in public.items()}
+
+    assert methods(machines.Cuda) == methods(machines.Interpreted)
+
+
 # Sections that end badly.
 
 BAD_SECTIONS = """
@@ -315,7 +324,7 @@ def test_every_section_runs_to_its_end(tiny) -> None:
     run = importlib.import_module("first_light.run")
     expected = [
         section.name
-        for make in (run.first_sections, run.check_sections, run.timing_sections)
+        for make in (run.first_sections, run.rate_sections, run.check_sections, run.timing_sections)
         for section in make(MACHINE, 100.0)
     ]
     assert sorted(sections) == sorted(expected) and len(set(expected)) == len(expected)
@@ -422,6 +431,15 @@ def test_who_ends_the_run_gets_the_tables_and_leaves_no_process(tmp_path) -> Non
     status = Path(f"/proc/{section}/stat")
     while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
         time.sleep(0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_without_a_gpu_it_says_so_and_leaves_nothing_behind() -> None:
+    before = sorted((BENCHMARKS / "results").iterdir())
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--first-light"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "no GPU here: nothing measured" in done.stdout
+    assert "1 sections" in done.stdout and sorted((BENCHMARKS / "results").iterdir()) == before
 
 
 def test_signals_are_named() -> None:

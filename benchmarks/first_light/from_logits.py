@@ -210,7 +210,7 @@ def check_hostile_values(report: Reporter, machine: Machine) -> None:
     found = fastrlhf.token_logprobs(logits, targets, **_TRITON)
     ratio = found.double() / exact
     one = torch.ones_like(ratio)
-    # Its logarithm, of up to 16, is known to a few roundings, and so the log-prob to as many times 16.
+    # Its logarithm, of up to 16, is known to a few roundings: the log-prob to 16 times as many.
     verdict = judge_values(ratio, one, one, 16 * machine.slack(torch.float32))
     report.check("log-probs where p is nearly 1", verdict)
     other = logits.clone()

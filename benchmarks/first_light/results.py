@@ -68,6 +68,8 @@ class Results:
 
     def write(self) -> None:
         """Replace the file by a complete one, so that whoever ends the run leaves one behind."""
+        if self._output is None and not self.found["machine"]:
+            return  # whose folder it is, is not known
         self.found["seconds"] = round(time.monotonic() - self._start, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".part")
