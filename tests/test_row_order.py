@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from fastrlhf.kernels.policy_loss import PolicySettings, policy_loss
 
-row_order = importlib.import_module("row_order")
+row_order = importlib.import_module("first_light.row_order")
 SETTINGS = PolicySettings(0.8, 1.2, float("inf"), 1.0, 1.0, 0.0, 0.0)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from batch import Batch, Shape, make_batch
@@ -15,6 +16,7 @@ from torch import Tensor, autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
+from fastrlhf.ops import head_gradients
 
 from .machine import Machine
 from .sections import Reporter
@@ -131,6 +133,13 @@ def time_plans(report: Reporter, machine: Machine) -> None:
                 return bench.gradients(loss(batch, chunk_size=chunk, impl="triton"))
 
             bench.time(f"{name} in chunks of {chunk}", work, 3)
+    for waiting in machine.sizes.waiting:
+
+        def waits(waiting: int = waiting) -> tuple[Tensor, ...]:
+            with mock.patch.object(head_gradients, "_WAITING_BYTES", waiting):
+                return bench.gradients(_loss(batch, impl="triton"))
+
+        bench.time(f"P2, {waiting / 2**20:g} MiB wait for the weight", waits, 3)
 
 
 def time_chunk_matmuls(report: Reporter, machine: Machine) -> None:
@@ -159,6 +168,30 @@ def time_chunk_matmuls(report: Reporter, machine: Machine) -> None:
             report.timing(f"{rows} rows: {name}", seconds, bench.floor(1, rows))
 
         report.attempt(name, time)
+
+
+def time_odd_matmuls(report: Reporter, machine: Machine) -> None:
+    """A chunk's matmuls at an odd vocabulary: rows that start anywhere, and at 16 bytes."""
+    sizes, device = machine.sizes, machine.device
+    rows, vocab, width = sizes.chunk, sizes.vocabs[1], sizes.plan_width
+    hidden = torch.randn(rows, width, device=device).bfloat16()
+    weight = torch.randn(vocab, width, device=device).bfloat16()
+    d_hidden = torch.zeros(rows, width, device=device)
+    rate = report.rates.get("matmul_flops_per_second")
+    floor = 2 * rows * vocab * width / rate if rate else None
+    for name, columns in (("anywhere", vocab), ("at 16 bytes", -(-vocab // 64) * 64)):
+        logits = torch.zeros(rows, columns, device=device)[:, :vocab]
+        d_logits = torch.zeros(rows, columns, device=device).bfloat16()[:, :vocab]
+        products = {
+            "logits": lambda out=logits: machine.add_product(out, hidden, weight.T, beta=0),
+            "d_hidden": lambda a=d_logits: machine.add_product(d_hidden, a, weight, beta=0),
+        }
+        for product, work in products.items():
+
+            def time(title: str = f"{product}, rows {name}", work: Any = work) -> None:
+                report.timing(f"V={vocab}: {title}", machine.seconds(work), floor)
+
+            report.attempt(f"V={vocab}: {product}, rows {name}", time)
 
 
 def time_others(report: Reporter, machine: Machine) -> None:

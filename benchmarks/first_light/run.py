@@ -18,6 +18,7 @@ import torch
 import torch._dynamo  # the first call of a custom operator would, in every section anew
 
 from . import (
+    candidate,
     device_checks,
     from_hidden,
     from_logits,
@@ -116,7 +117,9 @@ def timing_sections(machine: Machine, seconds: float) -> list[Section]:
         section("kernels {} × {}".format(*central), 0.2, kernels, *central),
         section("plans", 0.2, plan_times.time_plans),
         section("matmuls of a chunk", 0.1, plan_times.time_chunk_matmuls),
+        section("matmuls at an odd vocabulary", 0.1, plan_times.time_odd_matmuls),
         section("small kernels", 0.1, kernel_times.time_small_kernels),
+        section("a candidate", 0.1, candidate.time_row_order),
         section("launches", 0.1, launch_counts.count_launches),
         section("plain PyTorch and peers", 0.2, plan_times.time_others),
         *(section("kernels {} × {}".format(*size), 0.15, kernels, *size) for size in sizes),

@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     plan_width: int
     chunk: int  # rows of a single matmul
     workspaces: tuple[int, int]  # bytes of fp32 logits held at a time
+    waiting: tuple[int, int]  # bytes of gradients of logits that wait to be added to the weight's
     variants: int | None  # how many launch shapes are tried of a kernel; None: all
 
 
@@ -54,6 +55,7 @@ REAL = Sizes(
     plan_width=4096,
     chunk=1024,
     workspaces=(2**29, 2**30),
+    waiting=(0, 2**30),
     variants=None,
 )
 
@@ -77,5 +79,6 @@ TINY = Sizes(
     plan_width=16,
     chunk=4,
     workspaces=(2**15, 2**16),
+    waiting=(0, 2**16),
     variants=2,
 )

@@ -16,15 +16,10 @@ case: clipped ratios, one temperature, no entropy.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastrlhf.kernels.launch import RowPlan, on_their_device, row_plan
 from fastrlhf.kernels.policy_loss import SURROGATES
