@@ -31,6 +31,7 @@ _GPU_ROW_ALIGNMENT = 64
 # fp16 ends at 2^16. Rows are scaled to end below 2^12, which leaves 2^-26 to their smallest normal
 # number.
 _LARGEST_EXPONENT = 12
+_SMALLEST_EXPONENT = -100  # of a unit, which is a number of fp32, as is its inverse
 
 
 def padded_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -59,9 +60,10 @@ def as_operands(d_logits: Tensor, operands: torch.dtype, room: Tensor | None) ->
     if operands != torch.float16:
         return LogitGradient(room.copy_(d_logits), None)
     largest = torch.linalg.vector_norm(d_logits, torch.inf, dim=1, keepdim=True)
-    # Rows of zeros, inf or NaN are what they are in any unit.
-    exponent = torch.where(largest.isfinite(), largest, 0.0).frexp().exponent - _LARGEST_EXPONENT
-    exponent = exponent.clamp(min=-100)
+    exponent = (largest.frexp().exponent - _LARGEST_EXPONENT).clamp(min=_SMALLEST_EXPONENT)
+    # Rows of zeros, inf or NaN are what they are in any unit, and must not decide that of the sums.
+    plain = (largest > 0) & largest.isfinite()
+    exponent = torch.where(plain, exponent, _SMALLEST_EXPONENT)
     values = torch.mul(d_logits, torch.ldexp(torch.ones_like(largest), -exponent), out=room)
     return LogitGradient(values, torch.ldexp(torch.ones_like(largest), exponent))
 

@@ -626,6 +626,11 @@ MUTANTS = [
             "small_loss",
         ),
         (
+            "head gradients: rows of zeros decide the unit",
+            "exponent = torch.where(plain, exponent, _SMALLEST_EXPONENT)", "pass",
+            "small_loss",
+        ),
+        (
             "head gradients: what was added keeps its old unit",
             "total.mul_(self.unit / largest)", "pass",
             "very_different",
