@@ -190,6 +190,43 @@ def test_sums_over_tokens_of_very_different_weights_in_fp16(like_a_gpu, monkeypa
         assert (errors(a, 1e-3 * b) < bound).all()
 
 
+@pytest.mark.parametrize("size", [2.0**-6, 2.0**6])
+def test_tokens_of_small_weight_keep_their_places_in_a_sum_in_fp16(size, like_a_gpu) -> None:
+    """Each token has an entry of its own, so that none is lost among larger ones."""
+    head = Head([torch.randn(VOCAB, WIDTH, dtype=FP16)], torch.zeros(VOCAB), FP16)
+    hidden = (size * torch.randn(TOKENS, WIDTH)).to(FP16)
+    weights = torch.logspace(0, -7, TOKENS, base=10)
+    d_logits = torch.zeros(TOKENS, VOCAB).index_put((torch.arange(TOKENS),) * 2, weights)
+    gradients = head_gradients.Gradients(head, TOKENS, None, [True], True)
+    operands = head_gradients.as_operands(d_logits, FP16, gradients.room(TOKENS))
+    gradients.add(slice(0, TOKENS), hidden, operands)
+    _, bias, total = gradients.totals(hidden, head.bias, head.weights)
+    rounding = torch.finfo(FP16).eps
+    assert errors(total[:TOKENS], hidden.double() * weights[:, None]).max() < rounding
+    assert errors(bias[:TOKENS, None], weights[:, None].double()).max() < rounding
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_compiled_in_one_graph(dtype, trained, like_a_gpu, monkeypatch) -> None:
+    def add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+        torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
+
+    monkeypatch.setattr(linear_head, "_add_product", add_product)
+    hidden, weight, _, targets = inputs(dtype)
+    leaves = (hidden, weight) if trained else (hidden,)
+    held = weight if trained else weight.detach()
+
+    def loss() -> Tensor:
+        return -fastrlhf.linear_token_logprobs(hidden, held, targets, chunk_size=8).sum()
+
+    usual = autograd.grad(loss(), leaves)
+    found = autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), leaves)
+    for a, b in zip(found, usual, strict=True):
+        assert errors(a, b.double()).max() < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_logits_wait_for_each_other(name, dtype, like_a_gpu, monkeypatch) -> None:
@@ -235,4 +272,8 @@ def test_a_gpu_takes_a_weight_in_large_slices() -> None:
         quantized = QuantizedWeight(codes, table, 64, table, BF16)
         for of in (weight, quantized):
             assert Head([of], None, BF16).slice_rows * 4096 >= 2**26
+        # They begin where rows of logits do.
+        for width in (2560, 3072, 5120):
+            rows = Head([torch.empty(128256, width, device="cuda")], None, BF16).slice_rows
+            assert rows % 64 == 0 and (rows + 64) * width > 2**26
         assert Head([weight.to(BF16)], None, BF16).slice_rows == 128256

@@ -412,6 +412,16 @@ def test_whatever_upstream_gradient_reaches_an_ignored_token_does_no_harm(needs)
         assert all(torch.equal(other, clean) for other in others)
 
 
+def test_a_run_that_is_longer_than_a_slice_is_not_expanded() -> None:
+    codes = torch.randint(-127, 128, (4096, 64), dtype=torch.int8)
+    quantized = QuantizedWeight(codes, torch.tensor([0.5]), codes.numel(), None, torch.float32)
+    audit = MatmulAudit()
+    with audit:
+        rows = quantized[100:108]
+    assert torch.equal(rows, 0.5 * codes[100:108].float())
+    assert audit.largest <= codes.numel()  # as bytes, the codes themselves
+
+
 @pytest.mark.parametrize("slices", [1, 6])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_weight(bits, slices, monkeypatch) -> None:

@@ -5,7 +5,7 @@ Two things stand between the two on a GPU, where matmuls take 16-bit operands:
 - fp16 ends at 6e-8. The gradient of a mean over thousands of tokens is smaller than that in most of
   the vocabulary, so fp16 holds each row relative to a power of two of its own (`unit`), by which
   sums over the vocabulary are multiplied afterwards. In sums over tokens, the hidden states carry
-  it.
+  it, relative to a power of two of all rows.
 - The sum over tokens that is a weight's gradient is as large as the weight, and in fp32: adding a
   block of a thousand rows to it moves four times the bytes of the block's logits. So gradients of
   logits wait for each other, and are added together.
@@ -28,10 +28,9 @@ _WAITING_BYTES = 2**29
 # Rows start at multiples of so many numbers.
 _ROW_ALIGNMENT = {"cpu": 1}
 _GPU_ROW_ALIGNMENT = 64
-# fp16 ends at 2^16. Rows are scaled to end below 2^12, which leaves 2^-26 to their smallest normal
-# number.
-_LARGEST_EXPONENT = 12
-_SMALLEST_EXPONENT = -100  # of a unit, which is a number of fp32, as is its inverse
+# fp16 ends at 2^16. What is scaled ends below 2^14, so 2^-28 of the largest is a normal number.
+_LARGEST_EXPONENT = 14
+_SMALLEST_EXPONENT = -100  # of a unit, which is a normal number of fp32
 
 
 def padded_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -39,6 +38,8 @@ def padded_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device)
     load at once.
     """
     alignment = _ROW_ALIGNMENT.get(device.type, _GPU_ROW_ALIGNMENT)
+    if torch.compiler.is_compiling():
+        alignment = 1  # the compiler takes no `out=` with gaps
     width = -(-vocab // alignment) * alignment
     return torch.empty((rows, width), dtype=dtype, device=device)[:, :vocab]
 
@@ -59,13 +60,32 @@ def as_operands(d_logits: Tensor, operands: torch.dtype, room: Tensor | None) ->
     assert room is not None
     if operands != torch.float16:
         return LogitGradient(room.copy_(d_logits), None)
-    largest = torch.linalg.vector_norm(d_logits, torch.inf, dim=1, keepdim=True)
+    unit = _unit(_largest(d_logits))
+    return LogitGradient(torch.div(d_logits, unit, out=room), unit)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """Powers of two, relative to which numbers fit into fp16 whose largest is given, in fp32."""
     exponent = (largest.frexp().exponent - _LARGEST_EXPONENT).clamp(min=_SMALLEST_EXPONENT)
     # Rows of zeros, inf or NaN are what they are in any unit, and must not decide that of the sums.
     plain = (largest > 0) & largest.isfinite()
     exponent = torch.where(plain, exponent, _SMALLEST_EXPONENT)
-    values = torch.mul(d_logits, torch.ldexp(torch.ones_like(largest), -exponent), out=room)
-    return LogitGradient(values, torch.ldexp(torch.ones_like(largest), exponent))
+    # From its bits: a power that is computed may be off by a rounding.
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def _carrying(rows: Tensor, units: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows (n, K) times the units of their rows of logits, relative to a unit of all of them, which
+    is at least so much.
+    """
+    unit = _unit((_largest(rows.float()) * units).amax())
+    if least is not None:
+        unit = torch.maximum(unit, least)
+    return (rows * (units / unit)).to(rows.dtype), unit
 
 
 class Gradients:
@@ -83,7 +103,7 @@ class Gradients:
         self.wants_weights, self.wants_bias = weights, bias
         self.weights: list[Tensor | None] = [None] * len(weights)
         self.bias: Tensor | None = None
-        self.unit: Tensor | None = None  # 0-d power of two that weights and bias are relative to
+        self.unit: Tensor | None = None  # 0-d power of two that those of weights are relative to
         self._room: Tensor | None = None
         self._waiting: list[tuple[Tensor, LogitGradient]] = []
 
@@ -120,6 +140,9 @@ class Gradients:
         """
         self._add_waiting()
         self._room = None
+        for total in self.weights:
+            if total is not None and self.unit is not None:
+                total.mul_(self.unit)
         found = [None if self.hidden is None else self.hidden.view(hidden.shape)]
         for wanted, total, of in (
             (self.wants_bias, self.bias, bias),
@@ -128,8 +151,6 @@ class Gradients:
             if wanted and total is None:
                 assert isinstance(of, Tensor)
                 total = torch.zeros_like(of)
-            elif total is not None and self.unit is not None:
-                total.mul_(self.unit)
             found.append(total)
         return found
 
@@ -138,34 +159,32 @@ class Gradients:
         if not self._waiting:
             return
         hidden = _joined([hidden for hidden, _ in self._waiting])
-        values, share = self._waiting[0][1].values, None
-        if self._room is not None:
-            values = self._room[: len(hidden)]
+        values = self._waiting[0][1].values if self._room is None else self._room[: len(hidden)]
         units = [d_logits.unit for _, d_logits in self._waiting if d_logits.unit is not None]
+        if self.wants_bias:
+            part = self._sum(values, _joined(units) if units else None)
+            self.bias = part if self.bias is None else self.bias.add_(part)
         if units:
-            share = self._shares(_joined(units)).to(hidden.dtype)
-            hidden = hidden * share
+            hidden, unit = _carrying(hidden, _joined(units), self.unit)
+            self._move_to(unit)
         for i, block in enumerate(self.head.columns):
             if self.wants_weights[i]:
                 self.weights[i] = self.head.added(self.weights[i], values.T, hidden[:, block])
-        if self.wants_bias:
-            if share is None:
-                part = values.sum(0, dtype=self.head.sums)
-            else:
-                part = self.head.added(None, values.T, share).squeeze(1)
-            self.bias = part if self.bias is None else self.bias.add_(part)
         self._waiting = []
 
-    def _shares(self, units: Tensor) -> Tensor:
-        """Express the units of rows in that of the sums, which is the largest so far."""
-        largest = units.amax()
-        if self.unit is not None:
-            largest = torch.maximum(largest, self.unit)
-            for total in (*self.weights, self.bias):
-                if total is not None:
-                    total.mul_(self.unit / largest)
-        self.unit = largest
-        return units / largest
+    def _sum(self, values: Tensor, units: Tensor | None) -> Tensor:
+        """Sum over the rows."""
+        if units is None:
+            return values.sum(0, dtype=self.head.sums)
+        ones, unit = _carrying(torch.ones_like(values[:, :1]), units, None)
+        return self.head.added(None, values.T, ones).squeeze(1).mul_(unit)
+
+    def _move_to(self, unit: Tensor) -> None:
+        """Express the gradients of weights relative to another unit."""
+        for total in self.weights:
+            if total is not None and self.unit is not None:
+                total.mul_(self.unit / unit)
+        self.unit = unit
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:

@@ -69,9 +69,12 @@ class QuantizedWeight:
             pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=-1)
             values = pairs[codes.int()].flatten(1)
         first, last = (bound * values.shape[1] for bound in (rows.start, rows.stop))
-        of_runs = self.scales[first // self.run : -(-last // self.run)].to(values.dtype)
-        skipped = first % self.run
-        scales = of_runs.repeat_interleave(self.run)[skipped : skipped + values.numel()]
+        runs = slice(first // self.run, -(-last // self.run))
+        sizes = torch.full((runs.stop - runs.start,), self.run, device=self.device)
+        sizes[0] -= first % self.run
+        sizes[-1] -= -last % self.run
+        of_runs = self.scales[runs].to(values.dtype)
+        scales = of_runs.repeat_interleave(sizes, output_size=values.numel())
         return values.mul_(scales.view(values.shape)).to(self.dtype)
 
 
@@ -100,7 +103,10 @@ class Head:
         on_cpu = device.type == "cpu"
         elements = _SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS
         whole = as_they_are and not on_cpu
-        self.slice_rows = self.vocab if whole else max(1, elements // ends[-1])
+        rows = elements // ends[-1]
+        if not on_cpu:  # slices begin where rows of logits do, at 16 bytes
+            rows = rows // 64 * 64 or rows
+        self.slice_rows = self.vocab if whole else max(1, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (n, K) to raw logits (n, V)."""
