@@ -124,8 +124,8 @@ def linear_kl_divergence(
     values, 1G more for each side whose hidden states alone need a gradient. Where a head needs one,
     backward makes both logits again: 2G, and 1G each for hidden states and weight. Memory: two
     blocks of logits (and one of slopes for each softcap, where the sides differ in softcap or
-    scale); a (..., H) tensor kept for each side whose hidden states need a gradient, in their
-    dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
+    scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept
+    for each side whose hidden states need a gradient, in their dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
@@ -235,7 +235,8 @@ class _LinearDivergence(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         for i in range(2):
             hidden, weight, bias = tensors[3 * i : 3 * i + 3]
-            d_hidden, d_bias, d_weight = found[i].totals(hidden, bias, [weight])
+            with exact(sides[0].hidden):
+                d_hidden, d_bias, d_weight = found[i].totals(hidden, bias, [weight])
             if slopes[i] is not None:
                 upstream = torch.where(mask.reshape(-1), d_values, 0.0).unsqueeze(1)
                 d_hidden = (slopes[i] * upstream).view(hidden.shape)

@@ -122,10 +122,10 @@ def _loss_of(
             loss_alone(bench, segments, chunks)
         else:
             loss_and_gradients(bench, segments, chunks, gradients)
+        known = gradients.totals(problem.hidden, problem.bias, problem.weights)
     loss, aux = chunks.total(bench.rows.hidden.new_zeros((), dtype=bench.head.sums))
     if plan is Plan.P0:
         return loss, aux
-    known = gradients.totals(problem.hidden, problem.bias, problem.weights)
     return _WithKnownGradient.apply(loss, known, *inputs), aux
 
 

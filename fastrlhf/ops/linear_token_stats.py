@@ -214,7 +214,7 @@ def _recomputed(
         gradients = bench.gradients(needs)
         spans = even_spans(bench.rows.size, problem.options.chunk)
         recomputed_gradients(bench, spans, d_logprob, d_entropy, gradients)
-    totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
+        totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
     return [
         None if total is None or x is None else total.to(x.dtype)
         for total, x in zip(totals, (problem.hidden, problem.bias, *problem.weights), strict=True)

@@ -592,7 +592,7 @@ MUTANTS = [
         ),
         (
             "head: a run that a slice begins in the middle of",
-            "skipped = first % self.run", "skipped = 0",
+            "sizes[0] -= first % self.run", "sizes[-1] -= first % self.run",
             "quantized",
         ),
         (
@@ -632,12 +632,12 @@ MUTANTS = [
         ),
         (
             "head gradients: what was added keeps its old unit",
-            "total.mul_(self.unit / largest)", "pass",
+            "total.mul_(self.unit / unit)", "pass",
             "very_different",
         ),
         (
             "head gradients: hidden states do not carry the units",
-            "hidden = hidden * share", "pass",
+            "(rows * (units / unit)).to(rows.dtype), unit", "rows, unit",
             "cost_their_rounding and P2",
         ),
         (
@@ -646,9 +646,18 @@ MUTANTS = [
             "small_loss",
         ),
         (
+            "head gradients: hidden states have any size",
+            "_unit((_largest(rows.float()) * units).amax())", "units.amax()",
+            "keep_their_places",
+        ),
+        (
+            "head gradients: gaps while a graph is compiled",
+            "if torch.compiler.is_compiling():", "if False:",
+            "one_graph",
+        ),
+        (
             "head gradients: the bias without the units",
-            "part = self.head.added(None, values.T, share).squeeze(1)",
-            "part = values.sum(0, dtype=self.head.sums)",
+            "if units is None:", "if True:",
             "cost_their_rounding and P2",
         ),
         (
