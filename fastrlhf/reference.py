@@ -441,12 +441,15 @@ def kl_terms(p: Tensor, q: Tensor, w: Tensor) -> Tensor:
 
 def log_to_mixture(gap: Tensor, share: float, share_other: float) -> Tensor:
     """Compute ln m - ln p, m = share·p + share_other·q, from the gap ln q - ln p."""
-    near = gap.abs() < 0.5
-    of_near = torch.log1p(share_other * torch.expm1(torch.where(near, gap, 0.0)))
+    # m / p - 1, which has its relative accuracy however small a share is, where it does not end.
+    small = gap < 40
+    excess = share_other * torch.expm1(torch.where(small, gap, 0.0))
+    small = small & (excess > -0.5)
     # By way of the larger of the two.
     smaller, more = torch.exp(-gap.abs()), gap > 0
     mixed = torch.where(more, share_other + share * smaller, share + share_other * smaller)
-    return torch.where(near, of_near, torch.where(more, gap, 0.0) + mixed.log())
+    by_the_larger = torch.where(more, gap, 0.0) + mixed.log()
+    return torch.where(small, torch.log1p(torch.where(small, excess, 0.0)), by_the_larger)
 
 
 def jsd_terms(p: Tensor, q: Tensor, w: Tensor, share: float) -> Tensor:

@@ -95,13 +95,20 @@ def _log_ratio(z, base, norm, z_other, base_other, norm_other, per_t):
 
 
 @triton.jit
-def _log_to_mixture(gap, share, share_other):
-    """Ln m - ln p, m = share·p + share_other·q, from the gap ln q - ln p, for p > 0."""
-    of_near = log1p_near_0(share_other * expm1(tl.where(tl.abs(gap) < 0.5, gap, 0.0)))
-    # By way of the larger of the two.
+def _by_the_larger(gap, share, share_other):
+    """Ln m - ln of the larger of p and q, m = share·p + share_other·q, from the gap ln q - ln p."""
     smaller = exp(-tl.abs(gap))
     mixed = tl.where(gap > 0, share_other + share * smaller, share + share_other * smaller)
-    return tl.where(tl.abs(gap) < 0.5, of_near, tl.maximum(gap, 0.0) + tl.log(mixed))
+    return tl.log(mixed)
+
+
+@triton.jit
+def _log_to_mixture(gap, excess, by_the_larger):
+    """Ln m - ln p, for p > 0, from m / p - 1; where that is large, or nearly -1, by way of the
+    larger of p and q.
+    """
+    moderate = (excess >= -0.5) & (excess <= 1.0)
+    return tl.where(moderate, log1p_near_0(excess), tl.maximum(gap, 0.0) + by_the_larger)
 
 
 @triton.jit
@@ -117,27 +124,12 @@ def _kl_terms(p, q, w):
 
 
 @triton.jit
-def _to_mixture(w, growth, share_p, share_q):
-    """Ln m - ln p and ln m - ln q of w = ln p - ln q, by way of one logarithm; `growth` is
-    e^-w - 1 where w is small.
+def _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, share_p, share_q):
+    """Of ln m - ln p and ln m - ln q; near 0, with terms m - p and m - q, whose weighted sum is 0:
+    those of p are then u - ln(1 + u) of m / p = 1 + u.
     """
-    near = tl.abs(w) < 0.5
-    smaller = exp(-tl.abs(w))
-    mixed = tl.where(w < 0, share_q + share_p * smaller, share_p + share_q * smaller)
-    to_larger = tl.log(mixed)
-    of_near = log1p_near_0(share_q * growth)
-    to_p = tl.where(near, of_near, to_larger - tl.minimum(w, 0.0))
-    to_q = tl.where(near, of_near + w, to_larger + tl.maximum(w, 0.0))
-    return to_p, to_q
-
-
-@triton.jit
-def _jsd_terms(p, q, to_p, to_q, w, growth, share_p, share_q):
-    """Of ln m - ln p and ln m - ln q; near 0, with terms m - p and m - q, whose weighted sum is
-    0. Of p, these are u - ln(1 + u) of m / p = 1 + u.
-    """
-    of_near = share_p * p * log1p_surplus_near_0(share_q * growth)
-    of_near += share_q * q * expm1_minus_near_0(to_q)
+    of_near = share_p * p * log1p_surplus_near_0(excess_p)
+    of_near += share_q * q * log1p_surplus_near_0(excess_q)
     return tl.where(tl.abs(w) < 0.5, of_near, -share_p * _mean(p, to_p) - share_q * _mean(q, to_q))
 
 
@@ -233,9 +225,14 @@ def _divergence_fwd_kernel(
         q = tl.exp2((z_q - base_q) * rate) * inverse_q
         w = _log_ratio(z_p, base_p, norm_p, z_q, base_q, norm_q, per_t)
         if MIXTURE:
-            growth = expm1(tl.where(tl.abs(w) < 0.5, -w, 0.0))
-            to_p, to_q = _to_mixture(w, growth, part_p, part_q)
-            sums += tl.sum(_jsd_terms(p, q, to_p, to_q, w, growth, part_p, part_q), axis=1)
+            growth = expm1(-w)
+            excess_p = part_q * growth
+            excess_q = part_p * expm1(w)
+            by_the_larger = _by_the_larger(-w, part_p, part_q)
+            to_p = _log_to_mixture(-w, excess_p, by_the_larger)
+            to_q = _log_to_mixture(w, excess_q, by_the_larger)
+            terms = _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, part_p, part_q)
+            sums += tl.sum(terms, axis=1)
             mean_p -= tl.sum(_mean(p, to_p), axis=1)
             mean_q -= tl.sum(_mean(q, to_q), axis=1)
             surplus += tl.sum(tl.where(tl.abs(w) < 0.5, p * growth, q - p), axis=1)
@@ -284,7 +281,8 @@ def _of_second(own, other, w, mean, share, share_other):
 
 @triton.jit
 def _of_mixture(own, other, w, mean, share, share_other):
-    to_mixture = _log_to_mixture(-w, share, share_other)
+    excess = share_other * expm1(-w)
+    to_mixture = _log_to_mixture(-w, excess, _by_the_larger(-w, share, share_other))
     return tl.where(own == 0, 0.0, share * own * (-to_mixture - mean))
 
 

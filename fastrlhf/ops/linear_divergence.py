@@ -125,7 +125,8 @@ def linear_kl_divergence(
     backward makes both logits again: 2G, and 1G each for hidden states and weight. Memory: two
     blocks of logits (and one of slopes for each softcap, where the sides differ in softcap or
     scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept
-    for each side whose hidden states need a gradient, in their dtype, but fp32 for fp16. On a GPU, the count of tokens is awaited once.
+    for each side whose hidden states need a gradient, in their dtype, but fp32 for fp16. On a GPU,
+    the count of tokens is awaited once.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
