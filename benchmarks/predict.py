@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PREDICTIONS = ROOT / "benchmarks" / "results" / "predictions.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from first_light.row_order import policy_loss_in_row_order  # noqa: E402
 from support import lint_kernels  # noqa: E402
 from support.compile_lint import Launch, captured_launches, compile_launch  # noqa: E402
 
@@ -149,6 +150,9 @@ def kernels() -> list[Kernel]:
     def policy() -> object:
         return lint_kernels.launch_policy_loss(VOCAB, BF16, "clip", "k3", False)
 
+    def in_row_order() -> object:
+        return policy_loss_in_row_order(logits[0], logits[0], targets, rows, rows, rows)
+
     def product() -> object:
         return fisher.fisher_product(logits, logits, mask, temperature=1.0, dtype=BF16)
 
@@ -162,6 +166,7 @@ def kernels() -> list[Kernel]:
         Kernel("K2 with entropy", "token_stats_backward", two, lambda: gradient(True)),
         Kernel("K2 with a softcap", "token_stats_backward", two, lambda: gradient(softcap=30.0)),
         Kernel("K3, policy loss", "policy_loss", Bytes(4, read_again=2), policy),
+        Kernel("K3 in row order, a candidate", "token_stats", Bytes(4), in_row_order),
         Kernel("KL forward", "divergence", pair, lambda: distance(None)),
         Kernel("KL backward, of p", "divergence_backward", Bytes(6),
                lambda: distance_gradient("first")),
@@ -248,10 +253,10 @@ def grid_tables(chosen: list[Kernel]) -> str:
     return "\n".join(tables)
 
 
-def main() -> None:
-    """Put the tables into the file, where they were."""
+def main(path: Path) -> None:
+    """Put the tables into a file, where they were."""
     chosen = kernels()
-    text = PREDICTIONS.read_text()
+    text = path.read_text()
     tables = {
         "kernels": kernel_table(chosen), "grid": grid_tables(chosen), "plans": plan_table(),
         "versions": f"Triton {triton.__version__}, for sm_90",
@@ -260,8 +265,8 @@ def main() -> None:
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    PREDICTIONS.write_text(text)
+    path.write_text(text)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PREDICTIONS)

@@ -4,10 +4,10 @@ The gradient of a token's loss needs the token's log-prob, which needs the whole
 swept twice by one program: forward for the statistics, from which follow the loss and its slopes,
 and then backward for the gradient. Going back, the sweep meets first what was read last, which is
 in the cache as far as all rows that are swept at once fit there. At a vocabulary of 32k they do. At
-128k they do not: 264 rows, two programs on each multiprocessor of an H100, are 68 MB, and its cache
-has 50. The gradient may be written over the logits. Rows that are ignored are written as zeros,
-unread; so are rows whose slopes turn out to be 0 (a clipped ratio), without being read a second
-time.
+128k they do not: 396 rows, three programs on each multiprocessor of an H100, are 101 MB, and its
+cache has 50. The gradient may be written over the logits. Rows that are ignored are written as
+zeros, unread; so are rows whose slopes turn out to be 0 (a clipped ratio), without being read a
+second time.
 
 The formula of a surrogate, and that of a KL penalty, is a device function that the launcher hands
 to the kernel. From what is known of one token it gives the value and its derivative with respect to

@@ -7,6 +7,7 @@ as `make test-all` has it, all that the launchers make.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,22 @@ def test_tiles_in_flight_are_copied_asynchronously() -> None:
     for report in reports:
         assert report["stack"] == 0, report
         assert (report["asynchronous_copies"] > 0) == (report["kernel"] in sweeping), report
+
+
+def test_predictions_have_a_line_for_every_kernel_and_plan(tmp_path) -> None:
+    """Made anew, the tables have the lines that are kept, and the text around them stays."""
+    benchmarks = SUPPORT.parent.parent / "benchmarks"
+    kept = (benchmarks / "results" / "predictions.md").read_text()
+    table = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end of \2 -->)", flags=re.DOTALL)
+    copy = tmp_path / "predictions.md"
+    copy.write_text(table.sub(r"\1\3", kept))
+    process = start(str(benchmarks / "predict.py"), str(copy))
+    process.communicate()
+    assert process.returncode == 0
+    made = copy.read_text()
+    assert table.sub("", made) == table.sub("", kept)
+    first_columns = re.compile(r"^\| ([^|]+) \|", flags=re.MULTILINE)
+    assert first_columns.findall(made) == first_columns.findall(kept)
 
 
 def test_twenty_batches_and_settings_share_one_compilation_of_the_policy_loss() -> None:

@@ -3,6 +3,7 @@ textbook formulas in NumPy's fp64.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -972,22 +973,26 @@ def test_bad_temperatures_do_not_speak_of_arguments_that_are_not_there() -> None
         assert "targets" not in str(error.value)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+def jsd_errors(jsd, sides, beta: float) -> list[torch.Tensor]:
+    """Relative errors of each value, and of each row of both gradients, in fp32."""
+    results = []
+    for dtype, function in ((torch.float32, jsd), (torch.float64, plain_divergence)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in sides]
+        values = function(*leaves, direction="jsd", beta=beta)
+        results.append((values[:, None], *autograd.grad(values.sum(), leaves)))
+    return [(a.double() - b).norm(dim=1) / b.norm(dim=1) for a, b in zip(*results, strict=True)]
+
+
+@BACKENDS
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.999, 1 - 1e-6])
-@pytest.mark.parametrize("noise", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("noise", [0.1, 0.45, 1.0, 2.0])
 def test_a_mixture_that_is_nearly_one_side_keeps_its_accuracy(noise, beta, impl, device) -> None:
-    """The value is of the order of the smaller share, and so are the terms that it is a sum of."""
-    logits = 3 * torch.randn(4, 67)
-    sides = [logits, logits + noise * torch.randn(4, 67)]
-    leaves = [x.to(device).requires_grad_() for x in sides]
-    value = fastrlhf.kl_divergence(*leaves, direction="jsd", beta=beta, impl=impl)
-    found = autograd.grad(value.sum(), leaves)
-    exact = [x.double().requires_grad_() for x in sides]
-    plain = plain_divergence(*exact, direction="jsd", beta=beta)
-    expected = autograd.grad(plain.sum(), exact)
-    rounding = 32 * torch.finfo(torch.float32).eps
-    torch.testing.assert_close(value.cpu().double(), plain, rtol=rounding, atol=0)
-    for a, b in zip(found, expected, strict=True):
-        error = (a.cpu().double() - b).norm(dim=1) / b.norm(dim=1)
-        # A side that is nearly certain of a token subtracts two nearly equal numbers for it.
-        assert error.max() < (rounding if noise < 5 else 1e-3)
+    """The value is of the order of the smaller share, and so are the terms that it is a sum of: the
+    plain formula has that accuracy where the shares are equal.
+    """
+    logits = 3 * torch.randn(4, 67, device=device)
+    sides = [logits, logits + noise * torch.randn(4, 67, device=device)]
+    found = jsd_errors(partial(fastrlhf.kl_divergence, impl=impl), sides, beta)
+    plain = jsd_errors(plain_divergence, sides, 0.5)
+    for ours, usual in zip(found, plain, strict=True):
+        assert ours.max() <= 4 * usual.max() + 8 * torch.finfo(torch.float32).eps

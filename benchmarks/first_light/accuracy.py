@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# How far apart two results in bf16 may be which were added up in another order.
+IN_ANOTHER_ORDER = torch.finfo(torch.bfloat16).eps
+
 _FACTOR = 2.0
 _MOST = 0.05
 
@@ -85,3 +88,20 @@ def split_weight(gradient: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     chosen = torch.zeros(gradient.shape[0], dtype=torch.bool, device=gradient.device)
     chosen[targets[targets != -100]] = True
     return gradient[chosen].flatten()[None], gradient[~chosen].flatten()[None]
+
+
+def distance(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> float:
+    """The largest relative difference of some results, a piece at a time for the sake of memory."""
+    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    largest = 0.0
+    for x, y in zip(found, expected, strict=True):
+        squares = [
+            torch.stack([(a.float() - b.float()).square().sum(), b.float().square().sum()])
+            for a, b in zip(x.split(256), y.split(256), strict=True)
+        ]
+        if squares:
+            error, size = torch.stack(squares).sum(0).tolist()
+            # Not max(), which may pass over NaN.
+            share = (error / size) ** 0.5 if size else error
+            largest = share if not share <= largest else largest
+    return largest

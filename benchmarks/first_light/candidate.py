@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .accuracy import IN_ANOTHER_ORDER, distance
 from .kernel_times import copy_seconds
 from .kernel_work import Logits
 from .machine import Machine
 from .row_order import policy_loss_in_row_order
 from .sections import Reporter
-
-_CLOSE = 1e-2  # gradients in bf16, of statistics that were added up in another order
 
 
 def time_row_order(report: Reporter, machine: Machine) -> None:
@@ -30,16 +29,9 @@ def time_row_order(report: Reporter, machine: Machine) -> None:
         )
 
     d_logits = torch.empty_like(logits.x)
-    error = (row_order(d_logits) - losses).norm() / losses.norm()
-    report.holds("K3 in row order: losses", bool(error < _CLOSE))
-    # A piece at a time for the sake of memory.
-    pieces = zip(d_logits.split(256), gradient.split(256), strict=True)
-    squares = [
-        torch.stack([(a.float() - b.float()).square().sum(), b.float().square().sum()])
-        for a, b in pieces
-    ]
-    distance, size = torch.stack(squares).sum(0)
-    report.holds("K3 in row order: gradient", bool((distance / size).sqrt() < _CLOSE))
+    found = row_order(d_logits)
+    for name, pair in {"losses": (found, losses), "gradient": (d_logits, gradient)}.items():
+        report.holds(f"K3 in row order: {name}", distance(*pair) <= IN_ANOTHER_ORDER)
     del gradient, d_logits
     floor = copy_seconds(report, k3.passes * logits.pass_bytes)
     column = f"{rows} × {vocab}"

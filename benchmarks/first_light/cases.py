@@ -11,7 +11,7 @@ from torch import Tensor, autograd
 from .accuracy import judge, judge_values, split_logits, split_weight
 from .machine import Machine
 from .plain import SOFTCAP, log_softmax, logprobs
-from .sections import Reporter, describe
+from .sections import Reporter
 from .tokens import IGNORED, Tokens
 
 _MASKED = slice(3, 11)  # columns whose logits are -inf
@@ -155,12 +155,10 @@ def compare(
     whether they have the same bits a second time; return the gradients.
     """
     ours, plain = formulas
-    try:
-        values, gradients = evaluate(ours, case, wanted, factor)
-        again = evaluate(ours, case, wanted, factor)
-    except Exception as error:
-        report.holds(f"{name}: {describe(error)}", False)
+    twice = report.demand(name, lambda: [evaluate(ours, case, wanted, factor) for _ in range(2)])
+    if twice is None:
         return {}
+    (values, gradients), again = twice
     same_bits(report, f"{name}, again", _flat(values, gradients), _flat(*again))
     clean, live = case.clean(), case.tokens.live
     # The coefficient of a token is a function of its log-prob, and known as well as that.

@@ -162,11 +162,13 @@ def check_small_gradients(report: Reporter, machine: Machine) -> None:
             factor = size * float(case.tokens.live.sum()) if name == "linear_loss" else size
             wanted = ("hidden", "weight")
             _, exact = _scaled(operation.plain, case.double(), factor)
-            try:
-                _, found = _scaled(operation.ours, case, factor)
-            except Exception as error:
-                report.holds(f"{name} fp16: {error!r}"[:200], False)
+            ours = report.demand(
+                f"{name} fp16",
+                lambda ours=operation.ours, factor=factor: _scaled(ours, case, factor),
+            )
+            if ours is None:
                 continue
+            _, found = ours
             for leaf in wanted:
                 three = (found[leaf], exact[leaf].half(), exact[leaf])
                 title = f"{name} fp16, gradients of {size:.0e}: {leaf}"
@@ -206,5 +208,9 @@ def _check_product(
 ) -> None:
     exact = out.double() + a.double() @ b.double()
     usual = out + a.float() @ b.float()
-    machine.add_product(out, a, b)
-    report.check(title, judge(out, usual, exact, machine.slack(torch.float32)))
+
+    def multiply() -> None:
+        machine.add_product(out, a, b)
+        report.check(title, judge(out, usual, exact, machine.slack(torch.float32)))
+
+    report.demand(title, multiply)

@@ -11,15 +11,14 @@ import contextlib
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from .accuracy import IN_ANOTHER_ORDER, distance
 from .kernel_times import copy_seconds
-from .kernel_work import Logits
+from .kernel_work import KernelWork, Logits
 from .machine import Machine
-from .sections import Reporter, describe
+from .sections import Reporter
 
 _TABLE = "fastrlhf.kernels.launch"
 # The kernel's name in the table, and the work that shows it.
@@ -30,7 +29,6 @@ TRIED = {
     "divergence": "KL forward",
 }
 _WARPS, _THREAD_BYTES, _STAGES = (4, 8, 16), (16, 32), (1, 3, 4)
-_CLOSE = 1e-2  # results in bf16, that were added up in another order
 
 
 def _variants(machine: Machine) -> list[Any]:
@@ -72,44 +70,32 @@ def time_variants(report: Reporter, machine: Machine) -> None:
     logits = Logits(machine, *machine.sizes.timed[0])
     works = logits.works()
     for kernel, name in TRIED.items():
-        work = works[name]
-        floor = copy_seconds(report, work.passes * logits.pass_bytes)
-        default, expected = machine.seconds(work.run), work.run()
-        times = {}
-        for variant in _variants(machine):
-            title = f"{name}: {_text(variant)}"
-            try:
-                with _shape(kernel, variant):
-                    found = work.run()
-                    if (error := _distance(found, expected)) <= _CLOSE:
-                        times[variant] = machine.seconds(work.run, rounds=5)
-                        report.timing(title, times[variant], floor, variant=True)
-                    else:
-                        report.note(title, f"wrong: off by {error:.1e}")
-            except Exception as error:
-                report.note(title, describe(error))
-        report.timing(f"{name}: default", default, floor)
-        if times:
-            best = min(times, key=times.__getitem__)
-            report.timing(f"{name}: best, {_text(best)}", times[best], floor)
+        _time_variants_of(report, machine, kernel, name, works[name], logits.pass_bytes)
+
+
+def _time_variants_of(
+    report: Reporter, machine: Machine, kernel: str, name: str, work: KernelWork, pass_bytes: int
+) -> None:
+    floor = copy_seconds(report, work.passes * pass_bytes)
+    default, expected = machine.seconds(work.run), work.run()
+    times = {}
+
+    def time(variant: Any, title: str) -> None:
+        with _shape(kernel, variant):
+            if (error := distance(work.run(), expected)) <= IN_ANOTHER_ORDER:
+                times[variant] = machine.seconds(work.run, rounds=5)
+                report.timing(title, times[variant], floor, variant=True)
+            else:
+                report.note(title, f"wrong: off by {error:.1e}")
+
+    for variant in _variants(machine):
+        title = f"{name}: {_text(variant)}"
+        report.attempt(title, partial(time, variant, title))
+    report.timing(f"{name}: default", default, floor)
+    if times:
+        best = min(times, key=times.__getitem__)
+        report.timing(f"{name}: best, {_text(best)}", times[best], floor)
 
 
 def _text(shape: Any) -> str:
     return f"{shape.warps} warps, {shape.thread_bytes} B, {shape.stages} in flight"
-
-
-def _distance(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The largest relative difference of the results, a piece at a time for the sake of memory."""
-    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
-    largest = 0.0
-    for x, y in zip(found, expected, strict=True):
-        squares = [
-            torch.stack([(a.float() - b.float()).square().sum(), b.float().square().sum()])
-            for a, b in zip(x.split(256), y.split(256), strict=True)
-        ]
-        if squares:
-            error, size = torch.stack(squares).sum(0).tolist()
-            # Not max(), which may pass over NaN.
-            share = (error / size) ** 0.5 if size else error
-            largest = share if not share <= largest else largest
-    return largest

@@ -19,11 +19,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from .accuracy import Verdict
 
 Record = dict[str, Any]
+Found = TypeVar("Found")
 
 _LAST_LINES = 12
 _POLL_SECONDS = 0.05
@@ -65,11 +66,21 @@ class Reporter:
         """Do some work whose failure is a line, not the end of the section."""
         try:
             work()
-        except Exception as error:
-            self.note(name, describe(error))
+        except Exception as error:  # whatever a timing or a peer raises is its outcome
+            self.note(name, _describe(error))
+
+    def demand(self, name: str, work: Callable[[], Found]) -> Found | None:
+        """Return what some work finds; its failure is a check that failed, not the end of the
+        section.
+        """
+        try:
+            return work()
+        except Exception as error:  # whatever an operation raises is wrong
+            self.holds(f"{name}: {_describe(error)}", False)
+            return None
 
 
-def describe(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """Say in a line what went wrong."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"

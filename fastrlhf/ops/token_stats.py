@@ -253,13 +253,17 @@ def _write_gradient(
     log_norm: Tensor,
     d_logprob: Tensor,
     d_entropy: Tensor | None,
-    transform: Transform,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
     impl: str,
 ) -> None:
-    """Write the gradient into all of d_logits, which may be the logits themselves."""
+    """Write the gradient into all of d_logits (..., V), of any floating dtype and with rows at any
+    distance; it may be the logits themselves.
+    """
     stats = (logprob, entropy, peak, log_norm)
-    tokens, common, softcap, scale = transform
-    rows, targets, row_temperature = flat_rows(logits, targets, tokens, common)
+    rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
     d_rows = rows if d_logits is logits else d_logits.view(rows.shape)
     d_logprob = d_logprob.contiguous()
     d_entropy = None if d_entropy is None else d_entropy.contiguous()
@@ -298,26 +302,21 @@ def _write_gradient(
     _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
 
 
-@torch.library.custom_op("fastrlhf::token_stats_backward", mutates_args=())
-def _backward(
-    logits: Tensor,
-    targets: Tensor,
-    logprob: Tensor,
-    entropy: Tensor,
-    peak: Tensor,
-    log_norm: Tensor,
-    d_logprob: Tensor,
-    d_entropy: Tensor | None,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    impl: str,
-) -> Tensor:
+# Of the three operators, each of which writes the gradient elsewhere.
+_ARGUMENTS = (
+    "Tensor targets, Tensor logprob, Tensor entropy, Tensor peak, Tensor log_norm, "
+    "Tensor d_logprob, Tensor? d_entropy, Tensor? token_temperature, float temperature, "
+    "float? softcap, float scale, str impl"
+)
+
+
+@torch.library.custom_op(
+    "fastrlhf::token_stats_backward", mutates_args=(),
+    schema=f"(Tensor logits, {_ARGUMENTS}) -> Tensor",
+)  # fmt: skip
+def _backward(logits, *arguments):
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    stats = (logprob, entropy, peak, log_norm)
-    transform = Transform(token_temperature, temperature, softcap, scale)
-    _write_gradient(d_logits, logits, targets, *stats, d_logprob, d_entropy, transform, impl)
+    _write_gradient(d_logits, logits, *arguments)
     return d_logits
 
 
@@ -326,47 +325,20 @@ def _backward_fake(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastrlhf::token_stats_backward_into", mutates_args={"d_logits"})
-def _backward_into(
-    d_logits: Tensor,  # (..., V) of any floating dtype, rows at any distance
-    logits: Tensor,
-    targets: Tensor,
-    logprob: Tensor,
-    entropy: Tensor,
-    peak: Tensor,
-    log_norm: Tensor,
-    d_logprob: Tensor,
-    d_entropy: Tensor | None,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    impl: str,
-) -> None:
-    stats = (logprob, entropy, peak, log_norm)
-    transform = Transform(token_temperature, temperature, softcap, scale)
-    _write_gradient(d_logits, logits, targets, *stats, d_logprob, d_entropy, transform, impl)
+@torch.library.custom_op(
+    "fastrlhf::token_stats_backward_into", mutates_args={"d_logits"},
+    schema=f"(Tensor(a!) d_logits, Tensor logits, {_ARGUMENTS}) -> ()",
+)  # fmt: skip
+def _backward_into(d_logits, logits, *arguments):
+    _write_gradient(d_logits, logits, *arguments)
 
 
-@torch.library.custom_op("fastrlhf::token_stats_backward_", mutates_args={"logits"})
-def _backward_inplace(
-    logits: Tensor,
-    targets: Tensor,
-    logprob: Tensor,
-    entropy: Tensor,
-    peak: Tensor,
-    log_norm: Tensor,
-    d_logprob: Tensor,
-    d_entropy: Tensor | None,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    impl: str,
-) -> None:
-    stats = (logprob, entropy, peak, log_norm)
-    transform = Transform(token_temperature, temperature, softcap, scale)
-    _write_gradient(logits, logits, targets, *stats, d_logprob, d_entropy, transform, impl)
+@torch.library.custom_op(
+    "fastrlhf::token_stats_backward_", mutates_args={"logits"},
+    schema=f"(Tensor(a!) logits, {_ARGUMENTS}) -> ()",
+)  # fmt: skip
+def _backward_inplace(logits, *arguments):
+    _write_gradient(logits, logits, *arguments)
 
 
 def _setup_context(ctx, inputs, output):

@@ -734,6 +734,34 @@ MUTANTS = [
         "test_launch.py", "device_of_its_tensors",
     ),
     Mutant(
+        "divergence: the excess of the mixture where the sides are near alone",
+        "kernels/divergence.py",
+        "moderate = (excess >= -0.5) & (excess <= 1.0)", "moderate = tl.abs(gap) < 0.5",
+        "test_divergence.py", "nearly_one_side and triton",
+    ),
+    Mutant(
+        "reference: the excess of the mixture where the sides are near alone",
+        "fastrlhf/reference.py",
+        "small = gap < 40\n", "small = gap.abs() < 0.5\n",
+        "test_divergence.py", "nearly_one_side and eager",
+    ),
+    *_mutants(
+        "benchmarks/first_light/row_order.py", "test_row_order.py",
+        (
+            "row order: the numbers of a row before its last split",
+            "== splits - 1:", "== 0:",
+            "40000",
+        ),
+        (
+            "row order: the gradient of another row",
+            "place = earlier * vocab + columns", "place = (earlier + 1) % rows * vocab + columns",
+        ),
+        (
+            "row order: all splits but the last",
+            "there = split < splits", "there = split < splits - 1",
+        ),
+    ),
+    Mutant(
         "tiles: tanh near 0 from where it cancels",
         "kernels/tiles.py",
         "tl.where(tl.abs(x) < 0.6, _tanh_near_0(tl.abs(x)), 1.0 - complement)", "1.0 - complement",
