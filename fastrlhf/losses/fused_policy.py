@@ -21,8 +21,6 @@ from fastrlhf.ops import (
     ChunkStats,
     PolicyFormula,
     Weight,
-    linear_loss,
-    linear_token_stats,
     policy_loss,
     token_stats,
 )
@@ -36,6 +34,7 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.linear_arguments import check_head
+from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.targets import MASKED_OUT
 from fastrlhf.ops.token_stats import checked_logits
 
@@ -103,7 +102,7 @@ def logits_policy_loss(
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
     """
     options = PolicyOptions.parse("logits_policy_loss", policy_options)
-    _check_entropy(entropy)
+    check_bool("entropy", entropy)
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)
     transform = checked_logits(logits, targets, temperature, softcap, scale)
@@ -185,7 +184,7 @@ def linear_policy_loss(
         TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
     """
     options = PolicyOptions.parse("linear_policy_loss", policy_options)
-    _check_entropy(entropy)
+    check_bool("entropy", entropy)
     check_head(hidden, [weight], bias)
     check_integer("targets", targets)
     _check_mask(mask, targets)
@@ -194,7 +193,25 @@ def linear_policy_loss(
         options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
         with_entropy=with_entropy,
     )  # fmt: skip
-    by_sequence = options.ratio_level == "sequence"
+    scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
+    return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
+
+
+def policy_loss_of(
+    scorer: Scorer,
+    targets: Tensor,
+    batch: PolicyBatch,
+    options: PolicyOptions,
+    *,
+    with_entropy: bool,
+) -> tuple[Tensor, Metrics]:
+    """Compute the loss and its metrics of whatever scores the targets (B, T)."""
+    mask, by_sequence = batch.mask, options.ratio_level == "sequence"
+    targets = _active_targets(targets, batch, scorer.vocab)
+    if under_transform():
+        stats = scorer.stats(targets, ignore_index=MASKED_OUT, entropy=with_entropy)
+        loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
+        return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
     names, sides = zip(
         *((name, x) for name, x in batch.tokens._asdict().items() if x is not None), strict=True
     )
@@ -214,22 +231,11 @@ def linear_policy_loss(
             found["entropy"] = stats.entropy
         return (losses * tokens.weights).sum(), found
 
-    active_targets = _active_targets(targets, batch, weight.shape[0])
-    if under_transform():
-        stats = linear_token_stats(
-            hidden, weight, active_targets, bias=bias, temperature=temperature, softcap=softcap,
-            scale=scale, ignore_index=MASKED_OUT, entropy=with_entropy, chunk_size=chunk_size,
-            impl=impl,
-        )  # fmt: skip
-        loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
-        return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
     token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
     sequence = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
-    loss, aux = linear_loss(
-        of_chunk, hidden, weight, active_targets, token, *sides,
-        groups=sequence if by_sequence else None, bias=bias, temperature=temperature,
-        softcap=softcap, scale=scale, ignore_index=MASKED_OUT, entropy=with_entropy,
-        chunk_size=chunk_size, impl=impl,
+    loss, aux = scorer.loss(
+        of_chunk, targets, token, *sides, groups=sequence if by_sequence else None,
+        ignore_index=MASKED_OUT, entropy=with_entropy,
     )  # fmt: skip
 
     def of_all(name: str) -> Tensor:
@@ -255,11 +261,6 @@ def _check_mask(mask: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
     check_shape("mask", mask, tuple(targets.shape), "the shape of targets")
     check_same_device("mask", mask, "targets", targets)
-
-
-def _check_entropy(entropy: bool) -> None:
-    # The entropy itself, which policy_loss takes, is computed here.
-    check_bool("entropy", entropy)
 
 
 def _formula(options: PolicyOptions) -> PolicyFormula:

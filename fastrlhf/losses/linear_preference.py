@@ -4,8 +4,6 @@ Dims: B sequences, T tokens, P pairs, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +12,19 @@ from fastrlhf.losses.arguments import check_pair_indices
 from fastrlhf.losses.preference import LOSS_TYPES, dpo_loss
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
-from fastrlhf.ops import ChunkStats, Weight, linear_loss, linear_token_logprobs
-from fastrlhf.ops.backend import (
-    outside_of_graphs,
-    refuse_second_derivative,
-    refuse_transforms,
-    under_transform,
-)
+from fastrlhf.ops import ChunkStats, Weight
+from fastrlhf.ops.backend import outside_of_graphs, under_transform
 from fastrlhf.ops.checks import (
     check_between,
     check_finite,
+    check_ignore_index,
     check_integer,
     check_one_of,
     check_positive,
     wide_integers,
 )
+from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.ops.summed_gradient import with_summed_gradient
 
 # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
 PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -106,53 +102,54 @@ def linear_dpo_loss(
         loss_type, ref_logps, yw_idxs, yl_idxs, beta, label_smoothing=label_smoothing,
         discopop_tau=discopop_tau, gamma=gamma, alpha=alpha, impl=impl,
     )  # fmt: skip
-    head: dict[str, Any] = {
-        "bias": bias, "temperature": temperature, "softcap": softcap, "scale": scale,
-        "ignore_index": ignore_index, "chunk_size": chunk_size, "impl": impl,
-    }  # fmt: skip
+    scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
     check_integer("targets", targets)
     if targets.ndim != 2:
         raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
-    targets = wide_integers(targets)
-    # What is no tensor is refused further down, by its name.
-    trained, differentiable_ref = (
-        any(getattr(x, "requires_grad", False) for x in tensors)
-        for tensors in ((weight, bias), (ref_logps,))
-    )
-    if (
-        torch.is_grad_enabled()
-        and trained
-        and isinstance(weight, Tensor)
-        and not differentiable_ref
-        and loss_type not in _OF_THE_BATCH
-        and not under_transform()
-    ):
-        pairs = yw_idxs, yl_idxs
-        grouped = outside_of_graphs(_grouped_losses)
-        return grouped(pair_loss, hidden, weight, targets, pairs, head)
-    return _ungrouped_losses(pair_loss, hidden, weight, targets, head)
+    ignore_index = check_ignore_index(ignore_index)
+    differentiable_ref = getattr(ref_logps, "requires_grad", False)
+    one_by_one = loss_type not in _OF_THE_BATCH and not differentiable_ref
+    return preference_loss_of(
+        scorer, wide_integers(targets), pair_loss, yw_idxs, yl_idxs,
+        ignore_index=ignore_index, one_by_one=one_by_one,
+    )  # fmt: skip
 
 
-def _ungrouped_losses(
-    pair_loss: PairLoss, hidden: Tensor, weight: Weight, targets: Tensor, head: dict[str, Any]
+def preference_loss_of(
+    scorer: Scorer,
+    targets: Tensor,
+    pair_loss: PairLoss,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    *,
+    ignore_index: int,
+    one_by_one: bool,
 ) -> tuple[Tensor, Tensor]:
-    """All log-probs, then the loss: right for any loss."""
-    logprobs = linear_token_logprobs(hidden, weight, targets, **head)
-    return pair_loss(logprobs, targets != head["ignore_index"])
+    """Compute losses (P,) and rewards (B,) of whatever scores the targets (B, T).
+
+    `one_by_one`: the loss of each pair is known from its own sequences, and nothing else that it
+    depends on needs a gradient.
+    """
+    mask = targets != ignore_index
+    if not (isinstance(scorer, LinearScorer) and scorer.head_is_trained and one_by_one):
+        return pair_loss(scorer.stats(targets, ignore_index=ignore_index).logprob, mask)
+    if under_transform():
+        return pair_loss(scorer.stats(targets, ignore_index=ignore_index).logprob, mask)
+    check_pair_indices("targets", targets, yw_idxs, yl_idxs)
+    grouped = outside_of_graphs(_grouped_losses)
+    return grouped(pair_loss, scorer, targets, ignore_index, (yw_idxs.long(), yl_idxs.long()))
 
 
 def _grouped_losses(
     pair_loss: PairLoss,
-    hidden: Tensor,
-    weight: Weight,
+    scorer: LinearScorer,
     targets: Tensor,
+    ignore_index: int,
     pairs: tuple[Tensor, Tensor],
-    head: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """The loss of the sequences that share pairs as soon as their log-probs are known."""
-    mask = targets != head["ignore_index"]
-    check_pair_indices("targets", targets, *pairs)
-    chosen, rejected = (index.long() for index in pairs)
+    mask = targets != ignore_index
+    chosen, rejected = pairs
 
     def of_chunk(stats: ChunkStats, token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = stats.logprob.new_zeros(targets.numel()).index_put((token,), stats.logprob)
@@ -167,67 +164,24 @@ def _grouped_losses(
 
     groups = _sharing_pairs(targets.shape[0], *pairs).to(targets.device)
     token = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
-    total, aux = linear_loss(
-        of_chunk, hidden, weight, targets, token,
-        groups=groups.unsqueeze(1).expand(targets.shape), **head,
+    total, aux = scorer.loss(
+        of_chunk, targets, token,
+        groups=groups.unsqueeze(1).expand(targets.shape), ignore_index=ignore_index,
     )  # fmt: skip
     logprobs = total.new_zeros(targets.numel())
     if aux:
         logprobs = logprobs.index_put((aux["token"],), aux["logprob"])
     with torch.no_grad():
         losses, rewards = pair_loss(logprobs.view(targets.shape), mask)
-    again = partial(_losses_again, pair_loss, targets, head, _current_autocast(hidden))
-    return _SummedGradient.apply(again, total, losses, hidden, weight, head["bias"]), rewards
 
+    def weighted_sum(scorer: LinearScorer, weights: Tensor) -> Tensor:
+        stats = scorer.stats(targets, ignore_index=ignore_index)
+        return (pair_loss(stats.logprob, mask)[0] * weights).sum()
 
-def _losses_again(
-    pair_loss: PairLoss,
-    targets: Tensor,
-    head: dict[str, Any],
-    autocast: torch.autocast,
-    hidden: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-) -> Tensor:
-    with autocast:
-        return _ungrouped_losses(pair_loss, hidden, weight, targets, {**head, "bias": bias})[0]
-
-
-def _current_autocast(hidden: Tensor) -> torch.autocast:
-    """Make a context that restores autocast as it is now: backward runs outside of it."""
-    device = hidden.device.type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return torch.autocast(device, dtype=dtype, enabled=enabled)
-
-
-class _SummedGradient(torch.autograd.Function):
-    """Losses whose sum's gradient is known: it is their gradient where all are weighed alike."""
-
-    @staticmethod
-    def forward(ctx, again, total, losses, hidden, weight, bias):
-        ctx.again = again
-        ctx.save_for_backward(hidden, weight, bias)
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx, d_losses):
-        refuse_second_derivative("linear_dpo_loss", "linear_token_stats")
-        refuse_transforms("linear_dpo_loss's backward", "linear_token_stats", d_losses)
-        nothing = (None, None, None, None, None, None)
-        if d_losses.numel() == 0:
-            return nothing
-        if bool((d_losses == d_losses[0]).all()):
-            return None, d_losses[0].clone(), None, None, None, None
-        wanted = ctx.needs_input_grad[3:]
-        inputs = [
-            None if x is None else x.detach().requires_grad_(want)
-            for x, want in zip(ctx.saved_tensors, wanted, strict=True)
-        ]
-        with torch.enable_grad():
-            losses = ctx.again(*inputs)
-        leaves = [x for x in inputs if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(losses, leaves, d_losses))
-        return None, None, None, *(next(found) if want else None for want in wanted)
+    losses = with_summed_gradient(
+        losses, total, weighted_sum, scorer, alternative=("linear_dpo_loss", "linear_token_stats")
+    )
+    return losses, rewards
 
 
 def _sharing_pairs(sequences: int, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:

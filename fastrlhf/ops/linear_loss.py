@@ -88,18 +88,30 @@ def linear_loss(
         hidden, [weight], targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
         ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
     )  # fmt: skip
-    for i, side_input in enumerate(side_inputs):
-        check_dense(f"side_inputs[{i}]", side_input)
-        check_shape(f"side_inputs[{i}]", side_input, tuple(targets.shape), "the shape of targets")
-        check_same_device(f"side_inputs[{i}]", side_input, "hidden", hidden)
+    return loss_of(problem, loss_fn, side_inputs, groups)
+
+
+def loss_of(
+    problem: LinearProblem,
+    loss_fn: LossFunction,
+    side_inputs: tuple[Tensor, ...],
+    groups: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the loss of a problem whose weight may come in column blocks, or in codes."""
+    shape, hidden = tuple(problem.targets.shape), problem.hidden
+    named = {f"side_inputs[{i}]": x for i, x in enumerate(side_inputs)}
+    for name, x in named.items():
+        check_dense(name, x)
     if groups is not None:
         check_integer("groups", groups)
-        check_shape("groups", groups, tuple(targets.shape), "the shape of targets")
-        check_same_device("groups", groups, "hidden", hidden)
-    return outside_of_graphs(_loss_of)(problem, loss_fn, side_inputs, groups)
+        named["groups"] = groups
+    for name, x in named.items():
+        check_shape(name, x, shape, "the shape of targets")
+        check_same_device(name, x, "hidden", hidden)
+    return outside_of_graphs(_loss_and_known_gradient)(problem, loss_fn, side_inputs, groups)
 
 
-def _loss_of(
+def _loss_and_known_gradient(
     problem: LinearProblem,
     loss_fn: LossFunction,
     side_inputs: tuple[Tensor, ...],

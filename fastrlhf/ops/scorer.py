@@ -1,0 +1,161 @@
+"""What a loss asks of a head: the statistics of its tokens, or the loss and its gradient at once.
+
+A loss is written once, for anything that scores tokens: hidden states and a weight that somebody
+has at hand, or what enters the head in the middle of a model's forward.
+
+Dims: K width of the hidden states, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
+
+from .backend import under_transform
+from .linear_arguments import LinearProblem, checked_chunk, checked_problem, exact, matmul_dtype
+from .linear_head import Weight
+from .linear_loss import LossFunction, loss_of
+from .linear_rows import even_spans
+from .linear_token_stats import token_stats_of
+
+Result = TypeVar("Result")
+
+
+class Scorer(Protocol):
+    """Scores targets (...) by the hidden states (..., K) that it holds.
+
+    The tokens whose target is `ignore_index` cost nothing, and may hold anything.
+    """
+
+    @property
+    def hidden(self) -> Tensor: ...
+
+    @property
+    def vocab(self) -> int: ...
+
+    @property
+    def temperature(self) -> float | Tensor: ...
+
+    def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
+        """As `linear_token_stats`."""
+
+    def loss(
+        self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
+        ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """As `linear_loss`."""
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits (n, V) of some hidden states, numbered as if flat: in fp32 or fp64, scaled and
+        capped, but without temperature; differentiable.
+        """
+
+    def mean_logits(self, rows: Tensor) -> Tensor:
+        """The means (n,) over the vocabulary of `logits`."""
+
+
+class LinearScorer(NamedTuple):
+    """A weight, in column blocks, applied to hidden states; see `checked_problem`."""
+
+    hidden: Tensor  # (..., K)
+    weights: list[Weight]
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+    chunk_size: int | None = None
+    impl: str = "auto"
+
+    @property
+    def vocab(self) -> int:
+        return self.weights[0].shape[0]
+
+    @property
+    def head_is_trained(self) -> bool:
+        """Whether a gradient of weight or bias is asked for."""
+        head = (*self.weights, self.bias)
+        return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in head)
+
+    def problem(self, targets: Tensor, *, ignore_index: int, entropy: bool) -> LinearProblem:
+        return checked_problem(
+            self.hidden, self.weights, targets, bias=self.bias, temperature=self.temperature,
+            softcap=self.softcap, scale=self.scale, ignore_index=ignore_index, entropy=entropy,
+            chunk_size=self.chunk_size, impl=self.impl,
+        )  # fmt: skip
+
+    def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
+        return token_stats_of(self.problem(targets, ignore_index=ignore_index, entropy=entropy))
+
+    def loss(
+        self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
+        ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        problem = self.problem(targets, ignore_index=ignore_index, entropy=entropy)
+        return loss_of(problem, loss_fn, side_inputs, groups)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        dtype = matmul_dtype(self.hidden)
+        sums = accumulation_dtype(dtype)
+        hidden = self._rows(rows).to(dtype)
+        with exact(hidden):
+            parts = [
+                of_block.to(sums) @ weight[0 : self.vocab].to(dtype).to(sums).T
+                for of_block, weight in zip(self._blocks(hidden), self.weights, strict=True)
+            ]
+            made = reduce(torch.add, parts)
+            if self.bias is not None:
+                made = made + self.bias.to(sums)
+            return capped_logits(made, self.softcap, self.scale)
+
+    def mean_logits(self, rows: Tensor) -> Tensor:
+        if self.softcap is not None:
+            size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
+            means = in_chunks(lambda some: self.logits(some).mean(-1), rows, size)
+            return torch.cat(means) if means else self.hidden.new_zeros(0, dtype=torch.float32)
+        # The mean of W·h + b is that of the rows of W, times h: no matmul of the vocabulary.
+        sums = accumulation_dtype(self.hidden.dtype)
+        hidden = self._rows(rows).to(sums)
+        with exact(hidden):
+            parts = [
+                of_block @ _mean_row(weight, sums)
+                for of_block, weight in zip(self._blocks(hidden), self.weights, strict=True)
+            ]
+            made = reduce(torch.add, parts)
+            if self.bias is not None:
+                made = made + self.bias.to(sums).mean()
+            return self.scale * made
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        return self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
+
+    def _blocks(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The columns of each block of the weight."""
+        return hidden.split([weight.shape[1] for weight in self.weights], dim=-1)
+
+
+def _mean_row(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The mean (K,) of the rows of a weight (V, K)."""
+    if isinstance(weight, Tensor):
+        return weight.mean(0, dtype=dtype)
+    vocab, size = weight.shape[0], 2**12
+    sums = [weight[first : min(first + size, vocab)].sum(0, dtype=dtype)
+            for first in range(0, vocab, size)]  # fmt: skip
+    return torch.stack(sums).sum(0) / vocab
+
+
+def in_chunks(function: Callable[[Tensor], Result], rows: Tensor, size: int) -> list[Result]:
+    """Apply a function to some rows at a time, in backward once more, so that no more logits than
+    of a chunk are held.
+    """
+    again = torch.is_grad_enabled() and not under_transform()
+    return [
+        checkpoint(function, rows[first:last], use_reentrant=False)
+        if again
+        else function(rows[first:last])
+        for first, last in even_spans(rows.shape[0], size)
+    ]
