@@ -1,6 +1,16 @@
 """Fused kernels for preference learning and RLHF."""
 
-from .hf import LMHead, check, head_inputs, lm_head, model_token_stats
+from .hf import (
+    LMHead,
+    check,
+    head_inputs,
+    lm_head,
+    model_cross_entropy,
+    model_dpo_loss,
+    model_linear_loss,
+    model_policy_loss,
+    model_token_stats,
+)
 from .losses import (
     cpo_loss,
     dpo_loss,
@@ -9,6 +19,7 @@ from .losses import (
     grpo_options,
     kl_penalty,
     kto_loss,
+    linear_cross_entropy,
     linear_dpo_loss,
     linear_policy_loss,
     logits_policy_loss,
@@ -41,6 +52,8 @@ from .ops import (
 from .reference import TokenStats
 from .trpo import TrustRegionInfo, conjugate_gradient, fisher_vector_product, trpo_step
 
+sft_loss = model_cross_entropy  # the name by which most look for it
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -62,6 +75,7 @@ __all__ = [
     "kl_divergence",
     "kl_penalty",
     "kto_loss",
+    "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_kl_divergence",
     "linear_loss",
@@ -71,6 +85,10 @@ __all__ = [
     "linear_token_stats",
     "lm_head",
     "logits_policy_loss",
+    "model_cross_entropy",
+    "model_dpo_loss",
+    "model_linear_loss",
+    "model_policy_loss",
     "model_token_stats",
     "orpo_loss",
     "plackett_luce_loss",
@@ -78,6 +96,7 @@ __all__ = [
     "ppo_loss",
     "reward_loss",
     "sequence_logprobs",
+    "sft_loss",
     "shaped_rewards",
     "shift_targets",
     "simpo_loss",

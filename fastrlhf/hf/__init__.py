@@ -2,6 +2,22 @@
 
 from .check import check
 from .lm_head import LMHead, head_inputs, lm_head
+from .model_losses import (
+    model_cross_entropy,
+    model_dpo_loss,
+    model_linear_loss,
+    model_policy_loss,
+)
 from .model_token_stats import model_token_stats
 
-__all__ = ["LMHead", "check", "head_inputs", "lm_head", "model_token_stats"]
+__all__ = [
+    "LMHead",
+    "check",
+    "head_inputs",
+    "lm_head",
+    "model_cross_entropy",
+    "model_dpo_loss",
+    "model_linear_loss",
+    "model_policy_loss",
+    "model_token_stats",
+]

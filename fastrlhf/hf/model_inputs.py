@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.ops.checks import check_integer, check_mask, check_shape
+from fastrlhf.ops.checks import check_dense, check_integer, check_mask, check_shape
 
 from .head_parts import text_config, virtual_tokens
 
@@ -66,6 +66,30 @@ def check_ids(input_ids: Tensor) -> None:
         raise ValueError("input_ids: expected ids, got a tensor on the meta device")
 
 
+def of_positions(name: str, x: Tensor, input_ids: Tensor) -> Tensor:
+    """Widen what is of the tokens input_ids[:, 1:] by a last column, so that each of T positions
+    has what is of the token that it predicts.
+
+    Raises:
+        TypeError, ValueError: a tensor of another shape than (B, T-1).
+    """
+    check_dense(name, x)
+    sequences, tokens = input_ids.shape
+    expected = (sequences, tokens - 1)
+    if tuple(x.shape) != expected:
+        hint = ""
+        if tuple(x.shape) == (sequences, tokens):
+            hint = (
+                f"; where entry t is of token t, give {name}[:, 1:]; where it is of the token "
+                f"after t, as shift_targets aligns, {name}[:, :-1]"
+            )
+        raise ValueError(
+            f"{name}: expected shape {expected}, one for each of the tokens input_ids[:, 1:], as "
+            f"model_token_stats returns them, got {tuple(x.shape)}{hint}"
+        )
+    return torch.cat((x, x.new_zeros((sequences, 1))), dim=1)
+
+
 def scored_tokens(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -84,7 +108,7 @@ def scored_tokens(
 def _wanted_tokens(input_ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None) -> Tensor:
     if mask is not None:
         check_mask("mask", mask)
-        check_shape("mask", mask, tuple(input_ids.shape), "the shape of input_ids")
+        _check_mask_of_tokens(mask, input_ids)
         return mask != 0
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise TypeError(
@@ -100,6 +124,14 @@ def _wanted_tokens(input_ids: Tensor, attention_mask: Tensor | None, mask: Tenso
     # What predicts the first token after padding on the left is padding.
     scored[:, 1:] &= attended[:, :-1]
     return scored
+
+
+def _check_mask_of_tokens(mask: Tensor, input_ids: Tensor) -> None:
+    sequences, tokens = input_ids.shape
+    hint = "the shape of input_ids"
+    if tuple(mask.shape) == (sequences, tokens - 1):
+        hint += "; for a mask of input_ids[:, 1:], put a column of zeros before it"
+    check_shape("mask", mask, (sequences, tokens), hint)
 
 
 def with_positions(

@@ -1,6 +1,7 @@
 """Losses as pure functions of log-probs: no vocabulary dimension, no device code."""
 
 from .advantages import group_advantages, shaped_rewards, whiten
+from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
 from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
@@ -20,6 +21,7 @@ __all__ = [
     "grpo_options",
     "kl_penalty",
     "kto_loss",
+    "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_policy_loss",
     "logits_policy_loss",

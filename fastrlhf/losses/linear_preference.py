@@ -4,6 +4,7 @@ Dims: B sequences, T tokens, P pairs, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,19 @@ from fastrlhf.ops.checks import (
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.summed_gradient import with_summed_gradient
 
-# From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
-PairLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# They sort over the batch, so the loss of a pair is not known before all log-probs are.
+class PairLoss(NamedTuple):
+    """A loss of pairs with all of its options, and the pairs."""
+
+    # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
+    of_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    chosen: Tensor  # (P,)
+    rejected: Tensor  # (P,)
+    # Whether the loss of a pair is known from its own sequences, and nothing but their log-probs
+    # needs a gradient.
+    one_by_one: bool
+
+
 _OF_THE_BATCH = ("aot", "aot_unpaired")
 
 
@@ -98,7 +108,7 @@ def linear_dpo_loss(
 
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
     """
-    pair_loss = _pair_loss(
+    pair_loss = checked_pair_loss(
         loss_type, ref_logps, yw_idxs, yl_idxs, beta, label_smoothing=label_smoothing,
         discopop_tau=discopop_tau, gamma=gamma, alpha=alpha, impl=impl,
     )  # fmt: skip
@@ -107,54 +117,33 @@ def linear_dpo_loss(
     if targets.ndim != 2:
         raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
     ignore_index = check_ignore_index(ignore_index)
-    differentiable_ref = getattr(ref_logps, "requires_grad", False)
-    one_by_one = loss_type not in _OF_THE_BATCH and not differentiable_ref
-    return preference_loss_of(
-        scorer, wide_integers(targets), pair_loss, yw_idxs, yl_idxs,
-        ignore_index=ignore_index, one_by_one=one_by_one,
-    )  # fmt: skip
+    return preference_loss_of(scorer, wide_integers(targets), pair_loss, ignore_index=ignore_index)
 
 
 def preference_loss_of(
-    scorer: Scorer,
-    targets: Tensor,
-    pair_loss: PairLoss,
-    yw_idxs: Tensor,
-    yl_idxs: Tensor,
-    *,
-    ignore_index: int,
-    one_by_one: bool,
+    scorer: Scorer, targets: Tensor, pair_loss: PairLoss, *, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute losses (P,) and rewards (B,) of whatever scores the targets (B, T).
-
-    `one_by_one`: the loss of each pair is known from its own sequences, and nothing else that it
-    depends on needs a gradient.
-    """
-    mask = targets != ignore_index
-    if not (isinstance(scorer, LinearScorer) and scorer.head_is_trained and one_by_one):
-        return pair_loss(scorer.stats(targets, ignore_index=ignore_index).logprob, mask)
-    if under_transform():
-        return pair_loss(scorer.stats(targets, ignore_index=ignore_index).logprob, mask)
-    check_pair_indices("targets", targets, yw_idxs, yl_idxs)
-    grouped = outside_of_graphs(_grouped_losses)
-    return grouped(pair_loss, scorer, targets, ignore_index, (yw_idxs.long(), yl_idxs.long()))
+    """Compute losses (P,) and rewards (B,) of whatever scores the targets (B, T)."""
+    grouped = pair_loss.one_by_one and not under_transform()
+    if grouped and isinstance(scorer, LinearScorer) and scorer.head_is_trained:
+        check_pair_indices("targets", targets, pair_loss.chosen, pair_loss.rejected)
+        return outside_of_graphs(_grouped_losses)(scorer, targets, pair_loss, ignore_index)
+    # All log-probs, then the loss: right for any loss.
+    logprobs = scorer.stats(targets, ignore_index=ignore_index).logprob
+    return pair_loss.of_tokens(logprobs, targets != ignore_index)
 
 
 def _grouped_losses(
-    pair_loss: PairLoss,
-    scorer: LinearScorer,
-    targets: Tensor,
-    ignore_index: int,
-    pairs: tuple[Tensor, Tensor],
+    scorer: LinearScorer, targets: Tensor, pair_loss: PairLoss, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """The loss of the sequences that share pairs as soon as their log-probs are known."""
     mask = targets != ignore_index
-    chosen, rejected = pairs
+    chosen, rejected = pair_loss.chosen.long(), pair_loss.rejected.long()
 
     def of_chunk(stats: ChunkStats, token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = stats.logprob.new_zeros(targets.numel()).index_put((token,), stats.logprob)
         here = mask.new_zeros(mask.numel()).index_fill(0, token, True).view(mask.shape)
-        losses, _ = pair_loss(logprobs.view(mask.shape), here)
+        losses, _ = pair_loss.of_tokens(logprobs.view(mask.shape), here)
         present = here.any(-1)
         of_pair_here = present[chosen] | present[rejected]
         return torch.where(of_pair_here, losses, 0.0).sum(), {
@@ -162,7 +151,7 @@ def _grouped_losses(
             "token": token,
         }
 
-    groups = _sharing_pairs(targets.shape[0], *pairs).to(targets.device)
+    groups = _sharing_pairs(targets.shape[0], chosen, rejected).to(targets.device)
     token = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
     total, aux = scorer.loss(
         of_chunk, targets, token,
@@ -172,11 +161,11 @@ def _grouped_losses(
     if aux:
         logprobs = logprobs.index_put((aux["token"],), aux["logprob"])
     with torch.no_grad():
-        losses, rewards = pair_loss(logprobs.view(targets.shape), mask)
+        losses, rewards = pair_loss.of_tokens(logprobs.view(targets.shape), mask)
 
     def weighted_sum(scorer: LinearScorer, weights: Tensor) -> Tensor:
         stats = scorer.stats(targets, ignore_index=ignore_index)
-        return (pair_loss(stats.logprob, mask)[0] * weights).sum()
+        return (pair_loss.of_tokens(stats.logprob, mask)[0] * weights).sum()
 
     losses = with_summed_gradient(
         losses, total, weighted_sum, scorer, alternative=("linear_dpo_loss", "linear_token_stats")
@@ -193,12 +182,12 @@ def _sharing_pairs(sequences: int, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
             leader[i] = i = leader[leader[i]]
         return i
 
-    for chosen, rejected in torch.stack((yw_idxs.long(), yl_idxs.long()), dim=1).tolist():
+    for chosen, rejected in torch.stack((yw_idxs, yl_idxs), dim=1).tolist():
         leader[lead(chosen)] = lead(rejected)
     return torch.tensor([lead(i) for i in range(sequences)], dtype=torch.int64)
 
 
-def _pair_loss(
+def checked_pair_loss(
     loss_type: str,
     ref_logps: Tensor | None,
     yw_idxs: Tensor,
@@ -211,8 +200,8 @@ def _pair_loss(
     alpha: float,
     impl: str,
 ) -> PairLoss:
-    """Bind everything but the token log-probs and their mask."""
-    free: dict[str, PairLoss] = {
+    """Check the options, and bind everything but the token log-probs and their mask."""
+    free: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
         "simpo": lambda logprobs, mask: simpo_loss(
             sequence_logprobs(logprobs, mask), mask.sum(-1), yw_idxs, yl_idxs, beta, gamma
         ),
@@ -233,7 +222,7 @@ def _pair_loss(
     if loss_type in free:
         if ref_logps is not None:
             raise ValueError(f"ref_logps: expected None, loss_type {loss_type!r} has no reference")
-        return free[loss_type]
+        return PairLoss(free[loss_type], yw_idxs, yl_idxs, one_by_one=True)
     if ref_logps is None:
         raise ValueError(f"ref_logps: expected a tensor for loss_type {loss_type!r}, got None")
     reference = ref_logps
@@ -244,4 +233,6 @@ def _pair_loss(
             label_smoothing=label_smoothing, discopop_tau=discopop_tau, impl=impl,
         )  # fmt: skip
 
-    return with_reference
+    # Some sort over the batch, so the loss of a pair is not known before all log-probs are.
+    one_by_one = loss_type not in _OF_THE_BATCH and not getattr(reference, "requires_grad", False)
+    return PairLoss(with_reference, yw_idxs, yl_idxs, one_by_one)

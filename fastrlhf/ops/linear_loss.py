@@ -182,9 +182,7 @@ class _ChunkLosses:
         with torch.set_grad_enabled(self.grad):
             stats = ChunkStats(logprob, entropy, found.lse, groups)
             result = self.loss_fn(stats, *(x[index] for x in self.side_inputs))
-            loss, *rest = result if isinstance(result, tuple) and result else (result,)
-            aux = rest[0] if rest else {}
-            _check_result(loss, aux, rest[1:], self.aux[0] if self.aux else aux)
+            loss, aux = check_loss(result, self.aux[0] if self.aux else None)
         self.losses.append(loss)
         self.aux.append({name: value.detach() for name, value in aux.items()})
         return self._slopes(loss, logprob, entropy)
@@ -211,8 +209,16 @@ class _ChunkLosses:
         }
 
 
-def _check_result(loss: Any, aux: Any, more: list, first_aux: dict[str, Tensor]) -> None:
-    """Raise unless a loss_fn returned what it should, and the same kind as for the first chunk."""
+def check_loss(
+    result: Any, first_aux: dict[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a loss_fn and its dict.
+
+    Raises:
+        ValueError: anything else, or another kind of dict than for the first chunk.
+    """
+    loss, *rest = result if isinstance(result, tuple) and result else (result,)
+    aux, more = rest[0] if rest else {}, rest[1:]
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
         got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
         raise ValueError(f"loss_fn: expected a 0-d floating loss (a sum over tokens), got {got}")
@@ -222,12 +228,14 @@ def _check_result(loss: Any, aux: Any, more: list, first_aux: dict[str, Tensor])
     for name, value in aux.items():
         if not isinstance(value, Tensor) or value.ndim > 1:
             raise ValueError(f"loss_fn: expected 0-d or 1-d tensors in its dict, {name!r} is none")
-    kinds = [{name: value.ndim for name, value in x.items()} for x in (aux, first_aux)]
+    first = aux if first_aux is None else first_aux
+    kinds = [{name: value.ndim for name, value in x.items()} for x in (aux, first)]
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"loss_fn: expected the same entries from every chunk, got {kinds[0]} (names and "
             f"dimensions) after {kinds[1]}"
         )
+    return loss, aux
 
 
 class _WithKnownGradient(torch.autograd.Function):

@@ -1,0 +1,215 @@
+"""Run a causal language model, and do something else with its tokens where it makes its logits.
+
+Whatever is asked of a model's tokens, their statistics or a loss, happens in the call of the head
+in the middle of the model's own forward: there the hidden states are those that enter the head, and
+the weight is whole, however wrappers shard it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops import shift_targets
+from fastrlhf.ops.backend import is_batched
+from fastrlhf.ops.linear_arguments import matmul_dtype
+from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
+from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.ops.transform import token_temperatures
+
+from .causality import check_causal
+from .head_parts import (
+    HeadParts,
+    base_model,
+    check_weights,
+    evaluating,
+    head_module,
+    head_parts,
+    virtual_tokens,
+    without_virtual_tokens,
+)
+from .logit_map import LogitMap
+from .measured import measured, state_of
+from .model_inputs import check_ids, check_keywords, check_model, scored_tokens, with_positions
+from .own_module import ModuleScorer
+from .stand_in import StandIn
+
+IGNORED = -100  # the target of a token that is not scored
+_COMPARED_TOKENS = 4
+
+
+class TokenBatch(NamedTuple):
+    """What a model is called with, which of its tokens are scored, and how."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor | None
+    inputs: dict[str, Any]  # what else the model's forward takes
+    mask: Tensor | None = None  # (B, T)
+    temperature: float | Tensor = 1.0
+    chunk_size: int | None = None
+    impl: str = "auto"
+
+
+# Given what scores the model's tokens, and their targets (B, T), aligned with the positions that
+# predict them: a tensor for the model's graph, and anything else.
+Work = Callable[[Scorer, Tensor], tuple[Tensor, Any]]
+
+
+class Done(NamedTuple):
+    """What came of the work, and of the model's forward."""
+
+    result: Tensor  # tied to the model's output, see `stand_in`
+    aside: Any
+    outputs: Any  # of the model, without its logits
+
+
+def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
+    """Run a model's forward, with the work in place of its head.
+
+    The model's output tells what it does to its logits. Where that is something else than it was
+    before (at the first call, of a model that scales or caps), all is done once more.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `model_token_stats`.
+    """
+    base = base_model(model)
+    module, name = head_module(base), type(base).__name__
+    ids, attention_mask = batch.input_ids, batch.attention_mask
+    check_ids(ids)
+    check_weights(module, name)
+    check_model(base, name)
+    check_keywords(base, batch.inputs)
+    check_causal(base)
+    scored = scored_tokens(ids, attention_mask, batch.mask, batch.inputs.get("position_ids"))
+    targets = shift_targets(ids, scored, ignore_index=IGNORED)
+    batch = batch._replace(temperature=_of_positions(batch.temperature, targets))
+    inputs = {"use_cache": False, **with_positions(base, attention_mask, batch.inputs, model)}
+    for _ in range(2):
+        worker = _Worker(base, module, targets, batch, virtual_tokens(model), work)
+        stand_in = StandIn(module, name, worker)
+        with stand_in.in_place():
+            outputs = model(input_ids=ids, attention_mask=attention_mask, **inputs)
+        result = stand_in.result(outputs)
+        if not worker.looks or worker.confirmed(stand_in, outputs):
+            return Done(result, worker.aside, _without_logits(outputs))
+    raise RuntimeError(
+        f"model: {name} does something else to its logits at each call; use token_stats on them"
+    )
+
+
+def _of_positions(temperature: float | Tensor, targets: Tensor) -> float | Tensor:
+    """Give each position (B, T) the temperature of the token that it predicts."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    last = temperature.new_ones(())  # of the position that predicts nothing
+    expanded = token_temperatures(temperature, targets[:, 1:])
+    return torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)
+
+
+def _without_logits(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return output[1:]
+    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
+
+
+class _Worker:
+    """Does the work on the hidden states that enter a head, in place of the head."""
+
+    def __init__(
+        self, base: Any, module: Any, targets: Tensor, batch: TokenBatch, virtual: int, work: Work
+    ):
+        self.base, self.module, self.targets, self.batch = base, module, targets, batch
+        self.virtual, self.work = virtual, work
+        self.looks = False
+        self.aside: Any = None
+        self.map: LogitMap
+        self.parts: HeadParts | None
+
+    def __call__(self, hidden: Tensor, own: Callable[..., Tensor]) -> tuple[Tensor, int]:
+        hidden = without_virtual_tokens(hidden, self.targets.shape[1], self.virtual)
+        if hidden.shape[:2] != self.targets.shape:
+            raise ValueError(
+                "input_ids: expected a hidden state for each of the tokens "
+                f"{tuple(self.targets.shape)}, got {tuple(hidden.shape[:2])}: the model adds or "
+                "leaves out positions"
+            )
+        targets = self.targets.to(hidden.device)
+        self.parts = parts = head_parts(self.module)
+        known = measured(self.base, self.module, parts)
+        due, self.map = known.is_due(), known.map
+        known.calls += 1
+        if is_batched(targets, hidden):
+            if known.state is None:
+                raise RuntimeError(
+                    "model: the first call for a head, which looks at its logits, does not work "
+                    "under torch.func.vmap; call model_token_stats once outside"
+                )
+        else:
+            self.looks = due or hidden.device.type == "cpu"
+        scorer = self._scorer(hidden, own)
+        result, self.aside = self.work(scorer, targets)
+        if self.looks and due and isinstance(scorer, LinearScorer):
+            some = (targets.reshape(-1) != IGNORED).nonzero()[:_COMPARED_TOKENS, 0]
+            self._compare(own, scorer, hidden.reshape(-1, hidden.shape[-1])[some])
+        return result, scorer.vocab
+
+    def _scorer(self, hidden: Tensor, own: Callable[..., Tensor]) -> Scorer:
+        batch, parts, found = self.batch, self.parts, self.map
+        temperature = batch.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(hidden.device)
+        if parts is None or (found.softcap is not None and found.offset is not None):
+            with torch.no_grad():
+                vocab = own(hidden[:1, :1]).shape[-1]
+            return ModuleScorer(
+                hidden, own, found, vocab, temperature, batch.chunk_size, batch.impl
+            )
+        wide, weights = _with_adapters(parts, hidden)
+        return LinearScorer(
+            wide, weights, found.folded_bias(parts.bias), temperature, found.softcap, found.scale,
+            batch.chunk_size, batch.impl,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _compare(self, own: Callable[..., Tensor], scorer: LinearScorer, hidden: Tensor) -> None:
+        """Raise RuntimeError unless the head's own forward multiplies by its weight."""
+        if not hidden.shape[0]:
+            return
+        assert self.parts is not None
+        head = Head(scorer.weights, self.parts.bias, matmul_dtype(hidden))
+        with evaluating(self.module):  # the dropout of adapters would differ each time
+            logits = own(hidden.unsqueeze(0))[0]
+            wide = _with_adapters(self.parts, hidden)[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            expected = head.logits(wide.to(head.dtype).to(head.operands))
+        weight = self.parts.weight
+        eight_bit = isinstance(weight, QuantizedWeight) and weight.table is None
+        half = logits.dtype in (torch.bfloat16, torch.float16)
+        # Of the largest logit of a row. The module of an 8-bit head rounds its hidden states.
+        tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
+        error = (logits.to(expected) - expected).abs().amax(-1)
+        if not bool((error <= tolerance * expected.abs().amax(-1)).all()):
+            raise RuntimeError(
+                f"model: the forward of its head, a {type(self.module).__name__}, gives other "
+                "logits than its weight, so log-probs would be wrong; use token_stats on the "
+                "model's logits"
+            )
+
+    def confirmed(self, stand_in: StandIn, output: Any) -> bool:
+        """Whether the model does to its logits what was assumed. Remember what it does."""
+        known = measured(self.base, self.module, self.parts)
+        known.map = stand_in.check(output, self.map)
+        known.state = state_of(self.base, self.module, self.parts)
+        return known.map is self.map
+
+
+def _with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight]]:
+    """Widen hidden states by what the adapters make of them, and the weight by their blocks."""
+    blocks, weights = [hidden], [parts.weight]
+    for adapter in parts.adapters:
+        dtype = adapter.down.weight.dtype
+        low = adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling
+        blocks.append(low.to(hidden.dtype))
+        weights.append(adapter.up.weight.to(hidden.dtype))
+    return torch.cat(blocks, dim=-1) if parts.adapters else hidden, weights

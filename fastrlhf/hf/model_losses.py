@@ -1,0 +1,316 @@
+"""Losses of a causal language model, computed inside its own forward.
+
+Where the model would make its logits, the loss and its gradient are made instead: see `at_head`.
+
+Dims: B sequences, T tokens, P pairs.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastrlhf.losses.arguments import check_pair_indices
+from fastrlhf.losses.cross_entropy import CrossEntropy, summed_cross_entropy
+from fastrlhf.losses.fused_policy import policy_loss_of
+from fastrlhf.losses.linear_preference import checked_pair_loss, preference_loss_of
+from fastrlhf.losses.policy_arguments import PolicyOptions, policy_batch
+from fastrlhf.losses.reduce import check_reduction
+from fastrlhf.ops.backend import refuse_transforms
+from fastrlhf.ops.checks import check_bool
+from fastrlhf.ops.linear_loss import LossFunction
+from fastrlhf.ops.scorer import Scorer
+
+from .at_head import IGNORED, Done, TokenBatch, at_head
+from .model_inputs import check_ids, of_positions
+
+
+def model_linear_loss(
+    loss_fn: LossFunction,
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *side_inputs: Tensor,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: bool = False,
+    **inputs: Any,
+) -> tuple[Any, ...]:
+    """Compute a loss of one's own on the tokens of a model, and its gradient with it.
+
+    Eager equivalent, where one chunk holds all tokens::
+
+        stats = model_token_stats(model, input_ids, attention_mask, mask=mask, ...)  # (B, T-1)
+        scored = mask[:, 1:] != 0
+        loss, aux = loss_fn(
+            ChunkStats(stats.logprob[scored], ...), *(x[scored] for x in side_inputs)
+        )
+
+    Args:
+        loss_fn: as `linear_loss`, where it is explained; called once for each chunk of the scored
+            tokens, and for all of them once more where the model is run once more (see
+            `model_token_stats`).
+        model, input_ids, attention_mask, mask, temperature, entropy, chunk_size, impl, inputs: as
+            `model_token_stats`.
+        side_inputs: (B, T-1) tensors, aligned with input_ids[:, 1:], cut like the tokens.
+        groups: (B, T-1) integer ids of tokens that loss_fn must see together; see `linear_loss`.
+        return_outputs: return the model's outputs too, without its logits.
+
+    Returns:
+        (loss, aux), as `linear_loss`; with return_outputs (loss, aux, outputs).
+
+    Differentiable, once, with respect to all parameters, side inputs and what else loss_fn uses.
+
+    Cost, in matmuls G of the scored tokens: G without gradients, 2G where the head is frozen, 3G
+    where it is trained. The gradient of the head is made in its own call, so that its weight is
+    never needed after it, and a wrapper that shards it need not bring it back.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_loss`.
+    """
+    refuse_transforms("model_linear_loss", "model_token_stats and a loss of it")
+    check_bool("entropy", entropy)
+    check_ids(input_ids)
+    sides = [
+        of_positions(f"side_inputs[{i}]", x, input_ids) for i, x in enumerate(side_inputs)
+    ]  # fmt: skip
+    ids = None if groups is None else of_positions("groups", groups, input_ids)
+
+    def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        here, *of_tokens = _beside(targets, ids, *sides)
+        return scorer.loss(
+            loss_fn, targets, *of_tokens, ignore_index=IGNORED, groups=here, entropy=entropy
+        )
+
+    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    return _returned(at_head(model, batch, work), return_outputs)
+
+
+def model_cross_entropy(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: bool = False,
+    **inputs: Any,
+) -> tuple[Any, ...]:
+    """Compute the loss of supervised fine-tuning. Its other name is `sft_loss`.
+
+    Eager equivalent::
+
+        logits = model(input_ids, attention_mask, **inputs).logits[:, :-1].float()
+        targets = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    Args:
+        model, input_ids, attention_mask, temperature, chunk_size, impl, inputs: as
+            `model_token_stats`.
+        mask: (B, T) bool or 0/1, the tokens to learn: those of the answer, not of the prompt. None:
+            all that attention_mask has, and that follow one that it has.
+        label_smoothing, z_loss: as `linear_cross_entropy`.
+        normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
+            number of tokens: that of the global batch, where it is spread over steps or devices
+            (the Trainer's num_items_in_batch).
+        return_outputs: return the model's outputs too, without its logits.
+
+    Returns:
+        (loss, metrics), with return_outputs (loss, metrics, outputs). loss: 0-d, fp32 (fp64 for
+        fp64 hidden states). metrics: detached 0-d tensors "nll", the mean over the tokens in nats
+        without smoothing and z-loss, "z_loss", its mean, and "tokens", how many there are. Without
+        any token the loss is 0.
+
+    Differentiable, once, with respect to all parameters. Cost: as `model_linear_loss`; label
+    smoothing as in `linear_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `model_token_stats`; an option out of range.
+    """
+    refuse_transforms("model_cross_entropy", "model_token_stats")
+    options = CrossEntropy(label_smoothing, z_loss).checked()
+    normalizer = check_reduction("token-mean", normalizer)
+
+    def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total, found = summed_cross_entropy(scorer, targets, options, ignore_index=IGNORED)
+        tokens = (targets != IGNORED).sum().clamp(min=1)
+        nothing = total.detach().new_zeros(())
+        metrics = {name: found.get(name, nothing).sum() / tokens for name in ("nll", "z_loss")}
+        metrics["tokens"] = (targets != IGNORED).sum()
+        by = tokens if normalizer is None else normalizer
+        if isinstance(by, Tensor):
+            by = by.detach().to(total)
+        return total / by, metrics
+
+    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    return _returned(at_head(model, batch, work), return_outputs)
+
+
+def model_dpo_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    ref_logps: Tensor | None,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    beta: float = 0.1,
+    *,
+    mask: Tensor,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
+    gamma: float = 0.5,
+    alpha: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: bool = False,
+    **inputs: Any,
+) -> tuple[Any, ...]:
+    """Compute `dpo_loss`, or a reference-free loss, of a model.
+
+    Eager equivalent::
+
+        logprobs = model_token_stats(model, input_ids, attention_mask, mask=mask).logprob
+        losses, rewards = dpo_loss(
+            logprobs, ref_logps, yw_idxs, yl_idxs, beta, mask=mask[:, 1:], ...
+        )
+
+    Args:
+        model, input_ids, attention_mask, temperature, chunk_size, impl, inputs: as
+            `model_token_stats`; chosen and rejected sequences in one batch, in any order.
+        ref_logps: (B,) log-probs of whole sequences under the reference model, in nats, or
+            (B, T-1) of their tokens, as `model_token_stats` returns them; None for the
+            reference-free types.
+        yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
+        beta, loss_type, label_smoothing, discopop_tau, gamma, alpha: as `linear_dpo_loss`.
+        mask: (B, T) bool or 0/1, the tokens of the answers.
+        return_outputs: return the model's outputs too, without its logits.
+
+    Returns:
+        (losses, rewards), with return_outputs (losses, rewards, outputs). losses (P,), not reduced,
+        and rewards (B,), detached; fp32 (fp64 for fp64 hidden states).
+
+    Differentiable with respect to all parameters and ref_logps. Cost, in matmuls G of the tokens of
+    the mask: G without gradients, 2G where the head is frozen, 3G where it is trained; then, and
+    for losses that sort over the batch, as `linear_dpo_loss` says.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_dpo_loss`.
+
+    Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
+    """
+    check_ids(input_ids)
+    check_pair_indices("input_ids", input_ids, yw_idxs, yl_idxs)
+    if isinstance(ref_logps, Tensor) and ref_logps.ndim == 2:
+        ref_logps = of_positions("ref_logps", ref_logps, input_ids)
+    pair_options: dict[str, Any] = {
+        "label_smoothing": label_smoothing, "discopop_tau": discopop_tau, "gamma": gamma,
+        "alpha": alpha, "impl": impl,
+    }  # fmt: skip
+
+    def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, Tensor]:
+        ref, chosen, rejected = _beside(targets, ref_logps, yw_idxs, yl_idxs)
+        pair_loss = checked_pair_loss(loss_type, ref, chosen, rejected, beta, **pair_options)
+        return preference_loss_of(scorer, targets, pair_loss, ignore_index=IGNORED)
+
+    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    return _returned(at_head(model, batch, work), return_outputs)
+
+
+def model_policy_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    ref_logprobs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    entropy: bool = False,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: bool = False,
+    **policy_options_and_inputs: Any,
+) -> tuple[Any, ...]:
+    """Compute `policy_loss` (PPO, GRPO and relatives) of a model.
+
+    Eager equivalent::
+
+        stats = model_token_stats(model, input_ids, attention_mask, mask=mask, entropy=True)
+        loss, metrics = policy_loss(
+            stats.logprob, old_logprobs, advantages, mask[:, 1:], entropy=stats.entropy, ...
+        )
+
+    Args:
+        model, input_ids, attention_mask, temperature, chunk_size, impl: as `model_token_stats`.
+        old_logprobs: (B, T-1), aligned with input_ids[:, 1:], as `model_token_stats` returns
+            them; None for the policy itself (ratio 1).
+        advantages: (B,) one for each sequence, or (B, T-1).
+        mask: (B, T) bool or 0/1, the tokens that were sampled.
+        ref_logprobs: (B, T-1), see `policy_loss`.
+        rollout_weights: (B,), (B, 1) or (B, T-1), see `policy_loss`.
+        entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
+        return_outputs: return the model's outputs too, without its logits.
+        **policy_options_and_inputs: surrogate, ratio_level, clip_low, clip_high, dual_clip,
+            kl_coef, kl_estimator, entropy_coef, reduction, normalizer and sapo_temperatures of
+            `policy_loss`, or `**grpo_options(...)`; and what else the model's forward names.
+
+    Returns:
+        (loss, metrics), as `policy_loss`; with return_outputs (loss, metrics, outputs).
+
+    Differentiable, once, with respect to all parameters. Cost, in matmuls G of the tokens of the
+    mask (without those that have no advantage, unless there is a reference or an entropy to look
+    at): G without gradients, 2G where the head is frozen, 3G where it is trained.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `model_token_stats` and `policy_loss`.
+    """
+    known = PolicyOptions._fields
+    given = policy_options_and_inputs
+    options = PolicyOptions(**{name: x for name, x in given.items() if name in known}).checked()
+    inputs = {name: x for name, x in given.items() if name not in known}
+    check_bool("entropy", entropy)
+    check_ids(input_ids)
+    tokens = {
+        "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
+        "rollout_weights": rollout_weights,
+    }  # fmt: skip
+    sequences = input_ids.shape[0]
+    for name, x in tokens.items():
+        per_sequence = name in ("advantages", "rollout_weights")
+        shapes = ((sequences,), (sequences, 1)) if per_sequence else ()
+        if x is not None and getattr(x, "shape", None) not in shapes:
+            tokens[name] = of_positions(name, x, input_ids)
+    with_entropy = entropy or options.entropy_coef != 0
+
+    def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        old, gain, ref, rollout = _beside(targets, *tokens.values())
+        batch = policy_batch(
+            options, scorer.hidden.dtype, targets != IGNORED, old, gain, ref, rollout,
+            with_entropy=with_entropy,
+        )  # fmt: skip
+        return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
+
+    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    return _returned(at_head(model, batch, work), return_outputs)
+
+
+def _beside(targets: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """Bring tensors to where the head is, which may be another device than that of the ids."""
+    return [None if x is None else x.to(targets.device) for x in tensors]
+
+
+def _returned(done: Done, with_outputs: bool) -> tuple[Any, ...]:
+    found = done.result, done.aside
+    return (*found, done.outputs) if with_outputs else found
