@@ -2,6 +2,7 @@
 
 from .check import check
 from .lm_head import LMHead, head_inputs, lm_head
+from .model_divergence import model_kl_divergence
 from .model_losses import (
     model_cross_entropy,
     model_dpo_loss,
@@ -17,6 +18,7 @@ __all__ = [
     "lm_head",
     "model_cross_entropy",
     "model_dpo_loss",
+    "model_kl_divergence",
     "model_linear_loss",
     "model_policy_loss",
     "model_token_stats",

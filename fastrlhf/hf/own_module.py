@@ -41,7 +41,7 @@ class ModuleScorer(NamedTuple):
         """All tokens in one chunk, of which only the statistics are held."""
         order = live_rows(targets.reshape(-1), ignore_index)
         if order.shape[0] == 0:
-            return self.hidden.new_zeros((), dtype=accumulation_dtype(self.hidden.dtype)), {}
+            return self.logits(order).sum(), {}
         if groups is not None:
             order, _ = order_by_group(order, groups.reshape(-1))
         found = self._stats(targets, ignore_index, entropy, lse_has_slope=True)
@@ -64,8 +64,10 @@ class ModuleScorer(NamedTuple):
         return self.map(logits.to(accumulation_dtype(logits.dtype)))
 
     def mean_logits(self, rows: Tensor) -> Tensor:
-        means = in_chunks(lambda some: self.logits(some).mean(-1), rows, self._chunk)
-        return torch.cat(means) if means else self.hidden.new_zeros(0, dtype=torch.float32)
+        def means(some: Tensor) -> Tensor:
+            return self.logits(some).mean(-1)
+
+        return torch.cat(in_chunks(means, rows, self._chunk) or [means(rows)])
 
     @property
     def _chunk(self) -> int:
@@ -95,13 +97,13 @@ class ModuleScorer(NamedTuple):
             return stats._replace(lse=(logits / temperature).logsumexp(-1))
 
         rows = live_rows(flat, ignore_index)
-        parts = in_chunks(score, rows, self._chunk)
+        # Without any token too, so that the parameters of the head have a gradient, of zeros.
+        parts = in_chunks(score, rows, self._chunk) or [score(rows)]
         dtype = accumulation_dtype(self.hidden.dtype)
 
         def whole(values: list[Tensor]) -> Tensor:
             zeros = self.hidden.new_zeros(flat.shape, dtype=dtype)
-            filled = zeros.index_put((rows,), torch.cat(values).to(dtype)) if values else zeros
-            return filled.view(targets.shape)
+            return zeros.index_put((rows,), torch.cat(values).to(dtype)).view(targets.shape)
 
         entropies = [part.entropy for part in parts if part.entropy is not None]
         return TokenStats(

@@ -7,7 +7,8 @@ whatever comes of the value; where a head is trained too, backward makes the log
 Dims: N tokens, n tokens of the mask, H hidden (of each model its own), V vocabulary.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ from .linear_arguments import (
     wanted_or_detached,
 )
 from .linear_head import Head, Weight
-from .linear_plans import Room, room_for_slopes
+from .linear_plans import Needs, Room, room_for_slopes
 from .linear_rows import even_spans, live_rows
+from .scorer import LinearScorer
 from .transform import Transform, check_factor, checked_transform
 
 
@@ -49,13 +51,14 @@ class _Side(NamedTuple):
 
     hidden: Tensor
     head: Head
-    wants_hidden: bool
-    wants_weight: bool
-    wants_bias: bool
+    wants: Needs
 
     @property
     def trained(self) -> bool:
-        return self.wants_weight or self.wants_bias
+        return self.wants.head
+
+    def gradients(self, rows: int, hidden: Tensor | None) -> Gradients:
+        return Gradients(self.head, rows, hidden, self.wants.weights, self.wants.bias)
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.head.logits(self.hidden[rows].to(self.head.operands))
@@ -69,6 +72,8 @@ class _Options(NamedTuple):
     chunk: int
     impl: str
     dtypes: tuple[torch.dtype, torch.dtype]  # of the matmuls of the two sides
+    blocks: tuple[int, int]  # column blocks of the weights of the two sides
+    sum_expected: bool  # see `divergence_of`
 
     @property
     def one_transform(self) -> bool:
@@ -135,47 +140,83 @@ def linear_kl_divergence(
     """
     check_head(hidden, [weight], bias)
     check_head(ref_hidden, [ref_weight], ref_bias, prefix="ref_")
-    check_shape("ref_hidden", ref_hidden[..., 0], tuple(hidden.shape[:-1]), "that of hidden but H")
-    check_same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    if weight.shape[0] != ref_weight.shape[0]:
-        raise ValueError(
-            f"ref_weight: expected {weight.shape[0]} rows, the vocabulary of weight, got "
-            f"{ref_weight.shape[0]}"
-        )
-    mask = checked_rows(mask, hidden, "hidden")
     check_impl(impl)
-    transform = checked_transform(temperature, softcap, scale, mask)
-    ref_cap = transform.softcap
+    transform = checked_transform(temperature, softcap, scale, hidden[..., 0])
+    ref_cap, ref_factor = transform.softcap, transform.scale
     if ref_softcap != "same":
         ref_cap = None if ref_softcap is None else check_factor("ref_softcap", ref_softcap)
-    ref_factor = transform.scale if ref_scale == "same" else check_factor("ref_scale", ref_scale)
+    if ref_scale != "same":
+        ref_factor = check_factor("ref_scale", ref_scale)
+    ours = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
+    ref = LinearScorer(ref_hidden, [ref_weight], ref_bias, 1.0, ref_cap, ref_factor)
+    return divergence_of(ours, ref, mask, direction=direction, beta=beta, sum_expected=False)
+
+
+def divergence_of(
+    ours: LinearScorer,
+    ref: LinearScorer,
+    mask: Tensor | None,
+    *,
+    direction: str,
+    beta: float,
+    sum_expected: bool,
+) -> Tensor:
+    """Compute the divergence of each token (...) from what scores them; the options are ours.
+
+    `sum_expected`: compute the gradient of a trained head along with the values, for their sum.
+    That saves the logits that backward would make again, 2G, and the weights need not be there any
+    more, unless backward weighs the values differently.
+    """
+    hidden = ours.hidden
+    check_shape("ref_hidden", ref.hidden[..., 0], tuple(hidden.shape[:-1]), "that of hidden but H")
+    check_same_device("ref_hidden", ref.hidden, "hidden", hidden)
+    if ours.vocab != ref.vocab:
+        raise ValueError(
+            f"ref_weight: expected {ours.vocab} rows, the vocabulary of weight, got {ref.vocab}"
+        )
+    mask = checked_rows(mask, hidden, "hidden")
+    transform = checked_transform(ours.temperature, ours.softcap, ours.scale, mask)
     options = _Options(
         checked_measure(direction, beta), transform.temperature,
-        (transform.softcap, ref_cap), (transform.scale, ref_factor),
-        checked_chunk(chunk_size, weight.shape[0], hidden.device), impl,
-        (matmul_dtype(hidden), matmul_dtype(ref_hidden)),
+        (transform.softcap, ref.softcap), (transform.scale, ref.scale),
+        checked_chunk(ours.chunk_size, ours.vocab, hidden.device), ours.impl,
+        (matmul_dtype(hidden), matmul_dtype(ref.hidden)),
+        (len(ours.weights), len(ref.weights)), sum_expected,
     )  # fmt: skip
     if under_transform():
-        with exact(hidden):
-            logits = full_logits(hidden, weight, bias, mask, options.dtypes[0])
-            ref_logits = full_logits(ref_hidden, ref_weight, ref_bias, mask, options.dtypes[1])
-            if not options.one_transform:
-                logits, ref_logits = (
-                    capped_logits(x, cap, factor)
-                    for x, cap, factor in zip(
-                        (logits, ref_logits), options.caps, options.scales, strict=True
-                    )
-                )
-                transform = transform._replace(softcap=None, scale=1.0)
-            return definition(logits, ref_logits, mask, transform, options.measure)
-    tensors = (
-        hidden.to(options.dtypes[0]), weight, bias,
-        ref_hidden.to(options.dtypes[1]), ref_weight, ref_bias,
-    )  # fmt: skip
+        return _definition(ours, ref, mask, transform, options)
+    tensors = [
+        x
+        for side, dtype in zip((ours, ref), options.dtypes, strict=True)
+        for x in (side.hidden.to(dtype), side.bias, *side.weights)
+    ]
     values = outside_of_graphs(_LinearDivergence.apply)(
         options, mask, transform.token_temperature, *wanted_or_detached(*tensors)
     )
     return values.view(mask.shape)
+
+
+def _definition(
+    ours: LinearScorer, ref: LinearScorer, mask: Tensor, transform: Transform, options: _Options
+) -> Tensor:
+    """The divergence by all logits, in what torch.func can differentiate and batch."""
+    with exact(ours.hidden):
+        logits, ref_logits = (
+            full_logits(
+                side.hidden, torch.cat([w[0 : w.shape[0]] for w in side.weights], dim=1),
+                side.bias, mask, dtype,
+            )
+            for side, dtype in zip((ours, ref), options.dtypes, strict=True)
+        )  # fmt: skip
+        if not options.one_transform:
+            logits, ref_logits = (
+                capped_logits(x, cap, factor)
+                for x, cap, factor in zip(
+                    (logits, ref_logits), options.caps, options.scales, strict=True
+                )
+            )
+            transform = transform._replace(softcap=None, scale=1.0)
+        return definition(logits, ref_logits, mask, transform, options.measure)
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -184,7 +225,11 @@ class _LinearDivergence(torch.autograd.Function):
         sides = _sides(options, tensors, ctx.needs_input_grad[3:])
         order = live_rows(mask.reshape(-1).to(torch.int64), 0)
         slopes = [
-            room_for_slopes(side.hidden, alone=True) if _keeps_slope(side) else None
+            room_for_slopes(side.hidden, alone=True) if _keeps_slope(side, options) else None
+            for side in sides
+        ]
+        summed = [
+            side.gradients(order.shape[0], None) if side.trained and options.sum_expected else None
             for side in sides
         ]
         sums = torch.promote_types(sides[0].head.sums, sides[1].head.sums)
@@ -194,56 +239,109 @@ class _LinearDivergence(torch.autograd.Function):
                 rows = order[first:last]
                 block = _Block(options, sides, rows, token_temperature)
                 values[rows] = block.values
-                for i, (side, slope) in enumerate(zip(sides, slopes, strict=True)):
+                for i, (side, slope, found) in enumerate(zip(sides, slopes, summed, strict=True)):
+                    if slope is None and found is None:
+                        continue
+                    room = side.head.room if found is None else found.room
+                    d_logits = block.d_logits(i, torch.ones_like(block.values), room)
                     if slope is not None:
-                        ones = torch.ones_like(block.values)
-                        d_logits = block.d_logits(i, ones, side.head.room)
                         slope[rows] = side.head.pull_back(d_logits).to(slope.dtype)
+                    if found is not None:
+                        found.add(rows, side.hidden[rows].to(side.head.operands), d_logits)
+            known = [
+                total
+                for i, found in enumerate(summed)
+                for total in _head_totals(found, _of_side(options, tensors, i))
+            ]
         ctx.options = options
         ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]
         dense = [x if isinstance(x, Tensor) else None for x in tensors]
-        ctx.save_for_backward(mask, order, token_temperature, *dense, *slopes)
+        ctx.save_for_backward(mask, order, token_temperature, *dense, *slopes, *known)
         return values
 
     @staticmethod
     def backward(ctx, d_values):
         refuse_second_derivative("linear_kl_divergence", "kl_divergence")
         refuse_transforms("linear_kl_divergence's backward", "kl_divergence", d_values)
+        options = ctx.options
         mask, order, token_temperature, *rest = ctx.saved_tensors
-        dense, slopes = rest[:6], rest[6:]
+        dense, rest = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
+        slopes, known = rest[:2], rest[2:]
         tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
-        sides = _sides(ctx.options, tensors, ctx.needs_input_grad[3:])
-        found = [
-            Gradients(
-                side.head,
-                order.shape[0],
-                torch.zeros_like(side.hidden) if side.trained and side.wants_hidden else None,
-                [side.wants_weight],
-                side.wants_bias,
+        wanted = ctx.needs_input_grad[3:]
+        upstream = torch.where(mask.reshape(-1), d_values, 0.0)
+        hiddens: list[Tensor | None] = [None, None]
+        if options.sum_expected and _are_alike(upstream[order]):
+            by = upstream[order][:1].sum()
+            heads = [None if total is None else total * by for total in known]
+        else:
+            sides = _sides(options, tensors, wanted)
+            hiddens, heads = _recomputed(
+                options, sides, tensors, order, token_temperature, d_values
             )
-            for side in sides
-        ]
-        if any(side.trained for side in sides):
-            with exact(sides[0].hidden):
-                for first, last in even_spans(order.shape[0], ctx.options.chunk):
-                    rows = order[first:last]
-                    block = _Block(ctx.options, sides, rows, token_temperature)
-                    for i, side in enumerate(sides):
-                        if side.trained:
-                            d_logits = block.d_logits(i, d_values[rows], found[i].room)
-                            hidden = side.hidden[rows].to(side.head.operands)
-                            found[i].add(rows, hidden, d_logits)
         gradients: list[Tensor | None] = []
         for i in range(2):
-            hidden, weight, bias = tensors[3 * i : 3 * i + 3]
-            with exact(sides[0].hidden):
-                d_hidden, d_bias, d_weight = found[i].totals(hidden, bias, [weight])
+            hidden, *head = _of_side(options, tensors, i)
+            d_hidden = hiddens[i]
             if slopes[i] is not None:
-                upstream = torch.where(mask.reshape(-1), d_values, 0.0).unsqueeze(1)
-                d_hidden = (slopes[i] * upstream).view(hidden.shape)
-            for total, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias)):
+                d_hidden = (slopes[i] * upstream.unsqueeze(1)).view(hidden.shape)
+            of_head, heads = heads[: len(head)], heads[len(head) :]
+            for total, x in zip((d_hidden, *of_head), (hidden, *head), strict=True):
                 gradients.append(None if total is None else total.to(x.dtype))
         return None, None, None, *gradients
+
+
+def _recomputed(
+    options: _Options,
+    sides: list[_Side],
+    tensors: list[Any],
+    order: Tensor,
+    token_temperature: Tensor | None,
+    d_values: Tensor,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of both hidden states, and of both heads, from logits that are made again."""
+    rows_of_hidden = [
+        torch.zeros_like(side.hidden)
+        if side.trained and side.wants.hidden and not _keeps_slope(side, options)
+        else None
+        for side in sides
+    ]
+    found = [
+        side.gradients(order.shape[0], hidden)
+        for side, hidden in zip(sides, rows_of_hidden, strict=True)
+    ]
+    if any(side.trained for side in sides):
+        _check_weights_are_there(tensors)
+        with exact(sides[0].hidden):
+            for first, last in even_spans(order.shape[0], options.chunk):
+                rows = order[first:last]
+                block = _Block(options, sides, rows, token_temperature)
+                for i, side in enumerate(sides):
+                    if side.trained:
+                        d_logits = block.d_logits(i, d_values[rows], found[i].room)
+                        found[i].add(rows, side.hidden[rows].to(side.head.operands), d_logits)
+    hiddens, heads = [], []
+    with exact(sides[0].hidden):
+        for i in range(2):
+            hidden, bias, *weights = _of_side(options, tensors, i)
+            d_hidden, *d_head = found[i].totals(hidden, bias, weights)
+            hiddens.append(d_hidden)
+            heads += d_head
+    return hiddens, heads
+
+
+def _check_weights_are_there(tensors: list[Any]) -> None:
+    """Raise RuntimeError where a wrapper has taken a weight away since the forward."""
+    for x in tensors:
+        if isinstance(x, Tensor) and x.numel() and x.untyped_storage().nbytes() == 0:
+            raise RuntimeError(
+                "model_kl_divergence: a head is sharded, and its weight no longer there in "
+                "backward; where the head is trained, weigh all values alike (a sum, a mean)"
+            )
+
+
+def _are_alike(values: Tensor) -> bool:
+    return not values.numel() or bool((values == values[0]).all())
 
 
 class _Block:
@@ -307,15 +405,29 @@ def _transform(logits: Tensor, softcap: float | None, scale: float) -> Tensor | 
     return slope
 
 
-def _sides(options: _Options, tensors, wanted) -> list[_Side]:
+def _of_side(options: _Options, tensors: Sequence[Any], side: int) -> list[Any]:
+    """Hidden states, bias and column blocks of the weight of a side."""
+    first = 2 + options.blocks[0]
+    return list(tensors[:first] if side == 0 else tensors[first:])
+
+
+def _sides(options: _Options, tensors: Sequence[Any], wanted: Sequence[bool]) -> list[_Side]:
     """The policy and the reference."""
     sides = []
     for i, dtype in enumerate(options.dtypes):
-        hidden, weight, bias = tensors[3 * i : 3 * i + 3]
-        head = Head([weight], bias, dtype)
-        sides.append(_Side(hidden.reshape(-1, hidden.shape[-1]), head, *wanted[3 * i : 3 * i + 3]))
+        hidden, bias, *weights = _of_side(options, tensors, i)
+        wants_hidden, wants_bias, *wants_weights = _of_side(options, wanted, i)
+        head = Head(weights, bias, dtype)
+        needs = Needs(wants_hidden, wants_weights, wants_bias)
+        sides.append(_Side(hidden.reshape(-1, hidden.shape[-1]), head, needs))
     return sides
 
 
-def _keeps_slope(side: _Side) -> bool:
-    return side.wants_hidden and not side.trained
+def _head_totals(found: Gradients | None, tensors: list[Any]) -> list[Tensor | None]:
+    """Gradients of bias and weights, none where none were asked for."""
+    hidden, bias, *weights = tensors
+    return [None] * len(tensors[1:]) if found is None else found.totals(hidden, bias, weights)[1:]
+
+
+def _keeps_slope(side: _Side, options: _Options) -> bool:
+    return side.wants.hidden and (options.sum_expected or not side.trained)

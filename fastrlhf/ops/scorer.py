@@ -41,6 +41,12 @@ class Scorer(Protocol):
     @property
     def temperature(self) -> float | Tensor: ...
 
+    @property
+    def chunk_size(self) -> int | None: ...
+
+    @property
+    def impl(self) -> str: ...
+
     def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
         """As `linear_token_stats`."""
 
@@ -116,7 +122,7 @@ class LinearScorer(NamedTuple):
         if self.softcap is not None:
             size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
             means = in_chunks(lambda some: self.logits(some).mean(-1), rows, size)
-            return torch.cat(means) if means else self.hidden.new_zeros(0, dtype=torch.float32)
+            return torch.cat(means or [self.logits(rows).mean(-1)])
         # The mean of W·h + b is that of the rows of W, times h: no matmul of the vocabulary.
         sums = accumulation_dtype(self.hidden.dtype)
         hidden = self._rows(rows).to(sums)

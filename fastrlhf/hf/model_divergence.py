@@ -1,0 +1,146 @@
+"""The divergence of a model from a teacher, token by token: on-policy distillation.
+
+The teacher's forward runs in the call of the model's head, and the divergence is computed in the
+call of the teacher's head within: there both weights are whole, however wrappers shard them.
+
+Dims: B sequences, T tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops import kl_divergence
+from fastrlhf.ops.backend import refuse_transforms
+from fastrlhf.ops.checks import check_bool
+from fastrlhf.ops.divergence import checked_measure
+from fastrlhf.ops.linear_arguments import checked_chunk
+from fastrlhf.ops.linear_divergence import divergence_of
+from fastrlhf.ops.scorer import LinearScorer, Scorer, in_chunks
+from fastrlhf.ops.transform import token_temperatures
+
+from .at_head import IGNORED, TokenBatch, at_head
+from .head_parts import base_model, head_module
+
+
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    direction: str = "reverse",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: bool = False,
+    **inputs: Any,
+) -> Any:
+    """Compute the exact divergence of a model from a teacher at each token.
+
+    Eager equivalent::
+
+        logits, ref_logits = (
+            m(input_ids, attention_mask, **inputs).logits[:, :-1] for m in (model, teacher)
+        )
+        values = kl_divergence(logits, ref_logits, direction=direction, mask=mask[:, 1:], ...)
+
+    Args:
+        model: as `model_token_stats`.
+        teacher: likewise, of the same vocabulary and on the same device, of whatever width. It is
+            not trained: its forward runs without gradients.
+        input_ids, attention_mask, mask, temperature, chunk_size, impl: as `model_token_stats`; with
+            a `chunk_size`, the logits of both are held.
+        direction, beta: as `kl_divergence`.
+        return_outputs: return the model's outputs too, without its logits.
+        inputs: what else the forwards of both name.
+
+    Returns:
+        (B, T-1) in nats, aligned with input_ids[:, 1:], 0 for tokens that are not scored; fp32
+        (fp64 if a model is). With return_outputs (values, outputs).
+
+    Differentiable, once, with respect to the parameters of the model.
+
+    Cost, in matmuls G of one head with the scored tokens: 2G without gradients, 3G where the
+    model's head is frozen, 4G where it is trained, if backward weighs all values alike, as their
+    sum or mean does; for other weights 3G more. To tell, a GPU is awaited once in backward. Memory:
+    as `linear_kl_divergence`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `model_token_stats` and `kl_divergence`, of either
+            model; a teacher of another vocabulary, or that shares its head with the model.
+
+    Source: 2306.13649 (GKD).
+    """
+    refuse_transforms("model_kl_divergence", "kl_divergence of the models' logits")
+    check_bool("return_outputs", return_outputs)
+    checked_measure(direction, beta)
+    if head_module(base_model(teacher)) is head_module(base_model(model)):
+        raise ValueError("teacher: expected another model, got one that shares the model's head")
+    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+
+    def beside_teacher(ours: Scorer, targets: Tensor) -> tuple[Tensor, None]:
+        recorded = torch.is_grad_enabled()
+        values: list[Tensor] = []
+
+        def compare(theirs: Scorer, _: Tensor) -> tuple[Tensor, None]:
+            _check_teacher(ours, theirs)
+            with torch.set_grad_enabled(recorded):
+                scored = targets != IGNORED
+                values[:] = [_divergence(ours, theirs, scored, direction=direction, beta=beta)]
+            return values[0].detach(), None
+
+        with torch.no_grad():
+            at_head(teacher, batch, compare)
+        return values[0], None
+
+    done = at_head(model, batch, beside_teacher)
+    values = done.result[:, :-1]
+    return (values, done.outputs) if return_outputs else values
+
+
+def _check_teacher(ours: Scorer, theirs: Scorer) -> None:
+    if theirs.vocab != ours.vocab:
+        raise ValueError(
+            f"teacher: expected a vocabulary of {ours.vocab}, that of the model, got {theirs.vocab}"
+        )
+    if theirs.hidden.device != ours.hidden.device:
+        raise ValueError(
+            f"teacher: expected its head on {ours.hidden.device}, where that of the model is, got "
+            f"{theirs.hidden.device}"
+        )
+
+
+def _divergence(
+    ours: Scorer, theirs: Scorer, scored: Tensor, *, direction: str, beta: float
+) -> Tensor:
+    """The divergence of each token (B, T)."""
+    if isinstance(ours, LinearScorer) and isinstance(theirs, LinearScorer):
+        frozen = theirs._replace(
+            weights=[x.detach() if isinstance(x, Tensor) else x for x in theirs.weights],
+            bias=None if theirs.bias is None else theirs.bias.detach(),
+        )
+        return divergence_of(
+            ours, frozen, scored, direction=direction, beta=beta, sum_expected=True
+        )  # fmt: skip
+    temperatures = None
+    if isinstance(ours.temperature, Tensor):
+        temperatures = token_temperatures(ours.temperature, scored).reshape(-1)
+
+    def of_rows(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref_logits = theirs.logits(rows)
+        logits = ours.logits(rows)
+        dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
+        return kl_divergence(
+            logits.to(dtype), ref_logits.to(dtype), direction=direction, beta=beta, impl=ours.impl,
+            temperature=ours.temperature if temperatures is None else temperatures[rows],
+        )  # fmt: skip
+
+    rows = scored.reshape(-1).nonzero()[:, 0]
+    size = checked_chunk(ours.chunk_size, ours.vocab, ours.hidden.device)
+    found = torch.cat(in_chunks(of_rows, rows, size) or [of_rows(rows)])
+    return found.new_zeros(scored.numel()).index_put((rows,), found).view(scored.shape)
