@@ -1,0 +1,305 @@
+"""Losses of Hugging Face models, computed inside their forwards, against the models' own logits."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.matmuls import MatmulAudit
+from support.tiny_models import ARCHITECTURES, VOCAB, batch, make, with_lora
+from torch import Tensor, nn
+
+import fastrlhf
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+peft = pytest.importorskip("peft", reason="needs peft")
+
+SEQUENCES, TOKENS = 3, 9
+PAIRS = {"yw_idxs": torch.tensor([0, 1]), "yl_idxs": torch.tensor([2, 2])}
+
+
+def sides() -> dict[str, Tensor]:
+    """What losses take besides the tokens, in fp64."""
+    generator = torch.Generator().manual_seed(5)
+    shape = SEQUENCES, TOKENS - 1
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    return {
+        "old": normal(*shape) - 5, "ref": normal(*shape) - 5, "gain": normal(SEQUENCES),
+        "of_tokens": normal(*shape), "ref_sums": normal(SEQUENCES) - 25,
+    }  # fmt: skip
+
+
+def own_loss(stats: fastrlhf.ChunkStats, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = -(stats.logprob * weight).sum() - 0.3 * stats.entropy.square().sum()
+    return loss, {"logprob": stats.logprob}
+
+
+class Plain:
+    """The same losses from a model's own logits."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]):
+        ids, mask = inputs["input_ids"], inputs["mask"][:, 1:]
+        inputs = {name: x for name, x in inputs.items() if name != "mask"}
+        logits = model(**inputs, use_cache=False).logits[:, :-1].double()
+        self.logits, self.targets, self.mask = logits, ids[:, 1:], mask
+        log_p = logits.log_softmax(-1)
+        self.logprob = log_p.gather(-1, self.targets[..., None])[..., 0]
+        possible = log_p > -torch.inf
+        self.entropy = -torch.where(possible, log_p.exp() * log_p, 0.0).sum(-1)
+
+    def linear(self) -> Tensor:
+        terms = -self.logprob * sides()["of_tokens"] - 0.3 * self.entropy.square()
+        return terms[self.mask].sum()
+
+    def cross_entropy(self) -> Tensor:
+        return F.cross_entropy(self.logits[self.mask], self.targets[self.mask])
+
+    def smoothed(self) -> Tensor:
+        logits, targets = self.logits[self.mask], self.targets[self.mask]
+        z_loss = logits.logsumexp(-1).square().mean()
+        return F.cross_entropy(logits, targets, label_smoothing=0.2) + 0.01 * z_loss
+
+    def dpo(self, **options) -> Tensor:
+        losses, _ = fastrlhf.dpo_loss(
+            self.logprob, sides()["ref_sums"], *PAIRS.values(), mask=self.mask, **options
+        )
+        return losses.mean()
+
+    def policy(self, **options) -> Tensor:
+        s = sides()
+        return fastrlhf.policy_loss(
+            self.logprob, s["old"], s["gain"], self.mask, ref_logprobs=s["ref"],
+            entropy=self.entropy, **options,
+        )[0]  # fmt: skip
+
+
+PPO = {"kl_coef": 0.1, "entropy_coef": 0.01}
+GSPO = {
+    "ratio_level": "sequence", "reduction": "sequence-mean", "clip_low": 0.9, "clip_high": 1e3,
+}  # fmt: skip
+LOSSES = {
+    "linear": (
+        Plain.linear,
+        lambda m, b, **o: fastrlhf.model_linear_loss(
+            own_loss, m, b["input_ids"], b["attention_mask"], sides()["of_tokens"],
+            mask=b["mask"], entropy=True, **o,
+        ),
+    ),
+    "cross-entropy": (Plain.cross_entropy, lambda m, b, **o: fastrlhf.sft_loss(m, **b, **o)),
+    "smoothed": (
+        Plain.smoothed,
+        lambda m, b, **o: fastrlhf.model_cross_entropy(
+            m, **b, label_smoothing=0.2, z_loss=0.01, **o
+        ),
+    ),
+    "dpo": (Plain.dpo, lambda m, b, **o: dpo(m, b, **o)),
+    "ipo": (
+        lambda plain: plain.dpo(loss_type="ipo"),
+        lambda m, b, **o: dpo(m, b, loss_type="ipo", **o),
+    ),
+    "aot": (  # sorts over the batch
+        lambda plain: plain.dpo(loss_type="aot"),
+        lambda m, b, **o: dpo(m, b, loss_type="aot", **o),
+    ),
+    "ppo": (lambda plain: plain.policy(**PPO), lambda m, b, **o: policy(m, b, **PPO, **o)),
+    "gspo": (lambda plain: plain.policy(**GSPO), lambda m, b, **o: policy(m, b, **GSPO, **o)),
+}  # fmt: skip
+
+
+def dpo(model: nn.Module, inputs: dict[str, Tensor], **options) -> tuple:
+    inputs = dict(inputs)
+    ids, attention = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    losses, *rest = fastrlhf.model_dpo_loss(
+        model, ids, attention, sides()["ref_sums"], **PAIRS, **inputs, **options
+    )
+    return losses.mean(), *rest
+
+
+def policy(model: nn.Module, inputs: dict[str, Tensor], **options) -> tuple:
+    inputs, s = dict(inputs), sides()
+    ids, attention = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    return fastrlhf.model_policy_loss(
+        model, ids, attention, s["old"], s["gain"], ref_logprobs=s["ref"], **inputs, **options
+    )
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+
+
+def assert_same(ours: Tensor, plain: Tensor, model: nn.Module, tolerance: float = 1e-9) -> None:
+    """Compare a loss and the gradient of every parameter, each relative to its own size."""
+    assert abs(float((ours - plain).detach())) <= tolerance * max(1.0, abs(float(plain.detach())))
+    found, wanted = gradients(model, ours), gradients(model, plain)
+    assert found.keys() == wanted.keys()
+    scale = max(float(g.norm()) for g in wanted.values())
+    assert scale > 0
+    for name, want in wanted.items():
+        bound = tolerance * max(float(want.norm()), 1e-6 * scale)
+        assert float((found[name] - want).norm()) <= bound, name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_loss_is_that_of_the_models_logits(name, loss) -> None:
+    exact = name != "Mixtral"  # whose experts know no fp64
+    model = make(name).double() if exact else make(name)
+    plain, ours = LOSSES[loss]
+    found = ours(model, batch(), chunk_size=4)[0]
+    assert_same(found, plain(Plain(model, batch())), model, 1e-9 if exact else 1e-4)
+
+
+HEADS = {
+    "frozen": lambda: with_lora(make("Gemma2").double(), "q_proj"),
+    "adapted": lambda: with_lora(make("Llama").double(), "q_proj", "lm_head"),
+    "adapted and scaled": lambda: with_lora(make("Cohere").double(), "q_proj", "lm_head"),
+    "DoRA": lambda: with_lora(make("Llama").double(), "q_proj", "lm_head", use_dora=True),
+    "trained beside": lambda: with_lora(
+        make("Llama").double(), "q_proj", modules_to_save=["lm_head"]
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_other_kinds(head, loss) -> None:
+    model = HEADS[head]()
+    plain, ours = LOSSES[loss]
+    assert_same(ours(model, batch(), chunk_size=4)[0], plain(Plain(model, batch())), model)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_head_that_rules_words_out_and_caps_the_rest(loss) -> None:
+    """What the linear operations do not know: the logits of the head's module are scored."""
+    model = make("Gemma2").double()
+    offset = torch.linspace(-2, 2, VOCAB, dtype=torch.float64)
+    own = model.forward
+
+    def forward(input_ids=None, attention_mask=None, use_cache=None):
+        output = own(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        output.logits = output.logits + offset
+        return output
+
+    model.forward = forward
+    plain, ours = LOSSES[loss]
+    assert_same(ours(model, batch(), chunk_size=4)[0], plain(Plain(model, batch())), model)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_on_the_left_changes_nothing(loss) -> None:
+    model, inputs = make("GPT2").double(), batch()
+    inputs["attention_mask"][:] = 1
+    inputs["mask"] = torch.arange(TOKENS).expand(SEQUENCES, -1) >= 5
+    padded = {name: torch.cat((x.new_zeros(SEQUENCES, 4), x), 1) for name, x in inputs.items()}
+    _, ours = LOSSES[loss]
+
+    def widened(x: Tensor) -> Tensor:
+        return torch.cat((x.new_full((SEQUENCES, 4), torch.nan), x), dim=1)
+
+    of_tokens = ("old", "ref", "of_tokens")
+    wide = {name: widened(x) if name in of_tokens else x for name, x in sides().items()}
+    whole = ours(model, inputs)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "sides", lambda: wide)
+        assert_same(ours(model, padded)[0], whole, model)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_virtual_tokens_are_no_tokens(loss) -> None:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of renamed properties
+        model = peft.get_peft_model(make("Llama"), config).double()
+
+    class Cut(nn.Module):
+        def forward(self, **inputs):
+            output = model(**inputs)
+            output.logits = output.logits[:, 3:]
+            return output
+
+    plain, ours = LOSSES[loss]
+    assert_same(ours(model, batch())[0], plain(Plain(Cut(), batch())), model)
+
+
+DIVERGENCES = {
+    "reverse": {"direction": "reverse"},
+    "forward": {"direction": "forward", "temperature": 0.7},
+    "jsd": {"direction": "jsd", "beta": 0.3},
+}
+COUPLES = {
+    "wider": (lambda: make("Llama"), lambda: make("Llama", hidden_size=48, head_dim=12)),
+    "capped": (lambda: make("Llama"), lambda: make("Gemma2")),
+    "frozen": (lambda: with_lora(make("Gemma2"), "q_proj"), lambda: make("Cohere")),
+    "adapted": (lambda: with_lora(make("Llama"), "lm_head"), lambda: make("Phi")),
+    "DoRA": (lambda: with_lora(make("Llama"), "lm_head", use_dora=True), lambda: make("GPT2")),
+    "of DoRA": (lambda: make("GPT2"), lambda: with_lora(make("Llama"), "lm_head", use_dora=True)),
+}
+
+
+@pytest.mark.parametrize("weighed", ["alike", "by token"])
+@pytest.mark.parametrize("couple", COUPLES)
+@pytest.mark.parametrize("measure", DIVERGENCES)
+def test_a_divergence_is_that_of_both_models_logits(measure, couple, weighed) -> None:
+    model, teacher = (create().double() for create in COUPLES[couple])
+    inputs, options = batch(), DIVERGENCES[measure]
+    values = fastrlhf.model_kl_divergence(model, teacher, **inputs, chunk_size=4, **options)
+    with torch.no_grad():
+        theirs = Plain(teacher, inputs).logits
+    plain = fastrlhf.kl_divergence(
+        Plain(model, inputs).logits, theirs, mask=inputs["mask"][:, 1:], **options
+    )
+    weights = torch.ones_like(plain)
+    if weighed == "by token":
+        weights = sides()["of_tokens"]
+    torch.testing.assert_close(values, plain)
+    assert_same((values * weights).sum(), (plain * weights).sum(), model)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+class Wide:
+    """A vocabulary that is large beside the rest of a model."""
+
+    vocab, width = 1000, 16
+
+    def __init__(self, trained: str):
+        size = {"vocab_size": self.vocab, "hidden_size": self.width, "head_dim": 4}
+        self.model, self.teacher = make("Llama", **size), make("Llama", **size)
+        if trained == "adapter":
+            self.model = with_lora(self.model, "q_proj")
+        self.recorded = trained != "nothing"
+
+    def audit(self, loss: str, mask: Tensor | None = None) -> MatmulAudit:
+        """Count the matmuls of forward and backward."""
+        inputs = batch()
+        inputs["mask"] = inputs["mask"] if mask is None else mask
+        with MatmulAudit() as audit, torch.set_grad_enabled(self.recorded):
+            if loss == "divergence":
+                made = fastrlhf.model_kl_divergence(
+                    self.model, self.teacher, **inputs, chunk_size=16
+                ).sum()
+            else:
+                made = LOSSES[loss][1](self.model, inputs, chunk_size=16)[0]
+            if self.recorded:
+                made.backward()
+        return audit
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "divergence"])
+@pytest.mark.parametrize("trained", ["head", "adapter", "nothing"])
+def test_as_many_matmuls_as_stated_and_no_logits(loss, trained) -> None:
+    wide = Wide(trained)
+    wide.audit(loss)  # which compares the head with its weight
+    audit, nothing = wide.audit(loss), wide.audit(loss, torch.zeros(SEQUENCES, TOKENS))
+    assert audit.largest < SEQUENCES * TOKENS * wide.vocab
+    unit = 2 * int(batch()["mask"][:, 1:].sum()) * wide.vocab * wide.width
+    want = {"head": 3, "adapter": 2, "nothing": 1}[trained]
+    want += loss == "divergence"  # the teacher's logits
+    want += loss == "aot" and trained == "head"  # sorts over the batch: statistics, then a loss
+    # Where no token is scored, all but the heads is left. The mean logit of label smoothing is of
+    # one word.
+    assert (audit.operations - nothing.operations) / unit == pytest.approx(want, abs=0.005)
