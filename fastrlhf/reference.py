@@ -230,27 +230,75 @@ def _divide_(x: Tensor, temperature: float | Tensor) -> Tensor:
     return x if isinstance(temperature, float) and temperature == 1.0 else x.div_(temperature)
 
 
-def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum (B, T) over the tokens of the mask, whatever the others hold; without a mask, values are
-    sums (B,).
+class Layout:
+    """Where the tokens of each sequence stand: here in rows (B, T).
+
+    `fastrlhf.ops.layout.Runs` is the other kind, of tokens that are packed, one sequence after the
+    other.
+    """
+
+    cu_seqlens: Tensor | None = None
+
+    def sequences(self, tokens: Tensor) -> int:
+        """B."""
+        return tokens.shape[0]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sum each sequence: (B,)."""
+        return x.sum(-1)
+
+    def counts(self, mask: Tensor) -> Tensor:
+        """How many tokens of the mask each sequence has: (B,) int64."""
+        return (mask != 0).sum(-1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Give each token the value (B,) of its sequence, in a shape that broadcasts to theirs."""
+        return x.unsqueeze(-1)
+
+    def last(self, mask: Tensor) -> Tensor:
+        """Which tokens are the last of the mask in their sequence."""
+        counts = mask != 0
+        return counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        """Number of the sequence, from 0, of each token of such a tensor."""
+        return torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1).expand(tokens.shape)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Rows as they are, or all packed tokens as one: what is 2-d is of tokens, what is 1-d of
+        sequences.
+        """
+        return x
+
+
+ROWS = Layout()
+
+
+def masked_sum(values: Tensor, mask: Tensor | None, layout: Layout = ROWS) -> Tensor:
+    """Sum tokens of the mask, whatever the others hold, to (B,); without a mask, values are sums
+    (B,).
     """
     values = values.to(accumulation_dtype(values.dtype))
-    return values if mask is None else torch.where(mask != 0, values, 0.0).sum(-1)
+    return values if mask is None else layout.sums(torch.where(mask != 0, values, 0.0))
 
 
-def sequence_scores(policy: Tensor, reference: Tensor, mask: Tensor | None) -> Tensor:
+def sequence_scores(
+    policy: Tensor, reference: Tensor, mask: Tensor | None, layout: Layout = ROWS
+) -> Tensor:
     """Compute s (B,) = Σ(ln π - ln π_ref); the reference may be summed already."""
     # Converted before the sum, which otherwise would round what it then claims to know.
     dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))
     policy, reference = policy.to(dtype), reference.to(dtype)
     if mask is not None and reference.ndim == 2:
-        return masked_sum(policy - reference, mask)
-    return masked_sum(policy, mask) - masked_sum(reference, None)
+        return masked_sum(policy - reference, mask, layout)
+    return masked_sum(policy, mask, layout) - masked_sum(reference, None)
 
 
-def sequence_lengths(mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+def sequence_lengths(
+    mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype, layout: Layout = ROWS
+) -> Tensor:
     """Tokens of each sequence (B,), at least 1, from the mask if there is one."""
-    counts = (mask != 0).sum(-1) if mask is not None else lengths
+    counts = layout.counts(mask) if mask is not None else lengths
     assert counts is not None
     return counts.to(dtype).clamp(min=1)
 
@@ -312,15 +360,16 @@ def preference_loss(
     loss_type: str,
     beta: float,
     label_smoothing: float,
+    layout: Layout = ROWS,
 ) -> tuple[Tensor, Tensor]:
     """Compute a margin loss of each pair (P,), and the rewards β·s (B,), from sums or masked token
     log-probs.
     """
     loss = MARGIN_LOSSES[loss_type]
-    scores = sequence_scores(policy, reference, mask)
+    scores = sequence_scores(policy, reference, mask, layout)
     comparable = scores
     if loss.average:
-        comparable = scores / sequence_lengths(mask, lengths, scores.dtype)
+        comparable = scores / sequence_lengths(mask, lengths, scores.dtype, layout)
     margin = comparable[chosen.long()] - comparable[rejected.long()]
     smoothing = label_smoothing if loss.smoothed else 0.0
     return loss.formula(margin, beta, smoothing), (beta * scores).detach()
@@ -348,6 +397,59 @@ def gae(
     everywhere = torch.stack(found[::-1], 1) if found else torch.zeros_like(values)
     advantages = torch.where(keep, everywhere, 0.0)
     return advantages, advantages + values
+
+
+def packed_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, ids: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Compute what `gae` does of sequences that follow each other, from vectors (N,) of tokens and
+    the ids of their sequences.
+
+    The recurrence is affine in the advantage of the next token, and so are compositions of such
+    steps: in log2(N) of them each token has composed all that follow in its sequence.
+    """
+    dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    keep = mask != 0
+    rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
+    # Of the nearest token that counts, from each on; of one that does not, what follows it.
+    found, nearest = suffix_scan(_nearest, (keep, values), ids)
+    follows = torch.nn.functional.pad(ids[1:] == ids[:-1], (0, 1)) if len(ids) else keep
+    next_value = torch.where(follows & found.roll(-1), nearest.roll(-1), 0.0)
+    delta = torch.where(keep, rewards + gamma * next_value - values, 0.0)
+    decay = torch.where(keep, delta.new_full((), gamma * lam), 1.0)
+    everywhere = suffix_scan(_compose, (decay, delta), ids)[1]
+    advantages = torch.where(keep, everywhere, 0.0)
+    return advantages, advantages + values
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _nearest(near: Pair, far: Pair) -> Pair:
+    """Of two values, that of the token nearer to the start, if it counts."""
+    return near[0] | far[0], torch.where(near[0], near[1], far[1])
+
+
+def _compose(near: Pair, far: Pair) -> Pair:
+    """Apply the far one of two affine functions first."""
+    return near[0] * far[0], near[1] + near[0] * far[1]
+
+
+def suffix_scan(combine: Callable[[Pair, Pair], Pair], pair: Pair, ids: Tensor) -> Pair:
+    """Combine each pair of values (N,) with those that follow in its sequence, by doubling: after
+    k steps each has combined 2^k.
+    """
+    step = 1
+    while step < len(ids):
+        same = ids[step:] == ids[:-step]
+        joined = combine((pair[0][:-step], pair[1][:-step]), (pair[0][step:], pair[1][step:]))
+        first, second = (
+            torch.cat((torch.where(same, new, old[:-step]), old[-step:]))
+            for new, old in zip(joined, pair, strict=True)
+        )
+        pair = first, second
+        step *= 2
+    return pair
 
 
 def log_probs(

@@ -10,7 +10,9 @@ Forward, one program scores both sequences of a pair, and further programs, one 
 the rewards. Backward, one program a sequence adds up the slopes of the pairs that it takes part in,
 in the order of the pairs, so that there are no atomics and the bits do not depend on scheduling.
 
-Dims: B sequences, T tokens, P pairs.
+Packed sequences are (1, N), and cu_seqlens says where each begins and ends.
+
+Dims: B sequences, T tokens, N tokens of all packed sequences, P pairs.
 """
 
 import torch
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .launch import on_their_device
-from .tiles import ASSERTING, log_sigmoid, sigmoid, stored
+from .tiles import ASSERTING, extent, log_sigmoid, sigmoid, stored
 
 _TOKENS = tl.constexpr(1024)  # tokens of a sequence that a program handles at once
 _PAIRS = tl.constexpr(256)  # and pairs
@@ -73,17 +75,17 @@ FORMULAS = {
 
 
 @triton.jit
-def _kept(mask, sequence, start, tokens, mask_stride, HAS_MASK: tl.constexpr):
+def _kept(mask, row, start, stop, mask_stride, HAS_MASK: tl.constexpr):
     """Positions from `start`, and which of them count; without a mask, a "token" is a whole
     sequence.
     """
     if HAS_MASK:
         token = start + tl.arange(0, _TOKENS)
-        keep = token < tokens
-        keep = tl.load(mask + sequence * mask_stride + token, mask=keep, other=0) != 0
+        keep = token < stop
+        keep = tl.load(mask + row * mask_stride + token, mask=keep, other=0) != 0
     else:
         token = start + tl.arange(0, 1)
-        keep = token < tokens
+        keep = token < stop
     return token, keep
 
 
@@ -93,6 +95,7 @@ def _sequence_score(
     reference,
     mask,
     lengths,
+    cu_seqlens,
     sequence,
     tokens,
     policy_stride,
@@ -102,15 +105,17 @@ def _sequence_score(
     HAS_MASK: tl.constexpr,
     REFERENCE_PER_TOKEN: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Σ(ln π - ln π_ref) of one sequence, and its number of tokens (at least 1)."""
     score = tl.zeros((), acc)
     count = tl.zeros((), acc)
-    for start in range(0, tokens, _TOKENS):
-        token, keep = _kept(mask, sequence, start, tokens, mask_stride, HAS_MASK)
-        ratio = tl.load(policy + sequence * policy_stride + token, mask=keep, other=0.0).to(acc)
+    row, first, stop = extent(cu_seqlens, sequence, tokens, PACKED)
+    for start in range(first, stop, _TOKENS):
+        token, keep = _kept(mask, row, start, stop, mask_stride, HAS_MASK)
+        ratio = tl.load(policy + row * policy_stride + token, mask=keep, other=0.0).to(acc)
         if REFERENCE_PER_TOKEN:
-            place = reference + sequence * reference_stride + token
+            place = reference + row * reference_stride + token
             ratio -= tl.load(place, mask=keep, other=0.0).to(acc)
         score += tl.sum(ratio, axis=0)
         count += tl.sum(keep.to(acc), axis=0)
@@ -121,12 +126,13 @@ def _sequence_score(
     return score, tl.maximum(count, 1.0)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["cu_seqlens"])
 def _preference_loss_fwd_kernel(
-    policy,  # (B, T), or (B, 1) sums
-    reference,  # (B, T), or (B,) sums
-    mask,  # (B, T) or unused
+    policy,  # (B, T) or packed (1, N), or (B, 1) sums
+    reference,  # likewise, or (B,) sums
+    mask,  # (B, T) or packed (1, N), or unused
     lengths,  # (B,) or unused
+    cu_seqlens,  # (B + 1,) int64, or unused
     chosen,  # (P,)
     rejected,  # (P,)
     losses,  # (P,)
@@ -146,6 +152,7 @@ def _preference_loss_fwd_kernel(
     HAS_MASK: tl.constexpr,
     REFERENCE_PER_TOKEN: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     acc: tl.constexpr = losses.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
@@ -160,12 +167,12 @@ def _preference_loss_fwd_kernel(
     first = tl.where(is_pair & in_batch, first, tl.maximum(sequence, 0))
     second = tl.where(is_pair & in_batch, second, tl.maximum(sequence, 0))
     score, count = _sequence_score(
-        policy, reference, mask, lengths, first, tokens, policy_stride, reference_stride,
-        mask_stride, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS,
+        policy, reference, mask, lengths, cu_seqlens, first, tokens, policy_stride,
+        reference_stride, mask_stride, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS, PACKED,
     )  # fmt: skip
     other_score, other_count = _sequence_score(
-        policy, reference, mask, lengths, second, tokens, policy_stride, reference_stride,
-        mask_stride, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS,
+        policy, reference, mask, lengths, cu_seqlens, second, tokens, policy_stride,
+        reference_stride, mask_stride, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS, PACKED,
     )  # fmt: skip
     if AVERAGE:
         margin = score / count - other_score / other_count
@@ -180,11 +187,15 @@ def _preference_loss_fwd_kernel(
     tl.store(weights + sequence, weight, mask=is_pair == 0)
 
 
-@triton.jit(do_not_specialize=["pairs", "tokens", "mask_stride"])
+@triton.jit(
+    do_not_specialize=["pairs", "tokens", "mask_stride"],
+    do_not_specialize_on_alignment=["cu_seqlens"],
+)
 def _preference_loss_bwd_kernel(
-    d_policy,  # (B, T) contiguous
+    d_policy,  # (B, T) or packed (1, N), contiguous
     d_sums,  # (B,): gradient of the sum of each sequence
-    mask,  # (B, T) or unused
+    mask,  # (B, T) or packed (1, N), or unused
+    cu_seqlens,  # (B + 1,) int64, or unused
     chosen,  # (P,)
     rejected,  # (P,)
     slopes,  # (P,)
@@ -194,6 +205,7 @@ def _preference_loss_bwd_kernel(
     tokens,
     mask_stride,
     HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     acc: tl.constexpr = slopes.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
@@ -209,10 +221,11 @@ def _preference_loss_bwd_kernel(
         d_sum += tl.sum(tl.where(as_chosen, slope, 0.0) - tl.where(as_rejected, slope, 0.0), axis=0)
     d_sum *= tl.load(weights + sequence)
     tl.store(d_sums + sequence, d_sum)
-    for start in range(0, tokens, _TOKENS):
-        token, keep = _kept(mask, sequence, start, tokens, mask_stride, HAS_MASK)
+    row, first, stop = extent(cu_seqlens, sequence, tokens, PACKED)
+    for start in range(first, stop, _TOKENS):
+        token, keep = _kept(mask, row, start, stop, mask_stride, HAS_MASK)
         gradient = stored(tl.where(keep, d_sum, 0.0), d_policy.dtype.element_ty)
-        tl.store(d_policy + sequence * tokens + token, gradient, mask=token < tokens)
+        tl.store(d_policy + row * tokens + token, gradient, mask=token < stop)
 
 
 @on_their_device
@@ -228,15 +241,17 @@ def preference_loss_forward(
     average: bool,
     beta: float,
     label_smoothing: float,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the forward: policy (B, T) with mask (B, T), or sums (B, 1) without; reference (B, T)
-    or (B,).
+    or (B,). With cu_seqlens (B + 1,), what is (B, T) is (1, N).
 
     Token strides are 1 and the vectors contiguous. Returns losses (P,), slopes dloss/dmargin (P,),
     rewards (B,) and weights dscore/dsum (B,).
     """
     acc = torch.promote_types(torch.promote_types(policy.dtype, reference.dtype), torch.float32)
-    sequences, tokens = policy.shape
+    packed = cu_seqlens is not None
+    sequences = policy.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     losses, slopes = (policy.new_empty(len(chosen), dtype=acc) for _ in range(2))
     rewards, weights = (policy.new_empty(sequences, dtype=acc) for _ in range(2))
     _preference_loss_fwd_kernel[(len(chosen) + sequences,)](
@@ -244,6 +259,7 @@ def preference_loss_forward(
         reference,
         policy if mask is None else mask,
         policy if lengths is None else lengths,
+        cu_seqlens if packed else policy,
         chosen,
         rejected,
         losses,
@@ -252,7 +268,7 @@ def preference_loss_forward(
         weights,
         len(chosen),
         sequences,
-        tokens,
+        policy.shape[1],
         policy.stride(0),
         reference.stride(0),
         0 if mask is None else mask.stride(0),
@@ -263,6 +279,7 @@ def preference_loss_forward(
         HAS_MASK=mask is not None,
         REFERENCE_PER_TOKEN=reference.ndim == 2,
         HAS_LENGTHS=lengths is not None,
+        PACKED=packed,
         **ASSERTING,
     )
     return losses, slopes, rewards, weights
@@ -279,17 +296,19 @@ def preference_loss_backward(
     *,
     tokens: int,
     dtype: torch.dtype,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the backward. Returns the gradients of the policy (B, T) in `dtype`, and of each sum
-    (B,).
+    """Launch the backward. Returns the gradients of the policy (B, T), with cu_seqlens (1, N), in
+    `dtype`, and of each sum (B,).
     """
-    sequences = len(weights)
-    d_policy = weights.new_empty((sequences, tokens), dtype=dtype)
+    sequences, packed = len(weights), cu_seqlens is not None
+    d_policy = weights.new_empty((1 if packed else sequences, tokens), dtype=dtype)
     d_sums = torch.empty_like(weights)
     _preference_loss_bwd_kernel[(sequences,)](
         d_policy,
         d_sums,
         slopes if mask is None else mask,
+        cu_seqlens if packed else slopes,
         chosen,
         rejected,
         slopes,
@@ -299,5 +318,6 @@ def preference_loss_backward(
         tokens,
         0 if mask is None else mask.stride(0),
         HAS_MASK=mask is not None,
+        PACKED=packed,
     )
     return d_policy, d_sums

@@ -6,7 +6,9 @@ recurrence an associative scan. A token that does not count is the identity: it 
 likewise V_next. One program scans one sequence, a block at a time from its end, and carries A and V
 from block to block, so that a sequence can have any length.
 
-Dims: B sequences, T tokens.
+Packed sequences are (1, N), and cu_seqlens says where each begins and ends.
+
+Dims: B sequences, T tokens, N tokens of all packed sequences.
 """
 
 import torch
@@ -14,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import on_their_device
+from .tiles import extent
 
 # Tokens that a program scans at once. The interpreter goes through them one by one, whether they
 # are there or not.
@@ -35,7 +38,7 @@ def _compose(far_scale, far_shift, near_scale, near_shift):
 
 @triton.jit(
     do_not_specialize=["tokens", "rewards_stride", "values_stride", "mask_stride"],
-    do_not_specialize_on_alignment=["rewards", "values", "mask"],
+    do_not_specialize_on_alignment=["rewards", "values", "mask", "cu_seqlens"],
 )
 def _gae_kernel(
     rewards,  # (B, T), neighbours in memory along T, as are all below
@@ -43,12 +46,14 @@ def _gae_kernel(
     mask,  # (B, T)
     advantages,  # (B, T) contiguous, out
     returns,  # (B, T) contiguous, out
+    cu_seqlens,  # (B + 1,) int64, or unused
     tokens,
     rewards_stride,
     values_stride,
     mask_stride,
     gamma: tl.float64,
     lam: tl.float64,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     acc: tl.constexpr = advantages.dtype.element_ty
@@ -58,21 +63,21 @@ def _gae_kernel(
     later_value = tl.zeros((), acc)
     later_advantage = tl.zeros((), acc)
     offsets = tl.arange(0, BLOCK)
-    blocks = tl.cdiv(tokens, BLOCK)
+    row, start, stop = extent(cu_seqlens, sequence, tokens, PACKED)
+    blocks = tl.cdiv(stop - start, BLOCK)
     for done in range(0, blocks):
-        token = (blocks - 1 - done) * BLOCK + offsets
-        inside = token < tokens
-        keep = tl.load(mask + sequence * mask_stride + token, mask=inside, other=0) != 0
-        reward = tl.load(rewards + sequence * rewards_stride + token, mask=keep, other=0.0)
-        value = tl.load(values + sequence * values_stride + token, mask=keep, other=0.0).to(acc)
+        token = start + (blocks - 1 - done) * BLOCK + offsets
+        inside = token < stop
+        keep = tl.load(mask + row * mask_stride + token, mask=inside, other=0) != 0
+        reward = tl.load(rewards + row * rewards_stride + token, mask=keep, other=0.0)
+        value = tl.load(values + row * values_stride + token, mask=keep, other=0.0).to(acc)
 
         # The value of the next token that counts: that of the neighbour, or what the neighbour saw.
         neighbour = token + 1
-        inside_block = (neighbour < tokens) & (offsets + 1 < BLOCK)
-        counts = tl.load(mask + sequence * mask_stride + neighbour, mask=inside_block, other=0) != 0
-        next_value = tl.load(
-            values + sequence * values_stride + neighbour, mask=counts, other=0.0
-        ).to(acc)
+        inside_block = (neighbour < stop) & (offsets + 1 < BLOCK)
+        counts = tl.load(mask + row * mask_stride + neighbour, mask=inside_block, other=0) != 0
+        next_value = tl.load(values + row * values_stride + neighbour, mask=counts, other=0.0)
+        next_value = next_value.to(acc)
         found, next_value = tl.associative_scan(
             (counts.to(tl.int32), next_value), 0, _nearest, reverse=True
         )
@@ -83,7 +88,7 @@ def _gae_kernel(
             (tl.where(keep, decay, 1.0).to(acc), delta), 0, _compose, reverse=True
         )
         advantage = scale * later_advantage + shift
-        place = sequence * tokens + token
+        place = row * tokens + token
         tl.store(advantages + place, tl.where(keep, advantage, 0.0), mask=inside)
         tl.store(returns + place, tl.where(keep, advantage + value, 0.0), mask=inside)
 
@@ -100,13 +105,16 @@ def gae(
     *,
     gamma: float,
     lam: float,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the scan on (B, T) tensors whose tokens are neighbours in memory.
+    """Launch the scan on (B, T) tensors whose tokens are neighbours in memory; with cu_seqlens
+    (B + 1,), on (1, N).
 
     Returns advantages and returns (B, T), 0 where the mask is, in the wider dtype of the inputs,
     fp32 at least.
     """
-    sequences, tokens = rewards.shape
+    packed = cu_seqlens is not None
+    sequences = rewards.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     acc = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     advantages, returns = (
         torch.empty(rewards.shape, dtype=acc, device=rewards.device) for _ in range(2)
@@ -117,12 +125,14 @@ def gae(
         mask,
         advantages,
         returns,
-        tokens,
+        cu_seqlens if packed else rewards,
+        rewards.shape[1],
         rewards.stride(0),
         values.stride(0),
         mask.stride(0),
         gamma,
         lam,
+        PACKED=packed,
         BLOCK=_BLOCK.get(rewards.device.type, _GPU_BLOCK),
     )
     return advantages, returns

@@ -21,6 +21,21 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 
 @triton.jit
+def extent(cu_seqlens, sequence, tokens, PACKED: tl.constexpr):
+    """Where the tokens of a sequence stand: the row, the first place in it, and that after the
+    last. Rows (B, T) have one a sequence, packed tokens (1, N) lie between cumulative lengths.
+    """
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence)
+        stop = tl.load(cu_seqlens + sequence + 1)
+        # Lengths that do not fit are an error elsewhere, and must not reach beyond the tokens here.
+        start, stop = tl.maximum(start, 0), tl.minimum(stop, tokens)
+        return sequence * 0, start, stop
+    else:
+        return sequence, 0, tokens
+
+
+@triton.jit
 def exp(x):
     """e^x, through the exponential that the hardware has."""
     return tl.exp2(x * LOG2E)

@@ -70,6 +70,7 @@ def shaped_rewards(
     *,
     kl_coef: float,
     kl_estimator: str = "k1",
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Compute the reward of each token: a KL penalty, and on the last token the sequence's score.
 
@@ -84,28 +85,29 @@ def shaped_rewards(
         mask: (B, T) bool or 0/1, the tokens of the completions; the others can hold anything.
         kl_coef: weight of the penalty.
         kl_estimator: see `kl_penalty`.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last; with
+            them, what is (B, T) is (N,) or (1, N).
 
     Returns:
-        (B, T) fp32 (fp64 for fp64 log-probs), 0 outside of the mask; not differentiable. The score
-        of a sequence without tokens goes nowhere.
+        The shape of logprobs, fp32 (fp64 for fp64 log-probs), 0 outside of the mask; not
+        differentiable. The score of a sequence without tokens goes nowhere.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown estimator.
 
     Source: 2203.02155 (InstructGPT), 2009.01325.
     """
-    check_tokens("logprobs", logprobs, mask)
+    layout = check_tokens("logprobs", logprobs, mask, cu_seqlens)
     check_real("scores", scores)
-    check_shape("scores", scores, (logprobs.shape[0],), "one for each sequence")
+    check_shape("scores", scores, (layout.sequences(logprobs),), "one for each sequence")
     check_same_device("scores", scores, "logprobs", logprobs)
     kl_coef = check_finite("kl_coef", kl_coef)
     check_estimator("kl_estimator", kl_estimator)
     inside = mask != 0
     penalty = kl_penalty(logprobs, ref_logprobs, kl_estimator)
     rewards = torch.where(inside, -kl_coef * penalty, 0.0)
-    # The last token of the mask is the one after which it counts no other.
-    is_last = inside & (inside.flip(-1).cumsum(-1).flip(-1) == 1)
-    return torch.where(is_last, rewards + scores.unsqueeze(1), rewards).to(penalty.dtype)
+    with_score = rewards + layout.spread(scores)
+    return torch.where(layout.last(inside), with_score, rewards).to(penalty.dtype)
 
 
 @torch.no_grad()

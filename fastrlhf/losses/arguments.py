@@ -12,42 +12,61 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
 )
+from fastrlhf.ops.layout import layout_of
+from fastrlhf.reference import ROWS, Layout
 
 
-def check_tokens(name: str, logps: Tensor, mask: Tensor) -> None:
+def check_tokens(
+    name: str, logps: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None
+) -> Layout:
+    """Check numbers of tokens and which of them count, and return how they lie."""
     check_floating(name, logps)
     check_mask("mask", mask)
-    if logps.ndim != 2:
-        raise ValueError(f"{name}: expected shape (B, T) with a mask, got {tuple(logps.shape)}")
+    layout = layout_of(name, logps, cu_seqlens, rows="(B, T) with a mask")
     check_shape("mask", mask, tuple(logps.shape), f"the shape of {name}")
     check_same_device("mask", mask, name, logps)
+    return layout
 
 
 def check_pairs(
-    name: str, logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, mask: Tensor | None
-) -> None:
+    name: str,
+    logps: Tensor,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> Layout:
     """Check sequence log-probs, or with a mask token log-probs, and the indices of pairs into
-    them.
+    them. Returns how the tokens lie, if there are any.
     """
-    if mask is not None:
-        check_tokens(name, logps, mask)
+    layout = ROWS if mask is None else check_tokens(name, logps, mask, cu_seqlens)
     check_floating(name, logps)
     if mask is None and logps.ndim != 1:
         hint = "; token log-probs (B, T) need a mask" if name == "pi_logps" else ""
         raise ValueError(f"{name}: expected shape (B,), got {tuple(logps.shape)}{hint}")
-    check_pair_indices(name, logps, yw_idxs, yl_idxs)
+    check_pair_indices(name, logps, yw_idxs, yl_idxs, layout)
+    return layout
 
 
-def check_pair_indices(name: str, sequences: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> None:
-    """Check the indices of pairs into the first dimension of a tensor."""
+def check_pair_indices(
+    name: str, tokens: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, layout: Layout = ROWS
+) -> None:
+    """Check the indices of pairs into the sequences of a tensor."""
     for index_name, index in (("yw_idxs", yw_idxs), ("yl_idxs", yl_idxs)):
         check_integer(index_name, index)
         if index.ndim != 1:
             raise ValueError(f"{index_name}: expected shape (P,), got {tuple(index.shape)}")
-        check_same_device(index_name, index, name, sequences)
+        check_same_device(index_name, index, name, tokens)
         if not torch.compiler.is_compiling():
-            check_indices_on_host(index_name, index, sequences.shape[0], f"sequences of {name}")
+            sequences = layout.sequences(tokens)
+            check_indices_on_host(index_name, index, sequences, f"sequences of {name}")
     check_shape("yl_idxs", yl_idxs, tuple(yw_idxs.shape), "the shape of yw_idxs")
+
+
+def every_token(name: str, logps: Tensor) -> Tensor:
+    """A mask of all packed tokens, of which there is no padding to hide."""
+    check_floating(name, logps)
+    return torch.ones_like(logps, dtype=torch.bool)
 
 
 def check_lengths(lengths: Tensor | None, logps: Tensor, reason: str) -> None:

@@ -45,6 +45,7 @@ def policy_loss(
     reduction: str = "token-mean",
     normalizer: float | Tensor | None = None,
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Compute a policy-gradient loss with its KL penalty and entropy bonus, reduced to one number.
 
@@ -84,6 +85,9 @@ def policy_loss(
             denominator: of tokens for token-mean, of sequences for the sequence reductions. Give
             the count of the global batch, where a batch is spread over steps or devices.
         sapo_temperatures: τ where A > 0, and where not.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
+            them, what is (B, T) is (N,) or (1, N); advantages and rollout_weights of that shape are
+            of tokens, others of sequences.
 
     Returns:
         loss: 0-d, fp32 (fp64 for fp64 log-probs).
@@ -108,7 +112,7 @@ def policy_loss(
         surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef, kl_estimator,
         entropy_coef, reduction, normalizer, sapo_temperatures,
     ).checked()  # fmt: skip
-    check_tokens("logprobs", logprobs, mask)
+    check_tokens("logprobs", logprobs, mask, cu_seqlens)
     if entropy is not None:
         check_floating("entropy", entropy)
         check_shape("entropy", entropy, tuple(mask.shape), "the shape of mask")
@@ -117,7 +121,7 @@ def policy_loss(
         raise ValueError(f"entropy: expected a tensor for entropy_coef {entropy_coef}, got None")
     batch = policy_batch(
         options, logprobs.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=entropy is not None,
+        with_entropy=entropy is not None, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     dtype = accumulation_dtype(logprobs.dtype)
     logprobs = torch.where(batch.mask, logprobs, 0.0).to(dtype)
@@ -206,7 +210,7 @@ def grpo_loss(
 def reduced_loss(
     options: PolicyOptions, batch: PolicyBatch, logprobs: Tensor, entropy: Tensor | None
 ) -> Tensor:
-    """Sum the weighted losses of all tokens, from log-probs (B, T) that are 0 outside the mask."""
+    """Sum the weighted losses of all tokens, from log-probs that are 0 outside the mask."""
     log_ratio = _log_ratio(options, batch, logprobs)
     losses = token_losses(options, batch.tokens, logprobs, entropy, log_ratio)
     return (losses * batch.tokens.weights).sum()
@@ -247,19 +251,17 @@ def _log_ratio(options: PolicyOptions, batch: PolicyBatch, logprobs: Tensor) -> 
     of_tokens = token_log_ratio(batch.tokens, logprobs)
     if options.ratio_level == "token":
         return of_tokens
-    lengths = batch.mask.sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.where(batch.mask, of_tokens, 0.0).sum(-1, keepdim=True) / lengths
-    return mean.expand(logprobs.shape)
+    lengths = batch.layout.counts(batch.mask).clamp(min=1)
+    mean = batch.layout.sums(torch.where(batch.mask, of_tokens, 0.0)) / lengths
+    return batch.layout.spread(mean).expand(logprobs.shape)
 
 
 @torch.no_grad()
 def policy_metrics(
     options: PolicyOptions, batch: PolicyBatch, logprobs: Tensor, entropy: Tensor | None
 ) -> Metrics:
-    """Compute the metrics of `policy_loss` from log-probs (B, T), which inactive tokens need not
-    have.
-    """
-    mask, scored, active, tokens = batch
+    """Compute the metrics of `policy_loss` from log-probs, which inactive tokens need not have."""
+    mask, scored, active, tokens, _ = batch
     logprobs = torch.where(active, logprobs, 0.0)
     ratio = saturated(_log_ratio(options, batch, logprobs)).exp()
     surrogate = SURROGATES[options.surrogate]
@@ -271,9 +273,9 @@ def policy_metrics(
         high = scored & (ratio > 1 + options.clip_high) & (tokens.advantages > 0)
     squares = token_log_ratio(tokens, logprobs).square() / 2
     metrics = {
-        "clip_ratio/low_mean": _share(options, low.to(ratio.dtype), mask),
-        "clip_ratio/high_mean": _share(options, high.to(ratio.dtype), mask),
-        "clip_ratio/region_mean": _share(options, (low | high).to(ratio.dtype), mask),
+        "clip_ratio/low_mean": _share(options, batch, low, ratio.dtype),
+        "clip_ratio/high_mean": _share(options, batch, high, ratio.dtype),
+        "clip_ratio/region_mean": _share(options, batch, low | high, ratio.dtype),
         "policy/approxkl_avg": masked_mean(squares, scored),
     }
     if tokens.ref_logprobs is not None:
@@ -284,9 +286,12 @@ def policy_metrics(
     return metrics
 
 
-def _share(options: PolicyOptions, clipped: Tensor, mask: Tensor) -> Tensor:
+def _share(
+    options: PolicyOptions, batch: PolicyBatch, clipped: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Share of the clipped tokens, or of clipped sequences where they share a ratio."""
     if options.ratio_level == "token":
-        return masked_mean(clipped, mask)
-    of_sequences = clipped.sum(-1) / mask.sum(-1).clamp(min=1)
-    return masked_mean(of_sequences, mask.any(-1))
+        return masked_mean(clipped.to(dtype), batch.mask)
+    lengths = batch.layout.counts(batch.mask)
+    of_sequences = batch.layout.counts(clipped).to(dtype) / lengths.clamp(min=1)
+    return masked_mean(of_sequences, lengths > 0)

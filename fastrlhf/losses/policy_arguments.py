@@ -23,7 +23,8 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
 )
-from fastrlhf.reference import accumulation_dtype
+from fastrlhf.ops.layout import layout_of
+from fastrlhf.reference import ROWS, Layout, accumulation_dtype
 
 
 class PolicyOptions(NamedTuple):
@@ -86,7 +87,9 @@ class PolicyOptions(NamedTuple):
 
 
 class PolicyBatch(NamedTuple):
-    """The constants of a batch, as if there were nothing outside of the mask."""
+    """The constants of a batch, as if there were nothing outside of the mask. Where it says (B, T),
+    packed tokens have the shape of their mask, (N,) or (1, N).
+    """
 
     mask: Tensor  # (B, T) bool
     # (B, T) bool: tokens that the surrogate is of, those of the mask that have an advantage.
@@ -95,6 +98,7 @@ class PolicyBatch(NamedTuple):
     # at, a token changes neither the loss nor its gradient.
     active: Tensor
     tokens: PolicyTokens  # (B, T) each
+    layout: Layout = ROWS
 
 
 def policy_batch(
@@ -107,19 +111,20 @@ def policy_batch(
     rollout_weights: Tensor | None,
     *,
     with_entropy: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> PolicyBatch:
-    """Check the tensors that accompany log-probs (B, T) of a dtype, and clear what the mask hides.
+    """Check the tensors that accompany log-probs of a dtype, (B, T) or packed, and clear what the
+    mask hides.
 
     Raises:
         TypeError, ValueError: a tensor that does not fit, or is missing for an option.
     """
     check_mask("mask", mask)
-    if mask.ndim != 2:
-        raise ValueError(f"mask: expected shape (B, T), got {tuple(mask.shape)}")
+    layout = layout_of("mask", mask, cu_seqlens)
     if options.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
     check_real("advantages", advantages)
-    shape, inside = tuple(mask.shape), mask != 0
+    shape, sequences, inside = tuple(mask.shape), layout.sequences(mask), mask != 0
 
     def cleared(name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -127,8 +132,10 @@ def policy_batch(
         per_sequence = name in ("advantages", "rollout_weights")
         (check_real if per_sequence else check_floating)(name, x)
         check_same_device(name, x, "mask", mask)
-        if per_sequence and tuple(x.shape) in (shape[:1], (*shape[:1], 1)):
-            x = x.reshape(-1, 1).expand(shape)
+        of_sequences = tuple(x.shape) in ((sequences,), (sequences, 1))
+        # Packed tensors of either kind can have the same shape, and then are of tokens.
+        if per_sequence and of_sequences and (cu_seqlens is None or tuple(x.shape) != shape):
+            x = layout.spread(x.detach().reshape(-1)).expand(shape)
         else:
             what = "the shape of mask" + (", or (B,)" if per_sequence else "")
             check_shape(name, x, shape, what)
@@ -143,8 +150,8 @@ def policy_batch(
         gain = torch.where(gain == 0, 0.0, gain * rollout)
     scored = inside & (gain != 0)
     if options.ratio_level == "sequence":  # its tokens share a ratio
-        scored = inside & scored.any(-1, keepdim=True)
+        scored = inside & layout.spread(layout.counts(scored) > 0)
     active = scored if ref_logprobs is None and not with_entropy else inside
-    weights = token_weights(inside, options.reduction, options.normalizer, gain.dtype)
+    weights = token_weights(inside, options.reduction, options.normalizer, gain.dtype, layout)
     old, ref = cleared("old_logprobs", old_logprobs), cleared("ref_logprobs", ref_logprobs)
-    return PolicyBatch(inside, scored, active, PolicyTokens(old, ref, gain, weights))
+    return PolicyBatch(inside, scored, active, PolicyTokens(old, ref, gain, weights), layout)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_lengths, check_pairs
+from fastrlhf.losses.arguments import check_lengths, check_pairs, every_token
 from fastrlhf.ops.backend import check_impl
 from fastrlhf.ops.checks import (
     check_between,
@@ -149,6 +149,7 @@ def dpo_loss(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     discopop_tau: float = 0.05,
+    cu_seqlens: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute a loss of the DPO family for each preference pair, and the implicit reward of each
@@ -180,6 +181,9 @@ def dpo_loss(
         mask: (B, T) bool or 0/1, the tokens that count; the others can hold anything. It also gives
             the lengths.
         discopop_tau: temperature τ of discopop, positive.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
+            them, log-probs of tokens and the mask are (N,) or (1, N), and all tokens count where
+            there is no mask. A ref_logps of the shape of pi_logps is of tokens.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton"
             or "eager". The losses of the margin alone (sigmoid, robust, hinge, ipo, sigmoid_norm)
             have a kernel, the others run in eager PyTorch whatever it says.
@@ -194,18 +198,24 @@ def dpo_loss(
     Raises:
         TypeError: a tensor of the wrong kind.
         ValueError: shapes, devices, an index outside [0, B) (on a GPU an assertion in the kernel),
-            an unknown loss_type, missing lengths, beta, label_smoothing or discopop_tau out of
-            range.
+            cu_seqlens that do not fit (on a GPU an assertion too), an unknown loss_type, missing
+            lengths, beta, label_smoothing or discopop_tau out of range.
 
     Source: 2305.18290 Eq. 7; the other types as their functions say.
     """
-    check_pairs("pi_logps", pi_logps, yw_idxs, yl_idxs, mask)
+    if mask is None and cu_seqlens is not None:
+        mask = every_token("pi_logps", pi_logps)
+    layout = check_pairs("pi_logps", pi_logps, yw_idxs, yl_idxs, mask, cu_seqlens)
     check_floating("ref_logps", ref_logps)
-    if mask is None or ref_logps.ndim != 2:
-        check_shape("ref_logps", ref_logps, (pi_logps.shape[0],), "one sum for each of B sequences")
-    else:
-        check_shape("ref_logps", ref_logps, tuple(pi_logps.shape), "the shape of pi_logps")
     check_same_device("ref_logps", ref_logps, "pi_logps", pi_logps)
+    if mask is not None and (ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape):
+        check_shape("ref_logps", ref_logps, tuple(pi_logps.shape), "the shape of pi_logps")
+        ref_logps = layout.tokens(ref_logps)
+    else:
+        sums = (layout.sequences(pi_logps),)
+        check_shape("ref_logps", ref_logps, sums, "one sum for each of B sequences")
+    if mask is not None:
+        pi_logps, mask = layout.tokens(pi_logps), layout.tokens(mask)
     beta = check_positive("beta", beta)
     discopop_tau = check_positive("discopop_tau", discopop_tau)
     check_impl(impl)
@@ -219,9 +229,10 @@ def dpo_loss(
         return preference_loss(
             pi_logps, ref_logps, yw_idxs, yl_idxs, mask, None if mask is not None else lengths,
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, impl=impl,
+            layout=layout,
         )  # fmt: skip
-    scores = sequence_scores(pi_logps, ref_logps, mask)
-    ref_sums = masked_sum(ref_logps, mask if ref_logps.ndim == 2 else None)
+    scores = sequence_scores(pi_logps, ref_logps, mask, layout)
+    ref_sums = masked_sum(ref_logps, mask if ref_logps.ndim == 2 else None, layout)
     pairs = _Pairs(*(x[i.long()] for x in (scores, ref_sums) for i in (yw_idxs, yl_idxs)))
     losses = _PAIR_LOSSES[loss_type](pairs, _Options(beta, label_smoothing, discopop_tau))
     return losses, (beta * scores).detach()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops.checks import check_one_of, check_positive, check_real
+from fastrlhf.reference import ROWS, Layout
 
 REDUCTIONS = ("token-mean", "sequence-mean", "sequence-sum", "constant")
 
@@ -34,20 +35,24 @@ def check_reduction(reduction: str, normalizer: float | Tensor | None) -> float 
 
 
 def token_weights(
-    mask: Tensor, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype
+    mask: Tensor,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+    layout: Layout = ROWS,
 ) -> Tensor:
-    """Give each token of the mask (B, T) its weight in the reduced loss; 0 outside of the mask."""
-    lengths = mask.sum(-1, keepdim=True).to(dtype).clamp(min=1)
+    """Give each token of the mask its weight in the reduced loss; 0 outside of the mask."""
+    lengths = layout.counts(mask).to(dtype).clamp(min=1)
     if isinstance(normalizer, Tensor):
         denominator = normalizer.detach().to(mask.device, dtype)
     elif normalizer is None and reduction == "token-mean":
         denominator = mask.sum().to(dtype).clamp(min=1)
     else:
         # Filled on the device, which a copy of the number would have to wait for.
-        number = max(mask.shape[0], 1) if normalizer is None else normalizer
+        number = max(layout.sequences(mask), 1) if normalizer is None else normalizer
         denominator = lengths.new_full((), number)
     if reduction == "sequence-mean":
-        denominator = denominator * lengths
+        denominator = layout.spread(denominator * lengths)
     return torch.where(mask, 1 / denominator, 0.0)
 
 

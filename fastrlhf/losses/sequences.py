@@ -2,12 +2,18 @@
 
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_tokens, every_token
 from fastrlhf.ops.checks import check_bool
 from fastrlhf.reference import masked_sum, sequence_lengths
 
 
-def sequence_logprobs(token_logprobs: Tensor, mask: Tensor, *, average: bool = False) -> Tensor:
+def sequence_logprobs(
+    token_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    average: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """Sum token log-probs to sequence log-probs.
 
     Eager equivalent: `torch.where(mask, token_logprobs, 0).sum(-1)`, divided by `mask.sum(-1)` for
@@ -15,16 +21,22 @@ def sequence_logprobs(token_logprobs: Tensor, mask: Tensor, *, average: bool = F
 
     Args:
         token_logprobs: (B, T) in nats; where the mask is 0 it can hold anything.
-        mask: (B, T) bool or 0/1.
+        mask: (B, T) bool or 0/1; with cu_seqlens, None for all tokens.
         average: mean over the tokens of each sequence; 0 for a sequence without any.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last, of
+            log-probs and a mask (N,) or (1, N).
 
     Returns:
-        (B,) fp32 (fp64 for fp64), differentiable.
+        (B,) fp32 (fp64 for fp64), differentiable, twice too.
 
     Raises:
-        TypeError, ValueError: dtypes or shapes that do not fit.
+        TypeError, ValueError: dtypes or shapes that do not fit; neither mask nor cu_seqlens.
     """
-    check_tokens("token_logprobs", token_logprobs, mask)
+    if mask is None:
+        if cu_seqlens is None:
+            raise ValueError("mask: expected a tensor without cu_seqlens, got None")
+        mask = every_token("token_logprobs", token_logprobs)
+    layout = check_tokens("token_logprobs", token_logprobs, mask, cu_seqlens)
     check_bool("average", average)
-    sums = masked_sum(token_logprobs, mask)
-    return sums / sequence_lengths(mask, None, sums.dtype) if average else sums
+    sums = masked_sum(token_logprobs, mask, layout)
+    return sums / sequence_lengths(mask, None, sums.dtype, layout) if average else sums

@@ -26,6 +26,7 @@ def value_loss(
     *,
     clip_range: float | None = 0.2,
     normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute PPO's clipped squared error of a value model, averaged over tokens.
 
@@ -45,6 +46,8 @@ def value_loss(
             None for no bound.
         normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
             number of tokens, for batches that are spread over steps or devices.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last; with
+            them, what is (B, T) is (N,) or (1, N). The loss, which is of tokens, is the same.
 
     Returns:
         loss: 0-d, fp32 (fp64 for fp64 values), differentiable with respect to values, twice too.
@@ -58,7 +61,7 @@ def value_loss(
 
     Source: PPO's reference implementation, with the ½ of 2005.12729 and TRL.
     """
-    check_tokens("values", values, mask)
+    check_tokens("values", values, mask, cu_seqlens)
     others = {"returns": returns}
     if clip_range is not None:
         clip_range = check_at_least("clip_range", clip_range, 0)

@@ -18,6 +18,7 @@ from .checks import (
     check_shape,
     token_contiguous,
 )
+from .layout import layout_of
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
+    cu_seqlens: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Estimate the advantage of each token, and the return that its value should have predicted.
@@ -40,18 +42,21 @@ def gae(
         returns = advantages + values
 
     Args:
-        rewards: (B, T), see `shaped_rewards`.
+        rewards: (B, T), or with cu_seqlens (N,) or (1, N) as all below; see `shaped_rewards`.
         values: (B, T) that the value model gave when the tokens were sampled.
         mask: (B, T) bool or 0/1, the tokens that count. The others can hold anything, and may stand
             anywhere: the token after them is the next one of the token before them.
         gamma: discount in [0, 1].
         lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1).
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last: nothing
+            is handed over them.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton"
             or "eager".
 
     Returns:
-        advantages and returns, (B, T) each, fp32 (fp64 if an input is), 0 outside of the mask; not
-        differentiable. Under torch.func.vmap and other transforms it is plain PyTorch.
+        advantages and returns, each of the shape of rewards, fp32 (fp64 if an input is), 0 outside
+        of the mask; not differentiable. Under torch.func.vmap and other transforms it is plain
+        PyTorch.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; gamma or lam outside
@@ -60,8 +65,7 @@ def gae(
     Source: 1506.02438 Eq. 16.
     """
     check_real("rewards", rewards)
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards: expected shape (B, T), got {tuple(rewards.shape)}")
+    layout = layout_of("rewards", rewards, cu_seqlens)
     check_floating("values", values)
     check_mask("mask", mask)
     for name, x in (("values", values), ("mask", mask)):
@@ -73,22 +77,43 @@ def gae(
     lam = check_between("lam", lam, 0, 1)
     triton = use_triton(impl, rewards, auto_interprets=True) and not under_transform()
     if not triton or rewards.numel() == 0:
-        advantages, returns = reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
-        return advantages.detach(), returns.detach()
-    advantages, returns = _scan(rewards, values, mask, gamma, lam)
-    return advantages, returns
+        if cu_seqlens is None:
+            advantages, returns = reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+            return advantages.detach(), returns.detach()
+        tokens = (x.reshape(-1) for x in (rewards, values, mask, layout.ids(rewards)))
+        found = _eager_scan if not under_transform() else reference.packed_gae
+        advantages, returns = found(*tokens, gamma=gamma, lam=lam)
+    else:
+        tokens = (layout.tokens(x) for x in (rewards, values, mask))
+        advantages, returns = _scan(*tokens, gamma, lam, layout.cu_seqlens)
+    return advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
 @torch.library.custom_op("fastrlhf::gae", mutates_args=())
 def _scan(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from fastrlhf.kernels.scan import gae as launch
 
     tokens = (token_contiguous(x) for x in (rewards, values, mask))
-    return launch(*tokens, gamma=gamma, lam=lam)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    return launch(*tokens, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens)
 
 
+# An operator, so that a graph does not hold the steps, whose number depends on that of the tokens.
+@torch.library.custom_op("fastrlhf::packed_gae", mutates_args=())
+def _eager_scan(
+    rewards: Tensor, values: Tensor, mask: Tensor, ids: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    return reference.packed_gae(rewards, values, mask, ids, gamma=gamma, lam=lam)
+
+
+@_eager_scan.register_fake
 @_scan.register_fake
 def _scan_fake(rewards, values, *_):
     dtype = reference.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))

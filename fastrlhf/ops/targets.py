@@ -4,13 +4,18 @@ import torch
 from torch import Tensor
 
 from .checks import check_ignore_index, check_integer, check_mask, check_same_device, check_shape
+from .layout import layout_of
 
 # Marks the tokens that a mask hides. One of -100 that the mask wants is an error, not one of these.
 MASKED_OUT = -(2**31)
 
 
 def shift_targets(
-    input_ids: Tensor, mask: Tensor | None = None, *, ignore_index: int = -100
+    input_ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """Shift token ids by one, so that they line up with the logits of a causal language model.
 
@@ -22,6 +27,8 @@ def shift_targets(
         input_ids: (..., T) integer.
         mask: (..., T) bool or 0/1, the tokens to score (those of the completion, not of the prompt
             or the padding); None for all.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last, of
+            input_ids (N,) or (1, N): the last token of each predicts nothing.
         ignore_index: what marks a position without a target.
 
     Returns:
@@ -42,5 +49,9 @@ def shift_targets(
         # Not `mask != 0`, which torch.compile (2.13) inverts here in code for AVX2.
         targets = torch.where(mask.bool(), targets, ignore_index)
     shifted = torch.full_like(targets, ignore_index)
-    shifted[..., :-1] = targets[..., 1:]
+    following = targets[..., 1:]
+    if cu_seqlens is not None:
+        ids = layout_of("input_ids", input_ids, cu_seqlens).ids(input_ids)
+        following = torch.where(ids[..., 1:] == ids[..., :-1], following, ignore_index)
+    shifted[..., :-1] = following
     return shifted

@@ -247,8 +247,8 @@ MUTANTS = [
         ),
         (
             "pairs: a reference per token of the first sequence",
-            "place = reference + sequence * reference_stride + token",
-            "place = reference + token + 0 * sequence * reference_stride",
+            "place = reference + row * reference_stride + token",
+            "place = reference + token + 0 * row * reference_stride",
             "triton and summed_over",
         ),
         (
@@ -884,7 +884,8 @@ MUTANTS = [
         ),
         (
             "reduction: sequences by their length",
-            "denominator = denominator * lengths", "denominator = denominator * 1",
+            "layout.spread(denominator * lengths)",
+            "layout.spread(denominator * torch.ones_like(lengths))",
             "those_of_the_papers",
         ),
     ),
@@ -928,7 +929,8 @@ MUTANTS = [
         "fastrlhf/losses/policy.py", "test_policy_loss.py",
         (
             "policy: the sum for the mean of a sequence's log-ratios",
-            "sum(-1, keepdim=True) / lengths", "sum(-1, keepdim=True)",
+            "torch.where(batch.mask, of_tokens, 0.0)) / lengths",
+            "torch.where(batch.mask, of_tokens, 0.0))",
             "those_of_the_papers",
         ),
         (
@@ -938,16 +940,16 @@ MUTANTS = [
         ),
         (
             "policy: clipped sequences counted by tokens",
-            "of_sequences = clipped.sum(-1) / mask.sum(-1).clamp(min=1)",
-            "of_sequences = clipped.sum(-1) / clipped.shape[-1]",
+            "counts(clipped).to(dtype) / lengths.clamp(min=1)",
+            "counts(clipped).to(dtype) / clipped.shape[-1]",
             "sequences_that_are_clipped",
         ),
     ),
     Mutant(
         "policy: the ratio of a sequence without tokens",
         "fastrlhf/losses/policy.py",
-        "lengths = batch.mask.sum(-1, keepdim=True).clamp(min=1)",
-        "lengths = batch.mask.sum(-1, keepdim=True)",
+        "lengths = batch.layout.counts(batch.mask).clamp(min=1)",
+        "lengths = batch.layout.counts(batch.mask)",
         "test_policy_loss.py", "those_of_the_papers or without_tokens",
         "0/0 is the log-ratio of tokens outside of the mask alone, whose advantage is 0, which "
         "replaces it by 0; a where drops its gradient, and the metrics look at no such token",
@@ -994,10 +996,13 @@ MUTANTS = [
             "groups[order], rewards[order]", "groups[order], rewards",
             "where_they_lie or of_the_papers",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_advantages.py",
         (
             "rewards: the score on every token",
-            "(inside.flip(-1).cumsum(-1).flip(-1) == 1)",
-            "(inside.flip(-1).cumsum(-1).flip(-1) >= 1)",
+            "(counts.flip(-1).cumsum(-1).flip(-1) == 1)",
+            "(counts.flip(-1).cumsum(-1).flip(-1) >= 1)",
             "at_the_last",
         ),
     ),

@@ -1,0 +1,202 @@
+"""Where the tokens of each sequence stand: in rows (B, T), or packed, one after the other.
+
+A loss says `layout.sums(x)` where it adds up the tokens of each sequence, and does not ask how they
+lie. Rows are `fastrlhf.reference.ROWS`; packed tokens are `Runs`, whose borders are cu_seqlens, the
+cumulative lengths of FlashAttention's varlen interface.
+
+The sum of a run is taken from a tree of sums of 32 neighbours: of each level those few that are
+within the run and in no larger part of it. So nothing is subtracted, which would cancel; no other
+sequence is touched, which may be infinite; there are no atomics; and every shape is known without
+what cu_seqlens holds, for which a GPU would have to be awaited. A graph is compiled anew when
+the tree gets another level, at N = 32, 1024, 32768 and so on.
+
+Dims: B sequences, N tokens of all of them, K neighbours.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.reference import ROWS, Layout
+
+from .backend import is_batched, under_transform
+from .checks import check_dense, check_same_device, known_on_host, wide_integers
+
+_NEIGHBOURS = 32
+
+
+class Runs(Layout):
+    """Packed sequences: tokens (N,) or (1, N), sequence i from cu_seqlens[i] to cu_seqlens[i + 1].
+
+    Made by `layout_of`, which checks. Tensors of tokens may have either shape; what `spread` and
+    `ids` give has that of the tokens that the layout was made for.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, tokens: Tensor) -> None:
+        self.cu_seqlens: Tensor = cu_seqlens  # (B + 1,) int64
+        self.shape = tokens.shape
+        place = torch.arange(tokens.numel(), device=cu_seqlens.device)
+        self._sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)  # (N,)
+
+    def sequences(self, tokens: Tensor) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def sums(self, x: Tensor) -> Tensor:
+        return _sums(x.reshape(-1), self.cu_seqlens, self._sequence)
+
+    def counts(self, mask: Tensor) -> Tensor:
+        before = self._counted_before(mask)
+        return before[self.cu_seqlens[1:]] - before[self.cu_seqlens[:-1]]
+
+    def spread(self, x: Tensor) -> Tensor:
+        return _spread(x, self.cu_seqlens, self._sequence).view(self.shape)
+
+    def last(self, mask: Tensor) -> Tensor:
+        before = self._counted_before(mask)
+        is_last = before[1:] == before[self.cu_seqlens[1:]][self._sequence]
+        return (mask != 0) & is_last.view(mask.shape)
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        return self._sequence.view(tokens.shape)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return x.reshape(1, -1)
+
+    def _counted_before(self, mask: Tensor) -> Tensor:
+        """How many tokens (N + 1,) of the mask stand before each place. Of integers, whose
+        differences are exact.
+        """
+        return torch.nn.functional.pad((mask != 0).reshape(-1).cumsum(0), (1, 0))
+
+
+def layout_of(
+    name: str, tokens: Tensor, cu_seqlens: Tensor | None = None, *, rows: str = "(B, T)"
+) -> Layout:
+    """Return the layout of a tensor of tokens, checked: (B, T), or with cu_seqlens (N,) or (1, N).
+
+    Raises:
+        TypeError, ValueError: cu_seqlens that do not fit, or tokens of another shape, of which
+            `rows` says what it should be.
+    """
+    if cu_seqlens is None:
+        if tokens.ndim != 2:
+            hint = "; packed tokens (N,) need cu_seqlens" if tokens.ndim == 1 else ""
+            raise ValueError(f"{name}: expected shape {rows}, got {tuple(tokens.shape)}{hint}")
+        return ROWS
+    return Runs(checked_cu_seqlens(name, tokens, cu_seqlens), tokens)
+
+
+def checked_cu_seqlens(name: str, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return cumulative lengths as int64, if they are those of packed tokens (N,) or (1, N).
+
+    What they hold is looked at here on the CPU. On a GPU, and in a compiled graph, it is asserted
+    when the device gets there.
+
+    Raises:
+        TypeError: cu_seqlens that are no tensor of int32 or int64.
+        ValueError: that are not (B + 1,), do not start at 0, do not end at N, decrease, or lie on
+            another device; tokens of another shape.
+    """
+    check_dense("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if not (tokens.ndim == 1 or (tokens.ndim == 2 and tokens.shape[0] == 1)):
+        raise ValueError(
+            f"cu_seqlens: expected None for {name} of shape {tuple(tokens.shape)}; packed tokens "
+            "are (N,) or (1, N)"
+        )
+    check_same_device("cu_seqlens", cu_seqlens, name, tokens)
+    cu_seqlens, end = wide_integers(cu_seqlens), tokens.numel()
+    if known_on_host(cu_seqlens):
+        _check_on_host(name, cu_seqlens, end)
+    elif not is_batched(cu_seqlens) and cu_seqlens.device.type != "meta":
+        lengths = cu_seqlens.diff()
+        fits = (lengths >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == end)
+        torch._assert_async(
+            fits, f"cu_seqlens: expected to start at 0, not to decrease and to end at N of {name}"
+        )
+    return cu_seqlens
+
+
+def _check_on_host(name: str, cu_seqlens: Tensor, end: int) -> None:
+    first, last, lengths = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
+    if first != 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {first}")
+    if (lengths < 0).any():
+        place = int((lengths < 0).nonzero()[0])
+        steps = " after ".join(str(int(x)) for x in cu_seqlens[place : place + 2].flip(0))
+        raise ValueError(f"cu_seqlens: expected not to decrease, got {steps}")
+    if last != end:
+        raise ValueError(
+            f"cu_seqlens: expected to end at {end}, the number of tokens of {name}, got {last}"
+        )
+
+
+def _sums(values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:
+    """Sum (N,) over each run: (B,)."""
+    if under_transform(values):
+        return _sums_by_tree(values, cu_seqlens)
+    return _Sums.apply(values, cu_seqlens, sequence)
+
+
+def _spread(values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:
+    """Give each token (N,) the value (B,) of its run."""
+    if under_transform(values) or not values.is_floating_point():
+        return values[sequence]
+    return _Spread.apply(values, cu_seqlens, sequence)
+
+
+class _Sums(torch.autograd.Function):
+    """Sums of runs. Each of the two maps is the other's transpose, and so its derivative, to any
+    order; that of indexing itself would be a sum by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:
+        ctx.save_for_backward(cu_seqlens, sequence)
+        return _sums_by_tree(values, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor, None, None]:
+        return _spread(d_sums, *ctx.saved_tensors), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """The value of its run, for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:
+        ctx.save_for_backward(cu_seqlens, sequence)
+        return values[sequence]
+
+    @staticmethod
+    def backward(ctx: Any, d_tokens: Tensor) -> tuple[Tensor, None, None]:
+        return _sums(d_tokens, *ctx.saved_tensors), None, None
+
+
+def _sums_by_tree(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum (N,) over each run: see above. Plain tensor code."""
+    start, stop = cu_seqlens[:-1], cu_seqlens[1:]  # of what is not yet added, in cells of a level
+    total = values.new_zeros(start.shape)
+    while values.shape[0] > _NEIGHBOURS:
+        # Whole groups of K lie from `first` to `end`; `first` is beyond `end` within one group.
+        first, end = (start + _NEIGHBOURS - 1) // _NEIGHBOURS, stop // _NEIGHBOURS
+        across = first <= end
+        total = total + _sum_of_few(values, start, torch.where(across, first * _NEIGHBOURS, stop))
+        total = total + _sum_of_few(values, torch.where(across, end * _NEIGHBOURS, stop), stop)
+        missing = -values.shape[0] % _NEIGHBOURS
+        values = torch.nn.functional.pad(values, (0, missing)).view(-1, _NEIGHBOURS).sum(1)
+        start, stop = first, torch.maximum(first, end)
+    cell = torch.arange(values.shape[0], device=values.device)
+    inside = (cell >= start.unsqueeze(1)) & (cell < stop.unsqueeze(1))  # (B, K)
+    return total + torch.where(inside, values, 0.0).sum(1)
+
+
+def _sum_of_few(values: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Sum fewer than K cells, from start to stop (B,) each."""
+    cell = start.unsqueeze(1) + torch.arange(_NEIGHBOURS - 1, device=values.device)  # (B, K - 1)
+    inside = cell < stop.unsqueeze(1)
+    return torch.where(inside, values[cell.clamp(max=values.shape[0] - 1)], 0.0).sum(1)
