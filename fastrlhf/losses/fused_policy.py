@@ -33,10 +33,12 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
 )
+from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_arguments import check_head
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.targets import MASKED_OUT
 from fastrlhf.ops.token_stats import checked_logits
+from fastrlhf.ops.transform import temperatures_of_layout
 
 
 def logits_policy_loss(
@@ -48,6 +50,7 @@ def logits_policy_loss(
     *,
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     entropy: bool = False,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -72,6 +75,8 @@ def logits_policy_loss(
             logits[:, :-1], input_ids[:, 1:] and completion_mask[:, 1:]. Outside of the mask they
             can hold anything.
         old_logprobs, advantages, mask, ref_logprobs, rollout_weights: as `policy_loss`.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
+            them, what is (B, T) is (N,) or (1, N), and logits are (N, V) or (1, N, V).
         entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
         temperature, softcap, scale, impl: as `token_stats`.
         inplace_backward: let the gradient overwrite the logits, where their memory does not overlap
@@ -105,12 +110,15 @@ def logits_policy_loss(
     check_bool("entropy", entropy)
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)
+    check_integer("targets", targets)
+    layout = layout_of("targets", targets, cu_seqlens)
+    temperature = temperatures_of_layout(temperature, targets, layout)
     transform = checked_logits(logits, targets, temperature, softcap, scale)
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=with_entropy,
+        with_entropy=with_entropy, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     targets = _active_targets(targets, batch, logits.shape[-1])
     one_launch = (
@@ -143,6 +151,7 @@ def linear_policy_loss(
     *,
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     entropy: bool = False,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -167,6 +176,7 @@ def linear_policy_loss(
             important, `**head.options()`.
         targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, entropy,
             **policy_options: as `logits_policy_loss`.
+        cu_seqlens: as `logits_policy_loss`, with hidden states (N, H) or (1, N, H).
         bias, temperature, softcap, scale, chunk_size, impl: as `linear_token_stats`.
 
     Returns:
@@ -187,11 +197,13 @@ def linear_policy_loss(
     check_bool("entropy", entropy)
     check_head(hidden, [weight], bias)
     check_integer("targets", targets)
+    layout = layout_of("targets", targets, cu_seqlens)
+    temperature = temperatures_of_layout(temperature, targets, layout)
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=with_entropy,
+        with_entropy=with_entropy, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
     return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
@@ -232,9 +244,8 @@ def policy_loss_of(
         return (losses * tokens.weights).sum(), found
 
     token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-    sequence = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
     loss, aux = scorer.loss(
-        of_chunk, targets, token, *sides, groups=sequence if by_sequence else None,
+        of_chunk, targets, token, *sides, groups=batch.layout.ids(mask) if by_sequence else None,
         ignore_index=MASKED_OUT, entropy=with_entropy,
     )  # fmt: skip
 
@@ -257,8 +268,6 @@ def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int) -> Tensor:
 
 def _check_mask(mask: Tensor, targets: Tensor) -> None:
     check_mask("mask", mask)
-    if targets.ndim != 2:
-        raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
     check_shape("mask", mask, tuple(targets.shape), "the shape of targets")
     check_same_device("mask", mask, "targets", targets)
 

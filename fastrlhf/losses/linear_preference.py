@@ -24,8 +24,11 @@ from fastrlhf.ops.checks import (
     check_positive,
     wide_integers,
 )
+from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.summed_gradient import with_summed_gradient
+from fastrlhf.ops.transform import temperatures_of_layout
+from fastrlhf.reference import Layout
 
 
 class PairLoss(NamedTuple):
@@ -35,6 +38,7 @@ class PairLoss(NamedTuple):
     of_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     chosen: Tensor  # (P,)
     rejected: Tensor  # (P,)
+    layout: Layout  # of the tokens
     # Whether the loss of a pair is known from its own sequences, and nothing but their log-probs
     # needs a gradient.
     one_by_one: bool
@@ -62,6 +66,7 @@ def linear_dpo_loss(
     softcap: float | None = None,
     scale: float = 1.0,
     ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -88,6 +93,8 @@ def linear_dpo_loss(
         gamma: target margin of simpo.
         alpha: weight of the likelihood in cpo.
         bias, temperature, softcap, scale, ignore_index, chunk_size, impl: as `linear_token_stats`.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
+            them, what is (B, T) is (N,) or (1, N), and hidden (N, H) or (1, N, H).
 
     Returns:
         losses (P,), not reduced, and rewards (B,), detached; fp32 (fp64 for fp64 hidden states).
@@ -108,14 +115,14 @@ def linear_dpo_loss(
 
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
     """
+    check_integer("targets", targets)
+    layout = layout_of("targets", targets, cu_seqlens)
     pair_loss = checked_pair_loss(
-        loss_type, ref_logps, yw_idxs, yl_idxs, beta, label_smoothing=label_smoothing,
+        loss_type, ref_logps, yw_idxs, yl_idxs, beta, layout, label_smoothing=label_smoothing,
         discopop_tau=discopop_tau, gamma=gamma, alpha=alpha, impl=impl,
     )  # fmt: skip
+    temperature = temperatures_of_layout(temperature, targets, layout)
     scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
-    check_integer("targets", targets)
-    if targets.ndim != 2:
-        raise ValueError(f"targets: expected shape (B, T), got {tuple(targets.shape)}")
     ignore_index = check_ignore_index(ignore_index)
     return preference_loss_of(scorer, wide_integers(targets), pair_loss, ignore_index=ignore_index)
 
@@ -126,7 +133,8 @@ def preference_loss_of(
     """Compute losses (P,) and rewards (B,) of whatever scores the targets (B, T)."""
     grouped = pair_loss.one_by_one and not under_transform()
     if grouped and isinstance(scorer, LinearScorer) and scorer.head_is_trained:
-        check_pair_indices("targets", targets, pair_loss.chosen, pair_loss.rejected)
+        pairs = pair_loss.chosen, pair_loss.rejected
+        check_pair_indices("targets", targets, *pairs, pair_loss.layout)
         return outside_of_graphs(_grouped_losses)(scorer, targets, pair_loss, ignore_index)
     # All log-probs, then the loss: right for any loss.
     logprobs = scorer.stats(targets, ignore_index=ignore_index).logprob
@@ -139,23 +147,24 @@ def _grouped_losses(
     """The loss of the sequences that share pairs as soon as their log-probs are known."""
     mask = targets != ignore_index
     chosen, rejected = pair_loss.chosen.long(), pair_loss.rejected.long()
+    layout = pair_loss.layout
 
     def of_chunk(stats: ChunkStats, token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = stats.logprob.new_zeros(targets.numel()).index_put((token,), stats.logprob)
         here = mask.new_zeros(mask.numel()).index_fill(0, token, True).view(mask.shape)
         losses, _ = pair_loss.of_tokens(logprobs.view(mask.shape), here)
-        present = here.any(-1)
+        present = layout.counts(here) > 0
         of_pair_here = present[chosen] | present[rejected]
         return torch.where(of_pair_here, losses, 0.0).sum(), {
             "logprob": stats.logprob,
             "token": token,
         }
 
-    groups = _sharing_pairs(targets.shape[0], chosen, rejected).to(targets.device)
+    groups = _sharing_pairs(layout.sequences(targets), chosen, rejected).to(targets.device)
     token = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
     total, aux = scorer.loss(
         of_chunk, targets, token,
-        groups=groups.unsqueeze(1).expand(targets.shape), ignore_index=ignore_index,
+        groups=groups[layout.ids(targets)], ignore_index=ignore_index,
     )  # fmt: skip
     logprobs = total.new_zeros(targets.numel())
     if aux:
@@ -193,6 +202,7 @@ def checked_pair_loss(
     yw_idxs: Tensor,
     yl_idxs: Tensor,
     beta: float,
+    layout: Layout,
     *,
     label_smoothing: float,
     discopop_tau: float,
@@ -201,16 +211,21 @@ def checked_pair_loss(
     impl: str,
 ) -> PairLoss:
     """Check the options, and bind everything but the token log-probs and their mask."""
+    cu_seqlens = layout.cu_seqlens
+
+    def sums(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return sequence_logprobs(logprobs, mask, cu_seqlens=cu_seqlens)
+
     free: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
         "simpo": lambda logprobs, mask: simpo_loss(
-            sequence_logprobs(logprobs, mask), mask.sum(-1), yw_idxs, yl_idxs, beta, gamma
+            sums(logprobs, mask), layout.counts(mask), yw_idxs, yl_idxs, beta, gamma
         ),
         "cpo": lambda logprobs, mask: cpo_loss(
-            sequence_logprobs(logprobs, mask), yw_idxs, yl_idxs, beta,
+            sums(logprobs, mask), yw_idxs, yl_idxs, beta,
             alpha=alpha, label_smoothing=label_smoothing,
         ),
         "orpo": lambda logprobs, mask: orpo_loss(
-            sequence_logprobs(logprobs, mask), mask.sum(-1), yw_idxs, yl_idxs, beta
+            sums(logprobs, mask), layout.counts(mask), yw_idxs, yl_idxs, beta
         ),
     }  # fmt: skip
     check_one_of("loss_type", loss_type, (*LOSS_TYPES, *free))
@@ -222,7 +237,7 @@ def checked_pair_loss(
     if loss_type in free:
         if ref_logps is not None:
             raise ValueError(f"ref_logps: expected None, loss_type {loss_type!r} has no reference")
-        return PairLoss(free[loss_type], yw_idxs, yl_idxs, one_by_one=True)
+        return PairLoss(free[loss_type], yw_idxs, yl_idxs, layout, one_by_one=True)
     if ref_logps is None:
         raise ValueError(f"ref_logps: expected a tensor for loss_type {loss_type!r}, got None")
     reference = ref_logps
@@ -230,9 +245,10 @@ def checked_pair_loss(
     def with_reference(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return dpo_loss(
             logprobs, reference, yw_idxs, yl_idxs, beta, mask=mask, loss_type=loss_type,
-            label_smoothing=label_smoothing, discopop_tau=discopop_tau, impl=impl,
+            label_smoothing=label_smoothing, discopop_tau=discopop_tau, cu_seqlens=cu_seqlens,
+            impl=impl,
         )  # fmt: skip
 
     # Some sort over the batch, so the loss of a pair is not known before all log-probs are.
     one_by_one = loss_type not in _OF_THE_BATCH and not getattr(reference, "requires_grad", False)
-    return PairLoss(with_reference, yw_idxs, yl_idxs, one_by_one)
+    return PairLoss(with_reference, yw_idxs, yl_idxs, layout, one_by_one)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.reference import ROWS, Layout
+
 from .backend import is_batched
 from .checks import check_floating, check_positive, check_same_device
 
@@ -117,3 +119,15 @@ def token_temperatures(temperature: Tensor, targets: Tensor) -> Tensor:
             f"(one for each token), got {tuple(temperature.shape)}"
         )
     return temperature.expand(targets.shape)
+
+
+def temperatures_of_layout(
+    temperature: float | Tensor, tokens: Tensor, layout: Layout
+) -> float | Tensor:
+    """Give packed tokens the temperatures (B,) of their sequences; leave all else as it is."""
+    if layout is ROWS or not isinstance(temperature, Tensor):
+        return temperature
+    of_tokens = temperature.shape == tokens.shape
+    if of_tokens or tuple(temperature.shape) != (layout.sequences(tokens),):
+        return temperature
+    return layout.spread(temperature).view(tokens.shape)

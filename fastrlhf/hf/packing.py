@@ -1,0 +1,95 @@
+"""Packed sequences in a model: one row of tokens, of which cu_seqlens says where sequences begin.
+
+Models of transformers keep packed sequences apart where positions start again, if they are given no
+attention mask. Not all do; those that do not would give wrong numbers without a word, so each model
+is tried once.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops.layout import layout_of
+
+from .head_parts import evaluating, head_module, text_config
+from .model_inputs import makes_own_positions
+from .stand_in import StandIn
+
+# For each model that keeps packed sequences apart, the attention with which it was tried.
+_apart: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def packed_inputs(
+    model: nn.Module,
+    base: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor,
+    inputs: dict[str, Any],
+) -> dict[str, Any]:
+    """Give packed ids (1, N) the positions that the tokens have in their sequences, unless
+    positions are given.
+
+    Raises:
+        ValueError: cu_seqlens that do not fit, an attention_mask, which would hide from the model
+            where sequences begin.
+        TypeError: a model that does not keep packed sequences apart.
+    """
+    layout = layout_of("input_ids", input_ids, cu_seqlens)
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        return inputs  # which says for each token what it sees
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask: expected None with cu_seqlens: packed tokens have no padding, and "
+            "with a mask a model of transformers lets sequences see each other"
+        )
+    name = type(base).__name__
+    if makes_own_positions(base, model):
+        raise TypeError(f"model: {name} takes no positions of packed sequences")
+    check_packing(base)
+    if "position_ids" in inputs:
+        return inputs
+    first = layout.spread(cu_seqlens[:-1].long())
+    place = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    return {**inputs, "position_ids": place - first}
+
+
+def check_packing(base: Any) -> None:
+    """Refuse a model in which a sequence depends on the one that is packed before it.
+
+    Raises:
+        TypeError: such a model.
+    """
+    attention = getattr(text_config(base), "_attn_implementation", None)
+    if _apart.get(base, base) == attention:
+        return
+    if _sees_the_one_before(base):
+        raise TypeError(
+            f"model: {type(base).__name__} (attention {attention!r}) does not keep packed "
+            "sequences apart; pad them, or give a 4-d attention_mask and position_ids"
+        )
+    _apart[base] = attention
+
+
+@torch.no_grad()
+def _sees_the_one_before(base: Any) -> bool:
+    entered: list[Tensor] = []
+    vocab = text_config(base).vocab_size
+
+    def keep(hidden: Tensor, _: Any) -> tuple[Tensor, int]:
+        entered.append(hidden[:, 2:].double())
+        return hidden, vocab
+
+    device = base.get_input_embeddings().weight.device
+    positions = torch.tensor([[0, 1, 0, 1]], device=device)
+    with evaluating(base):
+        for ids in ([[5, 6, 7, 8]], [[9, 6, 7, 8]]):
+            with StandIn(head_module(base), type(base).__name__, keep).in_place():
+                base(
+                    input_ids=torch.tensor(ids, device=device) % vocab, position_ids=positions,
+                    use_cache=False,
+                )  # fmt: skip
+    first, other = entered
+    return bool((first - other).norm() > 1e-6 * first.norm())
