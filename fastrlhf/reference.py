@@ -194,6 +194,7 @@ def token_stats_backward(
     stats: tuple[Tensor, ...],
     d_logprob: Tensor,
     d_entropy: Tensor | None,
+    d_lse: Tensor | None = None,
     *,
     temperature: float | Tensor,
     softcap: float | None,
@@ -201,8 +202,9 @@ def token_stats_backward(
 ) -> Tensor:
     """Compute d_logits (N, V) in the accumulation dtype; no row is ignored or all -inf.
 
-    `stats` are the logprob, entropy, peak and log_norm of the forward. With g and h the gradients
-    of log-prob and entropy, dz = g·(e_target - p) - h·p⊙(ln p + H), times dz/dlogits.
+    `stats` are the logprob, entropy, peak and log_norm of the forward. With g, h and l the
+    gradients of log-prob, entropy and lse, dz = g·(e_target - p) - h·p⊙(ln p + H) + l·p, times
+    dz/dlogits.
     """
     index = targets.long().unsqueeze(-1)
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
@@ -214,9 +216,12 @@ def token_stats_backward(
         # 0·ln 0 = 0: a finite stand-in for ln 0 lets the product say so.
         surprise = log_p.clamp(min=torch.finfo(log_p.dtype).min).add_(row_entropy.unsqueeze(-1))
         surprise.mul_(log_p.exp()).mul_(d_entropy.unsqueeze(-1))
-    dz = log_p.exp_().mul_(-d_logprob.unsqueeze(-1))
     # g·(1 - p) at the target, accurate where p is nearly 1.
-    dz.scatter_(-1, index, (-d_logprob * torch.expm1(logprob)).unsqueeze(-1))
+    of_others, of_target = -d_logprob, -d_logprob * torch.expm1(logprob)
+    if d_lse is not None:
+        of_others, of_target = d_lse - d_logprob, of_target + d_lse * logprob.exp()
+    dz = log_p.exp_().mul_(of_others.unsqueeze(-1))
+    dz.scatter_(-1, index, of_target.unsqueeze(-1))
     if surprise is not None:
         dz.sub_(surprise)
     if softcap is not None:

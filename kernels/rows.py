@@ -126,13 +126,18 @@ def gradient_tile(
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     with_entropy,
+    l=0.0,
+    WITH_LSE: tl.constexpr = False,
 ):
-    """Gradient of g·logprob + h·entropy with respect to a tile of logits."""
+    """Gradient of g·logprob + h·entropy + l·lse with respect to a tile of logits."""
     capped, slope = capped_logits(x, scale, softcap, HAS_SOFTCAP)
     bits = (capped - base) * (LOG2E / row_t) - log_norm * LOG2E
     p = tl.exp2(bits)
     # g·(1 - p) at the target, from log p where p is nearly 1.
-    dz = tl.where(columns == target, -g * expm1(logprob), -g * p)
+    if WITH_LSE:
+        dz = tl.where(columns == target, l * p - g * expm1(logprob), (l - g) * p)
+    else:
+        dz = tl.where(columns == target, -g * expm1(logprob), -g * p)
     if with_entropy:
         dz -= tl.where(p > 0, h * p * (bits * LN2 + entropy), 0.0)
     return dz * (slope * (1.0 / row_t))

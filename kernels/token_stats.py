@@ -191,6 +191,7 @@ def _token_stats_bwd_kernel(
     log_norm,
     d_logprob,
     d_entropy,  # unused without the entropy
+    d_lse,  # unused without the lse
     inner,
     d_stride_outer,
     d_stride_inner,
@@ -206,6 +207,7 @@ def _token_stats_bwd_kernel(
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
@@ -227,6 +229,10 @@ def _token_stats_bwd_kernel(
     if WITH_ENTROPY:
         h = tl.load(d_entropy + row)
         without_gradient &= h == 0.0
+    l = g  # unused without the lse
+    if WITH_LSE:
+        l = tl.load(d_lse + row)
+        without_gradient &= l == 0.0
     # The peak of a row that is ignored, or that holds nothing but -inf, is -inf.
     if without_gradient | (base == -float("inf")):
         tl.store(destination, tl.zeros((LANES, VEC), d_logits.dtype.element_ty), mask=inside)
@@ -243,7 +249,7 @@ def _token_stats_bwd_kernel(
         row_entropy = tl.load(entropy + row)
     dx = gradient_tile(
         x, columns, target, base, tl.load(log_norm + row), tl.load(logprob + row), row_entropy,
-        g, h, row_t, scale, softcap, HAS_SOFTCAP, WITH_ENTROPY,
+        g, h, row_t, scale, softcap, HAS_SOFTCAP, WITH_ENTROPY, l, WITH_LSE,
     )  # fmt: skip
     tl.store(destination, dx.to(d_logits.dtype.element_ty), mask=inside)
 
@@ -307,6 +313,7 @@ def token_stats_backward(
     stats: tuple[torch.Tensor, ...],
     d_logprob: torch.Tensor,
     d_entropy: torch.Tensor | None,
+    d_lse: torch.Tensor | None = None,
     *,
     temperature: float | torch.Tensor,
     softcap: float | None,
@@ -329,6 +336,7 @@ def token_stats_backward(
         *stats,
         d_logprob,
         d_logprob if d_entropy is None else d_entropy,
+        d_logprob if d_lse is None else d_lse,
         inner,
         *strides(d_logits),
         *strides(logits),
@@ -336,5 +344,6 @@ def token_stats_backward(
         tiles,
         **transform,
         WITH_ENTROPY=d_entropy is not None,
+        WITH_LSE=d_lse is not None,
         **plan.options(),
     )

@@ -10,7 +10,15 @@ from .backend import outside_of_graphs, refuse_second_derivative, refuse_transfo
 from .checks import check_dense, check_integer, check_same_device, check_shape
 from .linear_arguments import LinearProblem, checked_problem, exact
 from .linear_head import Weight
-from .linear_plans import Needs, Plan, Statistics, choose_plan, loss_alone, loss_and_gradients
+from .linear_plans import (
+    Needs,
+    Plan,
+    Slopes,
+    Statistics,
+    choose_plan,
+    loss_alone,
+    loss_and_gradients,
+)
 from .linear_rows import Span, even_spans, live_rows, order_by_group, pack_groups
 
 
@@ -19,7 +27,7 @@ class ChunkStats(NamedTuple):
 
     logprob: Tensor  # (n,)
     entropy: Tensor | None  # (n,), None unless asked for
-    lse: Tensor  # (n,), not differentiable
+    lse: Tensor  # (n,), differentiable here
     groups: Tensor | None  # (n,) ids, as given
 
 
@@ -53,7 +61,8 @@ def linear_loss(
     Args:
         loss_fn: `loss_fn(stats, *side_chunk)` returns the 0-d loss of a chunk, or the loss and a
             dict of 0-d or 1-d tensors. It is ordinary PyTorch on vectors `stats.logprob`,
-            `stats.entropy`, `stats.lse` and `stats.groups` of the chunk's n tokens. The losses of
+            `stats.entropy`, `stats.lse` and `stats.groups` of the chunk's n tokens, and may depend
+            on the first three: `1e-4 * stats.lse.square().sum()` is PaLM's z-loss. The losses of
             all chunks are added up: a mean has to divide by a count of its own. Called once for
             each chunk; tokens that are ignored never reach it, and if all are, it is not called.
         hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, entropy,
@@ -172,31 +181,26 @@ class _ChunkLosses:
         self.losses: list[Tensor] = []
         self.aux: list[dict[str, Tensor]] = []
 
-    def __call__(self, span: Span, found: Statistics) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, span: Span, found: Statistics) -> Slopes:
         index = self.order[slice(*span)]
-        logprob = found.logprob.detach().requires_grad_(self.with_slopes)
-        entropy = None
-        if found.entropy.numel():
-            entropy = found.entropy.detach().requires_grad_(self.with_slopes)
+        logprob, entropy, lse = (x.detach().requires_grad_(self.with_slopes) for x in found[:3])
         groups = None if self.groups is None else self.groups[index]
         with torch.set_grad_enabled(self.grad):
-            stats = ChunkStats(logprob, entropy, found.lse, groups)
+            stats = ChunkStats(logprob, entropy if entropy.numel() else None, lse, groups)
             result = self.loss_fn(stats, *(x[index] for x in self.side_inputs))
             loss, aux = check_loss(result, self.aux[0] if self.aux else None)
         self.losses.append(loss)
         self.aux.append({name: value.detach() for name, value in aux.items()})
-        return self._slopes(loss, logprob, entropy)
+        return self._slopes(loss, stats)
 
-    def _slopes(
-        self, loss: Tensor, logprob: Tensor, entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _slopes(self, loss: Tensor, stats: ChunkStats) -> Slopes:
         """Differentiate a chunk's loss; its graph stays, for what else it depends on."""
-        zeros = torch.zeros_like(logprob)
+        zeros = torch.zeros_like(stats.logprob)
         if not (self.with_slopes and loss.requires_grad):
-            return zeros, None
-        leaves = [logprob] if entropy is None else [logprob, entropy]
-        g, *h = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-        return zeros if g is None else g, h[0] if h else None
+            return Slopes(zeros)
+        leaves = [stats.logprob, stats.lse] + ([] if stats.entropy is None else [stats.entropy])
+        g, l, *h = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        return Slopes(zeros if g is None else g, h[0] if h else None, l)
 
     def total(self, zero: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Add up the losses, and collect the aux entries."""

@@ -77,6 +77,21 @@ class Statistics(NamedTuple):
     log_norm: Tensor
 
 
+class Slopes(NamedTuple):
+    """Of n tokens: the derivatives of a loss with respect to their statistics; each (n,), or None
+    where the loss does not depend on the statistic.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+    def at(self, place: slice | Tensor) -> "Slopes":
+        """Take those of some tokens."""
+        others = (None if slope is None else slope[place] for slope in self[1:])
+        return Slopes(self.logprob[place], *others)
+
+
 Found = tuple[Tensor, Tensor, Tensor]  # logprob, entropy and lse of all N tokens
 
 
@@ -106,10 +121,10 @@ class Workbench(NamedTuple):
         return logits, Statistics(*found)
 
     def d_logits(
-        self, block: Block, logits: Tensor, stats: Statistics, g: Tensor, h: Tensor | None,
+        self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes,
         *, room: Room, overwrite: bool = True,
     ) -> LogitGradient:  # fmt: skip
-        """Compute the gradient of Σ g·logprob + h·entropy, as operands, where the logits were if
+        """Compute the gradient of Σ slopes·statistics, as operands, where the logits were if
         possible.
         """
         operands = self.head.operands
@@ -117,7 +132,8 @@ class Workbench(NamedTuple):
         exact = self.head.sums if operands == torch.float16 else operands
         there = room(len(logits)) if operands != logits.dtype else None
         saved = (logits, block.targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm)
-        arguments = (*saved, g, h, *block.transform, self.impl)
+        upstream = (slopes.logprob, slopes.entropy)
+        arguments = (*saved, *upstream, *block.transform, self.impl, slopes.lse)
         if overwrite and logits.dtype == exact:
             torch.ops.fastrlhf.token_stats_backward_(*arguments)
             return as_operands(logits, operands, there)
@@ -128,13 +144,12 @@ class Workbench(NamedTuple):
         return as_operands(out, operands, there)
 
     def differentiate(
-        self, block: Block, logits: Tensor, stats: Statistics, g: Tensor, h: Tensor | None,
-        gradients: Gradients,
-    ) -> None:  # fmt: skip
+        self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes, gradients: Gradients
+    ) -> None:
         """Turn the logits into their gradient and hand it on: G each for hidden states and
         weight.
         """
-        dz = self.d_logits(block, logits, stats, g, h, room=gradients.room)
+        dz = self.d_logits(block, logits, stats, slopes, room=gradients.room)
         gradients.add(block.place, block.hidden.to(self.head.operands), dz)
 
 
@@ -176,25 +191,25 @@ def _slopes_of_block(
     _put(found, block, stats)
     one, zero = torch.ones_like(stats.logprob), torch.zeros_like(stats.logprob)
     if bench.entropy:
-        dz = bench.d_logits(block, logits, stats, zero, one, room=bench.head.room, overwrite=False)
+        slopes = Slopes(zero, one)
+        dz = bench.d_logits(block, logits, stats, slopes, room=bench.head.room, overwrite=False)
         u_entropy[block.place] = bench.head.pull_back(dz).to(u_entropy.dtype)
         del dz
-    dz = bench.d_logits(block, logits, stats, one, None, room=bench.head.room)
+    dz = bench.d_logits(block, logits, stats, Slopes(one), room=bench.head.room)
     u_logprob[block.place] = bench.head.pull_back(dz).to(u_logprob.dtype)
 
 
 def recomputed_gradients(
-    bench: Workbench, spans: Iterable[Span], g: Tensor, h: Tensor | None, gradients: Gradients
+    bench: Workbench, spans: Iterable[Span], slopes: Slopes, gradients: Gradients
 ) -> None:
     """Make the logits again and finish, given the gradients (N,) of the statistics: P4 backward."""
     for span in spans:
         block = bench.rows.block(span)
-        of_block = g[block.place], None if h is None else h[block.place]
-        bench.differentiate(block, *bench.score(block), *of_block, gradients)
+        bench.differentiate(block, *bench.score(block), slopes.at(block.place), gradients)
 
 
 # Given the statistics of a span of the ordered rows, the derivatives of the loss.
-Loss = Callable[[Span, Statistics], tuple[Tensor, Tensor | None]]
+Loss = Callable[[Span, Statistics], Slopes]
 
 
 def loss_alone(bench: Workbench, segments: Iterable[list[Span]], loss: Loss) -> None:
@@ -214,16 +229,15 @@ def loss_and_gradients(
         if len(spans) == 1:
             block = bench.rows.block(spans[0])
             logits, stats = bench.score(block)
-            bench.differentiate(block, logits, stats, *loss(spans[0], stats), gradients)
+            bench.differentiate(block, logits, stats, loss(spans[0], stats), gradients)
             del logits  # before the next block makes its own
             continue
         whole = _whole(spans)
-        g, h = loss(whole, _statistics_of(bench, spans))
+        slopes = loss(whole, _statistics_of(bench, spans))
         for first, last in spans:
             block = bench.rows.block((first, last))
             part = slice(first - whole[0], last - whole[0])
-            of_block = g[part], None if h is None else h[part]
-            bench.differentiate(block, *bench.score(block), *of_block, gradients)
+            bench.differentiate(block, *bench.score(block), slopes.at(part), gradients)
 
 
 def _whole(spans: list[Span]) -> Span:

@@ -20,6 +20,7 @@ from .linear_head import Weight
 from .linear_plans import (
     Needs,
     Plan,
+    Slopes,
     choose_plan,
     recomputed_gradients,
     statistics,
@@ -213,7 +214,7 @@ def _recomputed(
             d_entropy = None
         gradients = bench.gradients(needs)
         spans = even_spans(bench.rows.size, problem.options.chunk)
-        recomputed_gradients(bench, spans, d_logprob, d_entropy, gradients)
+        recomputed_gradients(bench, spans, Slopes(d_logprob, d_entropy), gradients)
         totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
     return [
         None if total is None or x is None else total.to(x.dtype)
