@@ -208,6 +208,33 @@ def test_linear_loss(impl, chunk_size, device) -> None:
     gradcheck(loss, (hidden, weight, factors))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_linear_loss_of_the_lse(impl, grouped, transform, device) -> None:
+    hidden, weight, targets = linear_inputs(device, trained=True, sequences=2)
+    bias = torch.randn(7, dtype=torch.float64, device=device, requires_grad=True)
+    groups = torch.tensor([3, 1], device=device)[:, None].expand(2, 3) if grouped else None
+    options = {
+        name: value.to(device).expand(2, 3) if isinstance(value, torch.Tensor) else value
+        for name, value in TRANSFORMS[transform].items()
+    }
+
+    def of_chunk(stats):
+        if groups is None:
+            return stats.lse.square().sum() - stats.logprob.sum()
+        same = (stats.groups[:, None] == stats.groups).double()
+        return (same @ (stats.lse * stats.entropy)).tanh().sum() + (stats.lse.tanh()).sum()
+
+    def loss(hidden, weight, bias):
+        return fastrlhf.linear_loss(
+            of_chunk, hidden, weight, targets, bias=bias, groups=groups, entropy=grouped,
+            chunk_size=1 if grouped else 3, impl=impl, **options,
+        )[0]  # fmt: skip
+
+    gradcheck(loss, (hidden, weight, bias))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("loss_type", [*DPO_LOSSES, "simpo", "cpo", "orpo"])
 def test_linear_dpo_loss(trained, loss_type, device) -> None:

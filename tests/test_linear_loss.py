@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 from fastrlhf import ChunkStats, linear_loss
+from fastrlhf.ops import linear_plans
 
 SEQUENCES, TOKENS, WIDTH, VOCAB = 5, 7, 6, 37
 # In memory, groups lie in stripes; ids are anything.
@@ -61,15 +62,19 @@ def linear(loss_fn, tensors, targets, *side, **options):
     )
 
 
-def whole(loss_fn, tensors, targets, *side, groups=None):
+def whole(loss_fn, tensors, targets, *side, groups=None, temperature=1.0, softcap=None, scale=1.0):
     """The documented eager equivalent."""
     hidden, weight, bias = tensors
     live = targets != -100
-    log_p = (hidden[live] @ weight.T + bias).log_softmax(-1)
+    z = (hidden[live] @ weight.T + bias) * scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    own = isinstance(temperature, Tensor)
+    z = z / (temperature[live][:, None].to(z.dtype) if own else temperature)
+    log_p = z.log_softmax(-1)
     logprob = log_p.gather(-1, targets[live][:, None])[:, 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    stats = ChunkStats(logprob, entropy, logprob, None if groups is None else groups[live])
-    return loss_fn(stats, *(x[live] for x in side))
+    entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
+    ids = None if groups is None else groups[live]
+    return loss_fn(ChunkStats(logprob, entropy, z.logsumexp(-1), ids), *(x[live] for x in side))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 8, 9, 100])
@@ -121,6 +126,145 @@ def test_tokens_by_themselves(impl, device) -> None:
         torch.testing.assert_close(a.cpu(), b)
     gradient = autograd.grad(linear(reinforce, tensors, targets, advantages)[0], tensors[0])[0]
     assert not gradient[targets == -100].any()
+
+
+def z_loss(stats: ChunkStats, advantages: Tensor) -> Tensor:
+    return (0.3 * stats.lse.square() - stats.logprob * advantages).sum()
+
+
+def z_loss_of_groups(stats: ChunkStats, advantages: Tensor) -> Tensor:
+    """What couples all tokens of a group, through each of the statistics."""
+    same = (stats.groups[:, None] == stats.groups).to(stats.lse.dtype)
+    size = same @ (stats.lse * advantages - 0.2 * stats.entropy)
+    return (size / 8).tanh().sum() + 0.1 * (size * stats.logprob).sum()
+
+
+LSE_LOSSES = {
+    "lse": lambda stats, advantages: (stats.lse.square() * advantages).sum(),
+    "lse and log-prob": z_loss,
+    "lse and entropy": lambda stats, advantages: (stats.lse * stats.entropy * advantages).sum(),
+    "groups": z_loss_of_groups,
+}
+LSE_NEEDS = {
+    "hidden, weight and bias": (True, True, True),
+    "hidden": (True, False, False),
+    "weight": (False, True, False),
+    "bias": (False, False, True),
+}
+LSE_TRANSFORMS = {
+    "plain": {},
+    "scaled": {"scale": 0.4, "temperature": 0.7},
+    "all": {"softcap": 5.0, "scale": 1.5, "temperature": POSITIONS.double() / 30 + 0.5},
+}
+
+
+def assert_right_with_the_lse(name, needs, dtype, impl, place, **options) -> None:
+    """Compare a loss and its gradients with those of whole logits in fp64, by what the plain
+    formula loses in the dtype of accumulation.
+    """
+    tensors, targets, advantages = inputs(needs, dtype)
+    advantages = advantages.detach()
+    groups = GROUPS if name == "groups" else None
+    transform = {key: x for key, x in options.items() if key != "chunk_size"}
+    results = []
+    for kind in (torch.float64, torch.promote_types(dtype, torch.float32), None):
+        to = [x.detach().to(kind or dtype).requires_grad_(x.requires_grad) for x in tensors]
+        side = advantages.to(kind or torch.promote_types(dtype, torch.float32))
+        if kind is not None:
+            loss = whole(LSE_LOSSES[name], to, targets, side, groups=groups, **transform)
+        else:
+            to = [x.detach().to(place).requires_grad_(x.requires_grad) for x in to]
+            moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
+            loss = linear(
+                LSE_LOSSES[name], to, targets.to(place), side.to(place), impl=impl,
+                groups=None if groups is None else groups.to(place), **moved,
+            )[0]  # fmt: skip
+        wanted = [x for x in to if x.requires_grad]
+        results.append((loss, *autograd.grad(loss, wanted)))
+    exact, plain, found = results
+    # A sum of twenty squares of an lse, which may cancel.
+    assert_as_accurate(
+        found[0], plain[0], exact[0], size=max(100.0, float(exact[0].detach().abs()))
+    )
+    for a, b, c in zip(found[1:], plain[1:], exact[1:], strict=True):
+        assert a.dtype == dtype
+        # In tens of tokens, each with terms of that size, which cancel.
+        assert_as_accurate(a, b, c, size=2 * float(c.abs().max()))
+        ignored = (targets == -100).to(a.device)
+        assert a.shape[0] != SEQUENCES or a.ndim < 3 or not a[ignored].any()
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("transform", LSE_TRANSFORMS)
+@pytest.mark.parametrize("name", LSE_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_lse_is_differentiable(impl, transform, name, dtype, device) -> None:
+    place = device if impl == "triton" else torch.device("cpu")
+    options = LSE_TRANSFORMS[transform] | {"chunk_size": 6}  # less than a group of 8
+    needs = LSE_NEEDS["hidden, weight and bias"]
+    assert_right_with_the_lse(name, needs, dtype, impl, place, **options)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 8, 100])
+@pytest.mark.parametrize("name", LSE_LOSSES)
+@pytest.mark.parametrize("needs", LSE_NEEDS)
+def test_whatever_needs_it_gets_the_gradient_of_the_lse(needs, name, chunk_size) -> None:
+    assert_right_with_the_lse(
+        name, LSE_NEEDS[needs], torch.float64, "eager", "cpu", chunk_size=chunk_size, softcap=6.0
+    )
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_the_lse_of_words_that_are_ruled_out(impl, device) -> None:
+    tensors, targets, advantages = inputs()
+    with torch.no_grad():
+        tensors[2][5:20] = -torch.inf
+    targets[targets >= 5] = 30
+    targets[0, -1] = 10  # one of them
+    nobody = torch.where(targets == 10, -100, targets)
+
+    def gradients(function, targets, **options):
+        place = device if options.get("impl") == "triton" else torch.device("cpu")
+        moved = [x.detach().to(place).requires_grad_() for x in tensors]
+        side = advantages.detach().to(place)
+        loss = function(z_loss, moved, targets.to(place), side, **options)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        return [x.cpu() for x in autograd.grad(loss, moved)]
+
+    found = gradients(linear, nobody, chunk_size=6, impl=impl)
+    for a, b in zip(found, gradients(whole, nobody), strict=True):
+        torch.testing.assert_close(a, b)
+    # A target without probability has no log-prob, but the row has an lse.
+    assert all(bool(x.isfinite().all()) for x in gradients(linear, targets, impl=impl))
+    with torch.no_grad():
+        tensors[2][:] = -torch.inf
+    assert not any(x.any() for x in gradients(linear, nobody, impl=impl))
+
+
+def test_only_a_loss_that_uses_the_lse_asks_for_its_gradient(monkeypatch) -> None:
+    asked = []
+    d_logits = linear_plans.Workbench.d_logits
+
+    def recorded(self, block, logits, stats, slopes, **options):
+        asked.append(slopes)
+        return d_logits(self, block, logits, stats, slopes, **options)
+
+    monkeypatch.setattr(linear_plans.Workbench, "d_logits", recorded)
+    tensors, targets, advantages = inputs()
+    linear(reinforce, tensors, targets, advantages)
+    linear(lambda stats: (-stats.logprob.sum(), {"lse": stats.lse}), tensors, targets)
+    assert [slopes.lse for slopes in asked] == [None, None]
+    linear(lambda stats: stats.lse.sum(), tensors, targets)
+    assert asked[2].lse.all() and not asked[2].logprob.any() and asked[2].entropy is None
+
+
+def test_elsewhere_the_lse_has_no_gradient() -> None:
+    tensors, targets, _ = inputs()
+    stats = fastrlhf.linear_token_stats(*tensors[:2], targets, bias=tensors[2])
+    assert stats.logprob.requires_grad and not stats.lse.requires_grad
+    with torch.no_grad():
+        _, aux = linear(lambda s: (s.lse.sum(), {"lse": s.lse}), tensors, targets)
+    assert torch.equal(aux["lse"], stats.lse[targets != -100])
 
 
 def test_gradients_accumulate() -> None:
@@ -206,7 +350,11 @@ def test_autocast_and_small_fp16_losses() -> None:
         assert relative_error(a, b) < 1e-3
 
 
-def matmuls(needs: str, *, groups: bool = False, chunk_size: int = 8) -> float:
+def likelihood(stats: ChunkStats) -> Tensor:
+    return -stats.logprob.sum()
+
+
+def matmuls(needs: str, *, groups: bool = False, chunk_size: int = 8, loss_fn=likelihood) -> float:
     """Matmuls of forward and backward in units of G, half of the tokens ignored."""
     hidden, weight = torch.randn(4, 16, 32), torch.randn(1000, 32)
     for tensor, need in zip((hidden, weight), NEEDS[needs], strict=False):
@@ -215,10 +363,7 @@ def matmuls(needs: str, *, groups: bool = False, chunk_size: int = 8) -> float:
     targets[:, ::2] = -100
     ids = torch.arange(4)[:, None].expand(4, 16) if groups else None
     with MatmulAudit() as audit:
-        loss, _ = linear_loss(
-            lambda stats: -stats.logprob.sum(), hidden, weight, targets, groups=ids,
-            chunk_size=chunk_size,
-        )  # fmt: skip
+        loss, _ = linear_loss(loss_fn, hidden, weight, targets, groups=ids, chunk_size=chunk_size)
         if needs != "nothing":
             loss.backward()
     # One weight gradient, or eight rows of logits: no (n, V), let alone (N, V).
@@ -232,6 +377,16 @@ def test_as_many_matmuls_as_the_plan_says(groups) -> None:
     assert matmuls("hidden", groups=groups) == pytest.approx(2, rel=0.01)
     assert matmuls("weight", groups=groups) == pytest.approx(2, rel=0.01)
     assert matmuls("nothing", groups=groups) == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_the_gradient_of_the_lse_costs_no_matmul(groups) -> None:
+    def loss_fn(stats):
+        return stats.lse.square().sum() - stats.logprob.sum()
+
+    for needs, expected in (("hidden and weight", 3), ("hidden", 2), ("weight", 2), ("nothing", 1)):
+        found = matmuls(needs, groups=groups, loss_fn=loss_fn)
+        assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_a_group_larger_than_a_chunk_costs_one_more() -> None:

@@ -72,6 +72,26 @@ def test_rows_without_a_gradient_are_not_read_backward(monkeypatch) -> None:
     assert backward.loaded(logits) == 2 * 1000 * 4
 
 
+def test_k2_with_a_slope_of_the_lse_reads_and_writes_as_much(monkeypatch) -> None:
+    vocab = 5000
+    logits, targets = torch.randn(5, vocab), torch.tensor([3, 4, -100, 5, 4999])
+    ops, last = torch.ops.fastrlhf, (None, 1.0, None, 1.0)
+    logprob, entropy, _, *rest = ops.token_stats(
+        logits, targets, *last, -100, True, False, "triton"
+    )
+    g, h, l = (torch.tensor(x) for x in ([1.0, 0, 1, 0, 0], [0.0, 1, 1, 0, 0], [0.0, 0, 1, 1, 0]))
+    for slope in (h, None):
+        with counted_traffic(monkeypatch) as backward:
+            gradient = ops.token_stats_backward(
+                logits, targets, logprob, entropy, *rest, g, slope, *last, "triton", l
+            )
+        # Neither an ignored row nor one without a gradient.
+        read = 3 if slope is not None else 2
+        assert backward.loaded(logits) == read * vocab * 4
+        assert backward.stored(gradient) == logits.nbytes
+        assert backward.loaded() - backward.loaded(logits) <= 5 * 300
+
+
 def test_launches_do_not_depend_on_the_number_of_rows(monkeypatch) -> None:
     for rows in (1, 7):
         logits = torch.randn(rows, 300, requires_grad=True)

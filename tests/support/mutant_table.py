@@ -72,6 +72,21 @@ MUTANTS = [
             "either_statistic and triton",
         ),
         (
+            "K2: a zero slope of the lse alone ends the row",
+            "without_gradient &= l == 0.0", "without_gradient |= l == 0.0",
+            "any_slope and triton",
+        ),
+        (
+            "K2: a row with a slope of the lse alone is zeros",
+            "without_gradient &= l == 0.0", "without_gradient &= True",
+            "any_slope and triton",
+        ),
+        (
+            "K2: the slope of the lse is that of the log-prob",
+            "d_logprob if d_lse is None else d_lse", "d_logprob",
+            "any_slope and triton",
+        ),
+        (
             "K2: the other inner dimension",
             "    destination += columns.to(tl.int64) * d_stride_vocab\n\n    base",
             "    destination += columns.to(tl.int64)\n\n    base",
@@ -117,6 +132,27 @@ MUTANTS = [
             "rows: a row of nothing but -inf",
             'logprob = tl.where(empty, -float("inf"), logprob)', "logprob = logprob * 1.0",
             "masked_vocabulary and triton",
+        ),
+        (
+            "rows: the lse has no slope at the target",
+            "l * p - g * expm1(logprob), (l - g) * p", "0.0 - g * expm1(logprob), (l - g) * p",
+            "gradient_of_the_lse and triton and 33",
+        ),
+        (
+            "rows: the lse has no slope beside the target",
+            "l * p - g * expm1(logprob), (l - g) * p", "l * p - g * expm1(logprob), (0.0 - g) * p",
+            "gradient_of_the_lse and triton and 33",
+        ),
+        (
+            "rows: 1 - p by subtraction beside the lse",
+            "l * p - g * expm1(logprob), (l - g) * p", "g + (l - g) * p, (l - g) * p",
+            "both_tails and triton",
+        ),
+        (
+            "rows: slopes of log-prob and lse that do not cancel",
+            "l * p - g * expm1(logprob), (l - g) * p",
+            "l * p - g * expm1(logprob), l * (p * (1.0 + 1e-6)) - g * p",
+            "slopes_that_cancel and triton",
         ),
         (
             "rows: 1 - p by subtraction",
@@ -560,6 +596,17 @@ MUTANTS = [
             "masked_vocabulary and eager",
         ),
         (
+            "eager: a row with a slope of the lse alone is zeros",
+            "for slope in (d_entropy, d_lse):", "for slope in (d_entropy,):",
+            "any_slope and eager",
+        ),
+        (
+            "eager: the slope of the lse of another row",
+            "None if d_lse is None else d_lse[index]",
+            "None if d_lse is None else d_lse[: len(d_logprob[index])]",
+            "any_slope and eager",
+        ),
+        (
             "eager: in place, rows without a gradient keep their logits",
             "    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "    pass",
             "exactly_zero and eager",
@@ -569,6 +616,19 @@ MUTANTS = [
             "size = max(1, _EAGER_CHUNK_LOGITS // rows.shape[2])",
             "size = _EAGER_CHUNK_LOGITS // rows.shape[2]",
             "eager_chunks",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_token_stats.py",
+        (
+            "eager: the lse has no slope at the target",
+            "of_target + d_lse * logprob.exp()", "of_target",
+            "gradient_of_the_lse and eager and 33",
+        ),
+        (
+            "eager: the slope of the lse with the other sign",
+            "d_lse - d_logprob, of_target", "-d_lse - d_logprob, of_target",
+            "gradient_of_the_lse and eager and 33",
         ),
     ),
     *_mutants(
@@ -788,6 +848,17 @@ MUTANTS = [
             "part = slice(first - whole[0], last - whole[0])", "part = slice(0, last - first)",
             "groups_reach",
         ),
+        (
+            "plans: the slope of the lse is lost",
+            "self.impl, slopes.lse)", "self.impl, None)",
+            "lse_is_differentiable and eager",
+        ),
+        (
+            "plans: slopes of entropy and lse of another block of the group",
+            "slope[place] for slope in self[1:]",
+            "slope[: len(slope[place])] for slope in self[1:]",
+            "lse_is_differentiable and eager and groups",
+        ),
     ),
     *_mutants(
         "fastrlhf/ops/linear_plans.py", "test_linear_token_stats.py",
@@ -814,6 +885,16 @@ MUTANTS = [
             "linear loss: the upstream gradient",
             "(known * d_loss).to(dtype)", "known.to(dtype)",
             "groups_reach or accumulate or by_themselves",
+        ),
+        (
+            "linear loss: the slope of the lse is dropped",
+            "h[0] if h else None, l)", "h[0] if h else None, None)",
+            "lse_is_differentiable and eager",
+        ),
+        (
+            "linear loss: a slope of an lse that is not used",
+            "h[0] if h else None, l)", "h[0] if h else None, zeros if l is None else l)",
+            "only_a_loss",
         ),
         (
             "linear loss: a mean for a sum in aux",

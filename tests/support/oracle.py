@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class RowOracle:
-    """Statistics of one row, and the gradient of g·logprob + h·entropy with respect to its
+    """Statistics of one row, and the gradient of g·logprob + h·entropy + l·lse with respect to its
     logits.
     """
 
@@ -29,6 +29,7 @@ def row_oracle(
     scale: float = 1.0,
     g: float = 1.0,
     h: float = 0.0,
+    l: float = 0.0,
 ) -> RowOracle:
     """Evaluate the textbook formulas for one row of logits."""
     x = x.astype(np.float64)
@@ -53,7 +54,7 @@ def row_oracle(
         -np.log1p(others / p[target]) if others < 0.5 else log_p[target],
         -surprise.sum(),
         top + np.log(weight.sum()),
-        (hit - h * spread) * chain,
+        (hit - h * spread + l * p) * chain,
     )
 
 
@@ -77,6 +78,7 @@ def token_stats_oracle(
     ignore_index: int = -100,
     g: torch.Tensor | None = None,
     h: torch.Tensor | None = None,
+    l: torch.Tensor | None = None,
 ) -> Oracle:
     """Evaluate `row_oracle` for every row of (N, V) logits; ignored rows are zeros."""
     rows, vocab = logits.shape
@@ -96,6 +98,7 @@ def token_stats_oracle(
             scale=scale,
             g=1.0 if g is None else float(g[i]),
             h=0.0 if h is None else float(h[i]),
+            l=0.0 if l is None else float(l[i]),
         )
         found.logprob[i], found.entropy[i], found.lse[i] = row.logprob, row.entropy, row.lse
         found.gradient[i] = torch.from_numpy(row.gradient)

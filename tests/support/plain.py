@@ -101,9 +101,14 @@ def plain_token_stats(
 
 
 def of_tokens(
-    logits: Tensor, targets: Tensor, g: Tensor | None, h: Tensor | None, **transform: Any
+    logits: Tensor,
+    targets: Tensor,
+    g: Tensor | None,
+    h: Tensor | None,
+    l: Tensor | None = None,
+    **transform: Any,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """`plain_token_stats`, and the gradient of Σ g·logprob + h·entropy in the dtype of the
+    """`plain_token_stats`, and the gradient of Σ g·logprob + h·entropy + l·lse in the dtype of the
     logits.
     """
     x = logits.detach().clone().requires_grad_()
@@ -111,7 +116,7 @@ def of_tokens(
     live = targets != transform.get("ignore_index", -100)
     total = sum(
         (torch.where(live, weight, 0.0).to(value.dtype) * value)[live].sum()
-        for weight, value in zip((g, h), stats[:2], strict=True)
+        for weight, value in zip((g, h, l), stats, strict=True)
         if weight is not None
     )
     (gradient,) = torch.autograd.grad(total, x)
