@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastrlhf.ops import shift_targets
 from fastrlhf.ops.backend import is_batched
+from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_arguments import matmul_dtype
 from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
 from fastrlhf.ops.scorer import LinearScorer, Scorer
-from fastrlhf.ops.transform import token_temperatures
+from fastrlhf.ops.transform import temperatures_of_layout, token_temperatures
 
 from .causality import check_causal
 from .head_parts import (
@@ -31,24 +32,20 @@ from .head_parts import (
 )
 from .logit_map import LogitMap
 from .measured import measured, state_of
-from .model_inputs import check_ids, check_keywords, check_model, scored_tokens, with_positions
+from .model_inputs import (
+    TokenBatch,
+    check_ids,
+    check_keywords,
+    check_model,
+    scored_tokens,
+    with_positions,
+)
 from .own_module import ModuleScorer
+from .packing import packed_inputs
 from .stand_in import StandIn
 
 IGNORED = -100  # the target of a token that is not scored
 _COMPARED_TOKENS = 4
-
-
-class TokenBatch(NamedTuple):
-    """What a model is called with, which of its tokens are scored, and how."""
-
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor | None
-    inputs: dict[str, Any]  # what else the model's forward takes
-    mask: Tensor | None = None  # (B, T)
-    temperature: float | Tensor = 1.0
-    chunk_size: int | None = None
-    impl: str = "auto"
 
 
 # Given what scores the model's tokens, and their targets (B, T), aligned with the positions that
@@ -82,9 +79,13 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     check_keywords(base, batch.inputs)
     check_causal(base)
     scored = scored_tokens(ids, attention_mask, batch.mask, batch.inputs.get("position_ids"))
-    targets = shift_targets(ids, scored, ignore_index=IGNORED)
-    batch = batch._replace(temperature=_of_positions(batch.temperature, targets))
-    inputs = {"use_cache": False, **with_positions(base, attention_mask, batch.inputs, model)}
+    if batch.cu_seqlens is None:
+        inputs = with_positions(base, attention_mask, batch.inputs, model)
+    else:
+        inputs = packed_inputs(model, base, batch)
+    inputs = {"use_cache": False, **inputs}
+    targets = shift_targets(ids, scored, cu_seqlens=batch.cu_seqlens, ignore_index=IGNORED)
+    batch = batch._replace(temperature=_of_positions(batch, targets))
     for _ in range(2):
         worker = _Worker(base, module, targets, batch, virtual_tokens(model), work)
         stand_in = StandIn(module, name, worker)
@@ -98,9 +99,13 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     )
 
 
-def _of_positions(temperature: float | Tensor, targets: Tensor) -> float | Tensor:
+def _of_positions(batch: TokenBatch, targets: Tensor) -> float | Tensor:
     """Give each position (B, T) the temperature of the token that it predicts."""
+    layout = layout_of("input_ids", targets, batch.cu_seqlens)
+    temperature = temperatures_of_layout(batch.temperature, targets, layout)
     if not isinstance(temperature, Tensor):
+        return temperature
+    if temperature is not batch.temperature:  # of sequences, whose positions share one
         return temperature
     last = temperature.new_ones(())  # of the position that predicts nothing
     expanded = token_temperatures(temperature, targets[:, 1:])

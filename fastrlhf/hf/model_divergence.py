@@ -20,8 +20,9 @@ from fastrlhf.ops.linear_divergence import divergence_of
 from fastrlhf.ops.scorer import LinearScorer, Scorer, in_chunks
 from fastrlhf.ops.transform import token_temperatures
 
-from .at_head import IGNORED, TokenBatch, at_head
+from .at_head import IGNORED, at_head
 from .head_parts import base_model, head_module
+from .model_inputs import TokenBatch
 
 
 def model_kl_divergence(
@@ -33,6 +34,7 @@ def model_kl_divergence(
     mask: Tensor | None = None,
     direction: str = "reverse",
     beta: float = 0.5,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
     impl: str = "auto",
@@ -52,8 +54,8 @@ def model_kl_divergence(
         model: as `model_token_stats`.
         teacher: likewise, of the same vocabulary and on the same device, of whatever width. It is
             not trained: its forward runs without gradients.
-        input_ids, attention_mask, mask, temperature, chunk_size, impl: as `model_token_stats`; with
-            a `chunk_size`, the logits of both are held.
+        input_ids, attention_mask, mask, cu_seqlens, temperature, chunk_size, impl: as
+            `model_token_stats`; with a `chunk_size`, the logits of both are held.
         direction, beta: as `kl_divergence`.
         return_outputs: return the model's outputs too, without its logits.
         inputs: what else the forwards of both name.
@@ -80,7 +82,9 @@ def model_kl_divergence(
     checked_measure(direction, beta)
     if head_module(base_model(teacher)) is head_module(base_model(model)):
         raise ValueError("teacher: expected another model, got one that shares the model's head")
-    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    batch = TokenBatch(
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
+    )
 
     def beside_teacher(ours: Scorer, targets: Tensor) -> tuple[Tensor, None]:
         recorded = torch.is_grad_enabled()

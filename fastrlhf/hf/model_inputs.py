@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,19 @@ _PASSED_ON = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position",
     "adapter_names",
 }  # fmt: skip
+
+
+class TokenBatch(NamedTuple):
+    """What a model is called with, which of its tokens are scored, and how."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor | None
+    inputs: dict[str, Any]  # what else the model's forward takes
+    mask: Tensor | None = None  # (B, T)
+    cu_seqlens: Tensor | None = None  # borders of packed sequences, where B is 1
+    temperature: float | Tensor = 1.0
+    chunk_size: int | None = None
+    impl: str = "auto"
 
 
 def check_model(base: Any, name: str) -> None:

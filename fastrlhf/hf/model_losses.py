@@ -17,11 +17,12 @@ from fastrlhf.losses.policy_arguments import PolicyOptions, policy_batch
 from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_bool
+from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_loss import LossFunction
 from fastrlhf.ops.scorer import Scorer
 
-from .at_head import IGNORED, Done, TokenBatch, at_head
-from .model_inputs import check_ids, of_positions
+from .at_head import IGNORED, Done, at_head
+from .model_inputs import TokenBatch, check_ids, of_positions
 
 
 def model_linear_loss(
@@ -32,6 +33,7 @@ def model_linear_loss(
     *side_inputs: Tensor,
     mask: Tensor | None = None,
     groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     chunk_size: int | None = None,
@@ -53,8 +55,8 @@ def model_linear_loss(
         loss_fn: as `linear_loss`, where it is explained; called once for each chunk of the scored
             tokens, and for all of them once more where the model is run once more (see
             `model_token_stats`).
-        model, input_ids, attention_mask, mask, temperature, entropy, chunk_size, impl, inputs: as
-            `model_token_stats`.
+        model, input_ids, attention_mask, mask, cu_seqlens, temperature, entropy, chunk_size, impl,
+            inputs: as `model_token_stats`.
         side_inputs: (B, T-1) tensors, aligned with input_ids[:, 1:], cut like the tokens.
         groups: (B, T-1) integer ids of tokens that loss_fn must see together; see `linear_loss`.
         return_outputs: return the model's outputs too, without its logits.
@@ -85,7 +87,9 @@ def model_linear_loss(
             loss_fn, targets, *of_tokens, ignore_index=IGNORED, groups=here, entropy=entropy
         )
 
-    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    batch = TokenBatch(
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
+    )
     return _returned(at_head(model, batch, work), return_outputs)
 
 
@@ -98,6 +102,7 @@ def model_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
     impl: str = "auto",
@@ -113,7 +118,7 @@ def model_cross_entropy(
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     Args:
-        model, input_ids, attention_mask, temperature, chunk_size, impl, inputs: as
+        model, input_ids, attention_mask, cu_seqlens, temperature, chunk_size, impl, inputs: as
             `model_token_stats`.
         mask: (B, T) bool or 0/1, the tokens to learn: those of the answer, not of the prompt. None:
             all that attention_mask has, and that follow one that it has.
@@ -150,7 +155,9 @@ def model_cross_entropy(
             by = by.detach().to(total)
         return total / by, metrics
 
-    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    batch = TokenBatch(
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
+    )
     return _returned(at_head(model, batch, work), return_outputs)
 
 
@@ -169,6 +176,7 @@ def model_dpo_loss(
     discopop_tau: float = 0.05,
     gamma: float = 0.5,
     alpha: float = 1.0,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
     impl: str = "auto",
@@ -185,7 +193,7 @@ def model_dpo_loss(
         )
 
     Args:
-        model, input_ids, attention_mask, temperature, chunk_size, impl, inputs: as
+        model, input_ids, attention_mask, cu_seqlens, temperature, chunk_size, impl, inputs: as
             `model_token_stats`; chosen and rejected sequences in one batch, in any order.
         ref_logps: (B,) log-probs of whole sequences under the reference model, in nats, or
             (B, T-1) of their tokens, as `model_token_stats` returns them; None for the
@@ -209,7 +217,8 @@ def model_dpo_loss(
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
     """
     check_ids(input_ids)
-    check_pair_indices("input_ids", input_ids, yw_idxs, yl_idxs)
+    layout = layout_of("input_ids", input_ids, cu_seqlens)
+    check_pair_indices("input_ids", input_ids, yw_idxs, yl_idxs, layout)
     if isinstance(ref_logps, Tensor) and ref_logps.ndim == 2:
         ref_logps = of_positions("ref_logps", ref_logps, input_ids)
     pair_options: dict[str, Any] = {
@@ -218,11 +227,16 @@ def model_dpo_loss(
     }  # fmt: skip
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, Tensor]:
-        ref, chosen, rejected = _beside(targets, ref_logps, yw_idxs, yl_idxs)
-        pair_loss = checked_pair_loss(loss_type, ref, chosen, rejected, beta, **pair_options)
+        ref, chosen, rejected, borders = _beside(targets, ref_logps, yw_idxs, yl_idxs, cu_seqlens)
+        layout = layout_of("input_ids", targets, borders)
+        pair_loss = checked_pair_loss(
+            loss_type, ref, chosen, rejected, beta, layout, **pair_options
+        )
         return preference_loss_of(scorer, targets, pair_loss, ignore_index=IGNORED)
 
-    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    batch = TokenBatch(
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
+    )
     return _returned(at_head(model, batch, work), return_outputs)
 
 
@@ -237,6 +251,7 @@ def model_policy_loss(
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
     impl: str = "auto",
@@ -253,7 +268,8 @@ def model_policy_loss(
         )
 
     Args:
-        model, input_ids, attention_mask, temperature, chunk_size, impl: as `model_token_stats`.
+        model, input_ids, attention_mask, cu_seqlens, temperature, chunk_size, impl: as
+            `model_token_stats`. With packed sequences, what is (B, T) is (1, N).
         old_logprobs: (B, T-1), aligned with input_ids[:, 1:], as `model_token_stats` returns
             them; None for the policy itself (ratio 1).
         advantages: (B,) one for each sequence, or (B, T-1).
@@ -286,7 +302,7 @@ def model_policy_loss(
         "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
         "rollout_weights": rollout_weights,
     }  # fmt: skip
-    sequences = input_ids.shape[0]
+    sequences = layout_of("input_ids", input_ids, cu_seqlens).sequences(input_ids)
     for name, x in tokens.items():
         per_sequence = name in ("advantages", "rollout_weights")
         shapes = ((sequences,), (sequences, 1)) if per_sequence else ()
@@ -295,14 +311,16 @@ def model_policy_loss(
     with_entropy = entropy or options.entropy_coef != 0
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        old, gain, ref, rollout = _beside(targets, *tokens.values())
+        old, gain, ref, rollout, borders = _beside(targets, *tokens.values(), cu_seqlens)
         batch = policy_batch(
             options, scorer.hidden.dtype, targets != IGNORED, old, gain, ref, rollout,
-            with_entropy=with_entropy,
+            with_entropy=with_entropy, cu_seqlens=borders,
         )  # fmt: skip
         return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
 
-    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    batch = TokenBatch(
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
+    )
     return _returned(at_head(model, batch, work), return_outputs)
 
 

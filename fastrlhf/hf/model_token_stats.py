@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from fastrlhf.ops.scorer import Scorer
 from fastrlhf.reference import TokenStats
 
-from .at_head import IGNORED, TokenBatch, at_head
+from .at_head import IGNORED, at_head
+from .model_inputs import TokenBatch
 
 
 @overload
@@ -40,6 +41,7 @@ def model_token_stats(
     attention_mask: Tensor | None = None,
     *,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     chunk_size: int | None = None,
@@ -60,6 +62,11 @@ def model_token_stats(
         attention_mask: as the model takes it; (B, T) 0/1, as a rule.
         mask: (B, T) bool or 0/1, the tokens to score; the others cost nothing at the head. None:
             those that attention_mask (B, T) has, and that follow one that it has.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last, where
+            input_ids (1, N) hold one sequence after the other. The first token of each is not
+            scored, attention_mask is None, and position_ids, unless given, start again with each
+            sequence, which keeps them apart in a model of transformers; whether it does is tried
+            once.
         temperature: positive number, or a tensor of one for each sequence, (B,), or a 2-d one that
             broadcasts to (B, T-1).
         entropy, chunk_size, impl: as `linear_token_stats`.
@@ -94,11 +101,14 @@ def model_token_stats(
     Raises:
         ValueError: inputs that do not fit, labels, a model that changes the number of positions.
         TypeError: a head of a class that is not known, an encoder or an encoder-decoder, a keyword
-            that the model's forward does not name.
+            that the model's forward does not name; with cu_seqlens, a model in which sequences see
+            each other.
         RuntimeError: logits that are not those of the head's weight, or are changed in a way that
             is no scale, softcap or offset; a forward that does not call the head once.
     """
-    batch = TokenBatch(input_ids, attention_mask, inputs, mask, temperature, chunk_size, impl)
+    batch = TokenBatch(
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
+    )
     done = at_head(model, batch, partial(_statistics, entropy=entropy))
     logprob, *rest = done.result[:, :-1].unbind(-1)
     stats = TokenStats(logprob, rest[0] if entropy else None, done.aside[:, :-1])
