@@ -334,8 +334,346 @@ def test_packed_sequences_have_the_loss_of_padded_ones(name, loss, monkeypatch) 
     rows, there = packed(batch())
     plain, ours = LOSSES[loss]
     whole = plain(Plain(model, batch()))
-    monkeypatch.setitem(globals(), "sides", lambda found=packed_sides(there): found)
+    of_rows = packed_sides(there)
+    monkeypatch.setitem(globals(), "sides", lambda: of_rows)
     # Attention is normalised in fp32, in another order.
     assert_same(
         ours(model, rows, chunk_size=4)[0], whole, model, 1e-5 if name != "Mixtral" else 1e-3
     )
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "divergence"])
+def test_empty_and_single_sequences_among_packed_ones(loss, monkeypatch) -> None:
+    """Sequences without tokens at the ends and in the middle, and of one token, change nothing."""
+    model = make("Llama").double()
+    rows, there = packed(batch())
+    borders = rows["cu_seqlens"].tolist()
+    ids, mask = rows["input_ids"][0], rows["mask"][0]
+    one = ids.new_tensor([3]), mask.new_tensor([True])
+    first, second, third, end = borders
+    assert first == 0
+    with_more = {
+        "input_ids": torch.cat((ids[:second], one[0], ids[second:]))[None],
+        "mask": torch.cat((mask[:second], one[1], mask[second:]))[None],
+        "attention_mask": None,
+        "cu_seqlens": torch.tensor(
+            [0, 0, second, second + 1, second + 1, third + 1, end + 1, end + 1]
+        ),
+    }
+    place = [1, 4, 5]  # of the sequences that there were
+    of_rows = packed_sides(there)
+    more = dict(of_rows)
+    for name, x in of_rows.items():
+        if x.ndim == 2:  # of tokens
+            garbage = x.new_full((1, 1), torch.nan)
+            more[name] = torch.cat((x[:, : second - 1], garbage, x[:, second - 1 :]), dim=1)
+        else:
+            more[name] = x.new_zeros(7).index_copy(0, torch.tensor(place), x)
+    teacher = make("GPT2").double()
+
+    def run(
+        inputs: dict[str, Tensor], found: dict[str, Tensor], pairs: dict[str, Tensor]
+    ) -> Tensor:
+        monkeypatch.setitem(globals(), "sides", lambda: found)
+        monkeypatch.setitem(globals(), "PAIRS", pairs)
+        if loss == "divergence":
+            return fastrlhf.model_kl_divergence(model, teacher, **inputs).sum()
+        return LOSSES[loss][1](model, inputs)[0]
+
+    moved = {name: torch.tensor(place)[x] for name, x in PAIRS.items()}
+    whole = run(rows, of_rows, dict(PAIRS))
+    found = run(with_more, more, moved)
+    if loss == "gspo":  # a mean over all sequences
+        found = found * 7 / 3
+    assert_same(found, whole, model, 1e-5)
+
+
+def test_a_temperature_of_each_sequence_packed_or_padded() -> None:
+    model, inputs = make("Llama").double(), batch()
+    temperature = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    rows, there = packed(inputs)
+    wide, narrow = (
+        fastrlhf.model_token_stats(model, **given, temperature=temperature).logprob
+        for given in (inputs, rows)
+    )
+    expected = torch.cat((wide, wide.new_zeros(3, 1)), dim=1)[there][:-1]
+    torch.testing.assert_close(narrow[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in APART])
+def test_models_that_let_packed_sequences_see_each_other_are_refused(name) -> None:
+    rows, _ = packed(batch())
+    with pytest.raises(TypeError, match=r"^model: .*packed sequences"):
+        fastrlhf.model_token_stats(make(name), **rows)
+
+
+def test_packed_sequences_with_a_mask_of_their_own() -> None:
+    """What a 4-d attention mask says is taken at its word."""
+    model = make("OPT").double()
+    rows, there = packed(batch())
+    ids = torch.repeat_interleave(torch.arange(3), rows["cu_seqlens"].diff())
+    place = torch.arange(len(ids))
+    seen = (ids[:, None] == ids) & (place[:, None] >= place)
+    attention = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    first = rows["cu_seqlens"][ids]
+    found = fastrlhf.model_token_stats(
+        model,
+        **{**rows, "attention_mask": attention[None, None]},
+        position_ids=(place - first)[None],
+    ).logprob
+    wide = fastrlhf.model_token_stats(model, **batch()).logprob
+    expected = torch.cat((wide, wide.new_zeros(3, 1)), dim=1)[there][:-1]
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("loss", [*LOSSES, "divergence"])
+def test_a_batch_in_which_nothing_is_scored(loss, trained) -> None:
+    model, teacher = make("Llama"), make("GPT2")
+    inputs = batch()
+    inputs["mask"] = torch.zeros_like(inputs["mask"])
+    with torch.set_grad_enabled(trained):
+        if loss == "divergence":
+            made = fastrlhf.model_kl_divergence(model, teacher, **inputs).sum()
+        else:
+            made = LOSSES[loss][1](model, inputs)[0]
+    assert made.requires_grad == trained
+    if trained:
+        found = gradients(model, made)
+        assert found.keys() == dict(model.named_parameters()).keys()
+        assert not any(g.any() for g in found.values())
+    if loss not in ("dpo", "ipo", "aot"):
+        assert made == 0
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "divergence"])
+def test_the_outputs_come_along_without_logits(loss) -> None:
+    model, inputs = make("Mixtral"), batch()
+    options = {"output_router_logits": True, "output_hidden_states": True, "return_outputs": True}
+    if loss == "divergence":
+        values, outputs = fastrlhf.model_kl_divergence(model, make("Mixtral"), **inputs, **options)
+        assert values.shape == (SEQUENCES, TOKENS - 1)
+    else:
+        *found, outputs = LOSSES[loss][1](model, inputs, **options)
+        assert len(found) == 2
+    assert len(outputs.hidden_states) == 3 and len(outputs.router_logits) == 2
+    assert outputs.get("logits") is None
+    assert outputs.aux_loss.requires_grad
+
+
+def test_metrics_are_those_of_the_losses_of_log_probs() -> None:
+    model, inputs, s = make("Llama").double(), batch(), sides()
+    plain = Plain(model, inputs)
+    _, metrics = policy(model, inputs, **PPO)
+    _, wanted = fastrlhf.policy_loss(
+        plain.logprob, s["old"], s["gain"], plain.mask, ref_logprobs=s["ref"],
+        entropy=plain.entropy, **PPO,
+    )  # fmt: skip
+    assert metrics.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(metrics[name], value, msg=name)
+    _, rewards = dpo(model, inputs)
+    _, expected = fastrlhf.dpo_loss(plain.logprob, s["ref_sums"], *PAIRS.values(), mask=plain.mask)
+    torch.testing.assert_close(rewards, expected)
+    loss, metrics = fastrlhf.sft_loss(model, **inputs, label_smoothing=0.1, z_loss=0.1)
+    assert metrics.keys() == {"nll", "z_loss", "tokens"}
+    assert metrics["tokens"] == plain.mask.sum()
+    torch.testing.assert_close(metrics["nll"], plain.cross_entropy())
+    z_loss = 0.1 * plain.logits[plain.mask].logsumexp(-1).square().mean()
+    torch.testing.assert_close(metrics["z_loss"], z_loss)
+    assert not any(x.requires_grad for x in metrics.values())
+    for normalizer in (40, torch.tensor(40.0)):
+        found, _ = fastrlhf.sft_loss(
+            model, **inputs, label_smoothing=0.1, z_loss=0.1, normalizer=normalizer
+        )
+        torch.testing.assert_close(found, loss * plain.mask.sum() / 40)
+
+
+def test_reference_log_probs_of_tokens_and_losses_that_are_weighed() -> None:
+    model, inputs, s = make("Llama").double(), batch(), sides()
+    plain = Plain(model, inputs)
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    losses, _ = fastrlhf.model_dpo_loss(
+        model, inputs["input_ids"], inputs["attention_mask"], s["ref"], **PAIRS,
+        mask=inputs["mask"], chunk_size=4,
+    )  # fmt: skip
+    wanted, _ = fastrlhf.dpo_loss(plain.logprob, s["ref"], *PAIRS.values(), mask=plain.mask)
+    assert_same((losses * weights).sum(), (wanted * weights).sum(), model)
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_losses_without_a_reference(layout, loss_type) -> None:
+    model, inputs = make("Llama").double(), batch()
+    plain = Plain(model, inputs)
+    hidden, head = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+    targets = fastrlhf.shift_targets(inputs["input_ids"], inputs["mask"])
+    wanted, _ = fastrlhf.linear_dpo_loss(
+        hidden, head.weight, targets, None, *PAIRS.values(), loss_type=loss_type
+    )
+    assert plain.logprob.shape == targets[:, 1:].shape
+    given = inputs if layout == "padded" else packed(inputs)[0]
+    ids, attention = given.pop("input_ids"), given.pop("attention_mask")
+    found, _ = fastrlhf.model_dpo_loss(
+        model, ids, attention, None, **PAIRS, **given, loss_type=loss_type
+    )
+    assert_same(found.mean(), wanted.mean(), model, 1e-9 if layout == "padded" else 1e-5)
+
+
+B_T, B_T1 = (SEQUENCES, TOKENS), (SEQUENCES, TOKENS - 1)
+WRONG = {
+    "old_logprobs of T": (
+        lambda m, b: policy_of(m, b, old_logprobs=torch.zeros(B_T)),
+        ValueError,
+        r"^old_logprobs: expected shape \(3, 8\).*old_logprobs\[:, 1:\].*\[:, :-1\]",
+    ),
+    "advantages of T": (
+        lambda m, b: policy_of(m, b, advantages=torch.zeros(B_T)),
+        ValueError,
+        r"^advantages: expected shape \(3, 8\).*advantages\[:, 1:\]",
+    ),
+    "advantages of other sequences": (
+        lambda m, b: policy_of(m, b, advantages=torch.zeros(4)),
+        ValueError,
+        r"^advantages: expected shape",
+    ),
+    "mask of T - 1": (
+        lambda m, b: policy_of(m, b, mask=b["mask"][:, 1:]),
+        ValueError,
+        r"^mask: expected shape \(3, 9\).*column of zeros before it",
+    ),
+    "no mask": (
+        lambda m, b: fastrlhf.model_dpo_loss(
+            m, b["input_ids"], None, torch.zeros(3), **PAIRS, mask=None
+        ),
+        TypeError,
+        r"^mask: ",
+    ),
+    "side inputs of T": (
+        lambda m, b: fastrlhf.model_linear_loss(
+            own_loss, m, b["input_ids"], None, torch.zeros(B_T)
+        ),
+        ValueError,
+        r"^side_inputs\[0\]: expected shape \(3, 8\)",
+    ),
+    "groups of T": (
+        lambda m, b: fastrlhf.model_linear_loss(
+            own_loss, m, b["input_ids"], groups=torch.zeros(B_T, dtype=torch.long)
+        ),
+        ValueError,
+        r"^groups: expected shape \(3, 8\)",
+    ),
+    "reference of T": (
+        lambda m, b: fastrlhf.model_dpo_loss(
+            m, b["input_ids"], None, torch.zeros(B_T), **PAIRS, mask=b["mask"]
+        ),
+        ValueError,
+        r"^ref_logps: expected shape \(3, 8\)",
+    ),
+    "pairs": (
+        lambda m, b: fastrlhf.model_dpo_loss(
+            m,
+            b["input_ids"],
+            None,
+            torch.zeros(3),
+            torch.tensor([0]),
+            torch.tensor([3]),
+            mask=b["mask"],
+        ),
+        ValueError,
+        r"^yl_idxs: expected indices in \[0, 3\)",
+    ),
+    "an option": (
+        lambda m, b: policy_of(m, b, cliprange=0.2),
+        TypeError,
+        r"^cliprange: .*LlamaForCausalLM",
+    ),
+    "labels": (
+        lambda m, b: fastrlhf.sft_loss(m, b["input_ids"], labels=b["input_ids"]),
+        ValueError,
+        "^labels: ",
+    ),
+    "smoothing": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, label_smoothing=2),
+        ValueError,
+        "^label_smoothing: ",
+    ),
+    "normalizer": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, normalizer=0),
+        ValueError,
+        "^normalizer: ",
+    ),
+    "vocabularies": (
+        lambda m, b: fastrlhf.model_kl_divergence(
+            m, make("Llama", vocab_size=90), b["input_ids"] % 90
+        ),
+        ValueError,
+        "^teacher: expected a vocabulary of 101.*90",
+    ),
+    "itself": (
+        lambda m, b: fastrlhf.model_kl_divergence(m, m, **b),
+        ValueError,
+        "^teacher: expected another",
+    ),
+    "direction": (
+        lambda m, b: fastrlhf.model_kl_divergence(m, make("GPT2"), **b, direction="left"),
+        ValueError,
+        "^direction: ",
+    ),
+    "packed rows": (
+        lambda m, b: fastrlhf.sft_loss(m, b["input_ids"], cu_seqlens=torch.tensor([0, 27])),
+        ValueError,
+        "^cu_seqlens: ",
+    ),
+    "borders": (
+        lambda m, b: fastrlhf.sft_loss(m, b["input_ids"][:1], cu_seqlens=torch.tensor([0, 8])),
+        ValueError,
+        "^cu_seqlens: expected to end at 9",
+    ),
+    "packed with a mask": (
+        lambda m, b: fastrlhf.sft_loss(
+            m, b["input_ids"][:1], torch.ones(1, TOKENS), cu_seqlens=torch.tensor([0, 4, 9])
+        ),
+        ValueError,
+        "^attention_mask: expected None with cu_seqlens",
+    ),
+}
+
+
+def policy_of(model: nn.Module, inputs: dict[str, Tensor], **change) -> tuple:
+    given = {
+        "old_logprobs": torch.zeros(B_T1), "advantages": torch.zeros(SEQUENCES), **inputs, **change,
+    }  # fmt: skip
+    return fastrlhf.model_policy_loss(model, **given)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_name_the_argument_and_say_what_to_do(case) -> None:
+    call, error, message = WRONG[case]
+    model = make("Llama")
+    with pytest.raises(error, match=message):
+        call(model, batch())
+    # The model is as it was.
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_transforms_are_refused_or_work() -> None:
+    model, inputs = make("Llama"), batch()
+    parameters = dict(model.named_parameters())
+    fastrlhf.model_token_stats(model, **inputs)
+
+    def of(loss: str):
+        def function(values: dict[str, Tensor]) -> Tensor:
+            with torch.nn.utils.stateless._reparametrize_module(model, values):
+                return LOSSES[loss][1](model, inputs)[0].float()
+
+        return function
+
+    for loss in ("linear", "cross-entropy"):
+        with pytest.raises(RuntimeError, match=r"^model_\w+: .*torch\.func"):
+            torch.func.grad(of(loss))(parameters)
+    for loss in ("dpo", "ppo", "gspo"):
+        found = torch.func.grad(of(loss))(parameters)
+        wanted = gradients(model, LOSSES[loss][1](model, inputs)[0].float())
+        for name, want in wanted.items():
+            torch.testing.assert_close(found[name], want, rtol=1e-3, atol=1e-5, msg=name)

@@ -16,7 +16,7 @@ from fastrlhf.losses.linear_preference import checked_pair_loss, preference_loss
 from fastrlhf.losses.policy_arguments import PolicyOptions, policy_batch
 from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops.backend import refuse_transforms
-from fastrlhf.ops.checks import check_bool
+from fastrlhf.ops.checks import check_bool, check_mask
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_loss import LossFunction
 from fastrlhf.ops.scorer import Scorer
@@ -217,6 +217,7 @@ def model_dpo_loss(
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
     """
     check_ids(input_ids)
+    check_mask("mask", mask)
     layout = layout_of("input_ids", input_ids, cu_seqlens)
     check_pair_indices("input_ids", input_ids, yw_idxs, yl_idxs, layout)
     if isinstance(ref_logps, Tensor) and ref_logps.ndim == 2:
@@ -298,6 +299,7 @@ def model_policy_loss(
     inputs = {name: x for name, x in given.items() if name not in known}
     check_bool("entropy", entropy)
     check_ids(input_ids)
+    check_mask("mask", mask)
     tokens = {
         "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
         "rollout_weights": rollout_weights,
