@@ -89,6 +89,40 @@ def test_the_ppo_example_is_short_and_trains_policy_and_critic() -> None:
     assert metrics["policy/approxkl_avg"] > 0 and "val/clipfrac_avg" in metrics
 
 
+def test_the_sft_example_makes_the_completions_likelier() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def sft_step(" in text]
+    sft_step = run_example(example)["sft_step"]
+    model, batch = tiny_llama(transformers, "AutoModelForCausalLM"), tiny_batch()
+    loss, metrics = sft_step(model, batch)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert metrics["tokens"] == 28
+    assert sft_step(model, batch)[0] < loss
+
+
+def test_the_packed_example_makes_the_better_completions_likelier() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def packed_grpo_step(" in text]
+    step = run_example(example)["packed_grpo_step"]
+    model, batch = tiny_llama(transformers, "AutoModelForCausalLM"), tiny_batch()
+    packed = {
+        "input_ids": batch["input_ids"].view(1, -1),
+        "completion_mask": batch["completion_mask"].reshape(1, -1),
+        "cu_seqlens": torch.arange(0, 49, 12),
+        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        "old_logprobs": None,
+    }
+    loss, _ = step(model, packed)
+    padded, _ = fastrlhf.model_policy_loss(
+        model, batch["input_ids"], batch["attention_mask"], None, packed["advantages"],
+        mask=batch["completion_mask"], **fastrlhf.grpo_options("dapo"),
+    )  # fmt: skip
+    torch.testing.assert_close(loss, padded)
+    loss.backward()
+    assert model.get_output_embeddings().weight.grad.any()
+
+
 @pytest.mark.parametrize("name", ["grpo_step", "grpo_step_from_hidden_states"])
 def test_the_grpo_examples_make_the_better_completions_likelier(name) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
