@@ -171,6 +171,42 @@ def linear_loss(d: Draw) -> Case:
                 terms=5 * head_terms(x, live, o))  # fmt: skip
 
 
+def linear_cross_entropy(d: Draw) -> Case:
+    shape, vocab, dtype = tokens(d), vocabulary(d), d.of(*DTYPES)
+    targets, _ = targets_of(d, shape, vocab, -100)
+    live = targets != -100
+    x = head(d, shape, vocab, live, dtype)
+    o, reduction = d.transform(*shape), d.of("mean", "sum", "none")
+    smoothing, z_loss = d.of(0.0, 0.0, 0.1, 1.0), d.of(0.0, 0.0, 0.01)
+    options = {"chunk_size": d.of(None, 1, 2), "impl": d.of("eager", "triton")}
+
+    def call(x: dict[str, Tensor]) -> tuple:
+        return (
+            fastrlhf.linear_cross_entropy(
+                x["hidden"], x["weight"], targets, bias=x.get("bias"), reduction=reduction,
+                label_smoothing=smoothing, z_loss=z_loss, **o, **options,
+            ),
+        )  # fmt: skip
+
+    def formula(x: dict[str, Tensor]) -> tuple:
+        logits = f.head_logits(x["hidden"], x["weight"], x.get("bias"), live)
+        z = f.effective(logits, o)
+        if (smoothing or z_loss) and not f.where_kept(z.detach(), live).isfinite().all():
+            raise f.FragileError  # infinite, as it should be, with any gradient
+        losses = -(1 - smoothing) * f.token_stats(logits, targets, o)[0]
+        lse = z.logsumexp(-1) if smoothing or z_loss else torch.zeros_like(losses)
+        losses = losses + smoothing * (lse - z.mean(-1) if smoothing else 0) + z_loss * lse**2
+        losses = f.where_kept(losses, live)
+        if reduction == "none":
+            return (losses,)
+        return (losses.sum() / (max(1, int(live.sum())) if reduction == "mean" else 1),)
+
+    size = head_reach(x, live, o)
+    size = (size + z_loss * (size + 5) ** 2) * max(1, targets.numel())
+    return Case("linear_cross_entropy", x, call, formula, subset(d, *x), size,
+                terms=5 * (1 + 2 * z_loss * size) * head_terms(x, live, o))  # fmt: skip
+
+
 def divergence_options(d: Draw, shape: tuple[int, ...]) -> dict[str, Any]:
     return {
         **d.transform(*shape),
@@ -791,9 +827,10 @@ def conjugate_gradient(d: Draw) -> Case:
 
 
 MAKERS: tuple[Maker, ...] = (
-    token_stats, token_stats, linear_token_stats, linear_token_stats, linear_loss, kl_divergence,
-    kl_divergence, linear_kl_divergence, softmax_fisher_product, dpo_loss, dpo_loss, reference_free,
-    kto_loss, policy_loss, policy_loss, logits_policy_loss, logits_policy_loss, linear_policy_loss,
-    linear_dpo_loss, value_loss, gae, group_advantages, shaped_rewards, kl_penalty, reward_loss,
-    plackett_luce_loss, whiten, sequence_logprobs, shift_targets, conjugate_gradient,
+    token_stats, token_stats, linear_token_stats, linear_token_stats, linear_loss,
+    linear_cross_entropy, kl_divergence, kl_divergence, linear_kl_divergence,
+    softmax_fisher_product, dpo_loss, dpo_loss, reference_free, kto_loss, policy_loss, policy_loss,
+    logits_policy_loss, logits_policy_loss, linear_policy_loss, linear_dpo_loss, value_loss, gae,
+    group_advantages, shaped_rewards, kl_penalty, reward_loss, plackett_luce_loss, whiten,
+    sequence_logprobs, shift_targets, conjugate_gradient,
 )  # fmt: skip
