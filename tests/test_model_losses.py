@@ -227,6 +227,41 @@ def test_virtual_tokens_are_no_tokens(loss) -> None:
     assert_same(ours(model, batch())[0], plain(Plain(Cut(), batch())), model)
 
 
+def test_an_own_module_sees_groups_together_and_in_order() -> None:
+    model, inputs = HEADS["DoRA"](), batch()
+    seen: list[Tensor] = []
+
+    def loss_fn(stats: fastrlhf.ChunkStats, position: Tensor) -> Tensor:
+        seen.append(torch.stack((stats.groups, position)))
+        return -stats.logprob.sum()
+
+    groups = torch.tensor([7, 2, 7])[:, None].expand(SEQUENCES, TOKENS - 1)
+    positions = torch.arange(SEQUENCES * (TOKENS - 1)).view(SEQUENCES, -1)
+    fastrlhf.model_linear_loss(
+        loss_fn, model, inputs["input_ids"], inputs["attention_mask"], positions,
+        mask=inputs["mask"], groups=groups,
+    )  # fmt: skip
+    found = seen[-1]
+    scored = inputs["mask"][:, 1:]
+    order = torch.tensor([1, 0, 2])  # group 2, then both sequences of group 7
+    expected = [torch.stack((groups[i], positions[i]))[:, scored[i]] for i in order]
+    assert torch.equal(found, torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "divergence"])
+def test_where_nothing_is_scored_by_an_own_module_its_gradient_is_zero(loss) -> None:
+    """And not missing, for which DistributedDataParallel would wait."""
+    model, inputs = HEADS["DoRA"](), batch()
+    inputs["mask"] = torch.zeros_like(inputs["mask"])
+    if loss == "divergence":
+        made = fastrlhf.model_kl_divergence(model, make("GPT2").double(), **inputs).sum()
+    else:
+        made = LOSSES[loss][1](model, inputs)[0]
+    found = gradients(model, made)
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(g.any() for g in found.values())
+
+
 DIVERGENCES = {
     "reverse": {"direction": "reverse"},
     "forward": {"direction": "forward", "temperature": 0.7},

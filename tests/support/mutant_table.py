@@ -925,8 +925,7 @@ MUTANTS = [
         "fastrlhf/ops/linear_divergence.py", "test_linear_divergence.py",
         (
             "linear divergence: an upstream gradient of masked tokens",
-            "upstream = torch.where(mask.reshape(-1), d_values, 0.0).unsqueeze(1)",
-            "upstream = d_values.unsqueeze(1)",
+            "upstream = torch.where(mask.reshape(-1), d_values, 0.0)", "upstream = d_values",
             "does_no_harm",
         ),
     ),
@@ -1094,14 +1093,70 @@ MUTANTS = [
             "present[chosen] | present[rejected]", "present[chosen] & present[rejected]",
             "one_sequence_has_no",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/summed_gradient.py", "test_linear_cross_entropy.py",
         (
-            "linear dpo: one upstream gradient for all",
-            "if bool((d_losses == d_losses[0]).all()):", "if True:",
-            "values_and_gradients and sigmoid and weighted",
+            "summed gradient: one upstream gradient for all",
+            "if bool((weights == weights[0]).all()):", "if True:",
+            "reductions and by and none",
+        ),
+        (
+            "summed gradient: that of losses that do not count",
+            "d_losses.reshape(-1) if counted is None else d_losses[counted]",
+            "d_losses.reshape(-1)",
+            "without_any_target or as_many_matmuls or (reductions and counts)",
+        ),
+        (
+            "summed gradient: recomputed outside of autocast",
+            "    with autocast:\n        return weighted_sum(",
+            "    if True:\n        return weighted_sum(",
+            "autocast",
         ),
     ),
     *_mutants(
-        "fastrlhf/hf/model_token_stats.py", "test_model_token_stats.py",
+        "fastrlhf/losses/cross_entropy.py", "test_linear_cross_entropy.py",
+        (
+            "cross-entropy: smoothing beside the whole likelihood",
+            "losses = (1 - self.label_smoothing) * losses + self", "losses = losses + self",
+            "loss_is_that and smoothed",
+        ),
+        (
+            "cross-entropy: a mean logit without temperature",
+            "    means = means / temperature\n", "",
+            "loss_is_that and smoothed and warm",
+        ),
+        (
+            "cross-entropy: a z-loss that is not squared",
+            "self.z_loss * stats.lse.square()", "self.z_loss * stats.lse.abs()",
+            "loss_is_that and loss",
+        ),
+        (
+            "cross-entropy: a mean over ignored tokens too",
+            "return total / live.sum().clamp(min=1)", "return total / live.numel()",
+            "loss_is_that and plain",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/scorer.py", "test_linear_cross_entropy.py",
+        (
+            "scorer: a mean logit without the bias",
+            "made = made + self.bias.to(sums).mean()", "made = made + 0.0",
+            "loss_is_that and smoothed",
+        ),
+        (
+            "scorer: a mean logit that is not scaled",
+            "return self.scale * made", "return made",
+            "loss_is_that and smoothed and scaled",
+        ),
+        (
+            "scorer: a mean of logits that are not capped",
+            "if self.softcap is not None:", "if False:",
+            "loss_is_that and smoothed and capped",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/at_head.py", "test_model_token_stats.py",
         (
             "model: a temperature for the token before",
             "torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)",
@@ -1115,22 +1170,75 @@ MUTANTS = [
             "with_a_lora_adapter",
         ),
         (
-            "model: statistics of the next token",
-            "carrier[:, :-1].unbind(-1)", "carrier[:, 1:].unbind(-1)",
-            "gives_what_its_logits_give and Llama",
-        ),
-        (
             "model: a head's forward is not compared",
-            "self._compare(own, head,", "(lambda *_: None)(own, head,",
+            "self._compare(own, scorer,", "(lambda *_: None)(own, scorer,",
             "not_understood and patched",
         ),
     ),
+    Mutant(
+        "model: statistics of the next token",
+        "fastrlhf/hf/model_token_stats.py",
+        "done.result[:, :-1].unbind(-1)", "done.result[:, 1:].unbind(-1)",
+        "test_model_token_stats.py", "gives_what_its_logits_give and Llama",
+    ),
     *_mutants(
-        "fastrlhf/hf/own_module.py", "test_model_token_stats.py",
+        "fastrlhf/hf/own_module.py", "test_model_losses.py",
         (
             "model: an own module without what follows it",
-            "logits = logit_map(logits.to(", "logits = (logits.to(",
-            "done_to_logits and all",
+            "return self.map(logits.to(accumulation_dtype(logits.dtype)))",
+            "return logits.to(accumulation_dtype(logits.dtype))",
+            "rules_words_out and dpo",
+        ),
+        (
+            "model: an own module's groups in the order of memory",
+            "order, _ = order_by_group(order, groups.reshape(-1))", "pass",
+            "own_module_sees_groups",
+        ),
+        (
+            "model: an own module's lse without a slope",
+            "if not lse_has_slope:", "if True:",
+            "heads_of_other_kinds and smoothed and DoRA",
+        ),
+        (
+            "model: an own module that is not run where nothing is scored",
+            "return self.logits(order).sum(), {}", "return self.hidden.new_zeros(()), {}",
+            "nothing_is_scored_by_an_own_module",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/model_losses.py", "test_model_losses.py",
+        (
+            "model loss: a normalizer that is not used",
+            "by = tokens if normalizer is None else normalizer", "by = tokens",
+            "metrics_are_those",
+        ),
+        (
+            "model loss: the metrics of the smoothed loss",
+            'for name in ("nll", "z_loss")', 'for name in ("losses", "z_loss")',
+            "metrics_are_those",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/packing.py", "test_model_losses.py",
+        (
+            "packing: a model that lets sequences see each other",
+            "if _sees_the_one_before(base):", "if False:",
+            "see_each_other_are_refused",
+        ),
+        (
+            "packing: positions that go on",
+            '"position_ids": place - layout.spread(cu_seqlens[:-1].long())',
+            '"position_ids": place',
+            "packed_sequences_have and Llama and dpo",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_divergence.py", "test_model_losses.py",
+        (
+            "divergence: a known gradient for any weights",
+            "if options.sum_expected and _are_alike(upstream[order]):",
+            "if options.sum_expected:",
+            "divergence_is_that and by and reverse and wider",
         ),
     ),
     *_mutants(
