@@ -450,11 +450,8 @@ def test_packed_sequences_with_a_mask_of_their_own() -> None:
     place = torch.arange(len(ids))
     seen = (ids[:, None] == ids) & (place[:, None] >= place)
     attention = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
-    first = rows["cu_seqlens"][ids]
     found = fastrlhf.model_token_stats(
-        model,
-        **{**rows, "attention_mask": attention[None, None]},
-        position_ids=(place - first)[None],
+        model, **{**rows, "attention_mask": attention[None, None]}
     ).logprob
     wide = fastrlhf.model_token_stats(model, **batch()).logprob
     expected = torch.cat((wide, wide.new_zeros(3, 1)), dim=1)[there][:-1]

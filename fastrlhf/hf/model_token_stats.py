@@ -64,9 +64,9 @@ def model_token_stats(
             those that attention_mask (B, T) has, and that follow one that it has.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last, where
             input_ids (1, N) hold one sequence after the other. The first token of each is not
-            scored, attention_mask is None, and position_ids, unless given, start again with each
-            sequence, which keeps them apart in a model of transformers; whether it does is tried
-            once.
+            scored. position_ids, unless given, start again with each sequence, by which a model of
+            transformers keeps them apart if attention_mask is None; whether it does is tried once.
+            A 4-d attention_mask is taken at its word.
         temperature: positive number, or a tensor of one for each sequence, (B,), or a 2-d one that
             broadcasts to (B, T-1).
         entropy, chunk_size, impl: as `linear_token_stats`.

@@ -26,29 +26,31 @@ def packed_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, A
     positions are given.
 
     Raises:
-        TypeError, ValueError: cu_seqlens that do not fit; an attention_mask, which would hide from
-            the model where sequences begin; a model that does not keep packed sequences apart.
+        TypeError, ValueError: cu_seqlens that do not fit; an attention_mask (1, N), which would
+            hide from the model where sequences begin; a model that does not keep packed sequences
+            apart.
     """
     ids, mask, cu_seqlens = batch.input_ids, batch.attention_mask, batch.cu_seqlens
     layout = layout_of("input_ids", ids, cu_seqlens)
     assert cu_seqlens is not None
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        return batch.inputs  # it says for each token what it sees
-    if mask is not None:
+    says_what_each_token_sees = isinstance(mask, Tensor) and mask.ndim == 4
+    if mask is not None and not says_what_each_token_sees:
         raise ValueError(
             "attention_mask: expected None with cu_seqlens: packed tokens have no padding, and "
             "with a mask a model of transformers lets sequences see each other"
         )
-    if makes_own_positions(base, model):
-        raise TypeError(f"model: {type(base).__name__} takes no positions of packed sequences")
-    check_packing(base)
-    if "position_ids" in batch.inputs:
+    without_positions = makes_own_positions(base, model)
+    if not says_what_each_token_sees:
+        if without_positions:
+            raise TypeError(f"model: {type(base).__name__} takes no positions of packed sequences")
+        check_packing(base, ids.device)
+    if without_positions or "position_ids" in batch.inputs:
         return batch.inputs
     place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     return {**batch.inputs, "position_ids": place - layout.spread(cu_seqlens[:-1].long())}
 
 
-def check_packing(base: Any) -> None:
+def check_packing(base: Any, device: torch.device) -> None:
     """Refuse a model in which a sequence depends on the one that is packed before it.
 
     Raises:
@@ -57,16 +59,16 @@ def check_packing(base: Any) -> None:
     attention = getattr(text_config(base), "_attn_implementation", None)
     if _apart.get(base, base) == attention:
         return
-    if _sees_the_one_before(base):
+    if _sees_the_one_before(base, device):
         raise TypeError(
             f"model: {type(base).__name__} (attention {attention!r}) does not keep packed "
-            "sequences apart; pad them, or give a 4-d attention_mask and position_ids"
+            "sequences apart; pad them, or give a 4-d attention_mask"
         )
     _apart[base] = attention
 
 
 @torch.no_grad()
-def _sees_the_one_before(base: Any) -> bool:
+def _sees_the_one_before(base: Any, device: torch.device) -> bool:
     entered: list[Tensor] = []
     vocab = text_config(base).vocab_size
 
@@ -74,7 +76,6 @@ def _sees_the_one_before(base: Any) -> bool:
         entered.append(hidden[:, 2:])
         return hidden, vocab
 
-    device = base.get_input_embeddings().weight.device
     positions = torch.tensor([[0, 1, 0, 1]], device=device)
     with evaluating(base):
         for ids in ([[5, 6, 7, 8]], [[9, 6, 7, 8]]):
