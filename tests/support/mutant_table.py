@@ -1222,7 +1222,7 @@ MUTANTS = [
         "fastrlhf/hf/packing.py", "test_model_losses.py",
         (
             "packing: a model that lets sequences see each other",
-            "if _sees_the_one_before(base):", "if False:",
+            "if _sees_the_one_before(base, device):", "if False:",
             "see_each_other_are_refused",
         ),
         (
