@@ -63,9 +63,11 @@ def check_pair_indices(
     check_shape("yl_idxs", yl_idxs, tuple(yw_idxs.shape), "the shape of yw_idxs")
 
 
-def every_token(name: str, logps: Tensor) -> Tensor:
-    """A mask of all packed tokens, of which there is no padding to hide."""
+def every_token(name: str, logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Make a mask of all packed tokens, none of which is padding. Rows need a mask of their own."""
     check_floating(name, logps)
+    if cu_seqlens is None:
+        raise TypeError("mask: expected a tensor, got NoneType")
     return torch.ones_like(logps, dtype=torch.bool)
 
 

@@ -204,7 +204,7 @@ def dpo_loss(
     Source: 2305.18290 Eq. 7; the other types as their functions say.
     """
     if mask is None and cu_seqlens is not None:
-        mask = every_token("pi_logps", pi_logps)
+        mask = every_token("pi_logps", pi_logps, cu_seqlens)
     layout = check_pairs("pi_logps", pi_logps, yw_idxs, yl_idxs, mask, cu_seqlens)
     check_floating("ref_logps", ref_logps)
     check_same_device("ref_logps", ref_logps, "pi_logps", pi_logps)

@@ -33,9 +33,7 @@ def sequence_logprobs(
         TypeError, ValueError: dtypes or shapes that do not fit; neither mask nor cu_seqlens.
     """
     if mask is None:
-        if cu_seqlens is None:
-            raise ValueError("mask: expected a tensor without cu_seqlens, got None")
-        mask = every_token("token_logprobs", token_logprobs)
+        mask = every_token("token_logprobs", token_logprobs, cu_seqlens)
     layout = check_tokens("token_logprobs", token_logprobs, mask, cu_seqlens)
     check_bool("average", average)
     sums = masked_sum(token_logprobs, mask, layout)

@@ -69,11 +69,14 @@ def launch_token_stats(vocab: int, dtype: torch.dtype, everything: bool) -> None
     )
 
 
-def launch_preference_loss(formula: str, dtype: torch.dtype, per_token: bool) -> None:
-    """Forward and backward, from sums or from token log-probs with a mask."""
-    sequences, tokens = 16, 500 if per_token else 1
+def launch_preference_loss(
+    formula: str, dtype: torch.dtype, per_token: bool, packed: bool = False
+) -> None:
+    """Forward and backward, from sums or from token log-probs with a mask, in rows or packed."""
+    sequences, tokens = 1 if packed else 16, 500 if per_token else 1
     logps = meta(sequences, tokens, dtype=dtype)
     mask = meta(sequences, tokens, dtype=torch.bool) if per_token else None
+    cu_seqlens = meta(17, dtype=torch.int64) if packed else None
     index = meta(8, dtype=torch.int64)
     losses, slopes, _, weights = preference_loss.preference_loss_forward(
         logps,
@@ -86,10 +89,12 @@ def launch_preference_loss(formula: str, dtype: torch.dtype, per_token: bool) ->
         average=per_token,
         beta=0.1,
         label_smoothing=0.1,
+        cu_seqlens=cu_seqlens,
     )
     preference_loss.preference_loss_backward(
-        index, index, mask, slopes, weights, losses, tokens=tokens, dtype=dtype
-    )
+        index, index, mask, slopes, weights, losses, tokens=tokens, dtype=dtype,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
 def launch_policy_loss(
@@ -137,10 +142,11 @@ def launch_fisher(vocab: int, dtype: torch.dtype, per_token: bool) -> None:
     fisher.fisher_product(logits, logits, mask, temperature=rows if per_token else 1.0, dtype=dtype)
 
 
-def launch_scan(dtype: torch.dtype) -> None:
-    """Advantages, on blocks as wide as on a GPU."""
-    tokens = meta(16, 500, dtype=dtype)
-    scan.gae(tokens, tokens, meta(16, 500, dtype=torch.bool), gamma=1.0, lam=0.95)
+def launch_scan(dtype: torch.dtype, packed: bool = False) -> None:
+    """Advantages, on blocks as wide as on a GPU, of rows or of packed tokens."""
+    sequences, cu_seqlens = (1, meta(17, dtype=torch.int64)) if packed else (16, None)
+    tokens, mask = meta(sequences, 500, dtype=dtype), meta(sequences, 500, dtype=torch.bool)
+    scan.gae(tokens, tokens, mask, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens)
 
 
 def launches_of(which: str) -> dict:
@@ -170,10 +176,11 @@ def launches_of(which: str) -> dict:
         record(vocab, launch_policy_loss, vocab, torch.bfloat16, *names, True)
     formulas = list(preference_loss.FORMULAS) if every else ["sigmoid"]
     dtypes = DTYPES if every else sorted({dtype for _, dtype, _ in settings}, key=str)
-    for formula, dtype, per_token in product(formulas, dtypes, (False, True)):
-        record(0, launch_preference_loss, formula, dtype, per_token)
-    for dtype in dtypes:
-        record(0, launch_scan, dtype)
+    layouts = [(False, False), (True, False), (True, True)]
+    for formula, dtype, layout in product(formulas, dtypes, layouts):
+        record(0, launch_preference_loss, formula, dtype, *layout)
+    for dtype, packed in product(dtypes, (False, True)):
+        record(0, launch_scan, dtype, packed)
     return found
 
 
