@@ -34,13 +34,20 @@ LENGTH_SETS = {
     "mixed": LENGTHS,
     "one": [7],
     "one token": [1],
-    "single tokens": [1] * 70,
+    "single tokens": [1] * 40,
     "empty ones alone": [0, 0, 0],
     "none": [],
     "a long one between": [3, 1100, 2],
     "a thousand and 24 exactly": [512, 512],
     "no group": [5, 6],
 }
+
+# Of kernels, which know no tree, those that the interpreter goes through in a second.
+WITH_LENGTHS = pytest.mark.parametrize(
+    ("impl", "lengths"),
+    [("eager", name) for name in LENGTH_SETS]
+    + [("triton", name) for name, lengths in LENGTH_SETS.items() if sum(lengths) < 300],
+)
 
 
 class Packing(NamedTuple):
@@ -197,9 +204,8 @@ def test_preference_losses_of_every_type(loss_type, leading, impl, ref_per_token
     check(example, pack, torch.float64, leading)
 
 
-@BACKENDS
 @DTYPES
-@pytest.mark.parametrize("lengths", LENGTH_SETS)
+@WITH_LENGTHS
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "aot"])
 def test_preference_losses_of_any_lengths(loss_type, lengths, dtype, impl, device) -> None:
     pack = packing(LENGTH_SETS[lengths], device)
@@ -373,10 +379,9 @@ def test_value_losses(clip_range, lengths, leading, dtype) -> None:
     check(Example(function, {"values": tokens()}, others), pack, dtype, leading)
 
 
-@BACKENDS
 @DTYPES
 @SHAPES
-@pytest.mark.parametrize("lengths", LENGTH_SETS)
+@WITH_LENGTHS
 def test_advantages_stop_at_the_borders(lengths, leading, dtype, impl, device) -> None:
     pack = packing(LENGTH_SETS[lengths], device, torch.int32)
     tokens = masked(pack)
@@ -559,6 +564,10 @@ def test_bits_do_not_change_from_run_to_run_or_with_the_company(impl, device) ->
 def packed_functions(impl: str) -> dict[str, Callable[..., Tensor]]:
     """Scalars of token log-probs (N,), numbers (B,) of sequences, a mask and borders."""
 
+    def before(x: Tensor) -> Tensor:
+        """Log-probs that do not depend on those that are trained."""
+        return torch.arange(x.shape[0], dtype=x.dtype, device=x.device).cos() * 0.3
+
     def preference(x: Tensor, of_sequences: Tensor, mask: Tensor, borders: Tensor) -> Tensor:
         index = torch.arange(borders.shape[0] - 1, device=x.device)
         losses, _ = fr.dpo_loss(
@@ -566,21 +575,23 @@ def packed_functions(impl: str) -> dict[str, Callable[..., Tensor]]:
         )
         return (losses * of_sequences).sum()
 
-    def sorted_preference(x: Tensor, of_sequences: Tensor, mask: Tensor, borders: Tensor) -> Tensor:
+    def without_a_kernel(x: Tensor, of_sequences: Tensor, mask: Tensor, borders: Tensor) -> Tensor:
         index = torch.arange(borders.shape[0] - 1, device=x.device)
         options = {"loss_type": "apo_zero", "mask": mask, "cu_seqlens": borders}
-        losses, _ = fr.dpo_loss(x, x.detach() * 0.9, index, index.flip(0), **options)
+        losses, _ = fr.dpo_loss(x, before(x), index, index.flip(0), **options)
         return (losses * of_sequences).sum()
 
     def policy(x: Tensor, of_sequences: Tensor, mask: Tensor, borders: Tensor) -> Tensor:
         return fr.policy_loss(
-            x, x.detach() * 0.9, of_sequences, mask, ratio_level="sequence",
+            x, before(x), of_sequences, mask, surrogate="sapo", ratio_level="sequence",
             reduction="sequence-mean", cu_seqlens=borders,
         )[0]  # fmt: skip
 
     def value(x: Tensor, of_sequences: Tensor, mask: Tensor, borders: Tensor) -> Tensor:
-        estimates, returns = fr.gae(x, x.detach(), mask, cu_seqlens=borders, impl=impl)
-        rewards = fr.shaped_rewards(of_sequences, x, returns, mask, kl_coef=0.1, cu_seqlens=borders)
+        estimates, returns = fr.gae(before(x), before(x), mask, cu_seqlens=borders, impl=impl)
+        rewards = fr.shaped_rewards(
+            of_sequences, before(x), returns, mask, kl_coef=0.1, cu_seqlens=borders
+        )
         return fr.value_loss(x, rewards, estimates + returns, mask, cu_seqlens=borders)[0]
 
     def average(x: Tensor, of_sequences: Tensor, mask: Tensor, borders: Tensor) -> Tensor:
@@ -589,13 +600,20 @@ def packed_functions(impl: str) -> dict[str, Callable[..., Tensor]]:
         return (means.square() * of_sequences).sum() + targets.sum()
 
     return {
-        "preference": preference, "sorted": sorted_preference, "policy": policy, "value": value,
-        "average": average,
+        "preference": preference, "preference without a kernel": without_a_kernel,
+        "policy": policy, "value": value, "average": average,
     }  # fmt: skip
 
 
-@BACKENDS
-@pytest.mark.parametrize("name", packed_functions("eager"))
+# Those that have a kernel, with it too.
+FUNCTIONS = pytest.mark.parametrize(
+    ("name", "impl"),
+    [*((name, "eager") for name in packed_functions("eager")), ("preference", "triton"),
+     ("value", "triton")],
+)  # fmt: skip
+
+
+@FUNCTIONS
 def test_transforms_give_what_autograd_gives(name, impl, device) -> None:
     function = packed_functions(impl)[name]
     pack = packing([3, 0, 40, 1, 2], device)
@@ -624,47 +642,24 @@ def test_transforms_give_what_autograd_gives(name, impl, device) -> None:
     torch.testing.assert_close(many, expected[:1].expand(2, -1), **close)
 
 
-@BACKENDS
-@pytest.mark.parametrize("name", ["preference", "sorted", "policy", "average"])
+@FUNCTIONS
 def test_first_and_second_derivatives(name, impl, device) -> None:
     function = packed_functions(impl)[name]
     pack = packing([3, 0, 40, 1, 2], device)
     x = pack.packed(pack.random(scale=0.1)).requires_grad_()
     of_sequences = torch.randn(5, dtype=torch.float64, device=device)
     mask = torch.rand(46, device=device) < 0.8
-    if name != "policy":  # whose finite differences would see what counts as constant
-        inputs = (x, of_sequences, mask, pack.cu_seqlens)
-        if name == "sorted":
-            reference = x.detach() * 0.9
-            index = torch.arange(5, device=device)
-
-            def function(x, of_sequences, mask, borders):
-                losses, _ = fr.dpo_loss(
-                    x, reference, index, index.flip(0), loss_type="apo_zero", mask=mask,
-                    cu_seqlens=borders,
-                )  # fmt: skip
-                return (losses * of_sequences).sum()
-
-        assert gradcheck(function, inputs, fast_mode=True)
-        assert gradgradcheck(function, inputs, fast_mode=True)
-        return
-    old = x.detach() * 0.9
-
-    def of_log_probs(x: Tensor) -> Tensor:
-        return fr.policy_loss(
-            x, old, of_sequences, mask, ratio_level="sequence", reduction="sequence-mean",
-            surrogate="sapo", cu_seqlens=pack.cu_seqlens,
-        )[0]  # fmt: skip
-
-    assert gradcheck(of_log_probs, (x,), fast_mode=True)
-    assert gradgradcheck(of_log_probs, (x,), fast_mode=True)
+    # Of what is given besides, only a reference is more than a constant.
+    of_sequences.requires_grad_(name == "preference")
+    inputs = (x, of_sequences, mask, pack.cu_seqlens)
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 BATCHES = [[3, 0, 5, 1], [2, 9], [7, 7, 7, 2], [30, 1, 1, 60], [100, 200, 3, 4, 5], [300, 400, 1]]
 
 
-@BACKENDS
-@pytest.mark.parametrize("name", packed_functions("eager"))
+@FUNCTIONS
 def test_a_graph_serves_batches_of_other_lengths(name, impl, device) -> None:
     """Compiled once for fixed shapes, once for any, and once more where the tree of sums has a
     level that it has not for a few tokens.

@@ -124,6 +124,27 @@ def test_the_preference_tail_is_one_launch_forward_and_one_backward(per_token, m
     assert backward.stored(logprobs.grad) == logprobs.nbytes
 
 
+@pytest.mark.parametrize("ref_per_token", [False, True])
+def test_packed_preferences_move_the_bytes_of_their_tokens(ref_per_token, monkeypatch) -> None:
+    lengths = torch.tensor([40, 3, 0, 1100, 7, 90])
+    cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    logprobs = torch.randn(1240, requires_grad=True)
+    mask = torch.rand(1240) > 0.3
+    index = torch.arange(3), torch.arange(3, 6)
+    ref = torch.randn(1240) if ref_per_token else torch.randn(6)
+    options = {"mask": mask, "cu_seqlens": cu_seqlens, "impl": "triton"}
+    with counted_traffic(monkeypatch) as forward:
+        losses, _ = fastrlhf.dpo_loss(logprobs, ref, *index, **options)
+    with counted_traffic(monkeypatch) as backward:
+        losses.mean().backward()
+    assert sum(forward.launches.values()) == sum(backward.launches.values()) == 1
+    # A pair reads both of its sequences; who writes a reward stands in for both.
+    assert forward.loaded(logprobs) == 3 * 4 * int(mask.sum())
+    assert forward.loaded(mask) == 3 * mask.nbytes
+    assert backward.loaded(mask) == mask.nbytes
+    assert backward.stored(logprobs.grad) == logprobs.nbytes
+
+
 def policy_step(logits, monkeypatch, *, advantages=None, mask=None, shift=0.0, **options):
     """Traffic of logits_policy_loss, forward and backward together, and the gradient."""
     batch, tokens, vocab = logits.shape
@@ -205,5 +226,18 @@ def test_the_scan_reads_and_writes_each_token_once_in_one_launch(monkeypatch) ->
     assert traffic.launches.total() == 1
     assert traffic.loaded(rewards) == rewards.nbytes
     # Each value also serves the token before it, within a block of the scan.
+    assert traffic.loaded(values) <= 2 * values.nbytes
+    assert traffic.stored(advantages) == traffic.stored(returns) == rewards.nbytes
+
+
+def test_the_packed_scan_reads_and_writes_each_token_once_in_one_launch(monkeypatch) -> None:
+    rewards, values, mask = torch.randn(140), torch.randn(140), torch.ones(140, dtype=torch.bool)
+    cu_seqlens = torch.tensor([0, 70, 70, 103, 140])
+    with counted_traffic(monkeypatch) as traffic:
+        advantages, returns = fastrlhf.gae(
+            rewards, values, mask, cu_seqlens=cu_seqlens, impl="triton"
+        )
+    assert traffic.launches.total() == 1
+    assert traffic.loaded(rewards) == rewards.nbytes
     assert traffic.loaded(values) <= 2 * values.nbytes
     assert traffic.stored(advantages) == traffic.stored(returns) == rewards.nbytes
