@@ -347,16 +347,16 @@ def test_the_shares_of_clipped_sequences_are_of_sequences() -> None:
 def test_a_tensor_of_the_tokens_shape_is_of_tokens() -> None:
     # Two tokens, two sequences: of tokens, though the second sequence has none.
     cu_seqlens, advantages = torch.tensor([0, 2, 2]), torch.tensor([1.0, 3.0])
-    batch = policy_batch(
-        PolicyOptions(), torch.float32, torch.ones(2), None, advantages, None, None,
-        with_entropy=False, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    assert batch.tokens.advantages.tolist() == [1.0, 3.0]
-    of_sequences = policy_batch(
-        PolicyOptions(), torch.float32, torch.ones(1, 2), None, advantages, None, None,
-        with_entropy=False, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    assert of_sequences.tokens.advantages.tolist() == [[1.0, 1.0]]
+
+    def of_tokens(mask: Tensor) -> list:
+        batch = policy_batch(
+            PolicyOptions(), torch.float32, mask, None, advantages, None, None,
+            with_entropy=False, layout=layout_of("mask", mask, cu_seqlens),
+        )  # fmt: skip
+        return batch.tokens.advantages.tolist()
+
+    assert of_tokens(torch.ones(2)) == [1.0, 3.0]
+    assert of_tokens(torch.ones(1, 2)) == [[1.0, 1.0]]
     pairs = torch.tensor([0]), torch.tensor([1])
     ref = torch.tensor([0.25, 0.5])
     _, rewards = fr.dpo_loss(torch.zeros(2), ref, *pairs, 1.0, cu_seqlens=cu_seqlens)
@@ -711,9 +711,6 @@ CALLS: dict[str, Callable[..., Any]] = {
         torch.zeros(2), x, x, ones, kl_coef=0.1, **kw
     ),
     "shift_targets": lambda x, ones, **kw: fr.shift_targets(x.long(), ones, **kw),
-    "policy_batch": lambda x, ones, **kw: policy_batch(
-        PolicyOptions(), torch.float32, ones, x, x, None, None, with_entropy=False, **kw
-    ),
 }
 
 

@@ -42,7 +42,11 @@ def check_pairs(
     layout = ROWS if mask is None else check_tokens(name, logps, mask, cu_seqlens)
     check_floating(name, logps)
     if mask is None and logps.ndim != 1:
-        hint = "; token log-probs (B, T) need a mask" if name == "pi_logps" else ""
+        hint = (
+            "; token log-probs (B, T) need a mask, packed ones cu_seqlens"
+            if name == "pi_logps"
+            else ""
+        )
         raise ValueError(f"{name}: expected shape (B,), got {tuple(logps.shape)}{hint}")
     check_pair_indices(name, logps, yw_idxs, yl_idxs, layout)
     return layout

@@ -112,7 +112,7 @@ def policy_loss(
         surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef, kl_estimator,
         entropy_coef, reduction, normalizer, sapo_temperatures,
     ).checked()  # fmt: skip
-    check_tokens("logprobs", logprobs, mask, cu_seqlens)
+    layout = check_tokens("logprobs", logprobs, mask, cu_seqlens)
     if entropy is not None:
         check_floating("entropy", entropy)
         check_shape("entropy", entropy, tuple(mask.shape), "the shape of mask")
@@ -121,7 +121,7 @@ def policy_loss(
         raise ValueError(f"entropy: expected a tensor for entropy_coef {entropy_coef}, got None")
     batch = policy_batch(
         options, logprobs.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=entropy is not None, cu_seqlens=cu_seqlens,
+        with_entropy=entropy is not None, layout=layout,
     )  # fmt: skip
     dtype = accumulation_dtype(logprobs.dtype)
     logprobs = torch.where(batch.mask, logprobs, 0.0).to(dtype)

@@ -111,16 +111,16 @@ def policy_batch(
     rollout_weights: Tensor | None,
     *,
     with_entropy: bool,
-    cu_seqlens: Tensor | None = None,
+    layout: Layout | None = None,
 ) -> PolicyBatch:
-    """Check the tensors that accompany log-probs of a dtype, (B, T) or packed, and clear what the
-    mask hides.
+    """Check the tensors that accompany log-probs of a dtype, and clear what the mask hides. They
+    are (B, T), or as a layout says that `layout_of` has made of a tensor of the mask's shape.
 
     Raises:
         TypeError, ValueError: a tensor that does not fit, or is missing for an option.
     """
     check_mask("mask", mask)
-    layout = layout_of("mask", mask, cu_seqlens)
+    layout = layout_of("mask", mask) if layout is None else layout
     if options.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
     check_real("advantages", advantages)
@@ -134,7 +134,8 @@ def policy_batch(
         check_same_device(name, x, "mask", mask)
         of_sequences = tuple(x.shape) in ((sequences,), (sequences, 1))
         # Packed tensors of either kind can have the same shape, and then are of tokens.
-        if per_sequence and of_sequences and (cu_seqlens is None or tuple(x.shape) != shape):
+        of_tokens = layout is not ROWS and tuple(x.shape) == shape
+        if per_sequence and of_sequences and not of_tokens:
             x = layout.spread(x.detach().reshape(-1)).expand(shape)
         else:
             what = "the shape of mask" + (", or (B,)" if per_sequence else "")

@@ -36,8 +36,16 @@ class Runs(Layout):
     def __init__(self, cu_seqlens: Tensor, tokens: Tensor) -> None:
         self.cu_seqlens: Tensor = cu_seqlens  # (B + 1,) int64
         self.shape = tokens.shape
-        place = torch.arange(tokens.numel(), device=cu_seqlens.device)
-        self._sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)  # (N,)
+        self._found: Tensor | None = None
+
+    @property
+    def _sequence(self) -> Tensor:
+        """Of each token, (N,): found once, by who needs it."""
+        if self._found is None:
+            place = torch.arange(self.shape.numel(), device=self.cu_seqlens.device)
+            stops = self.cu_seqlens[1:].contiguous()
+            self._found = torch.searchsorted(stops, place, right=True)
+        return self._found
 
     def sequences(self, tokens: Tensor) -> int:
         return self.cu_seqlens.shape[0] - 1

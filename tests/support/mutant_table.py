@@ -310,6 +310,147 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "kernels/tiles.py", "test_packed.py",
+        (
+            "packed: a kernel begins each sequence at the first token",
+            "start = tl.load(cu_seqlens + sequence)\n", "start = tl.load(cu_seqlens)\n",
+            "bits_are_those_of_rows",
+        ),
+        (
+            "packed: a kernel runs over the end of a sequence",
+            "stop = tl.load(cu_seqlens + sequence + 1)", "stop = tokens + start * 0",
+            "bits_are_those_of_rows",
+        ),
+    ),
+    *_mutants(
+        "kernels/scan.py", "test_packed.py",
+        (
+            "packed: the value of the next sequence follows",
+            "(neighbour < stop) & (offsets", "(neighbour < tokens) & (offsets",
+            "bits_are_those_of_rows",
+        ),
+        (
+            "packed: blocks of a scan begin at the first token",
+            "token = start + (blocks - 1 - done)", "token = 0 * start + (blocks - 1 - done)",
+            "bits_are_those_of_rows",
+        ),
+    ),
+    *_mutants(
+        "kernels/preference_loss.py", "test_packed.py",
+        (
+            "packed: the gradient of other sequences is overwritten",
+            "gradient, mask=token < stop)", "gradient, mask=token < tokens)",
+            "bits_are_those_of_rows",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/layout.py", "test_packed.py",
+        (
+            "layout: a border belongs to the sequence before it",
+            "place, right=True)", "place, right=False)",
+            "counts_are_exact",
+        ),
+        (
+            "layout: the tokens after the last whole group are lost",
+            "torch.where(across, end * _NEIGHBOURS, stop), stop)",
+            "torch.where(across, stop, stop), stop)",
+            "sums_of_sequences",
+        ),
+        (
+            "layout: a sequence within a group runs to its end",
+            "torch.where(across, first * _NEIGHBOURS, stop))", "first * _NEIGHBOURS)",
+            "sums_of_sequences",
+        ),
+        (
+            "layout: a sequence within a group has whole groups too",
+            "start, stop = first, torch.maximum(first, end)", "start, stop = first, first + 1",
+            "sums_of_sequences",
+        ),
+        (
+            "layout: what is not there is multiplied by 0",
+            "return torch.where(inside, values[cell.clamp(max=values.shape[0] - 1)], 0.0).sum(1)",
+            "return (values[cell.clamp(max=values.shape[0] - 1)] * inside).sum(1)",
+            "nothing_infinite",
+        ),
+        (
+            "layout: the gradient of a spread value is that of one token",
+            "return _sums(d_tokens, *ctx.saved_tensors), None, None",
+            "return _sums(d_tokens, *ctx.saved_tensors) * 0.5, None, None",
+            "each_others_transpose",
+        ),
+        (
+            "layout: the last token of the mask is the last of all",
+            "return (mask != 0) & is_last.view(mask.shape)", "return is_last.view(mask.shape)",
+            "score_goes",
+        ),
+        (
+            "layout: borders of any end",
+            "    if last != end:\n", "    if last > end:\n",
+            "wrong_borders",
+        ),
+        (
+            "layout: borders that a graph does not look at",
+            "(lengths >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == end)",
+            "(lengths >= 0).all() & (cu_seqlens[0] == 0)",
+            "in_a_graph_too",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/preference_loss.py", "test_packed.py",
+        (
+            "packed: the second derivative of rows",
+            "return ROWS if cu_seqlens is None else Runs(cu_seqlens, policy)", "return ROWS",
+            "second_derivatives or every_type",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/targets.py", "test_packed.py",
+        (
+            "packed: targets cross borders",
+            "following = torch.where(ids[..., 1:] == ids[..., :-1], following, ignore_index)",
+            "following = torch.where(ids[..., 1:] >= ids[..., :-1], following, ignore_index)",
+            "crosses_a_border",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_packed.py",
+        (
+            "packed: an eager scan steps over borders",
+            "same = ids[step:] == ids[:-step]", "same = ids[step:] >= ids[:-step]",
+            "stop_at_the_borders and eager",
+        ),
+        (
+            "packed: an eager scan takes the next sequence's value",
+            "torch.where(follows & found.roll(-1), nearest.roll(-1), 0.0)",
+            "torch.where(found.roll(-1), nearest.roll(-1), 0.0)",
+            "stop_at_the_borders and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/policy_arguments.py", "test_packed.py",
+        (
+            "packed: of tokens or of sequences, as it happens",
+            "of_tokens = layout is not ROWS and tuple(x.shape) == shape", "of_tokens = False",
+            "tokens_shape_is_of_tokens",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/reduce.py", "test_packed.py",
+        (
+            "packed: a mean over as many sequences as there are tokens",
+            "max(layout.sequences(mask), 1)", "max(mask.shape[0], 1)",
+            "every_reduction",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/preference.py", "test_packed.py",
+        (
+            "packed: a reference of tokens is taken for one of sequences",
+            "ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape", "ref_logps.ndim == 2",
+            "every_type or tokens_shape",
+        ),
+    ),
+    *_mutants(
         "kernels/divergence.py", "test_divergence.py",
         (
             "divergence: a side beyond the vocabulary",
