@@ -399,6 +399,22 @@ def test_advantages_stop_at_the_borders(lengths, leading, dtype, impl, device) -
 
 
 @BACKENDS
+def test_advantages_are_constants_under_transforms_too(impl, device) -> None:
+    pack = packing([3, 0, 40], device)
+    x = pack.packed(pack.random())
+
+    def total(x: Tensor) -> Tensor:
+        advantages, returns = fr.gae(x, x, x < 9, cu_seqlens=pack.cu_seqlens, impl=impl)
+        return (advantages + returns).sum()
+
+    _, slope = torch.func.jvp(total, (x,), (torch.ones_like(x),))
+    assert slope == 0 and not torch.func.grad(total)(x).any()
+    samples = torch.stack((x, -x))
+    for found, sample in zip(torch.func.vmap(total)(samples), samples, strict=True):
+        torch.testing.assert_close(found, total(sample), rtol=1e-12, atol=1e-12)
+
+
+@BACKENDS
 def test_a_sequence_that_is_nan_taints_no_other_ones_advantages(impl, device) -> None:
     pack = packing(LENGTHS, device)
     rewards, values = (pack.packed(pack.random()) for _ in range(2))

@@ -76,17 +76,17 @@ def gae(
     gamma = check_between("gamma", gamma, 0, 1)
     lam = check_between("lam", lam, 0, 1)
     triton = use_triton(impl, rewards, auto_interprets=True) and not under_transform()
-    if not triton or rewards.numel() == 0:
-        if cu_seqlens is None:
-            advantages, returns = reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
-            return advantages.detach(), returns.detach()
-        tokens = (x.reshape(-1) for x in (rewards, values, mask, layout.ids(rewards)))
-        found = _eager_scan if not under_transform() else reference.packed_gae
-        advantages, returns = found(*tokens, gamma=gamma, lam=lam)
-    else:
+    if triton and rewards.numel() > 0:
         tokens = (layout.tokens(x) for x in (rewards, values, mask))
-        advantages, returns = _scan(*tokens, gamma, lam, layout.cu_seqlens)
-    return advantages.view(rewards.shape), returns.view(rewards.shape)
+        found = _scan(*tokens, gamma, lam, layout.cu_seqlens)
+    elif cu_seqlens is None:
+        found = reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    else:
+        tokens = (x.reshape(-1) for x in (rewards, values, mask, layout.ids(rewards)))
+        scan = reference.packed_gae if under_transform() else _eager_scan
+        found = scan(*tokens, gamma=gamma, lam=lam)
+    advantages, returns = (x.detach().view(rewards.shape) for x in found)
+    return advantages, returns
 
 
 @torch.library.custom_op("fastrlhf::gae", mutates_args=())

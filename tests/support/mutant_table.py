@@ -336,11 +336,11 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "kernels/preference_loss.py", "test_packed.py",
+        "kernels/preference_loss.py", "test_traffic.py",
         (
             "packed: the gradient of other sequences is overwritten",
             "gradient, mask=token < stop)", "gradient, mask=token < tokens)",
-            "bits_are_those_of_rows",
+            "packed_preferences",
         ),
     ),
     *_mutants(
