@@ -2,7 +2,7 @@
 
 Everything here is a constant of the training step: nothing is differentiable, but `whiten`.
 
-Dims: B sequences, T tokens.
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
 import torch

@@ -4,7 +4,7 @@ The loss of a token is its surrogate, plus a KL penalty, minus an entropy bonus;
 is a weighted sum, with weights that the mask alone decides. That is why the same functions serve
 the forms that start from logits or from hidden states, in `fused_policy.py`.
 
-Dims: B sequences, T tokens.
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
 from typing import Any

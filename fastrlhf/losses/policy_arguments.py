@@ -1,6 +1,6 @@
 """What all forms of the policy loss take: options, and a batch of tokens, checked and cleared.
 
-Dims: B sequences, T tokens.
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
 from typing import Any, NamedTuple

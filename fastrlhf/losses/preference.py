@@ -3,7 +3,7 @@
 A loss that depends on the margin between the two sequences alone is a row of `MARGIN_LOSSES` (in
 `fastrlhf.reference`, and with a kernel); any other is a function here and a row of `_PAIR_LOSSES`.
 
-Dims: B sequences, T tokens, P pairs.
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed, P pairs.
 """
 
 import math

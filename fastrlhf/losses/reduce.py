@@ -1,6 +1,6 @@
 """From losses of tokens to one number: which weight each token has in it.
 
-Dims: B sequences, T tokens.
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The loss of a value model (critic).
 
-Dims: B sequences, T tokens.
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
 import torch

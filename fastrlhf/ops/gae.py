@@ -1,6 +1,6 @@
 """Generalised advantage estimation, by a scan on a GPU.
 
-Dims: B sequences, T tokens.
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
 import torch
