@@ -316,7 +316,7 @@ def model_policy_loss(
         old, gain, ref, rollout, borders = _beside(targets, *tokens.values(), cu_seqlens)
         batch = policy_batch(
             options, scorer.hidden.dtype, targets != IGNORED, old, gain, ref, rollout,
-            with_entropy=with_entropy, cu_seqlens=borders,
+            with_entropy=with_entropy, layout=layout_of("input_ids", targets, borders),
         )  # fmt: skip
         return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
 

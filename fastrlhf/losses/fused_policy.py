@@ -118,7 +118,7 @@ def logits_policy_loss(
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=with_entropy, cu_seqlens=cu_seqlens,
+        with_entropy=with_entropy, layout=layout,
     )  # fmt: skip
     targets = _active_targets(targets, batch, logits.shape[-1])
     one_launch = (
@@ -203,7 +203,7 @@ def linear_policy_loss(
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=with_entropy, cu_seqlens=cu_seqlens,
+        with_entropy=with_entropy, layout=layout,
     )  # fmt: skip
     scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
     return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
