@@ -66,7 +66,8 @@ def known_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     even, other = (word * 0.6180339887498949 + 0.25) % 1, (word * 0.7548776662466927 + 0.75) % 1
     sign = torch.where(other < 0.5, -1.0, 1.0)
     rows = torch.stack((0 * word, sign * 2 ** (19 * even - 12), 100 * other - 50))
-    return rows.to(torch.promote_types(dtype, torch.float32))
+    # Numbers of 16 bits, for wrappers that round what a model returns (FSDP2's output_dtype).
+    return rows.bfloat16().to(torch.promote_types(dtype, torch.float32))
 
 
 def fit(rows: Tensor, made: Tensor) -> LogitMap | None:
