@@ -26,7 +26,7 @@ from .head_parts import (
     check_weights,
     evaluating,
     head_module,
-    head_parts,
+    parts_within_call,
     virtual_tokens,
     without_virtual_tokens,
 )
@@ -140,7 +140,7 @@ class _Worker:
                 "leaves out positions"
             )
         targets = self.targets.to(hidden.device)
-        self.parts = parts = head_parts(self.module)
+        self.parts = parts = parts_within_call(self.module)
         known = measured(self.base, self.module, parts)
         due, self.map = known.is_due(), known.map
         known.calls += 1

@@ -80,6 +80,8 @@ def head_module(base: Any) -> nn.Module:
     module = base.get_output_embeddings()
     if not isinstance(module, nn.Module):
         raise TypeError(f"model: {type(base).__name__} has no output embeddings")
+    while _is(module, "torch.distributed.fsdp.", "FullyShardedDataParallel"):
+        module = module.module  # whose weight is whole within the call of the wrapper
     return module
 
 
@@ -117,6 +119,28 @@ def head_parts(module: Any) -> HeadParts | None:
     return HeadParts(_whole(module.weight), module.bias, [])
 
 
+class _NotWholeError(RuntimeError):
+    """A weight of which only a part is there."""
+
+
+def parts_within_call(module: Any) -> HeadParts | None:
+    """The same in the middle of a head's call, where its weight is whole, however it is sharded.
+
+    None also for one of which parts are sharded by themselves (as `fsdp_auto_wrap_policy` of peft
+    does with adapters): only their own calls within its forward make them whole.
+    """
+    try:
+        return head_parts(module)
+    except _NotWholeError as error:
+        if isinstance(module, nn.Linear):
+            raise RuntimeError(
+                "model: the weight of its head is sharded or empty in the call of the head too, as "
+                "with tensor parallelism, which fastrlhf does not know; use token_stats on the "
+                "model's logits"
+            ) from error
+        return None
+
+
 def _lora_parts(module: Any) -> HeadParts | None:
     if module.merged and module.disable_adapters:
         module.unmerge()  # as its own forward would
@@ -132,6 +156,7 @@ def _lora_parts(module: Any) -> HeadParts | None:
             if name in module.lora_variant or biased:  # DoRA and the like
                 return None
             down, up = module.lora_A[name], module.lora_B[name]
+            _whole(up.weight)
             adapters.append(Adapter(down, up, module.lora_dropout[name], module.scaling[name]))
     return base._replace(adapters=base.adapters + adapters)
 
@@ -163,7 +188,7 @@ def _eight_bit(module: Any) -> Weight:
 def _whole(weight: Tensor) -> Tensor:
     """Raise unless a weight is all there."""
     if type(weight).__name__ == "DTensor" or weight.numel() == 0 or weight.ndim != 2:
-        raise RuntimeError(
+        raise _NotWholeError(
             "model: the weight of its head is sharded or empty outside of the model's forward; "
             "use model_token_stats, which reads it within"
         )
