@@ -210,6 +210,20 @@ def test_a_quantized_head(bits, double) -> None:
         assert_same(model, 1e-4 if bits == 4 else 2e-2)
 
 
+@torch.no_grad()
+def test_the_look_at_a_4_bit_head_leaves_it_as_it_is() -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    model, inputs = make("Llama", hidden_size=64, head_dim=16, vocab_size=128), batch()
+    weight = bnb.nn.Params4bit(model.lm_head.weight.data, quant_type="nf4")
+    model.lm_head = bnb.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.float32)
+    model.lm_head.weight = weight
+    model.lm_head.to("cpu")
+    first, second = (fastrlhf.model_token_stats(model, **inputs).logprob for _ in range(2))
+    torch.testing.assert_close(second, first)
+    wanted = expected(model, inputs)[0]  # whose forward packs the weight, and rounds to bf16
+    torch.testing.assert_close(first.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_an_8_bit_head_has_the_largest_weight_of_each_row_exactly() -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     model = make("Llama")

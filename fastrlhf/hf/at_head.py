@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops import shift_targets
-from fastrlhf.ops.backend import is_batched
+from fastrlhf.ops.backend import is_batched, under_transform
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_arguments import matmul_dtype
 from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
@@ -156,7 +156,7 @@ class _Worker:
         result, self.aside = self.work(scorer, targets)
         if self.looks and due and isinstance(scorer, LinearScorer):
             some = (targets.reshape(-1) != IGNORED).nonzero()[:_COMPARED_TOKENS, 0]
-            self._compare(own, scorer, hidden.reshape(-1, hidden.shape[-1])[some])
+            self._compare(own, hidden, scorer.weights, some)
         return result, scorer.vocab
 
     def _scorer(self, hidden: Tensor, own: Callable[..., Tensor]) -> Scorer:
@@ -177,12 +177,22 @@ class _Worker:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _compare(self, own: Callable[..., Tensor], scorer: LinearScorer, hidden: Tensor) -> None:
-        """Raise RuntimeError unless the head's own forward multiplies by its weight."""
-        if not hidden.shape[0]:
+    def _compare(
+        self, own: Callable[..., Tensor], hidden: Tensor, weights: list[Weight], rows: Tensor
+    ) -> None:
+        """Raise RuntimeError unless the head's own forward multiplies by its weight.
+
+        Nothing of it is left for backward: a checkpoint around the call counts what is, and the
+        call that it makes again does not look.
+        """
+        if not rows.shape[0]:
             return
         assert self.parts is not None
-        head = Head(scorer.weights, self.parts.bias, matmul_dtype(hidden))
+        hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
+        if not under_transform():
+            # A 4-bit head on a CPU that sees no gradient coming packs its weight for good.
+            hidden.requires_grad_()
+        head = Head(weights, self.parts.bias, matmul_dtype(hidden))
         with evaluating(self.module):  # the dropout of adapters would differ each time
             logits = own(hidden.unsqueeze(0))[0]
             wide = _with_adapters(self.parts, hidden)[0]
