@@ -73,7 +73,9 @@ def model_kl_divergence(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `kl_divergence`, of either
-            model; a teacher of another vocabulary, or that shares its head with the model.
+            model; a teacher of another vocabulary, or that shares its head with the model; in
+            backward, values that are weighed differently where the model's head is trained and the
+            teacher's is sharded by itself, and so no longer there.
 
     Source: 2306.13649 (GKD).
     """
