@@ -11,11 +11,14 @@ _FIRST_FACTOR = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "badd
 
 
 class MatmulAudit(TorchDispatchMode):
-    """While active, adds up 2·m·n·k of every matmul, and keeps the size of the largest result."""
+    """While active, adds up 2·m·n·k of every matmul, and keeps the sides of their factors and the
+    size of the largest result.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
+        self.sides: set[int] = set()  # of all factors
         self.largest = 0  # elements of storage that a result owns
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -23,6 +26,7 @@ class MatmulAudit(TorchDispatchMode):
         if name in _FIRST_FACTOR:
             a, b = args[_FIRST_FACTOR[name]], args[_FIRST_FACTOR[name] + 1]
             self.operations += 2 * a.numel() * b.shape[-1]
+            self.sides |= {*a.shape, *b.shape}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":

@@ -1484,6 +1484,78 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "fastrlhf/hf/stand_in.py", "test_wrapped_losses.py",
+        (
+            "wrapped: a backward that no wrapper is told of",
+            "return tied(self.made, logits_of(output))", "return self.made",
+            "sharded_models and everything",
+        ),
+        (
+            "wrapped: weights that accelerate brings are not waited for",
+            '"_old_forward" if hasattr(self.module, "_hf_hook") else "forward"', '"forward"',
+            "offloaded_head",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/at_head.py", "test_wrapped_losses.py",
+        (
+            "wrapped: the look at a head leaves something for backward",
+            "    @torch.no_grad()\n    def _compare(", "    def _compare(",
+            "checkpoint_around",
+        ),
+        (
+            "wrapped: a part of the head that is sharded by itself",
+            "parts_within_call(self.module)", "head_parts(self.module)",
+            "sharded_models and each",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/head_parts.py", "test_wrapped_losses.py",
+        (
+            "wrapped: a factor of an adapter that is sharded by itself",
+            "_whole(up.weight)", "pass",
+            "sharded_models and peft",
+        ),
+        (
+            "wrapped: the wrapper of FSDP1 is taken for the head",
+            "module = module.module  # whose", "break  # whose",
+            "sharded_models and FSDP1",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/logit_map.py", "test_wrapped_losses.py",
+        (
+            "wrapped: numbers that 16 bits do not hold",
+            "return rows.bfloat16().to(", "return rows.to(",
+            "sharded_models and output",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_divergence.py", "test_wrapped_losses.py",
+        (
+            "linear divergence: any weights are taken for a sum",
+            "if options.sum_expected and _are_alike(upstream[order]):",
+            "if options.sum_expected:",
+            "checkpoint_around",
+        ),
+        (
+            "linear divergence: a mean is taken for a sum",
+            "by = upstream[order][:1].sum()", "by = 1.0",
+            "checkpoint_around",
+        ),
+        (
+            "linear divergence: a known gradient of the head alone",
+            "return side.wants.hidden and (options.sum_expected or not side.trained)",
+            "return side.wants.hidden and not side.trained",
+            "checkpoint_around",
+        ),
+        (
+            "linear divergence: a weight that is gone is read",
+            "        _check_weights_are_there(tensors)\n", "",
+            "cannot_be_computed",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/trpo.py", "test_trpo.py",
         (
             "trpo: ratios overflow",
