@@ -138,15 +138,11 @@ def test_autocast(kind) -> None:
             assert error <= allowed < 0.5, f"{loss}: {name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend", "losses"),
-    [("plain", "aot_eager", FIVE), ("scaled", "eager", ["dpo, weighed"])],
-)
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself
-def test_compiled_models(kind, backend, losses) -> None:
-    model = torch.compile(wrapped.small_model(kind), backend=backend)
-    for loss in losses:
-        assert_like_the_logits(model, loss, [make_batch(0), make_batch(1, tokens=7)], kind)
+def test_compiled_models() -> None:
+    model = torch.compile(wrapped.small_model(), backend="aot_eager")
+    for loss in FIVE:
+        assert_like_the_logits(model, loss, [make_batch(0), make_batch(1, tokens=7)])
 
 
 def on_hooks(model: nn.Module) -> nn.Module:

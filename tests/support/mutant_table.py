@@ -1312,8 +1312,13 @@ MUTANTS = [
         ),
         (
             "model: a head's forward is not compared",
-            "self._compare(own, scorer,", "(lambda *_: None)(own, scorer,",
+            "self._compare(own, hidden,", "(lambda *_: None)(own, hidden,",
             "not_understood and patched",
+        ),
+        (
+            "model: a 4-bit head is packed by the look at it",
+            "hidden.requires_grad_()", "pass",
+            "4_bit_head_leaves",
         ),
     ),
     Mutant(
@@ -1532,12 +1537,6 @@ MUTANTS = [
     ),
     *_mutants(
         "fastrlhf/ops/linear_divergence.py", "test_wrapped_losses.py",
-        (
-            "linear divergence: any weights are taken for a sum",
-            "if options.sum_expected and _are_alike(upstream[order]):",
-            "if options.sum_expected:",
-            "checkpoint_around",
-        ),
         (
             "linear divergence: a mean is taken for a sum",
             "by = upstream[order][:1].sum()", "by = 1.0",
