@@ -27,6 +27,7 @@ from .sections import Reporter
 from .tokens import Tokens
 
 _TEMPERATURE = 0.8
+_SMOOTHING, _Z_LOSS = 0.1, 1e-3
 _HALVES = (torch.bfloat16, torch.float16)
 _SMALL = (1.0, 1 / 8192, 1e-6)  # gradients from outside, as a loss scale or a long batch makes them
 
@@ -86,6 +87,21 @@ def _plain_loss(x: Leaves, s: Tokens) -> dict:
     return {"loss": plain.mean(plain.logprobs(_log_p(x), s) * s.g, s)}
 
 
+def _cross_entropy(x: Leaves, s: Tokens) -> dict:
+    loss = fastrlhf.linear_cross_entropy(
+        *_head(x), s.targets, label_smoothing=_SMOOTHING, z_loss=_Z_LOSS, **_options(x)
+    )
+    return {"loss": loss}
+
+
+def _plain_cross_entropy(x: Leaves, s: Tokens) -> dict:
+    logits = x["hidden"] @ x["weight"].T
+    lse = logits.logsumexp(-1)
+    losses = (_SMOOTHING - 1) * plain.logprobs(plain.log_softmax(logits), s)
+    losses = losses + _SMOOTHING * (lse - logits.mean(-1)) + _Z_LOSS * lse.square()
+    return {"loss": plain.mean(losses, s)}
+
+
 def _dpo(x: Leaves, s: Tokens) -> dict:
     sequences = torch.arange(s.targets.shape[0], device=s.targets.device)
     losses, _ = fastrlhf.linear_dpo_loss(
@@ -126,6 +142,7 @@ OPERATIONS = {
     "linear_token_logprobs": Operation(_logprobs, _plain_logprobs),
     "linear_token_stats": Operation(_stats, _plain_stats),
     "linear_loss": Operation(_loss, _plain_loss),
+    "linear_cross_entropy": Operation(_cross_entropy, _plain_cross_entropy),
     "linear_dpo_loss": Operation(_dpo, _plain_dpo),
     "linear_policy_loss": Operation(_policy, _plain_policy),
     "linear_kl_divergence reverse": _divergence("reverse"),

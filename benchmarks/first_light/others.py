@@ -89,16 +89,38 @@ def check_pairs(report: Reporter, machine: Machine) -> None:
         compare_gradients(report, f"{title}: gradient", "hidden", gradients, targets, slack)
 
 
+def check_packed(report: Reporter, machine: Machine) -> None:
+    """Kernels that go over sequences have the same bits for packed ones as for rows."""
+    lengths = torch.tensor([0, 1, 40, 1500, 33])
+    there = (torch.arange(1500) < lengths[:, None]).to(machine.device)
+    borders = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(machine.device)
+    logps, ref, rewards = (-normal(machine, *there.shape).abs() for _ in range(3))
+    mask = there & (torch.rand(there.shape, device=machine.device) > 0.2)
+    chosen, rejected = (torch.tensor(x, device=machine.device) for x in ([1, 2, 3], [2, 4, 0]))
+    pairs = chosen, rejected, "ipo", 0.0
+    rows = _ours(logps, ref, mask, *pairs)
+    packed = _ours(logps[there], ref[there], mask[there], *pairs, cu_seqlens=borders)
+    for i, name in enumerate(("losses", "rewards", "gradient")):
+        expected = rows[i][there] if name == "gradient" else rows[i]
+        report.holds(f"dpo_loss packed: {name}", torch.equal(packed[i], expected))
+    by_row = fastrlhf.gae(rewards, logps, mask, impl="triton")
+    by_run = fastrlhf.gae(
+        rewards[there], logps[there], mask[there], cu_seqlens=borders, impl="triton"
+    )
+    for name, found, expected in zip(("advantages", "returns"), by_run, by_row, strict=True):
+        report.holds(f"gae packed: {name}", torch.equal(found, expected[there]))
+
+
 def _with_gradient(logps: torch.Tensor, losses: torch.Tensor, rewards: torch.Tensor) -> tuple:
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
     return losses.detach(), rewards, gradient[..., None]
 
 
-def _ours(logps, ref, mask, chosen, rejected, loss_type, smoothing) -> tuple:
+def _ours(logps, ref, mask, chosen, rejected, loss_type, smoothing, cu_seqlens=None) -> tuple:
     logps = logps.clone().requires_grad_()
     found = fastrlhf.dpo_loss(
         logps, ref, chosen, rejected, _BETA, loss_type=loss_type, label_smoothing=smoothing,
-        mask=mask, impl="triton",
+        mask=mask, cu_seqlens=cu_seqlens, impl="triton",
     )  # fmt: skip
     return _with_gradient(logps, *found)
 

@@ -69,7 +69,9 @@ def check_sections(machine: Machine, seconds: float) -> list[Section]:
         return work
 
     linear = dict.fromkeys(itertools.chain(*sizes.linear_dtypes))
-    small = all_of(others.check_fisher, others.check_advantages, others.check_pairs)
+    small = all_of(
+        others.check_fisher, others.check_advantages, others.check_pairs, others.check_packed
+    )
     families = {
         "policy losses": from_logits.POLICIES,
         "divergences": from_logits.DIVERGENCES,

@@ -94,6 +94,7 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
         result = stand_in.result(outputs)
         if not worker.looks or worker.confirmed(stand_in, outputs):
             return Done(result, worker.aside, _without_logits(outputs))
+        del worker, stand_in, outputs, result  # and their graphs, before there are others
     raise RuntimeError(
         f"model: {name} does something else to its logits at each call; use token_stats on them"
     )
