@@ -334,8 +334,9 @@ def test_every_section_runs_to_its_end(tiny) -> None:
 PUBLIC = [
     "token_logprobs", "token_stats", "logits_policy_loss", "kl_divergence reverse",
     "kl_divergence forward", "kl_divergence jsd", "softmax_fisher_product", "gae", "dpo_loss",
-    "linear_token_logprobs", "linear_token_stats", "linear_loss", "linear_cross_entropy",
-    "linear_dpo_loss", "dpo_loss packed", "gae packed", "linear_policy_loss", "linear_kl_divergence reverse", "linear_kl_divergence jsd",
+    "dpo_loss packed", "gae packed", "linear_token_logprobs", "linear_token_stats", "linear_loss",
+    "linear_cross_entropy", "linear_dpo_loss", "linear_policy_loss",
+    "linear_kl_divergence reverse", "linear_kl_divergence jsd",
 ]  # fmt: skip
 KINDS = [
     "again: same bits", "in place: same bits", "a row alone", "unaligned view", "past 2^31: ",
