@@ -226,6 +226,8 @@ def model_dpo_loss(
         "label_smoothing": label_smoothing, "discopop_tau": discopop_tau, "gamma": gamma,
         "alpha": alpha, "impl": impl,
     }  # fmt: skip
+    # Here too, so that what is wrong with the options is found before the forward.
+    checked_pair_loss(loss_type, ref_logps, yw_idxs, yl_idxs, beta, layout, **pair_options)
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, Tensor]:
         ref, chosen, rejected, borders = _beside(targets, ref_logps, yw_idxs, yl_idxs, cu_seqlens)
