@@ -442,6 +442,83 @@ def test_models_that_let_packed_sequences_see_each_other_are_refused(name) -> No
         fastrlhf.model_token_stats(make(name), **rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_a_new_model_lets_sequences_see_is_found_in_any_precision(dtype) -> None:
+    """Its weights are as small as at the start of a training."""
+    config = transformers.OPTConfig(**ARCHITECTURES["OPT"])
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    rows, _ = packed(batch())
+    with pytest.raises(TypeError, match=r"^model: OPT.*packed sequences apart"):
+        fastrlhf.model_token_stats(model, **rows)
+
+
+def restarting() -> Tensor:
+    return torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+
+
+def test_positions_that_start_again_pack_as_borders_do() -> None:
+    model, ids = make("Llama").double(), batch()["input_ids"][:1]
+    cu_seqlens = torch.tensor([0, 4, 7, 9])
+    by_borders = fastrlhf.sft_loss(model, ids, cu_seqlens=cu_seqlens)[0]
+    for given in (
+        {"position_ids": restarting()},
+        {"position_ids": restarting(), "cu_seqlens": cu_seqlens},
+        {"position_ids": None, "cu_seqlens": cu_seqlens, "use_cache": None, "labels": None},
+        {"cu_seqlens": cu_seqlens, "use_cache": False, "logits_to_keep": 0},
+    ):
+        found = fastrlhf.sft_loss(model, ids, **given)[0]
+        torch.testing.assert_close(found, by_borders, rtol=1e-12, atol=0)
+    with pytest.raises(TypeError, match=r"^model: OPT.*packed sequences apart"):
+        fastrlhf.sft_loss(make("OPT"), ids, position_ids=restarting())
+    fastrlhf.sft_loss(make("OPT"), ids, position_ids=torch.arange(TOKENS)[None])
+
+
+def test_packed_inference_then_training() -> None:
+    """The trial of a model needs a gradient, whatever surrounds the first call."""
+    model, rows = make("Llama"), packed(batch())[0]
+    with torch.inference_mode():
+        first = fastrlhf.sft_loss(model, **rows)[0]
+    found = fastrlhf.sft_loss(model, **rows)[0]
+    torch.testing.assert_close(found.detach(), first)
+    assert gradients(model, found).keys() == dict(model.named_parameters()).keys()
+
+
+def test_keywords_that_are_none_are_not_given() -> None:
+    model, inputs = make("GPT2").double(), batch()
+    padded = {name: torch.cat((x.new_zeros(SEQUENCES, 3), x), 1) for name, x in inputs.items()}
+    plain, _ = fastrlhf.sft_loss(model, **inputs)
+    found, _ = fastrlhf.sft_loss(model, **padded, position_ids=None, past_key_values=None)
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    hidden, _ = fastrlhf.head_inputs(model, ids, mask, position_ids=None)
+    expected, _ = fastrlhf.head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+    torch.testing.assert_close(hidden[0, 3:], expected[0])
+
+
+def test_a_forward_that_hides_what_it_takes_has_positions_all_the_same(monkeypatch) -> None:
+    model, inputs = make("GPT2").double(), batch()
+    plain, _ = fastrlhf.sft_loss(model, **inputs)
+    own = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *args, **kw: own(self, *args, **kw))
+    padded = {name: torch.cat((x.new_zeros(SEQUENCES, 3), x), 1) for name, x in inputs.items()}
+    torch.testing.assert_close(fastrlhf.sft_loss(model, **padded)[0], plain, rtol=1e-12, atol=0)
+    rows, _ = packed(inputs)
+    torch.testing.assert_close(fastrlhf.sft_loss(model, **rows)[0], plain, rtol=1e-5, atol=0)
+
+
+def test_packed_log_probs_of_a_model_go_into_packed_losses() -> None:
+    model, rows = make("Llama").double(), packed(batch())[0]
+    ids, mask, cu_seqlens = rows["input_ids"], rows["mask"], rows["cu_seqlens"]
+    logprobs = fastrlhf.model_token_stats(model, **rows).logprob
+    kept = fastrlhf.shift_targets(ids, mask, cu_seqlens=cu_seqlens) != -100
+    sums = fastrlhf.sequence_logprobs(F.pad(logprobs, (0, 1)), kept, cu_seqlens=cu_seqlens)
+    wide = fastrlhf.model_token_stats(model, **batch()).logprob
+    expected = fastrlhf.sequence_logprobs(wide, batch()["mask"][:, 1:])
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^cu_seqlens: .*F\.pad\(x, \(0, 1\)\)"):
+        fastrlhf.sequence_logprobs(logprobs, cu_seqlens=cu_seqlens)
+
+
 def test_packed_sequences_with_a_mask_of_their_own() -> None:
     """What a 4-d attention mask says is taken at its word."""
     model = make("OPT").double()
@@ -661,6 +738,50 @@ WRONG = {
         lambda m, b: fastrlhf.sft_loss(m, b["input_ids"][:1], cu_seqlens=torch.tensor([0, 8])),
         ValueError,
         "^cu_seqlens: expected to end at 9",
+    ),
+    "packed with a cache": (
+        lambda m, b: fastrlhf.sft_loss(
+            m, b["input_ids"][:1], cu_seqlens=torch.tensor([0, 4, 9]), use_cache=True
+        ),
+        ValueError,
+        "^use_cache: expected none with cu_seqlens",
+    ),
+    "positions that go on": (
+        lambda m, b: fastrlhf.sft_loss(
+            m,
+            b["input_ids"][:1],
+            cu_seqlens=torch.tensor([0, 4, 9]),
+            position_ids=torch.arange(TOKENS)[None],
+        ),
+        ValueError,
+        "^position_ids: expected to go on by 1 within the sequences",
+    ),
+    "positions with a mask": (
+        lambda m, b: fastrlhf.sft_loss(
+            m, b["input_ids"][:1], torch.ones(1, TOKENS), position_ids=restarting()
+        ),
+        ValueError,
+        "^attention_mask: expected None where position_ids start again",
+    ),
+    "the name of the Trainer": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, num_items_in_batch=3),
+        ValueError,
+        "^num_items_in_batch: expected none.*normalizer",
+    ),
+    "tokens seen ahead": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, is_causal=False),
+        ValueError,
+        "^is_causal: expected none",
+    ),
+    "some logits": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, logits_to_keep=torch.arange(8, -1, -1)),
+        ValueError,
+        "^logits_to_keep: expected none",
+    ),
+    "no sequence": (
+        lambda m, b: fastrlhf.sft_loss(m, b["input_ids"][:0]),
+        ValueError,
+        r"^input_ids: expected shape \(B, T\), neither 0",
     ),
     "packed with a mask": (
         lambda m, b: fastrlhf.sft_loss(

@@ -37,11 +37,12 @@ from .model_inputs import (
     check_ids,
     check_keywords,
     check_model,
+    given_inputs,
     scored_tokens,
     with_positions,
 )
 from .own_module import ModuleScorer
-from .packing import packed_inputs
+from .packing import check_restarts, packed_inputs
 from .stand_in import StandIn
 
 IGNORED = -100  # the target of a token that is not scored
@@ -72,6 +73,7 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     """
     base = base_model(model)
     module, name = head_module(base), type(base).__name__
+    batch = batch._replace(inputs=given_inputs(batch.inputs))
     ids, attention_mask = batch.input_ids, batch.attention_mask
     check_ids(ids)
     check_weights(module, name)
@@ -80,6 +82,7 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     check_causal(base)
     scored = scored_tokens(ids, attention_mask, batch.mask, batch.inputs.get("position_ids"))
     if batch.cu_seqlens is None:
+        check_restarts(model, base, batch)
         inputs = with_positions(base, attention_mask, batch.inputs, model)
     else:
         inputs = packed_inputs(model, base, batch)
@@ -205,7 +208,9 @@ class _Worker:
         # Of the largest logit of a row. The module of an 8-bit head rounds its hidden states.
         tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
         error = (logits.to(expected) - expected).abs().amax(-1)
-        if not bool((error <= tolerance * expected.abs().amax(-1)).all()):
+        # Logits below the smallest normal number of their dtype have lost places of their own.
+        floor = torch.finfo(logits.dtype).tiny
+        if not bool((error <= tolerance * expected.abs().amax(-1) + floor).all()):
             raise RuntimeError(
                 f"model: the forward of its head, a {type(self.module).__name__}, gives other "
                 "logits than its weight, so log-probs would be wrong; use token_stats on the "

@@ -41,7 +41,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     inputs = {
         name: value
         for name, value in batch.items()
-        if name not in ("input_ids", "attention_mask", mask_name)
+        if name not in ("input_ids", "attention_mask", mask_name) and value is not None
     }
     found = _of_model(model, inputs)
     attended = torch.ones_like(ids, dtype=torch.bool)
@@ -49,7 +49,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
         if attention.shape != ids.shape or bool(((attention != 0) & (attention != 1)).any()):
             return [*found, "attention_mask: is not of 0 and 1 in the shape of input_ids"]
         attended = attention != 0
-        if bool((attended[:, 1:] & ~attended[:, :-1]).any()) and "position_ids" not in batch:
+        if bool((attended[:, 1:] & ~attended[:, :-1]).any()) and "position_ids" not in inputs:
             found += _of_left_padding(model)
     elif attention is None and _has_padding(model, ids):
         found.append("attention_mask: none is given, but input_ids end in padding, which is scored")

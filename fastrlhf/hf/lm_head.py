@@ -20,7 +20,7 @@ from .head_parts import (
 )
 from .logit_map import LogitMap
 from .measured import measured, state_of
-from .model_inputs import check_keywords, with_positions
+from .model_inputs import check_keywords, given_inputs, with_positions
 from .stand_in import StandIn
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ def head_inputs(
         TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
     """
     base = base_model(model)
+    inputs = given_inputs(inputs)
     check_keywords(base, inputs)
     module = head_module(base)
     check_weights(module, type(base).__name__)

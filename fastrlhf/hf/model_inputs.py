@@ -32,6 +32,17 @@ class TokenBatch(NamedTuple):
     impl: str = "auto"
 
 
+# Keywords that forwards of transformers take, and what to do instead of giving them.
+_REFUSED = {
+    "labels": "since there are no logits to take a loss of; the tokens to score are those of "
+    "`mask`: labels != -100",
+    "num_items_in_batch": "since there is no loss of labels; the losses take it as `normalizer`",
+    "is_causal": "since a token is predicted from those before it",
+    "logits_to_keep": "since `mask` says which tokens are scored",
+    "num_logits_to_keep": "since `mask` says which tokens are scored",
+}
+
+
 def check_model(base: Any, name: str) -> None:
     """Refuse a model whose logits are not those of the tokens that follow.
 
@@ -50,18 +61,20 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
     """Refuse keywords that the model's forward would swallow without a word.
 
     Raises:
-        ValueError: labels.
+        ValueError: labels, and others that only a loss of logits would look at, or that change
+            which logits there are.
         TypeError: a keyword that the forward does not name.
     """
-    if "labels" in inputs:
-        raise ValueError("labels: expected none, since there are no logits to take a loss of")
-    parameters = inspect.signature(type(base).forward).parameters
+    for name, instead in _REFUSED.items():
+        if name in inputs and not (type(inputs[name]) is int and inputs[name] == 0):
+            raise ValueError(f"{name}: expected none, {instead}")
+    parameters = _parameters(base)
     known = _PASSED_ON.union(parameters)
     for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             for typed in (parameter.annotation, *typing.get_args(parameter.annotation)):
                 known.update(getattr(typed, "__annotations__", ()))
-    if "input_ids" not in parameters:  # a forward of somebody's, which hides what it takes
+    if "input_ids" not in inspect.signature(type(base).forward).parameters:
         known.update(name for name in inputs if "mask" not in name)
     for name in inputs:
         if name not in known:
@@ -71,10 +84,29 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
             )
 
 
+def given_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is None, which says of every keyword that it is not given."""
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _parameters(base: Any) -> dict[str, inspect.Parameter]:
+    """What a model's forward takes; of one that was patched and hides it, what its backbone's
+    does.
+    """
+    parameters = dict(inspect.signature(type(base).forward).parameters)
+    if "input_ids" not in parameters:
+        backbone = getattr(base, "base_model", base)
+        parameters |= inspect.signature(type(backbone).forward).parameters
+    return parameters
+
+
 def check_ids(input_ids: Tensor) -> None:
     check_integer("input_ids", input_ids)
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected shape (B, T), T > 0, got {tuple(input_ids.shape)}")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            "input_ids: expected shape (B, T), neither 0 (packed sequences are (1, N)), got "
+            f"{tuple(input_ids.shape)}"
+        )
     if input_ids.is_meta:
         raise ValueError("input_ids: expected ids, got a tensor on the meta device")
 
@@ -172,7 +204,7 @@ def makes_own_positions(base: Any, model: Any) -> bool:
 
 def _has_no_positions(base: Any, model: Any) -> bool:
     return (
-        "position_ids" not in inspect.signature(type(base).forward).parameters
+        "position_ids" not in _parameters(base)
         or text_config(base) is not base.config
         or virtual_tokens(model) > 0
     )

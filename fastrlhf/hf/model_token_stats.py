@@ -94,9 +94,9 @@ def model_token_stats(
     through its forward: at every call on a CPU; on a GPU, where that waits for the device, whenever
     hooks, forwards, adapters or config have changed, and every 64th call. The head itself is then
     compared on four tokens. A forward that shows another scale, softcap or offset than the one
-    before is run once more, with it. The first call for a head has to come outside of
-    torch.func.vmap; apart from that, `torch.func` works as in `linear_token_stats`. Not for use
-    from several threads on one model.
+    before is run once more, with it (and with other random numbers, where there is dropout). The
+    first call for a head has to come outside of torch.func.vmap; apart from that, `torch.func`
+    works as in `linear_token_stats`. Not for use from several threads on one model.
 
     Raises:
         ValueError: inputs that do not fit, labels, a model that changes the number of positions.

@@ -1,8 +1,9 @@
-"""Packed sequences in a model: one row of tokens, of which cu_seqlens says where sequences begin.
+"""Packed sequences in a model: one row of tokens, whose positions start again with each sequence.
 
-Models of transformers keep packed sequences apart where positions start again, if they are given no
-attention mask. Not all do; those that do not would give wrong numbers without a word, so each model
-is tried once.
+By that models of transformers keep sequences apart, if they are given no attention mask and no
+cache. Not all do; those that do not would give wrong numbers without a word, so each model is tried
+once: no gradient may flow from one sequence into another. Unlike a difference of values, that is
+exactly zero or it is not, whatever the precision and however small the weights.
 """
 
 from typing import Any
@@ -11,14 +12,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastrlhf.ops.checks import known_on_host
 from fastrlhf.ops.layout import layout_of
 
 from .head_parts import evaluating, head_module, text_config
 from .model_inputs import TokenBatch, makes_own_positions
 from .stand_in import StandIn
 
-# For each model that keeps packed sequences apart, the attention with which it was tried.
-_apart: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+# For each model, the attention with which it was tried, and whether it keeps sequences apart.
+_tried: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def packed_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, Any]:
@@ -26,65 +28,132 @@ def packed_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, A
     positions are given.
 
     Raises:
-        TypeError, ValueError: cu_seqlens that do not fit; an attention_mask (1, N), which would
-            hide from the model where sequences begin; a model that does not keep packed sequences
-            apart.
+        TypeError, ValueError: cu_seqlens that do not fit; an attention_mask (1, N), a cache or
+            positions that hide from the model where sequences begin; a model that does not keep
+            packed sequences apart.
     """
-    ids, mask, cu_seqlens = batch.input_ids, batch.attention_mask, batch.cu_seqlens
-    layout = layout_of("input_ids", ids, cu_seqlens)
-    assert cu_seqlens is not None
-    says_what_each_token_sees = isinstance(mask, Tensor) and mask.ndim == 4
-    if mask is not None and not says_what_each_token_sees:
-        raise ValueError(
-            "attention_mask: expected None with cu_seqlens: packed tokens have no padding, and "
-            "with a mask a model of transformers lets sequences see each other"
-        )
+    ids, mask, inputs = batch.input_ids, batch.attention_mask, batch.inputs
+    layout = layout_of("input_ids", ids, batch.cu_seqlens)
+    assert batch.cu_seqlens is not None
+    for name in ("use_cache", "past_key_values"):
+        if inputs.get(name):
+            raise ValueError(
+                f"{name}: expected none with cu_seqlens: with a cache, a model of transformers "
+                "lets packed sequences see each other"
+            )
     without_positions = makes_own_positions(base, model)
-    if not says_what_each_token_sees:
+    first = layout.spread(batch.cu_seqlens[:-1].long())
+    places = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) - first
+    if not _says_what_each_token_sees(mask):
+        if mask is not None:
+            raise ValueError(
+                "attention_mask: expected None with cu_seqlens: packed tokens have no padding, and "
+                "with a mask a model of transformers lets sequences see each other"
+            )
         if without_positions:
             raise TypeError(f"model: {type(base).__name__} takes no positions of packed sequences")
-        check_packing(base, ids.device)
-    if without_positions or "position_ids" in batch.inputs:
-        return batch.inputs
-    place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    return {**batch.inputs, "position_ids": place - layout.spread(cu_seqlens[:-1].long())}
+        _check_given_positions(inputs.get("position_ids"), places)
+        _check_apart(model, base, ids.device)
+    if without_positions or "position_ids" in inputs:
+        return inputs
+    return {**inputs, "position_ids": places}
 
 
-def check_packing(base: Any, device: torch.device) -> None:
-    """Refuse a model in which a sequence depends on the one that is packed before it.
+def check_restarts(model: nn.Module, base: Any, batch: TokenBatch) -> None:
+    """Check positions that start again, and so say without cu_seqlens that sequences are packed.
 
     Raises:
-        TypeError: such a model.
+        TypeError, ValueError: as `packed_inputs`. An attention_mask is looked at on the CPU only.
     """
-    attention = getattr(text_config(base), "_attn_implementation", None)
-    if _apart.get(base, base) == attention:
+    positions, mask = batch.inputs.get("position_ids"), batch.attention_mask
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or _says_what_each_token_sees(mask):
         return
-    if _sees_the_one_before(base, device):
+    restarts = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.ndim == 2:  # of padding they tell nothing
+        restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        if known_on_host(restarts) and restarts.any():
+            raise ValueError(
+                "attention_mask: expected None where position_ids start again: with a mask, a "
+                "model of transformers lets packed sequences see each other"
+            )
+        return
+    if makes_own_positions(base, model) or (known_on_host(restarts) and not restarts.any()):
+        return
+    # On a GPU, only what a model that lets them see each other is given has to be awaited.
+    if not keeps_apart(model, base, positions.device) and bool(restarts.any()):
+        _check_apart(model, base, positions.device)
+
+
+def _says_what_each_token_sees(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 4
+
+
+def _check_given_positions(given: Any, places: Tensor) -> None:
+    """On the CPU, raise ValueError for positions (1, N) that start again somewhere else."""
+    if not isinstance(given, Tensor) or given.ndim != 2 or not known_on_host(given, places):
+        return
+    if given.shape != places.shape or not torch.equal(given.diff() == 1, places.diff() == 1):
+        raise ValueError(
+            "position_ids: expected to go on by 1 within the sequences of cu_seqlens, and to start "
+            "again with each, by which a model keeps them apart"
+        )
+
+
+def _check_apart(model: nn.Module, base: Any, device: torch.device) -> None:
+    if not keeps_apart(model, base, device):
+        attention = getattr(text_config(base), "_attn_implementation", None)
         raise TypeError(
             f"model: {type(base).__name__} (attention {attention!r}) does not keep packed "
             "sequences apart; pad them, or give a 4-d attention_mask"
         )
-    _apart[base] = attention
 
 
-@torch.no_grad()
-def _sees_the_one_before(base: Any, device: torch.device) -> bool:
+def keeps_apart(model: nn.Module, base: Any, device: torch.device) -> bool:
+    """Whether no sequence depends on another one that is packed beside it, by a trial."""
+    attention = getattr(text_config(base), "_attn_implementation", None)
+    known = _tried.get(base)
+    if known is None or known[0] != attention:
+        known = _tried[base] = attention, not _gradient_crosses(model, base, device)
+    return known[1]
+
+
+def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool:
+    """Whether what enters the head at the second of two sequences depends on the first."""
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        raise TypeError(
+            "model: in FullyShardedDataParallel (FSDP1) it cannot be tried whether packed "
+            "sequences are kept apart; use FSDP2, or call this once before the model is wrapped"
+        )
+    embedded: list[Tensor] = []
     entered: list[Tensor] = []
     vocab = text_config(base).vocab_size
 
+    def watch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # which models may write into
+
     def keep(hidden: Tensor, _: Any) -> tuple[Tensor, int]:
-        entered.append(hidden[:, 2:])
+        entered.append(hidden)
         return hidden, vocab
 
-    positions = torch.tensor([[0, 1, 0, 1]], device=device)
-    with evaluating(base):
-        for ids in ([[5, 6, 7, 8]], [[9, 6, 7, 8]]):
-            with StandIn(head_module(base), type(base).__name__, keep).in_place():
-                base(
-                    input_ids=torch.tensor(ids, device=device) % vocab, position_ids=positions,
-                    use_cache=False,
-                )  # fmt: skip
-    exact = entered[0].dtype in (torch.float32, torch.float64)
-    first, other = (x.double() for x in entered)
-    tolerance = 1e-5 if exact else 2**-8
-    return bool((first - other).norm() > tolerance * first.norm())
+    stand_in = StandIn(head_module(base), type(base).__name__, keep)
+    hook = base.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with (
+            torch.inference_mode(False), torch.enable_grad(), evaluating(base), stand_in.in_place(),
+        ):  # fmt: skip
+            ids = torch.tensor([[5, 6, 7, 8]], device=device) % vocab
+            positions = torch.tensor([[0, 1, 0, 1]], device=device)
+            base(input_ids=ids, position_ids=positions, use_cache=False)
+            return _reaches(embedded, entered[0]) if embedded else True  # for all that is known
+    finally:
+        hook.remove()
+
+
+def _reaches(embedded: list[Tensor], entered: Tensor) -> bool:
+    """Whether a gradient flows from tokens 2 and 3 into the embeddings of tokens 0 and 1."""
+    second = entered[:, 2:].float()
+    # Weights unlike each other: of normalised states, plain sums are constant.
+    weights = torch.arange(second.numel(), device=second.device).cos().view(second.shape)
+    found = torch.autograd.grad((second * weights).sum(), embedded, allow_unused=True)
+    return any(x is not None and bool((x[:, :2] != 0).any()) for x in found)

@@ -94,7 +94,8 @@ def linear_dpo_loss(
         alpha: weight of the likelihood in cpo.
         bias, temperature, softcap, scale, ignore_index, chunk_size, impl: as `linear_token_stats`.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
-            them, what is (B, T) is (N,) or (1, N), and hidden (N, H) or (1, N, H).
+            them, what is (B, T) is (N,) or (1, N), and hidden (N, H) or (1, N, H). A ref_logps of
+            the shape of targets is of tokens.
 
     Returns:
         losses (P,), not reduced, and rewards (B,), detached; fp32 (fp64 for fp64 hidden states).

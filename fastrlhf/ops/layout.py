@@ -139,8 +139,16 @@ def _check_on_host(name: str, cu_seqlens: Tensor, end: int) -> None:
         steps = " after ".join(str(int(x)) for x in cu_seqlens[place : place + 2].flip(0))
         raise ValueError(f"cu_seqlens: expected not to decrease, got {steps}")
     if last != end:
+        hint = ""
+        if last == end + 1:
+            hint = (
+                "; what model_token_stats returns, (1, N - 1), is of the tokens after the first: "
+                "F.pad(x, (0, 1)) is of all N, with the mask shift_targets(ids, mask, "
+                "cu_seqlens=cu_seqlens) != -100"
+            )
         raise ValueError(
-            f"cu_seqlens: expected to end at {end}, the number of tokens of {name}, got {last}"
+            f"cu_seqlens: expected to end at {end}, the number of tokens of {name}, got "
+            f"{last}{hint}"
         )
 
 
