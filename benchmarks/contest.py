@@ -207,11 +207,11 @@ def _hold(
             outcomes[name] = {"peak_mib": _warm_up(turn, device)}
             turns[name] = turn
         except Exception as error:  # whatever a provider raises is its outcome
-            outcomes[name] = {"status": _reason(error)}
+            outcomes[name] = {"status": reason(error)}
         batch.restore(logits=kind == BOTH and provider.spends_logits)
         _release(device)
     times, errors = measure.take_turns(turns, device, seconds, rounds) if turns else ({}, {})
-    outcomes |= {name: {"status": _reason(error)} for name, error in errors.items()}
+    outcomes |= {name: {"status": reason(error)} for name, error in errors.items()}
     for name, measured in times.items():
         outcomes[name] |= _figures(
             measured,
@@ -230,7 +230,7 @@ def failed(
     error: Exception,
 ) -> list[Record]:
     """Records of a contest that could not be held."""
-    outcome = {"status": _reason(error)}
+    outcome = {"status": reason(error)}
     return [_described(operation, shape, kind, device, name) | outcome for name in names]
 
 
@@ -255,7 +255,7 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Say in a line why there is no time."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"

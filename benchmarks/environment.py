@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import measure
 import torch
 
-_PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+_PACKAGES = ("triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy")
 
 
 def describe(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
@@ -22,6 +23,8 @@ def describe(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {os.cpu_count()} cores",
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -33,6 +36,15 @@ def describe(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
             for dtype in dtypes
         },
     }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _version(package: str) -> str | None:

