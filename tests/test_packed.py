@@ -111,8 +111,8 @@ def assert_agree(packed: Found, plain: Found, exact: Found, pack: Packing) -> No
     assert packed.gradients.keys() == plain.gradients.keys()
     for name, value in packed.values.items():
         assert value.dtype == plain.values[name].dtype
-        # A loss is a mean of terms of about 1, which may cancel.
-        size = max(1.0, exact.values[name].abs().item()) if name == "loss" else None
+        # Losses and metrics are means of terms of about 1, which may cancel.
+        size = max(1.0, exact.values[name].abs().item()) if value.ndim == 0 else None
         assert_as_accurate(value, plain.values[name], exact.values[name], size=size, of=name)
     for name, gradient in packed.gradients.items():
         of_plain, of_exact = plain.gradients[name], exact.gradients[name]

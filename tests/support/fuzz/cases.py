@@ -702,11 +702,12 @@ def kl_penalty(d: Draw) -> Case:
         gap = x["ref_logprobs"] - x["logprobs"]
         if kind == "abs":
             f.keep_off(gap, 0.0, margin=1e-30)
-        return (f.penalty(gap, kind),)
+        return (f.penalty(gap, kind, most),)
 
+    most = 700.0 if dtype == torch.float64 else 80.0
     size = sum(largest(y.reshape(-1), None) for y in x.values()) ** 2
     apart = x["ref_logprobs"].double() - x["logprobs"].double()
-    size *= float(apart.max().clamp(0, 80).exp()) if apart.numel() else 1.0
+    size *= float(apart.max().clamp(0, most).exp()) if apart.numel() else 1.0
     return Case("kl_penalty", x, call, formula, subset(d, *x), size if kind != "k1" else 1000.0)
 
 

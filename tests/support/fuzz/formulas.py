@@ -169,11 +169,11 @@ def surrogate(log_ratio: Tensor, lp: Tensor, a: Tensor, o: dict[str, Any]) -> Te
     return losses
 
 
-def penalty(x: Tensor, estimator: str) -> Tensor:
-    """Of x = ln ref - ln π."""
+def penalty(x: Tensor, estimator: str, most: float = 80.0) -> Tensor:
+    """Of x = ln ref - ln π, whose exponential ends at `most`: 700 in fp64."""
     if estimator == "k3":
         keep_off(x, 80.0, 700.0)
-        x = x.clamp(max=80.0)
+        x = x.clamp(max=most)
         # By its series near 0, where e^x - 1 is a derivative without digits, in fp64 too.
         near = x.abs() < 0.01
         small, series = torch.where(near, x, torch.zeros_like(x)), torch.ones_like(x)
