@@ -195,6 +195,7 @@ def token_stats_backward(
     d_logprob: Tensor,
     d_entropy: Tensor | None,
     d_lse: Tensor | None = None,
+    d_mean: Tensor | None = None,
     *,
     temperature: float | Tensor,
     softcap: float | None,
@@ -202,9 +203,9 @@ def token_stats_backward(
 ) -> Tensor:
     """Compute d_logits (N, V) in the accumulation dtype; no row is ignored or all -inf.
 
-    `stats` are the logprob, entropy, peak and log_norm of the forward. With g, h and l the
-    gradients of log-prob, entropy and lse, dz = g·(e_target - p) - h·p⊙(ln p + H) + l·p, times
-    dz/dlogits.
+    `stats` are the logprob, entropy, peak and log_norm of the forward. With g, h, l and m the
+    gradients of log-prob, entropy, lse and the mean of the effective logits z, dz = g·(e_target -
+    p) - h·p⊙(ln p + H) + l·p + m/V, times dz/dlogits.
     """
     index = targets.long().unsqueeze(-1)
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
@@ -224,6 +225,8 @@ def token_stats_backward(
     dz.scatter_(-1, index, of_target.unsqueeze(-1))
     if surprise is not None:
         dz.sub_(surprise)
+    if d_mean is not None:
+        dz.add_((d_mean / logits.shape[-1]).unsqueeze(-1))
     if softcap is not None:
         dz.mul_(cap_slope(logits.to(peak.dtype), softcap, scale))
     dz = _divide_(dz, rows_t)

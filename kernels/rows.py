@@ -128,8 +128,12 @@ def gradient_tile(
     with_entropy,
     l=0.0,
     WITH_LSE: tl.constexpr = False,
+    m=0.0,
+    WITH_MEAN: tl.constexpr = False,
 ):
-    """Gradient of g·logprob + h·entropy + l·lse with respect to a tile of logits."""
+    """Gradient of g·logprob + h·entropy + l·lse + m·(sum of the effective logits) with respect to a
+    tile of logits.
+    """
     capped, slope = capped_logits(x, scale, softcap, HAS_SOFTCAP)
     bits = (capped - base) * (LOG2E / row_t) - log_norm * LOG2E
     p = tl.exp2(bits)
@@ -140,6 +144,8 @@ def gradient_tile(
         dz = tl.where(columns == target, -g * expm1(logprob), -g * p)
     if with_entropy:
         dz -= tl.where(p > 0, h * p * (bits * LN2 + entropy), 0.0)
+    if WITH_MEAN:
+        dz += m
     return dz * (slope * (1.0 / row_t))
 
 

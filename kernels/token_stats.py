@@ -192,6 +192,7 @@ def _token_stats_bwd_kernel(
     d_logprob,
     d_entropy,  # unused without the entropy
     d_lse,  # unused without the lse
+    d_mean,  # unused without the mean of the logits
     inner,
     d_stride_outer,
     d_stride_inner,
@@ -208,6 +209,7 @@ def _token_stats_bwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
@@ -233,6 +235,10 @@ def _token_stats_bwd_kernel(
     if WITH_LSE:
         l = tl.load(d_lse + row)
         without_gradient &= l == 0.0
+    m = g  # unused without the mean
+    if WITH_MEAN:
+        m = tl.load(d_mean + row) / vocab
+        without_gradient &= m == 0.0
     # The peak of a row that is ignored, or that holds nothing but -inf, is -inf.
     if without_gradient | (base == -float("inf")):
         tl.store(destination, tl.zeros((LANES, VEC), d_logits.dtype.element_ty), mask=inside)
@@ -249,7 +255,7 @@ def _token_stats_bwd_kernel(
         row_entropy = tl.load(entropy + row)
     dx = gradient_tile(
         x, columns, target, base, tl.load(log_norm + row), tl.load(logprob + row), row_entropy,
-        g, h, row_t, scale, softcap, HAS_SOFTCAP, WITH_ENTROPY, l, WITH_LSE,
+        g, h, row_t, scale, softcap, HAS_SOFTCAP, WITH_ENTROPY, l, WITH_LSE, m, WITH_MEAN,
     )  # fmt: skip
     tl.store(destination, dx.to(d_logits.dtype.element_ty), mask=inside)
 
@@ -314,6 +320,7 @@ def token_stats_backward(
     d_logprob: torch.Tensor,
     d_entropy: torch.Tensor | None,
     d_lse: torch.Tensor | None = None,
+    d_mean: torch.Tensor | None = None,
     *,
     temperature: float | torch.Tensor,
     softcap: float | None,
@@ -337,6 +344,7 @@ def token_stats_backward(
         d_logprob,
         d_logprob if d_entropy is None else d_entropy,
         d_logprob if d_lse is None else d_lse,
+        d_logprob if d_mean is None else d_mean,
         inner,
         *strides(d_logits),
         *strides(logits),
@@ -345,5 +353,6 @@ def token_stats_backward(
         **transform,
         WITH_ENTROPY=d_entropy is not None,
         WITH_LSE=d_lse is not None,
+        WITH_MEAN=d_mean is not None,
         **plan.options(),
     )

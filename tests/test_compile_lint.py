@@ -96,9 +96,9 @@ def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
         assert report["wide_loads"] >= 1, report
         if report["asserts"] and target == "gfx942":
             continue  # the report of a failed assertion has loads and stores of its own there
-        # What is not wide is a number per row, not a number per token: K2 takes nine of them, with
-        # the slopes of all three statistics and a temperature for each token.
-        assert report["loads"] - report["wide_loads"] <= 9, report
+        # What is not wide is a number per row, not a number per token: K2 takes ten of them, with
+        # the slopes of four statistics and a temperature for each token.
+        assert report["loads"] - report["wide_loads"] <= 10, report
         of_rows = STREAMING[report["kernel"]]
         if of_rows is not None:
             assert report["stores"] - report["wide_stores"] <= of_rows, report

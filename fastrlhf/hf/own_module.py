@@ -32,11 +32,23 @@ class ModuleScorer(NamedTuple):
     impl: str
 
     def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
-        return self._stats(targets, ignore_index, entropy, lse_has_slope=False)
+        rows = live_rows(targets.reshape(-1), ignore_index)
+        found = self._scored(targets, rows, ignore_index, entropy)
+
+        def of_all(values: Tensor) -> Tensor:
+            zeros = values.new_zeros(targets.numel())
+            return zeros.index_put((rows,), values).view(targets.shape)
+
+        return TokenStats(
+            of_all(found.logprob),
+            None if found.entropy is None else of_all(found.entropy),
+            of_all(found.lse),
+        )
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
+        mean_logit: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """All tokens in one chunk, of which only the statistics are held."""
         order = live_rows(targets.reshape(-1), ignore_index)
@@ -44,70 +56,48 @@ class ModuleScorer(NamedTuple):
             return self.logits(order).sum(), {}
         if groups is not None:
             order, _ = order_by_group(order, groups.reshape(-1))
-        found = self._stats(targets, ignore_index, entropy, lse_has_slope=True)
-
-        def ordered(x: Tensor) -> Tensor:
-            return x.reshape(-1)[order]
-
-        stats = ChunkStats(
-            ordered(found.logprob),
-            None if found.entropy is None else ordered(found.entropy),
-            ordered(found.lse),
-            None if groups is None else ordered(groups),
+            groups = groups.reshape(-1)[order]
+        found = self._scored(
+            targets, order, ignore_index, entropy, lse_has_slope=True, mean_logit=mean_logit
         )
+        sides = (x.reshape(-1)[order] for x in side_inputs)
         with exact(self.hidden):
-            loss, aux = check_loss(loss_fn(stats, *map(ordered, side_inputs)))
+            loss, aux = check_loss(loss_fn(found._replace(groups=groups), *sides))
         return loss.to(found.logprob.dtype), {name: x.detach() for name, x in aux.items()}
 
     def logits(self, rows: Tensor) -> Tensor:
-        logits = self.own(self._rows(rows).unsqueeze(0))[0]
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
+        logits = self.own(hidden.unsqueeze(0))[0]
         return self.map(logits.to(accumulation_dtype(logits.dtype)))
 
-    def mean_logits(self, rows: Tensor) -> Tensor:
-        def means(some: Tensor) -> Tensor:
-            return self.logits(some).mean(-1)
-
-        return torch.cat(in_chunks(means, rows, self._chunk) or [means(rows)])
-
-    @property
-    def _chunk(self) -> int:
-        return checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
-
-    def _rows(self, rows: Tensor) -> Tensor:
-        return self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
-
-    def _stats(
-        self, targets: Tensor, ignore_index: int, entropy: bool, *, lse_has_slope: bool
-    ) -> TokenStats:
+    def _scored(
+        self, targets: Tensor, rows: Tensor, ignore_index: int, entropy: bool,
+        *, lse_has_slope: bool = False, mean_logit: bool = False,
+    ) -> ChunkStats:  # fmt: skip
+        """The statistics of some tokens, numbered as if flat."""
         flat, temperatures = targets.reshape(-1), None
         if isinstance(self.temperature, Tensor):
             temperatures = self.temperature.expand(targets.shape).reshape(-1)
 
-        def score(rows: Tensor) -> TokenStats:
-            logits = self.logits(rows)
-            temperature = self.temperature if temperatures is None else temperatures[rows]
+        def score(some: Tensor) -> ChunkStats:
+            logits = self.logits(some)
+            temperature = self.temperature if temperatures is None else temperatures[some]
             stats = token_stats(
-                logits, flat[rows], entropy=entropy, impl=self.impl, ignore_index=ignore_index,
+                logits, flat[some], entropy=entropy, impl=self.impl, ignore_index=ignore_index,
                 temperature=temperature,
             )  # fmt: skip
-            if not lse_has_slope:
-                return stats
             if isinstance(temperature, Tensor):
                 temperature = temperature.unsqueeze(-1)
-            return stats._replace(lse=(logits / temperature).logsumexp(-1))
+            lse = (logits / temperature).logsumexp(-1) if lse_has_slope else stats.lse
+            mean = (logits / temperature).mean(-1) if mean_logit else None
+            return ChunkStats(stats.logprob, stats.entropy, lse, None, mean)
 
-        rows = live_rows(flat, ignore_index)
+        size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
         # Without any token too, so that the parameters of the head have a gradient, of zeros.
-        parts = in_chunks(score, rows, self._chunk) or [score(rows)]
-        dtype = accumulation_dtype(self.hidden.dtype)
-
-        def whole(values: list[Tensor]) -> Tensor:
-            zeros = self.hidden.new_zeros(flat.shape, dtype=dtype)
-            return zeros.index_put((rows,), torch.cat(values).to(dtype)).view(targets.shape)
-
-        entropies = [part.entropy for part in parts if part.entropy is not None]
-        return TokenStats(
-            whole([part.logprob for part in parts]),
-            whole(entropies) if entropy else None,
-            whole([part.lse for part in parts]),
+        parts = in_chunks(score, rows, size) or [score(rows)]
+        columns = zip(*parts, strict=True)
+        logprob, entropies, lse, _, mean = (
+            None if column[0] is None else torch.cat(column) for column in columns
         )
+        assert logprob is not None and lse is not None
+        return ChunkStats(logprob, entropies, lse, None, mean)

@@ -14,7 +14,6 @@ from fastrlhf.ops.checks import check_at_least, check_between, check_ignore_inde
 from fastrlhf.ops.linear_arguments import check_head
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.summed_gradient import with_summed_gradient
-from fastrlhf.ops.transform import token_temperatures
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -36,11 +35,11 @@ class CrossEntropy(NamedTuple):
             check_at_least("z_loss", self.z_loss, 0),
         )
 
-    def of_tokens(self, stats: ChunkStats, mean_logit: Tensor | None) -> tuple[Tensor, Tensor]:
+    def of_tokens(self, stats: ChunkStats) -> tuple[Tensor, Tensor]:
         """The losses of some tokens, and the part of them that is the z-loss."""
         losses = -stats.logprob
-        if mean_logit is not None:
-            every_word = stats.lse - mean_logit
+        if stats.mean_logit is not None:
+            every_word = stats.lse - stats.mean_logit
             losses = (1 - self.label_smoothing) * losses + self.label_smoothing * every_word
         if self.z_loss == 0:
             return losses, torch.zeros_like(losses)
@@ -92,8 +91,7 @@ def linear_cross_entropy(
     Cost, in matmuls G of the tokens with a target, and memory: as `linear_loss`, G without
     gradients, 2G where hidden or the head alone needs one, 3G for both. "none" costs as much where
     backward weighs all losses alike, and another 3G where it does not; to tell, a GPU is awaited
-    once in backward. Label smoothing reads the weight once more, and with a softcap makes the
-    logits once more, and again in backward (4G).
+    once in backward. Label smoothing with a softcap takes another chunk of logits.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats`; an option out of range.
@@ -144,28 +142,17 @@ def summed_cross_entropy(
     detached `losses`, `nll` and `z_loss`; nothing where there are none.
     """
     sides = {"token": torch.arange(targets.numel(), device=targets.device).view(targets.shape)}
-    if options.label_smoothing != 0:
-        sides["mean_logit"] = _mean_logits(scorer, targets, ignore_index)
     if weights is not None:
         sides["weights"] = weights
 
     def of_chunk(stats: ChunkStats, *chunk: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         of = dict(zip(sides, chunk, strict=True))
-        losses, z_losses = options.of_tokens(stats, of.get("mean_logit"))
+        losses, z_losses = options.of_tokens(stats)
         total = (losses * of["weights"]).sum() if "weights" in of else losses.sum()
         nll = -stats.logprob
         return total, {"token": of["token"], "losses": losses, "nll": nll, "z_loss": z_losses}
 
-    return scorer.loss(of_chunk, targets, *sides.values(), ignore_index=ignore_index)
-
-
-def _mean_logits(scorer: Scorer, targets: Tensor, ignore_index: int) -> Tensor:
-    """The mean logit of each token (...) with a target, divided by its temperature."""
-    live = targets != ignore_index
-    rows = live.reshape(-1).nonzero()[:, 0]
-    means = scorer.mean_logits(rows)
-    temperature = scorer.temperature
-    if isinstance(temperature, Tensor):
-        temperature = token_temperatures(temperature, targets)[live].to(means.dtype)
-    means = means / temperature
-    return means.new_zeros(live.numel()).index_put((rows,), means).view(targets.shape)
+    return scorer.loss(
+        of_chunk, targets, *sides.values(),
+        ignore_index=ignore_index, mean_logit=options.label_smoothing != 0,
+    )  # fmt: skip

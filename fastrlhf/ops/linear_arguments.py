@@ -35,6 +35,7 @@ class LinearOptions(NamedTuple):
     entropy: bool
     chunk: int
     impl: str
+    mean_logit: bool  # the mean of each token's logits is asked for
     dtype: torch.dtype  # of the matmuls: that of the hidden states, or of autocast
 
 
@@ -65,7 +66,7 @@ class LinearProblem(NamedTuple):
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         targets = self.targets.reshape(-1)
         rows = Rows(hidden, targets, transform, options.ignore_index, order)
-        return Workbench(head, rows, options.entropy, options.impl)
+        return Workbench(head, rows, options.entropy, options.mean_logit, options.impl)
 
 
 def wanted_or_detached(*tensors: Any) -> tuple[Any, ...]:
@@ -93,6 +94,7 @@ def checked_problem(
     entropy: bool,
     chunk_size: int | None,
     impl: str,
+    mean_logit: bool = False,
 ) -> LinearProblem:
     """Check everything and convert the hidden states to the dtype of the matmuls.
 
@@ -114,7 +116,7 @@ def checked_problem(
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     options = LinearOptions(
         *transform[1:], ignore_index, entropy,
-        checked_chunk(chunk_size, vocab, hidden.device), impl, matmul_dtype(hidden),
+        checked_chunk(chunk_size, vocab, hidden.device), impl, mean_logit, matmul_dtype(hidden),
     )  # fmt: skip
     return LinearProblem(
         hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options

@@ -29,6 +29,7 @@ class ChunkStats(NamedTuple):
     entropy: Tensor | None  # (n,), None unless asked for
     lse: Tensor  # (n,), differentiable here
     groups: Tensor | None  # (n,) ids, as given
+    mean_logit: Tensor | None = None  # (n,) over the vocabulary; for label smoothing alone
 
 
 LossFunction = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -183,10 +184,14 @@ class _ChunkLosses:
 
     def __call__(self, span: Span, found: Statistics) -> Slopes:
         index = self.order[slice(*span)]
-        logprob, entropy, lse = (x.detach().requires_grad_(self.with_slopes) for x in found[:3])
+        logprob, entropy, lse, mean_logit = (
+            x.detach().requires_grad_(self.with_slopes) if x.numel() else None
+            for x in (found.logprob, found.entropy, found.lse, found.mean)
+        )
+        assert logprob is not None and lse is not None
         groups = None if self.groups is None else self.groups[index]
         with torch.set_grad_enabled(self.grad):
-            stats = ChunkStats(logprob, entropy if entropy.numel() else None, lse, groups)
+            stats = ChunkStats(logprob, entropy, lse, groups, mean_logit)
             result = self.loss_fn(stats, *(x[index] for x in self.side_inputs))
             loss, aux = check_loss(result, self.aux[0] if self.aux else None)
         self.losses.append(loss)
@@ -198,9 +203,11 @@ class _ChunkLosses:
         zeros = torch.zeros_like(stats.logprob)
         if not (self.with_slopes and loss.requires_grad):
             return Slopes(zeros)
-        leaves = [stats.logprob, stats.lse] + ([] if stats.entropy is None else [stats.entropy])
-        g, l, *h = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-        return Slopes(zeros if g is None else g, h[0] if h else None, l)
+        leaves = (stats.logprob, stats.entropy, stats.lse, stats.mean_logit)
+        there = [x for x in leaves if x is not None]
+        found = iter(torch.autograd.grad(loss, there, retain_graph=True, allow_unused=True))
+        g, *others = (None if x is None else next(found) for x in leaves)
+        return Slopes(zeros if g is None else g, *others)
 
     def total(self, zero: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Add up the losses, and collect the aux entries."""

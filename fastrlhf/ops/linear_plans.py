@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import accumulation_dtype
+from fastrlhf.reference import accumulation_dtype, capped_logits
 
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_head import Head
@@ -75,6 +75,7 @@ class Statistics(NamedTuple):
     lse: Tensor
     peak: Tensor
     log_norm: Tensor
+    mean: Tensor  # of the effective logits; empty unless asked for
 
 
 class Slopes(NamedTuple):
@@ -85,6 +86,7 @@ class Slopes(NamedTuple):
     logprob: Tensor
     entropy: Tensor | None = None
     lse: Tensor | None = None
+    mean: Tensor | None = None
 
     def at(self, place: slice | Tensor) -> "Slopes":
         """Take those of some tokens."""
@@ -104,6 +106,7 @@ class Workbench(NamedTuple):
     head: Head
     rows: Rows
     entropy: bool
+    mean_logit: bool
     impl: str
 
     def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
@@ -118,7 +121,19 @@ class Workbench(NamedTuple):
             logits, block.targets, *block.transform, self.rows.ignore_index, self.entropy, False,
             self.impl,
         )  # fmt: skip
-        return logits, Statistics(*found)
+        logprob, entropy, lse, peak, log_norm = found
+        mean = self._mean_logits(block, logits)
+        return logits, Statistics(logprob, entropy, lse, peak, log_norm, mean)
+
+    def _mean_logits(self, block: Block, logits: Tensor) -> Tensor:
+        if not self.mean_logit:
+            return logits.new_empty(0)
+        _, _, softcap, scale = block.transform
+        if softcap is None:
+            means = logits.mean(-1) * scale
+        else:
+            means = capped_logits(logits, softcap, scale).mean(-1)
+        return means / block.transform.of_rows
 
     def d_logits(
         self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes,
@@ -133,7 +148,7 @@ class Workbench(NamedTuple):
         there = room(len(logits)) if operands != logits.dtype else None
         saved = (logits, block.targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm)
         upstream = (slopes.logprob, slopes.entropy)
-        arguments = (*saved, *upstream, *block.transform, self.impl, slopes.lse)
+        arguments = (*saved, *upstream, *block.transform, self.impl, slopes.lse, slopes.mean)
         if overwrite and logits.dtype == exact:
             torch.ops.fastrlhf.token_stats_backward_(*arguments)
             return as_operands(logits, operands, there)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
 
 from .backend import under_transform
-from .linear_arguments import LinearProblem, checked_chunk, checked_problem, exact, matmul_dtype
+from .linear_arguments import LinearProblem, checked_problem, exact, matmul_dtype
 from .linear_head import Weight
 from .linear_loss import LossFunction, loss_of
 from .linear_rows import even_spans
@@ -53,16 +53,14 @@ class Scorer(Protocol):
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
+        mean_logit: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """As `linear_loss`."""
+        """As `linear_loss`. `mean_logit`: let the loss see the mean of each token's logits."""
 
     def logits(self, rows: Tensor) -> Tensor:
         """The logits (n, V) of some hidden states, numbered as if flat: in fp32 or fp64, scaled and
         capped, but without temperature; differentiable.
         """
-
-    def mean_logits(self, rows: Tensor) -> Tensor:
-        """The means (n,) over the vocabulary of `logits`."""
 
 
 class LinearScorer(NamedTuple):
@@ -87,11 +85,13 @@ class LinearScorer(NamedTuple):
         head = (*self.weights, self.bias)
         return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in head)
 
-    def problem(self, targets: Tensor, *, ignore_index: int, entropy: bool) -> LinearProblem:
+    def problem(
+        self, targets: Tensor, *, ignore_index: int, entropy: bool, mean_logit: bool = False
+    ) -> LinearProblem:
         return checked_problem(
             self.hidden, self.weights, targets, bias=self.bias, temperature=self.temperature,
             softcap=self.softcap, scale=self.scale, ignore_index=ignore_index, entropy=entropy,
-            chunk_size=self.chunk_size, impl=self.impl,
+            chunk_size=self.chunk_size, impl=self.impl, mean_logit=mean_logit,
         )  # fmt: skip
 
     def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
@@ -100,8 +100,11 @@ class LinearScorer(NamedTuple):
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
+        mean_logit: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        problem = self.problem(targets, ignore_index=ignore_index, entropy=entropy)
+        problem = self.problem(
+            targets, ignore_index=ignore_index, entropy=entropy, mean_logit=mean_logit
+        )
         return loss_of(problem, loss_fn, side_inputs, groups)
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -118,40 +121,12 @@ class LinearScorer(NamedTuple):
                 made = made + self.bias.to(sums)
             return capped_logits(made, self.softcap, self.scale)
 
-    def mean_logits(self, rows: Tensor) -> Tensor:
-        if self.softcap is not None:
-            size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
-            means = in_chunks(lambda some: self.logits(some).mean(-1), rows, size)
-            return torch.cat(means or [self.logits(rows).mean(-1)])
-        # The mean of W·h + b is that of the rows of W, times h: no matmul of the vocabulary.
-        sums = accumulation_dtype(self.hidden.dtype)
-        hidden = self._rows(rows).to(sums)
-        with exact(hidden):
-            parts = [
-                of_block @ _mean_row(weight, sums)
-                for of_block, weight in zip(self._blocks(hidden), self.weights, strict=True)
-            ]
-            made = reduce(torch.add, parts)
-            if self.bias is not None:
-                made = made + self.bias.to(sums).mean()
-            return self.scale * made
-
     def _rows(self, rows: Tensor) -> Tensor:
         return self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
 
     def _blocks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """The columns of each block of the weight."""
         return hidden.split([weight.shape[1] for weight in self.weights], dim=-1)
-
-
-def _mean_row(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The mean (K,) of the rows of a weight (V, K)."""
-    if isinstance(weight, Tensor):
-        return weight.mean(0, dtype=dtype)
-    vocab, size = weight.shape[0], 2**12
-    sums = [weight[first : min(first + size, vocab)].sum(0, dtype=dtype)
-            for first in range(0, vocab, size)]  # fmt: skip
-    return torch.stack(sums).sum(0) / vocab
 
 
 def in_chunks(function: Callable[[Tensor], Result], rows: Tensor, size: int) -> list[Result]:

@@ -259,6 +259,7 @@ def _write_gradient(
     scale: float,
     impl: str,
     d_lse: Tensor | None = None,
+    d_mean: Tensor | None = None,
 ) -> None:
     """Write the gradient into all of d_logits (..., V), of any floating dtype and with rows at any
     distance; it may be the logits themselves.
@@ -267,7 +268,7 @@ def _write_gradient(
     rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
     d_rows = rows if d_logits is logits else d_logits.view(rows.shape)
     d_logprob = d_logprob.contiguous()
-    d_entropy, d_lse = (None if x is None else x.contiguous() for x in (d_entropy, d_lse))
+    others = tuple(None if x is None else x.contiguous() for x in (d_entropy, d_lse, d_mean))
     if targets.numel() == 0:
         return
     if use_triton(impl, logits):
@@ -279,15 +280,14 @@ def _write_gradient(
             targets,
             stats,
             d_logprob,
-            d_entropy,
-            d_lse,
+            *others,
             temperature=row_temperature,
             softcap=softcap,
             scale=scale,
         )
         return
     active = d_logprob != 0
-    for slope in (d_entropy, d_lse):
+    for slope in others:
         if slope is not None:
             active |= slope != 0
     # As in the kernel: the peak of a row without a distribution is -inf.
@@ -298,8 +298,7 @@ def _write_gradient(
             targets[index],
             tuple(value[index] if value.numel() else value for value in stats),
             d_logprob[index],
-            None if d_entropy is None else d_entropy[index],
-            None if d_lse is None else d_lse[index],
+            *(None if slope is None else slope[index] for slope in others),
             temperature=_take(row_temperature, index),
             softcap=softcap,
             scale=scale,
@@ -312,7 +311,7 @@ def _write_gradient(
 _ARGUMENTS = (
     "Tensor targets, Tensor logprob, Tensor entropy, Tensor peak, Tensor log_norm, "
     "Tensor d_logprob, Tensor? d_entropy, Tensor? token_temperature, float temperature, "
-    "float? softcap, float scale, str impl, Tensor? d_lse=None"
+    "float? softcap, float scale, str impl, Tensor? d_lse=None, Tensor? d_mean=None"
 )
 
 

@@ -65,6 +65,7 @@ def launch_token_stats(vocab: int, dtype: torch.dtype, everything: bool) -> None
         logprob,
         entropy if everything else None,
         logprob if everything else None,
+        logprob if everything else None,
         **transform,
     )
 

@@ -738,13 +738,13 @@ MUTANTS = [
         ),
         (
             "eager: a row with a slope of the lse alone is zeros",
-            "for slope in (d_entropy, d_lse):", "for slope in (d_entropy,):",
+            "    for slope in others:\n", "    for slope in others[:1]:\n",
             "any_slope and eager",
         ),
         (
             "eager: the slope of the lse of another row",
-            "None if d_lse is None else d_lse[index]",
-            "None if d_lse is None else d_lse[: len(d_logprob[index])]",
+            "*(None if slope is None else slope[index] for slope in others)",
+            "*(None if slope is None else slope[: len(d_logprob[index])] for slope in others)",
             "any_slope and eager",
         ),
         (
@@ -991,7 +991,7 @@ MUTANTS = [
         ),
         (
             "plans: the slope of the lse is lost",
-            "self.impl, slopes.lse)", "self.impl, None)",
+            "self.impl, slopes.lse, slopes.mean)", "self.impl, None, slopes.mean)",
             "lse_is_differentiable and eager",
         ),
         (
@@ -1029,12 +1029,14 @@ MUTANTS = [
         ),
         (
             "linear loss: the slope of the lse is dropped",
-            "h[0] if h else None, l)", "h[0] if h else None, None)",
+            "return Slopes(zeros if g is None else g, *others)",
+            "return Slopes(zeros if g is None else g, others[0])",
             "lse_is_differentiable and eager",
         ),
         (
             "linear loss: a slope of an lse that is not used",
-            "h[0] if h else None, l)", "h[0] if h else None, zeros if l is None else l)",
+            "None if x is None else next(found) for x in leaves)",
+            "None if x is None else (y := next(found), zeros)[y is None] for x in leaves)",
             "only_a_loss",
         ),
         (
@@ -1263,11 +1265,6 @@ MUTANTS = [
             "loss_is_that and smoothed",
         ),
         (
-            "cross-entropy: a mean logit without temperature",
-            "    means = means / temperature\n", "",
-            "loss_is_that and smoothed and warm",
-        ),
-        (
             "cross-entropy: a z-loss that is not squared",
             "self.z_loss * stats.lse.square()", "self.z_loss * stats.lse.abs()",
             "loss_is_that and loss",
@@ -1279,22 +1276,35 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/ops/scorer.py", "test_linear_cross_entropy.py",
+        "fastrlhf/ops/linear_plans.py", "test_linear_cross_entropy.py",
         (
-            "scorer: a mean logit without the bias",
-            "made = made + self.bias.to(sums).mean()", "made = made + 0.0",
-            "loss_is_that and smoothed",
+            "plans: a mean logit without temperature",
+            "return means / block.transform.of_rows", "return means",
+            "loss_is_that and smoothed and warm",
         ),
         (
-            "scorer: a mean logit that is not scaled",
-            "return self.scale * made", "return made",
+            "plans: a mean logit that is not scaled",
+            "means = logits.mean(-1) * scale", "means = logits.mean(-1)",
             "loss_is_that and smoothed and scaled",
         ),
         (
-            "scorer: a mean of logits that are not capped",
-            "if self.softcap is not None:", "if False:",
+            "plans: a mean of logits that are not capped",
+            "means = capped_logits(logits, softcap, scale).mean(-1)",
+            "means = logits.mean(-1) * scale",
             "loss_is_that and smoothed and capped",
         ),
+    ),
+    Mutant(
+        "K2: no slope of the mean logit",
+        "kernels/rows.py",
+        "        dz += m\n", "        dz += 0 * m\n",
+        "test_linear_cross_entropy.py", "as_accurate and triton and smoothed and float32",
+    ),
+    Mutant(
+        "eager K2: no slope of the mean logit",
+        "fastrlhf/reference.py",
+        "dz.add_((d_mean / logits.shape[-1]).unsqueeze(-1))", "pass",
+        "test_linear_cross_entropy.py", "loss_is_that and smoothed and all",
     ),
     *_mutants(
         "fastrlhf/hf/at_head.py", "test_model_token_stats.py",
@@ -1342,7 +1352,7 @@ MUTANTS = [
         ),
         (
             "model: an own module's lse without a slope",
-            "if not lse_has_slope:", "if True:",
+            ".logsumexp(-1) if lse_has_slope else stats.lse", ".logsumexp(-1).detach()",
             "heads_of_other_kinds and smoothed and DoRA",
         ),
         (
@@ -1368,13 +1378,13 @@ MUTANTS = [
         "fastrlhf/hf/packing.py", "test_model_losses.py",
         (
             "packing: a model that lets sequences see each other",
-            "if _sees_the_one_before(base, device):", "if False:",
+            "not _gradient_crosses(model, base, device)", "True",
             "see_each_other_are_refused",
         ),
         (
             "packing: positions that go on",
-            '"position_ids": place - layout.spread(cu_seqlens[:-1].long())',
-            '"position_ids": place',
+            "places = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) - first",
+            "places = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)",
             "packed_sequences_have and Llama and dpo",
         ),
     ),
