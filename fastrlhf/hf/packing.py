@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastrlhf.ops.checks import known_on_host
 from fastrlhf.ops.layout import layout_of
@@ -125,7 +126,6 @@ def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool
             "sequences are kept apart; use FSDP2, or call this once before the model is wrapped"
         )
     embedded: list[Tensor] = []
-    entered: list[Tensor] = []
     vocab = text_config(base).vocab_size
 
     def watch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
@@ -133,7 +133,6 @@ def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool
         return embedded[-1].clone()  # which models may write into
 
     def keep(hidden: Tensor, _: Any) -> tuple[Tensor, int]:
-        entered.append(hidden)
         return hidden, vocab
 
     stand_in = StandIn(head_module(base), type(base).__name__, keep)
@@ -141,13 +140,20 @@ def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool
     try:
         with (
             torch.inference_mode(False), torch.enable_grad(), evaluating(base), stand_in.in_place(),
+            saved_tensors_hooks(_as_it_is, _as_it_is),  # and not those of a checkpoint around it
         ):  # fmt: skip
             ids = torch.tensor([[5, 6, 7, 8]], device=device) % vocab
             positions = torch.tensor([[0, 1, 0, 1]], device=device)
-            base(input_ids=ids, position_ids=positions, use_cache=False)
-            return _reaches(embedded, entered[0]) if embedded else True  # for all that is known
+            output = base(input_ids=ids, position_ids=positions, use_cache=False)
+            # Tied to the output, by whose gradient wrappers know that weights are needed again.
+            entered = stand_in.result(output)
+            return _reaches(embedded, entered) if embedded else True  # for all that is known
     finally:
         hook.remove()
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _reaches(embedded: list[Tensor], entered: Tensor) -> bool:

@@ -126,6 +126,21 @@ def _policy(model: nn.Module, teacher: nn.Module, x: Batch, **options: Any) -> T
     )[0]
 
 
+def _packed(model: nn.Module, teacher: nn.Module, x: Batch, **options: Any) -> Tensor:
+    """The policy loss of the same tokens without padding."""
+    there = x.attention.bool()
+    lengths = there.sum(1)
+
+    def of_tokens(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, 1))[there][:-1].unsqueeze(0)
+
+    return fastrlhf.model_policy_loss(
+        model, x.ids[there].unsqueeze(0), None, of_tokens(x.old), x.advantages,
+        mask=x.mask[there].unsqueeze(0), ref_logprobs=of_tokens(x.ref),
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), **options,
+    )[0]  # fmt: skip
+
+
 def _sft(model: nn.Module, teacher: nn.Module, x: Batch) -> Tensor:
     return fastrlhf.model_cross_entropy(
         model, x.ids, x.attention, mask=x.mask, normalizer=NORMALIZER
@@ -208,6 +223,7 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "sft": (_sft, _sft_of_logits),
     "kl": (partial(_mean, _kl), partial(_mean, _kl_of_logits)),
     "kl, weighed": (partial(_weighed, _kl), partial(_weighed, _kl_of_logits)),
+    "packed": (partial(_packed, **POLICY), partial(_policy_of_logits, **POLICY)),
 }
 
 # One of each function.
@@ -335,14 +351,14 @@ _BF16_OUT = MixedPrecisionPolicy(
 )
 _KL = ("kl", "kl, weighed")
 _layers = partial(_sharded, layers=True)
-ALL = tuple(LOSSES)
+ALL = tuple(name for name in LOSSES if name != "packed")
 
 CASES: dict[str, dict[str, Case]] = {
     "ddp": {
-        "plain": Case(_ddp, losses=ALL),
+        "plain": Case(_ddp, losses=(*ALL, "packed")),
         "tied": Case(_ddp, "tied"),
         "unused": Case(_unused),
-        "static": Case(_static),
+        "static": Case(_static, losses=(*FIVE, "packed")),
         "static, tied": Case(_static, "tied"),
         "no_sync": Case(_ddp, passes=2, late_sync=True),
         "empty": Case(_ddp, empty=True, losses=ALL),
@@ -350,7 +366,7 @@ CASES: dict[str, dict[str, Case]] = {
         "empty, tied": Case(_ddp, "tied", empty=True),
         "scaled": Case(_ddp, "scaled"),
         "scaled, static": Case(_static, "scaled"),
-        "lora": Case(_ddp, "lora"),
+        "lora": Case(_ddp, "lora", losses=("packed", *FIVE)),
         "lora, empty": Case(_ddp, "lora", empty=True),
         "lora head": Case(_ddp, "lora head"),
         "dora head": Case(_ddp, "dora head", losses=ALL),
@@ -363,11 +379,11 @@ CASES: dict[str, dict[str, Case]] = {
     "fsdp2": {
         "root": Case(_sharded),
         "root, tied": Case(_sharded, "tied"),
-        "layers": Case(_layers, losses=ALL),
+        "layers": Case(_layers, losses=(*ALL, "packed")),
         "layers, tied": Case(_layers, "tied"),
         "head": Case(lambda m: _sharded(m, "head")),
         "norm and head": Case(lambda m: _sharded(m, "norm and head", layers=True)),
-        "everything": Case(_with_head, losses=ALL),
+        "everything": Case(_with_head, losses=("packed", *ALL)),
         "everything, tied": Case(_everything, "tied", losses=ALL),
         "accumulated": Case(_with_head, passes=2),
         "accumulated, late": Case(_with_head, passes=2, late_sync=True),
