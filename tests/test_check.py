@@ -105,3 +105,14 @@ def test_what_is_unusual_about_a_model() -> None:
     capped.register_forward_hook(lambda m, a, out: (out.logits.clamp(max=1),))
     (found,) = fastrlhf.check(capped, batch())
     assert found.startswith("lm_head is not for this model: ")
+
+
+def test_what_is_unusual_about_packed_sequences() -> None:
+    usual = {**batch(), "attention_mask": None}
+    usual = {name: x if x is None else x[:1] for name, x in usual.items()}
+    packed = {**usual, "cu_seqlens": torch.tensor([0, 2, 6])}
+    assert fastrlhf.check(model(), packed) == []
+    (said,) = fastrlhf.check(model(), {**packed, "cu_seqlens": torch.tensor([0, 2, 5])})
+    assert said.startswith("cu_seqlens: expected to end at 6")
+    (said,) = fastrlhf.check(model(), {**packed, "attention_mask": torch.ones(1, 6)})
+    assert said.startswith("attention_mask: expected None with cu_seqlens")

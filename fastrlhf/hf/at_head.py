@@ -73,12 +73,12 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     """
     base = base_model(model)
     module, name = head_module(base), type(base).__name__
-    batch = batch._replace(inputs=given_inputs(batch.inputs))
     ids, attention_mask = batch.input_ids, batch.attention_mask
     check_ids(ids)
     check_weights(module, name)
     check_model(base, name)
     check_keywords(base, batch.inputs)
+    batch = batch._replace(inputs=given_inputs(batch.inputs))
     check_causal(base)
     scored = scored_tokens(ids, attention_mask, batch.mask, batch.inputs.get("position_ids"))
     if batch.cu_seqlens is None:

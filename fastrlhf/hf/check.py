@@ -9,8 +9,17 @@ from torch import Tensor, nn
 from .causality import check_causal
 from .head_parts import base_model, check_weights, head_module, text_config
 from .lm_head import lm_head
-from .model_inputs import check_ids, check_keywords, check_model, makes_own_positions
+from .model_inputs import (
+    TokenBatch,
+    check_ids,
+    check_keywords,
+    check_model,
+    given_inputs,
+    makes_own_positions,
+)
+from .packing import packed_inputs
 
+_OF_TOKENS = ("input_ids", "attention_mask", "cu_seqlens")
 _MASKS = ("mask", "completion_mask", "loss_mask", "response_mask")
 
 
@@ -22,8 +31,9 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
     Args:
         model: as `model_token_stats`.
-        batch: input_ids (B, T); attention_mask (B, T); the mask of the tokens to score (B, T) as
-            "mask", "completion_mask", "loss_mask" or "response_mask"; what else the forward takes.
+        batch: input_ids (B, T); attention_mask (B, T); cu_seqlens, where sequences are packed; the
+            mask of the tokens to score (B, T) as "mask", "completion_mask", "loss_mask" or
+            "response_mask"; what else the forward takes.
 
     Returns:
         A sentence for each finding; none if everything is as it usually is: tokens of the prompt or
@@ -38,18 +48,18 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     check_ids(ids)
     mask_name = next((name for name in _MASKS if name in batch), None)
     attention = batch.get("attention_mask")
-    inputs = {
-        name: value
-        for name, value in batch.items()
-        if name not in ("input_ids", "attention_mask", mask_name) and value is not None
-    }
+    inputs = {name: value for name, value in batch.items() if name not in (*_OF_TOKENS, mask_name)}
     found = _of_model(model, inputs)
+    cu_seqlens = batch.get("cu_seqlens")
+    if cu_seqlens is not None:
+        packed = TokenBatch(ids, attention, given_inputs(inputs), cu_seqlens=cu_seqlens)
+        found += _of_packing(model, packed)
     attended = torch.ones_like(ids, dtype=torch.bool)
     if isinstance(attention, Tensor) and attention.ndim == 2:
         if attention.shape != ids.shape or bool(((attention != 0) & (attention != 1)).any()):
             return [*found, "attention_mask: is not of 0 and 1 in the shape of input_ids"]
         attended = attention != 0
-        if bool((attended[:, 1:] & ~attended[:, :-1]).any()) and "position_ids" not in inputs:
+        if bool((attended[:, 1:] & ~attended[:, :-1]).any()) and inputs.get("position_ids") is None:
             found += _of_left_padding(model)
     elif attention is None and _has_padding(model, ids):
         found.append("attention_mask: none is given, but input_ids end in padding, which is scored")
@@ -89,6 +99,14 @@ def _of_model(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     ):
         found.append("model: is in training mode and has dropout, so log-probs vary between calls")
     return found
+
+
+def _of_packing(model: nn.Module, packed: TokenBatch) -> list[str]:
+    try:
+        packed_inputs(model, base_model(model), packed)
+    except (TypeError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 def _of_left_padding(model: nn.Module) -> list[str]:

@@ -104,8 +104,8 @@ def head_inputs(
         TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
     """
     base = base_model(model)
-    inputs = given_inputs(inputs)
     check_keywords(base, inputs)
+    inputs = given_inputs(inputs)
     module = head_module(base)
     check_weights(module, type(base).__name__)
     capture = _Capture(module, head_parts(module))

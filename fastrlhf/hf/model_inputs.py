@@ -66,7 +66,8 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
         TypeError: a keyword that the forward does not name.
     """
     for name, instead in _REFUSED.items():
-        if name in inputs and not (type(inputs[name]) is int and inputs[name] == 0):
+        value = inputs.get(name)
+        if value is not None and not (type(value) is int and value == 0):
             raise ValueError(f"{name}: expected none, {instead}")
     parameters = _parameters(base)
     known = _PASSED_ON.union(parameters)
