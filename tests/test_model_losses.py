@@ -743,7 +743,17 @@ WRONG = {
             m, b["input_ids"][:1], cu_seqlens=torch.tensor([0, 4, 9]), use_cache=True
         ),
         ValueError,
-        "^use_cache: expected none with cu_seqlens",
+        "^use_cache: expected none with packed sequences",
+    ),
+    "packed after a cache": (
+        lambda m, b: fastrlhf.sft_loss(
+            m,
+            b["input_ids"][:1],
+            position_ids=restarting(),
+            past_key_values=transformers.DynamicCache(),
+        ),
+        ValueError,
+        "^past_key_values: expected none with packed sequences",
     ),
     "positions that go on": (
         lambda m, b: fastrlhf.sft_loss(

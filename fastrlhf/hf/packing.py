@@ -36,12 +36,7 @@ def packed_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, A
     ids, mask, inputs = batch.input_ids, batch.attention_mask, batch.inputs
     layout = layout_of("input_ids", ids, batch.cu_seqlens)
     assert batch.cu_seqlens is not None
-    for name in ("use_cache", "past_key_values"):
-        if inputs.get(name):
-            raise ValueError(
-                f"{name}: expected none with cu_seqlens: with a cache, a model of transformers "
-                "lets packed sequences see each other"
-            )
+    _refuse_cache(inputs)
     without_positions = makes_own_positions(base, model)
     first = layout.spread(batch.cu_seqlens[:-1].long())
     places = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) - first
@@ -78,11 +73,25 @@ def check_restarts(model: nn.Module, base: Any, batch: TokenBatch) -> None:
                 "model of transformers lets packed sequences see each other"
             )
         return
-    if makes_own_positions(base, model) or (known_on_host(restarts) and not restarts.any()):
+    if makes_own_positions(base, model):
         return
+    if known_on_host(restarts):
+        if not restarts.any():
+            return
+        _refuse_cache(batch.inputs)
     # On a GPU, only what a model that lets them see each other is given has to be awaited.
     if not keeps_apart(model, base, positions.device) and bool(restarts.any()):
         _check_apart(model, base, positions.device)
+
+
+def _refuse_cache(inputs: dict[str, Any]) -> None:
+    for name in ("use_cache", "past_key_values"):
+        value = inputs.get(name)
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name}: expected none with packed sequences: with a cache, a model of "
+                "transformers lets them see each other"
+            )
 
 
 def _says_what_each_token_sees(mask: Any) -> bool:
