@@ -66,8 +66,9 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
         TypeError: a keyword that the forward does not name.
     """
     for name, instead in _REFUSED.items():
-        value = inputs.get(name)
-        if value is not None and not (type(value) is int and value == 0):
+        # A number of logits to keep that leaves out tokens is found by the hidden states that come.
+        given = inputs.get(name) is not None
+        if given and not ("to_keep" in name and isinstance(inputs[name], int)):
             raise ValueError(f"{name}: expected none, {instead}")
     parameters = _parameters(base)
     known = _PASSED_ON.union(parameters)
