@@ -36,6 +36,8 @@ pytestmark = [
 ALL_LINEAR = {"target_modules": ["q_proj", "v_proj", "up_proj"]}
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
 SAVED_HEAD = {**ALL_LINEAR, "modules_to_save": ["lm_head"]}
+# A cap that bends logits, but leaves the largest one the largest.
+CAPPED = {"model": "Gemma2", "changes": {"final_logit_softcapping": 3.0}}
 MOE = {"model": "Mixtral", "changes": {"router_aux_loss_coef": 0.5}}
 
 
@@ -64,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sft, checkpointed, lora": {"kind": "sft", "gradient_checkpointing": True, "lora": ALL_LINEAR},
     "sft, saved head": {"kind": "sft", "lora": SAVED_HEAD},
     "sft, tied": {"kind": "sft", "model": "Llama, tied"},
-    "sft, cap": {"kind": "sft", "model": "Gemma2"},
+    "sft, cap": {"kind": "sft", **CAPPED},
     "sft, scale": {"kind": "sft", "model": "Cohere"},
     "sft, division": {"kind": "sft", "model": "Granite", "learning_rate": 3e-3},
     "sft, bias": {"kind": "sft", "model": "Phi"},
@@ -86,7 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dpo, wpo": {"kind": "dpo", "use_weighting": True, "learning_rate": 1.0},
     "dpo, wpo, lora, cap": {
-        "kind": "dpo", "use_weighting": True, "lora": ALL_LINEAR, "model": "Gemma2",
+        "kind": "dpo", "use_weighting": True, "lora": ALL_LINEAR, **CAPPED,
     },
     "dpo, desensitised to length": {"kind": "dpo", "ld_alpha": 0.5},
     "dpo, known reference": {"kind": "dpo", "precompute_ref_log_probs": True},
@@ -125,7 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo, cool": {"kind": "grpo", "temperature": 0.7},
     "grpo, evaluated": {"kind": "grpo", "evaluate": True, "num_generations_eval": 4},
     "grpo, accumulated, experts": {"kind": "grpo", "gradient_accumulation_steps": 2, **MOE},
-    "grpo, cap": {"kind": "grpo", "model": "Gemma2", "temperature": 0.7, "entropy_coef": 0.01},
+    "grpo, cap": {"kind": "grpo", **CAPPED, "temperature": 0.7, "entropy_coef": 0.01},
     "grpo, head in fp32": {"kind": "grpo", "cast_lm_head_to_fp32": True},
     "rloo": {"kind": "rloo"},
     "rloo, lora, cool": {"kind": "rloo", "lora": ALL_LINEAR, "temperature": 0.7},
@@ -136,7 +138,7 @@ CASES: dict[str, dict[str, Any]] = {
     "distillation, reverse": {"kind": "distillation", "beta": 1.0},
     "distillation, warm": {"kind": "distillation", "temperature": 2.0},
     "distillation, lora": {"kind": "distillation", "lora": ALL_LINEAR, "beta": 0.5},
-    "distillation, cap": {"kind": "distillation", "model": "Gemma2", "beta": 0.5},
+    "distillation, cap": {"kind": "distillation", **CAPPED, "beta": 0.5},
     "distillation, scale": {
         "kind": "distillation", "model": "Cohere", "changes": {"logit_scale": 0.5},
     },
