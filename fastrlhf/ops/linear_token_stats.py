@@ -164,7 +164,7 @@ class _LinearTokenStats(torch.autograd.Function):
         dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
         ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *slopes)
         ctx.set_materialize_grads(False)
-        ctx.mark_nondifferentiable_gradients(found[2])
+        ctx.mark_non_differentiable(found[2])
         return found
 
     @staticmethod
