@@ -30,6 +30,7 @@ from .head_parts import (
     virtual_tokens,
     without_virtual_tokens,
 )
+from .head_scorer import head_scorer, with_adapters
 from .logit_map import LogitMap
 from .measured import measured, state_of
 from .model_inputs import (
@@ -41,7 +42,6 @@ from .model_inputs import (
     scored_tokens,
     with_positions,
 )
-from .own_module import ModuleScorer
 from .packing import check_restarts, packed_inputs
 from .stand_in import StandIn
 
@@ -164,20 +164,12 @@ class _Worker:
         return result, scorer.vocab
 
     def _scorer(self, hidden: Tensor, own: Callable[..., Tensor]) -> Scorer:
-        batch, parts, found = self.batch, self.parts, self.map
-        temperature = batch.temperature
+        batch, temperature = self.batch, self.batch.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature.to(hidden.device)
-        if parts is None or (found.softcap is not None and found.offset is not None):
-            with torch.no_grad():
-                vocab = own(hidden[:1, :1]).shape[-1]
-            return ModuleScorer(
-                hidden, own, found, vocab, temperature, batch.chunk_size, batch.impl
-            )
-        wide, weights = _with_adapters(parts, hidden)
-        return LinearScorer(
-            wide, weights, found.folded_bias(parts.bias), temperature, found.softcap, found.scale,
-            batch.chunk_size, batch.impl,
+        return head_scorer(
+            hidden, own, self.parts, self.map, temperature=temperature,
+            chunk_size=batch.chunk_size, impl=batch.impl,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -199,7 +191,7 @@ class _Worker:
         head = Head(weights, self.parts.bias, matmul_dtype(hidden))
         with evaluating(self.module):  # the dropout of adapters would differ each time
             logits = own(hidden.unsqueeze(0))[0]
-            wide = _with_adapters(self.parts, hidden)[0]
+            wide = with_adapters(self.parts, hidden)[0]
         with torch.autocast(hidden.device.type, enabled=False):
             expected = head.logits(wide.to(head.dtype).to(head.operands))
         weight = self.parts.weight
@@ -223,14 +215,3 @@ class _Worker:
         known.map = stand_in.check(output, self.map)
         known.state = state_of(self.base, self.module, self.parts)
         return known.map is self.map
-
-
-def _with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight]]:
-    """Widen hidden states by what the adapters make of them, and the weight by their blocks."""
-    blocks, weights = [hidden], [parts.weight]
-    for adapter in parts.adapters:
-        dtype = adapter.down.weight.dtype
-        low = adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling
-        blocks.append(low.to(hidden.dtype))
-        weights.append(adapter.up.weight.to(hidden.dtype))
-    return torch.cat(blocks, dim=-1) if parts.adapters else hidden, weights

@@ -8,6 +8,7 @@ agree with any guess at first. What the model does to the logits afterwards is m
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -119,6 +120,21 @@ def head_parts(module: Any) -> HeadParts | None:
     return HeadParts(_whole(module.weight), module.bias, [])
 
 
+def parts_of_weight(weight: Any, bias: Tensor | None) -> HeadParts:
+    """Read a linear head of which only the parameters are at hand, quantized by bitsandbytes or
+    not.
+
+    Raises:
+        TypeError, RuntimeError: as `lm_head`.
+    """
+    module, kind = SimpleNamespace(weight=weight), type(weight).__name__
+    if kind == "Params4bit":
+        return HeadParts(_four_bit(module), bias, [])
+    if kind == "Int8Params":
+        return HeadParts(_eight_bit(module), bias, [])
+    return HeadParts(_whole(weight), bias, [])
+
+
 class _NotWholeError(RuntimeError):
     """A weight of which only a part is there."""
 
@@ -178,7 +194,8 @@ def _four_bit(module: Any) -> Weight:
 
 
 def _eight_bit(module: Any) -> Weight:
-    holder = module.state if module.state.CB is not None else module.weight
+    state = getattr(module, "state", None)
+    holder = module.weight if state is None or state.CB is None else state
     if getattr(holder, "CB", None) is None:
         return _whole(module.weight)
     codes, scales = holder.CB, holder.SCB

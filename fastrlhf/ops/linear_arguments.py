@@ -95,13 +95,17 @@ def checked_problem(
     chunk_size: int | None,
     impl: str,
     mean_logit: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> LinearProblem:
     """Check everything and convert the hidden states to the dtype of the matmuls.
+
+    `dtype`: of the matmuls, to which weights of any dtype are converted a slice at a time; None: as
+    `F.linear`, that of the hidden states and weights, or of autocast.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by its public name.
     """
-    check_head(hidden, weights, bias)
+    check_head(hidden, weights, bias, any_dtype=dtype is not None)
     vocab = weights[0].shape[0]
     check_integer("targets", targets)
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden without its last dimension")
@@ -116,7 +120,8 @@ def checked_problem(
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     options = LinearOptions(
         *transform[1:], ignore_index, entropy,
-        checked_chunk(chunk_size, vocab, hidden.device), impl, mean_logit, matmul_dtype(hidden),
+        checked_chunk(chunk_size, vocab, hidden.device), impl, mean_logit,
+        dtype or matmul_dtype(hidden),
     )  # fmt: skip
     return LinearProblem(
         hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options
@@ -124,7 +129,12 @@ def checked_problem(
 
 
 def check_head(
-    hidden: Tensor, weights: list[Weight], bias: Tensor | None, *, prefix: str = ""
+    hidden: Tensor,
+    weights: list[Weight],
+    bias: Tensor | None,
+    *,
+    prefix: str = "",
+    any_dtype: bool = False,
 ) -> None:
     """Check hidden states (..., K), the column blocks of a head (V, K) and its bias (V,).
 
@@ -134,7 +144,7 @@ def check_head(
     name = f"{prefix}hidden"
     check_floating(name, hidden)
     for weight in weights:
-        _check_weight(weight, hidden, prefix)
+        _check_weight(weight, hidden, prefix, any_dtype)
     vocab, width = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
     if hidden.ndim == 0 or hidden.shape[-1] != width:
         raise ValueError(
@@ -147,11 +157,11 @@ def check_head(
         check_same_device(f"{prefix}bias", bias, name, hidden)
 
 
-def _check_weight(weight: Weight, hidden: Tensor, prefix: str) -> None:
+def _check_weight(weight: Weight, hidden: Tensor, prefix: str, any_dtype: bool) -> None:
     name = f"{prefix}weight"
     if not isinstance(weight, QuantizedWeight):
         check_floating(name, weight)
-        if weight.dtype != hidden.dtype and not _autocast(hidden):
+        if not (any_dtype or weight.dtype == hidden.dtype or _autocast(hidden)):
             raise TypeError(
                 f"{name}: expected {hidden.dtype}, the dtype of {prefix}hidden, got {weight.dtype}"
             )

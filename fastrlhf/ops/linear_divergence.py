@@ -74,6 +74,7 @@ class _Options(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]  # of the matmuls of the two sides
     blocks: tuple[int, int]  # column blocks of the weights of the two sides
     sum_expected: bool  # see `divergence_of`
+    entropy: bool  # of ours is asked for
 
     @property
     def one_transform(self) -> bool:
@@ -167,6 +168,24 @@ def divergence_of(
     That saves the logits that backward would make again, 2G, and the weights need not be there any
     more, unless backward weighs the values differently.
     """
+    return divergence_and_entropy_of(
+        ours, ref, mask, direction=direction, beta=beta, sum_expected=sum_expected, entropy=False
+    )[0]
+
+
+def divergence_and_entropy_of(
+    ours: LinearScorer,
+    ref: LinearScorer,
+    mask: Tensor | None,
+    *,
+    direction: str,
+    beta: float,
+    sum_expected: bool,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the divergence of each token, and our entropy from the same logits, a value without
+    gradient (0 outside of the mask; None unless asked for).
+    """
     hidden = ours.hidden
     check_shape("ref_hidden", ref.hidden[..., 0], tuple(hidden.shape[:-1]), "that of hidden but H")
     check_same_device("ref_hidden", ref.hidden, "hidden", hidden)
@@ -181,19 +200,19 @@ def divergence_of(
         (transform.softcap, ref.softcap), (transform.scale, ref.scale),
         checked_chunk(ours.chunk_size, ours.vocab, hidden.device), ours.impl,
         (matmul_dtype(hidden), matmul_dtype(ref.hidden)),
-        (len(ours.weights), len(ref.weights)), sum_expected,
+        (len(ours.weights), len(ref.weights)), sum_expected, entropy,
     )  # fmt: skip
-    if under_transform():
-        return _definition(ours, ref, mask, transform, options)
+    if under_transform() and not entropy:
+        return _definition(ours, ref, mask, transform, options), None
     tensors = [
         x
         for side, dtype in zip((ours, ref), options.dtypes, strict=True)
         for x in (side.hidden.to(dtype), side.bias, *side.weights)
     ]
-    values = outside_of_graphs(_LinearDivergence.apply)(
+    values, entropies = outside_of_graphs(_LinearDivergence.apply)(
         options, mask, transform.token_temperature, *wanted_or_detached(*tensors)
     )
-    return values.view(mask.shape)
+    return values.view(mask.shape), entropies.view(mask.shape) if entropy else None
 
 
 def _definition(
@@ -234,11 +253,14 @@ class _LinearDivergence(torch.autograd.Function):
         ]
         sums = torch.promote_types(sides[0].head.sums, sides[1].head.sums)
         values = torch.zeros(mask.numel(), dtype=sums, device=mask.device)
+        entropies = torch.zeros_like(values if options.entropy else values[:0])
         with exact(sides[0].hidden):
             for first, last in even_spans(order.shape[0], options.chunk):
                 rows = order[first:last]
                 block = _Block(options, sides, rows, token_temperature)
                 values[rows] = block.values
+                if options.entropy:
+                    entropies[rows] = block.entropy().to(sums)
                 for i, (side, slope, found) in enumerate(zip(sides, slopes, summed, strict=True)):
                     if slope is None and found is None:
                         continue
@@ -257,10 +279,11 @@ class _LinearDivergence(torch.autograd.Function):
         ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]
         dense = [x if isinstance(x, Tensor) else None for x in tensors]
         ctx.save_for_backward(mask, order, token_temperature, *dense, *slopes, *known)
-        return values
+        ctx.mark_non_differentiable(entropies)
+        return values, entropies
 
     @staticmethod
-    def backward(ctx, d_values):
+    def backward(ctx, d_values, _):
         refuse_second_derivative("linear_kl_divergence", "kl_divergence")
         refuse_transforms("linear_kl_divergence's backward", "kl_divergence", d_values)
         options = ctx.options
@@ -374,6 +397,14 @@ class _Block:
         self.values, self.stats = torch.ops.fastrlhf.divergence(
             *self.pair, self.mask, *self.transform, share, options.impl
         )
+
+    def entropy(self) -> Tensor:
+        """Our entropy of each token."""
+        ours = self.pair[1 if self.swapped else 0]
+        targets = torch.zeros_like(self.mask, dtype=torch.int64)
+        return torch.ops.fastrlhf.token_stats(
+            ours, targets, *self.transform, -100, True, False, self.impl
+        )[1]
 
     def d_logits(self, side: int, d_values: Tensor, room: Room) -> LogitGradient:
         """Compute the gradient with respect to the logits of a side, as operands of its matmuls."""

@@ -170,16 +170,16 @@ class Workbench(NamedTuple):
 
 def statistics(bench: Workbench, spans: Iterable[Span]) -> Found:
     """Read the statistics of all tokens: P0, and the forward of P4."""
-    found = _room_for_all_tokens(bench)
+    found = room_for_all_tokens(bench)
     for span in spans:
         block = bench.rows.block(span)
-        _put(found, block, bench.score(block)[1])
+        put(found, block, bench.score(block)[1])
     return found
 
 
 def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Tensor, Tensor]:
     """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K): P1."""
-    found = _room_for_all_tokens(bench)
+    found = room_for_all_tokens(bench)
     u_logprob = room_for_slopes(bench.rows.hidden, alone=not bench.entropy)
     u_entropy = torch.zeros_like(u_logprob if bench.entropy else u_logprob[:0])
     for span in spans:
@@ -203,7 +203,7 @@ def _slopes_of_block(
     bench: Workbench, block: Block, found: Found, u_logprob: Tensor, u_entropy: Tensor
 ) -> None:
     logits, stats = bench.score(block)
-    _put(found, block, stats)
+    put(found, block, stats)
     one, zero = torch.ones_like(stats.logprob), torch.zeros_like(stats.logprob)
     if bench.entropy:
         slopes = Slopes(zero, one)
@@ -265,14 +265,14 @@ def _statistics_of(bench: Workbench, spans: list[Span]) -> Statistics:
     return Statistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _room_for_all_tokens(bench: Workbench) -> Found:
+def room_for_all_tokens(bench: Workbench) -> Found:
     """Make zeros, which are the statistics of ignored tokens."""
     tokens, dtype = bench.rows.targets.shape[0], bench.head.sums
     logprob, lse = (bench.rows.hidden.new_zeros(tokens, dtype=dtype) for _ in range(2))
     return logprob, lse.new_zeros(tokens if bench.entropy else 0), lse
 
 
-def _put(found: Found, block: Block, stats: Statistics) -> None:
+def put(found: Found, block: Block, stats: Statistics) -> None:
     for whole, part in zip(found, stats[:3], strict=True):
         if whole.numel():
             whole[block.place] = part

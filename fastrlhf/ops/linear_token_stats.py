@@ -128,7 +128,13 @@ def token_stats_of(problem: LinearProblem) -> TokenStats:
             *problem.weights,
         ),
     )  # fmt: skip
+    return stats_of_found(problem, (logprob, entropy, lse))
+
+
+def stats_of_found(problem: LinearProblem, found: Sequence[Tensor]) -> TokenStats:
+    """Give the statistics (N,) of all tokens, as the plans find them, the shape of the targets."""
     shape = problem.targets.shape
+    logprob, entropy, lse = found
     with_entropy = problem.options.entropy
     return TokenStats(
         logprob.view(shape), entropy.view(shape) if with_entropy else None, lse.view(shape)
@@ -168,12 +174,14 @@ class _LinearTokenStats(torch.autograd.Function):
         weights = [code or dense for code, dense in zip(ctx.codes, rest, strict=False)]
         problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
-            d_hidden, d_bias, *d_weights = _differentiable(problem, ctx.needs, d_logprob, d_entropy)
+            d_hidden, d_bias, *d_weights = differentiable_gradients(
+                problem, ctx.needs, d_logprob, d_entropy
+            )
         elif slopes:
             d_hidden = _times_slopes(problem, slopes, d_logprob, d_entropy)
             d_bias, d_weights = None, [None] * len(weights)
         else:
-            d_hidden, d_bias, *d_weights = _recomputed(
+            d_hidden, d_bias, *d_weights = recomputed(
                 problem, order, ctx.needs, d_logprob, d_entropy
             )
         return None, d_hidden, d_bias, None, None, *d_weights
@@ -198,7 +206,7 @@ def _times_slopes(
     return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
 
 
-def _recomputed(
+def recomputed(
     problem: LinearProblem,
     order: Tensor | None,
     needs: Needs,
@@ -222,7 +230,7 @@ def _recomputed(
     ]
 
 
-def _differentiable(
+def differentiable_gradients(
     problem: LinearProblem, needs: Needs, d_logprob: Tensor | None, d_entropy: Tensor | None
 ) -> list[Tensor | None]:
     """Gradients that can themselves be differentiated, or batched: by autograd, through the

@@ -74,6 +74,7 @@ class LinearScorer(NamedTuple):
     scale: float = 1.0
     chunk_size: int | None = None
     impl: str = "auto"
+    dtype: torch.dtype | None = None  # of the matmuls
 
     @property
     def vocab(self) -> int:
@@ -91,7 +92,7 @@ class LinearScorer(NamedTuple):
         return checked_problem(
             self.hidden, self.weights, targets, bias=self.bias, temperature=self.temperature,
             softcap=self.softcap, scale=self.scale, ignore_index=ignore_index, entropy=entropy,
-            chunk_size=self.chunk_size, impl=self.impl, mean_logit=mean_logit,
+            chunk_size=self.chunk_size, impl=self.impl, mean_logit=mean_logit, dtype=self.dtype,
         )  # fmt: skip
 
     def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
@@ -108,7 +109,7 @@ class LinearScorer(NamedTuple):
         return loss_of(problem, loss_fn, side_inputs, groups)
 
     def logits(self, rows: Tensor) -> Tensor:
-        dtype = matmul_dtype(self.hidden)
+        dtype = self.dtype or matmul_dtype(self.hidden)
         sums = accumulation_dtype(dtype)
         hidden = self._rows(rows).to(dtype)
         with exact(hidden):

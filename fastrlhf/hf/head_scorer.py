@@ -1,0 +1,48 @@
+"""What scores tokens by a model's head, however the head is stored."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops.linear_head import Weight
+from fastrlhf.ops.scorer import LinearScorer, Scorer
+
+from .head_parts import HeadParts
+from .logit_map import LogitMap
+from .own_module import ModuleScorer
+
+
+def head_scorer(
+    hidden: Tensor,
+    own: Callable[..., Tensor],
+    parts: HeadParts | None,
+    found: LogitMap,
+    *,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> Scorer:
+    """Score hidden states (B, T, H) by the parts of a head, or, where they cannot be told or no
+    linear map follows them, by the head's own forward.
+    """
+    if parts is None or (found.softcap is not None and found.offset is not None):
+        with torch.no_grad():
+            vocab = own(hidden[:1, :1]).shape[-1]
+        return ModuleScorer(hidden, own, found, vocab, temperature, chunk_size, impl)
+    wide, weights = with_adapters(parts, hidden)
+    return LinearScorer(
+        wide, weights, found.folded_bias(parts.bias), temperature, found.softcap, found.scale,
+        chunk_size, impl,
+    )  # fmt: skip
+
+
+def with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight]]:
+    """Widen hidden states by what the adapters make of them, and the weight by their blocks."""
+    blocks, weights = [hidden], [parts.weight]
+    for adapter in parts.adapters:
+        dtype = adapter.down.weight.dtype
+        low = adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling
+        blocks.append(low.to(hidden.dtype))
+        weights.append(adapter.up.weight.to(hidden.dtype))
+    return torch.cat(blocks, dim=-1) if parts.adapters else hidden, weights

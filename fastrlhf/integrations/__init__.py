@@ -1,0 +1,1 @@
+"""Other people's trainers on fastrlhf's kernels: `from fastrlhf.integrations import trl`."""

@@ -1,0 +1,210 @@
+"""Token statistics whose loss comes later, and whose gradient is mostly foreseen.
+
+A trainer that takes log-probs out of a model's forward, and makes a loss of them afterwards, needs
+4G where the head is trained: the loss's derivative with respect to each log-prob, its *slope*, is
+not known while the logits are there, and backward makes them again. But often the slopes can be
+foreseen, up to a factor that all tokens share: those of a cross-entropy are equal. Then the forward
+finishes the gradient for the foreseen slopes, 3G in all; backward compares them with what has come,
+and makes the logits again of those tokens alone whose slope is another. So a wrong guess costs
+time, never a wrong gradient.
+
+Entropies are treated likewise: nothing is kept for their gradient, which a log has no use for.
+Where a loss asks for it after all, backward makes the logits again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.reference import TokenStats
+
+from .backend import under_transform
+from .linear_arguments import LinearProblem, exact, wanted_or_detached
+from .linear_plans import (
+    Needs,
+    Slopes,
+    Statistics,
+    Workbench,
+    put,
+    room_for_all_tokens,
+    room_for_slopes,
+    statistics,
+)
+from .linear_rows import Block, even_spans, live_rows
+from .linear_token_stats import differentiable_gradients, recomputed, stats_of_found, token_stats_of
+
+# From the statistics of a block of tokens, and where in the flattened targets they stand: slopes
+# (n,) of the log-probs, up to a factor that all blocks share.
+Foresight = Callable[[Statistics, Tensor], Tensor]
+
+# Slopes that differ by less than a few roundings are equal.
+_SLACK = 16
+
+
+def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> TokenStats:
+    """Compute `token_stats_of` a problem, at the cost that the module's docstring says.
+
+    Cost: G without gradients, 2G for hidden states alone, and where the head is trained 3G with a
+    foresight that comes true, else 4G. Each token whose slope is another, or whose entropy has a
+    gradient, costs as much as three of them more (two where the head is frozen). On a GPU, backward
+    waits once for how many those are.
+    """
+    if under_transform():
+        return token_stats_of(problem)
+    found = _ForeseenStats.apply(
+        problem.options,
+        foresight,
+        *wanted_or_detached(
+            problem.hidden, problem.bias, problem.targets, problem.token_temperature,
+            *problem.weights,
+        ),
+    )  # fmt: skip
+    return stats_of_found(problem, found)
+
+
+class _ForeseenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, foresight, hidden, bias, targets, token_temperature, *weights):
+        wanted = ctx.needs_input_grad
+        needs = Needs(wanted[2], list(wanted[6:]), wanted[3])
+        problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
+        order = live_rows(targets.reshape(-1), options.ignore_index)
+        kept: list[Tensor | None] = []
+        with exact(hidden):
+            bench = problem.workbench(order)
+            spans = even_spans(bench.rows.size, options.chunk)
+            if needs.head and foresight is not None:
+                found, *kept = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
+            elif needs.hidden and not needs.head:
+                found, *kept = _with_slope_of_logprob(bench, spans)
+            else:
+                found = statistics(bench, spans)
+        ctx.options, ctx.needs = options, needs
+        ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
+        dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
+        ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*found[2:])
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, d_logprob, d_entropy, *_):
+        hidden, bias, targets, token_temperature, order, *rest = ctx.saved_tensors
+        kept = rest[len(ctx.codes) :]
+        weights = [code or dense for code, dense in zip(ctx.codes, rest, strict=False)]
+        problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
+        needs = ctx.needs
+        if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
+            totals = differentiable_gradients(problem, needs, d_logprob, d_entropy)
+        else:
+            if d_logprob is None:
+                d_logprob = torch.zeros_like(targets.reshape(-1), dtype=_sums(problem))
+            rest_of_slopes, totals = d_logprob, [None] * (2 + len(weights))
+            if needs.head and kept:
+                rest_of_slopes, totals = _times_foreseen(problem, order, kept, d_logprob)
+            elif kept:
+                totals[0] = _times_slope(problem, kept[0], d_logprob)
+                rest_of_slopes = torch.zeros_like(d_logprob)
+            totals = _plus_the_rest(problem, order, needs, totals, rest_of_slopes, d_entropy)
+        d_hidden, d_bias, *d_weights = totals
+        return None, None, d_hidden, d_bias, None, None, *d_weights
+
+
+def _sums(problem: LinearProblem) -> torch.dtype:
+    return torch.promote_types(problem.options.dtype, torch.float32)
+
+
+def _with_slope_of_logprob(bench: Workbench, spans: Any) -> tuple[Any, ...]:
+    """Statistics, and ∂logprob/∂hidden (N, K) of each token: P1, but for the entropy's."""
+    found = room_for_all_tokens(bench)
+    slope = room_for_slopes(bench.rows.hidden, alone=True)
+    for span in spans:
+        block = bench.rows.block(span)
+        logits, stats = bench.score(block)
+        put(found, block, stats)
+        unit = Slopes(torch.ones_like(stats.logprob))
+        dz = bench.d_logits(block, logits, stats, unit, room=bench.head.room)
+        slope[block.place] = bench.head.pull_back(dz).to(slope.dtype)
+    return found, slope
+
+
+def _with_foreseen_gradient(
+    bench: Workbench, spans: Any, needs: Needs, foresight: Foresight, problem: LinearProblem
+) -> tuple[Any, ...]:
+    """Statistics, the foreseen slopes (N,), and the gradient for them: P2 with a guess."""
+    found = room_for_all_tokens(bench)
+    slopes = torch.zeros_like(found[0])
+    gradients = bench.gradients(needs, bench.head.sums)
+    for span in spans:
+        block = bench.rows.block(span)
+        logits, stats = bench.score(block)
+        put(found, block, stats)
+        guess = _guess(foresight, stats, block)
+        slopes[block.place] = guess
+        bench.differentiate(block, logits, stats, Slopes(guess), gradients)
+        del logits  # before the next block makes its own
+    known = gradients.totals(problem.hidden, problem.bias, problem.weights)
+    return found, slopes, *known
+
+
+def _guess(foresight: Foresight, stats: Statistics, block: Block) -> Tensor:
+    assert isinstance(block.place, Tensor)
+    guess = foresight(stats, block.place).to(stats.logprob)
+    return torch.where(guess.isfinite(), guess, 0.0)
+
+
+def _times_slope(problem: LinearProblem, slope: Tensor, d_logprob: Tensor) -> Tensor:
+    """Scale the kept vector of each token by its upstream gradient."""
+    live = problem.targets.reshape(-1) != problem.options.ignore_index
+    d_hidden = slope * torch.where(live, d_logprob, 0.0).unsqueeze(1)
+    return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
+
+
+def _times_foreseen(
+    problem: LinearProblem, order: Tensor, kept: list[Tensor], d_logprob: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The slopes that were not foreseen (N,), 0 where they were; and the gradient for the others.
+
+    The factor that makes most tokens right is the median of what each would need.
+    """
+    foreseen, *known = kept
+    guess, came = foreseen[order], d_logprob[order]
+    used = guess != 0
+    ratios = torch.where(used, came / guess, torch.nan)
+    factor = ratios.nanmedian() if ratios.numel() else d_logprob.new_zeros(())
+    factor = torch.where(factor.isfinite(), factor, 0.0)
+    missed = came - factor * guess
+    slack = _SLACK * torch.finfo(came.dtype).eps * came.abs()
+    missed = torch.where(missed.abs() <= slack, 0.0, missed)
+    inputs = problem.hidden, problem.bias, *problem.weights
+    totals: list[Tensor | None] = [
+        None if total is None or x is None else (total * factor).to(x.dtype)
+        for total, x in zip(known, inputs, strict=True)
+    ]
+    return torch.zeros_like(d_logprob).index_copy_(0, order, missed), totals
+
+
+def _plus_the_rest(
+    problem: LinearProblem,
+    order: Tensor,
+    needs: Needs,
+    totals: list[Tensor | None],
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+) -> list[Tensor | None]:
+    """Add the gradient for slopes (N,) of which the forward knew nothing."""
+    due = d_logprob[order] != 0
+    if d_entropy is not None:
+        due |= d_entropy[order] != 0
+    rows = order[due]
+    wanted = needs.hidden, needs.bias, *needs.weights
+    if not rows.shape[0] and all(
+        total is not None or not want for total, want in zip(totals, wanted, strict=True)
+    ):
+        return totals
+    more = recomputed(problem, rows, needs, d_logprob, d_entropy)
+    return [
+        b if a is None else a if b is None else a + b for a, b in zip(totals, more, strict=True)
+    ]
