@@ -19,8 +19,8 @@ OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 def attributes() -> dict[tuple[str, str], Any]:
     """Every attribute of every module of TRL that is imported, and of every class that it has."""
-    for kind in KINDS.values():
-        getattr(trl, f"{kind.name}Trainer")
+    for name in ("__version__", *(f"{kind.name}Trainer" for kind in KINDS.values())):
+        getattr(trl, name)  # there only once it was asked for
     owners: dict[str, Any] = {}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "trl" and isinstance(module, ModuleType):
