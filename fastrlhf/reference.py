@@ -10,7 +10,7 @@ Dims: N rows, V vocabulary, B sequences, T tokens, P pairs, ... any leading shap
 torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,28 @@ class TokenStats(NamedTuple):
     entropy: (...,) in nats, None unless asked for; 0 where the target is ignored.
     lse: (...,) log-sum-exp of the effective logits, not differentiable; 0 where the target is
     ignored.
+
+    The others are None unless named in `with_stats`, and not differentiable; of the effective
+    logits z, or of their probabilities p:
+
+    is_top1: (...,) bool, z.argmax(-1) == target: of equal logits, the first is on top. False where
+    the target is ignored, and without a distribution: where all logits are -inf, or one is NaN or
+    inf.
+    mean_logit: (...,) z.mean(-1) over the vocabulary, -inf if any of them is; 0 where the target is
+    ignored.
+    log_sum_sq_probs: (...,) ln Σ p², 0 where all logits are -inf or the target is ignored.
     """
 
     logprob: Tensor
     entropy: Tensor | None
     lse: Tensor
+    is_top1: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+# What `with_stats` may name.
+FURTHER_STATS = TokenStats._fields[3:]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,6 +118,8 @@ def token_stats(
     scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    entropy_grad: bool = True,
+    with_stats: Iterable[str] = (),
 ) -> TokenStats:
     """Define `fastrlhf.token_stats` by `log_softmax` and `gather`; differentiable to any order.
 
@@ -114,9 +133,11 @@ def token_stats(
     rows_t = (
         temperature.to(x.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     )
-    log_p = F.log_softmax(capped_logits(x, softcap, scale) / rows_t, dim=-1)
-    lse = torch.logsumexp(capped_logits(x, softcap, scale) / rows_t, dim=-1).detach()
-    logprob = log_p.gather(-1, torch.where(live, targets, 0).unsqueeze(-1)).squeeze(-1)
+    capped = capped_logits(x, softcap, scale)
+    log_p = F.log_softmax(capped / rows_t, dim=-1)
+    lse = torch.logsumexp(capped / rows_t, dim=-1).detach()
+    index = torch.where(live, targets, 0)
+    logprob = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
     def of_row(value: Tensor, if_empty: float) -> Tensor:
         return torch.where(live, torch.where(empty, if_empty, value), 0.0)
@@ -126,7 +147,16 @@ def token_stats(
         # 0·ln 0 = 0, also for the derivative: a token without probability takes no part.
         finite_log_p = torch.where(log_p == -torch.inf, 0.0, log_p)
         row_entropy = of_row(-(log_p.exp() * finite_log_p).sum(-1), 0.0)
-    return TokenStats(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf))
+        row_entropy = row_entropy if entropy_grad else row_entropy.detach()
+    further = {}
+    if "is_top1" in with_stats:
+        top = capped.detach().argmax(-1)
+        further["is_top1"] = (top == index) & ~lse.isnan() & live & ~empty
+    if "mean_logit" in with_stats:
+        further["mean_logit"] = of_row((capped.detach() / rows_t).mean(-1), -torch.inf)
+    if "log_sum_sq_probs" in with_stats:
+        further["log_sum_sq_probs"] = of_row(torch.logsumexp(2 * log_p.detach(), -1), 0.0)
+    return TokenStats(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf), **further)
 
 
 def linear_token_stats(
@@ -156,8 +186,10 @@ def token_stats_forward(
     softcap: float | None,
     scale: float,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute logprob, entropy (empty unless asked for), lse, peak and log_norm of (N, V) logits.
+    with_stats: Iterable[str] = (),
+) -> tuple[Tensor, ...]:
+    """Compute logprob, entropy, lse, peak, log_norm, is_top1, mean_logit and log_sum_sq_probs of
+    (N, V) logits; the entropy and the last three are empty unless asked for.
 
     No row is ignored. `peak` is the largest logit before the temperature, `log_norm` is
     lse - peak / temperature: apart, they keep the accuracy that their sum loses for large logits.
@@ -177,15 +209,40 @@ def token_stats_forward(
     total = rest + target_weight
     log_norm = total.log()
     lse = torch.where(empty, 0.0, peak) / rows_t + log_norm
-    row_entropy = capped.new_empty(0)
+    is_top1 = index.new_empty(0, dtype=torch.bool)
+    row_entropy, mean_logit, log_squares = (capped.new_empty(0) for _ in range(3))
+    if "is_top1" in with_stats:
+        is_top1 = (capped.argmax(-1, keepdim=True) == index) & ~log_norm.isnan() & ~empty
+    if "mean_logit" in with_stats:
+        mean_logit = row_sums(capped) / capped.shape[-1] / rows_t
+    if "log_sum_sq_probs" in with_stats:
+        # The target's weight is not among them.
+        squares = row_sums(weight.square())
+        log_squares = _log_sum_squares(squares, target_weight, logprob, log_norm)
+        log_squares = torch.where(empty, 0.0, log_squares)
     if entropy:
         # e^-inf·(-inf) counts as 0; a finite stand-in for the exponent lets the product say so.
         moment = row_sums(weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)))
         moment += torch.where(target_weight > 0, target_weight * target_shifted, 0.0)
-        row_entropy = torch.where(empty, 0.0, log_norm - moment / total).squeeze(-1)
+        row_entropy = torch.where(empty, 0.0, log_norm - moment / total)
     logprob = torch.where(empty, -torch.inf, logprob)
-    lse, peak, log_norm = (x.squeeze(-1) for x in (lse, peak, log_norm))
-    return logprob.squeeze(-1), row_entropy, lse, peak, log_norm
+    found = (logprob, row_entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares)
+    return tuple(x.view(-1) for x in found)
+
+
+def _log_sum_squares(
+    squares: Tensor, target_weight: Tensor, logprob: Tensor, log_norm: Tensor
+) -> Tensor:
+    """Compute ln Σ p², given Σ e^2(z - peak) without the target's, e^(z_target - peak), its ln p,
+    and the ln of the sum of all e^(z - peak).
+
+    From the log-prob where the target weighs as much as the peak or nearly, for that is accurate
+    where p → 1.
+    """
+    square = target_weight.square()
+    heavy = square > 0.25
+    of_heavy = 2 * logprob + torch.log1p(squares / torch.where(heavy, square, 1.0))
+    return torch.where(heavy, of_heavy, (squares + square).log() - 2 * log_norm)
 
 
 def token_stats_backward(

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import LN2, LOG2E, capped_logits, expm1, log_sigmoid
+from .tiles import LN2, LOG2E, capped_logits, expm1, log1p, log_sigmoid
 
 
 @triton.jit
@@ -80,6 +80,58 @@ def add_tile(
 
 
 @triton.jit
+def move_squares(peak, squares, base, rate):
+    """Express a sum of squares taken relative to `peak` relative to `base` instead."""
+    fade = tl.exp2((peak - base) * rate)
+    return squares * (fade * fade)
+
+
+@triton.jit
+def add_further(
+    x,
+    inside,
+    columns,
+    target,
+    old_peak,
+    peak,
+    before,
+    own,
+    total,
+    squares,
+    rate,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_TOP1: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+    WITH_SQUARES: tl.constexpr,
+):
+    """Take a tile that `add_tile` took, which moved each lane's peak from `old_peak`, into what
+    further statistics need: the largest logit before the target and the target's own, the sum of
+    all logits, and Σ e^2(z - peak) over all tokens but the target. What both compute, the compiler
+    computes once.
+
+    The target's logit comes out of the same code as all others: made elsewhere, it might differ in
+    its last bit from one that equals it.
+    """
+    capped, _ = capped_logits(x, scale, softcap, HAS_SOFTCAP)
+    if WITH_MEAN:
+        total += tl.sum(tl.where(inside, capped, 0.0), axis=1)
+    if HAS_SOFTCAP:
+        capped = tl.where(inside, capped, -float("inf"))
+    if WITH_TOP1:
+        earlier = tl.where(columns < target, capped, -float("inf"))
+        before = tl.maximum(before, tl.max(earlier, axis=1))
+        own = tl.maximum(own, tl.max(tl.where(columns == target, capped, -float("inf")), axis=1))
+    if WITH_SQUARES:
+        base = finite_base(peak)
+        weight = tl.where(columns == target, 0.0, tl.exp2((capped - base[:, None]) * rate))
+        squares = move_squares(old_peak, squares, base, rate)
+        squares += tl.sum(weight * weight, axis=1)
+    return before, own, total, squares
+
+
+@triton.jit
 def merged_lanes(peak, rest, moment, rate, with_entropy):
     """Merge the lanes: the row's peak, and its rest and moment relative to it."""
     row_peak = tl.max(peak, axis=0)
@@ -108,6 +160,19 @@ def statistics(peak, rest, moment, target_capped, row_t, with_entropy):
         moment += tl.where(target_weight > 0, target_weight * target_bits, 0.0)
         entropy = tl.where(empty, 0.0, log_norm - LN2 * moment / total)
     return logprob, entropy, log_norm, empty, base
+
+
+@triton.jit
+def log_sum_squares(squares, target_capped, base, row_t, logprob, log_norm, empty):
+    """Ln Σ p² of a row, or of several, from what `statistics` found. From the log-prob where the
+    target weighs as much as the peak or nearly, for that is accurate where p → 1.
+    """
+    weight = tl.exp2((target_capped - base) / row_t * LOG2E)
+    square = weight * weight
+    heavy = square > 0.25
+    of_heavy = 2.0 * logprob + log1p(squares / tl.where(heavy, square, 1.0))
+    of_light = tl.log(squares + square) - 2.0 * log_norm
+    return tl.where(empty, 0.0, tl.where(heavy, of_heavy, of_light))
 
 
 @triton.jit

@@ -9,8 +9,13 @@ rows fill the machine, and a row's result has the same bits whatever batch surro
 K2 reads a logit and writes its gradient, which may be the same memory. Rows without a gradient are
 zeroed unread, whatever they hold.
 
+Further statistics, where asked for, come from the same pass: whether the target is the top token,
+the mean of the logits, ln Σ p².
+
 Dims: N rows = outer x inner, V vocabulary, S splits.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,11 +23,14 @@ import triton.language as tl
 
 from .launch import on_their_device, row_plan
 from .rows import (
+    add_further,
     add_tile,
     finite_base,
     gradient_tile,
+    log_sum_squares,
     merged_lanes,
     move_base,
+    move_squares,
     statistics,
     strides,
     tile_columns,
@@ -40,7 +48,8 @@ def _token_stats_fwd_kernel(
     logits,  # (outer, inner, V), any strides
     targets,  # (N,)
     token_temperature,  # (N,) or unused
-    partials,  # (3, N, S): peak, rest, moment
+    # (P, N, S): peak and rest; and what is asked for of moment, before and own, total, squares.
+    partials,
     rows,
     inner,
     stride_outer,
@@ -55,6 +64,9 @@ def _token_stats_fwd_kernel(
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_TOP1: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+    WITH_SQUARES: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -83,6 +95,8 @@ def _token_stats_fwd_kernel(
     peak = tl.full((LANES,), -float("inf"), acc)
     rest = tl.zeros((LANES,), acc)
     moment = tl.zeros((LANES,), acc)
+    before, own = peak, peak
+    total, squares = rest, rest
     first = split * WIDTH
     last = tl.minimum(first + WIDTH, vocab)
     for start in tl.range(first, last, LANES * VEC, num_stages=STAGES):
@@ -91,17 +105,36 @@ def _token_stats_fwd_kernel(
         x = tl.load(
             source + columns.to(tl.int64) * stride_vocab, mask=inside, other=-float("inf")
         ).to(acc)
+        old_peak = peak
         peak, rest, moment = add_tile(
             x, inside, columns, target, peak, rest, moment, rate, scale, softcap,
             HAS_SOFTCAP, WITH_ENTROPY,
         )  # fmt: skip
+        if WITH_TOP1 or WITH_MEAN or WITH_SQUARES:
+            before, own, total, squares = add_further(
+                x, inside, columns, target, old_peak, peak, before, own, total, squares, rate,
+                scale, softcap, HAS_SOFTCAP, WITH_TOP1, WITH_MEAN, WITH_SQUARES,
+            )  # fmt: skip
 
     row_peak, rest, moment = merged_lanes(peak, rest, moment, rate, WITH_ENTROPY)
     plane = rows.to(tl.int64) * splits
-    tl.store(partials + program, row_peak)
-    tl.store(partials + plane + program, rest)
+    place = partials + program
+    tl.store(place, row_peak)
+    tl.store(place + plane, rest)
+    place += 2 * plane
     if WITH_ENTROPY:
-        tl.store(partials + 2 * plane + program, moment)
+        tl.store(place, moment)
+        place += plane
+    if WITH_TOP1:
+        tl.store(place, tl.max(before, axis=0))
+        tl.store(place + plane, tl.max(own, axis=0))
+        place += 2 * plane
+    if WITH_MEAN:
+        tl.store(place, tl.sum(total, axis=0))
+        place += plane
+    if WITH_SQUARES:
+        squares = move_squares(peak, squares, finite_base(row_peak), rate)
+        tl.store(place, tl.sum(squares, axis=0))
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "splits", "ignore_index"])
@@ -115,6 +148,9 @@ def _token_stats_combine_kernel(
     lse_out,
     peak_out,
     log_norm_out,
+    is_top1_out,  # unused, as are those below, unless asked for
+    mean_out,
+    log_sum_squares_out,
     rows,
     inner,
     stride_outer,
@@ -129,6 +165,9 @@ def _token_stats_combine_kernel(
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_TOP1: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+    WITH_SQUARES: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -147,10 +186,13 @@ def _token_stats_combine_kernel(
     cell = row[:, None] * splits + split
     present = live[:, None] & (split < splits)
     plane = rows.to(tl.int64) * splits
-    peak = tl.load(partials + cell, mask=present, other=-float("inf"))
-    rest = tl.load(partials + plane + cell, mask=present, other=0.0)
+    place = partials + cell
+    peak = tl.load(place, mask=present, other=-float("inf"))
+    rest = tl.load(place + plane, mask=present, other=0.0)
+    place += 2 * plane
     if WITH_ENTROPY:
-        moment = tl.load(partials + 2 * plane + cell, mask=present, other=0.0)
+        moment = tl.load(place, mask=present, other=0.0)
+        place += plane
     else:
         moment = rest
     row_peak = tl.max(peak, axis=1)
@@ -177,6 +219,22 @@ def _token_stats_combine_kernel(
     tl.store(log_norm_out + row, tl.where(live, log_norm, 0.0), mask=inside)
     if WITH_ENTROPY:
         tl.store(entropy_out + row, tl.where(live, entropy, 0.0), mask=inside)
+    if WITH_TOP1:
+        before = tl.max(tl.load(place, mask=present, other=-float("inf")), axis=1)
+        own = tl.max(tl.load(place + plane, mask=present, other=-float("inf")), axis=1)
+        # The maxima pass over NaN, which the norm shows.
+        is_top1 = (own > before) & (own == row_peak) & (log_norm == log_norm)
+        tl.store(is_top1_out + row, live & is_top1, mask=inside)
+        place += 2 * plane
+    if WITH_MEAN:
+        total = tl.sum(tl.load(place, mask=present, other=0.0), axis=1)
+        tl.store(mean_out + row, tl.where(live, total / vocab / row_t, 0.0), mask=inside)
+        place += plane
+    if WITH_SQUARES:
+        squares = tl.load(place, mask=present, other=0.0)
+        squares = tl.sum(move_squares(peak, squares, base[:, None], split_rate), axis=1)
+        found = log_sum_squares(squares, capped, base, row_t, logprob, log_norm, empty)
+        tl.store(log_sum_squares_out + row, tl.where(live, found, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["inner", "tiles"])
@@ -270,11 +328,13 @@ def token_stats_forward(
     scale: float,
     ignore_index: int,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    with_stats: Sequence[str] = (),
+) -> tuple[torch.Tensor, ...]:
     """Launch K1 on logits (outer, inner, V); targets, and a temperature tensor, are contiguous
     (N,).
 
-    Returns logprob, entropy (empty unless asked for), lse, peak and log_norm, each (N,).
+    Returns logprob, entropy, lse, peak, log_norm, is_top1, mean_logit and log_sum_sq_probs, each
+    (N,); the entropy and the last three are empty unless asked for.
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
@@ -282,13 +342,26 @@ def token_stats_forward(
     width = _TILES_PER_SPLIT * plan.tile
     splits = triton.cdiv(vocab, width)
     acc = torch.promote_types(logits.dtype, torch.float32)
-    partials = logits.new_empty((3 if entropy else 2, rows, splits), dtype=acc)
-    logprob, lse, peak, log_norm = (logits.new_empty(rows, dtype=acc) for _ in range(4))
-    stats = (logprob, logits.new_empty(rows if entropy else 0, dtype=acc), lse, peak, log_norm)
+    names = ("is_top1", "mean_logit", "log_sum_sq_probs")
+    top1, mean, squares = (name in with_stats for name in names)
+    planes = 2 + entropy + 2 * top1 + mean + squares
+    partials = logits.new_empty((planes, rows, splits), dtype=acc)
+    asked = (True, entropy, True, True, True, top1, mean, squares)
+    dtypes = (acc, acc, acc, acc, acc, torch.bool, acc, acc)
+    stats = tuple(
+        logits.new_empty(rows if wanted else 0, dtype=dtype)
+        for wanted, dtype in zip(asked, dtypes, strict=True)
+    )
     transform, token_temperature = transform_options(temperature, softcap, scale, logits)
     sources = (logits, targets, token_temperature, partials)
     shape = (rows, inner, *strides(logits), vocab, splits, ignore_index)
-    options = {**transform, "WITH_ENTROPY": entropy}
+    options = {
+        **transform,
+        "WITH_ENTROPY": entropy,
+        "WITH_TOP1": top1,
+        "WITH_MEAN": mean,
+        "WITH_SQUARES": squares,
+    }
     _token_stats_fwd_kernel[(rows * splits,)](
         *sources,
         *shape,

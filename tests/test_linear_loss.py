@@ -454,5 +454,5 @@ def test_the_loss_sees_what_token_stats_gives() -> None:
         targets,
     )
     live = targets != -100
-    for name, value in zip(("p", "h", "lse"), expected, strict=True):
+    for name, value in zip(("p", "h", "lse"), expected[:3], strict=True):
         torch.testing.assert_close(aux[name], value[live])

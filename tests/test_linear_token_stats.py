@@ -168,7 +168,7 @@ def entropy_errors(dtype: torch.dtype, upstream: float, sharpness: float) -> tup
 
     def d_hidden(function, kind, g, h):
         x = hidden.to(kind).requires_grad_()
-        logprob, entropy, _ = function(x, weight.to(kind), targets, entropy=True)
+        logprob, entropy, *_ = function(x, weight.to(kind), targets, entropy=True)
         (found,) = autograd.grad((g * logprob + h * entropy).sum(), x)
         return found
 

@@ -1,13 +1,15 @@
 """Statistics of a model's tokens, taken where the model would make its logits (see `at_head`)."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from fastrlhf.ops.checks import check_bool, check_names
 from fastrlhf.ops.scorer import Scorer
-from fastrlhf.reference import TokenStats
+from fastrlhf.reference import FURTHER_STATS, TokenStats
 
 from .at_head import IGNORED, at_head
 from .model_inputs import TokenBatch
@@ -44,6 +46,8 @@ def model_token_stats(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
+    entropy_grad: bool = True,
+    with_stats: Iterable[str] = (),
     chunk_size: int | None = None,
     impl: str = "auto",
     return_outputs: bool = False,
@@ -69,7 +73,7 @@ def model_token_stats(
             A 4-d attention_mask is taken at its word.
         temperature: positive number, or a tensor of one for each sequence, (B,), or a 2-d one that
             broadcasts to (B, T-1).
-        entropy, chunk_size, impl: as `linear_token_stats`.
+        entropy, entropy_grad, with_stats, chunk_size, impl: as `linear_token_stats`.
         return_outputs: return (stats, outputs), the outputs of the model without its logits: the
             auxiliary loss of a mixture of experts, hidden states for a value head.
         inputs: what else the model's forward names (position_ids, pixel_values, ...), but labels.
@@ -79,8 +83,8 @@ def model_token_stats(
             whose first token is not scored.
 
     Returns:
-        TokenStats of shape (B, T-1), aligned with input_ids[:, 1:]; 0 for tokens that are not
-        scored.
+        TokenStats of shape (B, T-1), aligned with input_ids[:, 1:]; 0, or False, for tokens that
+        are not scored.
 
     Differentiable with respect to all parameters. The plan, and with it the cost, is that of
     `linear_token_stats`: two vocabulary matmuls where the head is frozen (LoRA), four where it is
@@ -109,14 +113,24 @@ def model_token_stats(
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
     )
-    done = at_head(model, batch, partial(_statistics, entropy=entropy))
-    logprob, *rest = done.result[:, :-1].unbind(-1)
-    stats = TokenStats(logprob, rest[0] if entropy else None, done.aside[:, :-1])
+    check_bool("entropy_grad", entropy_grad)
+    with_stats = check_names("with_stats", with_stats, FURTHER_STATS)
+    names = ("logprob", "entropy") if entropy and entropy_grad else ("logprob",)
+    scored = partial(
+        _statistics, names=names, entropy=entropy, entropy_grad=entropy_grad, with_stats=with_stats
+    )
+    done = at_head(model, batch, scored)
+    tied = dict(zip(names, done.result[:, :-1].unbind(-1), strict=True))
+    others: Any = {name: None if x is None else x[:, :-1] for name, x in done.aside.items()}
+    stats = TokenStats(**tied, **others)
     return (stats, done.outputs) if return_outputs else stats
 
 
-def _statistics(scorer: Scorer, targets: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-prob, and entropy if asked for, in one tensor (B, T, 1 or 2); and the log-sum-exp."""
-    stats = scorer.stats(targets, ignore_index=IGNORED, entropy=entropy)
-    kept = [x for x in (stats.logprob, stats.entropy) if x is not None]
-    return torch.stack(kept, dim=-1), stats.lse
+def _statistics(
+    scorer: Scorer, targets: Tensor, *, names: tuple[str, ...], **options: Any
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Those of these names, which have a gradient, in one tensor (B, T, 1 or 2); and the others by
+    name.
+    """
+    found = scorer.stats(targets, ignore_index=IGNORED, **options)._asdict()
+    return torch.stack([found.pop(name) for name in names], dim=-1), found

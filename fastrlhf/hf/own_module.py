@@ -4,8 +4,8 @@ A chunk of the scored tokens at a time, so that no more logits than of a chunk a
 makes them again.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,24 +31,27 @@ class ModuleScorer(NamedTuple):
     chunk_size: int | None
     impl: str
 
-    def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
+    def stats(
+        self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
+        entropy_grad: bool = True, with_stats: Iterable[str] = (),
+    ) -> TokenStats:  # fmt: skip
         rows = live_rows(targets.reshape(-1), ignore_index)
-        found = self._scored(targets, rows, ignore_index, entropy)
+        found = self._scored(
+            targets, rows, ignore_index, entropy, entropy_grad=entropy_grad, with_stats=with_stats
+        )
 
-        def of_all(values: Tensor) -> Tensor:
+        def of_all(values: Tensor | None) -> Any:
+            if values is None:
+                return None
             zeros = values.new_zeros(targets.numel())
             return zeros.index_put((rows,), values).view(targets.shape)
 
-        return TokenStats(
-            of_all(found.logprob),
-            None if found.entropy is None else of_all(found.entropy),
-            of_all(found.lse),
-        )
+        return TokenStats(**{name: of_all(getattr(found, name)) for name in TokenStats._fields})
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
-        mean_logit: bool = False,
+        with_stats: Iterable[str] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """All tokens in one chunk, of which only the statistics are held."""
         order = live_rows(targets.reshape(-1), ignore_index)
@@ -58,7 +61,7 @@ class ModuleScorer(NamedTuple):
             order, _ = order_by_group(order, groups.reshape(-1))
             groups = groups.reshape(-1)[order]
         found = self._scored(
-            targets, order, ignore_index, entropy, lse_has_slope=True, mean_logit=mean_logit
+            targets, order, ignore_index, entropy, of_loss=True, with_stats=with_stats
         )
         sides = (x.reshape(-1)[order] for x in side_inputs)
         with exact(self.hidden):
@@ -72,10 +75,13 @@ class ModuleScorer(NamedTuple):
 
     def _scored(
         self, targets: Tensor, rows: Tensor, ignore_index: int, entropy: bool,
-        *, lse_has_slope: bool = False, mean_logit: bool = False,
+        *, of_loss: bool = False, entropy_grad: bool = True, with_stats: Iterable[str] = (),
     ) -> ChunkStats:  # fmt: skip
-        """The statistics of some tokens, numbered as if flat."""
+        """The statistics of some tokens, numbered as if flat. The lse and the mean logit of a loss
+        are differentiable.
+        """
         flat, temperatures = targets.reshape(-1), None
+        with_stats = tuple(with_stats)
         if isinstance(self.temperature, Tensor):
             temperatures = self.temperature.expand(targets.shape).reshape(-1)
 
@@ -83,21 +89,21 @@ class ModuleScorer(NamedTuple):
             logits = self.logits(some)
             temperature = self.temperature if temperatures is None else temperatures[some]
             stats = token_stats(
-                logits, flat[some], entropy=entropy, impl=self.impl, ignore_index=ignore_index,
+                logits, flat[some], entropy=entropy, entropy_grad=entropy_grad,
+                with_stats=with_stats, impl=self.impl, ignore_index=ignore_index,
                 temperature=temperature,
             )  # fmt: skip
-            if isinstance(temperature, Tensor):
-                temperature = temperature.unsqueeze(-1)
-            lse = (logits / temperature).logsumexp(-1) if lse_has_slope else stats.lse
-            mean = (logits / temperature).mean(-1) if mean_logit else None
-            return ChunkStats(stats.logprob, stats.entropy, lse, None, mean)
+            if of_loss:
+                if isinstance(temperature, Tensor):
+                    temperature = temperature.unsqueeze(-1)
+                stats = stats._replace(lse=(logits / temperature).logsumexp(-1))
+                if stats.mean_logit is not None:
+                    stats = stats._replace(mean_logit=(logits / temperature).mean(-1))
+            return ChunkStats(**stats._asdict(), groups=None)
 
         size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
         # Without any token too, so that the parameters of the head have a gradient, of zeros.
         parts = in_chunks(score, rows, size) or [score(rows)]
         columns = zip(*parts, strict=True)
-        logprob, entropies, lse, _, mean = (
-            None if column[0] is None else torch.cat(column) for column in columns
-        )
-        assert logprob is not None and lse is not None
-        return ChunkStats(logprob, entropies, lse, None, mean)
+        found: Any = (None if column[0] is None else torch.cat(column) for column in columns)
+        return ChunkStats(*found)

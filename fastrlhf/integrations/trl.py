@@ -216,8 +216,6 @@ class _LogProbs:
             "entropy": "entropy" in outputs,
             "with_stats": [ours for name, ours in _STATISTICS.items() if name in outputs],
         }
-        if not options["with_stats"]:
-            del options["with_stats"]
         targets = targets.unsqueeze(0)
         if isinstance(scorer, LinearScorer) and not loss_takes_entropy():
             scorer = scorer._replace(dtype=matmul_dtype(hidden))
@@ -226,7 +224,7 @@ class _LogProbs:
             stats = foreseen_stats(scorer.problem(targets, **options), foresight)
         else:
             stats = scorer.stats(targets, **options)
-        further = (getattr(stats, name, None) for name in _STATISTICS.values())
+        further = (getattr(stats, name) for name in _STATISTICS.values())
         return tuple(None if x is None else x[0] for x in (stats.logprob, stats.entropy, *further))
 
 
@@ -258,9 +256,11 @@ class _Divergence:
             teacher_final_logit_softcapping,
         )  # fmt: skip
         direction = {0.0: "forward", 1.0: "reverse"}.get(beta, "jsd")
-        return divergence_and_entropy_of(
+        divergence, entropy = divergence_and_entropy_of(
             student, teacher, None, direction=direction, beta=beta, sum_expected=True
         )
+        assert entropy is not None
+        return divergence, entropy
 
 
 def _divergence_scorer(

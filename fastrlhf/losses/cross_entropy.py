@@ -154,5 +154,5 @@ def summed_cross_entropy(
 
     return scorer.loss(
         of_chunk, targets, *sides.values(),
-        ignore_index=ignore_index, mean_logit=options.label_smoothing != 0,
+        ignore_index=ignore_index, with_stats=("mean_logit",) if options.label_smoothing else (),
     )  # fmt: skip

@@ -150,6 +150,20 @@ def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
+def check_names(name: str, given: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of the known names that are given. Raise TypeError for what is not an iterable
+    of names (a string, whose letters would pass for some), ValueError for any that is not known.
+    """
+    listed = ", ".join(map(repr, known))
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name}: expected a tuple of some of {listed}, got {given!r}")
+    names = tuple(given)
+    for wrong in names:
+        if wrong not in known:
+            raise ValueError(f"{name}: expected some of {listed}, got {wrong!r}")
+    return tuple(x for x in known if x in names)
+
+
 def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> None:
     """Raise ValueError for an index outside [0, size), on the CPU only: elsewhere it would
     synchronise.

@@ -81,7 +81,8 @@ class _ForeseenStats(torch.autograd.Function):
                 found, *kept = _with_slope_of_logprob(bench, spans)
             else:
                 found = statistics(bench, spans)
-        ctx.options, ctx.needs = options, needs
+        # Backward needs nothing but what may have a gradient.
+        ctx.options, ctx.needs = options._replace(with_stats=()), needs
         ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
         dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
         ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *kept)

@@ -1,11 +1,12 @@
 """The arguments that operations from hidden states share, checked and ready for the plans."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import accumulation_dtype
+from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
 from .backend import check_impl
 from .checks import (
@@ -13,6 +14,7 @@ from .checks import (
     check_floating,
     check_ignore_index,
     check_integer,
+    check_names,
     check_same_device,
     check_shape,
     check_whole,
@@ -33,9 +35,10 @@ class LinearOptions(NamedTuple):
     scale: float
     ignore_index: int
     entropy: bool
+    entropy_grad: bool  # the entropy is asked for, and a gradient of it
+    with_stats: tuple[str, ...]  # what else is asked for
     chunk: int
     impl: str
-    mean_logit: bool  # the mean of each token's logits is asked for
     dtype: torch.dtype  # of the matmuls: that of the hidden states, or of autocast
 
 
@@ -66,7 +69,8 @@ class LinearProblem(NamedTuple):
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         targets = self.targets.reshape(-1)
         rows = Rows(hidden, targets, transform, options.ignore_index, order)
-        return Workbench(head, rows, options.entropy, options.mean_logit, options.impl)
+        asked = (options.entropy, options.entropy_grad, options.with_stats)
+        return Workbench(head, rows, *asked, options.impl)
 
 
 def wanted_or_detached(*tensors: Any) -> tuple[Any, ...]:
@@ -94,7 +98,8 @@ def checked_problem(
     entropy: bool,
     chunk_size: int | None,
     impl: str,
-    mean_logit: bool = False,
+    entropy_grad: bool = True,
+    with_stats: Iterable[str] = (),
     dtype: torch.dtype | None = None,
 ) -> LinearProblem:
     """Check everything and convert the hidden states to the dtype of the matmuls.
@@ -112,6 +117,8 @@ def checked_problem(
     check_same_device("targets", targets, "hidden", hidden)
     check_impl(impl)
     check_bool("entropy", entropy)
+    check_bool("entropy_grad", entropy_grad)
+    with_stats = check_names("with_stats", with_stats, FURTHER_STATS)
     ignore_index = check_ignore_index(ignore_index)
     targets = wide_integers(targets)
     transform = checked_transform(temperature, softcap, scale, targets)
@@ -119,9 +126,8 @@ def checked_problem(
         tokens = transform.token_temperature
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     options = LinearOptions(
-        *transform[1:], ignore_index, entropy,
-        checked_chunk(chunk_size, vocab, hidden.device), impl, mean_logit,
-        dtype or matmul_dtype(hidden),
+        *transform[1:], ignore_index, entropy, entropy and entropy_grad, with_stats,
+        checked_chunk(chunk_size, vocab, hidden.device), impl, dtype or matmul_dtype(hidden),
     )  # fmt: skip
     return LinearProblem(
         hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options

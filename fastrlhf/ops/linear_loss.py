@@ -29,7 +29,10 @@ class ChunkStats(NamedTuple):
     entropy: Tensor | None  # (n,), None unless asked for
     lse: Tensor  # (n,), differentiable here
     groups: Tensor | None  # (n,) ids, as given
-    mean_logit: Tensor | None = None  # (n,) over the vocabulary; for label smoothing alone
+    # For this library's own losses; those of `TokenStats`, each (n,), None unless asked for.
+    mean_logit: Tensor | None = None  # differentiable here, as the lse
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
 
 
 LossFunction = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -186,12 +189,13 @@ class _ChunkLosses:
         index = self.order[slice(*span)]
         logprob, entropy, lse, mean_logit = (
             x.detach().requires_grad_(self.with_slopes) if x.numel() else None
-            for x in (found.logprob, found.entropy, found.lse, found.mean)
+            for x in (found.logprob, found.entropy, found.lse, found.mean_logit)
         )
+        others = (x if x.numel() else None for x in (found.is_top1, found.log_sum_sq_probs))
         assert logprob is not None and lse is not None
         groups = None if self.groups is None else self.groups[index]
         with torch.set_grad_enabled(self.grad):
-            stats = ChunkStats(logprob, entropy, lse, groups, mean_logit)
+            stats = ChunkStats(logprob, entropy, lse, groups, mean_logit, *others)
             result = self.loss_fn(stats, *(x[index] for x in self.side_inputs))
             loss, aux = check_loss(result, self.aux[0] if self.aux else None)
         self.losses.append(loss)

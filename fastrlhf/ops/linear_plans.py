@@ -15,10 +15,11 @@ k is how many of hidden states and weight need a gradient: the sums are for both
 one. So P2 and P3 cost 2G where the weight is frozen, as P1 does.
 
 P1 works because the gradient of a token's log-prob with respect to its hidden state, u, is a vector
-that the forward can keep: backward, whatever the loss, is a product of u with a number. The entropy
-is a second such vector, and one G more. P2 and P3 learn the loss's derivative while the logits are
-still there. P4 must make the logits again. A group that is larger than a block is scored block by
-block, and its logits are made again once its loss is known: G more, in bounded memory.
+that the forward can keep: backward, whatever the loss, is a product of u with a number. The
+entropy, if its gradient is asked for, is a second such vector, and one G more. P2 and P3 learn the
+loss's derivative while the logits are still there. P4 must make the logits again. A group that is
+larger than a block is scored block by block, and its logits are made again once its loss is known:
+G more, in bounded memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,11 +29,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import accumulation_dtype, capped_logits
+from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_head import Head
 from .linear_rows import Block, Rows, Span
+from .token_stats import all_statistics
 
 
 class Needs(NamedTuple):
@@ -71,11 +73,13 @@ class Statistics(NamedTuple):
     """Of n tokens: what `token_stats` returns, and what its gradient needs besides; each (n,)."""
 
     logprob: Tensor
-    entropy: Tensor  # empty unless asked for
+    entropy: Tensor  # empty unless asked for, as are the three below the lse
     lse: Tensor
+    is_top1: Tensor
+    mean_logit: Tensor
+    log_sum_sq_probs: Tensor
     peak: Tensor
     log_norm: Tensor
-    mean: Tensor  # of the effective logits; empty unless asked for
 
 
 class Slopes(NamedTuple):
@@ -86,7 +90,7 @@ class Slopes(NamedTuple):
     logprob: Tensor
     entropy: Tensor | None = None
     lse: Tensor | None = None
-    mean: Tensor | None = None
+    mean_logit: Tensor | None = None
 
     def at(self, place: slice | Tensor) -> "Slopes":
         """Take those of some tokens."""
@@ -94,7 +98,7 @@ class Slopes(NamedTuple):
         return Slopes(self.logprob[place], *others)
 
 
-Found = tuple[Tensor, Tensor, Tensor]  # logprob, entropy and lse of all N tokens
+Found = tuple[Tensor, ...]  # what `token_stats` returns, of all N tokens; empty unless asked for
 
 
 Room = Callable[[int], Tensor]  # makes room for gradients of so many rows of logits
@@ -106,7 +110,8 @@ class Workbench(NamedTuple):
     head: Head
     rows: Rows
     entropy: bool
-    mean_logit: bool
+    entropy_grad: bool
+    with_stats: tuple[str, ...]
     impl: str
 
     def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
@@ -117,23 +122,11 @@ class Workbench(NamedTuple):
     def score(self, block: Block) -> tuple[Tensor, Statistics]:
         """Make the logits of a block, and read their statistics: G."""
         logits = self.head.logits(block.hidden.to(self.head.operands))
-        found = torch.ops.fastrlhf.token_stats(
-            logits, block.targets, *block.transform, self.rows.ignore_index, self.entropy, False,
-            self.impl,
+        logprob, entropy, lse, peak, log_norm, top1, mean, squares = all_statistics(
+            logits, block.targets, block.transform, self.rows.ignore_index, self.entropy,
+            self.with_stats, False, self.impl,
         )  # fmt: skip
-        logprob, entropy, lse, peak, log_norm = found
-        mean = self._mean_logits(block, logits)
-        return logits, Statistics(logprob, entropy, lse, peak, log_norm, mean)
-
-    def _mean_logits(self, block: Block, logits: Tensor) -> Tensor:
-        if not self.mean_logit:
-            return logits.new_empty(0)
-        _, _, softcap, scale = block.transform
-        if softcap is None:
-            means = logits.mean(-1) * scale
-        else:
-            means = capped_logits(logits, softcap, scale).mean(-1)
-        return means / block.transform.of_rows
+        return logits, Statistics(logprob, entropy, lse, top1, mean, squares, peak, log_norm)
 
     def d_logits(
         self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes,
@@ -148,7 +141,8 @@ class Workbench(NamedTuple):
         there = room(len(logits)) if operands != logits.dtype else None
         saved = (logits, block.targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm)
         upstream = (slopes.logprob, slopes.entropy)
-        arguments = (*saved, *upstream, *block.transform, self.impl, slopes.lse, slopes.mean)
+        others = (slopes.lse, slopes.mean_logit)
+        arguments = (*saved, *upstream, *block.transform, self.impl, *others)
         if overwrite and logits.dtype == exact:
             torch.ops.fastrlhf.token_stats_backward_(*arguments)
             return as_operands(logits, operands, there)
@@ -180,8 +174,8 @@ def statistics(bench: Workbench, spans: Iterable[Span]) -> Found:
 def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Tensor, Tensor]:
     """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K): P1."""
     found = room_for_all_tokens(bench)
-    u_logprob = room_for_slopes(bench.rows.hidden, alone=not bench.entropy)
-    u_entropy = torch.zeros_like(u_logprob if bench.entropy else u_logprob[:0])
+    u_logprob = room_for_slopes(bench.rows.hidden, alone=not bench.entropy_grad)
+    u_entropy = torch.zeros_like(u_logprob if bench.entropy_grad else u_logprob[:0])
     for span in spans:
         _slopes_of_block(bench, bench.rows.block(span), found, u_logprob, u_entropy)
     return found, u_logprob, u_entropy
@@ -205,7 +199,7 @@ def _slopes_of_block(
     logits, stats = bench.score(block)
     put(found, block, stats)
     one, zero = torch.ones_like(stats.logprob), torch.zeros_like(stats.logprob)
-    if bench.entropy:
+    if bench.entropy_grad:
         slopes = Slopes(zero, one)
         dz = bench.d_logits(block, logits, stats, slopes, room=bench.head.room, overwrite=False)
         u_entropy[block.place] = bench.head.pull_back(dz).to(u_entropy.dtype)
@@ -252,7 +246,8 @@ def loss_and_gradients(
         for first, last in spans:
             block = bench.rows.block((first, last))
             part = slice(first - whole[0], last - whole[0])
-            bench.differentiate(block, *bench.score(block), slopes.at(part), gradients)
+            again = bench._replace(with_stats=())
+            bench.differentiate(block, *again.score(block), slopes.at(part), gradients)
 
 
 def _whole(spans: list[Span]) -> Span:
@@ -269,10 +264,18 @@ def room_for_all_tokens(bench: Workbench) -> Found:
     """Make zeros, which are the statistics of ignored tokens."""
     tokens, dtype = bench.rows.targets.shape[0], bench.head.sums
     logprob, lse = (bench.rows.hidden.new_zeros(tokens, dtype=dtype) for _ in range(2))
-    return logprob, lse.new_zeros(tokens if bench.entropy else 0), lse
+    is_top1, mean_logit, log_squares = (
+        lse.new_zeros(
+            tokens if name in bench.with_stats else 0,
+            dtype=torch.bool if name == "is_top1" else dtype,
+        )
+        for name in FURTHER_STATS
+    )
+    entropy = lse.new_zeros(tokens if bench.entropy else 0)
+    return logprob, entropy, lse, is_top1, mean_logit, log_squares
 
 
 def put(found: Found, block: Block, stats: Statistics) -> None:
-    for whole, part in zip(found, stats[:3], strict=True):
+    for whole, part in zip(found, stats[: len(found)], strict=True):
         if whole.numel():
             whole[block.place] = part

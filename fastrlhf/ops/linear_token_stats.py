@@ -1,6 +1,6 @@
 """Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .linear_plans import (
     statistics_and_slopes,
 )
 from .linear_rows import even_spans, live_rows_if_known
+from .token_stats import shaped_stats
 
 
 def linear_token_stats(
@@ -40,6 +41,8 @@ def linear_token_stats(
     scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    entropy_grad: bool = True,
+    with_stats: Iterable[str] = (),
     chunk_size: int | None = None,
     impl: str = "auto",
 ) -> TokenStats:
@@ -54,29 +57,32 @@ def linear_token_stats(
         targets: (...) integer, aligned with the hidden states that predict them: see
             `shift_targets`.
         bias: (V,) floating, or None.
-        temperature, softcap, scale, ignore_index, entropy, impl: as `token_stats`.
+        temperature, softcap, scale, ignore_index, entropy, entropy_grad, with_stats, impl: as
+            `token_stats`.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             (64 MiB on a CPU), on a GPU a multiple of 128 of them.
 
     Returns:
-        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states). The entropy is None
-        unless asked for.
+        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states), `is_top1` bool.
+        What was not asked for is None.
 
     `logprob` and `entropy` are differentiable with respect to hidden, weight and bias, twice if
-    need be (the second derivative builds the logits, eagerly); `lse` is not. Under `torch.func`
-    (grad, vmap, jvp, ...) and forward-mode differentiation, all of it builds the logits.
+    need be (the second derivative builds the logits, eagerly); the others are not. Under
+    `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation, all of it builds the
+    logits.
 
     Cost, in matmuls of the tokens with a target, G = 2·n·V·H operations (ignored tokens cost none):
     G where nothing needs a gradient; 2G in all where hidden alone does, as with LoRA; 4G where the
     weight does too (3G where it alone does): `linear_loss` needs 3G there. The entropy adds 1G
-    where hidden alone needs a gradient. Memory: chunk_size·V logits; where hidden alone needs a
+    where hidden alone needs a gradient, and nothing with entropy_grad=False; what with_stats names
+    is read off the logits in the same pass. Memory: chunk_size·V logits; where hidden alone needs a
     gradient, a (..., H) tensor kept for the backward in the dtype of hidden, but fp32 for fp16;
-    with the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the gradient of a
-    weight. Logits are fp32, and so are all sums; on CUDA, where inputs are bf16 or fp16, the
-    gradient of the logits is rounded to that dtype for its matmuls: in fp16 relative to a power of
-    two of each token, so that a small loss loses nothing. These gradients are another chunk in 16
-    bits, and as many chunks as fill 512 MiB where the weight's is asked for. Results are the same
-    bits from run to run. On a GPU, the count of tokens with a target is awaited once.
+    with that of the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the
+    gradient of a weight. Logits are fp32, and so are all sums; on CUDA, where inputs are bf16 or
+    fp16, the gradient of the logits is rounded to that dtype for its matmuls: in fp16 relative to a
+    power of two of each token, so that a small loss loses nothing. These gradients are another
+    chunk in 16 bits, and as many chunks as fill 512 MiB where the weight's is asked for. Results
+    are the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
     Raises:
         TypeError: hidden, weight or bias that are not floating, or of two dtypes; targets that are
@@ -88,6 +94,7 @@ def linear_token_stats(
     problem = checked_problem(
         hidden, [weight], targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
         ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
+        entropy_grad=entropy_grad, with_stats=with_stats,
     )  # fmt: skip
     return token_stats_of(problem)
 
@@ -121,24 +128,20 @@ def token_stats_of(problem: LinearProblem) -> TokenStats:
     """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
     if under_transform():
         return _definition(problem, problem.hidden, problem.bias, problem.weights)
-    logprob, entropy, lse = _LinearTokenStats.apply(
+    found = _LinearTokenStats.apply(
         problem.options,
         *wanted_or_detached(
             problem.hidden, problem.bias, problem.targets, problem.token_temperature,
             *problem.weights,
         ),
     )  # fmt: skip
-    return stats_of_found(problem, (logprob, entropy, lse))
+    return stats_of_found(problem, found)
 
 
 def stats_of_found(problem: LinearProblem, found: Sequence[Tensor]) -> TokenStats:
     """Give the statistics (N,) of all tokens, as the plans find them, the shape of the targets."""
-    shape = problem.targets.shape
-    logprob, entropy, lse = found
-    with_entropy = problem.options.entropy
-    return TokenStats(
-        logprob.view(shape), entropy.view(shape) if with_entropy else None, lse.view(shape)
-    )
+    options = problem.options
+    return shaped_stats(found, problem.targets.shape, options.entropy, options.with_stats)
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -159,16 +162,18 @@ class _LinearTokenStats(torch.autograd.Function):
                 found, *slopes = statistics_and_slopes(bench, spans)
             else:
                 found = statistics(bench, spans)
-        ctx.options, ctx.needs = options, needs
+        # Backward needs nothing but what has a gradient.
+        ctx.options = options._replace(entropy=options.entropy_grad, with_stats=())
+        ctx.needs = needs
         ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
         dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
         ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *slopes)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(found[2])
+        ctx.mark_non_differentiable(*found[1 if not options.entropy_grad else 2 :])
         return found
 
     @staticmethod
-    def backward(ctx, d_logprob, d_entropy, _):
+    def backward(ctx, d_logprob, d_entropy, *_):
         hidden, bias, targets, token_temperature, order, *rest = ctx.saved_tensors
         slopes = rest[len(ctx.codes) :]
         weights = [code or dense for code, dense in zip(ctx.codes, rest, strict=False)]
@@ -268,4 +273,5 @@ def _definition(
             full_logits(hidden, weight, bias, live, options.dtype), targets,
             temperature=problem.temperature, softcap=options.softcap, scale=options.scale,
             ignore_index=options.ignore_index, entropy=options.entropy,
+            entropy_grad=options.entropy_grad, with_stats=options.with_stats,
         )  # fmt: skip

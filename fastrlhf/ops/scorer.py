@@ -6,7 +6,7 @@ has at hand, or what enters the head in the middle of a model's forward.
 Dims: K width of the hidden states, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -47,15 +47,20 @@ class Scorer(Protocol):
     @property
     def impl(self) -> str: ...
 
-    def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
+    def stats(
+        self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
+        entropy_grad: bool = True, with_stats: Iterable[str] = (),
+    ) -> TokenStats:  # fmt: skip
         """As `linear_token_stats`."""
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
-        mean_logit: bool = False,
+        with_stats: Iterable[str] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """As `linear_loss`. `mean_logit`: let the loss see the mean of each token's logits."""
+        """As `linear_loss`. `with_stats`: what else the loss sees, of which `mean_logit` is
+        differentiable.
+        """
 
     def logits(self, rows: Tensor) -> Tensor:
         """The logits (n, V) of some hidden states, numbered as if flat: in fp32 or fp64, scaled and
@@ -87,24 +92,34 @@ class LinearScorer(NamedTuple):
         return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in head)
 
     def problem(
-        self, targets: Tensor, *, ignore_index: int, entropy: bool, mean_logit: bool = False
-    ) -> LinearProblem:
+        self, targets: Tensor, *, ignore_index: int, entropy: bool, entropy_grad: bool = True,
+        with_stats: Iterable[str] = (),
+    ) -> LinearProblem:  # fmt: skip
         return checked_problem(
             self.hidden, self.weights, targets, bias=self.bias, temperature=self.temperature,
             softcap=self.softcap, scale=self.scale, ignore_index=ignore_index, entropy=entropy,
-            chunk_size=self.chunk_size, impl=self.impl, mean_logit=mean_logit, dtype=self.dtype,
+            chunk_size=self.chunk_size, impl=self.impl, entropy_grad=entropy_grad,
+            with_stats=with_stats, dtype=self.dtype,
         )  # fmt: skip
 
-    def stats(self, targets: Tensor, *, ignore_index: int, entropy: bool = False) -> TokenStats:
-        return token_stats_of(self.problem(targets, ignore_index=ignore_index, entropy=entropy))
+    def stats(
+        self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
+        entropy_grad: bool = True, with_stats: Iterable[str] = (),
+    ) -> TokenStats:  # fmt: skip
+        return token_stats_of(
+            self.problem(
+                targets, ignore_index=ignore_index, entropy=entropy, entropy_grad=entropy_grad,
+                with_stats=with_stats,
+            )
+        )  # fmt: skip
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
-        mean_logit: bool = False,
+        with_stats: Iterable[str] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         problem = self.problem(
-            targets, ignore_index=ignore_index, entropy=entropy, mean_logit=mean_logit
+            targets, ignore_index=ignore_index, entropy=entropy, with_stats=with_stats
         )
         return loss_of(problem, loss_fn, side_inputs, groups)
 

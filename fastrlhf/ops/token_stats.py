@@ -1,17 +1,17 @@
 """Log-prob, entropy and log-sum-exp of each token from logits, with their gradient.
 
-Three opaque operators carry it, so that `torch.compile` keeps them whole: the forward, the
-backward, and the backward that overwrites the logits. Each runs the Triton kernels or, for a
-bounded number of rows at a time, the closed forms of `fastrlhf.reference`.
+Opaque operators carry it, so that `torch.compile` keeps them whole: the forward, with or without
+further statistics, the backward, and the backward that overwrites the logits. Each runs the Triton
+kernels or, for a bounded number of rows at a time, the closed forms of `fastrlhf.reference`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.reference import TokenStats
+from fastrlhf.reference import FURTHER_STATS, TokenStats
 
 from .backend import check_impl, is_batched, under_transform, use_triton
 from .checks import (
@@ -20,6 +20,7 @@ from .checks import (
     check_ignore_index,
     check_indices_on_host,
     check_integer,
+    check_names,
     check_same_device,
     check_shape,
     wide_integers,
@@ -45,6 +46,8 @@ def token_stats(
     scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    entropy_grad: bool = True,
+    with_stats: Iterable[str] = (),
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> TokenStats:
@@ -56,6 +59,9 @@ def token_stats(
         log_p = z.float().log_softmax(-1)
         logprob = log_p.gather(-1, targets[..., None])[..., 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
+        is_top1 = z.argmax(-1) == targets
+        mean_logit = z.mean(-1)
+        log_sum_sq_probs = (2 * log_p).logsumexp(-1)
 
     Args:
         logits: (..., V) bf16, fp16, fp32 or fp64, any strides. -inf is legal and means probability
@@ -69,6 +75,9 @@ def token_stats(
         ignore_index: rows with this target are not read: their statistics are 0, their gradient
             exactly 0, whatever they hold.
         entropy: also compute the entropy.
+        entropy_grad: False gives the entropy without a gradient, whose backward then costs nothing.
+        with_stats: names of what else to compute in the same pass over the logits, any of
+            "is_top1", "mean_logit" and "log_sum_sq_probs": see `TokenStats`.
         inplace_backward: let the backward overwrite the logits with their gradient, where their
             memory does not overlap itself. Autograd then refuses any later use of a graph that
             saved the logits.
@@ -76,24 +85,26 @@ def token_stats(
             "triton" under TRITON_INTERPRET=1.
 
     Returns:
-        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 logits). The entropy is None unless
-        asked for.
+        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 logits), `is_top1` bool. What was
+        not asked for is None.
 
     `logprob` and `entropy` are differentiable with respect to the logits, twice if need be (the
-    second derivative runs eagerly and builds tensors of the size of the logits); `lse` is not.
-    Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation, all of it runs so.
+    second derivative runs eagerly and builds tensors of the size of the logits); the others are
+    not. Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation, all of it runs
+    so.
 
     The kernels read the logits once forward; backward they read them and write the gradient once.
     Nothing else of that size is allocated but the gradient, and not even that with
     inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32. A row has the same
-    bits whatever batch surrounds it. The log-prob is accurate where the probability is nearly 1.
+    bits whatever batch surrounds it. The log-prob, and ln Σ p² of it, are accurate where the
+    probability of the target is nearly 1.
 
     Raises:
         TypeError: logits that are not floating (or fp8), targets that are not integer.
         ValueError: shapes or devices that do not match, an empty vocabulary, a temperature, softcap
             or scale that is not positive, a temperature that requires a gradient, a target outside
-            [0, V) that is not ignore_index. What tensors hold is checked here on the CPU; on a GPU,
-            by an assertion in the kernel.
+            [0, V) that is not ignore_index, an unknown name in with_stats. What tensors hold is
+            checked here on the CPU; on a GPU, by an assertion in the kernel.
 
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.
@@ -101,17 +112,55 @@ def token_stats(
     transform = checked_logits(logits, targets, temperature, softcap, scale)
     ignore_index = check_ignore_index(ignore_index)
     check_bool("entropy", entropy)
+    check_bool("entropy_grad", entropy_grad)
+    with_stats = check_names("with_stats", with_stats, FURTHER_STATS)
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)
     if under_transform():
-        return _definition(logits, targets, transform, ignore_index, entropy)
-    logprob, row_entropy, lse, _, _ = _forward(
-        logits, targets, *transform, ignore_index, entropy, inplace_backward, impl
+        return _definition(
+            logits, targets, transform, ignore_index, entropy, entropy_grad, with_stats
+        )
+    logprob, row_entropy, lse, _, _, *further = all_statistics(
+        logits, targets, transform, ignore_index, entropy, with_stats, inplace_backward, impl
     )
-    shape = targets.shape
+    if not entropy_grad:
+        row_entropy = row_entropy.detach()
+    found = (logprob, row_entropy, lse.detach(), *(x.detach() for x in further))
+    return shaped_stats(found, targets.shape, entropy, with_stats)
+
+
+def all_statistics(
+    logits: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Call the forward operator: logprob, entropy, lse, peak, log_norm and what `with_stats` may
+    name, each (N,); empty if not asked for.
+    """
+    arguments = (logits, targets, *transform, ignore_index, entropy, inplace_backward, impl)
+    if with_stats:
+        return _forward_with(*arguments, with_stats)
+    found = _forward(*arguments)
+    return *found, targets.new_empty(0, dtype=torch.bool), *(found[2].new_empty(0),) * 2
+
+
+def shaped_stats(
+    found: Sequence[Tensor], shape: torch.Size, entropy: bool, with_stats: tuple[str, ...]
+) -> TokenStats:
+    """Give the fields of `TokenStats`, each (N,), their shape; None to what was not asked for."""
+    logprob, row_entropy, lse, *further = found
     return TokenStats(
-        logprob.view(shape), row_entropy.view(shape) if entropy else None, lse.detach().view(shape)
-    )
+        logprob.view(shape), row_entropy.view(shape) if entropy else None, lse.view(shape),
+        *(
+            x.view(shape) if name in with_stats else None
+            for name, x in zip(FURTHER_STATS, further, strict=True)
+        ),
+    )  # fmt: skip
 
 
 def _definition(
@@ -120,6 +169,8 @@ def _definition(
     transform: Transform,
     ignore_index: int,
     entropy: bool,
+    entropy_grad: bool,
+    with_stats: tuple[str, ...],
 ) -> TokenStats:
     """Compute the statistics by what torch.func can differentiate and batch."""
     row_temperature = transform.of_rows
@@ -127,6 +178,7 @@ def _definition(
     return reference.token_stats(
         logits, targets, temperature=row_temperature, softcap=transform.softcap,
         scale=transform.scale, ignore_index=ignore_index, entropy=entropy,
+        entropy_grad=entropy_grad, with_stats=with_stats,
     )  # fmt: skip
 
 
@@ -179,8 +231,7 @@ def token_logprobs(
     ).logprob
 
 
-@torch.library.custom_op("fastrlhf::token_stats", mutates_args=())
-def _forward(
+def _statistics(
     logits: Tensor,
     targets: Tensor,
     token_temperature: Tensor | None,
@@ -191,12 +242,13 @@ def _forward(
     entropy: bool,
     inplace_backward: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_stats: Sequence[str] = (),
+) -> tuple[Tensor, ...]:
     triton = use_triton(impl, logits)
     rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
     check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
     if targets.numel() == 0:
-        return _empty_statistics(logits, 0, entropy)
+        return _empty_statistics(logits, 0, entropy, with_stats)
     if triton:
         from fastrlhf.kernels.token_stats import token_stats_forward
 
@@ -208,8 +260,9 @@ def _forward(
             scale=scale,
             ignore_index=ignore_index,
             entropy=entropy,
+            with_stats=with_stats,
         )
-    stats = _empty_statistics(logits, targets.numel(), entropy)
+    stats = _empty_statistics(logits, targets.numel(), entropy, with_stats)
     for index in _chunks(targets != ignore_index, rows):
         chunk = reference.token_stats_forward(
             _take_rows(rows, index),
@@ -218,6 +271,7 @@ def _forward(
             softcap=softcap,
             scale=scale,
             entropy=entropy,
+            with_stats=with_stats,
         )
         for whole, part in zip(stats, chunk, strict=True):
             if whole.numel():
@@ -225,22 +279,55 @@ def _forward(
     return stats
 
 
-@_forward.register_fake
-def _forward_fake(logits, targets, *options):
-    entropy = options[5]
-    return _empty_statistics(logits, targets.numel(), entropy)
-
-
 def _empty_statistics(
-    logits: Tensor, rows: int, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of ignored rows: logprob, entropy, lse, peak and log_norm; peak -inf marks no
-    distribution.
+    logits: Tensor, rows: int, entropy: bool, with_stats: Sequence[str] = ()
+) -> tuple[Tensor, ...]:
+    """Statistics of ignored rows: logprob, entropy, lse, peak, log_norm and the further ones; peak
+    -inf marks no distribution.
     """
     acc = reference.accumulation_dtype(logits.dtype)
     logprob, lse, log_norm = (logits.new_zeros(rows, dtype=acc) for _ in range(3))
     peak = logits.new_full((rows,), -torch.inf, dtype=acc)
-    return logprob, logits.new_zeros(rows if entropy else 0, dtype=acc), lse, peak, log_norm
+    row_entropy = logits.new_zeros(rows if entropy else 0, dtype=acc)
+    further = (
+        logits.new_zeros(
+            rows if name in with_stats else 0, dtype=torch.bool if name == "is_top1" else acc
+        )
+        for name in FURTHER_STATS
+    )
+    return logprob, row_entropy, lse, peak, log_norm, *further
+
+
+_OPTIONS = (
+    "Tensor logits, Tensor targets, Tensor? token_temperature, float temperature, "
+    "float? softcap, float scale, int ignore_index, bool entropy, bool inplace_backward, str impl"
+)
+_FIVE = "Tensor, Tensor, Tensor, Tensor, Tensor"
+
+
+@torch.library.custom_op(
+    "fastrlhf::token_stats", mutates_args=(), schema=f"({_OPTIONS}) -> ({_FIVE})"
+)
+def _forward(*arguments):
+    return _statistics(*arguments)[:5]
+
+
+@_forward.register_fake
+def _forward_fake(logits, targets, *options):
+    return _empty_statistics(logits, targets.numel(), options[5])[:5]
+
+
+@torch.library.custom_op(
+    "fastrlhf::token_stats_with", mutates_args=(),
+    schema=f"({_OPTIONS}, str[] with_stats) -> ({_FIVE}, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _forward_with(*arguments):
+    return _statistics(*arguments)
+
+
+@_forward_with.register_fake
+def _forward_with_fake(logits, targets, *options):
+    return _empty_statistics(logits, targets.numel(), options[5], options[-1])
 
 
 def _write_gradient(
@@ -307,7 +394,7 @@ def _write_gradient(
     _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
 
 
-# Of the three operators, each of which writes the gradient elsewhere.
+# Of three operators, each of which writes the gradient elsewhere.
 _ARGUMENTS = (
     "Tensor targets, Tensor logprob, Tensor entropy, Tensor peak, Tensor log_norm, "
     "Tensor d_logprob, Tensor? d_entropy, Tensor? token_temperature, float temperature, "
@@ -348,9 +435,11 @@ def _backward_inplace(logits, *arguments):
 
 def _setup_context(ctx, inputs, output):
     logits, targets, token_temperature, *options = inputs
-    logprob, entropy, _, peak, log_norm = output
+    logprob, entropy, _, peak, log_norm, *_ = output
     ctx.save_for_backward(logits, targets, token_temperature, logprob, entropy, peak, log_norm)
-    ctx.options = options
+    ctx.options, ctx.inputs = options[:7], len(inputs)
+    # So that an entropy whose gradient nobody asks for costs none.
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, d_logprob, d_entropy, *_):
@@ -358,6 +447,8 @@ def _autograd(ctx, d_logprob, d_entropy, *_):
     temperature, softcap, scale, ignore_index, entropy, inplace, impl = ctx.options
     if not entropy:
         d_entropy = None
+    if d_logprob is None:
+        d_logprob = torch.zeros_like(stats[0])
     if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
         # The gradient is itself to be differentiated (create_graph), or one of many at once
         # (is_grads_batched): take it by autograd.
@@ -366,11 +457,11 @@ def _autograd(ctx, d_logprob, d_entropy, *_):
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             differentiable = reference.token_stats(
-                logits, targets, ignore_index=ignore_index, entropy=entropy, **transform
-            )
+                logits, targets, ignore_index=ignore_index, entropy=d_entropy is not None,
+                **transform,
+            )  # fmt: skip
         outputs = [x for x in (differentiable.logprob, differentiable.entropy) if x is not None]
-        upstream = [d_logprob.view(targets.shape)]
-        upstream += [d_entropy.view(targets.shape)] if entropy else []
+        upstream = [x.view(targets.shape) for x in (d_logprob, d_entropy) if x is not None]
         (d_logits,) = torch.autograd.grad(outputs, logits, upstream, create_graph=again)
     else:
         arguments = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
@@ -380,10 +471,11 @@ def _autograd(ctx, d_logprob, d_entropy, *_):
             d_logits = logits.detach()
         else:
             d_logits = _backward(*arguments)
-    return d_logits, *(None for _ in range(len(ctx.options) + 2))
+    return d_logits, *(None for _ in range(ctx.inputs - 1))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+for _operator in (_forward, _forward_with):
+    _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def flat_rows(

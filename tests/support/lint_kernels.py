@@ -26,6 +26,7 @@ from fastrlhf.kernels import (
     token_stats,
 )
 from fastrlhf.kernels.launch import SHAPES
+from fastrlhf.reference import FURTHER_STATS
 from support.compile_lint import Launch, captured_launches, compile_launch, launch_key
 
 VOCABS = [32000, 50257, 128256, 151936, 262144]
@@ -43,8 +44,10 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_token_stats(vocab: int, dtype: torch.dtype, everything: bool) -> None:
-    """Forward and backward, plain or with every option."""
+def launch_token_stats(
+    vocab: int, dtype: torch.dtype, everything: bool, with_stats: tuple[str, ...] | None = None
+) -> None:
+    """Forward and backward, plain or with every option; or with some further statistics."""
     acc = torch.promote_types(dtype, torch.float32)
     logits = meta(1, ROWS, vocab, dtype=dtype)
     targets = meta(ROWS, dtype=torch.int64)
@@ -53,10 +56,12 @@ def launch_token_stats(vocab: int, dtype: torch.dtype, everything: bool) -> None
         "softcap": 30.0 if everything else None,
         "scale": 1.0,
     }
+    if with_stats is None:
+        with_stats = FURTHER_STATS if everything else ()
     stats = token_stats.token_stats_forward(
-        logits, targets, ignore_index=-100, entropy=everything, **transform
+        logits, targets, ignore_index=-100, entropy=everything, with_stats=with_stats, **transform
     )
-    logprob, entropy, _, peak, log_norm = stats
+    logprob, entropy, _, peak, log_norm, *_ = stats
     token_stats.token_stats_backward(
         logits,
         logits,
