@@ -227,11 +227,15 @@ def test_an_adapter_of_the_head_is_trained(kind) -> None:
         assert not torch.equal(found.weights[name], found.start[name])
 
 
+# Widths of whole blocks of codes; and what dequantizes shorter rows on a CPU is wrong.
+OF_64 = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+
+
 def quantized_to_4_bits() -> torch.nn.Module:
     """A tiny model whose linear layers, the head too, are of 4 bits."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     with tempfile.TemporaryDirectory() as folder:
-        make("Llama", vocab_size=128).save_pretrained(folder)
+        make("Llama", **OF_64).save_pretrained(folder)
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=True, llm_int8_skip_modules=[], bnb_4bit_compute_dtype=torch.float32
         )
@@ -249,7 +253,7 @@ def test_a_quantized_head_is_what_its_codes_stand_for(kind, targets) -> None:
     with patching.patched():
         found = train(**options)
     assert found.calls.by_trl == 0 < found.calls.asked
-    assert_same(found, wanted, ROUNDING)
+    assert_same(found, wanted, ROUNDING_OF_BF16)  # TRL has adapters of such models in bf16
 
 
 FULL_OR_LORA = {"full": None, "lora": ALL_LINEAR, "lora on the head": HEAD}
