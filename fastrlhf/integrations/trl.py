@@ -38,6 +38,7 @@ from fastrlhf.hf.head_parts import HeadParts, head_parts, parts_of_weight
 from fastrlhf.hf.head_scorer import head_scorer
 from fastrlhf.hf.logit_map import LogitMap
 from fastrlhf.hf.scored_divergence import scored_divergence
+from fastrlhf.ops.backend import outside_of_graphs
 from fastrlhf.ops.foreseen_stats import foreseen_stats
 from fastrlhf.ops.linear_arguments import matmul_dtype
 from fastrlhf.ops.scorer import LinearScorer, Scorer
@@ -223,20 +224,25 @@ class _LogProbs:
                 logit_scale, outputs,
             )  # fmt: skip
         scorer = _scorer(hidden, weight, bias, temperature, logit_scale, final_logit_softcapping)
-        options: dict[str, Any] = {
-            "ignore_index": _IGNORED,
-            "entropy": "entropy" in outputs,
-            "with_stats": [ours for name, ours in _STATISTICS.items() if name in outputs],
-        }
-        targets = targets.unsqueeze(0)
-        if isinstance(scorer, LinearScorer) and not loss_takes_entropy():
-            trained = scorer.head_is_trained
-            foresight = current_foresight(targets.numel()) if trained else None
-            stats = foreseen_stats(scorer.problem(targets, **options), foresight)
-        else:
-            stats = scorer.stats(targets, **options)
-        further = (getattr(stats, name) for name in _STATISTICS.values())
-        return tuple(None if x is None else x[0] for x in (stats.logprob, stats.entropy, *further))
+        return outside_of_graphs(_statistics)(scorer, targets.unsqueeze(0), outputs)
+
+
+def _statistics(
+    scorer: Scorer, targets: Tensor, outputs: tuple[str, ...]
+) -> tuple[Tensor | None, ...]:
+    """What TRL asks for of the tokens (1, n): each (n,), or None."""
+    options: dict[str, Any] = {
+        "ignore_index": _IGNORED,
+        "entropy": "entropy" in outputs,
+        "with_stats": [ours for name, ours in _STATISTICS.items() if name in outputs],
+    }
+    if isinstance(scorer, LinearScorer) and not loss_takes_entropy():
+        foresight = current_foresight(targets.numel()) if scorer.head_is_trained else None
+        stats = foreseen_stats(scorer.problem(targets, **options), foresight)
+    else:
+        stats = scorer.stats(targets, **options)
+    further = (getattr(stats, name) for name in _STATISTICS.values())
+    return tuple(None if x is None else x[0] for x in (stats.logprob, stats.entropy, *further))
 
 
 class _Divergence:
