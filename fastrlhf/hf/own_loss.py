@@ -117,8 +117,18 @@ class _LossStandIn:
                 "ignore_index, which is not known"
             )
         self.logits = logits
+        if logits.requires_grad and getattr(self.stand_in.work, "looks", True):
+            logits.register_hook(self._check_slope)
         total = self.stand_in.result(logits)
         return _divided(total, self.scored.to(total.device), num_items_in_batch)
+
+    def _check_slope(self, slope: Tensor) -> None:
+        """In backward, raise RuntimeError if the model's loss depends on its logits otherwise."""
+        if bool((slope != 0).any()):
+            raise RuntimeError(
+                f"model: {self.stand_in.name} takes more of its loss from its logits than its "
+                "loss_function does, and they are not there; take its loss without fastrlhf"
+            )
 
 
 def _divided(total: Tensor, scored: Tensor, by: Tensor | int | None) -> Tensor:

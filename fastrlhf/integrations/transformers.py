@@ -1,4 +1,4 @@
-"""Supervised fine-tuning by `transformers.Trainer` without logits, by one line::
+"""Fine-tune by `transformers.Trainer` without logits, by one line.
 
     from fastrlhf.integrations import transformers
 
