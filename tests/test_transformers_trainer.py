@@ -381,7 +381,7 @@ def with_prompts() -> nn.Module:
 LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a head of its own": (with_own_head, {}, "gives other logits than its weight"),
     "a loss of its own": (with_own_loss, {}, "loss_function"),
-    "a loss of its forward": (with_loss_of_its_forward, {}, "does not take its loss from loss_function"),
+    "a loss of its forward": (with_loss_of_its_forward, {}, "its loss from loss_function"),
     "a classifier": (classifier, {}, "no output embeddings"),
     "an encoder-decoder": (encoder_decoder, {}, "encoder-decoder"),
     "learned prompts": (with_prompts, {}, "virtual tokens"),

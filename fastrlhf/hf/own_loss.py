@@ -48,8 +48,7 @@ def with_fused_loss(
         TypeError, ValueError, RuntimeError: a model whose loss is not the cross-entropy of the
             logits that its head makes, or whose head is not known; see `model_token_stats`.
     """
-    base = base_model(model)
-    _check_loss(base, model)
+    owner = _owner_of_loss(model)
     targets = shift_targets(labels, labels != IGNORED) if shift_labels is None else shift_labels
     scored = (targets != IGNORED).sum()
 
@@ -58,7 +57,7 @@ def with_fused_loss(
 
     def forward(stand_in: StandIn) -> tuple[Any, Tensor]:
         loss = _LossStandIn(stand_in, scored)
-        with loss.in_place(base):
+        with loss.in_place(owner):
             result = call()
         if loss.logits is None:
             raise TypeError(f"model: {stand_in.name} does not take its loss from loss_function")
@@ -68,17 +67,22 @@ def with_fused_loss(
     return in_place_of_head(model, targets.long(), batch, work, forward).outputs
 
 
-def _check_loss(base: Any, model: nn.Module) -> None:
-    name = type(base).__name__
-    module = head_module(base)
+def _owner_of_loss(model: nn.Module) -> nn.Module:
+    """The module whose forward takes the loss, if it is one that can be replaced."""
+    base = base_model(model)
+    module, name = head_module(base), type(base).__name__
     check_model(base, name)
     check_weights(module, name)
+    if virtual_tokens(model):
+        raise TypeError("model: labels of learned prompts (virtual tokens) are not known")
+    # Some wrappers (FSDP1, DeepSpeed) pass for the model that they hold.
+    while not hasattr(type(base), "loss_function") and hasattr(base, "module"):
+        base = base.module
     loss = getattr(base, "loss_function", None)
     # Told by its name: transformers is not imported here.
     if getattr(loss, "__qualname__", None) != "ForCausalLMLoss":
         raise TypeError(f"model: the loss_function of {name} is no ForCausalLMLoss but {loss}")
-    if virtual_tokens(model):
-        raise TypeError("model: labels of learned prompts (virtual tokens) are not known")
+    return base
 
 
 class _LossStandIn:
@@ -89,8 +93,8 @@ class _LossStandIn:
         self.logits: Tensor | None = None  # what the model made of what its head returned
 
     @contextmanager
-    def in_place(self, base: nn.Module) -> Iterator[None]:
-        name, attributes = "_loss_function", vars(base)
+    def in_place(self, owner: nn.Module) -> Iterator[None]:
+        name, attributes = "_loss_function", vars(owner)
         before = {name: attributes[name]} if name in attributes else {}
         attributes[name] = self
         try:

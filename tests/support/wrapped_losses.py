@@ -417,7 +417,7 @@ CASES: dict[str, dict[str, Case]] = {
         # Not weighed, for which a trained head would need the teacher's once more.
         "teacher's head": Case(_with_head, wrap_teacher=_with_head, losses=("kl",)),
         "teacher's head, lora": Case(_with_head, "lora", wrap_teacher=_with_head, losses=_KL),
-        "FSDP1": Case(_fsdp1),
+        "FSDP1": Case(_fsdp1, losses=(*FIVE, "labels")),
         "FSDP1, head": Case(partial(_fsdp1, head=True), losses=ALL),
         "FSDP1, peft": Case(_fsdp1_of_peft, "lora head"),
     },
