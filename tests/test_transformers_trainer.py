@@ -281,6 +281,19 @@ def test_any_count_of_items(items, labelled, tmp_path, fused) -> None:
     torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_outputs_that_are_tuples(dtype, tmp_path, fused) -> None:
+    made, batch = trainer(make("Llama"), tmp_path), padded(examples(ROWS))
+    with torch.autocast("cpu", dtype):
+        (loss, gradients), (ours, found) = plain_and_fused(made, {**batch, "return_dict": False})
+    assert len(fused) == 1 and ours.dtype == loss.dtype
+    places = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, loss, rtol=places, atol=0)
+    scale = max(float(g.norm()) for g in gradients)
+    for got, want in zip(found, gradients, strict=True):
+        assert float((got - want).norm()) <= 4 * places * scale
+
+
 def right(prediction: Any) -> dict[str, float]:
     logits, labels = prediction
     hit = (logits.argmax(-1)[:, :-1] == labels[:, 1:])[labels[:, 1:] != -100]
