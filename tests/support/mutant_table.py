@@ -1502,7 +1502,7 @@ MUTANTS = [
         "fastrlhf/hf/stand_in.py", "test_wrapped_losses.py",
         (
             "wrapped: a backward that no wrapper is told of",
-            "return tied(self.made, logits_of(output))", "return self.made",
+            "return tied(self.made, logits)", "return self.made",
             "sharded_models and everything",
         ),
         (
@@ -1618,6 +1618,61 @@ MUTANTS = [
             "trpo: the temperature is forgotten",
             'return head | {"temperature": self.temperature}', 'return head | {"temperature": 1.0}',
             "natural_gradient",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/own_loss.py", "test_transformers_trainer.py",
+        (
+            "own loss: shift_labels are forgotten",
+            "targets = shift_targets(labels, labels != IGNORED) if shift_labels is None else "
+            "shift_labels",
+            "targets = shift_targets(labels, labels != IGNORED)",
+            "shift_labels",
+        ),
+        (
+            "own loss: each batch by its own tokens",
+            "divisor = scored if by is None else torch.as_tensor(by, device=total.device)",
+            "divisor = scored",
+            "accumulated",
+        ),
+        (
+            "own loss: gradients of 0 / 0",
+            "safe = torch.where(scored > 0, divisor, 1)", "safe = divisor",
+            "any_count_of_items",
+        ),
+        (
+            "own loss: more of the loss is made of what stands for logits",
+            "if bool((slope != 0).any()):", "if False:",
+            "takes_more_from_the_logits",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/transformers.py", "test_transformers_trainer.py",
+        (
+            "trainer: a patch that does nothing",
+            "if not _has_fusible_loss(self, model, inputs, return_outputs):", "if True:",
+            "Qwen2",
+        ),
+        (
+            "trainer: no logits for metrics",
+            "_loss_only.set(bool(prediction_loss_only) and plain)", "_loss_only.set(plain)",
+            "asked_for",
+        ),
+        (
+            "trainer: no logits for a loss around its own",
+            "_loss_only.set(bool(prediction_loss_only) and plain)",
+            "_loss_only.set(bool(prediction_loss_only))",
+            "calls_the_loss_of_its_base_class",
+        ),
+        (
+            "trainer: what cannot be served is tried each time",
+            "_left_alone.add(_innermost(model))", "pass",
+            "left_alone",
+        ),
+        (
+            "trainer: the first to leave takes the patch off",
+            "elif not (on or entered > 0) and self.ours:", "elif not on and self.ours:",
+            "on_and_off",
         ),
     ),
 ]  # fmt: skip
