@@ -20,9 +20,8 @@ whose own compute_loss does not call that of its base class is not reached.
 
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -33,6 +32,8 @@ from torch import Tensor, nn
 
 from fastrlhf.hf.head_parts import base_model
 from fastrlhf.hf.own_loss import with_fused_loss
+
+from .replacements import Replacement, Replacements
 
 Method = Callable[..., Any]
 
@@ -50,9 +51,8 @@ def patch() -> None:
 
     Raises:
         ImportError: transformers is not there, or has another Trainer than is known.
-        RuntimeError: somebody else's patch lies on this one.
     """
-    _patch.switch(on=True)
+    _replacements.install()
 
 
 def unpatch() -> None:
@@ -61,66 +61,33 @@ def unpatch() -> None:
     Raises:
         RuntimeError: somebody else's patch lies on this one.
     """
-    _patch.switch(on=False)
+    _replacements.remove()
 
 
-@contextmanager
-def patched() -> Iterator[None]:
-    """As `patch`, for a while. May be nested, and left in any order by threads."""
-    _patch.switch(entered=1)
-    try:
-        yield
-    finally:
-        _patch.switch(entered=-1)
+def patched() -> AbstractContextManager[None]:
+    """As `patch`, within a `with` statement. May be nested, and left in any order by threads."""
+    return _replacements.installed()
 
-
-class _Patch:
-    """The patch of the Trainer's methods, which is there while anyone wants it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.on, self.entered = False, 0
-        self.trainer: Any = None
-        self.own: dict[str, Method] = {}
-        self.ours: dict[str, Method] = {}
-
-    def switch(self, on: bool | None = None, entered: int = 0) -> None:
-        with self.lock:
-            on, entered = self.on if on is None else on, self.entered + entered
-            if (on or entered > 0) and not self.ours:
-                self._put_on()
-            elif not (on or entered > 0) and self.ours:
-                self._take_off()
-            self.on, self.entered = on, entered
-
-    def _put_on(self) -> None:
-        self.trainer = _known_trainer()
-        self.own = {name: vars(self.trainer)[name] for name in _PARAMETERS}
-        self.ours = {name: _FUSED[name](own) for name, own in self.own.items()}
-        for name, method in self.ours.items():
-            setattr(self.trainer, name, method)
-
-    def _take_off(self) -> None:
-        for name, method in self.ours.items():
-            if vars(self.trainer)[name] is not method:
-                raise RuntimeError(
-                    f"Trainer.{name} was patched by other code after fastrlhf, which has to be "
-                    "taken back first"
-                )
-        for name, method in self.own.items():
-            setattr(self.trainer, name, method)
-        self.own, self.ours = {}, {}
-        _left_alone.clear()
-        _said.clear()
-
-
-_patch = _Patch()
 
 # The methods that are patched, with the parameters that are known.
 _PARAMETERS = {
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "prediction_step": ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
 }
+
+
+def _find() -> list[Replacement]:
+    """What to replace in the Trainer that is installed."""
+    trainer = _known_trainer()
+    _left_alone.clear()
+    _said.clear()
+    own = vars(trainer)
+    compute_loss = _fused_compute_loss(own["compute_loss"])
+    prediction_step = _fused_prediction_step(own["prediction_step"], compute_loss)
+    return [
+        Replacement(trainer, "compute_loss", compute_loss),
+        Replacement(trainer, "prediction_step", prediction_step),
+    ]
 
 
 def _known_trainer() -> Any:
@@ -175,13 +142,13 @@ def _fused_compute_loss(own: Method) -> Method:
     return compute_loss
 
 
-def _fused_prediction_step(own: Method) -> Method:
+def _fused_prediction_step(own: Method, compute_loss: Method) -> Method:
     @wraps(own)
     def prediction_step(
         self: Any, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         # A loss of one's own around that of the Trainer may look at the logits.
-        plain = getattr(self.compute_loss, "__func__", None) is _patch.ours.get("compute_loss")
+        plain = getattr(self.compute_loss, "__func__", None) is compute_loss
         token = _loss_only.set(bool(prediction_loss_only) and plain)
         try:
             return own(self, model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
@@ -189,9 +156,6 @@ def _fused_prediction_step(own: Method) -> Method:
             _loss_only.reset(token)
 
     return prediction_step
-
-
-_FUSED = {"compute_loss": _fused_compute_loss, "prediction_step": _fused_prediction_step}
 
 
 def _has_fusible_loss(trainer: Any, model: Any, inputs: Any, return_outputs: bool) -> bool:
@@ -231,3 +195,6 @@ def _say(model: Any, why: str) -> None:
     if text not in _said:
         _said.add(text)
         _logger.warning(text)
+
+
+_replacements = Replacements(_find)
