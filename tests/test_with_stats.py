@@ -115,6 +115,7 @@ def test_values_of_several_splits_match_the_oracle(impl, dtype, kind, device) ->
     # The largest logit in the first split, in the last, and in another than the target's.
     logits[3, 5], logits[4, -1], logits[5, 20000] = 9.0, 9.0, 9.0
     targets[3], targets[4], targets[5] = 5, MANY_SPLITS - 1, 100
+    logits[5, 100] = 8.0
     options = options_of(kind, 7, device)
     stats = token_stats(logits, targets, with_stats=NAMES, impl=impl, **options)
     assert_right(stats, logits, targets, **options)
