@@ -154,6 +154,8 @@ CASES: dict[str, dict[str, Any]] = {
 ROUNDING = 1e-5, 1e-4
 # In bf16, TRL differs by at most 4e-3 and 2e-2 from fp64 statistics of logits made in bf16.
 ROUNDING_OF_BF16 = 1e-2, 4e-2
+# Exponentials of sums of log-probs of about -40, each known to 4e-6; TRL: 8e-6, 2e-5.
+ROUNDING_OF_EXPONENTIALS = 3e-5, 1e-4
 # AdamW divides by the size of gradients, and what is left of small ones is rounding: 2e-6, 3e-4.
 ROUNDING_OF_ADAMW = 1e-5, 1e-3
 
@@ -161,6 +163,8 @@ ROUNDING_OF_ADAMW = 1e-5, 1e-3
 def tolerance(name: str) -> tuple[float, float]:
     if "bf16" in name:
         return ROUNDING_OF_BF16
+    if "forward kl" in name:
+        return ROUNDING_OF_EXPONENTIALS
     return ROUNDING_OF_ADAMW if "adamw" in name else ROUNDING
 
 
@@ -291,8 +295,8 @@ def test_cost_of_a_head(kind, trained) -> None:
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
 def test_no_logits_of_a_long_batch(kind, monkeypatch) -> None:
     """Nothing is made of the size of the logits, where blocks of them are to be small."""
-    monkeypatch.setitem(linear_rows._WORKSPACE_BYTES, "cpu", 2**18)
-    options = {"longer": 20, "changes": {"vocab_size": 4096, "max_position_embeddings": 1024}}
+    monkeypatch.setitem(linear_rows._WORKSPACE_BYTES, "cpu", 2**20)
+    options = {"longer": 16, "changes": {"vocab_size": 32768, "max_position_embeddings": 1024}}
     with patching.patched():
         cost = head_cost(kind, **options)
-    assert cost.largest < cost.tokens * cost.vocab / 8
+    assert cost.largest < cost.tokens * cost.vocab / 4
