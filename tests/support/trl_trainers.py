@@ -206,6 +206,11 @@ def build(
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     scrambled_lora(trainer.model)
+    for parameter in trainer.model.parameters():
+        if (
+            parameter.requires_grad
+        ):  # TRL has adapters of quantized models in bf16, which hides much
+            parameter.data = parameter.data.float()
     return trainer
 
 
