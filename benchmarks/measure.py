@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -46,10 +48,11 @@ class Stopwatch:
 
 
 class Turn(NamedTuple):
-    """Work to time, and what must be done after each run of it, which is not timed."""
+    """Work to time, and what is done after each run of it and around it, which is not timed."""
 
     work: Work
     after: Work
+    around: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
 def take_turns(
@@ -70,7 +73,8 @@ def take_turns(
     def play(order: list[str]) -> None:
         for name in order:
             try:
-                times[name].append(stopwatch.seconds(turns[name].work))
+                with turns[name].around():
+                    times[name].append(stopwatch.seconds(turns[name].work))
             except Exception as error:  # whatever a provider raises is its outcome
                 # Not its frames: they hold tensors.
                 errors[name] = error.with_traceback(None)

@@ -168,7 +168,7 @@ def make_step(model: nn.Module, sequences: int, longest: int) -> Step:
     batch = [x.to(device) for x in (ids, attention.long(), mask)]
     step = Step(model, *batch, noise, ratios, advantages)
     with torch.no_grad():
-        logprobs = _logprobs(step).float()
+        logprobs = logprobs_of(step).float()
     return replace(step, ref_logps=logprobs.sum(-1) + noise, old=logprobs - ratios)
 
 
@@ -179,12 +179,12 @@ def _nll(logprobs: Tensor, step: Step) -> Tensor:
     return -logprobs.sum() / step.mask.sum()
 
 
-def _dpo(logprobs: Tensor, step: Step) -> Tensor:
+def dpo_loss(logprobs: Tensor, step: Step) -> Tensor:
     chosen, rejected = (logprobs.sum(-1) - step.ref_logps).chunk(2)
     return -F.logsigmoid(losses.BETA * (chosen - rejected)).mean()
 
 
-def _clipped(logprobs: Tensor, step: Step) -> Tensor:
+def clipped_loss(logprobs: Tensor, step: Step) -> Tensor:
     ratio, advantages = (logprobs - step.old).exp(), step.advantages[:, None]
     bounded = ratio.clamp(1 - losses.CLIP, 1 + losses.CLIP)
     found = -torch.min(ratio * advantages, bounded * advantages)
@@ -194,32 +194,32 @@ def _clipped(logprobs: Tensor, step: Step) -> Tensor:
 # From the logits of the whole batch.
 
 
-def _logits(step: Step) -> Tensor:
+def logits_of(step: Step) -> Tensor:
     return step.model(
         input_ids=step.ids, attention_mask=step.attention, use_cache=False
     ).logits  # fmt: skip
 
 
-def _logprobs(step: Step) -> Tensor:
-    log_p = upcast(_logits(step)[:, :-1]).log_softmax(-1)
+def logprobs_of(step: Step) -> Tensor:
+    log_p = upcast(logits_of(step)[:, :-1]).log_softmax(-1)
     picked = step.targets.clamp(min=0)[..., None]
     return log_p.gather(-1, picked)[..., 0] * step.mask[:, 1:]
 
 
-def _causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     # As transformers' ForCausalLMLoss: it shifts the labels, not the logits, which would be copied.
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return F.cross_entropy(upcast(logits).flatten(0, 1), shifted.flatten(), ignore_index=IGNORED)
 
 
 def _eager_sft(step: Step) -> Tensor:
-    return _causal_lm_loss(_logits(step), step.labels)
+    return causal_lm_loss(logits_of(step), step.labels)
 
 
 def _eager_sft_packed(step: Step) -> Tensor:
     ids, positions = step.packed(step.ids), step.positions
     logits = step.model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    return _causal_lm_loss(logits, step.packed(step.labels))
+    return causal_lm_loss(logits, step.packed(step.labels))
 
 
 def _load_selective() -> Callable[[Step], Tensor]:
@@ -227,7 +227,7 @@ def _load_selective() -> Callable[[Step], Tensor]:
 
     def logprobs(step: Step) -> Tensor:
         targets = step.targets.clamp(min=0)
-        return selective_log_softmax(_logits(step)[:, :-1], targets, row_mask=step.mask[:, 1:])
+        return selective_log_softmax(logits_of(step)[:, :-1], targets, row_mask=step.mask[:, 1:])
 
     return logprobs
 
@@ -382,7 +382,7 @@ def _of_logprobs(
     **liger: Provider,
 ) -> Loss:
     def plain(step: Step) -> Tensor:
-        return loss(_logprobs(step), step)
+        return loss(logprobs_of(step), step)
 
     def load_selective() -> Callable[[Step], Tensor]:
         logprobs = _load_selective()
@@ -419,10 +419,11 @@ LOSSES = {
         },
     ),
     "DPO": _of_logprobs(
-        _dpo, _fused_dpo, _fused_dpo_packed, **{"Liger fused linear DPO": Provider(_load_liger_dpo)}
+        dpo_loss, _fused_dpo, _fused_dpo_packed,
+        **{"Liger fused linear DPO": Provider(_load_liger_dpo)},
     ),
     "GRPO": _of_logprobs(
-        _clipped, _fused_policy, _fused_policy_packed,
+        clipped_loss, _fused_policy, _fused_policy_packed,
         **{"Liger fused linear GRPO": Provider(_load_liger_grpo, compiles=True)},
     ),
 }  # fmt: skip

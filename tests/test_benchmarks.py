@@ -532,7 +532,7 @@ def test_no_times_of_steps_are_printed_where_one_is_wrong(wrong, monkeypatch, ca
         detached = step.base.model.norm.weight.detach()
         hidden = step.base.model(step.ids, step.attention, use_cache=False).last_hidden_state
         logits = step.base.lm_head(hidden.detach() + 0 * detached)
-        return model_step._causal_lm_loss(logits, step.labels)
+        return model_step.causal_lm_loss(logits, step.labels)
 
     mutants = {**found, "mutant": providers.Provider(lambda: mutant)}
     monkeypatch.setitem(model_step.LOSSES, "SFT", model_step.Loss(plain, mutants))

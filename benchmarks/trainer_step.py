@@ -1,0 +1,284 @@
+"""A step of TRL's trainers, and on which kernels it runs.
+
+The batch is that of `model_step.py`, laid out as each trainer's collator would, and what is timed
+is `trainer.training_step`: forward, loss, metrics and backward. What comes before it is left out,
+GRPO's rollout with it, and so is the optimizer's step after it. All of it is in the dtype of the
+model, without autocast and without gradient checkpointing.
+
+- SFT: the mean negative log-prob of the completions.
+- DPO: the reference is asked in every step, as by default: another model where all is trained, and
+  the model without its adapters with LoRA.
+- GRPO: the first update after a rollout, so that the policy is the one that sampled.
+
+Who takes part:
+
+- TRL: as it comes.
+- TRL, prompts skipped: on a CPU TRL scores prompts and padding too, on a GPU it does not. Here it
+  leaves them out on a CPU as well, which is the fair comparison.
+- patched: within `fastrlhf.integrations.trl.patched()`.
+- subclass: patched, and a DPO trainer whose loss is `fastrlhf.model_dpo_loss`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import losses
+import torch
+from model_step import Step, causal_lm_loss, clipped_loss, dpo_loss, logits_of, logprobs_of
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import fastrlhf
+from fastrlhf.integrations import trl as integration
+
+# How much sharper than the policy the reference is where it is another model.
+_SHARPER = 1.02
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainerStep(Step):
+    """A step that asks a reference."""
+
+    reference: nn.Module | None  # None: the model without its adapters
+
+    def exact(self) -> TrainerStep:
+        """A copy in fp64, the reference too."""
+        reference = self.reference and copy.deepcopy(self.reference).double()
+        return replace(super().exact(), reference=reference)
+
+    @contextlib.contextmanager
+    def asking_reference(self) -> Iterator[Step]:
+        """The same batch of the reference, without gradients."""
+        with torch.no_grad():
+            if self.reference is not None:
+                yield replace(self, model=self.reference)
+            else:
+                with self.model.disable_adapter():
+                    yield self
+
+
+def make_trainer_step(step: Step) -> TrainerStep:
+    """Add the reference."""
+    reference = None
+    if step.trained:
+        reference = copy.deepcopy(step.model).requires_grad_(False).eval()
+        with torch.no_grad():
+            reference.model.norm.weight.mul_(_SHARPER)
+    return TrainerStep(**{x.name: getattr(step, x.name) for x in fields(Step)}, reference=reference)
+
+
+def with_prompts_on_the_left(step: TrainerStep) -> TrainerStep:
+    """The same tokens as GRPO pads them: prompts on the left, completions on the right."""
+
+    def parts(kept: Tensor, side: str) -> tuple[Tensor, Tensor]:
+        rows = [ids[keep] for ids, keep in zip(step.ids, kept, strict=True)]
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+        return pad(rows), pad([torch.ones_like(row) for row in rows])
+
+    prompts, prompt_mask = parts((step.attention != 0) & ~step.mask, "left")
+    completions, completion_mask = parts(step.mask, "right")
+    return replace(
+        step,
+        ids=torch.cat((prompts, completions), dim=1),
+        attention=torch.cat((prompt_mask, completion_mask), dim=1),
+        mask=torch.cat((torch.zeros_like(prompt_mask), completion_mask), dim=1).bool(),
+    )
+
+
+# The losses in plain PyTorch.
+
+
+def _plain_sft(step: TrainerStep) -> Tensor:
+    return causal_lm_loss(logits_of(step), step.labels)
+
+
+def _plain_dpo(step: TrainerStep) -> Tensor:
+    with step.asking_reference() as of_reference:
+        ref_logps = logprobs_of(of_reference).sum(-1)
+    return dpo_loss(logprobs_of(step), replace(step, ref_logps=ref_logps))
+
+
+def _plain_grpo(step: TrainerStep) -> Tensor:
+    logprobs = logprobs_of(step)
+    return clipped_loss(logprobs, replace(step, old=logprobs.detach()))
+
+
+def body(name: str, step: TrainerStep) -> None:
+    """All of a step but the head: hidden states, the reference's too, and their backward."""
+    if name == "DPO":
+        with step.asking_reference() as of_reference:
+            _hidden(of_reference)
+    _hidden(step).sum().backward()
+
+
+def _hidden(step: Step) -> Tensor:
+    body = step.base.model
+    return body(step.ids, step.attention, use_cache=False).last_hidden_state
+
+
+# What the trainers are given.
+
+
+def _sft_inputs(step: Step) -> Inputs:
+    return {"input_ids": step.ids, "attention_mask": step.attention, "labels": step.labels}
+
+
+def _dpo_inputs(step: Step) -> Inputs:
+    mask = step.mask.long()
+    return {"input_ids": step.ids, "attention_mask": step.attention, "completion_mask": mask}
+
+
+def _grpo_inputs(step: Step) -> Inputs:
+    prompt = int(step.mask.any(0).nonzero()[0])
+    return {
+        "prompt_ids": step.ids[:, :prompt], "prompt_mask": step.attention[:, :prompt],
+        "completion_ids": step.ids[:, prompt:], "completion_mask": step.attention[:, prompt:],
+        "advantages": step.advantages, "num_items_in_batch": step.mask.sum(),
+    }  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A trainer."""
+
+    plain: Callable[[TrainerStep], Tensor]  # what the check evaluates in fp64
+    inputs: Callable[[Step], Inputs]
+    example: dict[str, str]  # a row of the data set that it wants to see
+    options: dict[str, Any]  # of its config
+
+
+KINDS = {
+    "SFT": Kind(_plain_sft, _sft_inputs, {"prompt": "a", "completion": " b"}, {}),
+    "DPO": Kind(
+        _plain_dpo, _dpo_inputs, {"prompt": "a", "chosen": " b", "rejected": " a"},
+        {"beta": losses.BETA},
+    ),
+    "GRPO": Kind(
+        _plain_grpo, _grpo_inputs, {"prompt": "a"},
+        {"num_generations": 2, "epsilon": losses.CLIP, "loss_type": "dapo", "beta": 0.0},
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def fused_dpo_trainer() -> type:
+    """A DPO trainer whose head is one call, 1G less where it is trained."""
+    from trl import DPOTrainer
+
+    class FusedDPOTrainer(DPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ids, mask = inputs["input_ids"], inputs["completion_mask"]
+            ref = torch.cat(self.compute_ref_log_probs(self.ref_model or model, inputs))
+            chosen, rejected = torch.arange(len(ids), device=ids.device).chunk(2)
+            losses, _ = fastrlhf.model_dpo_loss(
+                model, ids, inputs["attention_mask"], ref, chosen, rejected, self.beta, mask=mask
+            )
+            return losses.mean()
+
+    return FusedDPOTrainer
+
+
+def _trainer_class(name: str) -> type:
+    import trl
+
+    return getattr(trl, f"{name}Trainer")
+
+
+@contextlib.contextmanager
+def _prompts_skipped() -> Iterator[None]:
+    from trl.trainer import utils
+
+    with mock.patch.object(utils, "_use_triton", lambda device: True):
+        yield
+
+
+class Contestant(NamedTuple):
+    """Which trainer, made and run within what."""
+
+    trainer_class: Callable[[], type]
+    around: Callable[[], AbstractContextManager[None]]
+
+
+def contestants(name: str, device: torch.device) -> dict[str, Contestant]:
+    """Who takes part."""
+    of_trl = functools.partial(_trainer_class, name)
+    found = {"TRL": Contestant(of_trl, contextlib.nullcontext)}
+    if device.type == "cpu":
+        found["TRL, prompts skipped"] = Contestant(of_trl, _prompts_skipped)
+    found["patched"] = Contestant(of_trl, integration.patched)
+    if name == "DPO":
+        found["subclass"] = Contestant(fused_dpo_trainer, integration.patched)
+    return found
+
+
+def make_work(
+    name: str, trainer_class: Callable[[], type], step: TrainerStep
+) -> Callable[[], Tensor]:
+    """A trainer's step: returns the loss, and leaves the gradients in the step's parameters."""
+    trainer = _make_trainer(name, trainer_class(), step)
+    inputs = KINDS[name].inputs(step)
+    count = step.mask.sum() if name == "SFT" else None  # as transformers count what has a label
+    if name == "GRPO":  # else it would generate
+        trainer._prepare_inputs = lambda inputs: inputs
+    trainer.current_gradient_accumulation_steps = 1
+    return lambda: trainer.training_step(trainer.model, dict(inputs), count)
+
+
+def _make_trainer(name: str, trainer_class: type, step: TrainerStep) -> Any:
+    import datasets
+    import trl
+
+    kind = KINDS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        args = getattr(trl, f"{name}Config")(
+            folder, report_to="none", use_cpu=step.ids.device.type == "cpu", bf16=False,
+            gradient_checkpointing=False, disable_tqdm=True, per_device_train_batch_size=2,
+            **kind.options,
+        )  # fmt: skip
+        options: dict[str, Any] = {}
+        if name == "DPO" and step.reference is not None:
+            options["ref_model"] = _sharing(step.reference)
+        if name == "GRPO":
+            options["reward_funcs"] = _no_reward
+        datasets.disable_progress_bars()
+        trainer = trainer_class(
+            model=_sharing(step.model), args=args, processing_class=_tokenizer(),
+            train_dataset=datasets.Dataset.from_list([kind.example] * 2), **options,
+        )  # fmt: skip
+    if name == "DPO" and step.reference is None:
+        # Given a model with adapters, it takes a copy of these for the reference.
+        trainer.model.delete_adapter("ref")
+    return trainer
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """Another model of the same parameters, on which a trainer may put its own forward."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _no_reward(completions: list, **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def _tokenizer() -> Any:
+    """What a trainer asks for, and has no use for where the batch is given."""
+    import tokenizers
+    import transformers
+
+    words = {"<end>": 0, "a": 1, "b": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    )
