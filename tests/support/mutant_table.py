@@ -1560,18 +1560,21 @@ MUTANTS = [
         "test_linear_cross_entropy.py", "loss_is_that and smoothed and all",
     ),
     *_mutants(
+        "fastrlhf/hf/head_scorer.py", "test_model_token_stats.py",
+        (
+            "model: an adapter without its scaling",
+            "adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling",
+            "adapter.down(adapter.dropout(hidden.to(dtype)))",
+            "with_a_lora_adapter",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/hf/at_head.py", "test_model_token_stats.py",
         (
             "model: a temperature for the token before",
             "torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)",
             "torch.cat((last.expand(len(expanded), 1), expanded), dim=1)",
             "belong_to_the_tokens",
-        ),
-        (
-            "model: an adapter without its scaling",
-            "adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling",
-            "adapter.down(adapter.dropout(hidden.to(dtype)))",
-            "with_a_lora_adapter",
         ),
         (
             "model: a head's forward is not compared",
@@ -1923,10 +1926,88 @@ MUTANTS = [
             "_left_alone.add(_innermost(model))", "pass",
             "left_alone",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/replacements.py", "test_transformers_trainer.py",
         (
-            "trainer: the first to leave takes the patch off",
-            "elif not (on or entered > 0) and self.ours:", "elif not on and self.ours:",
+            "patch: the first to leave takes it off",
+            "if self._wanted or self._inside:", "if self._wanted:",
             "on_and_off",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/foreseen_stats.py", "test_foreseen_stats.py",
+        (
+            "foreseen: any slopes are taken for those that were foreseen",
+            "missed = came - factor * guess", "missed = torch.zeros_like(came)",
+            "right_whatever_is_guessed and head",
+        ),
+        (
+            "foreseen: all slopes are taken to be missed",
+            "torch.where(missed.abs() <= slack, 0.0, missed)", "came",
+            "right_whatever_is_guessed and head",
+        ),
+        (
+            "foreseen: the factor is that of the first token",
+            "factor = ratios.nanmedian() if ratios.numel() else d_logprob.new_zeros(())",
+            "factor = ratios[:1].sum()",
+            "as_many_matmuls",
+        ),
+        (
+            "foreseen: an entropy's gradient is forgotten",
+            "due |= d_entropy[order] != 0", "pass",
+            "right_whatever_is_guessed and hidden",
+        ),
+        (
+            "foreseen: a guess of NaN spoils the gradient",
+            "torch.where(guess.isfinite(), guess, 0.0)", "guess",
+            "right_whatever_is_guessed and nan",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_divergence.py", "test_trl.py",
+        (
+            "divergence: the teacher's entropy",
+            "ours = self.pair[1 if self.swapped else 0]", "ours = self.pair[1]",
+            "changes_no_result and distillation",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/trl.py", "test_trl.py",
+        (
+            "trl: forward and reverse divergence are mixed up",
+            '{0.0: "forward", 1.0: "reverse"}', '{0.0: "reverse", 1.0: "forward"}',
+            "changes_no_result and distillation",
+        ),
+        (
+            "trl: an adapter of the head is left out",
+            "return module, head_parts(module)",
+            "return None, parts_of_weight(weight, bias)",
+            "adapter_of_the_head",
+        ),
+        (
+            "trl: prompts are scored on a CPU",
+            '[Replacement(x, "_use_triton", _always) for x in (utils, distillation_trainer)]',
+            "[]",
+            "cost_of_a_head",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/trl_foresight.py", "test_trl.py",
+        (
+            "trl: nothing is foreseen for SFT",
+            '{"nll": _equal, "dft": _probability}', "{}",
+            "cost_of_a_head and sft",
+        ),
+        (
+            "trl: nothing is foreseen for GRPO",
+            'inputs.get("old_per_token_logps") is None', "False",
+            "cost_of_a_head and grpo",
+        ),
+        (
+            "trl: the trainer logs what was only foreseen",
+            'other._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}', "",
+            "changes_no_result and grpo",
         ),
     ),
 ]  # fmt: skip
