@@ -1987,8 +1987,7 @@ MUTANTS = [
         ),
         (
             "trl: prompts are scored on a CPU",
-            '[Replacement(x, "_use_triton", _always) for x in (utils, distillation_trainer)]',
-            "[]",
+            'found.append(Replacement(module, "_use_triton", _always))', "pass",
             "cost_of_a_head",
         ),
     ),
