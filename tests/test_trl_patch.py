@@ -305,6 +305,7 @@ def test_a_model_made_before_the_patch_is_served_by_it() -> None:
     assert torch.equal(again.log_probs, wanted.log_probs)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_liger_at_the_same_time_is_refused(kind, tmp_path) -> None:
     pytest.importorskip("liger_kernel", reason="needs liger-kernel")
