@@ -191,6 +191,17 @@ def test_a_masked_vocabulary_makes_no_nan(impl, vocab, softcap, device) -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize("vocab", [33, 5003])
+def test_where_all_logits_are_as_low_as_the_cap_none_is_beside_them(impl, vocab, device) -> None:
+    # What is past the end of a row would be as likely as any of its tokens.
+    logits = torch.full((2, vocab), -100.0, device=device)
+    targets = torch.tensor([0, vocab - 1], device=device)
+    stats = token_stats(logits, targets, softcap=2.0, with_stats=NAMES, impl=impl)
+    assert stats.is_top1.tolist() == [True, False]
+    assert_right(stats, logits, targets, softcap=2.0)
+
+
+@BACKENDS
 @pytest.mark.parametrize("vocab", [2, 60, 20000])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_a_row_without_a_distribution_says_so(impl, vocab, wrong, device) -> None:

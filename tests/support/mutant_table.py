@@ -1365,7 +1365,7 @@ MUTANTS = [
             '    if HAS_SOFTCAP:\n        capped = tl.where(inside, capped, -float("inf"))\n'
             "    if WITH_TOP1",
             "    if WITH_TOP1",
-            "match_the_oracle and triton and capped and 33",
+            "as_low_as_the_cap and triton",
         ),
         (
             "further: the target is its own rival",
