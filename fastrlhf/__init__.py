@@ -50,7 +50,7 @@ from .ops import (
     token_logprobs,
     token_stats,
 )
-from .reference import TokenStats
+from .reference import FurtherTokenStats, TokenStats
 from .trpo import TrustRegionInfo, conjugate_gradient, fisher_vector_product, trpo_step
 
 sft_loss = model_cross_entropy  # the name by which most look for it
@@ -59,6 +59,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChunkStats",
+    "FurtherTokenStats",
     "LMHead",
     "QuantizedWeight",
     "TokenStats",

@@ -11,7 +11,7 @@ torch.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,28 @@ class TokenStats(NamedTuple):
     lse: (...,) log-sum-exp of the effective logits, not differentiable; 0 where the target is
     ignored.
 
-    The others are None unless named in `with_stats`, and not differentiable; of the effective
-    logits z, or of their probabilities p:
+    What `with_stats` names is there besides, in `FurtherTokenStats`; here it is None.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+
+    @property
+    def is_top1(self) -> Tensor | None: ...
+
+    @property
+    def mean_logit(self) -> Tensor | None: ...
+
+    @property
+    def log_sum_sq_probs(self) -> Tensor | None: ...
+
+
+class FurtherTokenStats(NamedTuple):
+    """`TokenStats` with what was named in `with_stats`, and None for what was not; a class of its
+    own, so that `logprob, entropy, lse = stats` goes on to hold where nothing was.
+
+    These are not differentiable. Of the effective logits z, or of their probabilities p:
 
     is_top1: (...,) bool, z.argmax(-1) == target: of equal logits, the first is on top. False where
     the target is ignored, and without a distribution: where all logits are -inf, or one is NaN or
@@ -47,7 +67,17 @@ class TokenStats(NamedTuple):
 
 
 # What `with_stats` may name.
-FURTHER_STATS = TokenStats._fields[3:]
+FURTHER_STATS = FurtherTokenStats._fields[3:]
+
+
+def stats_tuple(
+    logprob: Tensor, entropy: Tensor | None, lse: Tensor, further: dict[str, Tensor]
+) -> TokenStats:
+    """Make the statistics of either class, by whether there are further ones."""
+    if further:
+        # It has all that a TokenStats has.
+        return cast(TokenStats, FurtherTokenStats(logprob, entropy, lse, **further))
+    return TokenStats(logprob, entropy, lse)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -156,7 +186,7 @@ def token_stats(
         further["mean_logit"] = of_row((capped.detach() / rows_t).mean(-1), -torch.inf)
     if "log_sum_sq_probs" in with_stats:
         further["log_sum_sq_probs"] = of_row(torch.logsumexp(2 * log_p.detach(), -1), 0.0)
-    return TokenStats(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf), **further)
+    return stats_tuple(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf), further)
 
 
 def linear_token_stats(

@@ -23,7 +23,47 @@ def run_example(text: str) -> dict:
 
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
 def test_examples_run(index) -> None:
-    run_example(EXAMPLES[index])
+    for name in re.findall(
+        "^from (trl|transformers|fastrlhf.integrations) ", EXAMPLES[index], re.M
+    ):
+        pytest.importorskip(name, reason=f"needs {name}")
+    namespace = run_example(EXAMPLES[index])
+    for name in ("trl", "transformers"):  # what an example patches
+        if name in namespace:
+            namespace[name].unpatch()
+
+
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+def test_the_dpo_trainer_example_trains_as_the_trainer_does_at_three_matmuls(monkeypatch) -> None:
+    trainers = pytest.importorskip("support.trl_trainers", reason="needs trl")
+    (example,) = [text for text in EXAMPLES if "class FusedDPOTrainer(" in text]
+    body = example.split("def compute_loss(")[1].strip().splitlines()[1:]
+    assert len(body) <= 10
+    fused = run_example(example)["FusedDPOTrainer"]
+    for options in ({}, {"lora": {"target_modules": ["q_proj", "lm_head"]}}):
+        if not options:  # TRL refuses an adapter of the head
+            wanted = trainers.train("dpo", beta=0.3)
+        else:
+            with trainers.plain_heads():
+                wanted = trainers.train("dpo", beta=0.3, **options)
+        with monkeypatch.context() as patch, _patched():
+            patch.setattr(trainers.trl, "DPOTrainer", fused)
+            found = trainers.train("dpo", beta=0.3, **options)
+            cost = trainers.head_cost("dpo", longer=16) if not options else None
+        for ours, theirs in zip(found.metrics, wanted.metrics, strict=True):
+            for name in ("loss", "grad_norm"):
+                assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
+        for name, x in wanted.weights.items():
+            moved = (x - wanted.start[name]).norm()
+            assert (found.weights[name] - x).norm() <= 1e-3 * moved
+        if cost is not None:
+            assert cost.matmuls == pytest.approx(4, rel=0.01)  # one of them of the reference
+
+
+def _patched():
+    from fastrlhf.integrations import trl
+
+    return trl.patched()
 
 
 def tiny_llama(transformers, kind: str, **options):

@@ -131,7 +131,7 @@ def test_any_of_them_have_the_bits_of_all_and_leave_the_others_theirs(
     options = {"entropy": entropy, "impl": impl, "temperature": 0.7, "softcap": 9.0}
     without = token_stats(logits, targets, **options)
     everything = token_stats(logits, targets, with_stats=NAMES, **options)
-    assert without[3:] == (None, None, None)
+    assert without.is_top1 is without.mean_logit is without.log_sum_sq_probs is None
     for name in ("logprob", "entropy", "lse")[:: 1 if entropy else 2]:
         assert torch.equal(getattr(everything, name), getattr(without, name)), name
     for names in SUBSETS:
@@ -581,7 +581,11 @@ def test_bad_options_are_named(case) -> None:
         linear_token_stats(torch.zeros(2, 3), torch.zeros(5, 3), TARGETS, **options)
 
 
-def test_the_fields_are_those_of_before_and_then_the_further_ones() -> None:
-    assert fastrlhf.TokenStats._fields == ("logprob", "entropy", "lse", *NAMES)
+def test_what_was_a_triple_stays_one() -> None:
+    logprob, entropy, lse = fastrlhf.token_stats(LOGITS, TARGETS)
+    assert entropy is None and logprob.shape == lse.shape
     assert reference.FURTHER_STATS == NAMES
-    assert fastrlhf.TokenStats(LOGITS, None, LOGITS)[3:] == (None, None, None)
+    assert fastrlhf.FurtherTokenStats._fields == (*fastrlhf.TokenStats._fields, *NAMES)
+    stats = fastrlhf.token_stats(LOGITS, TARGETS, with_stats=NAMES[:1])
+    assert isinstance(stats, fastrlhf.FurtherTokenStats)
+    assert stats.is_top1 is not None and stats[4:] == (None, None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastrlhf.ops.checks import check_bool, check_names
 from fastrlhf.ops.scorer import Scorer
-from fastrlhf.reference import FURTHER_STATS, TokenStats
+from fastrlhf.reference import FURTHER_STATS, TokenStats, stats_tuple
 
 from .at_head import IGNORED, at_head
 from .model_inputs import TokenBatch
@@ -120,9 +120,10 @@ def model_token_stats(
         _statistics, names=names, entropy=entropy, entropy_grad=entropy_grad, with_stats=with_stats
     )
     done = at_head(model, batch, scored)
-    tied = dict(zip(names, done.result[:, :-1].unbind(-1), strict=True))
-    others: Any = {name: None if x is None else x[:, :-1] for name, x in done.aside.items()}
-    stats = TokenStats(**tied, **others)
+    found = dict(zip(names, done.result[:, :-1].unbind(-1), strict=True))
+    found |= {name: x[:, :-1] for name, x in done.aside.items() if x is not None}
+    further = {name: found[name] for name in with_stats}
+    stats = stats_tuple(found["logprob"], found.get("entropy"), found["lse"], further)
     return (stats, done.outputs) if return_outputs else stats
 
 

@@ -15,7 +15,7 @@ from fastrlhf.ops.linear_loss import ChunkStats, LossFunction, check_loss
 from fastrlhf.ops.linear_rows import live_rows, order_by_group
 from fastrlhf.ops.scorer import in_chunks
 from fastrlhf.ops.token_stats import token_stats
-from fastrlhf.reference import TokenStats, accumulation_dtype
+from fastrlhf.reference import TokenStats, accumulation_dtype, stats_tuple
 
 from .logit_map import LogitMap
 
@@ -35,6 +35,7 @@ class ModuleScorer(NamedTuple):
         self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
         entropy_grad: bool = True, with_stats: Iterable[str] = (),
     ) -> TokenStats:  # fmt: skip
+        with_stats = tuple(with_stats)
         rows = live_rows(targets.reshape(-1), ignore_index)
         found = self._scored(
             targets, rows, ignore_index, entropy, entropy_grad=entropy_grad, with_stats=with_stats
@@ -46,7 +47,8 @@ class ModuleScorer(NamedTuple):
             zeros = values.new_zeros(targets.numel())
             return zeros.index_put((rows,), values).view(targets.shape)
 
-        return TokenStats(**{name: of_all(getattr(found, name)) for name in TokenStats._fields})
+        further = {name: of_all(getattr(found, name)) for name in with_stats}
+        return stats_tuple(of_all(found.logprob), of_all(found.entropy), of_all(found.lse), further)
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
@@ -93,13 +95,15 @@ class ModuleScorer(NamedTuple):
                 with_stats=with_stats, impl=self.impl, ignore_index=ignore_index,
                 temperature=temperature,
             )  # fmt: skip
-            if of_loss:
-                if isinstance(temperature, Tensor):
-                    temperature = temperature.unsqueeze(-1)
-                stats = stats._replace(lse=(logits / temperature).logsumexp(-1))
-                if stats.mean_logit is not None:
-                    stats = stats._replace(mean_logit=(logits / temperature).mean(-1))
-            return ChunkStats(**stats._asdict(), groups=None)
+            found = ChunkStats(**stats._asdict(), groups=None)
+            if not of_loss:
+                return found
+            if isinstance(temperature, Tensor):
+                temperature = temperature.unsqueeze(-1)
+            found = found._replace(lse=(logits / temperature).logsumexp(-1))
+            if found.mean_logit is not None:
+                found = found._replace(mean_logit=(logits / temperature).mean(-1))
+            return found
 
         size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
         # Without any token too, so that the parameters of the head have a gradient, of zeros.

@@ -63,8 +63,8 @@ def linear_token_stats(
             (64 MiB on a CPU), on a GPU a multiple of 128 of them.
 
     Returns:
-        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states), `is_top1` bool.
-        What was not asked for is None.
+        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states); with with_stats
+        FurtherTokenStats, in which `is_top1` is bool. What was not asked for is None.
 
     `logprob` and `entropy` are differentiable with respect to hidden, weight and bias, twice if
     need be (the second derivative builds the logits, eagerly); the others are not. Under

@@ -77,7 +77,7 @@ def token_stats(
         entropy: also compute the entropy.
         entropy_grad: False gives the entropy without a gradient, whose backward then costs nothing.
         with_stats: names of what else to compute in the same pass over the logits, any of
-            "is_top1", "mean_logit" and "log_sum_sq_probs": see `TokenStats`.
+            "is_top1", "mean_logit" and "log_sum_sq_probs": see `FurtherTokenStats`.
         inplace_backward: let the backward overwrite the logits with their gradient, where their
             memory does not overlap itself. Autograd then refuses any later use of a graph that
             saved the logits.
@@ -85,8 +85,8 @@ def token_stats(
             "triton" under TRITON_INTERPRET=1.
 
     Returns:
-        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 logits), `is_top1` bool. What was
-        not asked for is None.
+        TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 logits); with with_stats
+        FurtherTokenStats, in which `is_top1` is bool. What was not asked for is None.
 
     `logprob` and `entropy` are differentiable with respect to the logits, twice if need be (the
     second derivative runs eagerly and builds tensors of the size of the logits); the others are
@@ -153,14 +153,14 @@ def shaped_stats(
     found: Sequence[Tensor], shape: torch.Size, entropy: bool, with_stats: tuple[str, ...]
 ) -> TokenStats:
     """Give the fields of `TokenStats`, each (N,), their shape; None to what was not asked for."""
-    logprob, row_entropy, lse, *further = found
-    return TokenStats(
-        logprob.view(shape), row_entropy.view(shape) if entropy else None, lse.view(shape),
-        *(
-            x.view(shape) if name in with_stats else None
-            for name, x in zip(FURTHER_STATS, further, strict=True)
-        ),
-    )  # fmt: skip
+    logprob, row_entropy, lse, *others = found
+    further = {
+        name: x.view(shape)
+        for name, x in zip(FURTHER_STATS, others, strict=True)
+        if name in with_stats
+    }
+    row_entropy_or_none = row_entropy.view(shape) if entropy else None
+    return reference.stats_tuple(logprob.view(shape), row_entropy_or_none, lse.view(shape), further)
 
 
 def _definition(
