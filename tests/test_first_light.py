@@ -369,6 +369,8 @@ def test_every_timing_is_there(tiny) -> None:
         assert names.count(kernel) == len(MACHINE.sizes.timed), kernel
     for plan in ("P0", "P1", "P2", "P3", "P4", "plain PyTorch", "TRL", "GAE", "DPO tail forward"):
         assert any(name.startswith(plan) for name in names), plan
+    for trainer in ("DPOTrainer, full", "DPOTrainer, LoRA", "GRPOTrainer, full"):
+        assert {f"{trainer}: {x}" for x in ("TRL", "patched")} <= set(names)
     products = ("logits fp32", "logits bf16", "d_hidden", "d_weight, beta 0", "d_weight, beta 1")
     assert [name.split(": ")[1] for name in names if " rows: " in name] == list(products)
     assert all(timing["ms"] > 0 and timing["floor_ms"] > 0 for timing in found["timings"])
