@@ -31,6 +31,7 @@ from support import lint_kernels  # noqa: E402
 from support.compile_lint import Launch, captured_launches, compile_launch  # noqa: E402
 
 from fastrlhf.kernels import divergence, fisher, launch, token_stats  # noqa: E402
+from fastrlhf.reference import FURTHER_STATS  # noqa: E402
 
 # Of an H100 SXM: measured by others for a device copy and a large bf16 matmul, else from its data
 # sheet.
@@ -127,10 +128,13 @@ def kernels() -> list[Kernel]:
     def options(softcap: float | None = None) -> dict:
         return {"temperature": 1.0, "softcap": softcap, "scale": 1.0}
 
-    def statistics(entropy: bool = False, softcap: float | None = None) -> object:
+    def statistics(
+        entropy: bool = False, softcap: float | None = None, with_stats: tuple[str, ...] = ()
+    ) -> object:
         return token_stats.token_stats_forward(
-            logits, targets, ignore_index=-100, entropy=entropy, **options(softcap)
-        )
+            logits, targets, ignore_index=-100, entropy=entropy, with_stats=with_stats,
+            **options(softcap),
+        )  # fmt: skip
 
     def gradient(entropy: bool = False, softcap: float | None = None) -> object:
         saved = (rows, rows if entropy else rows[:0], rows, rows)
@@ -162,6 +166,8 @@ def kernels() -> list[Kernel]:
         Kernel("K1, statistics", "token_stats", one, statistics),
         Kernel("K1 with entropy", "token_stats", one, lambda: statistics(True)),
         Kernel("K1 with a softcap", "token_stats", one, lambda: statistics(softcap=30.0)),
+        Kernel("K1 with all further statistics", "token_stats", one,
+               lambda: statistics(with_stats=FURTHER_STATS)),
         Kernel("K2, gradient", "token_stats_backward", two, gradient),
         Kernel("K2 with entropy", "token_stats_backward", two, lambda: gradient(True)),
         Kernel("K2 with a softcap", "token_stats_backward", two, lambda: gradient(softcap=30.0)),

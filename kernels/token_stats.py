@@ -222,9 +222,9 @@ def _token_stats_combine_kernel(
     if WITH_TOP1:
         before = tl.max(tl.load(place, mask=present, other=-float("inf")), axis=1)
         own = tl.max(tl.load(place + plane, mask=present, other=-float("inf")), axis=1)
-        # The maxima pass over NaN, which the norm shows.
+        # Of an ignored row both are -inf. The maxima pass over NaN, which the norm shows.
         is_top1 = (own > before) & (own == row_peak) & (log_norm == log_norm)
-        tl.store(is_top1_out + row, live & is_top1, mask=inside)
+        tl.store(is_top1_out + row, is_top1, mask=inside)
         place += 2 * plane
     if WITH_MEAN:
         total = tl.sum(tl.load(place, mask=present, other=0.0), axis=1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.compare import assert_as_accurate, relative_error
 from support.matmuls import MatmulAudit
 from torch import Tensor, autograd
@@ -9,7 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 from fastrlhf import ChunkStats, linear_loss
+from fastrlhf.hf.logit_map import LogitMap
+from fastrlhf.hf.own_module import ModuleScorer
 from fastrlhf.ops import linear_plans
+from fastrlhf.ops.scorer import LinearScorer
 
 SEQUENCES, TOKENS, WIDTH, VOCAB = 5, 7, 6, 37
 # In memory, groups lie in stripes; ids are anything.
@@ -456,3 +460,28 @@ def test_the_loss_sees_what_token_stats_gives() -> None:
     live = targets != -100
     for name, value in zip(("p", "h", "lse"), expected[:3], strict=True):
         torch.testing.assert_close(aux[name], value[live])
+
+
+@pytest.mark.parametrize("kind", ["linear", "module"])
+def test_a_loss_may_see_further_statistics_of_a_scorer(kind) -> None:
+    (hidden, weight, bias), targets, _ = inputs()
+    scorer = {
+        "linear": LinearScorer(hidden, [weight], bias, temperature=0.7, chunk_size=3),
+        "module": ModuleScorer(
+            hidden, lambda x: F.linear(x, weight, bias), LogitMap(), len(weight), 0.7, 3, "auto"
+        ),
+    }[kind]
+    names = fastrlhf.reference.FURTHER_STATS
+    loss, aux = scorer.loss(
+        lambda s: (s.mean_logit.sum(), {name: getattr(s, name) for name in names}),
+        targets, ignore_index=-100, with_stats=names,
+    )  # fmt: skip
+    live = targets != -100
+    logits = F.linear(hidden[live], weight, bias)
+    expected = fastrlhf.token_stats(logits, targets[live], temperature=0.7, with_stats=names)
+    for name in names:
+        torch.testing.assert_close(aux[name], getattr(expected, name))
+    mean = (logits / 0.7).mean(-1).sum()
+    found, exact = (torch.autograd.grad(x, [hidden, weight, bias]) for x in (loss, mean))
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b)

@@ -10,7 +10,7 @@ from torch import Tensor, autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
-from fastrlhf import QuantizedWeight, linear_token_logprobs, linear_token_stats
+from fastrlhf import QuantizedWeight, linear_token_logprobs, linear_token_stats, reference
 
 TOKENS, WIDTH, VOCAB = 11, 6, 37
 # What needs a gradient: hidden, weight, bias.
@@ -230,7 +230,9 @@ def test_the_weight_gradient_stays_exact_over_64_chunks() -> None:
     assert relative_error(total, exact[2]) > 2 * theirs[2]
 
 
-def matmuls(needs: str, *, entropy: bool = False, grad: bool = True) -> float:
+def matmuls(
+    needs: str, *, entropy: bool = False, entropy_grad: bool = True, grad: bool = True
+) -> float:
     """Matmuls of forward and backward in units of G, half of the tokens ignored."""
     hidden, weight, bias = torch.randn(64, 32), torch.randn(1000, 32), torch.randn(1000)
     for tensor, need in zip((hidden, weight, bias), NEEDS[needs], strict=True):
@@ -239,8 +241,9 @@ def matmuls(needs: str, *, entropy: bool = False, grad: bool = True) -> float:
     targets[::2] = -100
     with MatmulAudit() as audit:
         stats = linear_token_stats(
-            hidden, weight, targets, bias=bias, entropy=entropy, chunk_size=8
-        )
+            hidden, weight, targets, bias=bias, entropy=entropy, entropy_grad=entropy_grad,
+            chunk_size=8, with_stats=() if entropy_grad else reference.FURTHER_STATS,
+        )  # fmt: skip
         if grad:
             (stats.logprob.sum() + (stats.entropy.sum() if entropy else 0)).backward()
     # One weight gradient, or eight rows of logits: no (n, V), let alone (N, V).
@@ -252,8 +255,10 @@ def test_as_many_matmuls_as_the_plan_says() -> None:
     assert matmuls("P4", grad=False) == pytest.approx(1, rel=0.01)
     assert matmuls("P1") == pytest.approx(2, rel=0.01)
     assert matmuls("P1", entropy=True) == pytest.approx(3, rel=0.01)
+    assert matmuls("P1", entropy=True, entropy_grad=False) == pytest.approx(2, rel=0.01)
     assert matmuls("P4") == pytest.approx(4, rel=0.01)
     assert matmuls("P4", entropy=True) == pytest.approx(4, rel=0.01)
+    assert matmuls("P4", entropy=True, entropy_grad=False) == pytest.approx(4, rel=0.01)
     assert matmuls("weight") == pytest.approx(3, rel=0.01)
     assert matmuls("bias") == pytest.approx(2, rel=0.01)
 

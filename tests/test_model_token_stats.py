@@ -108,6 +108,49 @@ def test_a_head_that_is_trained_whole_beside_lora() -> None:
     assert_same(model)
 
 
+@pytest.mark.parametrize("entropy_grad", [True, False])
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Cohere", "a frozen head", "DoRA"])
+def test_further_statistics_are_those_of_the_logits(kind, entropy_grad) -> None:
+    model = {
+        "a frozen head": lambda: with_lora(make("Llama"), "q_proj"),
+        "DoRA": lambda: with_lora(make("Llama"), "q_proj", "lm_head", use_dora=True),
+    }.get(kind, lambda: make(kind))()
+    inputs, names = batch(), fastrlhf.reference.FURTHER_STATS
+    asked = {"entropy": True, "temperature": 0.7}
+    stats = fastrlhf.model_token_stats(
+        model, **inputs, entropy_grad=entropy_grad, with_stats=iter(names), chunk_size=4, **asked
+    )
+    ids, mask = inputs["input_ids"], inputs["mask"]
+    logits = model(ids, attention_mask=inputs["attention_mask"], use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    wanted = fastrlhf.token_stats(logits, targets, with_stats=names, **asked)
+    for name, value in stats._asdict().items():
+        torch.testing.assert_close(value, getattr(wanted, name), rtol=1e-4, atol=1e-4, msg=name)
+        has_gradient = name == "logprob" or (name == "entropy" and entropy_grad)
+        assert value.requires_grad == has_gradient, name
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found, expected = (
+        torch.autograd.grad(x.logprob.sum(), trained, allow_unused=True) for x in (stats, wanted)
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    alone = fastrlhf.model_token_stats(model, **inputs, with_stats=("is_top1",), temperature=0.7)
+    assert torch.equal(alone.is_top1, stats.is_top1) and alone.entropy is alone.mean_logit is None
+
+
+def test_what_is_not_known_of_a_model_is_refused_before_it_runs(monkeypatch) -> None:
+    model, inputs = make("Llama"), batch()
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(ValueError, match=r"^with_stats: .*'is_top1'.*got 'top1'"):
+        fastrlhf.model_token_stats(model, **inputs, with_stats=("top1",))
+    with pytest.raises(TypeError, match=r"^with_stats: .*got 'is_top1'"):
+        fastrlhf.model_token_stats(model, **inputs, with_stats="is_top1")
+    with pytest.raises(TypeError, match=r"^entropy_grad: .*bool"):
+        fastrlhf.model_token_stats(model, **inputs, entropy_grad=None)
+
+
 ADAPTERS = {
     "dora": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True),
     "lora bias": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True),

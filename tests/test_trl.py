@@ -21,6 +21,7 @@ from support.trl_trainers import (
 )
 
 from fastrlhf.integrations import trl as patching
+from fastrlhf.ops import linear_rows
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}:FutureWarning")
@@ -95,7 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo, known reference, lora": {
         "kind": "dpo", "precompute_ref_log_probs": True, "lora": ALL_LINEAR,
     },
-    "dpo, forward kl": {"kind": "dpo", "f_divergence_type": "forward_kl", "learning_rate": 1e-3},
+    "dpo, forward kl": {"kind": "dpo", "f_divergence_type": "forward_kl", "learning_rate": 3e-4},
     "dpo, alpha divergence": {
         "kind": "dpo", "f_divergence_type": "alpha_divergence", "learning_rate": 1e-3,
     },
@@ -153,6 +154,8 @@ CASES: dict[str, dict[str, Any]] = {
 ROUNDING = 1e-5, 1e-4
 # In bf16, TRL differs by at most 4e-3 and 2e-2 from fp64 statistics of logits made in bf16.
 ROUNDING_OF_BF16 = 1e-2, 4e-2
+# Exponentials of sums of log-probs of about -40, each known to 4e-6; TRL: 8e-6, 2e-5.
+ROUNDING_OF_EXPONENTIALS = 3e-5, 1e-4
 # AdamW divides by the size of gradients, and what is left of small ones is rounding: 2e-6, 3e-4.
 ROUNDING_OF_ADAMW = 1e-5, 1e-3
 
@@ -160,6 +163,8 @@ ROUNDING_OF_ADAMW = 1e-5, 1e-3
 def tolerance(name: str) -> tuple[float, float]:
     if "bf16" in name:
         return ROUNDING_OF_BF16
+    if "forward kl" in name:
+        return ROUNDING_OF_EXPONENTIALS
     return ROUNDING_OF_ADAMW if "adamw" in name else ROUNDING
 
 
@@ -207,13 +212,20 @@ def test_rounding_is_seen() -> None:
     assert differences(again, by_trl("sft, experts, accumulated"))[1] > ROUNDING[1] / 10
 
 
-@pytest.mark.parametrize("kind", KINDS)
+REFUSED = "Applying a PEFT adapter to `lm_head` is not supported"
+
+
+def test_distillation_refuses_an_adapter_of_the_head_still() -> None:
+    """Its divergence is of two weights, which say nothing of an adapter."""
+    with patching.patched(), pytest.raises(ValueError, match=REFUSED):
+        train("distillation", lora=HEAD)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "distillation"])
 def test_an_adapter_of_the_head_is_trained(kind) -> None:
     """TRL refuses it, so that the plain logits of the model, adapter and all, are what is right."""
-    options = {"kind": kind, "lora": HEAD, "beta": 0.5 if kind == "distillation" else 0.05}
-    if kind == "sft":
-        del options["beta"]
-    with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+    options = {"kind": kind, "lora": HEAD, **({} if kind == "sft" else {"beta": 0.05})}
+    with pytest.raises(ValueError, match=REFUSED):
         train(**options)
     with plain_heads():
         wanted = train(**options)
@@ -227,11 +239,15 @@ def test_an_adapter_of_the_head_is_trained(kind) -> None:
         assert not torch.equal(found.weights[name], found.start[name])
 
 
+# Widths of whole blocks of codes; and what dequantizes shorter rows on a CPU is wrong.
+OF_64 = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+
+
 def quantized_to_4_bits() -> torch.nn.Module:
     """A tiny model whose linear layers, the head too, are of 4 bits."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     with tempfile.TemporaryDirectory() as folder:
-        make("Llama", vocab_size=128).save_pretrained(folder)
+        make("Llama", **OF_64).save_pretrained(folder)
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=True, llm_int8_skip_modules=[], bnb_4bit_compute_dtype=torch.float32
         )
@@ -252,22 +268,35 @@ def test_a_quantized_head_is_what_its_codes_stand_for(kind, targets) -> None:
     assert_same(found, wanted, ROUNDING)
 
 
-FULL_OR_LORA = {"full": None, "lora": ALL_LINEAR, "lora on the head": HEAD}
+# Matmuls of the tokens with the head in a step of training: with the head trained, with adapters of
+# other layers, and with one of the head, whose own factors of rank 4 and width 32 count as eighths.
+MATMULS = {
+    "sft": (3, 2, 2.375),
+    "dpo": (5, 3, 4.5),
+    "kto": (7, 5, 6.625),
+    "grpo": (3, 2, 2.375),
+    "rloo": (6, 4, 5.625),
+    "distillation": (6, 5, None),
+}
 
 
-@pytest.mark.parametrize("lora", FULL_OR_LORA)
-@pytest.mark.parametrize("kind", KINDS)
-def test_cost_of_a_head(kind, lora) -> None:
+@pytest.mark.parametrize("trained", ["full", "lora", "lora on the head"])
+@pytest.mark.parametrize("kind", MATMULS)
+def test_cost_of_a_head(kind, trained) -> None:
+    known = ["full", "lora", "lora on the head"].index(trained)
+    if MATMULS[kind][known] is None:
+        pytest.skip("refused")
     with patching.patched():
-        cost = head_cost(kind, lora=FULL_OR_LORA[lora])
-    print(f"{kind}, {lora}: {cost.matmuls:.3f} matmuls, {cost}")
+        cost = head_cost(kind, lora=(None, ALL_LINEAR, HEAD)[known])
+    print(f"{kind}, {trained}: {cost.matmuls:.3f} matmuls")
+    assert cost.matmuls == MATMULS[kind][known]
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_no_logits_of_a_long_batch(kind) -> None:
-    """Nothing is made of the size of the logits."""
-    options = {"longer": 20, "changes": {"vocab_size": 4096, "max_position_embeddings": 1024}}
+def test_no_logits_of_a_long_batch(kind, monkeypatch) -> None:
+    """Nothing is made of the size of the logits, where blocks of them are to be small."""
+    monkeypatch.setitem(linear_rows._WORKSPACE_BYTES, "cpu", 2**20)
+    options = {"longer": 16, "changes": {"vocab_size": 32768, "max_position_embeddings": 1024}}
     with patching.patched():
         cost = head_cost(kind, **options)
-    print(kind, cost, cost.largest / (cost.tokens * cost.vocab))
     assert cost.largest < cost.tokens * cost.vocab / 4

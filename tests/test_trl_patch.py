@@ -20,7 +20,7 @@ OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 def attributes() -> dict[tuple[str, str], Any]:
     """Every attribute of every module of TRL that is imported, and of every class that it has."""
     for kind in KINDS.values():
-        getattr(trl, f"{kind.name}Trainer")
+        getattr(trl, f"{kind.name}Trainer")  # there only once it was asked for
     owners: dict[str, Any] = {}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "trl" and isinstance(module, ModuleType):
@@ -164,7 +164,7 @@ trl.unpatch()
 
 @pytest.mark.parametrize("version", ["0.29.1", "1.17.0", "1.160.0", "2.0.0.dev0", "2.1.16.0"])
 def test_a_version_that_was_never_tried(version, monkeypatch, before) -> None:
-    monkeypatch.setattr(trl, "__version__", version)
+    monkeypatch.setitem(vars(trl), "__version__", version)
     for enter in (patching.patch, patching.patched().__enter__):
         with pytest.raises(ImportError) as error:
             enter()
@@ -244,10 +244,11 @@ def test_a_divergence_of_nothing_or_beside_anything(beta) -> None:
 
 def test_ties_count_as_in_trl() -> None:
     """Of two words with the same logit, the first is the most likely one."""
-    torch.manual_seed(0)
-    weight = torch.randn(VOCAB, 16)
+    weight = 0.1 * torch.randint(-3, 4, (VOCAB, 16)).sign()
+    weight[:11, :11] += 2 * torch.eye(11)
     weight[90:] = weight[:11]
-    hidden = weight[:11].repeat(2, 1) * 9
+    weight = (8 * weight).round()  # whole numbers, so that logits are exact
+    hidden = weight[:11].repeat(2, 1)
     targets = torch.cat([torch.arange(11), torch.arange(90, 101)])
 
     def top() -> Tensor:

@@ -41,7 +41,8 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
 
 def statistics() -> tuple:
     logits, targets, _ = tokens()
-    stats = fastrlhf.token_stats(logits, targets, entropy=True, **KERNELS)
+    names = fastrlhf.reference.FURTHER_STATS
+    stats = fastrlhf.token_stats(logits, targets, entropy=True, with_stats=names, **KERNELS)
     live = targets != -100
     total = torch.where(live, stats.logprob.clamp(min=-9) + stats.entropy, 0.0).sum()
     return *stats, autograd.grad(total, logits)
@@ -89,7 +90,10 @@ def linear() -> tuple:
     hidden = torch.randn(B, T, H, requires_grad=True)
     weight = torch.randn(V, H, requires_grad=True)
     options = {"chunk_size": 4} | KERNELS
-    stats = fastrlhf.linear_token_stats(hidden, weight, targets, entropy=True, **options)
+    stats = fastrlhf.linear_token_stats(
+        hidden, weight, targets, entropy=True, with_stats=fastrlhf.reference.FURTHER_STATS,
+        **options,
+    )  # fmt: skip
     loss, metrics = fastrlhf.linear_policy_loss(
         hidden, weight, targets, torch.randn(B, T), torch.randn(B, T), mask, **options
     )

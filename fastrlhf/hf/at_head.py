@@ -43,7 +43,7 @@ from .model_inputs import (
     with_positions,
 )
 from .packing import check_restarts, packed_inputs
-from .stand_in import StandIn
+from .stand_in import StandIn, logits_of
 
 IGNORED = -100  # the target of a token that is not scored
 _COMPARED_TOKENS = 4
@@ -59,7 +59,7 @@ class Done(NamedTuple):
 
     result: Tensor  # tied to the model's output, see `stand_in`
     aside: Any
-    outputs: Any  # of the model, without its logits
+    outputs: Any  # of the model's forward; of `at_head`, without its logits
 
 
 def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
@@ -89,15 +89,36 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     inputs = {"use_cache": False, **inputs}
     targets = shift_targets(ids, scored, cu_seqlens=batch.cu_seqlens, ignore_index=IGNORED)
     batch = batch._replace(temperature=_of_positions(batch, targets))
+
+    def forward(_: StandIn) -> tuple[Any, Tensor]:
+        outputs = model(input_ids=ids, attention_mask=attention_mask, **inputs)
+        return outputs, logits_of(outputs)
+
+    done = in_place_of_head(model, targets, batch, work, forward)
+    return done._replace(outputs=_without_logits(done.outputs))
+
+
+def in_place_of_head(
+    model: nn.Module,
+    targets: Tensor,
+    batch: TokenBatch,
+    work: Work,
+    forward: Callable[[StandIn], tuple[Any, Tensor]],
+) -> Done:
+    """Run a forward of a model, which returns anything and what came of the logits, with the work
+    in place of the model's head; once more where the logits have another map than was assumed.
+    """
+    base = base_model(model)
+    module, name = head_module(base), type(base).__name__
     for _ in range(2):
         worker = _Worker(base, module, targets, batch, virtual_tokens(model), work)
         stand_in = StandIn(module, name, worker)
         with stand_in.in_place():
-            outputs = model(input_ids=ids, attention_mask=attention_mask, **inputs)
-        result = stand_in.result(outputs)
-        if not worker.looks or worker.confirmed(stand_in, outputs):
-            return Done(result, worker.aside, _without_logits(outputs))
-        del worker, stand_in, outputs, result  # and their graphs, before there are others
+            outputs, logits = forward(stand_in)
+        result = stand_in.result(logits)
+        if not worker.looks or worker.confirmed(stand_in, logits):
+            return Done(result, worker.aside, outputs)
+        del worker, stand_in, outputs, logits, result  # and their graphs, before there are others
     raise RuntimeError(
         f"model: {name} does something else to its logits at each call; use token_stats on them"
     )
@@ -209,9 +230,9 @@ class _Worker:
                 "model's logits"
             )
 
-    def confirmed(self, stand_in: StandIn, output: Any) -> bool:
+    def confirmed(self, stand_in: StandIn, logits: Tensor) -> bool:
         """Whether the model does to its logits what was assumed. Remember what it does."""
         known = measured(self.base, self.module, self.parts)
-        known.map = stand_in.check(output, self.map)
+        known.map = stand_in.check(logits, self.map)
         known.state = state_of(self.base, self.module, self.parts)
         return known.map is self.map

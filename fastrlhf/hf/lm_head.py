@@ -21,7 +21,7 @@ from .head_parts import (
 from .logit_map import LogitMap
 from .measured import measured, state_of
 from .model_inputs import check_keywords, given_inputs, with_positions
-from .stand_in import StandIn
+from .stand_in import StandIn, logits_of
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +113,10 @@ def head_inputs(
     inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
     with stand_in.in_place():
         output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-    hidden = stand_in.result(output)
+    hidden = stand_in.result(logits_of(output))
     hidden = without_virtual_tokens(hidden, input_ids.shape[1], virtual_tokens(model))
     known = measured(base, module, capture.parts)
-    known.map = stand_in.check(output, known.map)
+    known.map = stand_in.check(logits_of(output), known.map)
     known.state = state_of(base, module, capture.parts)
     return hidden, capture.head(known.map)
 

@@ -11,18 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.ops import kl_divergence
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_bool
 from fastrlhf.ops.divergence import checked_measure
-from fastrlhf.ops.linear_arguments import checked_chunk
-from fastrlhf.ops.linear_divergence import divergence_of
-from fastrlhf.ops.scorer import LinearScorer, Scorer, in_chunks
-from fastrlhf.ops.transform import token_temperatures
+from fastrlhf.ops.scorer import Scorer
 
 from .at_head import IGNORED, at_head
 from .head_parts import base_model, head_module
 from .model_inputs import TokenBatch
+from .scored_divergence import scored_divergence
 
 
 def model_kl_divergence(
@@ -96,7 +93,9 @@ def model_kl_divergence(
             _check_teacher(ours, theirs)
             with torch.set_grad_enabled(recorded):
                 scored = targets != IGNORED
-                values[:] = [_divergence(ours, theirs, scored, direction=direction, beta=beta)]
+                values[:] = [
+                    scored_divergence(ours, theirs, scored, direction=direction, beta=beta)[0]
+                ]
             return values[0].detach(), None
 
         with torch.no_grad():
@@ -118,35 +117,3 @@ def _check_teacher(ours: Scorer, theirs: Scorer) -> None:
             f"teacher: expected its head on {ours.hidden.device}, where that of the model is, got "
             f"{theirs.hidden.device}"
         )
-
-
-def _divergence(
-    ours: Scorer, theirs: Scorer, scored: Tensor, *, direction: str, beta: float
-) -> Tensor:
-    """The divergence of each token (B, T)."""
-    if isinstance(ours, LinearScorer) and isinstance(theirs, LinearScorer):
-        frozen = theirs._replace(
-            weights=[x.detach() if isinstance(x, Tensor) else x for x in theirs.weights],
-            bias=None if theirs.bias is None else theirs.bias.detach(),
-        )
-        return divergence_of(
-            ours, frozen, scored, direction=direction, beta=beta, sum_expected=True
-        )  # fmt: skip
-    temperatures = None
-    if isinstance(ours.temperature, Tensor):
-        temperatures = token_temperatures(ours.temperature, scored).reshape(-1)
-
-    def of_rows(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            ref_logits = theirs.logits(rows)
-        logits = ours.logits(rows)
-        dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
-        return kl_divergence(
-            logits.to(dtype), ref_logits.to(dtype), direction=direction, beta=beta, impl=ours.impl,
-            temperature=ours.temperature if temperatures is None else temperatures[rows],
-        )  # fmt: skip
-
-    rows = scored.reshape(-1).nonzero()[:, 0]
-    size = checked_chunk(ours.chunk_size, ours.vocab, ours.hidden.device)
-    found = torch.cat(in_chunks(of_rows, rows, size) or [of_rows(rows)])
-    return found.new_zeros(scored.numel()).index_put((rows,), found).view(scored.shape)

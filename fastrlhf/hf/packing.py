@@ -18,7 +18,7 @@ from fastrlhf.ops.layout import layout_of
 
 from .head_parts import evaluating, head_module, text_config
 from .model_inputs import TokenBatch, makes_own_positions
-from .stand_in import StandIn
+from .stand_in import StandIn, logits_of
 
 # For each model, the attention with which it was tried, and whether it keeps sequences apart.
 _tried: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
@@ -155,7 +155,7 @@ def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool
             positions = torch.tensor([[0, 1, 0, 1]], device=device)
             output = base(input_ids=ids, position_ids=positions, use_cache=False)
             # Tied to the output, by whose gradient wrappers know that weights are needed again.
-            entered = stand_in.result(output)
+            entered = stand_in.result(logits_of(output))
             return _reaches(embedded, entered) if embedded else True  # for all that is known
     finally:
         hook.remove()

@@ -77,22 +77,21 @@ class StandIn:
         self.rows = known_rows(vocab, hidden.dtype, hidden.device)
         return tied(self.rows.view(*(1,) * (streams + 1), *self.rows.shape), self.made)
 
-    def result(self, output: Any) -> Tensor:
-        """The work's result, once the model's forward has returned its output."""
+    def result(self, logits: Tensor) -> Tensor:
+        """The work's result, once the model has made something of what its head returned."""
         if self.made is None:
             raise RuntimeError(
                 f"model: the forward of {self.name} does not call the module of its output "
                 "embeddings; use token_stats on its logits"
             )
-        return tied(self.made, logits_of(output))
+        return tied(self.made, logits)
 
-    def check(self, output: Any, expected: LogitMap) -> LogitMap:
+    def check(self, made: Tensor, expected: LogitMap) -> LogitMap:
         """The map from the head's logits to the model's: the expected one, if it still holds.
 
         Raises:
             RuntimeError: a model that does to its logits what no map says.
         """
-        made = logits_of(output)
         rows = self.rows
         if made.shape == (1, *rows.shape):
             made = made[0]

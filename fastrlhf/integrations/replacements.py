@@ -28,22 +28,27 @@ class Replacements:
         self._wanted = False
         self._inside = 0
         self._before: list[Replacement] = []
+        self._there: list[Replacement] = []
 
     def install(self) -> None:
-        """Put the replacements in place, if they are not."""
+        """Put the replacements in place, if they are not. Twice is as once."""
         with self._lock:
             self._put_in_place()
             self._wanted = True
 
     def remove(self) -> None:
-        """Put back what was there before, unless somebody is inside of `installed`."""
+        """Put back what was there before, once nobody is inside of `installed`.
+
+        Raises:
+            RuntimeError: something else has taken the place of a replacement since.
+        """
         with self._lock:
             self._wanted = False
             self._put_back_if_unwanted()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the replacements in place within."""
+        """Have the replacements in place within; it may be nested, and left in any order."""
         with self._lock:
             self._put_in_place()
             self._inside += 1
@@ -63,16 +68,24 @@ class Replacements:
         return vars(owner)[name]
 
     def _put_in_place(self) -> None:
-        if self._before:
+        if self._there:
             return
-        for owner, name, value in self._find():
-            # What the owner itself has: of a class, the function and not what is bound to it.
-            self._before.append(Replacement(owner, name, vars(owner)[name]))
+        found = self._find()
+        # What the owner itself has: of a class, the function and not what is bound to it.
+        self._before = [Replacement(x.owner, x.name, vars(x.owner)[x.name]) for x in found]
+        self._there = found
+        for owner, name, value in found:
             setattr(owner, name, value)
 
     def _put_back_if_unwanted(self) -> None:
         if self._wanted or self._inside:
             return
-        for owner, name, value in reversed(self._before):
+        for owner, name, value in self._there:
+            if vars(owner).get(name) is not value:
+                raise RuntimeError(
+                    f"{owner.__name__}.{name} was patched by other code after fastrlhf, which has "
+                    "to be taken back first"
+                )
+        for owner, name, value in self._before:
             setattr(owner, name, value)
-        self._before = []
+        self._before, self._there = [], []

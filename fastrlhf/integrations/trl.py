@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from fastrlhf.hf.head_parts import HeadParts, head_parts, parts_of_weight
 from fastrlhf.hf.head_scorer import head_scorer
 from fastrlhf.hf.logit_map import LogitMap
+from fastrlhf.hf.scored_divergence import scored_divergence
+from fastrlhf.ops.backend import outside_of_graphs
 from fastrlhf.ops.foreseen_stats import foreseen_stats
 from fastrlhf.ops.linear_arguments import matmul_dtype
-from fastrlhf.ops.linear_divergence import divergence_and_entropy_of
-from fastrlhf.ops.scorer import LinearScorer
+from fastrlhf.ops.scorer import LinearScorer, Scorer
 
 from .replacements import Replacement, Replacements
 from .trl_foresight import current_foresight, foreseeing, loss_takes_entropy
@@ -58,7 +59,8 @@ _STATISTICS = {
 }
 _IGNORED = -100
 
-_scored_model: ContextVar[nn.Module | None] = ContextVar("scored_model", default=None)
+# The modules of the heads, of whose weights TRL reads one.
+_heads: ContextVar[tuple[Any, ...]] = ContextVar("heads", default=())
 
 
 def patch() -> None:
@@ -122,10 +124,14 @@ def _find() -> list[Replacement]:
     found += [
         Replacement(module, "_use_triton", _always) for module in (utils, distillation_trainer)
     ]
-    add = with_known_model(utils.add_fused_lm_head)
+    add = _with_known_head(utils.add_fused_lm_head)
     found += [Replacement(module, "add_fused_lm_head", add) for module in (utils, *trainers)]
     # By which they recognise an adapter on a head, to refuse it.
+    trainers.append(distillation_trainer)
     found += [Replacement(module, "BaseTunerLayer", _Refused) for module in trainers]
+    distillation = distillation_trainer.DistillationTrainer
+    compute_loss = _with_known_heads(vars(distillation)["_compute_loss"])
+    found.append(Replacement(distillation, "_compute_loss", compute_loss))
     found += foreseeing(sft_trainer.SFTTrainer, grpo_trainer.GRPOTrainer)
     return [x for x in found if x.name in vars(x.owner)]
 
@@ -149,25 +155,25 @@ class _Refused:
     """What no head is an instance of."""
 
 
-def with_known_model(add_fused_lm_head: Any) -> Any:
+def _with_known_head(add_fused_lm_head: Any) -> Any:
     """Let the forward that `add_fused_lm_head` gives to a model say whose head is called: TRL hands
     on the head's weight alone.
     """
 
     @functools.wraps(add_fused_lm_head)
-    def add(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("cast_lm_head_to_fp32") and not isinstance(_head(model), nn.Linear):
+    def add(model: Any, *args: Any, **kwargs: Any) -> None:
+        head = model.get_output_embeddings()
+        if kwargs.get("cast_lm_head_to_fp32") and not isinstance(head, nn.Linear):
             raise ValueError(
-                "cast_lm_head_to_fp32: TRL casts a plain linear head, but this one carries an "
-                f"adapter ({type(_head(model)).__name__}); set it to False: logits are made in "
-                "fp32 anyway"
+                "cast_lm_head_to_fp32: TRL casts a plain linear head, but this one is a "
+                f"{type(head).__name__}; set it to False: logits are made in fp32 anyway"
             )
         add_fused_lm_head(model, *args, **kwargs)
-        fused: Any = model.forward.__func__  # type: ignore[attr-defined]
+        fused = model.forward.__func__
 
         @functools.wraps(fused)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with _scoring(self):
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with _in_play(self):
                 return fused(self, *args, **kwargs)
 
         model.forward = MethodType(forward, model)
@@ -175,13 +181,24 @@ def with_known_model(add_fused_lm_head: Any) -> Any:
     return add
 
 
+def _with_known_heads(compute_loss: Any) -> Any:
+    """Let the loss of a DistillationTrainer say whose heads are called."""
+
+    @functools.wraps(compute_loss)
+    def wrapped(self: Any, unwrapped_student: Any, *args: Any, **kwargs: Any) -> Any:
+        with _in_play(unwrapped_student, self.accelerator.unwrap_model(self.teacher_model)):
+            return compute_loss(self, unwrapped_student, *args, **kwargs)
+
+    return wrapped
+
+
 @contextmanager
-def _scoring(model: nn.Module) -> Iterator[None]:
-    token = _scored_model.set(model)
+def _in_play(*models: Any) -> Iterator[None]:
+    token = _heads.set(tuple(model.get_output_embeddings() for model in models))
     try:
         yield
     finally:
-        _scored_model.reset(token)
+        _heads.reset(token)
 
 
 class _LogProbs:
@@ -200,32 +217,32 @@ class _LogProbs:
         outputs: tuple[str, ...] = ("entropy", *_STATISTICS),
     ) -> tuple[Tensor | None, ...]:
         """Score n hidden states (n, H): log-probs (n,), and the other statistics or None."""
-        if _is_shared_out(weight):
+        if _is_shared_out(weight, backward_needs_it=True):
             original = _replacements.original(_utils(), "_ChunkedLogProbFunction")
             return original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                 logit_scale, outputs,
             )  # fmt: skip
-        module, parts = _head_of(weight, bias)
-        scorer = head_scorer(
-            hidden.unsqueeze(0), module, parts, LogitMap(logit_scale, final_logit_softcapping),
-            temperature=temperature,
-        )  # fmt: skip
-        options: dict[str, Any] = {
-            "ignore_index": _IGNORED,
-            "entropy": "entropy" in outputs,
-            "with_stats": [ours for name, ours in _STATISTICS.items() if name in outputs],
-        }
-        targets = targets.unsqueeze(0)
-        if isinstance(scorer, LinearScorer) and not loss_takes_entropy():
-            scorer = scorer._replace(dtype=matmul_dtype(hidden))
-            trained = scorer.head_is_trained
-            foresight = current_foresight(targets.numel()) if trained else None
-            stats = foreseen_stats(scorer.problem(targets, **options), foresight)
-        else:
-            stats = scorer.stats(targets, **options)
-        further = (getattr(stats, name) for name in _STATISTICS.values())
-        return tuple(None if x is None else x[0] for x in (stats.logprob, stats.entropy, *further))
+        scorer = _scorer(hidden, weight, bias, temperature, logit_scale, final_logit_softcapping)
+        return outside_of_graphs(_statistics)(scorer, targets.unsqueeze(0), outputs)
+
+
+def _statistics(
+    scorer: Scorer, targets: Tensor, outputs: tuple[str, ...]
+) -> tuple[Tensor | None, ...]:
+    """What TRL asks for of the tokens (1, n): each (n,), or None."""
+    options: dict[str, Any] = {
+        "ignore_index": _IGNORED,
+        "entropy": "entropy" in outputs,
+        "with_stats": [ours for name, ours in _STATISTICS.items() if name in outputs],
+    }
+    if isinstance(scorer, LinearScorer) and not loss_takes_entropy():
+        foresight = current_foresight(targets.numel()) if scorer.head_is_trained else None
+        stats = foreseen_stats(scorer.problem(targets, **options), foresight)
+    else:
+        stats = scorer.stats(targets, **options)
+    further = (getattr(stats, name) for name in _STATISTICS.values())
+    return tuple(None if x is None else x[0] for x in (stats.logprob, stats.entropy, *further))
 
 
 class _Divergence:
@@ -247,41 +264,54 @@ class _Divergence:
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compare n tokens: their divergence (n,), and the student's entropy (n,)."""
-        student = _divergence_scorer(
+        if any(_is_shared_out(x) for x in (student_weight, teacher_weight)):
+            original = _replacements.original(_divergences(), "ChunkedDivergenceFunction")
+            return original.apply(
+                student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight,
+                teacher_bias, beta, temperature, student_logit_scale,
+                student_final_logit_softcapping, teacher_logit_scale,
+                teacher_final_logit_softcapping,
+            )  # fmt: skip
+        student = _scorer(
             student_hidden, student_weight, student_bias, temperature, student_logit_scale,
             student_final_logit_softcapping,
         )  # fmt: skip
-        teacher = _divergence_scorer(
+        teacher = _scorer(
             teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_logit_scale,
             teacher_final_logit_softcapping,
         )  # fmt: skip
+        scored = torch.ones(1, len(student_hidden), dtype=torch.bool, device=student_hidden.device)
         direction = {0.0: "forward", 1.0: "reverse"}.get(beta, "jsd")
-        divergence, entropy = divergence_and_entropy_of(
-            student, teacher, None, direction=direction, beta=beta, sum_expected=True
+        divergence, entropy = scored_divergence(
+            student, teacher, scored, direction=direction, beta=beta, entropy=True
         )
         assert entropy is not None
-        return divergence, entropy
+        return divergence[0], entropy[0]
 
 
-def _divergence_scorer(
+def _scorer(
     hidden: Tensor,
     weight: Any,
     bias: Tensor | None,
     temperature: float,
     scale: float,
     softcap: float | None,
-) -> LinearScorer:
-    parts = parts_of_weight(weight, bias)
-    return LinearScorer(
-        hidden, [parts.weight], parts.bias, temperature, softcap, scale, dtype=matmul_dtype(hidden)
+) -> Scorer:
+    """What scores n hidden states (n, H), as a batch of one sequence, by the head of a weight."""
+    module, parts = _head_of(weight, bias)
+    scorer = head_scorer(
+        hidden.unsqueeze(0), module, parts, LogitMap(scale, softcap), temperature=temperature
     )
+    if isinstance(scorer, LinearScorer):
+        return scorer._replace(dtype=matmul_dtype(hidden))
+    return scorer
 
 
-def _is_shared_out(weight: Any) -> bool:
-    """Whether ZeRO-3 will take a weight away before the backward, which needs it."""
-    shared_out = hasattr(weight, "ds_id") and weight.requires_grad
+def _is_shared_out(weight: Any, *, backward_needs_it: bool = False) -> bool:
+    """Whether ZeRO-3 has, or in time for the backward will have, taken a weight away."""
+    shared_out = hasattr(weight, "ds_id") and (weight.requires_grad or not backward_needs_it)
     if shared_out:
-        _say_once("a trained head under DeepSpeed's ZeRO-3 is left to TRL's own kernels")
+        _say_once("a head under DeepSpeed's ZeRO-3 is left to TRL's own kernels")
     return shared_out
 
 
@@ -296,8 +326,10 @@ def _utils() -> Any:
     return utils
 
 
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings()
+def _divergences() -> Any:
+    from trl.kernels import chunked_divergence
+
+    return chunked_divergence
 
 
 def _head_of(weight: Any, bias: Tensor | None) -> tuple[Any, HeadParts | None]:
@@ -307,21 +339,21 @@ def _head_of(weight: Any, bias: Tensor | None) -> tuple[Any, HeadParts | None]:
     Raises:
         RuntimeError: a head whose logits are not known.
     """
-    model = _scored_model.get()
-    module = None if model is None else _head(model)
-    if module is None:  # of a trainer that was made before `patch`, which refused adapters
-        return None, parts_of_weight(weight, bias)
-    if weight is module.weight:
-        try:
-            return module, head_parts(module)
-        except TypeError:  # of a class that is not known, or packed for a CPU by bitsandbytes
-            return module, None
-    if not isinstance(module, nn.Linear):
-        raise RuntimeError(
-            f"model: its head, a {type(module).__name__}, is sharded (FSDP2) and carries an "
-            f"adapter, which fastrlhf.integrations.trl cannot serve; {_INSTEAD}"
-        )
-    return module, parts_of_weight(weight, bias)  # gathered from its shards
+    heads = _heads.get()
+    for module in heads:
+        if module.weight is weight:
+            try:
+                return module, head_parts(module)
+            except TypeError:  # of a class that is not known, or packed for a CPU by bitsandbytes
+                return module, None
+    # Gathered from its shards; or of a trainer that was made before `patch`, without adapters.
+    for module in heads:
+        if not isinstance(module, nn.Linear):
+            raise RuntimeError(
+                f"model: its head, a {type(module).__name__}, is sharded (FSDP2) and carries an "
+                f"adapter, which fastrlhf.integrations.trl cannot serve; {_INSTEAD}"
+            )
+    return None, parts_of_weight(weight, bias)
 
 
 _replacements = Replacements(_find)

@@ -96,8 +96,8 @@ def token_stats(
     The kernels read the logits once forward; backward they read them and write the gradient once.
     Nothing else of that size is allocated but the gradient, and not even that with
     inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32. A row has the same
-    bits whatever batch surrounds it. The log-prob, and ln Σ p² of it, are accurate where the
-    probability of the target is nearly 1.
+    bits whatever batch surrounds it. The log-prob is accurate where the probability is nearly 1,
+    and so is ln Σ p².
 
     Raises:
         TypeError: logits that are not floating (or fp8), targets that are not integer.
@@ -146,7 +146,7 @@ def all_statistics(
     if with_stats:
         return _forward_with(*arguments, with_stats)
     found = _forward(*arguments)
-    return *found, targets.new_empty(0, dtype=torch.bool), *(found[2].new_empty(0),) * 2
+    return *found, *(logits.new_empty(0),) * len(FURTHER_STATS)
 
 
 def shaped_stats(

@@ -45,9 +45,9 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def launch_token_stats(
-    vocab: int, dtype: torch.dtype, everything: bool, with_stats: tuple[str, ...] | None = None
+    vocab: int, dtype: torch.dtype, everything: bool, with_stats: tuple[str, ...] = ()
 ) -> None:
-    """Forward and backward, plain or with every option; or with some further statistics."""
+    """Forward and backward, plain or with every option, and some further statistics."""
     acc = torch.promote_types(dtype, torch.float32)
     logits = meta(1, ROWS, vocab, dtype=dtype)
     targets = meta(ROWS, dtype=torch.int64)
@@ -56,8 +56,6 @@ def launch_token_stats(
         "softcap": 30.0 if everything else None,
         "scale": 1.0,
     }
-    if with_stats is None:
-        with_stats = FURTHER_STATS if everything else ()
     stats = token_stats.token_stats_forward(
         logits, targets, ignore_index=-100, entropy=everything, with_stats=with_stats, **transform
     )
@@ -168,7 +166,8 @@ def launches_of(which: str) -> dict:
     every = which == "all"
     settings = list(product(VOCABS, DTYPES, (False, True))) if every else FEW[which]
     for vocab, dtype, everything in settings:
-        record(vocab, launch_token_stats, vocab, dtype, everything)
+        for with_stats in ((), FURTHER_STATS):
+            record(vocab, launch_token_stats, vocab, dtype, everything, with_stats)
         # Surrogates and penalties are a few numbers per row: one stands for the four.
         record(vocab, launch_policy_loss, vocab, dtype, "clip", "k3", everything)
         # Vocabularies matter by their residue alone, which two show.

@@ -31,8 +31,8 @@ MUTANTS = [
         "kernels/token_stats.py", "test_token_stats.py",
         (
             "K1: columns past the end are logits of 0",
-            'stride_vocab, mask=inside, other=-float("inf")\n        ).to(acc)\n        peak',
-            "stride_vocab, mask=inside, other=0.0\n        ).to(acc)\n        peak",
+            'stride_vocab, mask=inside, other=-float("inf")\n        ).to(acc)\n        old_peak',
+            "stride_vocab, mask=inside, other=0.0\n        ).to(acc)\n        old_peak",
             "match_the_oracle and triton and 5003",
         ),
         (
@@ -108,7 +108,8 @@ MUTANTS = [
         ),
         (
             "rows: capped columns past the end",
-            'capped = tl.where(inside, capped, -float("inf"))', "capped = capped * 1.0",
+            'capped = tl.where(inside, capped, -float("inf"))\n    new_peak',
+            "capped = capped * 1.0\n    new_peak",
             "match_the_oracle and triton and capped and 1000",
         ),
         (
@@ -991,7 +992,7 @@ MUTANTS = [
         ),
         (
             "plans: the slope of the lse is lost",
-            "self.impl, slopes.lse, slopes.mean)", "self.impl, None, slopes.mean)",
+            "others = (slopes.lse, slopes.mean_logit)", "others = (None, slopes.mean_logit)",
             "lse_is_differentiable and eager",
         ),
         (
@@ -1276,22 +1277,274 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/ops/linear_plans.py", "test_linear_cross_entropy.py",
+        "fastrlhf/reference.py", "test_linear_cross_entropy.py",
         (
-            "plans: a mean logit without temperature",
-            "return means / block.transform.of_rows", "return means",
+            "eager K1: a mean logit without temperature",
+            "row_sums(capped) / capped.shape[-1] / rows_t", "row_sums(capped) / capped.shape[-1]",
             "loss_is_that and smoothed and warm",
         ),
         (
-            "plans: a mean logit that is not scaled",
-            "means = logits.mean(-1) * scale", "means = logits.mean(-1)",
-            "loss_is_that and smoothed and scaled",
+            "eager K1: a mean of logits that are neither scaled nor capped",
+            "row_sums(capped) / capped.shape[-1] / rows_t",
+            "row_sums(logits.to(capped)) / capped.shape[-1] / rows_t",
+            "loss_is_that and smoothed and (scaled or capped)",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_plans.py", "test_with_stats.py",
+        (
+            "plans: an entropy's slope that nobody asked for",
+            "    if bench.entropy_grad:\n        slopes", "    if bench.entropy:\n        slopes",
+            "without_the_entropy or those_of_the_logits",
         ),
         (
-            "plans: a mean of logits that are not capped",
-            "means = capped_logits(logits, softcap, scale).mean(-1)",
-            "means = logits.mean(-1) * scale",
-            "loss_is_that and smoothed and capped",
+            "plans: a slope that is alone in the dtype of two",
+            "alone=not bench.entropy_grad", "alone=not bench.entropy",
+            "one_slope_alone",
+        ),
+        (
+            "plans: what is further asked for stays as it was made",
+            "stats[: len(found)], strict=True", "stats[:3], strict=False",
+            "those_of_the_logits",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_token_stats.py", "test_with_stats.py",
+        (
+            "linear stats: an entropy without gradient that claims one",
+            "1 if not options.entropy_grad else 2", "2",
+            "those_of_the_logits",
+        ),
+        (
+            "linear stats: further statistics that claim a gradient",
+            "*found[1 if not options.entropy_grad else 2 :]", "found[2]",
+            "those_of_the_logits",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/token_stats.py", "test_with_stats.py",
+        (
+            "statistics: an entropy without gradient has one",
+            "        row_entropy = row_entropy.detach()\n", "        pass\n",
+            "requires_one or without_the_entropy",
+        ),
+        (
+            "statistics: further ones seem differentiable",
+            "*(x.detach() for x in further)", "*further",
+            "requires_one",
+        ),
+        (
+            "statistics: zeros are the gradient of what has none",
+            "ctx.set_materialize_grads(False)", "pass",
+            "that_without_the_entropy",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/checks.py", "test_with_stats.py",
+        (
+            "checks: the letters of a name",
+            "if isinstance(given, str) or not", "if not",
+            "bad_options",
+        ),
+        (
+            "checks: an unknown name is left out",
+            "        if wrong not in known:\n", "        if wrong in known[:0]:\n",
+            "bad_options",
+        ),
+    ),
+    *_mutants(
+        "kernels/rows.py", "test_with_stats.py",
+        (
+            "further: the mean counts columns past the end",
+            "total += tl.sum(tl.where(inside, capped, 0.0), axis=1)",
+            "total += tl.sum(capped, axis=1)",
+            "match_the_oracle and triton and capped and 33",
+        ),
+        (
+            "further: columns past the end have a square",
+            '    if HAS_SOFTCAP:\n        capped = tl.where(inside, capped, -float("inf"))\n'
+            "    if WITH_TOP1",
+            "    if WITH_TOP1",
+            "match_the_oracle and triton and capped and 33",
+        ),
+        (
+            "further: the target is its own rival",
+            "tl.where(columns < target, capped", "tl.where(columns <= target, capped",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "further: any tie counts",
+            "tl.where(columns < target, capped", "tl.where(columns < 0, capped",
+            "first_is_on_top and triton",
+        ),
+        (
+            "further: a later rival is an earlier one",
+            "tl.where(columns < target, capped", "tl.where(columns != target, capped",
+            "first_is_on_top and triton",
+        ),
+        (
+            "further: the target has a square among the others",
+            "weight = tl.where(columns == target, 0.0, tl.exp2((capped - base[:, None]) * rate))",
+            "weight = tl.exp2((capped - base[:, None]) * rate)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "further: weights for their squares",
+            "squares += tl.sum(weight * weight, axis=1)", "squares += tl.sum(weight, axis=1)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "further: squares fade as weights do",
+            "return squares * (fade * fade)", "return squares * fade",
+            "several_splits and triton",
+        ),
+        (
+            "further: squares stay when the peak moves",
+            "squares = move_squares(old_peak, squares, base, rate)", "squares = squares * 1.0",
+            "several_splits and triton",
+        ),
+        (
+            "further: the square of a likely target cancels",
+            "heavy = square > 0.25", "heavy = square > 4.0",
+            "nearly_all_probability and triton",
+        ),
+        (
+            "further: the square of an unlikely target is nothing",
+            "heavy = square > 0.25", "heavy = square > -1.0",
+            "unlikely_target and triton",
+        ),
+        (
+            "further: the target's square is left out",
+            "tl.log(squares + square) - 2.0 * log_norm", "tl.log(squares) - 2.0 * log_norm",
+            "unlikely_target and triton",
+        ),
+        (
+            "further: one norm for the two of a square",
+            "tl.log(squares + square) - 2.0 * log_norm", "tl.log(squares + square) - log_norm",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "further: squares of a row of nothing",
+            "return tl.where(empty, 0.0, tl.where(heavy",
+            "return tl.where(empty, -1.0, tl.where(heavy",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "further: the target's weight without the temperature",
+            "weight = tl.exp2((target_capped - base) / row_t * LOG2E)",
+            "weight = tl.exp2((target_capped - base) * LOG2E)",
+            "match_the_oracle and triton and scaled and 33",
+        ),
+    ),
+    *_mutants(
+        "kernels/token_stats.py", "test_with_stats.py",
+        (
+            "K1: squares of lanes relative to their own peaks",
+            "squares = move_squares(peak, squares, finite_base(row_peak), rate)",
+            "squares = squares * 1.0",
+            "match_the_oracle and triton and plain and 5003",
+        ),
+        (
+            "K1: squares of splits relative to their own peaks",
+            "tl.sum(move_squares(peak, squares, base[:, None], split_rate), axis=1)",
+            "tl.sum(squares, axis=1)",
+            "several_splits and triton",
+        ),
+        (
+            "K1: a rival in another split is not seen",
+            "is_top1 = (own > before) & (own == row_peak)", "is_top1 = (own > before)",
+            "several_splits and triton",
+        ),
+        (
+            "K1: the first of equal logits is not asked for",
+            "is_top1 = (own > before) & (own == row_peak)", "is_top1 = (own == row_peak)",
+            "first_is_on_top and triton",
+        ),
+        (
+            "K1: a top token beside NaN",
+            " & (log_norm == log_norm)", "",
+            "without_a_distribution and triton",
+        ),
+        (
+            "K1: a mean logit without temperature",
+            "total / vocab / row_t", "total / vocab",
+            "match_the_oracle and triton and scaled and 33",
+        ),
+        (
+            "K1: squares in the place of the mean",
+            "tl.where(live, total / vocab / row_t, 0.0), mask=inside)\n        place += plane",
+            "tl.where(live, total / vocab / row_t, 0.0), mask=inside)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_with_stats.py",
+        (
+            "eager K1: a top token beside NaN",
+            "& ~log_norm.isnan() & ~empty", "& ~empty",
+            "without_a_distribution and eager",
+        ),
+        (
+            "eager K1: the top of a row of nothing",
+            "& ~log_norm.isnan() & ~empty", "& ~log_norm.isnan()",
+            "masked_vocabulary and eager",
+        ),
+        (
+            "eager K1: weights for their squares",
+            "squares = row_sums(weight.square())", "squares = row_sums(weight)",
+            "match_the_oracle and eager and plain and 33",
+        ),
+        (
+            "eager K1: the square of a likely target cancels",
+            "heavy = square > 0.25", "heavy = square > 4.0",
+            "nearly_all_probability and eager",
+        ),
+        (
+            "eager K1: the target's square is left out",
+            "(squares + square).log() - 2 * log_norm", "squares.log() - 2 * log_norm",
+            "unlikely_target and eager",
+        ),
+        (
+            "eager K1: squares of a row of nothing",
+            "log_squares = torch.where(empty, 0.0, log_squares)", "log_squares = log_squares * 1.0",
+            "masked_vocabulary and eager",
+        ),
+        (
+            "definition: an entropy that has a gradient all the same",
+            "row_entropy if entropy_grad else row_entropy.detach()", "row_entropy",
+            "under_transforms",
+        ),
+        (
+            "definition: a mean logit with a gradient",
+            "of_row((capped.detach() / rows_t).mean(-1), -torch.inf)",
+            "of_row((capped / rows_t).mean(-1), -torch.inf)",
+            "under_transforms",
+        ),
+        (
+            "definition: an ignored token on top",
+            "& ~lse.isnan() & live & ~empty", "& ~lse.isnan() & ~empty",
+            "under_transforms",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/model_token_stats.py", "test_model_token_stats.py",
+        (
+            "model: further statistics of the next token",
+            "None if x is None else x[:, :-1]", "None if x is None else x[:, 1:]",
+            "further_statistics and Llama",
+        ),
+        (
+            "model: an entropy without gradient is tied to the output",
+            'if entropy and entropy_grad else ("logprob",)', 'if entropy else ("logprob",)',
+            "further_statistics and Llama",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/own_module.py", "test_linear_loss.py",
+        (
+            "model: an own module's mean logit without a slope",
+            "stats = stats._replace(mean_logit=(logits / temperature).mean(-1))", "pass",
+            "further_statistics",
         ),
     ),
     Mutant(
@@ -1307,18 +1560,21 @@ MUTANTS = [
         "test_linear_cross_entropy.py", "loss_is_that and smoothed and all",
     ),
     *_mutants(
+        "fastrlhf/hf/head_scorer.py", "test_model_token_stats.py",
+        (
+            "model: an adapter without its scaling",
+            "adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling",
+            "adapter.down(adapter.dropout(hidden.to(dtype)))",
+            "with_a_lora_adapter",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/hf/at_head.py", "test_model_token_stats.py",
         (
             "model: a temperature for the token before",
             "torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)",
             "torch.cat((last.expand(len(expanded), 1), expanded), dim=1)",
             "belong_to_the_tokens",
-        ),
-        (
-            "model: an adapter without its scaling",
-            "adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling",
-            "adapter.down(adapter.dropout(hidden.to(dtype)))",
-            "with_a_lora_adapter",
         ),
         (
             "model: a head's forward is not compared",
@@ -1352,7 +1608,8 @@ MUTANTS = [
         ),
         (
             "model: an own module's lse without a slope",
-            ".logsumexp(-1) if lse_has_slope else stats.lse", ".logsumexp(-1).detach()",
+            "lse=(logits / temperature).logsumexp(-1)",
+            "lse=(logits / temperature).logsumexp(-1).detach()",
             "heads_of_other_kinds and smoothed and DoRA",
         ),
         (
@@ -1502,7 +1759,7 @@ MUTANTS = [
         "fastrlhf/hf/stand_in.py", "test_wrapped_losses.py",
         (
             "wrapped: a backward that no wrapper is told of",
-            "return tied(self.made, logits_of(output))", "return self.made",
+            "return tied(self.made, logits)", "return self.made",
             "sharded_models and everything",
         ),
         (
@@ -1618,6 +1875,139 @@ MUTANTS = [
             "trpo: the temperature is forgotten",
             'return head | {"temperature": self.temperature}', 'return head | {"temperature": 1.0}',
             "natural_gradient",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/own_loss.py", "test_transformers_trainer.py",
+        (
+            "own loss: shift_labels are forgotten",
+            "targets = shift_targets(labels, labels != IGNORED) if shift_labels is None else "
+            "shift_labels",
+            "targets = shift_targets(labels, labels != IGNORED)",
+            "shift_labels",
+        ),
+        (
+            "own loss: each batch by its own tokens",
+            "divisor = scored if by is None else torch.as_tensor(by, device=total.device)",
+            "divisor = scored",
+            "accumulated",
+        ),
+        (
+            "own loss: gradients of 0 / 0",
+            "safe = torch.where(scored > 0, divisor, 1)", "safe = divisor",
+            "any_count_of_items",
+        ),
+        (
+            "own loss: more of the loss is made of what stands for logits",
+            "if bool((slope != 0).any()):", "if False:",
+            "takes_more_from_the_logits",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/transformers.py", "test_transformers_trainer.py",
+        (
+            "trainer: a patch that does nothing",
+            "if not _has_fusible_loss(self, model, inputs, return_outputs):", "if True:",
+            "Qwen2",
+        ),
+        (
+            "trainer: no logits for metrics",
+            "_loss_only.set(bool(prediction_loss_only) and plain)", "_loss_only.set(plain)",
+            "asked_for",
+        ),
+        (
+            "trainer: no logits for a loss around its own",
+            "_loss_only.set(bool(prediction_loss_only) and plain)",
+            "_loss_only.set(bool(prediction_loss_only))",
+            "calls_the_loss_of_its_base_class",
+        ),
+        (
+            "trainer: what cannot be served is tried each time",
+            "_left_alone.add(_innermost(model))", "pass",
+            "left_alone",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/replacements.py", "test_transformers_trainer.py",
+        (
+            "patch: the first to leave takes it off",
+            "if self._wanted or self._inside:", "if self._wanted:",
+            "on_and_off",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/foreseen_stats.py", "test_foreseen_stats.py",
+        (
+            "foreseen: any slopes are taken for those that were foreseen",
+            "missed = came - factor * guess", "missed = torch.zeros_like(came)",
+            "right_whatever_is_guessed and head",
+        ),
+        (
+            "foreseen: all slopes are taken to be missed",
+            "torch.where(missed.abs() <= slack, 0.0, missed)", "came",
+            "right_whatever_is_guessed and head",
+        ),
+        (
+            "foreseen: the factor is that of the first token",
+            "factor = ratios.nanmedian() if ratios.numel() else d_logprob.new_zeros(())",
+            "factor = ratios[:1].sum()",
+            "as_many_matmuls",
+        ),
+        (
+            "foreseen: an entropy's gradient is forgotten",
+            "due |= d_entropy[order] != 0", "pass",
+            "right_whatever_is_guessed and hidden",
+        ),
+        (
+            "foreseen: a guess of NaN spoils the gradient",
+            "torch.where(guess.isfinite(), guess, 0.0)", "guess",
+            "right_whatever_is_guessed and nan",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_divergence.py", "test_trl.py",
+        (
+            "divergence: the teacher's entropy",
+            "ours = self.pair[1 if self.swapped else 0]", "ours = self.pair[1]",
+            "changes_no_result and distillation",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/trl.py", "test_trl.py",
+        (
+            "trl: forward and reverse divergence are mixed up",
+            '{0.0: "forward", 1.0: "reverse"}', '{0.0: "reverse", 1.0: "forward"}',
+            "changes_no_result and distillation",
+        ),
+        (
+            "trl: an adapter of the head is left out",
+            "return module, head_parts(module)",
+            "return None, parts_of_weight(weight, bias)",
+            "adapter_of_the_head",
+        ),
+        (
+            "trl: prompts are scored on a CPU",
+            '[Replacement(x, "_use_triton", _always) for x in (utils, distillation_trainer)]',
+            "[]",
+            "cost_of_a_head",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/trl_foresight.py", "test_trl.py",
+        (
+            "trl: nothing is foreseen for SFT",
+            '{"nll": _equal, "dft": _probability}', "{}",
+            "cost_of_a_head and sft",
+        ),
+        (
+            "trl: nothing is foreseen for GRPO",
+            'inputs.get("old_per_token_logps") is None', "False",
+            "cost_of_a_head and grpo",
+        ),
+        (
+            "trl: the trainer logs what was only foreseen",
+            'other._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}', "",
+            "changes_no_result and grpo",
         ),
     ),
 ]  # fmt: skip

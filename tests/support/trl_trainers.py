@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from support.matmuls import MatmulAudit
 from support.tiny_models import VOCAB, make
-from torch import Tensor, nn
 
 trl = pytest.importorskip("trl", reason="needs trl")
 datasets = pytest.importorskip("datasets", reason="needs datasets")
@@ -107,7 +108,7 @@ class Record:
 
 @dataclass
 class Calls:
-    """How often log-probs or divergences were asked for at TRL's seam, and made by TRL's own code."""
+    """How often log-probs or divergences were asked for at TRL's seams, and made by TRL itself."""
 
     asked: int = 0
     by_trl: int = 0
@@ -164,7 +165,7 @@ def _extra(kind: str, model: nn.Module, lora: bool, given: dict[str, Any], folde
 
 
 def perturbed(model: nn.Module) -> nn.Module:
-    """A copy with other weights, so that a loss about both does not start at a point of symmetry."""
+    """A copy with other weights, so that a loss about both does not start where it is symmetric."""
     other = deepcopy(model)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -205,6 +206,11 @@ def build(
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     scrambled_lora(trainer.model)
+    for parameter in trainer.model.parameters():
+        if (
+            parameter.requires_grad
+        ):  # TRL has adapters of quantized models in bf16, which hides much
+            parameter.data = parameter.data.float()
     return trainer
 
 

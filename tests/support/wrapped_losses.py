@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import fastrlhf
+from fastrlhf.hf.own_loss import with_fused_loss
 
 from .matmuls import MatmulAudit
 
@@ -147,6 +148,19 @@ def _sft(model: nn.Module, teacher: nn.Module, x: Batch) -> Tensor:
     )[0]
 
 
+def _of_labels(model: nn.Module, teacher: nn.Module, x: Batch) -> Tensor:
+    """As a Trainer calls the model, which takes the loss of its labels itself."""
+    labels = torch.where(x.mask != 0, x.ids, -100)
+
+    def call() -> Tensor:
+        return model(
+            input_ids=x.ids, attention_mask=x.attention, labels=labels, use_cache=False,
+            num_items_in_batch=NORMALIZER,
+        ).loss  # fmt: skip
+
+    return with_fused_loss(model, labels, call)
+
+
 def _kl(model: nn.Module, teacher: nn.Module, x: Batch) -> Tensor:
     return fastrlhf.model_kl_divergence(model, teacher, x.ids, x.attention, mask=x.mask)
 
@@ -221,6 +235,7 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "policy": (partial(_policy, **POLICY), partial(_policy_of_logits, **POLICY)),
     "gspo": (partial(_policy, **GSPO), partial(_policy_of_logits, **GSPO)),
     "sft": (_sft, _sft_of_logits),
+    "labels": (_of_labels, _sft_of_logits),
     "kl": (partial(_mean, _kl), partial(_mean, _kl_of_logits)),
     "kl, weighed": (partial(_weighed, _kl), partial(_weighed, _kl_of_logits)),
     "packed": (partial(_packed, **POLICY), partial(_policy_of_logits, **POLICY)),
@@ -402,7 +417,7 @@ CASES: dict[str, dict[str, Case]] = {
         # Not weighed, for which a trained head would need the teacher's once more.
         "teacher's head": Case(_with_head, wrap_teacher=_with_head, losses=("kl",)),
         "teacher's head, lora": Case(_with_head, "lora", wrap_teacher=_with_head, losses=_KL),
-        "FSDP1": Case(_fsdp1),
+        "FSDP1": Case(_fsdp1, losses=(*FIVE, "labels")),
         "FSDP1, head": Case(partial(_fsdp1, head=True), losses=ALL),
         "FSDP1, peft": Case(_fsdp1_of_peft, "lora head"),
     },

@@ -60,6 +60,18 @@ def targets_of(d: Draw, shape: tuple[int, ...], vocab: int, ignore: int) -> tupl
     return d.laid_out(targets.to(d.of(torch.int64, torch.int32))), live
 
 
+def further(d: Draw) -> dict[str, Any]:
+    """What else is asked for, and whether the entropy has a gradient."""
+    names = tuple(name for name in f.FURTHER if d.chance(0.4))
+    return {"with_stats": names, "entropy_grad": d.chance(0.7)}
+
+
+def asked(found: fastrlhf.TokenStats) -> tuple:
+    """All but the lse, a truth value as a number."""
+    top1 = None if found.is_top1 is None else found.is_top1.to(found.logprob.dtype)
+    return found.logprob, found.entropy, top1, *found[4:]
+
+
 def token_stats(d: Draw) -> Case:
     shape, vocab, dtype = tokens(d), vocabulary(d), d.of(*DTYPES)
     ignore = d.of(-100, 0, -1)
@@ -69,21 +81,20 @@ def token_stats(d: Draw) -> Case:
     logits = d.laid_out(logits, repeated=False)
     o = {**d.transform(*shape), "ignore_index": ignore}
     entropy, inplace, impl = d.of(True, False), d.chance(0.2), d.of("eager", "triton")
+    more = further(d)
 
     def call(x: dict[str, Tensor]) -> tuple:
         logits = x["logits"] * 1 if inplace else x["logits"]
-        if entropy:
-            found = fastrlhf.token_stats(
-                logits, targets, **o, entropy=True, inplace_backward=inplace, impl=impl
-            )
-            return found.logprob, found.entropy
-        return fastrlhf.token_logprobs(
-            logits, targets, **o, inplace_backward=inplace, impl=impl
-        ), None
+        options = {**o, "inplace_backward": inplace, "impl": impl}
+        if entropy or more["with_stats"]:
+            return asked(fastrlhf.token_stats(logits, targets, **options, entropy=entropy, **more))
+        return fastrlhf.token_logprobs(logits, targets, **options), None, None, None, None
 
     def formula(x: dict[str, Tensor]) -> tuple:
         logprob, h = f.token_stats(x["logits"], targets, o)
-        return logprob, h if entropy else None
+        h = h if more["entropy_grad"] else h.detach()
+        others = f.further_stats(x["logits"], targets, o, more["with_stats"], ties=True)
+        return logprob, h if entropy else None, *others
 
     size = reach(f.where_kept(logits, live), o)
     return Case("token_stats", {"logits": logits}, call, formula, subset(d, "logits"), size,
@@ -122,19 +133,21 @@ def linear_token_stats(d: Draw) -> Case:
     x = head(d, shape, vocab, live, dtype)
     o, entropy = d.transform(*shape), d.of(True, False)
     options = {"chunk_size": d.of(None, 1, 2), "impl": d.of("eager", "triton")}
+    more = further(d)
 
     def call(x: dict[str, Tensor]) -> tuple:
         given = (x["hidden"], x["weight"], targets)
         options_ = {**o, **options, "bias": x.get("bias")}
-        if entropy:
-            found = fastrlhf.linear_token_stats(*given, **options_, entropy=True)
-            return found.logprob, found.entropy
-        return fastrlhf.linear_token_logprobs(*given, **options_), None
+        if entropy or more["with_stats"]:
+            return asked(fastrlhf.linear_token_stats(*given, **options_, entropy=entropy, **more))
+        return fastrlhf.linear_token_logprobs(*given, **options_), None, None, None, None
 
     def formula(x: dict[str, Tensor]) -> tuple:
         logits = f.head_logits(x["hidden"], x["weight"], x.get("bias"), live)
         logprob, h = f.token_stats(logits, targets, o)
-        return logprob, h if entropy else None
+        h = h if more["entropy_grad"] else h.detach()
+        others = f.further_stats(logits, targets, o, more["with_stats"], ties=False)
+        return logprob, h if entropy else None, *others
 
     return Case("linear_token_stats", x, call, formula, subset(d, *x), head_reach(x, live, o),
                 grad_size=4.0, terms=head_terms(x, live, o), twice=d.chance(0.2))  # fmt: skip

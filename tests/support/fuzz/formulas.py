@@ -70,6 +70,34 @@ def token_stats(logits: Tensor, targets: Tensor, o: dict[str, Any]) -> tuple[Ten
     return where_kept(torch.where(empty, none, logprob), live), where_kept(entropy, live)
 
 
+FURTHER = ("is_top1", "mean_logit", "log_sum_sq_probs")
+
+
+def further_stats(
+    logits: Tensor, targets: Tensor, o: dict[str, Any], names: Sequence[str], *, ties: bool
+) -> list[Tensor | None]:
+    """What `with_stats` may name, None where it does not: numbers without gradient. Without ties,
+    logits that are equal here may differ in the library.
+    """
+    live = targets != o.get("ignore_index", -100)
+    z = effective(where_kept(logits.detach(), live), o)
+    log_p, empty = log_softmax(z)
+    largest = z.amax(-1, keepdim=True)
+    gaps = torch.where(z == largest, torch.zeros((), dtype=z.dtype), largest - z)
+    near = (gaps < 1e-5 * (1 + largest.abs())) & ((gaps > 0) if ties else (gaps >= 0))
+    if "is_top1" in names and (near.sum(-1) > (0 if ties else 1)).any():
+        raise FragileError
+    found = (
+        ((z == largest).int().argmax(-1) == targets) & ~empty,
+        z.mean(-1),
+        torch.where(empty, torch.zeros((), dtype=z.dtype), (2 * log_p).logsumexp(-1)),
+    )
+    return [
+        where_kept(x.to(z.dtype), live) if name in names else None
+        for name, x in zip(FURTHER, found, strict=True)
+    ]
+
+
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor) -> Tensor:
     logits = where_kept(hidden, live) @ weight.T
     return logits if bias is None else logits + bias

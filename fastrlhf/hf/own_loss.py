@@ -1,0 +1,145 @@
+"""The loss that a model of transformers takes of its labels in its own forward, without logits.
+
+Two of its parts are replaced for the time of that forward: the head, in whose place the summed
+cross-entropy and its gradient are made, and the loss function, which would be called with logits
+and returns that sum, divided as its own would be. Everything else is the model's own: what it adds
+to the loss (that of a router of experts) and what wrappers and callers make of its output.
+
+Dims: B sequences, T tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.losses.cross_entropy import CrossEntropy, summed_cross_entropy
+from fastrlhf.ops import shift_targets
+from fastrlhf.ops.backend import outside_of_graphs
+from fastrlhf.ops.scorer import Scorer
+
+from .at_head import IGNORED, in_place_of_head
+from .head_parts import base_model, check_weights, head_module, virtual_tokens
+from .model_inputs import TokenBatch, check_model
+from .stand_in import StandIn
+
+Result = TypeVar("Result")
+
+
+def with_fused_loss(
+    model: nn.Module,
+    labels: Tensor,
+    call: Callable[[], Result],
+    shift_labels: Tensor | None = None,
+) -> Result:
+    """Return what `call` returns, which calls the model once, with labels.
+
+    It is called once more where the model does something to its logits that was not known.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped.
+        labels, shift_labels: (B, T), those that the model is called with; -100 is no label.
+        call: its loss is that of the labels as without this function, to rounding; its logits are
+            not there.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a model whose loss is not the cross-entropy of the
+            logits that its head makes, or whose head is not known; see `model_token_stats`.
+    """
+    owner = _owner_of_loss(model)
+    targets = shift_targets(labels, labels != IGNORED) if shift_labels is None else shift_labels
+    scored = (targets != IGNORED).sum()
+
+    def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, None]:
+        return summed_cross_entropy(scorer, targets, CrossEntropy(), ignore_index=IGNORED)[0], None
+
+    def forward(stand_in: StandIn) -> tuple[Any, Tensor]:
+        loss = _LossStandIn(stand_in, scored)
+        with loss.in_place(owner):
+            result = call()
+        if loss.logits is None:
+            raise TypeError(f"model: {stand_in.name} does not take its loss from loss_function")
+        return result, loss.logits
+
+    batch = TokenBatch(labels, None, {})
+    return in_place_of_head(model, targets.long(), batch, work, forward).outputs
+
+
+def _owner_of_loss(model: nn.Module) -> nn.Module:
+    """The module whose forward takes the loss, if it is one that can be replaced."""
+    base = base_model(model)
+    module, name = head_module(base), type(base).__name__
+    check_model(base, name)
+    check_weights(module, name)
+    if virtual_tokens(model):
+        raise TypeError("model: labels of learned prompts (virtual tokens) are not known")
+    # Some wrappers (FSDP1, DeepSpeed) pass for the model that they hold.
+    while not hasattr(type(base), "loss_function") and hasattr(base, "module"):
+        base = base.module
+    loss = getattr(base, "loss_function", None)
+    # Told by its name: transformers is not imported here.
+    if getattr(loss, "__qualname__", None) != "ForCausalLMLoss":
+        raise TypeError(f"model: the loss_function of {name} is no ForCausalLMLoss but {loss}")
+    return base
+
+
+class _LossStandIn:
+    """Takes the place of a model's ForCausalLMLoss during one forward."""
+
+    def __init__(self, stand_in: StandIn, scored: Tensor):
+        self.stand_in, self.scored = stand_in, scored
+        self.logits: Tensor | None = None  # what the model made of what its head returned
+
+    @contextmanager
+    def in_place(self, owner: nn.Module) -> Iterator[None]:
+        name, attributes = "_loss_function", vars(owner)
+        before = {name: attributes[name]} if name in attributes else {}
+        attributes[name] = self
+        try:
+            yield
+        finally:
+            del attributes[name]
+            attributes.update(before)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return outside_of_graphs(self._run)(*args, **kwargs)
+
+    def _run(
+        self,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        **kwargs: Any,  # of which the loss function itself takes no notice; shift_labels
+    ) -> Tensor:
+        if self.logits is not None or ignore_index != IGNORED:
+            raise TypeError(
+                f"model: {self.stand_in.name} calls its loss_function twice, or with another "
+                "ignore_index, which is not known"
+            )
+        self.logits = logits
+        if logits.requires_grad and getattr(self.stand_in.work, "looks", True):
+            logits.register_hook(self._check_slope)
+        total = self.stand_in.result(logits)
+        return _divided(total, self.scored.to(total.device), num_items_in_batch)
+
+    def _check_slope(self, slope: Tensor) -> None:
+        """In backward, raise RuntimeError if the model's loss depends on its logits otherwise."""
+        if bool((slope != 0).any()):
+            raise RuntimeError(
+                f"model: {self.stand_in.name} takes more of its loss from its logits than its "
+                "loss_function does, and they are not there; take its loss without fastrlhf"
+            )
+
+
+def _divided(total: Tensor, scored: Tensor, by: Tensor | int | None) -> Tensor:
+    """The mean over the scored tokens, or the sum by the number of items of a global batch.
+
+    Without any of them it is NaN, as that of PyTorch, with gradients of zero.
+    """
+    divisor = scored if by is None else torch.as_tensor(by, device=total.device)
+    safe = torch.where(scored > 0, divisor, 1)
+    return torch.where(scored > 0, total / safe, total.detach() / divisor)
