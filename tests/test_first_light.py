@@ -293,7 +293,7 @@ def test_the_tables_fit_whatever_was_found(tmp_path) -> None:
             importlib.import_module("first_light.sections").Outcome(long, "killed", 1.0, [long])
         )
     text = filled.tables()
-    assert len(text) < 10_000 and "CHECKS" in text and "TIMINGS" in text and "more lines" in text
+    assert len(text) < 11_000 and "CHECKS" in text and "TIMINGS" in text and "more lines" in text
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -397,7 +397,7 @@ def test_other_launch_shapes_are_tried(tiny) -> None:
 def test_the_last_thing_printed_are_the_tables(tiny) -> None:
     printed, found = tiny
     tables = printed[printed.rindex("CHECKS  ") :]
-    assert len(tables) < 10_000 and tables.count("TIMINGS") == 1 and "more lines" not in tables
+    assert len(tables) < 11_000 and tables.count("TIMINGS") == 1 and "more lines" not in tables
     checked = {check["section"] for check in found["checks"]}
     assert all(section in tables for section in checked)
     assert {"torch", "triton", "python", "date", "machine"} <= set(found)

@@ -65,7 +65,7 @@ REAL = Sizes(
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 5632,
         "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,
     },
-    trainer_batch=(8, 1024),
+    trainer_batch=(16, 512),
     trainer_rounds=5,
 )  # fmt: skip
 

@@ -43,11 +43,12 @@ def _hold(report: Reporter, machine: Machine, model: nn.Module, name: str, title
     sizes = machine.sizes
     sequences, tokens = sizes.trainer_batch
     records = contest(name, model, sequences, tokens, machine.device, sizes.trainer_rounds)
+    gradients = sum(x.nbytes for x in model.parameters() if x.requires_grad)
     for record in records:
-        _report(report, f"{title}: {record['provider']}", record)
+        _report(report, f"{title}: {record['provider']}", record, gradients)
 
 
-def _report(report: Reporter, title: str, record: Record) -> None:
+def _report(report: Reporter, title: str, record: Record, gradients: int) -> None:
     status = record["status"]
     if record["provider"].startswith("TRL"):
         if status != "ok":
@@ -56,7 +57,8 @@ def _report(report: Reporter, title: str, record: Record) -> None:
         report.holds(title if status == "ok" else f"{title}: {status}", status == "ok")
     if status == "ok":
         rate = report.rates.get("matmul_flops_per_second")
-        floor = record["matmul_operations"] / rate if rate else None
-        gib, matmuls = record["peak_mib"] / 2**10, record["head_matmuls"]
-        seconds = record["median_ms"] / 1e3
-        report.timing(title, seconds, floor, peak_gib=round(gib, 2), head_matmuls=matmuls)
+        report.timing(
+            title, record["median_ms"] / 1e3, record["matmul_operations"] / rate if rate else None,
+            peak_gib=round(record["peak_mib"] / 2**10 - gradients / 2**30, 2),
+            head_matmuls=record["head_matmuls"],
+        )  # fmt: skip
