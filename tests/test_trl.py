@@ -206,22 +206,16 @@ def test_tolerances_are_of_the_size_of_rounding(name) -> None:
 
 
 def test_rounding_is_seen() -> None:
-    """The tolerances are no larger than an order of magnitude above what rounding gives."""
+    """Another order of sums is not without effect, or it would tell nothing of rounding."""
     with tiles_of(13):
         again = train(**CASES["sft, experts, accumulated"])
-    assert differences(again, by_trl("sft, experts, accumulated"))[1] > ROUNDING[1] / 10
+    assert differences(again, by_trl("sft, experts, accumulated"))[1] > ROUNDING[1] / 100
 
 
 REFUSED = "Applying a PEFT adapter to `lm_head` is not supported"
 
 
-def test_distillation_refuses_an_adapter_of_the_head_still() -> None:
-    """Its divergence is of two weights, which say nothing of an adapter."""
-    with patching.patched(), pytest.raises(ValueError, match=REFUSED):
-        train("distillation", lora=HEAD)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "distillation"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_the_head_is_trained(kind) -> None:
     """TRL refuses it, so that the plain logits of the model, adapter and all, are what is right."""
     options = {"kind": kind, "lora": HEAD, **({} if kind == "sft" else {"beta": 0.05})}
@@ -270,13 +264,14 @@ def test_a_quantized_head_is_what_its_codes_stand_for(kind, targets) -> None:
 
 # Matmuls of the tokens with the head in a step of training: with the head trained, with adapters of
 # other layers, and with one of the head, whose own factors of rank 4 and width 32 count as eighths.
+# All tokens are one block, whose logits a trained head keeps for backward.
 MATMULS = {
     "sft": (3, 2, 2.375),
-    "dpo": (5, 3, 4.5),
-    "kto": (7, 5, 6.625),
+    "dpo": (4, 3, 3.375),
+    "kto": (6, 5, 5.5),
     "grpo": (3, 2, 2.375),
-    "rloo": (6, 4, 5.625),
-    "distillation": (6, 5, None),
+    "rloo": (5, 4, 4.5),
+    "distillation": (4.5, 3.5, 3.875),  # of which the teacher, half as wide again, has 1.5
 }
 
 
@@ -284,8 +279,6 @@ MATMULS = {
 @pytest.mark.parametrize("kind", MATMULS)
 def test_cost_of_a_head(kind, trained) -> None:
     known = ["full", "lora", "lora on the head"].index(trained)
-    if MATMULS[kind][known] is None:
-        pytest.skip("refused")
     with patching.patched():
         cost = head_cost(kind, lora=(None, ALL_LINEAR, HEAD)[known])
     print(f"{kind}, {trained}: {cost.matmuls:.3f} matmuls")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import VOCAB, make
-from support.trl_trainers import KINDS, distillation_trainer, trl, utils
+from support.trl_trainers import KINDS, build, distillation_trainer, trl, utils
 from torch import Tensor
 
 from fastrlhf.integrations import trl as patching
@@ -303,3 +303,11 @@ def test_a_model_made_before_the_patch_is_served_by_it() -> None:
     torch.testing.assert_close(found.log_probs, wanted.log_probs)
     again = model(input_ids=ids, labels=ids, fused_lm_head=True)
     assert torch.equal(again.log_probs, wanted.log_probs)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_liger_at_the_same_time_is_refused(kind, tmp_path) -> None:
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    with patching.patched(), pytest.raises(ValueError, match="use_liger_kernel: expected False"):
+        build(kind, str(tmp_path), use_liger_kernel=True)

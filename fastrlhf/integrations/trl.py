@@ -87,19 +87,7 @@ def patched() -> AbstractContextManager[None]:
 
 def _find() -> list[Replacement]:
     """What to replace in the version of TRL that is installed."""
-    try:
-        import trl
-    except ImportError as error:
-        raise ImportError(
-            "fastrlhf.integrations.trl patches TRL, which is not installed: pip install trl"
-        ) from error
-    version = getattr(trl, "__version__", "of no version")
-    if not any(version.startswith(f"{known}.") for known in KNOWN_VERSIONS):
-        known = ", ".join(f"{known}.*" for known in KNOWN_VERSIONS)
-        raise ImportError(
-            f"fastrlhf.integrations.trl knows the trainers of trl {known}, found {version}; "
-            f"install one of these, or {_INSTEAD}"
-        )
+    _check_version()
     import trl.kernels.chunked_divergence as divergence
     import trl.kernels.chunked_logprob as logprob
     from trl.trainer import (
@@ -114,26 +102,66 @@ def _find() -> list[Replacement]:
 
     _check_parameters(logprob.ChunkedLogProbFunction, _LogProbs.apply)
     _check_parameters(divergence.ChunkedDivergenceFunction, _Divergence.apply)
-    trainers = [sft_trainer, dpo_trainer, kto_trainer, grpo_trainer, rloo_trainer]
+    distillation = distillation_trainer.DistillationTrainer
+    add = _with_known_head(utils.add_fused_lm_head)
     found = [
         Replacement(utils, "_ChunkedLogProbFunction", _LogProbs),
+        Replacement(utils, "add_fused_lm_head", add),
         Replacement(divergence, "ChunkedDivergenceFunction", _Divergence),
         Replacement(distillation_trainer, "ChunkedDivergenceFunction", _Divergence),
+        Replacement(distillation, "_compute_loss", _with_known_heads(distillation._compute_loss)),
+        *foreseeing(sft_trainer.SFTTrainer, grpo_trainer.GRPOTrainer),
     ]
     # Only tokens with a label reach the head, on a CPU too.
-    found += [
-        Replacement(module, "_use_triton", _always) for module in (utils, distillation_trainer)
-    ]
-    add = _with_known_head(utils.add_fused_lm_head)
-    found += [Replacement(module, "add_fused_lm_head", add) for module in (utils, *trainers)]
-    # By which they recognise an adapter on a head, to refuse it.
-    trainers.append(distillation_trainer)
-    found += [Replacement(module, "BaseTunerLayer", _Refused) for module in trainers]
-    distillation = distillation_trainer.DistillationTrainer
-    compute_loss = _with_known_heads(vars(distillation)["_compute_loss"])
-    found.append(Replacement(distillation, "_compute_loss", compute_loss))
-    found += foreseeing(sft_trainer.SFTTrainer, grpo_trainer.GRPOTrainer)
+    for module in (utils, distillation_trainer):
+        found.append(Replacement(module, "_use_triton", _always))
+    for module, trainer in (
+        (sft_trainer, sft_trainer.SFTTrainer),
+        (dpo_trainer, dpo_trainer.DPOTrainer),
+        (kto_trainer, kto_trainer.KTOTrainer),
+        (grpo_trainer, grpo_trainer.GRPOTrainer),
+        (rloo_trainer, rloo_trainer.RLOOTrainer),
+        (distillation_trainer, distillation),
+    ):
+        found += [
+            Replacement(module, "add_fused_lm_head", add),
+            # By which they recognise an adapter on a head, to refuse it.
+            Replacement(module, "BaseTunerLayer", _Refused),
+            Replacement(trainer, "__init__", _refusing_liger(trainer.__init__)),
+        ]
     return [x for x in found if x.name in vars(x.owner)]
+
+
+def _check_version() -> None:
+    try:
+        import trl
+    except ImportError as error:
+        raise ImportError(
+            "fastrlhf.integrations.trl patches TRL, which is not installed: pip install trl"
+        ) from error
+    version = getattr(trl, "__version__", "of no version")
+    if not any(f"{version}.".startswith(f"{known}.") for known in KNOWN_VERSIONS):
+        known = ", ".join(f"{known}.*" for known in KNOWN_VERSIONS)
+        raise ImportError(
+            f"fastrlhf.integrations.trl knows the trainers of trl {known}, found {version}; "
+            f"install one of these, or {_INSTEAD}"
+        )
+
+
+def _refusing_liger(init: Any) -> Any:
+    """Let a trainer refuse to be patched by Liger as well."""
+
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(init).bind_partial(self, *args, **kwargs).arguments.get("args")
+        if getattr(given, "use_liger_kernel", False):
+            raise ValueError(
+                "use_liger_kernel: expected False where fastrlhf patches TRL, whose head it "
+                "replaces; Liger's kernels of other layers are there by liger_kernel.transformers"
+            )
+        init(self, *args, **kwargs)
+
+    return wrapped
 
 
 def _check_parameters(function: Any, ours: Any) -> None:

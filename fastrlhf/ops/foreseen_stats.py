@@ -8,12 +8,15 @@ finishes the gradient for the foreseen slopes, 3G in all; backward compares them
 and makes the logits again of those tokens alone whose slope is another. So a wrong guess costs
 time, never a wrong gradient.
 
+Where nothing is foreseen, the logits of the last block of tokens are kept for backward, which is in
+need of as much memory for its first block anyway: a batch of one block costs 3G too.
+
 Entropies are treated likewise: nothing is kept for their gradient, which a log has no use for.
 Where a loss asks for it after all, backward makes the logits again.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +26,19 @@ from fastrlhf.reference import TokenStats
 from .backend import under_transform
 from .linear_arguments import LinearProblem, exact, wanted_or_detached
 from .linear_plans import (
+    Found,
     Needs,
     Slopes,
     Statistics,
     Workbench,
     put,
+    recomputed_gradients,
     room_for_all_tokens,
     room_for_slopes,
     statistics,
 )
-from .linear_rows import Block, even_spans, live_rows
-from .linear_token_stats import differentiable_gradients, recomputed, stats_of_found, token_stats_of
+from .linear_rows import Block, Span, even_spans, live_rows
+from .linear_token_stats import differentiable_gradients, stats_of_found, token_stats_of
 
 # From the statistics of a block of tokens, and where in the flattened targets they stand: slopes
 # (n,) of the log-probs, up to a factor that all blocks share.
@@ -47,9 +52,9 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
     """Compute `token_stats_of` a problem, at the cost that the module's docstring says.
 
     Cost: G without gradients, 2G for hidden states alone, and where the head is trained 3G with a
-    foresight that comes true, else 4G. Each token whose slope is another, or whose entropy has a
-    gradient, costs as much as three of them more (two where the head is frozen). On a GPU, backward
-    waits once for how many those are.
+    foresight that comes true, else 4G, less G for the tokens of the last block. Each token whose
+    slope is another than was foreseen, or whose entropy has a gradient, costs 3G more (2G where the
+    head is frozen). On a GPU, backward waits once for how many those are.
     """
     if under_transform():
         return token_stats_of(problem)
@@ -64,6 +69,14 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
     return stats_of_found(problem, found)
 
 
+class _Kept(NamedTuple):
+    """The logits of a block of the tokens, which backward turns into their gradient."""
+
+    span: Span
+    logits: Tensor
+    stats: Statistics
+
+
 class _ForeseenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, foresight, hidden, bias, targets, token_temperature, *weights):
@@ -72,6 +85,7 @@ class _ForeseenStats(torch.autograd.Function):
         problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
         order = live_rows(targets.reshape(-1), options.ignore_index)
         kept: list[Tensor | None] = []
+        ctx.last_block = None
         with exact(hidden):
             bench = problem.workbench(order)
             spans = even_spans(bench.rows.size, options.chunk)
@@ -79,6 +93,8 @@ class _ForeseenStats(torch.autograd.Function):
                 found, *kept = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
             elif needs.hidden and not needs.head:
                 found, *kept = _with_slope_of_logprob(bench, spans)
+            elif needs.head:
+                found, ctx.last_block = _with_last_block(bench, spans)
             else:
                 found = statistics(bench, spans)
         # Backward needs nothing but what may have a gradient.
@@ -108,7 +124,9 @@ class _ForeseenStats(torch.autograd.Function):
             elif kept:
                 totals[0] = _times_slope(problem, kept[0], d_logprob)
                 rest_of_slopes = torch.zeros_like(d_logprob)
-            totals = _plus_the_rest(problem, order, needs, totals, rest_of_slopes, d_entropy)
+            last_block, ctx.last_block = ctx.last_block, None  # its logits serve once
+            slopes = Slopes(rest_of_slopes, d_entropy)
+            totals = _plus_the_rest(problem, order, needs, totals, slopes, last_block)
         d_hidden, d_bias, *d_weights = totals
         return None, None, d_hidden, d_bias, None, None, *d_weights
 
@@ -117,7 +135,7 @@ def _sums(problem: LinearProblem) -> torch.dtype:
     return torch.promote_types(problem.options.dtype, torch.float32)
 
 
-def _with_slope_of_logprob(bench: Workbench, spans: Any) -> tuple[Any, ...]:
+def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ...]:
     """Statistics, and ∂logprob/∂hidden (N, K) of each token: P1, but for the entropy's."""
     found = room_for_all_tokens(bench)
     slope = room_for_slopes(bench.rows.hidden, alone=True)
@@ -131,8 +149,20 @@ def _with_slope_of_logprob(bench: Workbench, spans: Any) -> tuple[Any, ...]:
     return found, slope
 
 
+def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[Found, _Kept | None]:
+    """Statistics, and what is left of the last block: the forward of P4, but for that."""
+    found, kept = room_for_all_tokens(bench), None
+    for span in spans:
+        block = bench.rows.block(span)
+        logits, stats = bench.score(block)
+        put(found, block, stats)
+        kept = _Kept(span, logits, stats) if span == spans[-1] else None
+        del logits  # before the next block makes its own
+    return found, kept
+
+
 def _with_foreseen_gradient(
-    bench: Workbench, spans: Any, needs: Needs, foresight: Foresight, problem: LinearProblem
+    bench: Workbench, spans: list[Span], needs: Needs, foresight: Foresight, problem: LinearProblem
 ) -> tuple[Any, ...]:
     """Statistics, the foreseen slopes (N,), and the gradient for them: P2 with a guess."""
     found = room_for_all_tokens(bench)
@@ -192,20 +222,48 @@ def _plus_the_rest(
     order: Tensor,
     needs: Needs,
     totals: list[Tensor | None],
-    d_logprob: Tensor,
-    d_entropy: Tensor | None,
+    slopes: Slopes,
+    kept: _Kept | None,
 ) -> list[Tensor | None]:
     """Add the gradient for slopes (N,) of which the forward knew nothing."""
-    due = d_logprob[order] != 0
-    if d_entropy is not None:
-        due |= d_entropy[order] != 0
-    rows = order[due]
+    due = slopes.logprob[order] != 0
+    if slopes.entropy is not None:
+        due |= slopes.entropy[order] != 0
     wanted = needs.hidden, needs.bias, *needs.weights
-    if not rows.shape[0] and all(
-        total is not None or not want for total, want in zip(totals, wanted, strict=True)
-    ):
+    known = all(total is not None or not want for total, want in zip(totals, wanted, strict=True))
+    if known and not bool(due.any()):
         return totals
-    more = recomputed(problem, rows, needs, d_logprob, d_entropy)
+    more = _made_again(problem, order, due, needs, slopes, kept)
     return [
         b if a is None else a if b is None else a + b for a, b in zip(totals, more, strict=True)
+    ]
+
+
+def _made_again(
+    problem: LinearProblem,
+    order: Tensor,
+    due: Tensor,
+    needs: Needs,
+    slopes: Slopes,
+    kept: _Kept | None,
+) -> list[Tensor | None]:
+    """The gradient from logits that are made again for the tokens that are due, but for those that
+    were kept.
+    """
+    with exact(problem.hidden):
+        bench = problem.workbench(order)
+        gradients = bench.gradients(needs)
+        if not bool(due.all()):
+            bench, kept = bench._replace(rows=bench.rows._replace(order=order[due])), None
+        spans = even_spans(bench.rows.size, problem.options.chunk)
+        recomputed_gradients(bench, spans[:-1] if kept else spans, slopes, gradients)
+        if kept:
+            block = bench.rows.block(kept.span)
+            of_block = slopes.at(block.place)
+            bench.differentiate(block, kept.logits, kept.stats, of_block, gradients)
+        totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
+    inputs = problem.hidden, problem.bias, *problem.weights
+    return [
+        None if total is None or x is None else total.to(x.dtype)
+        for total, x in zip(totals, inputs, strict=True)
     ]

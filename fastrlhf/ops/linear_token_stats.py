@@ -186,7 +186,7 @@ class _LinearTokenStats(torch.autograd.Function):
             d_hidden = _times_slopes(problem, slopes, d_logprob, d_entropy)
             d_bias, d_weights = None, [None] * len(weights)
         else:
-            d_hidden, d_bias, *d_weights = recomputed(
+            d_hidden, d_bias, *d_weights = _recomputed(
                 problem, order, ctx.needs, d_logprob, d_entropy
             )
         return None, d_hidden, d_bias, None, None, *d_weights
@@ -211,7 +211,7 @@ def _times_slopes(
     return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
 
 
-def recomputed(
+def _recomputed(
     problem: LinearProblem,
     order: Tensor | None,
     needs: Needs,

@@ -1955,8 +1955,18 @@ MUTANTS = [
         ),
         (
             "foreseen: an entropy's gradient is forgotten",
-            "due |= d_entropy[order] != 0", "pass",
+            "due |= slopes.entropy[order] != 0", "pass",
             "right_whatever_is_guessed and hidden",
+        ),
+        (
+            "foreseen: kept logits serve twice",
+            "last_block, ctx.last_block = ctx.last_block, None", "last_block = ctx.last_block",
+            "backward_twice or second_derivatives",
+        ),
+        (
+            "foreseen: kept logits stand for other tokens",
+            "spans[:-1] if kept else spans", "spans[1:] if kept else spans",
+            "right_whatever_is_guessed and head and none",
         ),
         (
             "foreseen: a guess of NaN spoils the gradient",
@@ -1987,8 +1997,7 @@ MUTANTS = [
         ),
         (
             "trl: prompts are scored on a CPU",
-            '[Replacement(x, "_use_triton", _always) for x in (utils, distillation_trainer)]',
-            "[]",
+            'found.append(Replacement(module, "_use_triton", _always))', "pass",
             "cost_of_a_head",
         ),
     ),
