@@ -172,7 +172,7 @@ KINDS = {
 
 @functools.cache
 def fused_dpo_trainer() -> type:
-    """A DPO trainer whose head is one call, 1G less where it is trained."""
+    """A DPO trainer whose head is one call: no logits are made twice, however long the batch."""
     from trl import DPOTrainer
 
     class FusedDPOTrainer(DPOTrainer):
