@@ -550,8 +550,8 @@ def test_no_times_of_steps_are_printed_where_one_is_wrong(wrong, monkeypatch, ca
 
 # A step of TRL's trainers.
 
-# In matmuls with the head: where all is trained, and with LoRA. DPO's have the reference's too. Of a
-# batch that is one block of tokens, as here, nothing is made twice.
+# In matmuls with the head: where all is trained, and with LoRA. DPO's have the reference's too. The
+# batch is one block of tokens, of which nothing is made twice.
 HEAD_MATMULS = {
     "SFT": {"TRL, prompts skipped": (4, 3), "patched": (3, 2)},
     "DPO": {"TRL, prompts skipped": (5, 4), "patched": (4, 3), "subclass": (4, 3)},
