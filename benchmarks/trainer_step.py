@@ -172,7 +172,7 @@ KINDS = {
 
 @functools.cache
 def fused_dpo_trainer() -> type:
-    """A DPO trainer whose head is one call, 1G less where it is trained."""
+    """A DPO trainer whose head is one call: no logits are made twice, however long the batch."""
     from trl import DPOTrainer
 
     class FusedDPOTrainer(DPOTrainer):
@@ -188,7 +188,8 @@ def fused_dpo_trainer() -> type:
     return FusedDPOTrainer
 
 
-def _trainer_class(name: str) -> type:
+def trainer_class(name: str) -> type:
+    """TRL's own."""
     import trl
 
     return getattr(trl, f"{name}Trainer")
@@ -205,13 +206,13 @@ def _prompts_skipped() -> Iterator[None]:
 class Contestant(NamedTuple):
     """Which trainer, made and run within what."""
 
-    trainer_class: Callable[[], type]
+    load: Callable[[], type]
     around: Callable[[], AbstractContextManager[None]]
 
 
 def contestants(name: str, device: torch.device) -> dict[str, Contestant]:
     """Who takes part."""
-    of_trl = functools.partial(_trainer_class, name)
+    of_trl = functools.partial(trainer_class, name)
     found = {"TRL": Contestant(of_trl, contextlib.nullcontext)}
     if device.type == "cpu":
         found["TRL, prompts skipped"] = Contestant(of_trl, _prompts_skipped)
@@ -221,11 +222,9 @@ def contestants(name: str, device: torch.device) -> dict[str, Contestant]:
     return found
 
 
-def make_work(
-    name: str, trainer_class: Callable[[], type], step: TrainerStep
-) -> Callable[[], Tensor]:
+def make_work(name: str, load: Callable[[], type], step: TrainerStep) -> Callable[[], Tensor]:
     """A trainer's step: returns the loss, and leaves the gradients in the step's parameters."""
-    trainer = _make_trainer(name, trainer_class(), step)
+    trainer = _make_trainer(name, load(), step)
     inputs = KINDS[name].inputs(step)
     count = step.mask.sum() if name == "SFT" else None  # as transformers count what has a label
     if name == "GRPO":  # else it would generate
@@ -234,7 +233,7 @@ def make_work(
     return lambda: trainer.training_step(trainer.model, dict(inputs), count)
 
 
-def _make_trainer(name: str, trainer_class: type, step: TrainerStep) -> Any:
+def _make_trainer(name: str, make: type, step: TrainerStep) -> Any:
     import datasets
     import trl
 
@@ -251,7 +250,7 @@ def _make_trainer(name: str, trainer_class: type, step: TrainerStep) -> Any:
         if name == "GRPO":
             options["reward_funcs"] = _no_reward
         datasets.disable_progress_bars()
-        trainer = trainer_class(
+        trainer = make(
             model=_sharing(step.model), args=args, processing_class=_tokenizer(),
             train_dataset=datasets.Dataset.from_list([kind.example] * 2), **options,
         )  # fmt: skip

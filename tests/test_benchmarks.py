@@ -2,6 +2,7 @@
 limits are the right numbers, and that the tables say what was measured and what was not.
 """
 
+import contextlib
 import csv
 import functools
 import importlib
@@ -27,7 +28,9 @@ batch, contests, gpu, gpu_tests, losses, measure, providers, report, shapes = ma
     importlib.import_module,
     ("batch", "contest", "gpu", "gpu_tests", "losses", "measure", "providers", "report", "shapes"),
 )
-bench_model_step, model_step = map(importlib.import_module, ("bench_model_step", "model_step"))
+bench_model_step, bench_trainer, model_step, trainer_step = map(
+    importlib.import_module, ("bench_model_step", "bench_trainer", "model_step", "trainer_step")
+)
 FORWARD, BOTH = contests.FORWARD, contests.BOTH
 
 
@@ -38,7 +41,7 @@ def operation(name: str):
 OPERATIONS = [
     path.stem.removeprefix("bench_")
     for path in sorted(BENCHMARKS.glob("bench_*.py"))
-    if path.stem not in ("bench_trpo", "bench_model_step")
+    if path.stem not in ("bench_trpo", "bench_model_step", "bench_trainer")
 ]
 
 
@@ -545,26 +548,96 @@ def test_no_times_of_steps_are_printed_where_one_is_wrong(wrong, monkeypatch, ca
     assert "mutant: Wrong: " in printed and "|" not in printed
 
 
-def test_the_table_of_steps_is_written_beside_its_json(tmp_path, monkeypatch, capsys) -> None:
-    command = ["bench_model_step.py", "--tiny", "--losses", "DPO", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path)])
+# A step of TRL's trainers.
+
+# In matmuls with the head: where all is trained, and with LoRA. DPO's have the reference's too. The
+# batch is one block of tokens, of which nothing is made twice.
+HEAD_MATMULS = {
+    "SFT": {"TRL, prompts skipped": (4, 3), "patched": (3, 2)},
+    "DPO": {"TRL, prompts skipped": (5, 4), "patched": (4, 3), "subclass": (4, 3)},
+    "GRPO": {"TRL, prompts skipped": (4, 3), "patched": (3, 2)},
+}
+
+
+def test_with_prompts_on_the_left_the_tokens_are_the_same() -> None:
+    step = trainer_step.make_trainer_step(made_step(8, 64))
+    moved = trainer_step.with_prompts_on_the_left(step)
+    for kept, left in ((step.attention != 0, moved.attention != 0), (step.mask, moved.mask)):
+        for i in range(8):
+            assert torch.equal(step.ids[i, kept[i]], moved.ids[i, left[i]])
+    inputs = trainer_step.KINDS["GRPO"].inputs(moved)
+    assert inputs["prompt_mask"][:, -1].all() and inputs["completion_mask"][:, 0].all()
+    assert int(inputs["completion_mask"].sum()) == int(step.mask.sum())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", trainer_step.KINDS)
+def test_every_contestant_of_a_trainer_is_right_in_so_many_matmuls(name, trained) -> None:
+    model = model_step.make_model(CPU, trained=trained, tiny=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        records = bench_trainer.contest(name, model, 4, 16, CPU, 2)
+    found = {record["provider"]: record for record in records}
+    assert {record["status"] for record in records} == {"ok"}, records
+    assert list(found) == ["TRL", *HEAD_MATMULS[name]]
+    for contestant, matmuls in HEAD_MATMULS[name].items():
+        assert found[contestant]["head_matmuls"] == pytest.approx(matmuls[not trained])
+    assert found["TRL"]["head_matmuls"] > 10  # of prompts and padding
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_no_times_of_trainers_are_printed_where_one_is_wrong(wrong, monkeypatch, capsys) -> None:
+    def load() -> type:
+        class Mutant(trainer_step.trainer_class("SFT")):
+            def compute_loss(self, *args, **kwargs):
+                loss = super().compute_loss(*args, **kwargs)
+                return loss + 1e-3 * (loss.detach() if wrong == "loss" else loss - loss.detach())
+
+        return Mutant
+
+    mutant = trainer_step.Contestant(load, contextlib.nullcontext)
+    monkeypatch.setattr(bench_trainer, "contestants", lambda name, device: {"mutant": mutant})
+    monkeypatch.setattr(sys, "argv", [*TINY["trainer"][1], "--rounds", "2"])
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e9)
-    assert bench_model_step.main() == 0
-    text = (tmp_path / "model-step.md").read_text()
+    assert bench_trainer.main() == 1
+    printed = capsys.readouterr().out
+    assert "mutant: Wrong: " in printed and "|" not in printed
+
+
+# The tables of steps.
+
+TINY = {
+    "model-step": (bench_model_step, ["bench_model_step.py", "--tiny", "--losses", "DPO"]),
+    "trainer": (bench_trainer, ["bench_trainer.py", "--tiny", "--trainers", "SFT"]),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_table_of_steps_is_written_beside_its_json(name, tmp_path, monkeypatch, capsys) -> None:
+    bench, command = TINY[name]
+    monkeypatch.setattr(sys, "argv", [*command, "--rounds", "2", "--output", str(tmp_path)])
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e9)
+    assert bench.main() == 0
+    text = (tmp_path / f"{name}.md").read_text()
     assert capsys.readouterr().out == text + "\n"
-    kept = json.loads((tmp_path / "model-step.json").read_text())
-    assert text == bench_model_step.tables(kept["machine_info"], kept["records"])
+    kept = json.loads((tmp_path / f"{name}.json").read_text())
+    assert text == bench.tables(kept["machine_info"], kept["records"])
     assert {record["trained"].split()[0] for record in kept["records"]} == {"all", "LoRA"}
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(kept["records"])
 
 
-STEPS = sorted((BENCHMARKS / "results").glob("*/model-step.json"))
+STEPS = [path for name in TINY for path in sorted((BENCHMARKS / "results").glob(f"*/{name}.json"))]
 
 
-@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: f"{path.parent.name}, {path.stem}")
 def test_the_kept_table_of_steps_is_that_of_the_kept_json(path) -> None:
     kept = json.loads(path.read_text())
-    text = bench_model_step.tables(kept["machine_info"], kept["records"])
+    text = TINY[path.stem][0].tables(kept["machine_info"], kept["records"])
     assert path.with_suffix(".md").read_text() == text
 
 

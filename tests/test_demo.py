@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from fastrlhf.recipes import demo  # noqa: E402
 from fastrlhf.recipes.comparison import compare  # noqa: E402
 from fastrlhf.recipes.memory import peak_memory  # noqa: E402
-from fastrlhf.recipes.models import add_adapters, load_model  # noqa: E402
+from fastrlhf.recipes.models import _forget_quantization, add_adapters, load_model  # noqa: E402
 from fastrlhf.recipes.preference import PairData, collate, completion_logprobs  # noqa: E402
 from fastrlhf.recipes.prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS  # noqa: E402
 from fastrlhf.recipes.sampling import Sample, completion_mask, sample_completions  # noqa: E402
@@ -156,6 +156,18 @@ def test_samples_carry_no_padding(model_folder: Path) -> None:
     for one in samples:
         assert EOS not in one.completion_ids[:-1]
         assert one.completion_ids[-1] == EOS or len(one.completion_ids) == 8
+
+
+def test_a_model_from_a_gguf_file_is_not_called_quantized(model_folder: Path) -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    model, _ = load_model(str(model_folder), CPU)
+    # What transformers leaves on a model whose weights it has made dense.
+    model.is_quantized, model.quantization_method, model.hf_quantizer = True, "gguf", object()
+    model.config.quantization_config = {}
+    _forget_quantization(model)
+    validate_quantization_for_training(model)
+    assert not hasattr(model.config, "quantization_config") and not model.is_quantized
 
 
 def test_pairs_are_ordered_and_ties_dropped() -> None:

@@ -18,7 +18,7 @@ from .sections import Outcome, Record
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 _PACKAGES = ("triton", "transformers", "trl", "liger-kernel")
-_CHECKS_CHARACTERS, _TIMINGS_CHARACTERS = 4300, 5500
+_CHECKS_CHARACTERS, _TIMINGS_CHARACTERS = 4300, 6500
 _WIDTH = 110
 _NAME = 54  # characters of a check's name that are shown, the last of them
 _SHOWN_FAILURES, _SHOWN_OUTPUT = 20, 6

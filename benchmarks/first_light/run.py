@@ -27,6 +27,7 @@ from . import (
     launch_shapes,
     others,
     plan_times,
+    trainers,
 )
 from .machine import Machine, make_machine
 from .results import Results
@@ -124,6 +125,7 @@ def timing_sections(machine: Machine, seconds: float) -> list[Section]:
         section("a candidate", 0.1, candidate.time_row_order),
         section("launches", 0.1, launch_counts.count_launches),
         section("plain PyTorch and peers", 0.2, plan_times.time_others),
+        section("trainers", 0.4, trainers.time_trainers),
         *(section("kernels {} × {}".format(*size), 0.15, kernels, *size) for size in sizes),
         section("launch shapes", 0.4, launch_shapes.time_variants),
     ]

@@ -33,6 +33,9 @@ class Sizes(NamedTuple):
     workspaces: tuple[int, int]  # bytes of fp32 logits held at a time
     waiting: tuple[int, int]  # bytes of gradients of logits that wait to be added to the weight's
     variants: int | None  # how many launch shapes are tried of a kernel; None: all
+    model: dict[str, int]  # the random one that trainers train
+    trainer_batch: tuple[int, int]  # sequences and tokens of the longest
+    trainer_rounds: int
 
 
 REAL = Sizes(
@@ -57,7 +60,14 @@ REAL = Sizes(
     workspaces=(2**29, 2**30),
     waiting=(0, 2**30),
     variants=None,
-)
+    # 0.6 billion parameters.
+    model={
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 5632,
+        "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,
+    },
+    trainer_batch=(16, 512),
+    trainer_rounds=5,
+)  # fmt: skip
 
 TINY = Sizes(
     vocabs=(1056, 1057),
@@ -81,4 +91,10 @@ TINY = Sizes(
     workspaces=(2**15, 2**16),
     waiting=(0, 2**16),
     variants=2,
-)
+    model={
+        "vocab_size": 1056, "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    },
+    trainer_batch=(4, 8),
+    trainer_rounds=2,
+)  # fmt: skip

@@ -53,10 +53,23 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # so that every completion starts where its prompt ends
-    # A GGUF file arrives as dense weights, yet the config still calls them quantized.
-    if options and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    if options:
+        _forget_quantization(model)
     return model.to(device), tokenizer
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Let a model from a GGUF file, whose weights are dense, not be called quantized: then
+    transformers' trainers refuse to train it.
+    """
+    model.is_quantized = False
+    for owner, name in (
+        (model.config, "quantization_config"),
+        (model, "quantization_method"),
+        (model, "hf_quantizer"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
 
 
 def add_adapters(model: PreTrainedModel, rank: int) -> PeftModel:
