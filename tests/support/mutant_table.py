@@ -1530,7 +1530,8 @@ MUTANTS = [
         "fastrlhf/hf/model_token_stats.py", "test_model_token_stats.py",
         (
             "model: further statistics of the next token",
-            "None if x is None else x[:, :-1]", "None if x is None else x[:, 1:]",
+            "name: x[:, :-1] for name, x in done.aside.items()",
+            "name: x[:, 1:] for name, x in done.aside.items()",
             "further_statistics and Llama",
         ),
         (
@@ -1543,7 +1544,7 @@ MUTANTS = [
         "fastrlhf/hf/own_module.py", "test_linear_loss.py",
         (
             "model: an own module's mean logit without a slope",
-            "stats = stats._replace(mean_logit=(logits / temperature).mean(-1))", "pass",
+            "found = found._replace(mean_logit=(logits / temperature).mean(-1))", "pass",
             "further_statistics",
         ),
     ),
