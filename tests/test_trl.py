@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import make
+from support.tiny_models import VOCAB, make
 from support.trl_trainers import (
     KINDS,
     Record,
@@ -283,6 +283,27 @@ def test_cost_of_a_head(kind, trained) -> None:
         cost = head_cost(kind, lora=(None, ALL_LINEAR, HEAD)[known])
     print(f"{kind}, {trained}: {cost.matmuls:.3f} matmuls")
     assert cost.matmuls == MATMULS[kind][known]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "matmuls"),
+    [
+        ("sft", {}, 3),
+        ("sft", {"loss_type": "dft"}, 3),
+        ("grpo", {}, 3),
+        ("grpo", {"loss_type": "cispo", "importance_sampling_level": "sequence"}, 3),
+        ("grpo", {"entropy_coef": 0.01}, 4),
+        ("grpo", {"beta": 0.04}, 5),  # one of them of the reference
+        ("dpo", {}, 5),
+    ],
+)
+def test_cost_of_a_trained_head_in_many_blocks(kind, options, matmuls, monkeypatch) -> None:
+    """3G where the gradient is foreseen; else 4G, less what the last block of two tokens saves."""
+    monkeypatch.setitem(linear_rows._WORKSPACE_BYTES, "cpu", 2 * 4 * VOCAB)
+    with patching.patched():
+        cost = head_cost(kind, **options)
+    saved = 0 if matmuls == 3 else 2 / cost.tokens
+    assert cost.matmuls == pytest.approx(matmuls - saved)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])

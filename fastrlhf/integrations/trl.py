@@ -264,11 +264,15 @@ def _statistics(
         "entropy": "entropy" in outputs,
         "with_stats": [ours for name, ours in _STATISTICS.items() if name in outputs],
     }
-    if isinstance(scorer, LinearScorer) and not loss_takes_entropy():
-        foresight = current_foresight(targets.numel()) if scorer.head_is_trained else None
-        stats = foreseen_stats(scorer.problem(targets, **options), foresight)
-    else:
+    if not isinstance(scorer, LinearScorer):
         stats = scorer.stats(targets, **options)
+    elif scorer.head_is_trained:
+        foresight = current_foresight(targets.numel())
+        stats = foreseen_stats(scorer.problem(targets, **options), foresight)
+    elif loss_takes_entropy():  # whose gradient the forward then keeps as well
+        stats = scorer.stats(targets, **options)
+    else:
+        stats = foreseen_stats(scorer.problem(targets, **options), None)
     further = (getattr(stats, name) for name in _STATISTICS.values())
     return tuple(None if x is None else x[0] for x in (stats.logprob, stats.entropy, *further))
 

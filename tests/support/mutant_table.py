@@ -2007,12 +2007,12 @@ MUTANTS = [
         (
             "trl: nothing is foreseen for SFT",
             '{"nll": _equal, "dft": _probability}', "{}",
-            "cost_of_a_head and sft",
+            "many_blocks and sft",
         ),
         (
             "trl: nothing is foreseen for GRPO",
             'inputs.get("old_per_token_logps") is None', "False",
-            "cost_of_a_head and grpo",
+            "many_blocks and grpo",
         ),
         (
             "trl: the trainer logs what was only foreseen",
