@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: is it right and fast there, in minutes or in hours.
 
-    python benchmarks/gpu.py --first-light [--seconds 150] [--output DIR]
+    python benchmarks/gpu.py --first-light [--seconds 240] [--output DIR]
     python benchmarks/gpu.py [--minutes 8] [--output DIR] [--tests]
 
 The first is for the first minutes on a new card: every operation against fp64, then each kernel
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--tests", action="store_true", help="run the tests too, after the timings")
     first = parser.add_argument_group("first light")
     first.add_argument("--first-light", action="store_true", help="checks and timings in minutes")
-    first.add_argument("--seconds", type=float, default=150.0, help="for all of it (default: 150)")
+    first.add_argument("--seconds", type=float, default=240.0, help="for all of it (default: 240)")
     first.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted")
     first.add_argument("--tiny", action="store_true", help="in tiny shapes, for an interpreter")
     arguments = parser.parse_args()
