@@ -14,7 +14,7 @@ from support.compare import (
     gradient_errors,
     relative_error,
 )
-from support.oracle import token_stats_oracle
+from support.oracle import options_of, token_stats_oracle
 from support.plain import of_tokens, plain_token_stats
 
 import fastrlhf
@@ -25,17 +25,6 @@ IMPLS = ["eager", "triton"]
 BACKENDS = pytest.mark.parametrize("impl", IMPLS)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-
-
-def options_of(kind: str, rows: int, device) -> dict:
-    """Named combinations of the logit transform."""
-    own = torch.linspace(0.5, 2.0, rows, dtype=torch.float64, device=device)
-    return {
-        "plain": {},
-        "scaled": {"scale": 0.3, "temperature": 0.7},
-        "capped": {"softcap": 12.0, "scale": 1.5},
-        "all": {"softcap": 8.0, "scale": 0.5, "temperature": own},
-    }[kind]
 
 
 def evaluate(logits, targets, *, g=None, h=None, impl="triton", **options):

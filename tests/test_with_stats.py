@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.compare import assert_as_accurate
+from support.oracle import options_of
 from torch import Tensor, autograd
 
 import fastrlhf
@@ -21,17 +22,6 @@ NAMES = ("is_top1", "mean_logit", "log_sum_sq_probs")
 NUMBERS = NAMES[1:]
 SUBSETS = list(chain.from_iterable(combinations(NAMES, n) for n in range(4)))
 MANY_SPLITS = 40000  # five of fp32 logits, three of bf16 ones
-
-
-def options_of(kind: str, rows: int, device) -> dict:
-    """Named combinations of the logit transform."""
-    own = torch.linspace(0.5, 2.0, rows, dtype=torch.float64, device=device)
-    return {
-        "plain": {},
-        "scaled": {"scale": 0.3, "temperature": 0.7},
-        "capped": {"softcap": 12.0, "scale": 1.5},
-        "all": {"softcap": 8.0, "scale": 0.5, "temperature": own},
-    }[kind]
 
 
 def row_oracle(z: np.ndarray, target: int) -> tuple[bool, float, float]:

@@ -12,11 +12,11 @@ or, for distillation, a divergence. So there is one such line for `SFTTrainer`, 
 `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and `DistillationTrainer`, their subclasses included.
 
 In matmuls G of the scored tokens with the head: 2G where the head is frozen, as with LoRA, and 4G
-where it is trained, less G for the last block of tokens (see `foreseen_stats`); 3G for `SFTTrainer`,
-and for `GRPOTrainer` in the first update after a rollout (see `trl_foresight`). TRL itself needs 3G
-and 4G, and on a CPU scores prompts too. Besides, a LoRA adapter of the head is trained, which TRL
-refuses, a quantized head is read as what its codes stand for, and a word whose logit is -inf leaves
-the entropy a number.
+where it is trained, less G for the last block of tokens (see `foreseen_stats`); 3G for
+`SFTTrainer`, and for `GRPOTrainer` in the first update after a rollout (see `trl_foresight`). TRL
+itself needs 3G and 4G, and on a CPU scores prompts too. Besides, a LoRA adapter of the head is
+trained, which TRL refuses, a quantized head is read as what its codes stand for, and a word whose
+logit is -inf leaves the entropy a number.
 
 What still builds logits is what asks for them: `compute_metrics`, `compute_loss_func`, label
 smoothing. Heads whose weight is shared out by ZeRO-3 and trained are left to TRL.

@@ -38,7 +38,13 @@ from .linear_plans import (
     statistics,
 )
 from .linear_rows import Block, Span, even_spans, live_rows
-from .linear_token_stats import differentiable_gradients, stats_of_found, token_stats_of
+from .linear_token_stats import (
+    differentiable_gradients,
+    keep_problem,
+    kept_problem,
+    stats_of_found,
+    token_stats_of,
+)
 
 # From the statistics of a block of tokens, and where in the flattened targets they stand: slopes
 # (n,) of the log-probs, up to a factor that all blocks share.
@@ -81,58 +87,62 @@ class _ForeseenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, foresight, hidden, bias, targets, token_temperature, *weights):
         wanted = ctx.needs_input_grad
-        needs = Needs(wanted[2], list(wanted[6:]), wanted[3])
+        ctx.needs = needs = Needs(wanted[2], list(wanted[6:]), wanted[3])
         problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
         order = live_rows(targets.reshape(-1), options.ignore_index)
-        kept: list[Tensor | None] = []
+        known: list[Tensor | None] = []
         ctx.last_block = None
         with exact(hidden):
             bench = problem.workbench(order)
             spans = even_spans(bench.rows.size, options.chunk)
             if needs.head and foresight is not None:
-                found, *kept = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
-            elif needs.hidden and not needs.head:
-                found, *kept = _with_slope_of_logprob(bench, spans)
+                found, *known = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
             elif needs.head:
                 found, ctx.last_block = _with_last_block(bench, spans)
+            elif needs.hidden:
+                found, *known = _with_slope_of_logprob(bench, spans)
             else:
                 found = statistics(bench, spans)
         # Backward needs nothing but what may have a gradient.
-        ctx.options, ctx.needs = options._replace(with_stats=()), needs
-        ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
-        dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
-        ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *kept)
+        problem = problem._replace(options=options._replace(with_stats=()))
+        keep_problem(ctx, problem, order, known)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[2:])
         return tuple(found)
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
-        hidden, bias, targets, token_temperature, order, *rest = ctx.saved_tensors
-        kept = rest[len(ctx.codes) :]
-        weights = [code or dense for code, dense in zip(ctx.codes, rest, strict=False)]
-        problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
-        needs = ctx.needs
+        problem, order, known = kept_problem(ctx)
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
-            totals = differentiable_gradients(problem, needs, d_logprob, d_entropy)
+            totals = differentiable_gradients(problem, ctx.needs, d_logprob, d_entropy)
         else:
-            if d_logprob is None:
-                d_logprob = torch.zeros_like(targets.reshape(-1), dtype=_sums(problem))
-            rest_of_slopes, totals = d_logprob, [None] * (2 + len(weights))
-            if needs.head and kept:
-                rest_of_slopes, totals = _times_foreseen(problem, order, kept, d_logprob)
-            elif kept:
-                totals[0] = _times_slope(problem, kept[0], d_logprob)
-                rest_of_slopes = torch.zeros_like(d_logprob)
-            last_block, ctx.last_block = ctx.last_block, None  # its logits serve once
-            slopes = Slopes(rest_of_slopes, d_entropy)
-            totals = _plus_the_rest(problem, order, needs, totals, slopes, last_block)
+            kept, ctx.last_block = ctx.last_block, None  # its logits serve once
+            d_logprob, totals = _times_known(problem, order, ctx.needs, known, d_logprob)
+            slopes = Slopes(d_logprob, d_entropy)
+            totals = _plus_the_rest(problem, order, ctx.needs, totals, slopes, kept)
         d_hidden, d_bias, *d_weights = totals
         return None, None, d_hidden, d_bias, None, None, *d_weights
 
 
-def _sums(problem: LinearProblem) -> torch.dtype:
-    return torch.promote_types(problem.options.dtype, torch.float32)
+def _times_known(
+    problem: LinearProblem,
+    order: Tensor,
+    needs: Needs,
+    known: list[Tensor],
+    d_logprob: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The slopes (N,) of which the forward knew nothing, 0 for the others; and the gradient for
+    those.
+    """
+    if d_logprob is None:
+        sums = torch.promote_types(problem.options.dtype, torch.float32)
+        d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
+    if not known:
+        return d_logprob, [None] * (2 + len(problem.weights))
+    if needs.head:
+        return _times_foreseen(problem, order, known, d_logprob)
+    d_hidden = _times_slope(problem, known[0], d_logprob)
+    return torch.zeros_like(d_logprob), [d_hidden] + [None] * (1 + len(problem.weights))
 
 
 def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ...]:
@@ -194,13 +204,13 @@ def _times_slope(problem: LinearProblem, slope: Tensor, d_logprob: Tensor) -> Te
 
 
 def _times_foreseen(
-    problem: LinearProblem, order: Tensor, kept: list[Tensor], d_logprob: Tensor
+    problem: LinearProblem, order: Tensor, known: list[Tensor], d_logprob: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The slopes that were not foreseen (N,), 0 where they were; and the gradient for the others.
+    """The slopes that were not foreseen (N,), 0 where they were; and the gradient for those.
 
     The factor that makes most tokens right is the median of what each would need.
     """
-    foreseen, *known = kept
+    foreseen, *of_foreseen = known
     guess, came = foreseen[order], d_logprob[order]
     used = guess != 0
     ratios = torch.where(used, came / guess, torch.nan)
@@ -212,7 +222,7 @@ def _times_foreseen(
     inputs = problem.hidden, problem.bias, *problem.weights
     totals: list[Tensor | None] = [
         None if total is None or x is None else (total * factor).to(x.dtype)
-        for total, x in zip(known, inputs, strict=True)
+        for total, x in zip(of_foreseen, inputs, strict=True)
     ]
     return torch.zeros_like(d_logprob).index_copy_(0, order, missed), totals
 

@@ -1,6 +1,7 @@
 """Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,34 +163,48 @@ class _LinearTokenStats(torch.autograd.Function):
                 found, *slopes = statistics_and_slopes(bench, spans)
             else:
                 found = statistics(bench, spans)
-        # Backward needs nothing but what has a gradient.
-        ctx.options = options._replace(entropy=options.entropy_grad, with_stats=())
         ctx.needs = needs
-        ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
-        dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
-        ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *slopes)
+        # Backward needs nothing but what has a gradient.
+        options = options._replace(entropy=options.entropy_grad, with_stats=())
+        keep_problem(ctx, problem._replace(options=options), order, slopes)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[1 if not options.entropy_grad else 2 :])
         return found
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
-        hidden, bias, targets, token_temperature, order, *rest = ctx.saved_tensors
-        slopes = rest[len(ctx.codes) :]
-        weights = [code or dense for code, dense in zip(ctx.codes, rest, strict=False)]
-        problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
+        problem, order, slopes = kept_problem(ctx)
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             d_hidden, d_bias, *d_weights = differentiable_gradients(
                 problem, ctx.needs, d_logprob, d_entropy
             )
         elif slopes:
             d_hidden = _times_slopes(problem, slopes, d_logprob, d_entropy)
-            d_bias, d_weights = None, [None] * len(weights)
+            d_bias, d_weights = None, [None] * len(problem.weights)
         else:
             d_hidden, d_bias, *d_weights = _recomputed(
                 problem, order, ctx.needs, d_logprob, d_entropy
             )
         return None, d_hidden, d_bias, None, None, *d_weights
+
+
+def keep_problem(
+    ctx: Any, problem: LinearProblem, order: Tensor | None, others: Sequence[Tensor | None]
+) -> None:
+    """Keep what a backward needs."""
+    hidden, weights, bias, targets, token_temperature, ctx.options = problem
+    ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
+    dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
+    ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *others)
+
+
+def kept_problem(ctx: Any) -> tuple[LinearProblem, Any, list[Any]]:
+    """Return what was kept: the problem, the order of its rows, and the others."""
+    hidden, bias, targets, token_temperature, order, *rest = ctx.saved_tensors
+    dense, others = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
+    weights = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
+    problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
+    return problem, order, others
 
 
 def _times_slopes(

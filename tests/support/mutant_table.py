@@ -1961,7 +1961,7 @@ MUTANTS = [
         ),
         (
             "foreseen: kept logits serve twice",
-            "last_block, ctx.last_block = ctx.last_block, None", "last_block = ctx.last_block",
+            "kept, ctx.last_block = ctx.last_block, None", "kept = ctx.last_block",
             "backward_twice or second_derivatives",
         ),
         (

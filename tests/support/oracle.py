@@ -8,6 +8,17 @@ import numpy as np
 import torch
 
 
+def options_of(kind: str, rows: int, device) -> dict:
+    """Named combinations of the logit transform."""
+    own = torch.linspace(0.5, 2.0, rows, dtype=torch.float64, device=device)
+    return {
+        "plain": {},
+        "scaled": {"scale": 0.3, "temperature": 0.7},
+        "capped": {"softcap": 12.0, "scale": 1.5},
+        "all": {"softcap": 8.0, "scale": 0.5, "temperature": own},
+    }[kind]
+
+
 @dataclass(frozen=True)
 class RowOracle:
     """Statistics of one row, and the gradient of g·logprob + h·entropy + l·lse with respect to its
