@@ -3,6 +3,7 @@ weights that come of training.
 """
 
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -179,10 +180,21 @@ def by_the_patch(name: str) -> Record:
         return train(**CASES[name])
 
 
-def assert_same(found: Record, wanted: Record, tolerances: tuple[float, float]) -> None:
-    of_metrics, of_weights = differences(found, wanted)
-    assert of_metrics <= tolerances[0]
-    assert of_weights <= tolerances[1]
+def assert_same(
+    found: Record,
+    wanted: Record,
+    tolerances: tuple[float, float],
+    in_another_order: Callable[[], Record] | None = None,
+) -> None:
+    """Where the difference is more than expected, it may be twice what another order of TRL's sums
+    makes on this machine.
+    """
+    differ = differences(found, wanted)
+    if in_another_order and any(a > b for a, b in zip(differ, tolerances, strict=True)):
+        rounding = differences(in_another_order(), wanted)
+        tolerances = tuple(max(a, 2 * b) for a, b in zip(tolerances, rounding, strict=True))
+    assert differ[0] <= tolerances[0]
+    assert differ[1] <= tolerances[1]
     moved = [(end - wanted.start[name]).norm() for name, end in wanted.weights.items()]
     assert max(moved) > 0
 
@@ -192,7 +204,12 @@ def test_the_patch_changes_no_result(name) -> None:
     wanted, found = by_trl(name), by_the_patch(name)
     assert wanted.calls.by_trl == wanted.calls.asked > 0
     assert (found.calls.by_trl, found.calls.asked) == (0, wanted.calls.asked)
-    assert_same(found, wanted, tolerance(name))
+
+    def in_another_order() -> Record:
+        with tiles_of(13):
+            return train(**CASES[name])
+
+    assert_same(found, wanted, tolerance(name), in_another_order)
 
 
 @pytest.mark.exhaustive
