@@ -8,6 +8,9 @@ finishes the gradient for the foreseen slopes, 3G in all; backward compares them
 and makes the logits again of those tokens alone whose slope is another. So a wrong guess costs
 time, never a wrong gradient.
 
+What the forward leaves for backward, the gradient for the foreseen slopes among it, serves once and
+is let go of. A second backward through the same graph makes all logits again.
+
 Where nothing is foreseen, the logits of the last block of tokens are kept for backward, which is in
 need of as much memory for its first block anyway: a batch of one block costs 3G too.
 
@@ -52,6 +55,7 @@ Foresight = Callable[[Statistics, Tensor], Tensor]
 
 # Slopes that differ by less than a few roundings are equal.
 _SLACK = 16
+_LARGEST_GUESS = 1e20
 
 
 def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> TokenStats:
@@ -75,12 +79,19 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
     return stats_of_found(problem, found)
 
 
-class _Kept(NamedTuple):
-    """The logits of a block of the tokens, which backward turns into their gradient."""
+class _LastBlock(NamedTuple):
+    """The logits of the last block of tokens, which backward turns into their gradient."""
 
     span: Span
     logits: Tensor
     stats: Statistics
+
+
+class _Foreseen(NamedTuple):
+    """The slopes (N,) that were foreseen, and the gradient for them, in the precision of sums."""
+
+    slopes: Tensor
+    gradient: list[Tensor | None]  # of hidden states, bias and weights
 
 
 class _ForeseenStats(torch.autograd.Function):
@@ -90,59 +101,50 @@ class _ForeseenStats(torch.autograd.Function):
         ctx.needs = needs = Needs(wanted[2], list(wanted[6:]), wanted[3])
         problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
         order = live_rows(targets.reshape(-1), options.ignore_index)
-        known: list[Tensor | None] = []
-        ctx.last_block = None
+        slope_of_logprob: list[Tensor] = []
+        ctx.left = None
         with exact(hidden):
             bench = problem.workbench(order)
             spans = even_spans(bench.rows.size, options.chunk)
             if needs.head and foresight is not None:
-                found, *known = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
+                found, ctx.left = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
             elif needs.head:
-                found, ctx.last_block = _with_last_block(bench, spans)
+                found, ctx.left = _with_last_block(bench, spans)
             elif needs.hidden:
-                found, *known = _with_slope_of_logprob(bench, spans)
+                found, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
             else:
                 found = statistics(bench, spans)
         # Backward needs nothing but what may have a gradient.
         problem = problem._replace(options=options._replace(with_stats=()))
-        keep_problem(ctx, problem, order, known)
+        keep_problem(ctx, problem, order, slope_of_logprob)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[2:])
         return tuple(found)
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
-        problem, order, known = kept_problem(ctx)
+        problem, order, slope_of_logprob = kept_problem(ctx)
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             totals = differentiable_gradients(problem, ctx.needs, d_logprob, d_entropy)
         else:
-            kept, ctx.last_block = ctx.last_block, None  # its logits serve once
-            d_logprob, totals = _times_known(problem, order, ctx.needs, known, d_logprob)
+            left, ctx.left = ctx.left, None  # it serves once
+            if d_logprob is None:
+                sums = torch.promote_types(problem.options.dtype, torch.float32)
+                d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
             slopes = Slopes(d_logprob, d_entropy)
-            totals = _plus_the_rest(problem, order, ctx.needs, totals, slopes, kept)
+            if slope_of_logprob:
+                totals = _from_slope(problem, order, slope_of_logprob[0], slopes)
+            elif isinstance(left, _Foreseen):
+                totals = _from_foreseen(problem, order, ctx.needs, left, slopes)
+            else:
+                totals = _made_again(problem, order, ctx.needs, slopes, last_block=left)
+            inputs = problem.hidden, problem.bias, *problem.weights
+            totals = [
+                None if total is None or x is None else total.to(x.dtype)
+                for total, x in zip(totals, inputs, strict=True)
+            ]
         d_hidden, d_bias, *d_weights = totals
         return None, None, d_hidden, d_bias, None, None, *d_weights
-
-
-def _times_known(
-    problem: LinearProblem,
-    order: Tensor,
-    needs: Needs,
-    known: list[Tensor],
-    d_logprob: Tensor | None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The slopes (N,) of which the forward knew nothing, 0 for the others; and the gradient for
-    those.
-    """
-    if d_logprob is None:
-        sums = torch.promote_types(problem.options.dtype, torch.float32)
-        d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
-    if not known:
-        return d_logprob, [None] * (2 + len(problem.weights))
-    if needs.head:
-        return _times_foreseen(problem, order, known, d_logprob)
-    d_hidden = _times_slope(problem, known[0], d_logprob)
-    return torch.zeros_like(d_logprob), [d_hidden] + [None] * (1 + len(problem.weights))
 
 
 def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ...]:
@@ -159,22 +161,22 @@ def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ..
     return found, slope
 
 
-def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[Found, _Kept | None]:
+def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[Found, _LastBlock | None]:
     """Statistics, and what is left of the last block: the forward of P4, but for that."""
-    found, kept = room_for_all_tokens(bench), None
+    found, left = room_for_all_tokens(bench), None
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
         put(found, block, stats)
-        kept = _Kept(span, logits, stats) if span == spans[-1] else None
+        left = _LastBlock(span, logits, stats) if span == spans[-1] else None
         del logits  # before the next block makes its own
-    return found, kept
+    return found, left
 
 
 def _with_foreseen_gradient(
     bench: Workbench, spans: list[Span], needs: Needs, foresight: Foresight, problem: LinearProblem
-) -> tuple[Any, ...]:
-    """Statistics, the foreseen slopes (N,), and the gradient for them: P2 with a guess."""
+) -> tuple[Found, _Foreseen]:
+    """Statistics, and the gradient for the slopes that are foreseen: P2 with a guess."""
     found = room_for_all_tokens(bench)
     slopes = torch.zeros_like(found[0])
     gradients = bench.gradients(needs, bench.head.sums)
@@ -187,93 +189,91 @@ def _with_foreseen_gradient(
         bench.differentiate(block, logits, stats, Slopes(guess), gradients)
         del logits  # before the next block makes its own
     known = gradients.totals(problem.hidden, problem.bias, problem.weights)
-    return found, slopes, *known
+    return found, _Foreseen(slopes, known)
 
 
 def _guess(foresight: Foresight, stats: Statistics, block: Block) -> Tensor:
     assert isinstance(block.place, Tensor)
     guess = foresight(stats, block.place).to(stats.logprob)
-    return torch.where(guess.isfinite(), guess, 0.0)
+    # What is not finite, or may not be once it is multiplied, is not foreseen.
+    return torch.where(guess.abs() < _LARGEST_GUESS, guess, 0.0)
 
 
-def _times_slope(problem: LinearProblem, slope: Tensor, d_logprob: Tensor) -> Tensor:
-    """Scale the kept vector of each token by its upstream gradient."""
-    live = problem.targets.reshape(-1) != problem.options.ignore_index
-    d_hidden = slope * torch.where(live, d_logprob, 0.0).unsqueeze(1)
-    return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
-
-
-def _times_foreseen(
-    problem: LinearProblem, order: Tensor, known: list[Tensor], d_logprob: Tensor
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The slopes that were not foreseen (N,), 0 where they were; and the gradient for those.
-
-    The factor that makes most tokens right is the median of what each would need.
-    """
-    foreseen, *of_foreseen = known
-    guess, came = foreseen[order], d_logprob[order]
-    used = guess != 0
-    ratios = torch.where(used, came / guess, torch.nan)
-    factor = ratios.nanmedian() if ratios.numel() else d_logprob.new_zeros(())
-    factor = torch.where(factor.isfinite(), factor, 0.0)
-    missed = came - factor * guess
-    slack = _SLACK * torch.finfo(came.dtype).eps * came.abs()
-    missed = torch.where(missed.abs() <= slack, 0.0, missed)
-    inputs = problem.hidden, problem.bias, *problem.weights
-    totals: list[Tensor | None] = [
-        None if total is None or x is None else (total * factor).to(x.dtype)
-        for total, x in zip(of_foreseen, inputs, strict=True)
-    ]
-    return torch.zeros_like(d_logprob).index_copy_(0, order, missed), totals
-
-
-def _plus_the_rest(
-    problem: LinearProblem,
-    order: Tensor,
-    needs: Needs,
-    totals: list[Tensor | None],
-    slopes: Slopes,
-    kept: _Kept | None,
+def _from_slope(
+    problem: LinearProblem, order: Tensor, slope: Tensor, slopes: Slopes
 ) -> list[Tensor | None]:
-    """Add the gradient for slopes (N,) of which the forward knew nothing."""
-    due = slopes.logprob[order] != 0
+    """Scale the kept vector of each token by its upstream gradient, and add what entropies ask."""
+    live = problem.targets.reshape(-1) != problem.options.ignore_index
+    d_hidden = slope * torch.where(live, slopes.logprob, 0.0).unsqueeze(1)
+    if slopes.entropy is not None:
+        needs = Needs(True, [False] * len(problem.weights), False)
+        of_entropy = Slopes(torch.zeros_like(slopes.logprob), slopes.entropy)
+        due = slopes.entropy[order] != 0
+        more = _made_again(problem, order[due], needs, of_entropy)[0]
+        assert more is not None
+        d_hidden = d_hidden + more.view(d_hidden.shape)
+    return [d_hidden.view(problem.hidden.shape)] + [None] * (1 + len(problem.weights))
+
+
+def _from_foreseen(
+    problem: LinearProblem, order: Tensor, needs: Needs, left: _Foreseen, slopes: Slopes
+) -> list[Tensor | None]:
+    """Scale the gradient that was foreseen, and make up for the tokens whose slope is another."""
+    guess, came = left.slopes[order], slopes.logprob[order]
+    factor = came.new_zeros(())  # all is made again, where each token's gradient has two parts
+    if slopes.entropy is None:
+        factor = _common_factor(guess, came)
+    missed = came - factor * guess
+    alike = missed.abs() <= _SLACK * torch.finfo(came.dtype).eps * came.abs()
+    due = ~(alike & came.isfinite())
     if slopes.entropy is not None:
         due |= slopes.entropy[order] != 0
-    wanted = needs.hidden, needs.bias, *needs.weights
-    known = all(total is not None or not want for total, want in zip(totals, wanted, strict=True))
-    if known and not bool(due.any()):
+    totals = [None if total is None else total.mul_(factor) for total in left.gradient]
+    rows = order[due]
+    if not rows.shape[0]:
         return totals
-    more = _made_again(problem, order, due, needs, slopes, kept)
-    return [
-        b if a is None else a if b is None else a + b for a, b in zip(totals, more, strict=True)
-    ]
+    rest = torch.zeros_like(slopes.logprob).index_copy_(0, rows, missed[due])
+    again = Slopes(rest, slopes.entropy)
+    more = _made_again(problem, rows, needs, again, hidden_dtype=slopes.logprob.dtype)
+    if totals[0] is not None and more[0] is not None:
+        # A row is of its token alone, so that nothing of what was foreseen need cancel there.
+        own, of_rest = (x.view(-1, problem.hidden.shape[-1]) for x in (totals[0], more[0]))
+        ratio = 1.0 if slopes.entropy is not None else (came / missed)[due].unsqueeze(1)
+        own[rows] = of_rest[rows] * ratio
+    others = (
+        None if a is None or b is None else a.add_(b)
+        for a, b in zip(totals[1:], more[1:], strict=True)
+    )
+    return [totals[0], *others]
+
+
+def _common_factor(guess: Tensor, came: Tensor) -> Tensor:
+    """The factor that makes most slopes right: the median of what each would need."""
+    if not guess.numel():
+        return came.new_zeros(())
+    factor = torch.where(guess != 0, came / guess, torch.nan).nanmedian()
+    return torch.where(factor.isfinite(), factor, 0.0)
 
 
 def _made_again(
     problem: LinearProblem,
     order: Tensor,
-    due: Tensor,
     needs: Needs,
     slopes: Slopes,
-    kept: _Kept | None,
+    *,
+    last_block: _LastBlock | None = None,
+    hidden_dtype: torch.dtype | None = None,
 ) -> list[Tensor | None]:
-    """The gradient from logits that are made again for the tokens that are due, but for those that
-    were kept.
+    """The gradient of some tokens from logits that are made again, but for those of the last block
+    where they are left; that of hidden states in their dtype or another.
     """
     with exact(problem.hidden):
         bench = problem.workbench(order)
-        gradients = bench.gradients(needs)
-        if not bool(due.all()):
-            bench, kept = bench._replace(rows=bench.rows._replace(order=order[due])), None
+        gradients = bench.gradients(needs, hidden_dtype)
         spans = even_spans(bench.rows.size, problem.options.chunk)
-        recomputed_gradients(bench, spans[:-1] if kept else spans, slopes, gradients)
-        if kept:
-            block = bench.rows.block(kept.span)
+        recomputed_gradients(bench, spans[:-1] if last_block else spans, slopes, gradients)
+        if last_block:
+            block = bench.rows.block(last_block.span)
             of_block = slopes.at(block.place)
-            bench.differentiate(block, kept.logits, kept.stats, of_block, gradients)
-        totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
-    inputs = problem.hidden, problem.bias, *problem.weights
-    return [
-        None if total is None or x is None else total.to(x.dtype)
-        for total, x in zip(totals, inputs, strict=True)
-    ]
+            bench.differentiate(block, last_block.logits, last_block.stats, of_block, gradients)
+        return gradients.totals(problem.hidden, problem.bias, problem.weights)
