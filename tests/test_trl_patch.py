@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import VOCAB, make
-from support.trl_trainers import KINDS, build, distillation_trainer, trl, utils
+from support.trl_trainers import (
+    KINDS,
+    build,
+    differences,
+    distillation_trainer,
+    quiet,
+    train,
+    trl,
+    utils,
+)
 from torch import Tensor
 
 from fastrlhf.integrations import trl as patching
@@ -311,3 +320,63 @@ def test_liger_at_the_same_time_is_refused(kind, tmp_path) -> None:
     pytest.importorskip("liger_kernel", reason="needs liger-kernel")
     with patching.patched(), pytest.raises(ValueError, match="use_liger_kernel: expected False"):
         build(kind, str(tmp_path), use_liger_kernel=True)
+
+
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
+SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+OLD_NAMES = "ignore:`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"
+
+
+@pytest.mark.filterwarnings(OLD_NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapted_head_is_not_left_out_once_the_patch_is_gone(kind, tmp_path) -> None:
+    with patching.patched(), quiet():
+        trainer = build(kind, str(tmp_path), lora=HEAD, max_steps=1)
+    with pytest.raises(RuntimeError, match="made under fastrlhf's patch"), quiet():
+        trainer.train()
+    with patching.patched(), quiet():
+        trainer.train()
+
+
+@pytest.mark.filterwarnings(OLD_NAMES)
+def test_a_head_that_is_cast_may_be_saved_but_not_adapted() -> None:
+    options = {"beta": 0.0, "cast_lm_head_to_fp32": True}
+    wanted = train("grpo", lora=SAVED, **options)
+    with patching.patched():
+        found = train("grpo", lora=SAVED, **options)
+        with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head`"):
+            train("grpo", lora=HEAD, **options)
+    assert max(differences(found, wanted)) < 1e-3
+
+
+@pytest.mark.filterwarnings(OLD_NAMES)
+def test_a_trainer_with_log_probs_of_its_own_is_asked_once_a_step(monkeypatch) -> None:
+    class Counting(trl.GRPOTrainer):
+        calls = 0
+
+        def _get_per_token_logps_and_entropies(self, model, *args: Any, **kwargs: Any) -> Any:
+            Counting.calls += model.training
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    monkeypatch.setattr(trl, "GRPOTrainer", Counting)
+    wanted = train("grpo")
+    asked, Counting.calls = Counting.calls, 0
+    with patching.patched():
+        found = train("grpo")
+    assert Counting.calls == asked > 0
+    assert max(differences(found, wanted)) < 1e-3
+
+
+@pytest.mark.filterwarnings(OLD_NAMES)
+def test_a_weight_that_was_gathered_is_that_of_a_head_without_adapters() -> None:
+    """As FSDP2 gives it: another tensor than the head's own."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    for lora, served in ((SAVED, True), (HEAD, False)):
+        model = peft.get_peft_model(make("Llama"), peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+        weight = model.get_output_embeddings().weight.clone()
+        with patching._in_play(model):
+            if served:
+                assert patching._head_of(weight, None)[1].weight is weight
+            else:
+                with pytest.raises(RuntimeError, match="sharded by itself"):
+                    patching._head_of(weight, None)

@@ -59,6 +59,11 @@ class Replacements:
                 self._inside -= 1
                 self._put_back_if_unwanted()
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the replacements are there now."""
+        return bool(self._there)
+
     def original(self, owner: Any, name: str) -> Any:
         """What stood, or stands, where a replacement is."""
         with self._lock:

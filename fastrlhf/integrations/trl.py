@@ -32,7 +32,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrlhf.hf.head_parts import HeadParts, head_parts, parts_of_weight
 from fastrlhf.hf.head_scorer import head_scorer
@@ -61,6 +61,8 @@ _IGNORED = -100
 
 # The modules of the heads, of whose weights TRL reads one.
 _heads: ContextVar[tuple[Any, ...]] = ContextVar("heads", default=())
+# Whether a trainer is being made that has to refuse an adapter of the head.
+_adapters_refused: ContextVar[bool] = ContextVar("adapters_refused", default=False)
 
 
 def patch() -> None:
@@ -125,9 +127,8 @@ def _find() -> list[Replacement]:
     ):
         found += [
             Replacement(module, "add_fused_lm_head", add),
-            # By which they recognise an adapter on a head, to refuse it.
-            Replacement(module, "BaseTunerLayer", _Refused),
-            Replacement(trainer, "__init__", _refusing_liger(trainer.__init__)),
+            Replacement(module, "BaseTunerLayer", _RefusedAdapter),
+            Replacement(trainer, "__init__", _made_under_the_patch(trainer.__init__)),
         ]
     return [x for x in found if x.name in vars(x.owner)]
 
@@ -148,8 +149,10 @@ def _check_version() -> None:
         )
 
 
-def _refusing_liger(init: Any) -> Any:
-    """Let a trainer refuse to be patched by Liger as well."""
+def _made_under_the_patch(init: Any) -> Any:
+    """Let a trainer be made as one of TRL's, but for what goes together with the patch and what
+    does not.
+    """
 
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -159,9 +162,52 @@ def _refusing_liger(init: Any) -> Any:
                 "use_liger_kernel: expected False where fastrlhf patches TRL, whose head it "
                 "replaces; Liger's kernels of other layers are there by liger_kernel.transformers"
             )
-        init(self, *args, **kwargs)
+        # TRL casts the base layer of a head alone.
+        token = _adapters_refused.set(getattr(given, "cast_lm_head_to_fp32", False))
+        try:
+            init(self, *args, **kwargs)
+        finally:
+            _adapters_refused.reset(token)
+        if _has_adapter(self.model.get_output_embeddings()):
+            self.compute_loss = _only_patched(self.compute_loss)
 
     return wrapped
+
+
+def _only_patched(compute_loss: Any) -> Any:
+    """Raise where a trainer of an adapted head is used without the patch: TRL's own kernels would
+    leave the adapter out.
+    """
+
+    @functools.wraps(compute_loss)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not _replacements.in_place:
+            raise RuntimeError(
+                "this trainer was made under fastrlhf's patch of TRL, for an adapter of the head, "
+                "which TRL alone would leave out: call fastrlhf.integrations.trl.patch() again"
+            )
+        return compute_loss(*args, **kwargs)
+
+    return wrapped
+
+
+def _has_adapter(module: Any) -> bool:
+    """Whether a head is one of peft's layers that TRL refuses, told without importing peft."""
+    return any(
+        cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.")
+        for cls in type(module).__mro__
+    )
+
+
+class _AdapterCheck(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return _adapters_refused.get() and _has_adapter(instance)
+
+
+class _RefusedAdapter(metaclass=_AdapterCheck):
+    """In the place of peft's BaseTunerLayer, by which TRL's trainers recognise an adapter of a head
+    to refuse it: no head is an instance, but while a trainer is made that has to refuse it.
+    """
 
 
 def _check_parameters(function: Any, ours: Any) -> None:
@@ -179,10 +225,6 @@ def _always(device: torch.device) -> bool:
     return True
 
 
-class _Refused:
-    """What no head is an instance of."""
-
-
 def _with_known_head(add_fused_lm_head: Any) -> Any:
     """Let the forward that `add_fused_lm_head` gives to a model say whose head is called: TRL hands
     on the head's weight alone.
@@ -190,12 +232,6 @@ def _with_known_head(add_fused_lm_head: Any) -> Any:
 
     @functools.wraps(add_fused_lm_head)
     def add(model: Any, *args: Any, **kwargs: Any) -> None:
-        head = model.get_output_embeddings()
-        if kwargs.get("cast_lm_head_to_fp32") and not isinstance(head, nn.Linear):
-            raise ValueError(
-                "cast_lm_head_to_fp32: TRL casts a plain linear head, but this one is a "
-                f"{type(head).__name__}; set it to False: logits are made in fp32 anyway"
-            )
         add_fused_lm_head(model, *args, **kwargs)
         fused = model.forward.__func__
 
@@ -331,6 +367,8 @@ def _scorer(
 ) -> Scorer:
     """What scores n hidden states (n, H), as a batch of one sequence, by the head of a weight."""
     module, parts = _head_of(weight, bias)
+    if parts is None and weight.is_floating_point():
+        hidden = hidden.to(weight.dtype)  # as the module's own matmul takes them
     scorer = head_scorer(
         hidden.unsqueeze(0), module, parts, LogitMap(scale, softcap), temperature=temperature
     )
@@ -378,13 +416,12 @@ def _head_of(weight: Any, bias: Tensor | None) -> tuple[Any, HeadParts | None]:
                 return module, head_parts(module)
             except TypeError:  # of a class that is not known, or packed for a CPU by bitsandbytes
                 return module, None
+    if any(map(_has_adapter, heads)):
+        raise RuntimeError(
+            "model: its head is sharded by itself (FSDP2) and carries an adapter, which "
+            f"fastrlhf.integrations.trl cannot serve; {_INSTEAD}"
+        )
     # Gathered from its shards; or of a trainer that was made before `patch`, without adapters.
-    for module in heads:
-        if not isinstance(module, nn.Linear):
-            raise RuntimeError(
-                f"model: its head, a {type(module).__name__}, is sharded (FSDP2) and carries an "
-                f"adapter, which fastrlhf.integrations.trl cannot serve; {_INSTEAD}"
-            )
     return None, parts_of_weight(weight, bias)
 
 

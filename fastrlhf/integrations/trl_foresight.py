@@ -59,9 +59,15 @@ def foreseeing(sft_trainer: Any, grpo_trainer: Any) -> list[Replacement]:
         with _announced(None if of_tokens is None else lambda _: of_tokens):
             return sft(self, *args, **kwargs)
 
+    log_probs = grpo_trainer._get_per_token_logps_and_entropies
+
     @functools.wraps(grpo)
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
-        foreseer = _OfItsLoss(self, grpo, inputs) if _is_first_update(self, inputs) else None
+        foreseer = None
+        # A trainer that does these otherwise may do something else to itself, or its model, too.
+        its_own = type(self)._compute_loss, type(self)._get_per_token_logps_and_entropies
+        if its_own == (_compute_loss, log_probs) and _is_first_update(self, inputs):
+            foreseer = _OfItsLoss(self, grpo, inputs)
         with _announced(foreseer, takes_entropy=self._entropy_bonus_enabled):
             return grpo(self, model, inputs)
 

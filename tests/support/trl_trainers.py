@@ -31,11 +31,16 @@ distillation_trainer = pytest.importorskip("trl.trainer.distillation_trainer", r
 chunked_divergence = pytest.importorskip("trl.kernels.chunked_divergence", reason="needs trl")
 
 # Where TRL's trainers call what makes their log-probs and divergences.
+_DIVERGENCE = "ChunkedDivergenceFunction"
 SEAMS = (
     (utils, "_ChunkedLogProbFunction"),
-    (distillation_trainer, "ChunkedDivergenceFunction"),
+    # TRL 1.15 imports it when it calls it.
+    (
+        distillation_trainer if hasattr(distillation_trainer, _DIVERGENCE) else chunked_divergence,
+        _DIVERGENCE,
+    ),
 )
-OF_TRL = (utils._ChunkedLogProbFunction, distillation_trainer.ChunkedDivergenceFunction)
+OF_TRL = tuple(getattr(module, name) for module, name in SEAMS)
 
 STEPS = 5
 # Not results, but when and how fast.
