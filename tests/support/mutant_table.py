@@ -1944,35 +1944,45 @@ MUTANTS = [
             "right_whatever_is_guessed and head",
         ),
         (
-            "foreseen: all slopes are taken to be missed",
-            "torch.where(missed.abs() <= slack, 0.0, missed)", "came",
-            "right_whatever_is_guessed and head",
+            "foreseen: slopes that are not finite are taken for foreseen ones",
+            "due = ~(alike & came.isfinite())", "due = ~alike",
+            "not_finite_are_seen",
+        ),
+        (
+            "foreseen: what was foreseen of a hidden state need only be made up for",
+            "own[rows] = of_rest[rows] * ratio", "own[rows] += of_rest[rows]",
+            "lose_no_accuracy",
         ),
         (
             "foreseen: the factor is that of the first token",
-            "factor = ratios.nanmedian() if ratios.numel() else d_logprob.new_zeros(())",
-            "factor = ratios[:1].sum()",
+            "torch.where(guess != 0, came / guess, torch.nan).nanmedian()",
+            "(came / guess)[0]",
             "as_many_matmuls",
         ),
         (
             "foreseen: an entropy's gradient is forgotten",
-            "due |= slopes.entropy[order] != 0", "pass",
+            "if slopes.entropy is not None:\n        needs", "if False:\n        needs",
             "right_whatever_is_guessed and hidden",
         ),
         (
-            "foreseen: kept logits serve twice",
-            "kept, ctx.last_block = ctx.last_block, None", "kept = ctx.last_block",
+            "foreseen: an entropy's gradient is forgotten where slopes are foreseen",
+            "due |= slopes.entropy[order] != 0", "pass",
+            "right_whatever_is_guessed and head and equal",
+        ),
+        (
+            "foreseen: what is left serves twice",
+            "left, ctx.left = ctx.left, None", "left = ctx.left",
             "backward_twice or second_derivatives",
         ),
         (
-            "foreseen: kept logits stand for other tokens",
-            "spans[:-1] if kept else spans", "spans[1:] if kept else spans",
+            "foreseen: logits that are left stand for other tokens",
+            "spans[:-1] if last_block else spans", "spans[1:] if last_block else spans",
             "right_whatever_is_guessed and head and none",
         ),
         (
-            "foreseen: a guess of NaN spoils the gradient",
-            "torch.where(guess.isfinite(), guess, 0.0)", "guess",
-            "right_whatever_is_guessed and nan",
+            "foreseen: a guess without bounds",
+            "torch.where(guess.abs() < _LARGEST_GUESS, guess, 0.0)", "guess",
+            "too_large_is_none or nan",
         ),
     ),
     *_mutants(
@@ -1981,6 +1991,24 @@ MUTANTS = [
             "divergence: the teacher's entropy",
             "ours = self.pair[1 if self.swapped else 0]", "ours = self.pair[1]",
             "changes_no_result and distillation",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/trl.py", "test_trl_patch.py",
+        (
+            "trl: an adapter is left out once the patch is gone",
+            "if not _replacements.in_place:", "if False:",
+            "once_the_patch_is_gone",
+        ),
+        (
+            "trl: a head that is cast may be adapted",
+            "return _adapters_refused.get() and _has_adapter(instance)", "return False",
+            "may_be_saved_but_not_adapted",
+        ),
+        (
+            "trl: a sharded adapter is left out",
+            "if any(map(_has_adapter, heads)):", "if False:",
+            "weight_that_was_gathered",
         ),
     ),
     *_mutants(
