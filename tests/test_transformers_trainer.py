@@ -433,22 +433,49 @@ def test_what_cannot_be_served_is_left_alone_and_said_once(
     assert "not fused by fastrlhf" in warning and said in warning
 
 
-def test_a_loss_that_takes_more_from_the_logits_is_an_error_in_backward(tmp_path) -> None:
-    """And not a wrong number: in place of logits there are a few known ones."""
-    model = make("Llama")
-    own = model.forward
+READERS = {
+    "penalty": lambda o: o.loss + 0.1 * o.logits.logsumexp(-1).square().mean(),
+    "detached factor": lambda o: o.loss * (1 + o.logits.detach().float().mean()),
+    "statistic": lambda o: o.loss + float(o.logits.detach().max()),
+    "item": lambda o: o.loss + o.logits[0, 0, 0].item(),
+    "numpy": lambda o: o.loss + o.logits.detach().numpy().mean(),
+    "argmax": lambda o: o.loss * (1 + o.logits.argmax(-1).sum()),
+}
 
-    def forward(**inputs):
-        output = own(**inputs)
-        output["loss"] = output.loss + 0.1 * output.logits.logsumexp(-1).square().mean()
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", READERS)
+def test_logits_that_are_read_after_the_loss_are_there(
+    kind, training, how, tmp_path, caplog
+) -> None:
+    """In their place there are a few known numbers, which nobody must take for logits."""
+    model = make("Llama")
+
+    def read(output):
+        output["loss"] = READERS[kind](output)
         return output
 
-    model.forward = forward
-    made = trainer(model, tmp_path)
+    if how == "hook":
+        model.register_forward_hook(lambda module, args, output: read(output))
+    else:
+        own = model.forward
+        model.forward = lambda **inputs: read(own(**inputs))
+    made, batch = trainer(model, tmp_path), padded(examples(ROWS))
+
+    def loss_and_gradient():
+        model.train(training)
+        if not training:
+            return made.prediction_step(model, batch, prediction_loss_only=True)[0], None
+        loss = made.compute_loss(model, batch)
+        return loss, torch.autograd.grad(loss, model.get_output_embeddings().weight)[0]
+
+    wanted = loss_and_gradient()
     integration.patch()
-    loss = made.compute_loss(model, padded(examples(ROWS)))
-    with pytest.raises(RuntimeError, match="takes more of its loss from its logits"):
-        loss.backward()
+    found = loss_and_gradient()
+    assert torch.equal(found[0], wanted[0])
+    assert not training or torch.equal(found[1], wanted[1])
+    assert "its logits are read" in caplog.text
 
 
 def test_errors_of_the_model_itself_are_seen_and_forgotten(tmp_path, fused, caplog) -> None:

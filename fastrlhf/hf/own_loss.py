@@ -23,6 +23,7 @@ from fastrlhf.ops.scorer import Scorer
 from .at_head import IGNORED, in_place_of_head
 from .head_parts import base_model, check_weights, head_module, virtual_tokens
 from .model_inputs import TokenBatch, check_model
+from .spent_logits import spend
 from .stand_in import StandIn
 
 Result = TypeVar("Result")
@@ -120,19 +121,10 @@ class _LossStandIn:
                 f"model: {self.stand_in.name} calls its loss_function twice, or with another "
                 "ignore_index, which is not known"
             )
-        self.logits = logits
-        if logits.requires_grad and getattr(self.stand_in.work, "looks", True):
-            logits.register_hook(self._check_slope)
+        self.logits = logits.view_as(logits)
         total = self.stand_in.result(logits)
+        spend(logits)
         return _divided(total, self.scored.to(total.device), num_items_in_batch)
-
-    def _check_slope(self, slope: Tensor) -> None:
-        """In backward, raise RuntimeError if the model's loss depends on its logits otherwise."""
-        if bool((slope != 0).any()):
-            raise RuntimeError(
-                f"model: {self.stand_in.name} takes more of its loss from its logits than its "
-                "loss_function does, and they are not there; take its loss without fastrlhf"
-            )
 
 
 def _divided(total: Tensor, scored: Tensor, by: Tensor | int | None) -> Tensor:

@@ -1900,8 +1900,8 @@ MUTANTS = [
         ),
         (
             "own loss: more of the loss is made of what stands for logits",
-            "if bool((slope != 0).any()):", "if False:",
-            "takes_more_from_the_logits",
+            "spend(logits)", "pass",
+            "read_after_the_loss",
         ),
     ),
     *_mutants(
