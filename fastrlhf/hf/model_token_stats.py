@@ -88,7 +88,7 @@ def model_token_stats(
 
     Differentiable with respect to all parameters. The plan, and with it the cost, is that of
     `linear_token_stats`: two vocabulary matmuls where the head is frozen (LoRA), four where it is
-    trained. The factors of a LoRA adapter on the head are multiplied one after the other, so its
+    trained, three and those of the small factors where only a LoRA adapter of it is. The factors of a LoRA adapter on the head are multiplied one after the other, so its
     matrix is never built; other adapters of peft on the head (DoRA, IA3, OFT, VeRA, trained tokens)
     run through their own module, a chunk of tokens at a time, again in backward. A quantized head
     (bitsandbytes) is dequantized in slices; an 8-bit one gives the logits of its weights, without

@@ -5,7 +5,7 @@
     transformers.patch()  # until unpatch(); or: with transformers.patched(): trainer.train()
 
 Eager equivalent: the Trainer as it is. Losses, logged metrics and gradients are the same to
-rounding, and the matmuls are as many, but no logits (tokens × vocabulary) are held.
+rounding, and the matmuls are as many, but the logits (tokens × vocabulary) are not held.
 
 The class is patched, and not derived from, so that the Trainers that other code makes have it too.
 `Trainer.compute_loss` runs as it is, in it the model's own forward, and in that the loss is made
@@ -13,9 +13,14 @@ where the logits would be (see `fastrlhf.hf.own_loss`): counts of tokens over ac
 and devices, labels that are no input ids, and what a mixture of experts adds are those of
 transformers. Evaluation is served where no logits are asked for: without compute_metrics.
 
-What cannot be served keeps its own loss, and a warning says once why: label smoothing,
-compute_loss_func, DataParallel, a model whose loss is another, a head of unknown class. A Trainer
-whose own compute_loss does not call that of its base class is not reached.
+What cannot be served keeps its own loss, and a warning in the log says once why: label smoothing,
+compute_loss_func, outputs that are asked for too, DataParallel, a model whose loss is another or
+whose forward, or a hook, reads its logits after the loss, a head of unknown class. A Trainer whose
+own compute_loss does not call that of its base class is not reached. `use_liger_kernel=True`, which
+would fuse the same loss, is a ValueError when the loss is taken.
+
+The logits of a block of tokens are held at a time, 64 MiB in fp32 (512 MiB on a GPU): of a smaller
+batch, all of them.
 """
 
 import inspect

@@ -86,8 +86,8 @@ def linear_token_stats(
     are the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
     Raises:
-        TypeError: hidden, weight or bias that are not floating, or of two dtypes; targets that are
-            not integer.
+        TypeError: hidden, weight or bias that are not floating; hidden and weight of two dtypes;
+            targets that are not integer.
         ValueError: shapes or devices that do not match, chunk_size < 1, and as `token_stats`.
 
     The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.

@@ -86,7 +86,8 @@ def token_stats(
 
     Returns:
         TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 logits); with with_stats
-        FurtherTokenStats, in which `is_top1` is bool. What was not asked for is None.
+        FurtherTokenStats, in which `is_top1` is bool. What was not asked for is None. A row of
+        nothing but -inf has log-prob and lse -inf, entropy 0, and no gradient.
 
     `logprob` and `entropy` are differentiable with respect to the logits, twice if need be (the
     second derivative runs eagerly and builds tensors of the size of the logits); the others are
