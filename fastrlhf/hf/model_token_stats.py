@@ -88,11 +88,12 @@ def model_token_stats(
 
     Differentiable with respect to all parameters. The plan, and with it the cost, is that of
     `linear_token_stats`: two vocabulary matmuls where the head is frozen (LoRA), four where it is
-    trained, three and those of the small factors where only a LoRA adapter of it is. The factors of a LoRA adapter on the head are multiplied one after the other, so its
-    matrix is never built; other adapters of peft on the head (DoRA, IA3, OFT, VeRA, trained tokens)
-    run through their own module, a chunk of tokens at a time, again in backward. A quantized head
-    (bitsandbytes) is dequantized in slices; an 8-bit one gives the logits of its weights, without
-    the rounding of hidden states to 8 bits that the module's own forward does.
+    trained; three, and those of the small factors, where only a LoRA adapter of it is. The factors
+    of such an adapter are multiplied one after the other, so its matrix is never built; other
+    adapters of peft on the head (DoRA, IA3, OFT, VeRA, trained tokens) run through their own
+    module, a chunk of tokens at a time, again in backward. A quantized head (bitsandbytes) is
+    dequantized in slices; an 8-bit one gives the logits of its weights, without the rounding of
+    hidden states to 8 bits that the module's own forward does.
 
     What the model does to the logits of its head is measured on three rows of numbers that pass
     through its forward: at every call on a CPU; on a GPU, where that waits for the device, whenever
