@@ -22,6 +22,7 @@ from support.trl_trainers import (
 from torch import Tensor
 
 from fastrlhf.integrations import trl as patching
+from fastrlhf.integrations import trl_head
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -374,9 +375,9 @@ def test_a_weight_that_was_gathered_is_that_of_a_head_without_adapters() -> None
     for lora, served in ((SAVED, True), (HEAD, False)):
         model = peft.get_peft_model(make("Llama"), peft.LoraConfig(task_type="CAUSAL_LM", **lora))
         weight = model.get_output_embeddings().weight.clone()
-        with patching._in_play(model):
+        with trl_head.heads_in_play(model):
             if served:
-                assert patching._head_of(weight, None)[1].weight is weight
+                assert trl_head.head_of(weight, None)[1].weight is weight
             else:
                 with pytest.raises(RuntimeError, match="sharded by itself"):
-                    patching._head_of(weight, None)
+                    trl_head.head_of(weight, None)

@@ -64,14 +64,6 @@ class Replacements:
         """Whether the replacements are there now."""
         return bool(self._there)
 
-    def original(self, owner: Any, name: str) -> Any:
-        """What stood, or stands, where a replacement is."""
-        with self._lock:
-            for before in self._before:
-                if before.owner is owner and before.name == name:
-                    return before.value
-        return vars(owner)[name]
-
     def _put_in_place(self) -> None:
         if self._there:
             return

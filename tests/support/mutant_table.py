@@ -2002,17 +2002,28 @@ MUTANTS = [
         ),
         (
             "trl: a head that is cast may be adapted",
-            "return _adapters_refused.get() and _has_adapter(instance)", "return False",
+            "return _adapters_refused.get() and has_adapter(instance)", "return False",
             "may_be_saved_but_not_adapted",
-        ),
-        (
-            "trl: a sharded adapter is left out",
-            "if any(map(_has_adapter, heads)):", "if False:",
-            "weight_that_was_gathered",
         ),
     ),
     *_mutants(
         "fastrlhf/integrations/trl.py", "test_trl.py",
+        (
+            "trl: prompts are scored on a CPU",
+            'found.append(Replacement(module, "_use_triton", _always))', "pass",
+            "cost_of_a_head",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/trl_head.py", "test_trl_patch.py",
+        (
+            "trl: a sharded adapter is left out",
+            "if any(map(has_adapter, heads)):", "if False:",
+            "weight_that_was_gathered",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/integrations/trl_head.py", "test_trl.py",
         (
             "trl: forward and reverse divergence are mixed up",
             '{0.0: "forward", 1.0: "reverse"}', '{0.0: "reverse", 1.0: "forward"}',
@@ -2023,11 +2034,6 @@ MUTANTS = [
             "return module, head_parts(module)",
             "return None, parts_of_weight(weight, bias)",
             "adapter_of_the_head",
-        ),
-        (
-            "trl: prompts are scored on a CPU",
-            'found.append(Replacement(module, "_use_triton", _always))', "pass",
-            "cost_of_a_head",
         ),
     ),
     *_mutants(

@@ -69,7 +69,7 @@ def further(d: Draw) -> dict[str, Any]:
 def asked(found: fastrlhf.TokenStats) -> tuple:
     """All but the lse, a truth value as a number."""
     top1 = None if found.is_top1 is None else found.is_top1.to(found.logprob.dtype)
-    return found.logprob, found.entropy, top1, *found[4:]
+    return found.logprob, found.entropy, top1, found.mean_logit, found.log_sum_sq_probs
 
 
 def token_stats(d: Draw) -> Case:
