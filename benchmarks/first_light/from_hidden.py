@@ -56,14 +56,24 @@ def _log_p(x: Leaves, prefix: str = "") -> Tensor:
 def _stats(x: Leaves, s: Tokens) -> dict:
     stats = fastrlhf.linear_token_stats(
         *_head(x), s.targets, entropy=True, temperature=_TEMPERATURE, softcap=plain.SOFTCAP,
-        **_options(x),
+        with_stats=("is_top1", "mean_logit", "log_sum_sq_probs"), **_options(x),
     )  # fmt: skip
-    return {"logprob": stats.logprob, "entropy": stats.entropy}
+    return {
+        "logprob": stats.logprob, "entropy": stats.entropy, "mean": stats.mean_logit,
+        "squares": stats.log_sum_sq_probs,
+    }  # fmt: skip
 
 
 def _plain_stats(x: Leaves, s: Tokens) -> dict:
-    log_p = plain.log_softmax(x["hidden"] @ x["weight"].T, _TEMPERATURE, plain.SOFTCAP)
-    return {"logprob": plain.logprobs(log_p, s), "entropy": plain.entropy(log_p) * s.live}
+    logits = x["hidden"] @ x["weight"].T
+    log_p = plain.log_softmax(logits, _TEMPERATURE, plain.SOFTCAP)
+    capped = plain.SOFTCAP * torch.tanh(logits.detach() / plain.SOFTCAP)
+    return {
+        "logprob": plain.logprobs(log_p, s),
+        "entropy": plain.entropy(log_p) * s.live,
+        "mean": capped.mean(-1) / _TEMPERATURE * s.live,
+        "squares": (2 * log_p.detach()).logsumexp(-1) * s.live,
+    }
 
 
 def _logprobs(x: Leaves, s: Tokens) -> dict:

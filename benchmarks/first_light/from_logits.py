@@ -54,14 +54,21 @@ def _plain_logprobs(x: Leaves, s: Tokens) -> dict:
 def _token_stats(x: Leaves, s: Tokens, **options: Any) -> dict:
     stats = fastrlhf.token_stats(
         x["logits"], s.targets, entropy=True, temperature=s.temperature, softcap=plain.SOFTCAP,
-        **options, **_TRITON,
+        with_stats=("is_top1", "log_sum_sq_probs"), **options, **_TRITON,
     )  # fmt: skip
-    return {"logprob": stats.logprob, "entropy": stats.entropy}
+    return {
+        "logprob": stats.logprob, "entropy": stats.entropy, "squares": stats.log_sum_sq_probs,
+    }  # fmt: skip
 
 
 def _plain_stats(x: Leaves, s: Tokens) -> dict:
     log_p = plain.log_softmax(x["logits"], s.temperature, plain.SOFTCAP)
-    return {"logprob": plain.logprobs(log_p, s), "entropy": plain.entropy(log_p)}
+    squares = (2 * log_p.detach()).logsumexp(-1)
+    return {
+        "logprob": plain.logprobs(log_p, s),
+        "entropy": plain.entropy(log_p),
+        "squares": squares,
+    }
 
 
 # Policy losses.
