@@ -17,7 +17,7 @@ the last of them has left the head.
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -32,9 +32,9 @@ from fastrlhf.ops.linear_plans import Statistics
 from .replacements import Replacement
 
 # From how many tokens reach the head, what is foreseen of them; None: nothing.
-_Foreseer = Any
+_Foreseer = Callable[[int], Foresight | None]
 
-_foreseer: ContextVar[_Foreseer] = ContextVar("foreseer", default=None)
+_foreseer: ContextVar[_Foreseer | None] = ContextVar("foreseer", default=None)
 _takes_entropy: ContextVar[bool] = ContextVar("takes_entropy", default=False)
 
 
@@ -78,7 +78,7 @@ def foreseeing(sft_trainer: Any, grpo_trainer: Any) -> list[Replacement]:
 
 
 @contextmanager
-def _announced(foreseer: _Foreseer, *, takes_entropy: bool = False) -> Iterator[None]:
+def _announced(foreseer: _Foreseer | None, *, takes_entropy: bool = False) -> Iterator[None]:
     tokens = _foreseer.set(foreseer), _takes_entropy.set(takes_entropy)
     try:
         yield
