@@ -50,12 +50,10 @@ def test_the_dpo_trainer_example_trains_as_the_trainer_does_at_three_matmuls(mon
             patch.setattr(trainers.trl, "DPOTrainer", fused)
             found = trainers.train("dpo", beta=0.3, **options)
             cost = trainers.head_cost("dpo", longer=16) if not options else None
-        for ours, theirs in zip(found.metrics, wanted.metrics, strict=True):
-            for name in ("loss", "grad_norm"):
-                assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
-        for name, x in wanted.weights.items():
-            moved = (x - wanted.start[name]).norm()
-            assert (found.weights[name] - x).norm() <= 1e-3 * moved
+        for record in (found, wanted):  # what the example does not log
+            kept = ("loss", "grad_norm")
+            record.metrics = [{k: x for k, x in m.items() if k in kept} for m in record.metrics]
+        trainers.assert_same(found, wanted, trainers.ROUNDING)
         if cost is not None:
             assert cost.matmuls == pytest.approx(4, rel=0.01)  # one of them of the reference
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastrlhf.ops.divergence import kl_divergence
 from fastrlhf.ops.linear_arguments import checked_chunk
-from fastrlhf.ops.linear_divergence import divergence_and_entropy_of
+from fastrlhf.ops.linear_divergence import divergence_of
 from fastrlhf.ops.scorer import LinearScorer, Scorer, in_chunks
 from fastrlhf.ops.token_stats import token_stats
 from fastrlhf.ops.transform import token_temperatures
@@ -28,7 +28,7 @@ def scored_divergence(
             weights=[x.detach() if isinstance(x, Tensor) else x for x in theirs.weights],
             bias=None if theirs.bias is None else theirs.bias.detach(),
         )
-        return divergence_and_entropy_of(
+        return divergence_of(
             ours, frozen, scored, direction=direction, beta=beta, sum_expected=True, entropy=entropy
         )
     temperatures = None

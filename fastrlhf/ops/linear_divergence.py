@@ -150,7 +150,7 @@ def linear_kl_divergence(
         ref_factor = check_factor("ref_scale", ref_scale)
     ours = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
     ref = LinearScorer(ref_hidden, [ref_weight], ref_bias, 1.0, ref_cap, ref_factor)
-    return divergence_of(ours, ref, mask, direction=direction, beta=beta, sum_expected=False)
+    return divergence_of(ours, ref, mask, direction=direction, beta=beta, sum_expected=False)[0]
 
 
 def divergence_of(
@@ -161,30 +161,14 @@ def divergence_of(
     direction: str,
     beta: float,
     sum_expected: bool,
-) -> Tensor:
-    """Compute the divergence of each token (...) from what scores them; the options are ours.
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the divergence of each token (...) from what scores them; the options are ours. And
+    if asked for, our entropy from the same logits, a value without gradient, 0 outside of the mask.
 
     `sum_expected`: compute the gradient of a trained head along with the values, for their sum.
     That saves the logits that backward would make again, 2G, and the weights need not be there any
     more, unless backward weighs the values differently.
-    """
-    return divergence_and_entropy_of(
-        ours, ref, mask, direction=direction, beta=beta, sum_expected=sum_expected, entropy=False
-    )[0]
-
-
-def divergence_and_entropy_of(
-    ours: LinearScorer,
-    ref: LinearScorer,
-    mask: Tensor | None,
-    *,
-    direction: str,
-    beta: float,
-    sum_expected: bool,
-    entropy: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the divergence of each token, and our entropy from the same logits, a value without
-    gradient (0 outside of the mask; None unless asked for).
     """
     hidden = ours.hidden
     check_shape("ref_hidden", ref.hidden[..., 0], tuple(hidden.shape[:-1]), "that of hidden but H")

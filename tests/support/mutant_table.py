@@ -2025,6 +2025,24 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/integrations/trl_head.py", "test_trl.py",
         (
+            "trl: a temperature a little off, in bf16",
+            "LogitMap(scale, softcap), temperature=temperature",
+            "LogitMap(scale, softcap), temperature=1.05 * temperature",
+            "changes_no_result and bf16 and sft and not lora",
+        ),
+        (
+            "trl: a temperature a little off, in AdamW",
+            "LogitMap(scale, softcap), temperature=temperature",
+            "LogitMap(scale, softcap), temperature=1.05 * temperature",
+            "changes_no_result and adamw",
+        ),
+        (
+            "trl: a temperature a little off, in forward KL",
+            "LogitMap(scale, softcap), temperature=temperature",
+            "LogitMap(scale, softcap), temperature=1.05 * temperature",
+            "changes_no_result and dpo and forward",
+        ),
+        (
             "trl: forward and reverse divergence are mixed up",
             '{0.0: "forward", 1.0: "reverse"}', '{0.0: "reverse", 1.0: "forward"}',
             "changes_no_result and distillation",
