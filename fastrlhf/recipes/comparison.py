@@ -1,6 +1,6 @@
-"""The fused DPO loss beside the one that trainers write, from the same hidden states."""
+"""Fused log-probs and DPO loss beside those that trainers write, from the same hidden states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,11 +9,18 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
-from fastrlhf import LMHead, linear_dpo_loss, lm_head, shift_targets
+from fastrlhf import (
+    LMHead,
+    head_inputs,
+    linear_dpo_loss,
+    linear_token_logprobs,
+    shift_targets,
+)
 from fastrlhf.reference import capped_logits
 
 from .memory import peak_memory
 from .preference import Batch
+from .sampling import Sample, padded
 
 LossFunction = Callable[[Tensor, LMHead, Batch, Tensor, float], Tensor]
 
@@ -51,24 +58,25 @@ def plain_loss(
     hidden: Tensor, head: LMHead, batch: Batch, reference: Tensor, beta: float
 ) -> Tensor:
     """Compute the mean DPO loss in plain PyTorch, as trainers write it."""
-    weight = head.weight[0 : head.weight.shape[0]]
-    logits = capped_logits(F.linear(hidden, weight, head.bias), head.softcap, head.scale)
-    log_p = logits[:, :-1].float().log_softmax(-1)
+    log_p = plain_logits(hidden[:, :-1], head).float().log_softmax(-1)
     logprobs = log_p.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
     log_ratios = (logprobs * batch.scored).sum(-1) - reference
     margins = log_ratios[batch.chosen] - log_ratios[batch.rejected]
     return -F.logsigmoid(beta * margins).mean()
 
 
+def plain_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """Make the logits as the model would."""
+    weight = head.weight[0 : head.weight.shape[0]]
+    return capped_logits(F.linear(hidden, weight, head.bias), head.softcap, head.scale)
+
+
 def compare(model: PeftModel, batch: Batch, reference: Tensor, beta: float) -> Comparison:
     """Run both losses forward and backward from the same hidden states, and measure what they
     need.
     """
-    head = lm_head(model)
     with torch.no_grad():
-        hidden = model.get_base_model().base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )[0]
+        hidden, head = head_inputs(model, batch.input_ids, batch.attention_mask)
 
     def measure(loss_fn: LossFunction) -> tuple[float, Tensor, int]:
         leaf = hidden.clone().requires_grad_()
@@ -110,3 +118,40 @@ def _forward_backward(
     loss.backward()
     assert hidden.grad is not None
     return loss.item(), hidden.grad
+
+
+class LogprobMemory(NamedTuple):
+    """Bytes held at the peak of log-probs and their gradient from hidden states, beyond these."""
+
+    tokens: int  # positions of the batch, prompts and padding too
+    fused_bytes: int
+    plain_bytes: int
+
+
+def logprob_memory(
+    policy: PeftModel, samples: Sequence[Sample], pad_token_id: int
+) -> LogprobMemory:
+    """Measure what a few completions' log-probs hold, fused and as plain PyTorch makes them."""
+    ids, attention, completion = padded(samples, pad_token_id)
+    targets = shift_targets(ids, completion)
+    with torch.no_grad():
+        hidden, head = head_inputs(policy, ids, attention)
+
+    def fused(leaf: Tensor) -> Tensor:
+        return linear_token_logprobs(leaf, head.weight, targets, **head.options())
+
+    def plain(leaf: Tensor) -> Tensor:
+        log_p = plain_logits(leaf, head).float().log_softmax(-1)
+        return log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+
+    def peak(logprobs: Callable[[Tensor], Tensor]) -> int:
+        leaf = hidden.clone().requires_grad_()
+        work = partial(_sum_backward, logprobs, leaf)
+        work()  # the first run also pays for what is set up once: workspaces, compiled kernels
+        return peak_memory(work, hidden.device)[1]
+
+    return LogprobMemory(targets.numel(), peak(fused), peak(plain))
+
+
+def _sum_backward(logprobs: Callable[[Tensor], Tensor], leaf: Tensor) -> None:
+    logprobs(leaf).sum().backward()

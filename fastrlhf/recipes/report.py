@@ -1,7 +1,7 @@
-"""What the demo shows on the terminal, or in a file where its output is piped into one."""
+"""What a recipe shows on the terminal, or in a file where its output is piped into one."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .comparison import Comparison
-from .preference import Step
 from .sampling import Sample
 from .sentiment import Estimate
 
@@ -19,9 +18,9 @@ _MIB = 2**20
 class Report:
     """Progress bars and tables, and the seconds that each phase took."""
 
-    def __init__(self) -> None:
-        """Write to stdout."""
-        self.console = Console(highlight=False, markup=False)
+    def __init__(self, quiet: bool = False) -> None:
+        """Write to stdout, or nowhere."""
+        self.console = Console(highlight=False, markup=False, quiet=quiet)
         self.seconds: dict[str, float] = {}
 
     def line(self, text: str) -> None:
@@ -29,7 +28,9 @@ class Report:
         self.console.print(text, soft_wrap=True)
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    def phase(
+        self, name: str, total: int | None = None, done: int = 0
+    ) -> Iterator[Callable[..., None]]:
         """Time a phase behind a progress bar, on a terminal; a line with its seconds stays.
 
         Yields:
@@ -46,7 +47,7 @@ class Report:
         with Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         ) as progress:
-            task = progress.add_task(name, total=total, note="")
+            task = progress.add_task(name, total=total, completed=done, note="")
 
             def advance(count: int, note: str = "") -> None:
                 progress.update(task, advance=count, note=note)
@@ -55,10 +56,10 @@ class Report:
         self.seconds[name] = time.perf_counter() - start
         self.line(f"{name:<40} {self.seconds[name]:6.1f} s")
 
-    def step(self, number: int, total: int, step: Step) -> None:
+    def step(self, number: int, total: int, figures: str) -> None:
         """Print the figures of about ten steps of a run."""
         if number in (1, total) or number % max(1, round(total / 10)) == 0:
-            self.line(f"  step {number:>{len(str(total))}}/{total}  {describe(step)}")
+            self.line(f"  step {number:>{len(str(total))}}/{total}  {figures}")
 
     def comparison(self, figures: Comparison) -> None:
         """Print both losses, how far they are apart, and their memory."""
@@ -88,20 +89,21 @@ class Report:
         )
         self.console.print(table)
 
-    def sentiment(self, before: Estimate, after: Estimate, gain: Estimate, prompts: int) -> None:
-        """Print the mean sentiments with their standard errors."""
-        table = Table("before", "after", "difference", title="Mean sentiment (VADER, -1 to 1)")
-        table.add_row(*(f"{mean:+.3f} ± {error:.3f}" for mean, error in (before, after, gain)))
+    def outcome(self, title: str, rows: Mapping[str, Sequence[Estimate]], prompts: int) -> None:
+        """Print means before and after, and their difference, with their standard errors."""
+        table = Table("", "before", "after", "difference", title=title)
+        for name, estimates in rows.items():
+            table.add_row(name, *(f"{mean:+.3f} ± {error:.3f}" for mean, error in estimates))
         table.caption = f"± standard error over {prompts} held-out prompts"
         self.console.print(table)
 
     def example(self, before: Sample, after: Sample) -> None:
         """Print two completions of one prompt."""
         self.line(f"Prompt: {before.prompt}")
-        self.line(f"  before: …{' '.join(before.completion.split())}")
-        self.line(f"  after:  …{' '.join(after.completion.split())}")
+        self.line(f"  before: …{one_line(before.completion)}")
+        self.line(f"  after:  …{one_line(after.completion)}")
 
 
-def describe(step: Step) -> str:
-    """Write the figures of a step as one line."""
-    return f"loss {step.loss:.3f}  accuracy {step.accuracy:.2f}  margin {step.margin:+.2f}"
+def one_line(text: str) -> str:
+    """Write a text without line breaks."""
+    return " ".join(text.split())

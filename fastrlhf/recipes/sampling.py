@@ -1,13 +1,17 @@
-"""Sample completions of prompts from a causal language model, in batches."""
+"""Completions of many prompts, batch by batch, without their padding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .rollout import Rollout, completion_mask, rollout
 from .settings import SamplingOptions
+
+__all__ = ["Sample", "completion_mask", "padded", "sample_completions", "samples_of"]
 
 
 @dataclass(frozen=True)
@@ -20,23 +24,6 @@ class Sample:
     completion_ids: Tensor
 
 
-def completion_mask(completion_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Mark the tokens of each completion: all up to its first eos token, and that token itself.
-
-    What follows is padding, even where the padding token is the eos token.
-
-    Args:
-        completion_ids: (B, T) integer.
-        eos_token_id: the token that ends a text.
-
-    Returns:
-        (B, T) bool.
-    """
-    ended = (completion_ids == eos_token_id).long()
-    return ended.cumsum(1) - ended == 0
-
-
-@torch.no_grad()
 def sample_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,42 +34,59 @@ def sample_completions(
 ) -> list[Sample]:
     """Sample one completion for each prompt; repeat a prompt to have more.
 
-    The seed decides them. `advance` is told how many completions each batch brought.
+    The seed decides them, and the random numbers of what surrounds the call stay as they were.
+    `advance` is told how many completions each batch brought.
     """
-    torch.manual_seed(seed)
     samples: list[Sample] = []
-    for start in range(0, len(prompts), options.batch_size):
-        batch = list(prompts[start : start + options.batch_size])
-        samples += _sample_batch(model, tokenizer, batch, options)
-        advance(len(batch))
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), options.batch_size):
+            batch = prompts[start : start + options.batch_size]
+            samples += samples_of(
+                rollout(
+                    model,
+                    tokenizer,
+                    batch,
+                    new_tokens=options.new_tokens,
+                    temperature=options.temperature,
+                    logprobs=False,
+                )
+            )
+            advance(len(batch))
     return samples
 
 
-def _sample_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    options: SamplingOptions,
-) -> list[Sample]:
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    inputs = inputs.to(model.device)
-    # The attention mask goes along: where padding is the eos token, it cannot be told from the ids.
-    sequences = model.generate(
-        **inputs,
-        do_sample=True,
-        max_new_tokens=options.new_tokens,
-        temperature=options.temperature,
-        top_k=0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+def samples_of(batch: Rollout) -> list[Sample]:
+    """Take a rollout apart."""
+    prompt_mask = batch["attention_mask"].bool() & ~batch["completion_mask"]
+    return [
+        Sample(prompt, completion, ids[before], ids[scored])
+        for prompt, completion, ids, before, scored in zip(
+            batch["prompts"],
+            batch["completions"],
+            batch["input_ids"],
+            prompt_mask,
+            batch["completion_mask"],
+            strict=True,
+        )
+    ]
+
+
+def padded(samples: Sequence[Sample], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay sequences out as one batch, padded on the right, on the device of their tokens.
+
+    Returns:
+        input_ids (B, T), attention_mask (B, T) 0/1, and completion_mask (B, T) bool.
+    """
+    sequences = [torch.cat((sample.prompt_ids, sample.completion_ids)) for sample in samples]
+    completions = [
+        torch.arange(len(sequence), device=sequence.device) >= len(sample.prompt_ids)
+        for sequence, sample in zip(sequences, samples, strict=True)
+    ]
+    attention = [torch.ones_like(sequence) for sequence in sequences]
+    return (
+        pad_sequence(sequences, batch_first=True, padding_value=pad_token_id),
+        pad_sequence(attention, batch_first=True),
+        pad_sequence(completions, batch_first=True),
     )
-    completions = sequences[:, inputs.input_ids.shape[1] :]
-    masks = completion_mask(completions, tokenizer.eos_token_id)
-    prompt_masks = inputs.attention_mask.bool()
-    samples = []
-    for row, prompt in enumerate(prompts):
-        completion_ids = completions[row, masks[row]]
-        text = tokenizer.decode(completion_ids, skip_special_tokens=True)
-        prompt_ids = inputs.input_ids[row, prompt_masks[row]]
-        samples.append(Sample(prompt, text, prompt_ids, completion_ids))
-    return samples

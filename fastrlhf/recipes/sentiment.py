@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from statistics import mean, variance
 from typing import NamedTuple
 
+from torch import Tensor
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from .sampling import Sample
@@ -17,6 +18,11 @@ class Pair(NamedTuple):
     rejected: Sample
 
 
+def accuracy(margins: Tensor) -> Tensor:
+    """Share of margins above 0, where a tie is half: what guessing would earn."""
+    return (margins > 0).float().mean() + 0.5 * (margins == 0).float().mean()
+
+
 class Estimate(NamedTuple):
     """A mean with its standard error."""
 
@@ -26,8 +32,13 @@ class Estimate(NamedTuple):
 
 def sentiments(samples: Sequence[Sample]) -> list[float]:
     """Rate each completion, without its prompt: VADER's compound score, from -1 to 1."""
+    return vader([sample.completion for sample in samples])
+
+
+def vader(texts: Sequence[str]) -> list[float]:
+    """Rate texts: the compound score, from -1 (unkind) to 1 (kind)."""
     analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(sample.completion)["compound"] for sample in samples]
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
 def preference_pairs(samples: Sequence[Sample], minimal_gap: float) -> list[Pair]:
@@ -48,15 +59,16 @@ def preference_pairs(samples: Sequence[Sample], minimal_gap: float) -> list[Pair
     return pairs
 
 
-def by_prompt(samples: Sequence[Sample]) -> list[float]:
-    """Average the sentiment of all the completions of each prompt.
+def by_prompt(samples: Sequence[Sample], values: Sequence[float] | None = None) -> list[float]:
+    """Average the values of all the completions of each prompt; None: their sentiment.
 
     Completions of one prompt are not independent; prompts are, so errors are counted over them.
     """
+    values = sentiments(samples) if values is None else values
     grouped: dict[str, list[float]] = {}
-    for sample, score in zip(samples, sentiments(samples), strict=True):
-        grouped.setdefault(sample.prompt, []).append(score)
-    return [mean(scores) for scores in grouped.values()]
+    for sample, value in zip(samples, values, strict=True):
+        grouped.setdefault(sample.prompt, []).append(value)
+    return [mean(one) for one in grouped.values()]
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -1,39 +1,113 @@
-"""What the sentiment demo can be told; the defaults fit its time on two CPU cores."""
+"""What all recipes can be told, and how a command line becomes it.
 
-from dataclasses import dataclass, field
-from pathlib import Path
+A recipe's options are a dataclass, as in transformers and TRL: each field is an option of the
+command line, `HfArgumentParser` reads it, and the defaults fit two CPU cores and a few minutes. The
+bounds of a number stand in its type: `steps: Positive`.
+"""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample completions."""
-
-    new_tokens: int = 24
-    temperature: float = 0.8
-    batch_size: int = 128
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train: AdamW on LoRA adapters, the learning rate falling to 0 linearly."""
-
-    steps: int = 26
-    pairs_per_step: int = 6
-    beta: float = 0.1
-    learning_rate: float = 2e-3
-    lora_rank: int = 8
+T = TypeVar("T", bound="RunOptions")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Which model to train where, on what, and where to write about it."""
+class Bound:
+    """The least value that an option may have, and whether it may be that itself."""
 
-    model: str  # a GGUF file, a folder in the format of transformers, or a hub id
-    device: str
-    output: Path
-    seed: int = 0
-    pairs_per_prompt: int = 2
-    minimal_gap: float = 0.3  # in VADER's compound score, between the completions of a pair
-    held_out_per_prompt: int = 2
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
+    least: float
+    included: bool = True
+
+    def check(self, name: str, value: float | None) -> None:
+        """Raise ValueError where the value is beyond the bound, infinite or not a number."""
+        if value is None:
+            return
+        if self.least < value < math.inf or (self.included and value == self.least):
+            return
+        expected = f"{self.least:g} or more" if self.included else f"more than {self.least:g}"
+        if self == _POSITIVE:
+            expected = "a positive number"
+        raise ValueError(f"argument --{name}: expected {expected}, got {value}")
+
+
+_POSITIVE = Bound(1)
+Positive = Annotated[int, _POSITIVE]
+NonNegative = Annotated[int, Bound(0)]
+PositiveFloat = Annotated[float, Bound(0, included=False)]
+NonNegativeFloat = Annotated[float, Bound(0)]
+
+
+def option(default: Any, help: str) -> Any:
+    """Make a field of a dataclass with the words that `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RunOptions:
+    """Which model, where to write, and what every run has."""
+
+    model: str | None = option(
+        None, "hub id, folder or GGUF file; without it the bundled SmolLM2-135M-Instruct"
+    )
+    output: str = option("", "folder; without it <recipe>-output")
+    seed: int = option(0, "of prompts, adapters and samples: the same figures twice")
+    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    save_every: NonNegative = option(10, "steps between checkpoints; 0: none")
+    resume: bool = option(False, "go on from the checkpoint in the output folder")
+
+    def __post_init__(self) -> None:
+        """Check every number against the bound in its type."""
+        hints = get_type_hints(type(self), include_extras=True)
+        for one in fields(self):
+            for bound in getattr(hints[one.name], "__metadata__", ()):
+                bound.check(one.name, getattr(self, one.name))
+
+
+@dataclass
+class SamplingOptions(RunOptions):
+    """How completions are sampled. The log-probs of training are those of this temperature."""
+
+    new_tokens: Positive = option(24, "a completion that is not over by then is cut")
+    temperature: PositiveFloat = option(0.8, "of sampling, and so of the policy that is trained")
+    batch_size: Positive = option(64, "sequences that are sampled or scored at once")
+
+
+@dataclass
+class EvaluationOptions(SamplingOptions):
+    """On what a policy is judged before and after."""
+
+    eval_prompts: Annotated[int, Bound(2)] = option(40, "held-out prompts, of 40")
+    eval_completions: Positive = option(2, "completions of each of them")
+
+
+@dataclass
+class AdapterOptions(RunOptions):
+    """How the policy is trained: AdamW on LoRA adapters."""
+
+    lora_rank: Positive = option(16, "of the adapters")
+    lora_targets: str | None = option(
+        None, "all-linear, or a regular expression of layers; without it peft's choice"
+    )
+    learning_rate: PositiveFloat = option(1e-3, "of AdamW, falling to 0 linearly")
+    max_grad_norm: PositiveFloat = option(1.0, "to which a longer gradient is cut")
+
+
+def parse(options: type[T], arguments: Sequence[str] | None, recipe: str, description: str) -> T:
+    """Read options from a command line, or say in argparse's way what is wrong with it."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (options,), prog=f"python -m fastrlhf.recipes.{recipe}", description=description
+    )
+    try:
+        parsed, rest = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.output = parsed.output or f"{recipe}-output"
+    return parsed

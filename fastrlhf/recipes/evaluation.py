@@ -1,0 +1,171 @@
+"""What a policy does on held-out prompts: its reward, and how far it is from the reference."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor
+
+from fastrlhf import head_inputs, linear_kl_divergence
+
+from .comparison import logprob_memory
+from .curves import Panel, save_picture
+from .prompts import HELD_OUT_PROMPTS
+from .rollout import Rollout, adapters_off, rollout
+from .run import Run
+from .sampling import Sample, samples_of
+from .sentiment import Estimate, by_prompt, estimate, sentiments
+from .settings import EvaluationOptions
+
+# Sampling for evaluation has random numbers of its own, the same before and after training.
+_SEED = 1_000_000
+
+
+class Evaluation(NamedTuple):
+    """Completions of held-out prompts, with what was measured on each."""
+
+    samples: list[Sample]
+    kl: list[float]  # nats a sequence, to the reference
+    ended: float  # share of the completions that came to an end by themselves
+
+    @property
+    def reward(self) -> list[float]:
+        """Mean sentiment of each prompt's completions."""
+        return by_prompt(self.samples, sentiments(self.samples))
+
+    @property
+    def divergence(self) -> list[float]:
+        """Mean KL of each prompt's completions."""
+        return by_prompt(self.samples, self.kl)
+
+
+@torch.no_grad()
+def exact_kl(policy: PeftModel, batch: Rollout, temperature: float) -> Tensor:
+    """Sum KL(policy ‖ reference) over the tokens of each completion, exact at each: (B,) nats.
+
+    At each token it is the sum over the whole vocabulary; only the text before it is a sample. Its
+    mean over samples estimates the KL of whole texts without bias, and with less variance than the
+    mean of log π(y) - log π_ref(y).
+    """
+    inputs = {"position_ids": batch["position_ids"]}
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    hidden, head = head_inputs(policy, ids, attention, **inputs)
+    with adapters_off(policy):
+        ref_hidden, ref_head = head_inputs(policy, ids, attention, **inputs)
+    values = linear_kl_divergence(
+        hidden[:, :-1],
+        head.weight,
+        ref_hidden[:, :-1],
+        ref_head.weight,
+        mask=batch["completion_mask"][:, 1:],
+        temperature=temperature,
+        **head.options(),
+        **ref_head.options("ref_"),
+    )
+    return values.sum(-1)
+
+
+def evaluate(
+    run: Run, policy: PeftModel, tokenizer: Any, options: EvaluationOptions, when: str
+) -> Evaluation:
+    """Complete held-out prompts, each process its part, from the same random numbers each time."""
+    prompts = [
+        prompt
+        for prompt in HELD_OUT_PROMPTS[: options.eval_prompts]
+        for _ in range(options.eval_completions)
+    ]
+    mine = prompts[run.rank :: run.processes]
+    found: list[tuple[Sample, float, bool]] = []
+    devices = [] if run.device.type == "cpu" else [run.device]
+    with (
+        run.report.phase(f"Complete held-out prompts, {when}", len(prompts)) as advance,
+        torch.random.fork_rng(devices),
+    ):
+        torch.manual_seed(_SEED + options.seed + 7919 * run.rank)
+        for start in range(0, len(mine), options.batch_size):
+            batch = rollout(
+                policy,
+                tokenizer,
+                mine[start : start + options.batch_size],
+                new_tokens=options.new_tokens,
+                temperature=options.temperature,
+                logprobs=False,
+            )
+            kl = exact_kl(policy, batch, options.temperature).tolist()
+            found += zip(samples_of(batch), kl, (~batch["truncated"]).tolist(), strict=True)
+            advance(len(kl) * run.processes)
+    if run.processes > 1:
+        found = gather_object([_on_cpu(one) for one in found])
+    samples, kl, ended = (list(column) for column in zip(*found, strict=True))
+    return Evaluation(samples, kl, sum(ended) / len(ended))
+
+
+def _on_cpu(found: tuple[Sample, float, bool]) -> tuple[Sample, float, bool]:
+    sample, kl, ended = found
+    ids = (sample.prompt_ids.cpu(), sample.completion_ids.cpu())
+    return Sample(sample.prompt, sample.completion, *ids), kl, ended
+
+
+class Comparison(NamedTuple):
+    """A mean before and after training, and the mean of the differences prompt by prompt."""
+
+    before: Estimate
+    after: Estimate
+    difference: Estimate  # of the same prompt, so its error is not that of two independent means
+
+
+def compared(before: Sequence[float], after: Sequence[float]) -> Comparison:
+    """Estimate the means of what each prompt had before and after."""
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    return Comparison(estimate(before), estimate(after), estimate(changes))
+
+
+def conclude(
+    run: Run,
+    policy: PeftModel,
+    tokenizer: Any,
+    before: Evaluation,
+    after: Evaluation,
+    panels: Sequence[Panel],
+    **further: Any,
+) -> dict[str, Any]:
+    """Show what training did, save the adapters, draw `curves.png` and write `metrics.json`."""
+    options = run.options
+    assert isinstance(options, EvaluationOptions)
+    reward = compared(before.reward, after.reward)
+    kl = estimate(after.divergence)
+    rows = {"VADER": reward, "KL, nats a text": compared(before.divergence, after.divergence)}
+    run.report.outcome(
+        "Mean sentiment (VADER, -1 to 1) and KL to the reference", rows, len(before.reward)
+    )
+    run.report.example(before.samples[-1], after.samples[-1])
+    memory = logprob_memory(policy, after.samples[:8], tokenizer.pad_token_id)
+    if run.accelerator.is_main_process:
+        policy.save_pretrained(run.output / "adapter")
+        tokenizer.save_pretrained(run.output / "adapter")
+        save_picture(
+            run.output / "curves.png",
+            f"{run.name}: {options.model or 'SmolLM2-135M-Instruct'}",
+            panels,
+            run.history,
+            reward,
+            memory,
+            (before.samples[-1], after.samples[-1]),
+        )
+    return run.finish(
+        sentiment=_asdict(reward),
+        kl=kl._asdict(),
+        ended={"before": before.ended, "after": after.ended},
+        logprob_memory=memory._asdict(),
+        completions=[
+            {"prompt": old.prompt, "before": old.completion, "after": new.completion}
+            for old, new in zip(before.samples, after.samples, strict=True)
+        ],
+        **further,
+    )
+
+
+def _asdict(comparison: Comparison) -> dict[str, dict[str, float]]:
+    return {name: value._asdict() for name, value in comparison._asdict().items()}

@@ -1,0 +1,18 @@
+"""Importing this says which packages the recipes lack, and the line that installs them."""
+
+from importlib.util import find_spec
+
+_PACKAGES = (
+    "transformers",
+    "peft",
+    "accelerate",
+    "matplotlib",
+    "rich",
+    "tensorboard",
+    "vaderSentiment",
+)
+INSTALL = 'pip install "fastrlhf[recipes]"'
+
+missing = [name for name in _PACKAGES if find_spec(name) is None]
+if missing:
+    raise ModuleNotFoundError(f"The recipes need {', '.join(missing)}: {INSTALL}")

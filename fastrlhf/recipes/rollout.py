@@ -1,0 +1,230 @@
+"""Sample completions from a policy, with all that a step of PPO, GRPO, TRPO or distillation takes.
+
+    from fastrlhf.recipes.rollout import rollout
+
+    batch = rollout(model, tokenizer, prompts, new_tokens=64)
+    batch["scores"] = my_reward(batch["prompts"], batch["completions"])  # (B,)
+
+What comes out is a dict with the keys of the steps in the README.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fastrlhf import model_token_stats
+
+
+class Rollout(TypedDict, total=False):
+    """B prompts with a completion each, in T positions: prompts padded on the left.
+
+    Everything is on the device of the model. Masked entries of what is (B, T-1) are 0.
+    """
+
+    prompts: list[str]
+    completions: list[str]  # decoded, without special tokens
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 0 at padding and after the end of a completion
+    position_ids: Tensor  # (B, T) int64, from 0 at each sequence's first token
+    completion_mask: Tensor  # (B, T) bool: the completion, with the token that ended it
+    truncated: Tensor  # (B,) bool: new_tokens were too few for an end
+    logprobs: Tensor  # (B, T-1) fp32, nats, of input_ids[:, 1:] under the policy
+    ref_logprobs: Tensor  # (B, T-1) the same under the reference; absent without one
+    hidden_states: Tensor  # (B, T, H) what enters the head; only if asked for
+
+
+@torch.no_grad()
+def rollout(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 64,
+    temperature: float = 1.0,
+    ref_model: nn.Module | None = None,
+    logprobs: bool = True,
+    hidden_states: bool = False,
+) -> Rollout:
+    """Sample one completion for each prompt; repeat a prompt to have more.
+
+    Tokens come from softmax(logits / temperature) itself: whatever the model's own
+    `generation_config` would do to it (top-k, top-p, a penalty for repetition) is left out, since
+    the log-probs of training would not be those of the samples. Its end-of-sequence tokens count.
+
+    Args:
+        model: a causal language model of transformers, plain, wrapped by peft or by DDP.
+        tokenizer: of the model; padding is put on the left whatever its `padding_side`.
+        prompts: B texts. The tokenizer adds what it adds to any text.
+        new_tokens: the longest completion.
+        temperature: of sampling, and of all log-probs returned.
+        ref_model: the reference. None: a peft model with its adapters off; any other has none.
+        logprobs: whether to score the samples. Without, there are neither log-probs nor
+            hidden states.
+        hidden_states: whether to return what entered the head, for a value head.
+
+    Returns:
+        Rollout. Log-probs are recomputed by `model_token_stats`, in one forward each, and not taken
+        from generation, whose cache rounds differently from the forward of training.
+
+    The random numbers are those of torch's global generator. Dropout is off meanwhile, and no
+    gradient flows.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, or a temperature that is not positive.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    policy = getattr(model, "module", model)  # generation has no gradient for DDP to reduce
+    inputs = tokenizer(
+        list(prompts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,
+    ).to(policy.device)
+    prompt_length = inputs.input_ids.shape[1]
+    if not inputs.attention_mask.any(dim=1).all():
+        raise ValueError("prompts: expected at least one token each, got an empty one")
+    ends = end_tokens(policy, tokenizer)
+    with _evaluating(policy):
+        sequences = _generate(policy, tokenizer, inputs, ends, new_tokens, temperature)
+    kept = completion_mask(sequences[:, prompt_length:], ends)
+    attention = torch.cat((inputs.attention_mask, kept.long()), dim=1)
+    batch: Rollout = {
+        "prompts": list(prompts),
+        "completions": [
+            tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(sequences[:, prompt_length:], kept, strict=True)
+        ],
+        "input_ids": sequences,
+        "attention_mask": attention,
+        "position_ids": (attention.cumsum(-1) - 1).clamp(min=0),
+        "completion_mask": torch.cat((torch.zeros_like(inputs.input_ids).bool(), kept), dim=1),
+        "truncated": ~_is_any(sequences[:, prompt_length:], ends).any(dim=1),
+    }
+    if not logprobs:
+        return batch
+    with _evaluating(policy):
+        batch["logprobs"], outputs = token_logprobs(
+            policy, batch, temperature, output_hidden_states=hidden_states
+        )
+        if hidden_states:
+            batch["hidden_states"] = outputs.hidden_states[-1]
+        if ref_model is None and isinstance(policy, PeftModel):
+            with adapters_off(policy):
+                batch["ref_logprobs"], _ = token_logprobs(policy, batch, temperature)
+    if ref_model is not None:
+        batch["ref_logprobs"], _ = token_logprobs(ref_model, batch, temperature)
+    return batch
+
+
+def token_logprobs(
+    model: nn.Module, batch: Rollout, temperature: float = 1.0, **inputs: Any
+) -> tuple[Tensor, Any]:
+    """Score the completions of a rollout: log-probs (B, T-1) in nats, and the model's outputs."""
+    stats, outputs = model_token_stats(
+        model,
+        batch["input_ids"],
+        batch["attention_mask"],
+        mask=batch["completion_mask"],
+        position_ids=batch["position_ids"],
+        temperature=temperature,
+        return_outputs=True,
+        **inputs,
+    )
+    return stats.logprob, outputs
+
+
+def completion_mask(completion_ids: Tensor, end_token_ids: int | Sequence[int]) -> Tensor:
+    """Mark the tokens of each completion: all up to the first that ends it, and that token itself.
+
+    What follows is padding, even where the padding token is one that ends.
+
+    Args:
+        completion_ids: (B, T) integer.
+        end_token_ids: the token that ends a text, or several.
+
+    Returns:
+        (B, T) bool.
+    """
+    ended = _is_any(completion_ids, end_token_ids).long()
+    return ended.cumsum(1) - ended == 0
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """List the tokens that end a text: the tokenizer's, and those that the model declares."""
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
+
+
+def _is_any(ids: Tensor, values: int | Sequence[int]) -> Tensor:
+    return torch.isin(ids, torch.as_tensor(values, device=ids.device))
+
+
+def _generate(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    ends: list[int],
+    new_tokens: int,
+    temperature: float,
+) -> Tensor:
+    """Sample from softmax(logits / temperature) by `generate`: ids (B, prompt + completion)."""
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with _only_config(policy, config):
+        sequences: Tensor = policy.generate(**inputs)  # type: ignore[operator]
+        return sequences
+
+
+@contextmanager
+def adapters_off(model: PeftModel) -> Iterator[None]:
+    """Make a peft model what it was before its adapters: the reference."""
+    with warnings.catch_warnings():
+        # peft reads a property of the model that transformers has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        with model.disable_adapter():
+            yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off, and each module back to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _only_config(policy: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Make `config` the model's own: `generate` takes what a given one leaves open from there."""
+    owners = [policy, policy.get_base_model()] if isinstance(policy, PeftModel) else [policy]
+    before = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = config
+    try:
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.generation_config = own

@@ -1,0 +1,272 @@
+"""What surrounds the steps of every recipe: devices, checkpoints, logs and what is left at the end.
+
+A recipe makes a `Run`, lets it prepare what is trained, and loops over `run.steps(total)`:
+
+    run = Run("ppo", options)
+    policy, critic = run.train(policy, critic, learning_rate=1e-3, total=20)
+    for step in run.steps(20):
+        run.update(loss)          # backward, clip, optimizer, schedule
+        run.log(loss=loss, kl=kl)  # a point of the curve
+    run.finish(...)               # metrics.json
+
+By `accelerate launch` the same runs in several processes (data parallel), each on its own samples.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+import fastrlhf
+
+from .report import Report
+from .settings import RunOptions
+
+# What may differ between a run and the one that resumes it: none of it changes a figure.
+_FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
+
+
+def wait_asleep() -> None:
+    """Start this process again with threads that wait for each other asleep, not spinning.
+
+    PyTorch's many short parallel regions take several times as long where another process wants a
+    core and the threads spin. The library of threads reads its setting when it is loaded, which
+    `import torch` has done by now; so the same command line is executed once more.
+    """
+    if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+class Run:
+    """One run of a recipe, from its options to `metrics.json`."""
+
+    def __init__(self, name: str, options: RunOptions):
+        """Choose the device, seed all generators, and open the logs in the output folder."""
+        quiet_libraries()
+        transformers.logging.set_verbosity_error()
+        if options.device != "auto":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = options.device
+        self.name, self.options = name, options
+        self.output = Path(options.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(
+            cpu=options.device == "cpu", log_with="tensorboard", project_dir=self.output
+        )
+        self.accelerator.init_trackers(name, init_kwargs={"tensorboard": {"max_queue": 1}})
+        self.accelerator.register_for_checkpointing(self)
+        self.accelerator.register_save_state_pre_hook(self._save_trained)
+        self.accelerator.register_load_state_pre_hook(self._load_trained)
+        self.report = Report(quiet=not self.accelerator.is_main_process)
+        self.history: list[dict[str, float]] = []
+        self.done = 0
+        self.schedule: Any = None  # a recipe may take its steps without an optimizer
+        set_seed(options.seed)  # the same in all processes, for adapters and heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where models and batches go."""
+        return self.accelerator.device
+
+    @property
+    def processes(self) -> int:
+        """Count the processes that train together."""
+        return self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        """Number this process among them."""
+        return self.accelerator.process_index
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """Take this process's part of what all have, of equal length in each."""
+        each = len(items) // self.processes
+        return items[self.rank * each : (self.rank + 1) * each]
+
+    def mean(self, value: Tensor | float) -> float:
+        """Average a number over the processes."""
+        number = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        return self.accelerator.reduce(number, "mean").item()
+
+    def prepare(self, *models: nn.Module) -> list[Any]:
+        """Put models on the device, wrapped for data parallelism where there are more processes."""
+        return [self.accelerator.prepare(model) for model in models]
+
+    def train(self, *models: nn.Module, learning_rate: float, total: int) -> list[Any]:
+        """Prepare models, with AdamW on what of them requires a gradient, falling to 0 linearly."""
+        prepared = self.prepare(*models)
+        self.parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+        # Prepared by accelerate, the schedule would step once for every process.
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        return prepared
+
+    def steps(self, total: int, name: str = "Train") -> Iterator[int]:
+        """Count the steps that are left, from a checkpoint on if one is resumed.
+
+        After each step of the caller the learning rate falls, and a checkpoint is written if one is
+        due.
+        """
+        if self.options.resume:
+            self._resume()
+        else:
+            # From here on each process has samples of its own.
+            set_seed(self.options.seed, device_specific=True)
+        every = self.options.save_every
+        with self.report.phase(name, total, done=self.done) as advance:
+            while self.done < total:
+                yield self.done
+                if self.schedule is not None:
+                    self.schedule.step()
+                self.done += 1
+                figures = self.history[-1]
+                advance(1, describe(figures))
+                self.report.step(self.done, total, describe(figures))
+                if every and (self.done % every == 0 or self.done == total):
+                    self._save()
+
+    def update(self, loss: Tensor) -> None:
+        """Take one step of the optimizer down the gradient of the loss."""
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(
+            self.parameters, getattr(self.options, "max_grad_norm", 1.0)
+        )
+        self.optimizer.step()
+
+    def log(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Add a point to the curves, averaged over the processes."""
+        values = torch.stack(
+            [
+                torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
+                for v in figures.values()
+            ]
+        )
+        values = self.accelerator.reduce(values.to(self.device, torch.float32), "mean")
+        point = dict(zip(figures, values.tolist(), strict=True))
+        self.history.append(point)
+        self.accelerator.log(point, step=self.done + 1)
+
+    def finish(self, **metrics: Any) -> dict[str, Any]:
+        """Write `metrics.json`, and return what it holds."""
+        everything = {
+            "recipe": self.name,
+            "options": dataclasses.asdict(self.options),
+            "versions": versions(),
+            "seconds": self.report.seconds,
+            "peak_memory_bytes": peak_memory_of_process(self.device),
+            "training": self.history,
+            **metrics,
+        }
+        if self.accelerator.is_main_process:
+            text = json.dumps(everything, indent=2, default=str, ensure_ascii=False)
+            (self.output / "metrics.json").write_text(text + "\n", encoding="utf-8")
+            self.report.line(f"Curves and figures in {self.output}/")
+        self.accelerator.end_training()
+        self.accelerator.free_memory()
+        return everything
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint holds beside models, optimizer, schedule and random numbers."""
+        return {
+            "options": dataclasses.asdict(self.options),
+            "done": self.done,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back, if it is of a run with the same options."""
+        own = dataclasses.asdict(self.options)
+        for name, value in state["options"].items():
+            if name not in _FREE_TO_CHANGE and own.get(name) != value:
+                raise ValueError(
+                    f"--resume: the run in {self.output} has {name}={value}, this one "
+                    f"{name}={own.get(name)}; its curve could not go on as it was"
+                )
+        self.done, self.history = state["done"], state["history"]
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.output / "checkpoint"
+
+    def _save(self) -> None:
+        """Write a checkpoint beside the last one, and then put it in its place."""
+        unfinished = self.output / "checkpoint.unfinished"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self._checkpoint, ignore_errors=True)
+            unfinished.rename(self._checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        if not self._checkpoint.exists():
+            raise SystemExit(f"--resume: there is no checkpoint in {self.output}")
+        self.accelerator.load_state(str(self._checkpoint))
+        self.report.line(f"Resumed after step {self.done}")
+
+    def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        """Save what is trained, and not the frozen model below it, which accelerate would save."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            for index, model in enumerate(models):
+                torch.save(dict(self._trained(model)), Path(folder, f"trained_{index}.pt"))
+
+    def _load_trained(self, models: list[nn.Module], folder: str) -> None:
+        with torch.no_grad():
+            for index, model in enumerate(models):
+                file = Path(folder, f"trained_{index}.pt")
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+                for name, parameter in self._trained(model):
+                    parameter.copy_(saved[name])
+        models.clear()  # or accelerate would load them
+
+    def _trained(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.detach()
+
+
+def describe(figures: Mapping[str, float]) -> str:
+    """Write the figures of a step as one line."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+
+
+def quiet_libraries() -> None:
+    """Let bitsandbytes not warn, on import, of a kernel that nothing here would use."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def versions() -> dict[str, str]:
+    """Name the versions that figures depend on."""
+    packages = ("torch", "transformers", "peft", "accelerate", "vaderSentiment")
+    found = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "fastrlhf": fastrlhf.__version__, **found}
+
+
+def peak_memory_of_process(device: torch.device) -> int:
+    """Count the bytes that this process held at its peak: on the GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
