@@ -15,8 +15,12 @@ for name in ("transformers", "peft", "gguf", "vaderSentiment", "matplotlib", "ri
     pytest.importorskip(name)
 
 from support.compare import budget  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from support.recipe_models import (  # noqa: E402
+    EOS,
+    PEFT_READS_AN_OLD_NAME,
+    randomize_adapters,
+    write_tiny_model,
+)
 
 from fastrlhf.recipes import demo  # noqa: E402
 from fastrlhf.recipes.comparison import compare  # noqa: E402
@@ -29,10 +33,7 @@ from fastrlhf.recipes.sentiment import Pair, by_prompt, estimate, preference_pai
 from fastrlhf.recipes.settings import SamplingOptions  # noqa: E402
 
 CPU = torch.device("cpu")
-EOS = 0
-VALUED = ["good", "bad", "great", "awful", "happy", "sad", "love", "hate"]
-# peft reads a property of the model that transformers has renamed, at every switch of the adapters.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,34 +47,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers whose vocabulary has words that VADER knows."""
-    folder = tmp_path_factory.mktemp("model")
-    words = ["<eos>", "<unk>", "the", "film", "was", *VALUED]
-    # More rows than words: a vocabulary next to which the other tensors of the loss are small.
-    words += [f"filler{number}" for number in range(2000)]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():  # the words that VADER knows come up often
-        model.lm_head.weight[len(words) - 2000 :] *= 0.1
-        model.lm_head.weight[: len(words) - 2000] *= 40
-    model.save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def sample(prompt: list[int], completion: list[int], text: str = "") -> Sample:
@@ -209,9 +183,7 @@ def test_reference_is_the_model_without_its_adapters(model_folder: Path) -> None
     expected = (logprobs * batch.scored).sum(-1)
 
     model = add_adapters(base, rank=2)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(parameter)
+    randomize_adapters(model, std=1.0)
     data = PairData(model, pairs, pad_token_id=EOS, batch_size=2)
     together, reference = data.batch(torch.arange(3))
     torch.testing.assert_close(reference, expected, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from rich.table import Table
 from torch import Tensor
 
 from fastrlhf import (
@@ -22,6 +23,7 @@ from .memory import peak_memory
 from .preference import Batch
 from .sampling import Sample, padded
 
+_MIB = 2**20
 LossFunction = Callable[[Tensor, LMHead, Batch, Tensor, float], Tensor]
 
 
@@ -40,6 +42,34 @@ class Comparison(NamedTuple):
     logits_bytes: int  # of the logits (B, T, V), which the fused loss does not build
     fused_bytes: int
     plain_bytes: int
+
+    def table(self) -> Table:
+        """Lay out both losses, how far they are apart, and their memory."""
+        size = (
+            f"Loss and gradient from {self.dtype} hidden states {self.shape},\n"
+            f"whose logits over {self.vocabulary} tokens take "
+            f"{self.logits_bytes / _MIB:.1f} MiB"
+        )
+        table = Table("", "fused", "plain", "", title=size)
+        table.add_row(
+            "DPO loss",
+            f"{self.fused_loss:.7f}",
+            f"{self.plain_loss:.7f}",
+            f"difference {self.loss_difference:.1e}",
+        )
+        table.add_row(
+            "largest gradient",
+            f"{self.fused_gradient:.3e}",
+            f"{self.plain_gradient:.3e}",
+            f"largest difference {self.gradient_difference:.1e}",
+        )
+        table.add_row(
+            "peak memory",
+            f"{self.fused_bytes / _MIB:.1f} MiB",
+            f"{self.plain_bytes / _MIB:.1f} MiB",
+            f"{self.plain_bytes / self.fused_bytes:.2f} times less",
+        )
+        return table
 
 
 def fused_loss(

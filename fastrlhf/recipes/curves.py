@@ -42,14 +42,26 @@ def save_picture(
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    upper, outcome = list(figure.subfigures(2, 1, height_ratios=[1.1, 1]))
-    curves = upper.subplots(1, len(panels), squeeze=False).flat
-    for axes, panel in zip(curves, panels, strict=True):
-        _curve(axes, panel, history)
-    bars, bytes_, words = outcome.subplots(1, 3, width_ratios=[1, 1, 1.6])
-    _sentiment(bars, sentiment)
-    _memory(bytes_, memory)
-    _texts(words, *texts)
+    grid = figure.add_gridspec(2, 1, height_ratios=[1.1, 1])
+    curves = grid[0].subgridspec(1, len(panels))
+    for place, panel in enumerate(panels):
+        _curve(figure.add_subplot(curves[place]), panel, history)
+    outcome = grid[1].subgridspec(1, 3, width_ratios=[1, 1, 1.6])
+    _sentiment(figure.add_subplot(outcome[0]), sentiment)
+    _memory(figure.add_subplot(outcome[1]), memory)
+    _texts(figure.add_subplot(outcome[2]), *texts)
+    figure.savefig(path, dpi=120)
+
+
+def save_curves(
+    path: Path, title: str, panels: Sequence[Panel], history: Sequence[Mapping[str, float]]
+) -> None:
+    """Write a PNG of the curves alone."""
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for place, panel in enumerate(panels, start=1):
+        _curve(figure.add_subplot(1, len(panels), place), panel, history)
     figure.savefig(path, dpi=120)
 
 

@@ -19,10 +19,11 @@ from fastrlhf import model_dpo_loss
 
 from .comparison import compare
 from .curves import Panel
-from .evaluation import conclude, evaluate
+from .draws import draw
+from .evaluation import Evaluation, conclude, evaluate
 from .models import load_policy
 from .preference import PairData
-from .prompts import training_prompts
+from .prompts import TRAIN_PROMPTS
 from .run import Run, wait_asleep
 from .sampling import sample_completions
 from .sentiment import Pair, accuracy, preference_pairs
@@ -60,14 +61,18 @@ def train(options: DPOOptions) -> dict[str, Any]:
     """
     run = Run("dpo", options)
     policy, tokenizer = load_policy(run)
-    before = evaluate(run, policy, tokenizer, options, "before")
+
+    def judge(when: str) -> Evaluation:
+        return evaluate(run, policy, tokenizer, options, when)
+
+    before = judge("before")
     pairs = _collect_pairs(run, policy, tokenizer, options)
     with run.report.phase("Reference log-probs, adapters off"):
         data = PairData(
             policy, pairs, tokenizer.pad_token_id, options.batch_size, options.temperature
         )
     (model,) = run.train(policy, learning_rate=options.learning_rate, total=options.steps)
-    for step in run.steps(options.steps):
+    for step in run.steps(options.steps, judge):
         batch, reference = data.of_step(step, options.pairs_per_step, options.seed)
         losses, rewards = model_dpo_loss(
             model,
@@ -85,11 +90,11 @@ def train(options: DPOOptions) -> dict[str, Any]:
         run.update(losses.mean())
         margins = rewards[batch.chosen] - rewards[batch.rejected]
         run.log({"loss": losses.mean(), "accuracy": accuracy(margins), "margin": margins.mean()})
-    after = evaluate(run, policy, tokenizer, options, "after")
+    after = judge("after")
     with run.report.phase("Compare fused and plain loss"):
         few = torch.arange(min(8, len(pairs)))
         comparison = compare(policy, *data.batch(few), options.beta)
-    run.report.comparison(comparison)
+    run.report.console.print(comparison.table())
     panels = [
         Panel("DPO loss", "loss"),
         Panel("Pairs in order (a tie is half)", "accuracy", (0, 1.05)),
@@ -111,7 +116,7 @@ def _collect_pairs(
     run: Run, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, options: DPOOptions
 ) -> list[Pair]:
     """Sample completions two by two, and keep the pairs with a preference."""
-    drawn = training_prompts(0, options.draw_pairs * run.processes, options.seed)
+    drawn = draw(TRAIN_PROMPTS, 0, options.draw_pairs * run.processes, options.seed)
     prompts = [prompt for prompt in run.share(drawn) for _ in range(2)]
     with run.report.phase("Sample training completions", len(prompts)) as advance:
         samples = sample_completions(

@@ -1,11 +1,12 @@
 """What a policy does on held-out prompts: its reward, and how far it is from the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from rich.table import Table
 from torch import Tensor
 
 from fastrlhf import head_inputs, linear_kl_divergence
@@ -13,6 +14,7 @@ from fastrlhf import head_inputs, linear_kl_divergence
 from .comparison import logprob_memory
 from .curves import Panel, save_picture
 from .prompts import HELD_OUT_PROMPTS
+from .report import one_line
 from .rollout import Rollout, adapters_off, rollout
 from .run import Run
 from .sampling import Sample, samples_of
@@ -39,6 +41,17 @@ class Evaluation(NamedTuple):
     def divergence(self) -> list[float]:
         """Mean KL of each prompt's completions."""
         return by_prompt(self.samples, self.kl)
+
+    def figures(self) -> dict[str, float]:
+        """Give the means and their standard errors over prompts, as one flat row."""
+        reward, kl = estimate(self.reward), estimate(self.divergence)
+        return {
+            "reward": reward.mean,
+            "reward_error": reward.standard_error,
+            "kl": kl.mean,
+            "kl_error": kl.standard_error,
+            "ended": self.ended,
+        }
 
 
 @torch.no_grad()
@@ -137,22 +150,23 @@ def conclude(
     reward = compared(before.reward, after.reward)
     kl = estimate(after.divergence)
     rows = {"VADER": reward, "KL, nats a text": compared(before.divergence, after.divergence)}
-    run.report.outcome(
-        "Mean sentiment (VADER, -1 to 1) and KL to the reference", rows, len(before.reward)
-    )
-    run.report.example(before.samples[-1], after.samples[-1])
+    run.report.console.print(_table(rows, len(before.reward)))
+    old, new = before.samples[-1], after.samples[-1]
+    run.report.line(f"Prompt: {old.prompt}")
+    run.report.line(f"  before: …{one_line(old.completion)}")
+    run.report.line(f"  after:  …{one_line(new.completion)}")
     memory = logprob_memory(policy, after.samples[:8], tokenizer.pad_token_id)
     if run.accelerator.is_main_process:
         policy.save_pretrained(run.output / "adapter")
         tokenizer.save_pretrained(run.output / "adapter")
         save_picture(
             run.output / "curves.png",
-            f"{run.name}: {options.model or 'SmolLM2-135M-Instruct'}",
+            f"{run.name}: {run.model_name}",
             panels,
             run.history,
             reward,
             memory,
-            (before.samples[-1], after.samples[-1]),
+            (old, new),
         )
     return run.finish(
         sentiment=_asdict(reward),
@@ -165,6 +179,15 @@ def conclude(
         ],
         **further,
     )
+
+
+def _table(rows: Mapping[str, Comparison], prompts: int) -> Table:
+    title = "Mean sentiment (VADER, -1 to 1) and KL to the reference"
+    table = Table("", "before", "after", "difference", title=title)
+    for name, estimates in rows.items():
+        table.add_row(name, *(f"{mean:+.3f} ± {error:.3f}" for mean, error in estimates))
+    table.caption = f"± standard error over {prompts} held-out prompts"
+    return table
 
 
 def _asdict(comparison: Comparison) -> dict[str, dict[str, float]]:

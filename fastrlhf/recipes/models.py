@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .settings import AdapterOptions
+from .settings import LoraOptions
 
 if TYPE_CHECKING:
     from .run import Run
@@ -44,7 +44,7 @@ def bundled_model() -> Path | None:
 def load_policy(run: "Run") -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the model of a run's options with fresh adapters, and its tokenizer."""
     options = run.options
-    assert isinstance(options, AdapterOptions)
+    assert isinstance(options, LoraOptions)
     with run.report.phase("Load the model"):
         base, tokenizer = load_model(source_of(options.model), run.device)
         return add_adapters(base, options.lora_rank, options.lora_targets), tokenizer

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrlhf import model_token_stats, sequence_logprobs
 
+from .draws import draw
 from .rollout import adapters_off
 from .sampling import padded
 from .sentiment import Pair
@@ -85,11 +86,5 @@ class PairData:
         return self._collate(indices), self.reference[indices].T.reshape(-1)
 
     def of_step(self, step: int, pairs_per_step: int, seed: int) -> tuple[Batch, Tensor]:
-        """Take the pairs of a step: all in random order, pass after pass, and what is left over at
-        the end of a pass is left out.
-        """
-        size = min(pairs_per_step, len(self.pairs))
-        passes, place = divmod(step, len(self.pairs) // size)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + passes)
-        order = torch.randperm(len(self.pairs), generator=generator)
-        return self.batch(order[place * size : (place + 1) * size])
+        """Take the pairs of a step: all in random order, pass after pass."""
+        return self.batch(torch.tensor(draw(range(len(self.pairs)), step, pairs_per_step, seed)))

@@ -1,7 +1,5 @@
 """Openings of film reviews, neutral in tone, for a language model to finish; the split is fixed."""
 
-import torch
-
 TRAIN_PROMPTS: tuple[str, ...] = (
     "I went to see this film because",
     "The opening scene of the movie",
@@ -111,18 +109,3 @@ HELD_OUT_PROMPTS: tuple[str, ...] = (
     "The message of this movie",
     "I would describe this film as",
 )
-
-
-def training_prompts(step: int, count: int, seed: int) -> list[str]:
-    """Draw the prompts of a step: all of them in random order, then in another one, and so on.
-
-    They depend on nothing but the arguments, so a resumed run goes on where it was.
-    """
-    total = len(TRAIN_PROMPTS)
-    drawn = []
-    for number in range(step * count, (step + 1) * count):
-        passes, place = divmod(number, total)
-        # A seed of its own for each pass: seeds of neighbouring runs share none.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + passes)
-        drawn.append(TRAIN_PROMPTS[torch.randperm(total, generator=generator)[place]])
-    return drawn

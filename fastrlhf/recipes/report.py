@@ -1,18 +1,11 @@
 """What a recipe shows on the terminal, or in a file where its output is piped into one."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-from .comparison import Comparison
-from .sampling import Sample
-from .sentiment import Estimate
-
-_MIB = 2**20
 
 
 class Report:
@@ -60,48 +53,6 @@ class Report:
         """Print the figures of about ten steps of a run."""
         if number in (1, total) or number % max(1, round(total / 10)) == 0:
             self.line(f"  step {number:>{len(str(total))}}/{total}  {figures}")
-
-    def comparison(self, figures: Comparison) -> None:
-        """Print both losses, how far they are apart, and their memory."""
-        size = (
-            f"Loss and gradient from {figures.dtype} hidden states {figures.shape},\n"
-            f"whose logits over {figures.vocabulary} tokens take "
-            f"{figures.logits_bytes / _MIB:.1f} MiB"
-        )
-        table = Table("", "fused", "plain", "", title=size)
-        table.add_row(
-            "DPO loss",
-            f"{figures.fused_loss:.7f}",
-            f"{figures.plain_loss:.7f}",
-            f"difference {figures.loss_difference:.1e}",
-        )
-        table.add_row(
-            "largest gradient",
-            f"{figures.fused_gradient:.3e}",
-            f"{figures.plain_gradient:.3e}",
-            f"largest difference {figures.gradient_difference:.1e}",
-        )
-        table.add_row(
-            "peak memory",
-            f"{figures.fused_bytes / _MIB:.1f} MiB",
-            f"{figures.plain_bytes / _MIB:.1f} MiB",
-            f"{figures.plain_bytes / figures.fused_bytes:.2f} times less",
-        )
-        self.console.print(table)
-
-    def outcome(self, title: str, rows: Mapping[str, Sequence[Estimate]], prompts: int) -> None:
-        """Print means before and after, and their difference, with their standard errors."""
-        table = Table("", "before", "after", "difference", title=title)
-        for name, estimates in rows.items():
-            table.add_row(name, *(f"{mean:+.3f} ± {error:.3f}" for mean, error in estimates))
-        table.caption = f"± standard error over {prompts} held-out prompts"
-        self.console.print(table)
-
-    def example(self, before: Sample, after: Sample) -> None:
-        """Print two completions of one prompt."""
-        self.line(f"Prompt: {before.prompt}")
-        self.line(f"  before: …{one_line(before.completion)}")
-        self.line(f"  after:  …{one_line(after.completion)}")
 
 
 def one_line(text: str) -> str:

@@ -20,10 +20,10 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -53,6 +53,13 @@ def wait_asleep() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+class Judgement(Protocol):
+    """What an evaluation says in numbers."""
+
+    def figures(self) -> dict[str, float]:
+        """Name them."""
+
+
 class Run:
     """One run of a recipe, from its options to `metrics.json`."""
 
@@ -60,6 +67,7 @@ class Run:
         """Choose the device, seed all generators, and open the logs in the output folder."""
         quiet_libraries()
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         if options.device != "auto":
             os.environ["ACCELERATE_TORCH_DEVICE"] = options.device
         self.name, self.options = name, options
@@ -74,9 +82,15 @@ class Run:
         self.accelerator.register_load_state_pre_hook(self._load_trained)
         self.report = Report(quiet=not self.accelerator.is_main_process)
         self.history: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
         self.done = 0
         self.schedule: Any = None  # a recipe may take its steps without an optimizer
         set_seed(options.seed)  # the same in all processes, for adapters and heads
+
+    @property
+    def model_name(self) -> str:
+        """Name the model, without the folders that it lies in."""
+        return Path(self.options.model or "SmolLM2-135M-Instruct").name
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +117,10 @@ class Run:
         number = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         return self.accelerator.reduce(number, "mean").item()
 
+    def keep(self, model: nn.Module) -> None:
+        """Put what is trained of a model into checkpoints, where no optimizer of ours trains it."""
+        self.accelerator.prepare_model(model, evaluation_mode=True)
+
     def prepare(self, *models: nn.Module) -> list[Any]:
         """Put models on the device, wrapped for data parallelism where there are more processes."""
         return [self.accelerator.prepare(model) for model in models]
@@ -118,11 +136,11 @@ class Run:
         self.optimizer = self.accelerator.prepare(optimizer)
         return prepared
 
-    def steps(self, total: int, name: str = "Train") -> Iterator[int]:
+    def steps(self, total: int, judge: Callable[[str], Judgement] | None = None) -> Iterator[int]:
         """Count the steps that are left, from a checkpoint on if one is resumed.
 
-        After each step of the caller the learning rate falls, and a checkpoint is written if one is
-        due.
+        After each step of the caller the learning rate falls, `judge` is asked if `eval_every` says
+        so, and a checkpoint is written if one is due.
         """
         if self.options.resume:
             self._resume()
@@ -130,7 +148,8 @@ class Run:
             # From here on each process has samples of its own.
             set_seed(self.options.seed, device_specific=True)
         every = self.options.save_every
-        with self.report.phase(name, total, done=self.done) as advance:
+        judge_every = getattr(self.options, "eval_every", 0)
+        with self.report.phase("Train", total, done=self.done) as advance:
             while self.done < total:
                 yield self.done
                 if self.schedule is not None:
@@ -139,6 +158,9 @@ class Run:
                 figures = self.history[-1]
                 advance(1, describe(figures))
                 self.report.step(self.done, total, describe(figures))
+                if judge and judge_every and self.done % judge_every == 0 and self.done < total:
+                    figures = judge(f"step {self.done}").figures()
+                    self.evaluations.append({"step": self.done, **figures})
                 if every and (self.done % every == 0 or self.done == total):
                     self._save()
 
@@ -173,6 +195,7 @@ class Run:
             "seconds": self.report.seconds,
             "peak_memory_bytes": peak_memory_of_process(self.device),
             "training": self.history,
+            "evaluations": self.evaluations,
             **metrics,
         }
         if self.accelerator.is_main_process:
@@ -189,6 +212,7 @@ class Run:
             "options": dataclasses.asdict(self.options),
             "done": self.done,
             "history": self.history,
+            "evaluations": self.evaluations,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,6 +225,7 @@ class Run:
                     f"{name}={own.get(name)}; its curve could not go on as it was"
                 )
         self.done, self.history = state["done"], state["history"]
+        self.evaluations = state["evaluations"]
 
     @property
     def _checkpoint(self) -> Path:

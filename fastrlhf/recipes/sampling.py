@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .draws import draw
+from .prompts import TRAIN_PROMPTS
 from .rollout import Rollout, completion_mask, rollout
+from .run import Run
 from .settings import SamplingOptions
 
-__all__ = ["Sample", "completion_mask", "padded", "sample_completions", "samples_of"]
+__all__ = ["Sample", "completion_mask", "padded", "sample_completions", "sample_step", "samples_of"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,32 @@ def sample_completions(
             )
             advance(len(batch))
     return samples
+
+
+def sample_step(
+    run: Run,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: SamplingOptions,
+    step: int,
+    prompts: int,
+    each: int = 1,
+    hidden_states: bool = False,
+) -> Rollout:
+    """Sample what a step of training learns from: `each` completions of some training prompts.
+
+    Each process takes its part of the prompts of the step; the completions of one prompt stand one
+    after the other.
+    """
+    drawn = run.share(draw(TRAIN_PROMPTS, step, prompts * run.processes, options.seed))
+    return rollout(
+        policy,
+        tokenizer,
+        [prompt for prompt in drawn for _ in range(each)],
+        new_tokens=options.new_tokens,
+        temperature=options.temperature,
+        hidden_states=hidden_states,
+    )
 
 
 def samples_of(batch: Rollout) -> list[Sample]:

@@ -80,16 +80,23 @@ class EvaluationOptions(SamplingOptions):
 
     eval_prompts: Annotated[int, Bound(2)] = option(40, "held-out prompts, of 40")
     eval_completions: Positive = option(2, "completions of each of them")
+    eval_every: NonNegative = option(0, "steps between evaluations on the way; 0: none")
 
 
 @dataclass
-class AdapterOptions(RunOptions):
-    """How the policy is trained: AdamW on LoRA adapters."""
+class LoraOptions(RunOptions):
+    """What of the policy is trained."""
 
     lora_rank: Positive = option(16, "of the adapters")
     lora_targets: str | None = option(
         None, "all-linear, or a regular expression of layers; without it peft's choice"
     )
+
+
+@dataclass
+class AdapterOptions(LoraOptions):
+    """How it is trained, where AdamW does it."""
+
     learning_rate: PositiveFloat = option(1e-3, "of AdamW, falling to 0 linearly")
     max_grad_norm: PositiveFloat = option(1.0, "to which a longer gradient is cut")
 

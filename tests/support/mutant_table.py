@@ -2072,4 +2072,106 @@ MUTANTS = [
             "changes_no_result and grpo",
         ),
     ),
+    *_mutants(
+        "fastrlhf/recipes/rollout.py", "test_recipe_rollout.py",
+        (
+            "rollout: the model's own options of sampling stay",
+            "owner.generation_config = config", "pass",
+            "tempered_softmax",
+        ),
+        (
+            "rollout: the 50 likeliest tokens alone",
+            "top_k=0,", "top_k=50,",
+            "tempered_softmax and plain",
+        ),
+        (
+            "rollout: log-probs without the temperature",
+            "temperature=temperature,\n        return_outputs=True", "return_outputs=True",
+            "each_sequence_alone",
+        ),
+        (
+            "rollout: the end is no part of a completion",
+            "ended.cumsum(1) - ended == 0", "ended.cumsum(1) == 0",
+            "keeps_all_up_to",
+        ),
+        (
+            "rollout: dropout while scoring",
+            'with _evaluating(policy):\n        batch["logprobs"]',
+            'if True:\n        batch["logprobs"]',
+            "dropout_is_off",
+        ),
+        (
+            "rollout: positions count the padding",
+            "(attention.cumsum(-1) - 1).clamp(min=0)", "attention.cummax(-1).indices",
+            "laid_out",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/settings.py", "test_recipe_settings.py",
+        (
+            "settings: what is not a number is within bounds",
+            "if self.least < value < math.inf or", "if not value <= self.least or",
+            "beyond_a_bound and nan",
+        ),
+        (
+            "settings: what is unknown is dropped",
+            "    if rest:\n", "    if False:\n",
+            "unknown",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/run.py", "test_recipe_run.py",
+        (
+            "run: the weights of a checkpoint are not taken back",
+            "parameter.copy_(saved[name])", "pass",
+            "interrupted",
+        ),
+        (
+            "run: the learning rate starts again",
+            "self.accelerator.register_for_checkpointing(self.schedule)", "pass",
+            "random_numbers_go_on",
+        ),
+        (
+            "run: a checkpoint holds the frozen model",
+            "weights.clear()", "pass",
+            "what_is_trained_alone",
+        ),
+        (
+            "run: all processes have the samples of the first",
+            "set_seed(self.options.seed, device_specific=True)", "set_seed(self.options.seed)",
+            "two_processes",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/evaluation.py", "test_recipe_evaluation.py",
+        (
+            "evaluation: the KL of the reference to the policy",
+            "hidden[:, :-1],\n        head.weight,\n"
+            "        ref_hidden[:, :-1],\n        ref_head.weight",
+            "ref_hidden[:, :-1],\n        ref_head.weight,\n"
+            "        hidden[:, :-1],\n        head.weight",
+            "sum_over_the_vocabulary",
+        ),
+        (
+            "evaluation: training has other random numbers after it",
+            "torch.random.fork_rng(devices)", "torch.random.fork_rng(devices, enabled=False)",
+            "whenever",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/preference.py", "test_recipe_evaluation.py",
+        (
+            "preference: references of other sequences",
+            "self.reference[indices].T.reshape(-1)", "self.reference[indices].reshape(-1)",
+            "stay_with_their_pairs",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/draws.py", "test_recipe_evaluation.py",
+        (
+            "draws: the passes of neighbouring seeds are the same",
+            "seed * 1_000_003 + passes", "seed + passes",
+            "nothing_else",
+        ),
+    ),
 ]  # fmt: skip

@@ -1,0 +1,48 @@
+"""What predicts the return from each token on: a head on the policy, or a model of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification
+
+from .models import add_adapters, dense_folder
+
+
+class ValueHead(nn.Module):
+    """A linear layer on what enters the policy's head; the policy learns from its error too."""
+
+    def __init__(self, width: int):
+        """Start at 0: the first advantages are the returns themselves."""
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Value the states before input_ids[:, 1:]: (B, T-1), from hidden (B, T, H)."""
+        values: Tensor = self.linear(hidden.float())
+        return values[:, :-1, 0]
+
+
+class SeparateCritic(nn.Module):
+    """A copy of the model with LoRA adapters and a value head of its own."""
+
+    def __init__(self, source: str, rank: int, targets: str | None, device: torch.device):
+        """Load the model in fp32 with one label a token, and put adapters on it."""
+        super().__init__()
+        model = AutoModelForTokenClassification.from_pretrained(
+            dense_folder(source), num_labels=1, dtype=torch.float32
+        )
+        nn.init.zeros_(model.score.weight)
+        self.model = add_adapters(model.to(device), rank, targets, task="TOKEN_CLS")
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Value the states before input_ids[:, 1:]: (B, T-1); the policy's states are not used."""
+        logits: Tensor = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+        ).logits
+        return logits[:, :-1, 0].float()

@@ -1,0 +1,136 @@
+"""Group relative policy optimization: `python -m fastrlhf.recipes.grpo --loss-type dapo`.
+
+No critic: several completions of one prompt are each other's baseline (arXiv:2402.03300). The
+members of the family (GRPO, BNPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO) are options of one loss.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+from fastrlhf import group_advantages, grpo_options, model_policy_loss
+
+from .curves import Panel
+from .evaluation import Evaluation, conclude, evaluate
+from .models import load_policy
+from .rewards import scorer
+from .rollout import Rollout
+from .run import Run, wait_asleep
+from .sampling import sample_step
+from .settings import (
+    AdapterOptions,
+    EvaluationOptions,
+    NonNegativeFloat,
+    Positive,
+    option,
+    parse,
+)
+
+
+@dataclass
+class GRPOOptions(EvaluationOptions, AdapterOptions):
+    """What GRPO and its family can be told."""
+
+    steps: Positive = option(14, "rounds of sampling and learning")
+    prompts_per_step: Positive = option(5, "prompts of each process in one step")
+    group_size: Positive = option(8, "completions of each prompt")
+    iterations: Positive = option(1, "updates on the samples of a step")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = option(
+        "grpo", "which member of the family"
+    )
+    reward: str = option("vader", "vader, or the output folder of the recipe reward")
+    kl_coef: NonNegativeFloat = option(0.04, "of the KL to the reference, estimated by k3")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe with command-line arguments, and return what its `metrics.json` holds."""
+    return train(parse(GRPOOptions, arguments, "grpo", __doc__ or ""))
+
+
+def train(options: GRPOOptions) -> dict[str, Any]:
+    """Run the recipe; see the module."""
+    run = Run("grpo", options)
+    policy, tokenizer = load_policy(run)
+    reward = scorer(options.reward, run.device, options.batch_size)
+
+    def judge(when: str) -> Evaluation:
+        return evaluate(run, policy, tokenizer, options, when)
+
+    before = judge("before")
+    (model,) = run.train(policy, learning_rate=options.learning_rate, total=options.steps)
+    for step in run.steps(options.steps, judge):
+        batch = sample_step(
+            run, policy, tokenizer, options, step, options.prompts_per_step, options.group_size
+        )
+        scores = reward(batch)
+        groups = torch.arange(options.prompts_per_step, device=run.device)
+        advantages = group_advantages(
+            scores,
+            groups.repeat_interleave(options.group_size),
+            kind="dr_grpo" if options.loss_type == "dr_grpo" else "grpo",
+        )
+        for _ in range(options.iterations):
+            loss, metrics = grpo_loss(run, model, batch, advantages, options)
+            run.update(loss)
+        run.log(
+            {
+                "reward": scores.mean(),
+                "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(-1).mean(),
+                "loss": loss,
+                "entropy": metrics["entropy"],
+                "clipped": metrics["clip_ratio/region_mean"],
+                "equal_groups": _share_of_equal_groups(scores, options.group_size),
+            }
+        )
+    panels = [
+        Panel(f"Reward of the samples ({options.reward})", "reward"),
+        Panel("KL to the reference, nats a text", "kl"),
+        Panel("Entropy, nats a token", "entropy"),
+        Panel("Groups of equal rewards", "equal_groups", (0, 1)),
+    ]
+    return conclude(run, policy, tokenizer, before, judge("after"), panels)
+
+
+def grpo_loss(
+    run: Run, model: nn.Module, batch: Rollout, advantages: Tensor, options: GRPOOptions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the loss inside the model's own forward."""
+    choice: dict[str, Any] = grpo_options(options.loss_type, kl_coef=options.kl_coef)
+    if options.loss_type == "dr_grpo":
+        choice["normalizer"] = float(len(advantages) * options.new_tokens)
+    elif choice["reduction"] == "token-mean":
+        # Of all processes' tokens, for the gradient is the mean of the processes'.
+        choice["normalizer"] = run.mean(batch["completion_mask"].sum())
+    result: tuple[Tensor, dict[str, Tensor]] = model_policy_loss(
+        model,
+        batch["input_ids"],
+        batch["attention_mask"],
+        batch["logprobs"],
+        advantages,
+        mask=batch["completion_mask"],
+        ref_logprobs=batch["ref_logprobs"],
+        entropy=True,
+        temperature=options.temperature,
+        position_ids=batch["position_ids"],
+        **choice,
+    )
+    return result
+
+
+def _share_of_equal_groups(scores: Tensor, size: int) -> Tensor:
+    """Tell how many groups teach nothing, since all their rewards are the same."""
+    grouped = scores.view(-1, size)
+    return (grouped.amax(1) == grouped.amin(1)).float().mean()
+
+
+if __name__ == "__main__":
+    wait_asleep()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

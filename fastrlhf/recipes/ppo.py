@@ -1,0 +1,214 @@
+"""Proximal policy optimization: `python -m fastrlhf.recipes.ppo`.
+
+RLHF as InstructGPT has it (arXiv:2203.02155; PPO: 1707.06347; the adaptive penalty: 1909.08593):
+four models, of which LoRA lets one do for three. The policy writes, the reference is the policy
+with its adapters off, the critic is a head on the policy's hidden states (or `--separate-critic`),
+and the reward is VADER or the model of the recipe `reward` (`--reward FOLDER`).
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+from fastrlhf import gae, model_policy_loss, shaped_rewards, value_loss, whiten
+
+from .critics import SeparateCritic, ValueHead
+from .curves import Panel
+from .evaluation import Evaluation, conclude, evaluate
+from .models import load_policy, source_of
+from .rewards import scorer
+from .rollout import Rollout
+from .run import Run, wait_asleep
+from .sampling import sample_step
+from .settings import (
+    AdapterOptions,
+    EvaluationOptions,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    option,
+    parse,
+)
+
+
+@dataclass
+class PPOOptions(EvaluationOptions, AdapterOptions):
+    """What PPO can be told."""
+
+    steps: Positive = option(14, "rounds of sampling and learning")
+    completions_per_step: Positive = option(32, "that each process samples in a step")
+    epochs: Positive = option(2, "passes over the samples of a step")
+    minibatches: Positive = option(2, "updates in a pass")
+    reward: str = option("vader", "vader, or the output folder of the recipe reward")
+    truncation_penalty: NonNegativeFloat = option(0.0, "taken off the score of a cut completion")
+    separate_critic: bool = option(False, "a value model of its own, not a head on the policy")
+    kl_coef: NonNegativeFloat = option(0.05, "of log π/π_ref in the rewards, at first")
+    kl_target: PositiveFloat | None = option(None, "nats a text, to which kl_coef adapts")
+    kl_gain: PositiveFloat = option(0.1, "how fast it adapts: K_β of 1909.08593")
+    kl_stop: PositiveFloat | None = option(
+        0.1, "nats a token from the samples' policy: go on to the next step"
+    )
+    clip_range: PositiveFloat = option(0.2, "of the ratio")
+    value_clip: PositiveFloat = option(0.2, "of the change of a value")
+    value_coef: NonNegativeFloat = option(0.1, "of the value loss")
+    gamma: PositiveFloat = option(1.0, "discount")
+    lam: PositiveFloat = option(0.95, "λ of generalized advantage estimation")
+
+
+class AdaptiveKL:
+    """The coefficient that steers the KL towards a target (1909.08593, section 2.2)."""
+
+    def __init__(self, coefficient: float, target: float | None, gain: float):
+        self.coefficient, self.target, self.gain = coefficient, target, gain
+
+    def update(self, kl: float) -> None:
+        """Multiply by 1 + K·clip(KL/target - 1, ±0.2)."""
+        if self.target is not None:
+            self.coefficient *= 1 + self.gain * min(0.2, max(-0.2, kl / self.target - 1))
+
+    def state_dict(self) -> dict[str, float]:
+        """Give what a checkpoint holds."""
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take it back."""
+        self.coefficient = state["coefficient"]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe with command-line arguments, and return what its `metrics.json` holds."""
+    return train(parse(PPOOptions, arguments, "ppo", __doc__ or ""))
+
+
+def train(options: PPOOptions) -> dict[str, Any]:
+    """Run the recipe; see the module."""
+    run = Run("ppo", options)
+    policy, tokenizer = load_policy(run)
+    reward = scorer(options.reward, run.device, options.batch_size)
+    penalty = AdaptiveKL(options.kl_coef, options.kl_target, options.kl_gain)
+    run.accelerator.register_for_checkpointing(penalty)
+
+    def judge(when: str) -> Evaluation:
+        return evaluate(run, policy, tokenizer, options, when)
+
+    before = judge("before")
+    actor, critic = run.train(
+        policy,
+        _critic(options, policy, run.device),
+        learning_rate=options.learning_rate,
+        total=options.steps,
+    )
+    for step in run.steps(options.steps, judge):
+        batch = sample_step(
+            run, policy, tokenizer, options, step, options.completions_per_step, hidden_states=True
+        )
+        scores = reward(batch) - options.truncation_penalty * batch["truncated"].float()
+        data = ppo_targets(batch, scores, critic, penalty.coefficient, options)
+        figures = learn(run, actor, critic, data, options)
+        kl = run.mean((batch["logprobs"] - batch["ref_logprobs"]).sum(-1).mean())
+        penalty.update(kl)
+        run.log({"reward": scores.mean(), "kl": kl, "kl_coef": penalty.coefficient, **figures})
+    panels = [
+        Panel(f"Reward of the samples ({options.reward})", "reward"),
+        Panel("KL to the reference, nats a text", "kl"),
+        Panel("Value loss", "value_loss"),
+        Panel("Entropy, nats a token", "entropy"),
+    ]
+    return conclude(run, policy, tokenizer, before, judge("after"), panels)
+
+
+@torch.no_grad()
+def ppo_targets(
+    batch: Rollout, scores: Tensor, critic: nn.Module, kl_coef: float, options: PPOOptions
+) -> dict[str, Tensor]:
+    """Add values, advantages and returns to what was sampled; scores (B,)."""
+    keep = batch["completion_mask"][:, 1:]
+    values = critic(batch["hidden_states"], batch)
+    rewards = shaped_rewards(
+        scores, batch["logprobs"], batch["ref_logprobs"], keep, kl_coef=kl_coef
+    )
+    advantages, returns = gae(rewards, values, keep, gamma=options.gamma, lam=options.lam)
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    tensors.pop("hidden_states")
+    return tensors | {
+        "values": values,
+        "advantages": whiten(advantages, keep),
+        "returns": returns,
+    }
+
+
+def learn(
+    run: Run, policy: nn.Module, critic: nn.Module, data: dict[str, Tensor], options: PPOOptions
+) -> dict[str, float]:
+    """Go over the samples in minibatches, until the policy is too far from what made them."""
+    figures: list[dict[str, Tensor]] = []
+    for _ in range(options.epochs):
+        for part in minibatches(data, options.minibatches):
+            loss, metrics = ppo_loss(policy, critic, part, options)
+            run.update(loss)
+            figures.append(metrics)
+        moved = run.mean(torch.stack([one["approx_kl"] for one in figures]).mean())
+        if options.kl_stop is not None and moved > options.kl_stop:
+            break
+    means = {name: torch.stack([one[name] for one in figures]).mean().item() for name in figures[0]}
+    return means | {"updates": float(len(figures))}
+
+
+def ppo_loss(
+    policy: nn.Module, critic: nn.Module, part: dict[str, Tensor], options: PPOOptions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the clipped policy loss inside the model's own forward, and the value loss."""
+    mask = part["completion_mask"]
+    loss, metrics, outputs = model_policy_loss(
+        policy,
+        part["input_ids"],
+        part["attention_mask"],
+        part["logprobs"],
+        part["advantages"],
+        mask=mask,
+        entropy=True,
+        temperature=options.temperature,
+        clip_low=options.clip_range,
+        clip_high=options.clip_range,
+        position_ids=part["position_ids"],
+        return_outputs=True,
+        output_hidden_states=True,
+    )
+    values = critic(outputs.hidden_states[-1], part)
+    error, _ = value_loss(
+        values, part["values"], part["returns"], mask[:, 1:], clip_range=options.value_clip
+    )
+    return loss + options.value_coef * error, {
+        "policy_loss": loss.detach(),
+        "value_loss": error.detach(),
+        "entropy": metrics["entropy"],
+        "approx_kl": metrics["policy/approxkl_avg"],
+        "clipped": metrics["clip_ratio/region_mean"],
+    }
+
+
+def minibatches(data: dict[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
+    """Cut the sequences, in random order, into parts of about the same size."""
+    rows = torch.randperm(len(data["input_ids"]))
+    for part in rows.chunk(count):
+        yield {name: value[part] for name, value in data.items()}
+
+
+def _critic(options: PPOOptions, policy: nn.Module, device: torch.device) -> nn.Module:
+    if options.separate_critic:
+        source = source_of(options.model)
+        return SeparateCritic(source, options.lora_rank, options.lora_targets, device)
+    return ValueHead(cast(Any, policy).config.get_text_config().hidden_size).to(device)
+
+
+if __name__ == "__main__":
+    wait_asleep()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,212 @@
+"""A reward model, the second step of RLHF: `python -m fastrlhf.recipes.reward`.
+
+The language model writes k completions of each prompt, VADER ranks them, and a sequence classifier
+with one score, the same model in 4 bits with LoRA adapters (QLoRA, arXiv:2305.14314), learns the
+order: by Bradley and Terry from pairs, by Plackett and Luce from longer rankings (`--completions
+4`). It never sees VADER's numbers, unless a margin is asked for. Rankings of held-out prompts tell
+how often it is right.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+from fastrlhf import plackett_luce_loss, reward_loss
+
+from .curves import Panel, save_curves
+from .draws import draw
+from .models import add_adapters, load_model, load_reward_model, source_of
+from .prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
+from .rewards import RewardModel
+from .run import Run, wait_asleep
+from .sampling import Sample, sample_completions
+from .sentiment import accuracy, estimate, sentiments
+from .settings import (
+    AdapterOptions,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    SamplingOptions,
+    option,
+    parse,
+)
+
+
+@dataclass
+class RewardOptions(SamplingOptions, AdapterOptions):
+    """What training a reward model can be told."""
+
+    steps: Positive = option(24, "of the optimizer")
+    rankings_per_step: Positive = option(8, "rankings of each process in one step")
+    completions: Positive = option(2, "k, completions in a ranking: 2 are a pair")
+    draw_rankings: Positive = option(192, "rankings that are sampled, ties included")
+    eval_rankings: Positive = option(80, "the same, of held-out prompts")
+    minimal_gap: PositiveFloat = option(0.3, "in VADER's score, below which there is a tie")
+    margin: NonNegativeFloat = option(0.0, "of a pair's scores, a unit of VADER (2307.09288)")
+    center_coef: NonNegativeFloat = option(0.01, "of the pull of a pair's scores towards 0")
+    quantize: bool = option(True, "the frozen weights in 4 bits, by bitsandbytes")
+
+    def __post_init__(self) -> None:
+        """Check what depends on more than one number."""
+        super().__post_init__()
+        if self.completions < 2:
+            raise ValueError("argument --completions: expected 2 or more, for there is an order")
+        if self.completions > 2 and self.margin > 0:
+            raise ValueError("argument --margin: is of pairs, --completions 2")
+
+
+class Ranking(NamedTuple):
+    """Completions of one prompt, the kindest first, and VADER's scores of them."""
+
+    samples: list[Sample]
+    sentiment: list[float]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe with command-line arguments, and return what its `metrics.json` holds."""
+    return train(parse(RewardOptions, arguments, "reward", __doc__ or ""))
+
+
+def train(options: RewardOptions) -> dict[str, Any]:
+    """Run the recipe; see the module.
+
+    Raises:
+        ValueError: the completions of no prompt differ enough in sentiment.
+    """
+    run = Run("reward", options)
+    source = source_of(options.model)
+    training, held_out, tokenizer = collect(run, source, options)
+    with run.report.phase("Load the reward model"):
+        base = load_reward_model(source, run.device, options.quantize)
+        model = add_adapters(base, options.lora_rank, options.lora_targets, task="SEQ_CLS")
+    reward = RewardModel(model, tokenizer.pad_token_id, mean=0.0, deviation=1.0)
+    before = judge(run, reward, held_out, options, "before")
+    (reward.model,) = run.train(model, learning_rate=options.learning_rate, total=options.steps)
+    for step in run.steps(options.steps):
+        batch = draw(training, step, options.rankings_per_step, options.seed)
+        loss, figures = loss_of(reward, batch, options)
+        run.update(loss)
+        run.log({"loss": loss, **figures})
+    reward.model = model
+    after = judge(run, reward, held_out, options, "after")
+    with run.report.phase("Normalise the scores"):
+        some = [sample for one in training[: options.eval_rankings] for sample in one.samples]
+        scores = reward.scores(some, options.batch_size)
+        reward.mean, reward.deviation = scores.mean().item(), scores.std().item()
+    run.report.line(
+        f"Held-out pairs in order: {before['accuracy']:.3f} ± {before['error']:.3f} before, "
+        f"{after['accuracy']:.3f} ± {after['error']:.3f} after; correlation of score and VADER "
+        f"{after['correlation']:+.2f}"
+    )
+    if run.accelerator.is_main_process:
+        reward.save(run.output, source, options.quantize, tokenizer)
+        panels = [
+            Panel("Loss", "loss"),
+            Panel("Pairs in order (a tie is half)", "accuracy", (0, 1.05)),
+        ]
+        title = f"reward: {run.model_name}, {len(training)} rankings of {options.completions}"
+        save_curves(run.output / "curves.png", title, panels, run.history)
+    return run.finish(
+        rankings={"training": len(training), "held out": len(held_out)},
+        held_out={"before": before, "after": after},
+    )
+
+
+def collect(
+    run: Run, source: str, options: RewardOptions
+) -> tuple[list[Ranking], list[Ranking], Any]:
+    """Let the language model write, and rank what it wrote; training and held-out rankings."""
+    with run.report.phase("Load the language model"):
+        policy, tokenizer = load_model(source, run.device)
+    rankings = []
+    for name, prompts, count, seed in (
+        ("training", TRAIN_PROMPTS, options.draw_rankings, 0),
+        ("held-out", HELD_OUT_PROMPTS, options.eval_rankings, 1_000_000),
+    ):
+        drawn = run.share(draw(prompts, 0, count * run.processes, options.seed))
+        texts = [prompt for prompt in drawn for _ in range(options.completions)]
+        with run.report.phase(f"Sample {name} completions", len(texts)) as advance:
+            samples = sample_completions(
+                policy, tokenizer, texts, options, seed + options.seed + 7919 * run.rank, advance
+            )
+        rankings.append(ranked(samples, options.completions, options.minimal_gap))
+        run.report.line(f"  {len(rankings[-1])} of {len(drawn)} {name} rankings have an order")
+        if not rankings[-1]:
+            raise ValueError(f"no {name} completions of a prompt differ enough in sentiment")
+    return rankings[0], rankings[1], tokenizer
+
+
+def ranked(samples: Sequence[Sample], size: int, minimal_gap: float) -> list[Ranking]:
+    """Order each `size` completions by sentiment, and drop what is too close to a better one."""
+    scores = sentiments(samples)
+    rankings = []
+    for first in range(0, len(samples), size):
+        kept: list[int] = []
+        for index in sorted(range(first, first + size), key=scores.__getitem__, reverse=True):
+            if not kept or scores[kept[-1]] - scores[index] >= minimal_gap:
+                kept.append(index)
+        if len(kept) > 1:
+            rankings.append(Ranking([samples[i] for i in kept], [scores[i] for i in kept]))
+    return rankings
+
+
+def loss_of(
+    reward: RewardModel, batch: list[Ranking], options: RewardOptions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the mean loss of a batch of rankings, and how many of their pairs are in order."""
+    scores = reward.raw([sample for ranking in batch for sample in ranking.samples])
+    sizes = torch.tensor([len(ranking.samples) for ranking in batch], device=scores.device)
+    if options.completions == 2:
+        pairs = scores.view(-1, 2)
+        gaps = scores.new_tensor([ranking.sentiment[0] - ranking.sentiment[1] for ranking in batch])
+        losses, _ = reward_loss(
+            pairs[:, 0],
+            pairs[:, 1],
+            margin=options.margin * gaps,
+            center_coef=options.center_coef,
+        )
+    else:
+        groups = torch.arange(len(batch), device=scores.device).repeat_interleave(sizes)
+        # The samples of a ranking lie best first, so their order is their rank.
+        losses = plackett_luce_loss(scores, groups, torch.arange(len(scores), device=scores.device))
+    parts = scores.detach().split(sizes.tolist())
+    in_order = torch.stack([pairs_in_order(part) for part in parts]).mean()
+    return losses.mean(), {"accuracy": in_order, "score": scores.detach().mean()}
+
+
+def pairs_in_order(scores: Tensor) -> Tensor:
+    """Share of a ranking's pairs, best first, whose better one has the higher score."""
+    return accuracy(torch.stack([a - b for a, b in combinations(scores, 2)]))
+
+
+def judge(
+    run: Run, reward: RewardModel, rankings: list[Ranking], options: RewardOptions, when: str
+) -> dict[str, float]:
+    """Measure accuracy on held-out rankings, with its standard error over prompts."""
+    samples = [sample for ranking in rankings for sample in ranking.samples]
+    sentiment = torch.tensor([s for ranking in rankings for s in ranking.sentiment])
+    with run.report.phase(f"Score held-out completions, {when}"):
+        scores = reward.scores(samples, options.batch_size)
+    by_prompt: dict[str, list[float]] = {}
+    for ranking, part in zip(
+        rankings, scores.split([len(r.samples) for r in rankings]), strict=True
+    ):
+        by_prompt.setdefault(ranking.samples[0].prompt, []).append(pairs_in_order(part).item())
+    accuracy_, error = estimate([mean(values) for values in by_prompt.values()])
+    correlation = torch.corrcoef(torch.stack((scores.cpu(), sentiment)))[0, 1].item()
+    return {"accuracy": accuracy_, "error": error, "correlation": correlation}
+
+
+if __name__ == "__main__":
+    wait_asleep()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,82 @@
+"""Who judges a completion: VADER itself, or the reward model of an earlier run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from .models import load_reward_model, load_tokenizer
+from .rollout import Rollout
+from .sampling import Sample, padded, samples_of
+from .sentiment import vader
+
+Scorer = Callable[[Rollout], Tensor]
+_FACTS = "reward.json"
+
+
+def scorer(reward: str, device: torch.device, batch_size: int) -> Scorer:
+    """Make what gives each completion of a rollout its score (B,).
+
+    Args:
+        reward: "vader", or the output folder of the recipe `reward`.
+        device: where a reward model goes.
+        batch_size: sequences that it scores at once.
+
+    Raises:
+        ValueError: there is no reward model in that folder.
+    """
+    if reward == "vader":
+        return lambda batch: torch.tensor(vader(batch["completions"]), device=device)
+    model = RewardModel.load(reward, device)
+
+    return lambda batch: model.scores(samples_of(batch), batch_size)
+
+
+class RewardModel:
+    """A sequence classifier with one score, shifted and scaled to mean 0 and deviation 1.
+
+    Bradley-Terry leaves the zero of a reward open, and its scale is that of the confidence in the
+    preferences; normalised, a coefficient of a KL penalty means the same for every reward model.
+    """
+
+    def __init__(self, model: PeftModel, pad_token_id: int, mean: float, deviation: float):
+        self.model, self.pad_token_id = model, pad_token_id
+        self.mean, self.deviation = mean, deviation
+
+    def raw(self, samples: list[Sample]) -> Tensor:
+        """Score sequences (B,) as the model does, with gradients if they are on."""
+        ids, attention, _ = padded(samples, self.pad_token_id)
+        logits: Tensor = self.model(input_ids=ids, attention_mask=attention).logits
+        return logits[:, 0].float()
+
+    @torch.no_grad()
+    def scores(self, samples: list[Sample], batch_size: int) -> Tensor:
+        """Score sequences (B,), normalised, so many at a time."""
+        parts = range(0, len(samples), batch_size)
+        raw = [self.raw(samples[start : start + batch_size]) for start in parts]
+        return (torch.cat(raw) - self.mean) / self.deviation
+
+    def save(self, folder: Path, base: str, quantize: bool, tokenizer: Any) -> None:
+        """Write the adapters, the head of the score, and what `load` needs to know."""
+        self.model.save_pretrained(folder / "adapter")
+        tokenizer.save_pretrained(folder / "adapter")
+        facts = {"base": base, "quantize": quantize, "mean": self.mean, "deviation": self.deviation}
+        (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str, device: torch.device) -> "RewardModel":
+        """Read what `save` wrote."""
+        file = Path(folder, _FACTS)
+        if not file.exists():
+            raise ValueError(
+                f"reward: expected vader or a folder of the recipe reward, {folder} has no {_FACTS}"
+            )
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        base = load_reward_model(facts["base"], device, facts["quantize"])
+        model = PeftModel.from_pretrained(base, Path(folder, "adapter")).eval()
+        pad = load_tokenizer(facts["base"]).pad_token_id
+        return cls(model, pad, facts["mean"], facts["deviation"])

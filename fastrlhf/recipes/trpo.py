@@ -1,0 +1,129 @@
+"""Trust region policy optimization: `python -m fastrlhf.recipes.trpo --max-kl 0.02`.
+
+Each step follows the natural gradient as far as an exact bound on KL(old ‖ new) allows, over the
+whole vocabulary and averaged over tokens (arXiv:1502.05477). Nothing else holds the policy: no
+clipping, no penalty, no learning rate. Several completions of one prompt are each other's baseline.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+from fastrlhf import TrustRegionInfo, group_advantages, lm_head, trpo_step
+
+from .curves import Panel
+from .evaluation import Evaluation, conclude, evaluate
+from .models import load_policy
+from .rewards import scorer
+from .rollout import Rollout
+from .run import Run, wait_asleep
+from .sampling import sample_step
+from .settings import (
+    EvaluationOptions,
+    LoraOptions,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    option,
+    parse,
+)
+
+
+@dataclass
+class TRPOOptions(EvaluationOptions, LoraOptions):
+    """What TRPO can be told."""
+
+    steps: Positive = option(8, "rounds of sampling and one step of the policy")
+    prompts_per_step: Positive = option(4, "prompts of each process in one step")
+    group_size: Positive = option(8, "completions of each prompt")
+    reward: str = option("vader", "vader, or the output folder of the recipe reward")
+    max_kl: PositiveFloat = option(0.02, "δ, nats a token, that a step may move the policy")
+    cg_iterations: Positive = option(6, "products with the Fisher matrix for a direction")
+    damping: NonNegativeFloat = option(0.1, "λ, added to that matrix")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe with command-line arguments, and return what its `metrics.json` holds."""
+    return train(parse(TRPOOptions, arguments, "trpo", __doc__ or ""))
+
+
+def train(options: TRPOOptions) -> dict[str, Any]:
+    """Run the recipe; see the module."""
+    run = Run("trpo", options)
+    policy, tokenizer = load_policy(run)
+    reward = scorer(options.reward, run.device, options.batch_size)
+
+    def judge(when: str) -> Evaluation:
+        return evaluate(run, policy, tokenizer, options, when)
+
+    before = judge("before")
+    run.keep(policy)
+    for step in run.steps(options.steps, judge):
+        batch = sample_step(
+            run, policy, tokenizer, options, step, options.prompts_per_step, options.group_size
+        )
+        scores = reward(batch)
+        groups = torch.arange(options.prompts_per_step, device=run.device)
+        advantages = group_advantages(scores, groups.repeat_interleave(options.group_size))
+        info = natural_step(policy, batch, advantages, options)
+        run.log(
+            {
+                "reward": scores.mean(),
+                "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(-1).mean(),
+                "step_kl": info.kl,
+                "gain": info.surrogate,
+                "accepted": float(info.accepted),
+                "backtracks": float(info.backtracks),
+            }
+        )
+    panels = [
+        Panel(f"Reward of the samples ({options.reward})", "reward"),
+        Panel("KL to the reference, nats a text", "kl"),
+        Panel(f"KL of the step, nats a token (bound {options.max_kl:g})", "step_kl"),
+        Panel("Steps halved back", "backtracks"),
+    ]
+    return conclude(run, policy, tokenizer, before, judge("after"), panels)
+
+
+def natural_step(
+    policy: PeftModel, batch: Rollout, advantages: Tensor, options: TRPOOptions
+) -> TrustRegionInfo:
+    """Take one step of the adapters; the logits are never built. Processes take it together."""
+    backbone = policy.get_base_model().base_model
+
+    def hidden_states() -> Tensor:
+        outputs = backbone(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        )
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden[:, :-1]
+
+    return trpo_step(
+        policy=hidden_states,
+        params=[parameter for parameter in policy.parameters() if parameter.requires_grad],
+        targets=batch["input_ids"][:, 1:],
+        advantages=advantages,
+        mask=batch["completion_mask"][:, 1:],
+        max_kl=options.max_kl,
+        cg_iterations=options.cg_iterations,
+        damping=options.damping,
+        temperature=options.temperature,
+        head=lm_head(policy),
+    )
+
+
+if __name__ == "__main__":
+    wait_asleep()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,559 @@
+"""What a rollout holds beside what plain transformers say of it, one sequence at a time."""
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+for name in ("transformers", "peft", "tokenizers"):
+    pytest.importorskip(name)
+
+from support import tiny_models  # noqa: E402
+from support.compare import assert_as_accurate, budget  # noqa: E402
+from support.recipe_models import (  # noqa: E402
+    EOS,
+    PEFT_READS_AN_OLD_NAME,
+    VALUED,
+    WORDS,
+    plain_logits_one_by_one,
+    randomize_adapters,
+    write_tiny_model,
+)
+from torch import Tensor, nn  # noqa: E402
+from transformers import GenerationConfig, LlamaForTokenClassification  # noqa: E402
+
+from fastrlhf import model_policy_loss  # noqa: E402
+from fastrlhf.recipes.models import add_adapters, load_model  # noqa: E402
+from fastrlhf.recipes.rollout import (  # noqa: E402
+    Rollout,
+    adapters_off,
+    completion_mask,
+    end_tokens,
+    rollout,
+    token_logprobs,
+)
+
+pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+# Of 1 to 4 tokens, so that all but the longest are padded.
+PROMPTS = ["the", "the film was good", "film was", "was the film"] * 4
+NEW_TOKENS = 8
+GOOD = WORDS.index("good")
+# Far enough from 1 for the tail to be sampled, of which top-k and top-p would leave nothing.
+TEMPERATURE = 1.7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), fillers=100)
+
+
+@pytest.fixture
+def loaded(model_folder: Path):
+    return load_model(str(model_folder), CPU)
+
+
+@pytest.fixture
+def adapted(loaded):
+    base, tokenizer = loaded
+    policy = add_adapters(base, rank=2)
+    randomize_adapters(policy)
+    return policy, tokenizer
+
+
+def hostile() -> GenerationConfig:
+    """Everything that would make samples other than those of softmax(logits / temperature)."""
+    return GenerationConfig(
+        do_sample=True,
+        top_k=1,
+        top_p=0.1,
+        min_p=0.3,
+        typical_p=0.2,
+        epsilon_cutoff=0.1,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=5,
+        max_new_tokens=2,
+        temperature=0.1,
+        bad_words_ids=[[GOOD]],
+        suppress_tokens=[WORDS.index("bad")],
+        begin_suppress_tokens=[EOS],
+        forced_eos_token_id=EOS,
+        num_beams=2,
+        renormalize_logits=True,
+        eos_token_id=[EOS, GOOD],
+        pad_token_id=EOS,
+    )
+
+
+def assert_logprobs(found: Tensor, model: nn.Module, batch: Rollout, temperature: float) -> None:
+    """Compare with log softmax(logits / temperature) of each sequence without its padding."""
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        logits = plain_logits_one_by_one(model, ids, batch["attention_mask"], dtype)[:, :-1]
+        logprobs = (logits / temperature).log_softmax(-1)
+        return logprobs.gather(-1, ids[:, 1:, None])[..., 0]
+
+    assert found.shape == mask.shape and found.dtype == torch.float32
+    assert not found.requires_grad
+    assert (found[~mask] == 0).all()
+    plain, exact = formula(torch.float32), formula(torch.float64)
+    assert_as_accurate(found[mask], plain[mask], exact[mask], of="log-prob")
+
+
+def standard_score(hits: Tensor, chances: Tensor) -> float:
+    """How many standard deviations independent events are from their chances (given the past)."""
+    return float((hits.double() - chances).sum() / (chances * (1 - chances)).sum().sqrt())
+
+
+@pytest.mark.parametrize("kind", ["plain", "peft"])
+def test_tokens_come_from_the_tempered_softmax_alone(loaded, kind) -> None:
+    model, tokenizer = loaded
+    policy = model if kind == "plain" else add_adapters(model, rank=2)
+    if kind == "peft":
+        randomize_adapters(policy)
+    policy.generation_config = model.generation_config = hostile()
+    batch = rollout(policy, tokenizer, PROMPTS * 24, new_tokens=NEW_TOKENS, temperature=TEMPERATURE)
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+    logits = plain_logits_one_by_one(policy, ids, batch["attention_mask"], torch.float64)
+    chances = (logits[:, :-1] / TEMPERATURE).softmax(-1)
+    place = (torch.arange(mask.shape[1]) + 1 - batch["input_ids"].shape[1] + NEW_TOKENS)[None]
+    place = place.expand_as(mask)[mask]
+    chances, following = chances[mask], ids[:, 1:][mask]
+    earlier = torch.where(batch["attention_mask"] > 0, ids, -1)
+    repeats = torch.zeros(*mask.shape, chances.shape[-1], dtype=torch.bool)
+    for column in range(mask.shape[1]):
+        seen = earlier[:, : column + 1]
+        repeats[:, column] = (seen[..., None] == torch.arange(chances.shape[-1])).any(1)
+    ranks = chances.argsort(-1, descending=True).argsort(-1)
+    nucleus = chances.sort(-1, descending=True).values.cumsum(-1).gather(-1, ranks) > 0.9
+    words = torch.arange(chances.shape[-1]).expand_as(chances)
+    events = {
+        "the likeliest token": ranks == 0,
+        "beyond the 50 likeliest": ranks >= 50,
+        "outside the nucleus": nucleus,
+        "a token that was there before": repeats[mask],
+        "an end": (words == EOS) | (words == GOOD),
+        "an end among the first": ((words == EOS) | (words == GOOD)) & (place < 4)[:, None],
+    }
+    common = {word: words == index for index, word in enumerate(WORDS)}
+    for event, happens in (events | common).items():
+        expected = (chances * happens).sum(-1)
+        if event in common and expected.sum() < 30:
+            continue
+        assert expected.sum() > 10, f"{event}: too rare to be judged"
+        hit = happens.gather(-1, following[:, None])[:, 0]
+        assert abs(standard_score(hit, expected)) < 4.5, event
+
+
+def test_a_seed_decides_the_samples(loaded) -> None:
+    model, tokenizer = loaded
+    found = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        found.append(rollout(model, tokenizer, PROMPTS, new_tokens=NEW_TOKENS))
+    assert torch.equal(found[0]["input_ids"], found[1]["input_ids"])
+    assert torch.equal(found[0]["logprobs"], found[1]["logprobs"])
+    assert not torch.equal(found[0]["input_ids"], found[2]["input_ids"])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_logprobs_are_those_of_each_sequence_alone(adapted, temperature) -> None:
+    policy, tokenizer = adapted
+    batch = rollout(policy, tokenizer, PROMPTS, new_tokens=NEW_TOKENS, temperature=temperature)
+    assert_logprobs(batch["logprobs"], policy, batch, temperature)
+    with policy.disable_adapter():
+        assert_logprobs(batch["ref_logprobs"], policy, batch, temperature)
+    difference = (batch["logprobs"] - batch["ref_logprobs"]).abs().max()
+    assert difference > 0.01, "the adapters do nothing, and so neither does this test"
+
+
+def test_a_batch_is_laid_out_as_it_says(loaded) -> None:
+    model, tokenizer = loaded
+    batch = rollout(model, tokenizer, PROMPTS, new_tokens=NEW_TOKENS, hidden_states=True)
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    longest, rows = 4, len(PROMPTS)
+    assert ids.shape == (rows, longest + NEW_TOKENS)
+    assert all(
+        batch[key].dtype == torch.int64 for key in ("input_ids", "attention_mask", "position_ids")
+    )
+    assert batch["completion_mask"].dtype == batch["truncated"].dtype == torch.bool
+    assert batch["prompts"] == PROMPTS
+    ended = 0
+    for row in range(rows):
+        prompt = [WORDS.index(word) for word in PROMPTS[row].split()]
+        start = longest - len(prompt)
+        assert ids[row, start:longest].tolist() == prompt
+        completion = ids[row, longest:].tolist()
+        length = completion.index(EOS) + 1 if EOS in completion else NEW_TOKENS
+        stop = longest + length
+        kept = [start <= place < stop for place in range(longest + NEW_TOKENS)]
+        assert attention[row].tolist() == [int(x) for x in kept]
+        scored = [longest <= place < stop for place in range(longest + NEW_TOKENS)]
+        assert batch["completion_mask"][row].tolist() == scored
+        assert batch["position_ids"][row, start:stop].tolist() == list(range(stop - start))
+        assert (batch["position_ids"][row] >= 0).all()
+        assert bool(batch["truncated"][row]) == (EOS not in completion)
+        text = [tokenizer.convert_ids_to_tokens(token) for token in completion[:length]]
+        words = [word for word in text if word not in ("<eos>", "<unk>")]
+        assert batch["completions"][row].split() == words
+        ended += EOS in completion[:-1]
+    assert 0 < ended < rows  # both kinds were there
+
+
+def test_left_padding_changes_nothing(loaded) -> None:
+    model, tokenizer = loaded
+    batch = rollout(model, tokenizer, PROMPTS[:4], new_tokens=NEW_TOKENS)
+    for row in range(4):
+        kept = batch["attention_mask"][row].bool()
+        alone = Rollout(
+            input_ids=batch["input_ids"][row, kept][None],
+            attention_mask=torch.ones(1, int(kept.sum()), dtype=torch.long),
+            position_ids=torch.arange(int(kept.sum()))[None],
+            completion_mask=batch["completion_mask"][row, kept][None],
+        )
+        with torch.no_grad():
+            found, _ = token_logprobs(model, alone)
+        together = batch["logprobs"][row][kept[1:]][-found.shape[1] :]
+        allowed = budget(0.0, torch.float32, size=float(found.abs().max()) + 10)
+        assert (found[0] - together).abs().max() <= allowed
+
+
+def test_a_tokenizer_that_pads_on_the_right_is_not_asked(loaded) -> None:
+    model, tokenizer = loaded
+    torch.manual_seed(1)
+    expected = rollout(model, tokenizer, PROMPTS, new_tokens=4)
+    tokenizer.padding_side = "right"
+    torch.manual_seed(1)
+    found = rollout(model, tokenizer, PROMPTS, new_tokens=4)
+    assert tokenizer.padding_side == "right"
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+
+
+def test_a_pad_token_of_its_own_ends_nothing(loaded) -> None:
+    model, tokenizer = loaded
+    pad = WORDS.index("hate")
+    torch.manual_seed(1)
+    expected = rollout(model, tokenizer, PROMPTS, new_tokens=NEW_TOKENS)
+    tokenizer.pad_token = WORDS[pad]
+    torch.manual_seed(1)
+    found = rollout(model, tokenizer, PROMPTS, new_tokens=NEW_TOKENS)
+    assert (found["input_ids"][found["attention_mask"] == 0] == pad).all()
+    for key in ("attention_mask", "completion_mask", "truncated", "logprobs", "position_ids"):
+        assert torch.equal(found[key], expected[key]), key
+    # A sampled token that happens to be the padding is a token like any other.
+    assert (found["input_ids"][found["completion_mask"]] == pad).any()
+
+
+def test_several_tokens_end_a_text(loaded) -> None:
+    model, tokenizer = loaded
+    model.generation_config.eos_token_id = [GOOD, WORDS.index("bad")]
+    ends = {EOS, GOOD, WORDS.index("bad")}
+    assert end_tokens(model, tokenizer) == sorted(ends)
+    batch = rollout(model, tokenizer, PROMPTS * 2, new_tokens=NEW_TOKENS, temperature=TEMPERATURE)
+    seen = set()
+    for ids, mask, truncated in zip(
+        batch["input_ids"], batch["completion_mask"], batch["truncated"], strict=True
+    ):
+        tokens = ids[mask].tolist()
+        assert not ends & set(tokens[:-1])
+        assert truncated == (tokens[-1] not in ends)
+        assert len(tokens) == NEW_TOKENS or not truncated
+        seen |= ends & set(tokens)
+    assert seen == ends
+    assert_logprobs(batch["logprobs"], model, batch, TEMPERATURE)
+
+
+@pytest.mark.parametrize("declared, without", [(None, []), (7, [7]), ([8, EOS, 8], [EOS, 8])])
+def test_end_tokens_are_the_tokenizer_s_and_the_model_s(loaded, declared, without) -> None:
+    model, tokenizer = loaded
+    model.generation_config.eos_token_id = declared
+    assert end_tokens(model, tokenizer) == sorted({EOS, *without})
+    assert end_tokens(nn.Linear(1, 1), tokenizer) == [EOS]
+    tokenizer.eos_token = None
+    assert end_tokens(model, tokenizer) == without
+
+
+def test_a_completion_may_end_at_its_first_token(loaded) -> None:
+    model, tokenizer = loaded
+
+    def only_ends(module: nn.Module, arguments: object, logits: Tensor) -> Tensor:
+        return logits.index_add(-1, torch.tensor([EOS]), torch.full((*logits.shape[:-1], 1), 1e3))
+
+    with model.lm_head.register_forward_hook(only_ends):
+        batch = rollout(model, tokenizer, PROMPTS[:3], new_tokens=NEW_TOKENS)
+    assert batch["input_ids"].shape == (3, 5)
+    assert batch["completion_mask"].sum(1).tolist() == [1, 1, 1]
+    assert batch["completions"] == ["", "", ""] and not batch["truncated"].any()
+    assert (batch["logprobs"] == 0).all()  # certain, and masked elsewhere
+
+
+@pytest.mark.parametrize("ends", [EOS, [EOS], [EOS, 7]])
+def test_completion_mask_keeps_all_up_to_the_first_end(ends) -> None:
+    ids = torch.tensor([[5, 7, EOS, EOS], [EOS, 5, 7, 6], [7, 7, 7, 7], [1, 2, 3, EOS]])
+    several = ends == [EOS, 7]
+    expected = [
+        [1, 1, not several, 0], [1, 0, 0, 0], [1] + [not several] * 3, [1, 1, 1, 1],
+    ]  # fmt: skip
+    assert completion_mask(ids, ends).tolist() == [[bool(x) for x in row] for row in expected]
+    assert completion_mask(ids, ends).dtype == torch.bool
+
+
+def test_a_given_reference_is_scored(loaded, model_folder) -> None:
+    model, tokenizer = loaded
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.lm_head.weight)
+    options = {"new_tokens": NEW_TOKENS, "temperature": 0.7}
+    assert "ref_logprobs" not in rollout(model, tokenizer, PROMPTS[:4], **options)
+    batch = rollout(model, tokenizer, PROMPTS[:4], ref_model=other, **options)
+    assert_logprobs(batch["logprobs"], model, batch, 0.7)
+    assert_logprobs(batch["ref_logprobs"], other, batch, 0.7)
+    # It is taken for a peft model too, whose base then is no reference.
+    policy = add_adapters(model, rank=2)
+    batch = rollout(policy, tokenizer, PROMPTS[:4], ref_model=other, **options)
+    assert_logprobs(batch["ref_logprobs"], other, batch, 0.7)
+
+
+def test_log_probs_can_be_left_out(adapted) -> None:
+    policy, tokenizer = adapted
+    torch.manual_seed(2)
+    full = rollout(policy, tokenizer, PROMPTS[:4], new_tokens=4, hidden_states=True)
+    torch.manual_seed(2)
+    bare = rollout(policy, tokenizer, PROMPTS[:4], new_tokens=4, logprobs=False, hidden_states=True)
+    assert set(full) - set(bare) == {"logprobs", "ref_logprobs", "hidden_states"}
+    for key, value in bare.items():
+        same = torch.equal(value, full[key]) if isinstance(value, Tensor) else value == full[key]
+        assert same, key
+
+
+ALIBI = pytest.mark.xfail(
+    raises=TypeError, strict=True, reason="position_ids are given to a model that takes none"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Llama", "Gemma2", "GPT2", "OPT", "Cohere", pytest.param("Bloom", marks=ALIBI)],
+)
+def test_hidden_states_are_what_enters_the_head(loaded, name) -> None:
+    model, tokenizer = tiny_models.make(name), loaded[1]
+    batch = rollout(model, tokenizer, ["the", "the film"], new_tokens=4, hidden_states=True)
+    assert_logprobs(batch["logprobs"], model, batch, 1.0)
+    entered: list[Tensor] = []
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda module, arguments: entered.append(arguments[0])):
+        plain_logits_one_by_one(model, batch["input_ids"], batch["attention_mask"])
+        plain_logits_one_by_one(model, batch["input_ids"], batch["attention_mask"], torch.float64)
+    kept = batch["attention_mask"].bool()
+    rows = batch["hidden_states"].shape[0]
+    found = batch["hidden_states"][kept]
+    plain, exact = (torch.cat([x[0] for x in entered[i * rows :][:rows]]) for i in range(2))
+    assert not batch["hidden_states"].requires_grad
+    assert_as_accurate(found, plain, exact, of="hidden state")
+
+
+def dropping(model: nn.Module) -> list[int]:
+    """Put dropout that acts on the logits, and count how often it did."""
+    dropped: list[int] = []
+
+    class Dropout(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                dropped.append(1)
+            return super().forward(x)
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, Dropout(0.5))
+    return dropped
+
+
+def test_dropout_is_off_and_each_module_is_put_back(loaded) -> None:
+    model, tokenizer = loaded
+    dropped = dropping(model)
+    model.train()
+    model.model.norm.eval()  # a module that its owner holds in another mode
+    before = [module.training for module in model.modules()]
+    own = model.generation_config = hostile()
+    batch = rollout(model, tokenizer, PROMPTS, new_tokens=4)
+    assert not dropped
+    assert [module.training for module in model.modules()] == before
+    assert model.generation_config is own
+    model.eval()
+    assert_logprobs(batch["logprobs"], model, batch, 1.0)
+
+
+@pytest.mark.xfail(strict=True, reason="a given reference is scored in the mode it is in")
+def test_dropout_of_a_given_reference_is_off_too(loaded) -> None:
+    model, tokenizer = loaded
+    other = copy.deepcopy(model)
+    dropped = dropping(other)
+    before = [module.training for module in other.train().modules()]
+    batch = rollout(model, tokenizer, PROMPTS, new_tokens=4, ref_model=other)
+    assert [module.training for module in other.modules()] == before
+    assert not dropped
+    other.eval()
+    assert_logprobs(batch["ref_logprobs"], other, batch, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "peft"])
+@pytest.mark.parametrize("call", [1, 6])  # while sampling; while scoring
+def test_an_exception_leaves_the_model_as_it_was(loaded, kind, call) -> None:
+    model, tokenizer = loaded
+    policy = model if kind == "plain" else add_adapters(model, rank=2)
+    policy.train()
+    own = model.generation_config = hostile()
+    before = [module.training for module in policy.modules()]
+    calls: list[int] = []
+
+    def fail(module: nn.Module, arguments: object) -> None:
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("out of memory")
+
+    # Of 5 tokens the last is not read again while sampling: the fifth forward scores them.
+    with (
+        model.model.norm.register_forward_pre_hook(fail),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        rollout(policy, tokenizer, ["the"] * 9, new_tokens=5)
+    assert len(calls) == call
+    assert [module.training for module in policy.modules()] == before
+    assert model.generation_config is own and policy.generation_config is own
+    if kind == "peft":
+        assert all(not layer.disable_adapters for layer in lora_layers(policy))
+
+
+def lora_layers(policy: nn.Module) -> list[nn.Module]:
+    layers = [module for module in policy.modules() if hasattr(module, "lora_A")]
+    assert layers
+    return layers
+
+
+def test_adapters_come_back_after_an_exception(adapted) -> None:
+    policy, _ = adapted
+    with pytest.raises(RuntimeError, match="stop"), adapters_off(policy):
+        assert all(layer.disable_adapters for layer in lora_layers(policy))
+        raise RuntimeError("stop")
+    assert all(not layer.disable_adapters for layer in lora_layers(policy))
+
+
+def test_a_wrapped_model_is_sampled_as_itself(loaded) -> None:
+    model, tokenizer = loaded
+
+    class Wrapper(nn.Module):
+        """What DistributedDataParallel is to a rollout: it calls its module."""
+
+        def __init__(self, module: nn.Module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *arguments: object, **options: object) -> object:
+            return self.module(*arguments, **options)
+
+    wrapped = Wrapper(model)
+    torch.manual_seed(5)
+    expected = rollout(model, tokenizer, PROMPTS[:4], new_tokens=4)
+    torch.manual_seed(5)
+    found = rollout(wrapped, tokenizer, PROMPTS[:4], new_tokens=4)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["logprobs"], expected["logprobs"])
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, math.nan])
+def test_a_temperature_must_be_positive(loaded, temperature) -> None:
+    model, tokenizer = loaded
+    own = model.generation_config
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got"):
+        rollout(model, tokenizer, ["the"], temperature=temperature)
+    assert model.generation_config is own
+
+
+@pytest.mark.xfail(
+    strict=True, raises=ValueError, reason="transformers takes a temperature as a float alone"
+)
+def test_a_temperature_may_be_an_int(loaded) -> None:
+    model, tokenizer = loaded
+    batch = rollout(model, tokenizer, PROMPTS[:4], new_tokens=4, temperature=2)
+    assert_logprobs(batch["logprobs"], model, batch, 2.0)
+
+
+@pytest.mark.parametrize("prompts, words", [([], "at least one"), (["the", ""], "an empty one")])
+def test_prompts_must_have_tokens(loaded, prompts, words) -> None:
+    model, tokenizer = loaded
+    with pytest.raises(ValueError, match=f"^prompts: expected .*{words}"):
+        rollout(model, tokenizer, prompts)
+
+
+def test_all_values_are_finite_and_belong_to_valued_words(loaded) -> None:
+    """The tiny model says what the other tests of recipes need: words of sentiment, and ends."""
+    model, tokenizer = loaded
+    batch = rollout(model, tokenizer, PROMPTS, new_tokens=NEW_TOKENS)
+    assert batch["logprobs"].isfinite().all() and (batch["logprobs"] <= 0).all()
+    assert {word for text in batch["completions"] for word in text.split()} & set(VALUED)
+
+
+def readme_example(function: str) -> SimpleNamespace:
+    """Execute the README's example that defines a function."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = [
+        one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if f"def {function}(" in one
+    ]  # fmt: skip
+    namespace: dict = {}
+    exec(compile(example, "README.md", "exec"), namespace)
+    return SimpleNamespace(**namespace)
+
+
+def test_a_rollout_feeds_the_readme_s_ppo(adapted) -> None:
+    policy, tokenizer = adapted
+    readme = readme_example("ppo_targets")
+    torch.manual_seed(0)
+    config = copy.deepcopy(policy.get_base_model().config)
+    config.num_labels = 1
+    critic = LlamaForTokenClassification(config).eval()
+    batch = rollout(policy, tokenizer, PROMPTS, new_tokens=NEW_TOKENS)
+    batch["scores"] = torch.randn(len(PROMPTS))
+    with torch.no_grad():
+        read = critic(batch["input_ids"], attention_mask=batch["attention_mask"])
+    batch["values"] = read.logits[:, :-1, 0]
+    batch = readme.ppo_targets(batch)
+    keep = batch["completion_mask"][:, 1:]
+    advantages = batch["advantages"][keep]
+    assert advantages.std() > 0.5  # whitened, and so not all the same
+
+    # Log-probs of a dozen nats or less, from logits of that size, in either of two forwards.
+    rounding = budget(0.0, torch.float32, size=2 * 12)
+    loss, metrics = model_policy_loss(
+        policy, batch["input_ids"], batch["attention_mask"], batch["logprobs"],
+        batch["advantages"], mask=batch["completion_mask"],
+        clip_low=rounding, clip_high=rounding,
+    )  # fmt: skip
+    assert metrics["clip_ratio/region_mean"] == 0  # every ratio is 1 to rounding
+    expected = -advantages.double().mean()
+    allowed = rounding * float(advantages.abs().max())
+    assert abs(float(loss.detach()) - expected) <= allowed
+
+    total, metrics = readme.ppo_step(policy, critic, batch)
+    value = 0.5 * (batch["values"] - batch["returns"])[keep].double().square().mean()
+    allowed += budget(0.0, torch.float32, size=float(batch["returns"].abs().max()) ** 2)
+    assert abs(float(total.detach()) - (expected + 0.1 * value)) <= allowed
+    total.backward()
+    trained = [p.grad for p in policy.parameters() if p.requires_grad]
+    assert all(gradient is not None for gradient in trained)

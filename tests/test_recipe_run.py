@@ -1,0 +1,501 @@
+"""Runs of a recipe: interrupted, resumed, repeated, in two processes, and what each leaves."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+for name in ("transformers", "peft", "accelerate", "vaderSentiment", "matplotlib", "tensorboard"):
+    pytest.importorskip(name)
+
+from accelerate import Accelerator  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from support.recipe_models import PEFT_READS_AN_OLD_NAME, write_tiny_model  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from fastrlhf.recipes import dpo  # noqa: E402
+from fastrlhf.recipes.run import Run  # noqa: E402
+from fastrlhf.recipes.settings import AdapterOptions, RunOptions  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_on_a_cpu() -> Iterator[None]:
+    """One thread, as these tensors are too small to share, and no interpreted kernels."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        # A run leaves its device there for accelerate: not to the next module.
+        patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+        yield
+    torch.set_num_threads(threads)
+
+
+class Interrupted(Exception):
+    """What ends a run in the middle."""
+
+
+# DPO, of the smallest sizes that have something to learn.
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def train(model_folder: Path, output: Path, **changes) -> SimpleNamespace:
+    """Run the recipe; what it returns, and the adapters that it leaves."""
+    small = {"eval_prompts": 2, "eval_completions": 1, "draw_pairs": 8, "new_tokens": 6}
+    given = {"model": str(model_folder), "output": str(output), "device": "cpu", **small}
+    options = dpo.DPOOptions(**{**given, "steps": STEPS, "save_every": 2, **changes})
+    metrics = dpo.train(options)
+    weights = load_file(output / "adapter" / "adapter_model.safetensors")
+    return SimpleNamespace(metrics=metrics, weights=weights, output=output)
+
+
+def assert_same(found: SimpleNamespace, expected: SimpleNamespace) -> None:
+    for key in ("training", "sentiment", "kl", "ended", "completions", "comparison", "pairs"):
+        assert found.metrics[key] == expected.metrics[key], key
+    assert found.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert torch.equal(found.weights[name], weight), name
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run that nothing has interrupted."""
+    return train(model_folder, tmp_path_factory.mktemp("finished"))
+
+
+def stop_before_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the update of this number, from 0, not happen."""
+    update = Run.update
+    taken: list[int] = []
+
+    def stop(run: Run, loss: Tensor) -> None:
+        if len(taken) == number:
+            raise Interrupted
+        taken.append(1)
+        update(run, loss)
+
+    monkeypatch.setattr(Run, "update", stop)
+
+
+def interrupt(model_folder: Path, output: Path, number: int, **changes) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_before_update(patch, number)
+        train(model_folder, output, **changes)
+    assert not (output / "metrics.json").exists()
+
+
+def test_the_run_learns(finished) -> None:
+    training = finished.metrics["training"]
+    assert len(training) == STEPS
+    assert training[-1]["loss"] < training[0]["loss"] - 0.1
+    assert (
+        finished.metrics["completions"][0]["before"] != finished.metrics["completions"][0]["after"]
+    )
+
+
+def test_the_same_run_twice(finished, model_folder, tmp_path) -> None:
+    torch.manual_seed(99)  # what was drawn before is nothing to a run
+    torch.rand(3)
+    assert_same(train(model_folder, tmp_path), finished)
+
+
+def test_another_seed_is_another_run(finished, model_folder, tmp_path) -> None:
+    found = train(model_folder, tmp_path, seed=1, steps=1)
+    assert found.metrics["completions"] != finished.metrics["completions"]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_an_interrupted_run_goes_on_as_it_was(finished, model_folder, tmp_path, number) -> None:
+    interrupt(model_folder, tmp_path, number)
+    torch.manual_seed(99)
+    taken: list[int] = []
+    update = Run.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", lambda run, loss: (taken.append(run.done), update(run, loss)))
+        assert_same(train(model_folder, tmp_path, resume=True), finished)
+    assert taken == [2, 3]  # those before the checkpoint are not taken again
+
+
+def test_evaluations_on_the_way_change_nothing(finished, model_folder, tmp_path) -> None:
+    found = train(model_folder, tmp_path / "whole", eval_every=1)
+    assert_same(found, finished)
+    evaluations = found.metrics["evaluations"]
+    assert [one["step"] for one in evaluations] == [1, 2, 3]
+    assert {"reward", "kl"} <= evaluations[0].keys()
+    assert evaluations[0]["kl"] < evaluations[-1]["kl"]
+    assert finished.metrics["evaluations"] == []
+    interrupt(model_folder, tmp_path / "part", 3, eval_every=1)
+    rest = train(model_folder, tmp_path / "part", resume=True, eval_every=1)
+    assert_same(rest, finished)
+    assert rest.metrics["evaluations"] == evaluations
+
+
+def test_a_run_goes_on_elsewhere(finished, model_folder, tmp_path) -> None:
+    """What changes no figure may be another: the folder, and how often checkpoints are written."""
+    interrupt(model_folder, tmp_path / "there", 2)
+    (tmp_path / "there").rename(tmp_path / "here")
+    found = train(model_folder, tmp_path / "here", resume=True, save_every=1)
+    assert_same(found, finished)
+
+
+def test_a_finished_run_is_not_trained_further(finished, model_folder, tmp_path) -> None:
+    shutil.copytree(finished.output, tmp_path / "copy")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before_update(patch, 0)
+        assert_same(train(model_folder, tmp_path / "copy", resume=True), finished)
+
+
+NOT_NAMED = pytest.mark.xfail(
+    strict=True, reason="the weights are loaded, and do not fit, before options are compared"
+)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("beta", 0.2),
+        ("seed", 1),
+        ("steps", 5),
+        ("learning_rate", 1e-4),
+        pytest.param("lora_rank", 2, marks=NOT_NAMED),
+        pytest.param("lora_targets", "all-linear", marks=NOT_NAMED),
+    ],
+)
+def test_another_option_is_refused_by_name(finished, model_folder, tmp_path, name, value) -> None:
+    shutil.copytree(finished.output / "checkpoint", tmp_path / "checkpoint")
+    had = finished.metrics["options"][name]
+    with pytest.raises(
+        ValueError, match=rf"--resume: .* has {name}={had}, this one {name}={value}"
+    ):
+        train(model_folder, tmp_path, resume=True, **{name: value})
+
+
+def test_nothing_to_resume_is_refused(model_folder, tmp_path) -> None:
+    with pytest.raises(SystemExit, match=r"--resume: there is no checkpoint in .*empty"):
+        train(model_folder, tmp_path / "empty", resume=True)
+    with pytest.raises(SystemExit, match="--resume: there is no checkpoint in"):
+        interrupt(model_folder, tmp_path / "without", 3, save_every=0)
+        train(model_folder, tmp_path / "without", resume=True, save_every=0)
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(finished, model_folder) -> None:
+    folder = finished.output / "checkpoint"
+    files = {file.name: file for file in folder.rglob("*") if file.is_file()}
+    saved = torch.load(files["trained_0.pt"], weights_only=True)
+    assert len(saved) == len(finished.weights)
+    for name, weight in finished.weights.items():
+        place = name.replace(".weight", ".default.weight")
+        assert torch.equal(saved[place], weight)
+    of_adapters = 4 * sum(weight.numel() for weight in finished.weights.values())
+    # The weights and AdamW's two moments, the random numbers (5 KB each), and names.
+    size = sum(file.stat().st_size for file in files.values())
+    assert 3 * of_adapters < size < 3 * of_adapters + 40_000
+    assert size < (model_folder / "model.safetensors").stat().st_size / 2
+    assert not (finished.output / "checkpoint.unfinished").exists()
+
+
+def fail_while_saving(folder: str) -> None:
+    Path(folder, "trained_0.pt").write_bytes(b"half of")
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("where", ["weights", "states"])
+def test_a_failed_checkpoint_leaves_the_former_one(
+    finished, model_folder, tmp_path, monkeypatch, where
+) -> None:
+    save_state, save = Accelerator.save_state, torch.save
+    saved: list[str] = []
+
+    def second_fails(accelerator: Accelerator, folder: str, **options) -> None:
+        saved.append(folder)
+        if len(saved) == 2 and where == "states":
+            Path(folder).mkdir()
+            fail_while_saving(folder)
+        save_state(accelerator, folder, **options)
+
+    def half(state: object, file: object, *rest, **options) -> None:
+        if len(saved) == 2 and where == "weights":
+            fail_while_saving(saved[-1])
+        save(state, file, *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(Accelerator, "save_state", second_fails)
+        patch.setattr(torch, "save", half)
+        train(model_folder, tmp_path, save_every=1)
+    assert len(saved) == 2
+    assert_same(train(model_folder, tmp_path, resume=True, save_every=1), finished)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=SystemExit, reason="the former checkpoint goes before the new one is there"
+)
+def test_a_run_killed_between_two_checkpoints_can_go_on(
+    finished, model_folder, tmp_path, monkeypatch
+) -> None:
+    rename = Path.rename
+    renamed: list[Path] = []
+
+    def second_fails(source: Path, target: Path) -> Path:
+        renamed.append(source)
+        if len(renamed) == 2:
+            raise Interrupted
+        return rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Path, "rename", second_fails)
+        train(model_folder, tmp_path, save_every=1)
+    assert_same(train(model_folder, tmp_path, resume=True, save_every=1), finished)
+
+
+def test_metrics_are_written(finished, model_folder) -> None:
+    stored = json.loads((finished.output / "metrics.json").read_text(encoding="utf-8"))
+    metrics = finished.metrics
+    for key in ("training", "sentiment", "kl", "ended", "completions", "logprob_memory"):
+        assert stored[key] == json.loads(json.dumps(metrics[key])), key
+    assert stored["recipe"] == "dpo"
+    assert stored["options"]["model"] == str(model_folder)
+    assert stored["options"]["steps"] == STEPS
+    assert {"torch", "fastrlhf", "peft"} <= stored["versions"].keys()
+    assert all(seconds >= 0 for seconds in stored["seconds"].values())
+    assert stored["peak_memory_bytes"] > 2**20
+    assert len(stored["completions"]) == 2
+    gain = stored["sentiment"]["after"]["mean"] - stored["sentiment"]["before"]["mean"]
+    assert stored["sentiment"]["difference"]["mean"] == pytest.approx(gain)
+    assert stored["kl"]["mean"] > 0
+    assert stored["logprob_memory"]["fused_bytes"] < stored["logprob_memory"]["plain_bytes"]
+
+
+def test_a_picture_is_drawn(finished) -> None:
+    assert (finished.output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:google.protobuf|tensorboard")
+def test_tensorboard_has_the_curves(finished) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = finished.output.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    training = finished.metrics["training"]
+    assert set(events.Tags()["scalars"]) == training[0].keys() == {"loss", "accuracy", "margin"}
+    for name in training[0]:
+        points = events.Scalars(name)
+        assert [point.step for point in points] == [1, 2, 3, 4]
+        assert [point.value for point in points] == pytest.approx([one[name] for one in training])
+
+
+def test_the_adapters_can_be_loaded(finished, model_folder) -> None:
+    ids = torch.arange(2, 8)[None]
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        before = base(ids).logits
+        model = PeftModel.from_pretrained(base, finished.output / "adapter")
+        assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, before)
+    assert (finished.output / "adapter" / "tokenizer.json").exists()
+
+
+# A recipe of a few lines, whose steps take random numbers and whose model is not all trained.
+
+
+@dataclasses.dataclass
+class SmallOptions(AdapterOptions):
+    """What it can be told."""
+
+    steps: int = 5
+
+
+class Part(nn.Module):
+    """A linear layer behind one that stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.trained = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trained(self.frozen(x).relu())
+
+
+def small_recipe(output: Path, stop_at: int | None = None, **changes) -> SimpleNamespace:
+    """Train two models on random inputs, and note the learning rate of each step."""
+    options = SmallOptions(output=str(output), device="cpu", save_every=2, **changes)
+    run = Run("small", options)
+    models = [Part(), Part()]
+    kept = [model.frozen.weight.clone() for model in models]
+    first, second = run.train(*models, learning_rate=0.1, total=options.steps)
+    rates = []
+    for step in run.steps(options.steps):
+        if step == stop_at:
+            raise Interrupted
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        loss = (first(torch.randn(8, 3)) + second(torch.randn(8, 3)) - 1).square().mean()
+        run.update(loss)
+        run.log({"loss": loss, "step": float(step)})
+    for model, weight in zip(models, kept, strict=True):
+        assert torch.equal(model.frozen.weight, weight)
+    state = [p.detach().clone() for model in models for p in model.trained.parameters()]
+    return SimpleNamespace(run=run, rates=rates, state=state, metrics=run.finish(extra=3))
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+def test_random_numbers_go_on_where_they_were(tmp_path, stop_at) -> None:
+    whole = small_recipe(tmp_path / "whole")
+    assert whole.rates == pytest.approx([0.1 * (1 - step / 5) for step in range(5)])
+    with pytest.raises(Interrupted):
+        small_recipe(tmp_path / "part", stop_at=stop_at)
+    torch.manual_seed(99)
+    rest = small_recipe(tmp_path / "part", resume=True)
+    done = stop_at // 2 * 2
+    assert rest.rates == whole.rates[done:]
+    assert rest.metrics["training"] == whole.metrics["training"]
+    assert [point["step"] for point in rest.metrics["training"]] == [0, 1, 2, 3, 4]
+    assert all(torch.equal(*pair) for pair in zip(rest.state, whole.state, strict=True))
+
+
+def test_a_long_gradient_is_cut(tmp_path) -> None:
+    options = SmallOptions(output=str(tmp_path), device="cpu", max_grad_norm=0.5)
+    run = Run("small", options)
+    (model,) = run.train(Part(), learning_rate=0.1, total=1)
+    for _ in run.steps(1):
+        run.update(100 * model(torch.ones(8, 3)).square().mean())
+        gradients = [p.grad for p in model.trained.parameters()]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        assert norm == pytest.approx(0.5, rel=1e-4)
+        run.log({"loss": 0.0})
+
+
+def test_a_run_without_checkpoints_writes_none(tmp_path) -> None:
+    options = SmallOptions(output=str(tmp_path), device="cpu", save_every=0)
+    run = Run("small", options)
+    for step in run.steps(2):  # of a recipe that takes its steps itself: there is no optimizer
+        run.log({"loss": float(step)})
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_the_last_step_is_always_saved(tmp_path) -> None:
+    small_recipe(tmp_path)
+    state = torch.load(tmp_path / "checkpoint" / "custom_checkpoint_0.pkl", weights_only=True)
+    assert state["done"] == 5 and len(state["history"]) == 5
+    trained = [torch.load(tmp_path / "checkpoint" / f"trained_{i}.pt") for i in range(2)]
+    assert [set(one) for one in trained] == [{"trained.weight", "trained.bias"}] * 2
+
+
+@pytest.mark.xfail(strict=True, reason="the device of one run stays in the environment")
+def test_a_device_is_of_its_run_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+    Run("small", RunOptions(output=str(tmp_path), device="cpu")).finish()
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+
+
+# Two processes.
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+from fastrlhf.recipes import dpo
+from fastrlhf.recipes.run import Run
+from fastrlhf.recipes.settings import AdapterOptions
+
+model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+linear_options = AdapterOptions(
+    output=str(folder / "linear"), device="cpu", save_every=1, max_grad_norm=100.0
+)
+run = Run("linear", linear_options)
+assert run.processes == 2
+assert run.share([0, 1, 2, 3]) == [[0, 1], [2, 3]][run.rank]
+assert run.mean(run.rank) == 0.5
+layer = torch.nn.Linear(2, 1, bias=False)
+torch.nn.init.ones_(layer.weight)
+(wrapped,) = run.train(layer, learning_rate=0.1, total=2)
+drawn = []
+for step in run.steps(2):
+    drawn.append(torch.rand(1).item())
+    loss = (wrapped(torch.full((1, 2), 1.0 + 2 * run.rank)) * (1 + step)).sum()
+    run.update(loss)
+    run.log({"loss": loss, "gradient": layer.weight.grad[0, 0]})
+linear = {"drawn": drawn, "weight": layer.weight.tolist(), "history": run.history}
+
+options = dpo.DPOOptions(
+    model=str(model), output=str(folder / "dpo"), device="cpu", steps=2, save_every=1,
+    eval_prompts=3, eval_completions=1, draw_pairs=8, new_tokens=6, batch_size=4,
+)
+trained = {}
+train = Run.train
+def remember(run, *models, **rest):
+    trained["policy"] = models[0]
+    return train(run, *models, **rest)
+Run.train = remember
+metrics = dpo.train(options)
+weights = {
+    name: value.tolist()
+    for name, value in trained["policy"].state_dict().items() if "lora" in name
+}
+found = {"linear": linear, "weights": weights, "metrics": metrics}
+(folder / f"rank{run.rank}.json").write_text(json.dumps(found, default=str))
+"""
+
+
+def test_two_processes_train_one_policy(model_folder, tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    # On a CPU, `accelerate launch` starts one process alone, however many it is asked for.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(script), str(model_folder), str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_TORCH_DEVICE"}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (
+        json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)
+    )
+
+    # Gradients 1 and 3 at the first step, twice that at the second, and their mean in either.
+    gradients = [point["gradient"] for point in first["linear"]["history"]]
+    assert gradients == pytest.approx([2.0, 4.0])
+    # Losses w·1 and w·3 with w = (1, 1), and no bias.
+    assert first["linear"]["history"][0]["loss"] == pytest.approx(4.0)
+    assert first["linear"]["weight"] == second["linear"]["weight"]
+    assert first["linear"]["history"] == second["linear"]["history"]
+    assert not set(first["linear"]["drawn"]) & set(second["linear"]["drawn"])
+
+    assert first["weights"] == second["weights"]
+    assert any(any(map(any, value)) for key, value in first["weights"].items() if "lora_B" in key)
+    for key in ("training", "completions", "sentiment", "kl", "ended"):
+        assert first["metrics"][key] == second["metrics"][key], key
+    assert len(first["metrics"]["training"]) == 2
+    assert len({one["prompt"] for one in first["metrics"]["completions"]}) == 3
+    output = tmp_path / "dpo"
+    stored = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    assert stored["training"] == first["metrics"]["training"]
+    for name, value in load_file(output / "adapter" / "adapter_model.safetensors").items():
+        assert value.tolist() == first["weights"][name.replace(".weight", ".default.weight")]
+    checkpoint = {file.name for file in (output / "checkpoint").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "trained_0.pt"} <= checkpoint
+    assert done.stdout.count("Curves and figures in") == 1  # one process speaks
