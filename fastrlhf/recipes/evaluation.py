@@ -1,13 +1,13 @@
 """What a policy does on held-out prompts: its reward, and how far it is from the reference."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrlhf import head_inputs, linear_kl_divergence
 
@@ -83,36 +83,46 @@ def exact_kl(policy: PeftModel, batch: Rollout, temperature: float) -> Tensor:
 def evaluate(
     run: Run, policy: PeftModel, tokenizer: Any, options: EvaluationOptions, when: str
 ) -> Evaluation:
-    """Complete held-out prompts, each process its part, from the same random numbers each time."""
+    """Complete held-out prompts, and measure what was written."""
+    found: list[tuple[Sample, float, bool]] = []
+    for batch in held_out(run, policy, tokenizer, options, when):
+        kl = exact_kl(policy, batch, options.temperature).tolist()
+        found += zip(samples_of(batch), kl, (~batch["truncated"]).tolist(), strict=True)
+    if run.processes > 1:
+        found = gather_object([_on_cpu(one) for one in found])
+    samples, kl, ended = (list(column) for column in zip(*found, strict=True))
+    return Evaluation(samples, kl, sum(ended) / len(ended))
+
+
+def held_out(
+    run: Run, policy: nn.Module, tokenizer: Any, options: EvaluationOptions, when: str
+) -> Iterator[Rollout]:
+    """Complete held-out prompts, batch by batch, each process its part.
+
+    The random numbers are the same each time, and those of training stay as they were.
+    """
     prompts = [
         prompt
         for prompt in HELD_OUT_PROMPTS[: options.eval_prompts]
         for _ in range(options.eval_completions)
     ]
     mine = prompts[run.rank :: run.processes]
-    found: list[tuple[Sample, float, bool]] = []
-    devices = [] if run.device.type == "cpu" else [run.device]
-    with (
-        run.report.phase(f"Complete held-out prompts, {when}", len(prompts)) as advance,
-        torch.random.fork_rng(devices),
-    ):
-        torch.manual_seed(_SEED + options.seed + 7919 * run.rank)
+    seed = _SEED + options.seed + 7919 * run.rank
+    with run.report.phase(f"Complete held-out prompts, {when}", len(prompts)) as advance:
         for start in range(0, len(mine), options.batch_size):
-            batch = rollout(
-                policy,
-                tokenizer,
-                mine[start : start + options.batch_size],
-                new_tokens=options.new_tokens,
-                temperature=options.temperature,
-                logprobs=False,
-            )
-            kl = exact_kl(policy, batch, options.temperature).tolist()
-            found += zip(samples_of(batch), kl, (~batch["truncated"]).tolist(), strict=True)
-            advance(len(kl) * run.processes)
-    if run.processes > 1:
-        found = gather_object([_on_cpu(one) for one in found])
-    samples, kl, ended = (list(column) for column in zip(*found, strict=True))
-    return Evaluation(samples, kl, sum(ended) / len(ended))
+            batch = mine[start : start + options.batch_size]
+            with torch.random.fork_rng([] if run.device.type == "cpu" else [run.device]):
+                torch.manual_seed(seed + start)
+                sampled = rollout(
+                    policy,
+                    tokenizer,
+                    batch,
+                    new_tokens=options.new_tokens,
+                    temperature=options.temperature,
+                    logprobs=False,
+                )
+            yield sampled
+            advance(len(batch) * run.processes)
 
 
 def _on_cpu(found: tuple[Sample, float, bool]) -> tuple[Sample, float, bool]:

@@ -68,12 +68,12 @@ def sample_step(
     step: int,
     prompts: int,
     each: int = 1,
-    hidden_states: bool = False,
+    **what: bool,
 ) -> Rollout:
     """Sample what a step of training learns from: `each` completions of some training prompts.
 
     Each process takes its part of the prompts of the step; the completions of one prompt stand one
-    after the other.
+    after the other. `what` is `logprobs` and `hidden_states` of `rollout`.
     """
     drawn = run.share(draw(TRAIN_PROMPTS, step, prompts * run.processes, options.seed))
     return rollout(
@@ -82,7 +82,7 @@ def sample_step(
         [prompt for prompt in drawn for _ in range(each)],
         new_tokens=options.new_tokens,
         temperature=options.temperature,
-        hidden_states=hidden_states,
+        **what,
     )
 
 

@@ -2154,7 +2154,8 @@ MUTANTS = [
         ),
         (
             "evaluation: training has other random numbers after it",
-            "torch.random.fork_rng(devices)", "torch.random.fork_rng(devices, enabled=False)",
+            'torch.random.fork_rng([] if run.device.type == "cpu" else [run.device])',
+            "torch.random.fork_rng([], enabled=False)",
             "whenever",
         ),
     ),

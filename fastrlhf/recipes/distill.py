@@ -1,0 +1,160 @@
+"""On-policy distillation: `python -m fastrlhf.recipes.distill --drop-layers 6`.
+
+The student is the teacher with some of its layers taken out. It writes, and learns the teacher's
+distribution at each of its own tokens, over the whole vocabulary: the reverse KL, the forward one
+or their Jensen-Shannon mixture (GKD, arXiv:2306.13649). No reward is needed.
+"""
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+from fastrlhf import model_kl_divergence
+
+from .curves import Panel, save_curves
+from .evaluation import Comparison, compared, held_out
+from .models import add_adapters, load_model, source_of
+from .report import one_line
+from .rollout import Rollout
+from .run import Run, wait_asleep
+from .sampling import Sample, sample_step, samples_of
+from .sentiment import by_prompt
+from .settings import AdapterOptions, EvaluationOptions, NonNegativeFloat, Positive, option, parse
+
+
+@dataclass
+class DistillOptions(EvaluationOptions, AdapterOptions):
+    """What distillation can be told."""
+
+    steps: Positive = option(20, "rounds of sampling and one update")
+    completions_per_step: Positive = option(24, "that each process samples in a step")
+    drop_layers: Positive = option(4, "layers that the student lacks, evenly spread")
+    direction: Literal["reverse", "forward", "jsd"] = option("jsd", "of the divergence")
+    beta: NonNegativeFloat = option(0.5, "weight of the teacher in the mixture of jsd")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe with command-line arguments, and return what its `metrics.json` holds."""
+    return train(parse(DistillOptions, arguments, "distill", __doc__ or ""))
+
+
+def train(options: DistillOptions) -> dict[str, Any]:
+    """Run the recipe; see the module.
+
+    Raises:
+        ValueError: the model's layers cannot be taken out, or are too few.
+    """
+    run = Run("distill", options)
+    with run.report.phase("Load the teacher, prune the student"):
+        teacher, tokenizer = load_model(source_of(options.model), run.device)
+        teacher.requires_grad_(False)
+        pruned = without_layers(teacher, options.drop_layers)
+        student = add_adapters(pruned, options.lora_rank, options.lora_targets or "all-linear")
+    before = judge(run, student, teacher, tokenizer, options, "before")
+    (model,) = run.train(student, learning_rate=options.learning_rate, total=options.steps)
+    for step in run.steps(options.steps):
+        count = options.completions_per_step
+        batch = sample_step(run, student, tokenizer, options, step, count, logprobs=False)
+        values = divergence(model, teacher, batch, options.direction, options)
+        # Of all processes' tokens, for the gradient is the mean of the processes'.
+        loss = values.sum() / run.mean(batch["completion_mask"].sum())
+        run.update(loss)
+        run.log({"loss": loss})
+    after = judge(run, student, teacher, tokenizer, options, "after")
+    kl = compared(*(by_prompt(samples, values) for samples, values in (before, after)))
+    run.report.line(f"KL(student ‖ teacher), nats a text: {described(kl)}")
+    old, new = before[0][-1], after[0][-1]
+    run.report.line(f"Prompt: {old.prompt}\n  before: …{one_line(old.completion)}")
+    run.report.line(f"  after:  …{one_line(new.completion)}")
+    if run.accelerator.is_main_process:
+        title = f"distill: {run.model_name} without {options.drop_layers} of its layers"
+        panels = [Panel(f"Divergence ({options.direction}), nats a token", "loss")]
+        save_curves(run.output / "curves.png", title, panels, run.history)
+        student.merge_and_unload().save_pretrained(run.output / "model")
+        tokenizer.save_pretrained(run.output / "model")
+    return run.finish(
+        kl={name: one._asdict() for name, one in kl._asdict().items()},
+        completions=[
+            {"prompt": one.prompt, "before": one.completion, "after": two.completion}
+            for one, two in zip(before[0], after[0], strict=True)
+        ],
+    )
+
+
+def without_layers(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
+    """Copy a model without some of its layers, evenly spread; the first and the last stay.
+
+    Raises:
+        ValueError: it has no list of layers, or too few.
+    """
+    student = copy.deepcopy(teacher)
+    backbone = student.base_model
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"model: {type(teacher).__name__} has no list of layers to take from")
+    if count > len(layers) - 2:
+        raise ValueError(f"drop_layers: expected at most {len(layers) - 2}, got {count}")
+    inner = torch.linspace(0, len(layers) - 1, count + 2).round().long().tolist()
+    dropped = set(inner[1:-1])
+    backbone.layers = nn.ModuleList(
+        layer for number, layer in enumerate(layers) if number not in dropped
+    )
+    student.config.num_hidden_layers = len(backbone.layers)
+    for number, layer in enumerate(backbone.layers):
+        layer.self_attn.layer_idx = number  # its place in the cache of generation
+    return student
+
+
+def divergence(
+    student: nn.Module, teacher: nn.Module, batch: Rollout, direction: str, options: DistillOptions
+) -> Tensor:
+    """Compute the divergence at each token of the student's text: (B, T-1), the logits unbuilt."""
+    return model_kl_divergence(
+        student,
+        teacher,
+        batch["input_ids"],
+        batch["attention_mask"],
+        mask=batch["completion_mask"],
+        direction=direction,
+        beta=options.beta,
+        temperature=options.temperature,
+        position_ids=batch["position_ids"],
+    )
+
+
+@torch.no_grad()
+def judge(
+    run: Run,
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DistillOptions,
+    when: str,
+) -> tuple[list[Sample], list[float]]:
+    """Let the student complete held-out prompts: its texts, and KL(student ‖ teacher) of each."""
+    samples: list[Sample] = []
+    values: list[float] = []
+    for batch in held_out(run, student, tokenizer, options, when):
+        samples += samples_of(batch)
+        values += divergence(student, teacher, batch, "reverse", options).sum(-1).tolist()
+    return samples, values
+
+
+def described(kl: Comparison) -> str:
+    """Write both means with their standard errors."""
+    return " -> ".join(f"{one.mean:.2f} ± {one.standard_error:.2f}" for one in kl[:2])
+
+
+if __name__ == "__main__":
+    wait_asleep()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
