@@ -33,9 +33,9 @@ from .settings import AdapterOptions, EvaluationOptions, NonNegativeFloat, Posit
 class DistillOptions(EvaluationOptions, AdapterOptions):
     """What distillation can be told."""
 
-    steps: Positive = option(20, "rounds of sampling and one update")
-    completions_per_step: Positive = option(24, "that each process samples in a step")
-    drop_layers: Positive = option(4, "layers that the student lacks, evenly spread")
+    steps: Positive = option(16, "rounds of sampling and one update")
+    completions_per_step: Positive = option(16, "that each process samples in a step")
+    drop_layers: Positive = option(8, "layers that the student lacks, evenly spread")
     direction: Literal["reverse", "forward", "jsd"] = option("jsd", "of the divergence")
     beta: NonNegativeFloat = option(0.5, "weight of the teacher in the mixture of jsd")
 
@@ -56,7 +56,7 @@ def train(options: DistillOptions) -> dict[str, Any]:
         teacher, tokenizer = load_model(source_of(options.model), run.device)
         teacher.requires_grad_(False)
         pruned = without_layers(teacher, options.drop_layers)
-        student = add_adapters(pruned, options.lora_rank, options.lora_targets or "all-linear")
+        student = add_adapters(pruned, options.lora_rank, options.lora_targets)
     before = judge(run, student, teacher, tokenizer, options, "before")
     (model,) = run.train(student, learning_rate=options.learning_rate, total=options.steps)
     for step in run.steps(options.steps):

@@ -178,6 +178,7 @@ def conclude(
             memory,
             (old, new),
         )
+    run.evaluations.append({"step": run.done, **after.figures()})
     return run.finish(
         sentiment=_asdict(reward),
         kl=kl._asdict(),

@@ -37,7 +37,7 @@ from .report import Report
 from .settings import RunOptions
 
 # What may differ between a run and the one that resumes it: none of it changes a figure.
-_FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
+FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
 
 
 def wait_asleep() -> None:
@@ -219,7 +219,7 @@ class Run:
         """Take it back, if it is of a run with the same options."""
         own = dataclasses.asdict(self.options)
         for name, value in state["options"].items():
-            if name not in _FREE_TO_CHANGE and own.get(name) != value:
+            if name not in FREE_TO_CHANGE and own.get(name) != value:
                 raise ValueError(
                     f"--resume: the run in {self.output} has {name}={value}, this one "
                     f"{name}={own.get(name)}; its curve could not go on as it was"

@@ -68,12 +68,13 @@ def sample_step(
     step: int,
     prompts: int,
     each: int = 1,
-    **what: bool,
+    logprobs: bool = True,
+    hidden_states: bool = False,
 ) -> Rollout:
     """Sample what a step of training learns from: `each` completions of some training prompts.
 
     Each process takes its part of the prompts of the step; the completions of one prompt stand one
-    after the other. `what` is `logprobs` and `hidden_states` of `rollout`.
+    after the other. `logprobs` and `hidden_states` are those of `rollout`.
     """
     drawn = run.share(draw(TRAIN_PROMPTS, step, prompts * run.processes, options.seed))
     return rollout(
@@ -82,7 +83,8 @@ def sample_step(
         [prompt for prompt in drawn for _ in range(each)],
         new_tokens=options.new_tokens,
         temperature=options.temperature,
-        **what,
+        logprobs=logprobs,
+        hidden_states=hidden_states,
     )
 
 

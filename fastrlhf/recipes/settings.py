@@ -37,11 +37,16 @@ Positive = Annotated[int, _POSITIVE]
 NonNegative = Annotated[int, Bound(0)]
 PositiveFloat = Annotated[float, Bound(0, included=False)]
 NonNegativeFloat = Annotated[float, Bound(0)]
+PositiveFloats = Annotated[list[float], Bound(0, included=False)]
+NonNegativeFloats = Annotated[list[float], Bound(0)]
 
 
 def option(default: Any, help: str) -> Any:
     """Make a field of a dataclass with the words that `--help` shows."""
-    return field(default=default, metadata={"help": help})
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -61,8 +66,10 @@ class RunOptions:
         """Check every number against the bound in its type."""
         hints = get_type_hints(type(self), include_extras=True)
         for one in fields(self):
+            value = getattr(self, one.name)
             for bound in getattr(hints[one.name], "__metadata__", ()):
-                bound.check(one.name, getattr(self, one.name))
+                for number in value if isinstance(value, list) else [value]:
+                    bound.check(one.name, number)
 
 
 @dataclass

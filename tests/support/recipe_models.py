@@ -29,17 +29,16 @@ def write_tiny_model(folder: Path, fillers: int = 2000, **changes) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
     fast.save_pretrained(folder)
+    shape = {
+        "vocab_size": len(words),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-        **changes,
+        bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS, **{**shape, **changes}
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)

@@ -1,0 +1,239 @@
+"""Reward against KL, all methods on one task: `python -m fastrlhf.recipes.frontier`.
+
+The left half of Fig. 2 of the DPO paper (arXiv:2305.18290) at a small size. From the same SFT
+model, DPO, PPO, GRPO and TRPO learn to please VADER, each with several strengths of what holds it
+to the reference; on the way and at the end, texts for held-out prompts tell the reward and the
+exact KL. Best of n, which trains nothing, is the baseline. Who has more reward at the same KL is
+the better method, whatever its coefficient is called. With `--resume`, finished cells are not run
+again.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+
+from . import dpo, grpo, ppo, sft, trpo
+from .best_of_n import best_of_n, kl_of_best_of_n
+from .curves import plain
+from .finished import finished_or_run, write_metrics
+from .models import load_model, source_of
+from .prompts import HELD_OUT_PROMPTS
+from .run import Run, wait_asleep
+from .sampling import sample_completions
+from .sentiment import sentiments
+from .settings import (
+    EvaluationOptions,
+    NonNegative,
+    NonNegativeFloats,
+    Positive,
+    PositiveFloats,
+    option,
+    parse,
+)
+
+_COLORS = {
+    "SFT": "black",
+    "best of n": "#8a8f98",
+    "DPO": "#2b6cb0",
+    "PPO": "#c05621",
+    "GRPO": "#2f855a",
+    "TRPO": "#805ad5",
+}
+
+
+@dataclass
+class FrontierOptions(EvaluationOptions):
+    """What the comparison can be told."""
+
+    eval_every: NonNegative = option(6, "steps between the points of DPO, PPO and GRPO")
+    betas: PositiveFloats = option([0.05, 0.2, 1.0], "of DPO")
+    ppo_kl_coefs: NonNegativeFloats = option([0.0, 0.05, 0.2], "of PPO's rewards")
+    grpo_kl_coefs: NonNegativeFloats = option([0.0, 0.1], "of GRPO's loss")
+    max_kls: PositiveFloats = option([0.01, 0.03], "δ of TRPO, nats a token")
+    best_of: Positive = option(16, "texts of each held-out prompt that the best is chosen from")
+    sft_steps: Positive = option(16, "of the SFT model, which is the reference of all")
+    dpo_steps: Positive = option(18, "of DPO")
+    online_steps: Positive = option(12, "of PPO and GRPO")
+    trpo_steps: Positive = option(6, "of TRPO")
+    texts_per_step: Positive = option(32, "completions in a step of PPO, GRPO and TRPO")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one setting: a line of the picture."""
+
+    method: str
+    setting: str
+    run: Callable[[Any], dict[str, Any]]
+    options: Any
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe with command-line arguments, and return what its `metrics.json` holds."""
+    return train(parse(FrontierOptions, arguments, "frontier", __doc__ or ""))
+
+
+def train(options: FrontierOptions) -> dict[str, Any]:
+    """Run the recipe; see the module."""
+    console = Console(highlight=False, markup=False)
+    folder = Path(options.output)
+    shared = {
+        name: getattr(options, name)
+        for name in (
+            "seed", "device", "save_every", "new_tokens", "temperature", "batch_size",
+            "eval_prompts", "eval_completions",
+        )
+    }  # fmt: skip
+    start = sft.SFTOptions(
+        model=source_of(options.model),
+        output=str(folder / "sft"),
+        steps=options.sft_steps,
+        **shared,
+    )
+    console.print("\n== SFT, the reference")
+    tuned = finished_or_run(sft.train, start, options.resume)
+    shared["model"] = str(folder / "sft" / "model")
+    lines = []
+    for cell in cells(options, folder, shared):
+        console.print(f"\n== {cell.method} {cell.setting}")
+        metrics = finished_or_run(cell.run, cell.options, options.resume)
+        seconds = sum(metrics["seconds"].values())
+        points = metrics["evaluations"]
+        lines.append(
+            {"method": cell.method, "setting": cell.setting, "seconds": seconds, "points": points}
+        )
+        console.print(f"{cell.method} {cell.setting}: {described(points[-1])}, {seconds:.0f} s")
+    draw(folder / "frontier.png", lines, len(HELD_OUT_PROMPTS[: options.eval_prompts]))
+    console.print(f"\nPicture and figures in {folder}/")
+    return write_metrics(
+        folder, {"sft": tuned["ended"], "versions": tuned["versions"], "lines": lines}
+    )
+
+
+def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> list[Cell]:
+    """List what is run, in the order in which it is."""
+
+    def cell(method: str, setting: str, run: Any, kind: Any, **choice: Any) -> Cell:
+        name = f"{method}-{setting}".replace(" ", "").replace("=", "-")
+        return Cell(method, setting, run, kind(output=str(folder / name), **shared | choice))
+
+    texts, every = options.texts_per_step, {"eval_every": options.eval_every}
+    online = {"steps": options.online_steps, **every}
+    group = {"group_size": min(8, texts), "prompts_per_step": max(1, texts // 8)}
+    found = [
+        cell(
+            "best of n", f"n ≤ {options.best_of}", choose_best, BestOptions, best_of=options.best_of
+        )
+    ]
+    for beta in options.betas:
+        choice = {"beta": beta, "steps": options.dpo_steps, **every}
+        found.append(cell("DPO", f"β = {beta:g}", dpo.train, dpo.DPOOptions, **choice))
+    for coef in options.ppo_kl_coefs:
+        choice = {"kl_coef": coef, "completions_per_step": texts, **online}
+        found.append(cell("PPO", f"KL coef. = {coef:g}", ppo.train, ppo.PPOOptions, **choice))
+    for coef in options.grpo_kl_coefs:
+        choice = {"kl_coef": coef, **group, **online}
+        found.append(cell("GRPO", f"KL coef. = {coef:g}", grpo.train, grpo.GRPOOptions, **choice))
+    for delta in options.max_kls:
+        choice = {"max_kl": delta, "steps": options.trpo_steps, "eval_every": 3, **group}
+        found.append(cell("TRPO", f"δ = {delta:g}", trpo.train, trpo.TRPOOptions, **choice))
+    return found
+
+
+@dataclass
+class BestOptions(EvaluationOptions):
+    """What best of n can be told."""
+
+    best_of: Positive = option(16, "texts of each held-out prompt")
+
+
+def choose_best(options: BestOptions) -> dict[str, Any]:
+    """Sample from the reference, and evaluate the best of 1, 2, 4, ... of what it wrote."""
+    run = Run("best-of-n", options)
+    model, tokenizer = load_model(options.model or "", run.device)
+    prompts = HELD_OUT_PROMPTS[: options.eval_prompts]
+    texts = [prompt for prompt in prompts for _ in range(options.best_of)]
+    with run.report.phase("Sample held-out completions", len(texts)) as advance:
+        samples = sample_completions(model, tokenizer, texts, options, options.seed, advance)
+    scores = torch.tensor(sentiments(samples)).view(-1, options.best_of).tolist()
+    for power in range(options.best_of.bit_length()):
+        n = 2**power
+        reward = best_of_n(scores, n)
+        run.evaluations.append(
+            {
+                "step": n,
+                "reward": reward.mean,
+                "reward_error": reward.standard_error,
+                "kl": kl_of_best_of_n(n),
+                "kl_error": 0.0,
+            }
+        )
+    return run.finish()
+
+
+def described(point: dict[str, float]) -> str:
+    """Write a point of the picture in words."""
+    return (
+        f"VADER {point['reward']:+.3f} ± {point['reward_error']:.3f} at "
+        f"KL {point['kl']:.2f} ± {point['kl_error']:.2f} nats a text"
+    )
+
+
+def draw(path: Path, lines: Sequence[dict[str, Any]], prompts: int) -> None:
+    """Write the PNG: a line for each cell, through its points in the order of training."""
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    start = lines[0]["points"][0]
+    axes.errorbar(
+        0, start["reward"], start["reward_error"], fmt="s", color="black", label="SFT model"
+    )
+    shades: dict[str, int] = {}
+    for line in lines:
+        shades[line["method"]] = shades.get(line["method"], -1) + 1
+        _line(axes, line, start, ("-", "--", ":", "-.")[shades[line["method"]] % 4])
+    axes.set_title("Reward against KL to the SFT model, SmolLM2-135M")
+    axes.set_xlabel(
+        "KL(policy ‖ SFT model), nats a text, exact at each token; best of n: its bound"
+    )
+    axes.set_ylabel(f"VADER on {prompts} held-out prompts, ± standard error")
+    axes.legend(loc="lower right")
+    plain(axes)
+    figure.savefig(path, dpi=120)
+
+
+def _line(axes: Axes, line: dict[str, Any], start: dict[str, float], style: str) -> None:
+    points = line["points"]
+    if line["method"] != "best of n":
+        points = [{**start, "kl": 0.0, "kl_error": 0.0}, *points]
+    axes.errorbar(
+        [point["kl"] for point in points],
+        [point["reward"] for point in points],
+        yerr=[point["reward_error"] for point in points],
+        xerr=[point["kl_error"] for point in points],
+        color=_COLORS[line["method"]],
+        linestyle=style,
+        marker="o",
+        markersize=4,
+        elinewidth=0.8,
+        capsize=2,
+        label=f"{line['method']}, {line['setting']}",
+    )
+
+
+if __name__ == "__main__":
+    wait_asleep()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
