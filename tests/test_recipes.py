@@ -484,8 +484,7 @@ def test_a_finished_run_of_other_options_is_not_taken_for_this_one(
     model_folder: Path, tmp_path: Path
 ) -> None:
     run_recipe("sft", model_folder, tmp_path, steps=1)
-    other = sft.SFTOptions(model=str(model_folder), output=str(tmp_path), steps=2, device="cpu")
-    with pytest.raises(
-        ValueError, match=r"--resume: .* has .*steps=1, this run steps=2|texts_per_step"
-    ):
-        finished_or_run(sft.train, other, resume=True)
+    _, kind, options = RECIPES["sft"]
+    same = {"model": str(model_folder), "output": str(tmp_path), **TINY, **options}
+    with pytest.raises(ValueError, match=r"--resume: .* has steps=1, this run steps=2"):
+        finished_or_run(sft.train, kind(steps=2, **same), resume=True)

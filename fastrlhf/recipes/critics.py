@@ -9,6 +9,8 @@ from transformers import AutoModelForTokenClassification
 
 from .models import add_adapters, dense_folder
 
+_HEADS = ("score", "classifier")  # as architectures call a token classifier's
+
 
 class ValueHead(nn.Module):
     """A linear layer on what enters the policy's head; the policy learns from its error too."""
@@ -35,14 +37,13 @@ class SeparateCritic(nn.Module):
         model = AutoModelForTokenClassification.from_pretrained(
             dense_folder(source), num_labels=1, dtype=torch.float32
         )
-        nn.init.zeros_(model.score.weight)
+        head = next(getattr(model, name) for name in _HEADS if hasattr(model, name))
+        nn.init.zeros_(head.weight)
         self.model = add_adapters(model.to(device), rank, targets, task="TOKEN_CLS")
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Value the states before input_ids[:, 1:]: (B, T-1); the policy's states are not used."""
         logits: Tensor = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits
         return logits[:, :-1, 0].float()

@@ -125,7 +125,6 @@ def divergence(
         direction=direction,
         beta=options.beta,
         temperature=options.temperature,
-        position_ids=batch["position_ids"],
     )
 
 

@@ -43,6 +43,7 @@ class DPOOptions(EvaluationOptions, AdapterOptions):
     pairs_per_step: Positive = option(8, "pairs of each process in one step")
     draw_pairs: Positive = option(128, "pairs that are sampled, ties included")
     minimal_gap: PositiveFloat = option(0.3, "in VADER's score, below which a pair is a tie")
+    learning_rate: PositiveFloat = option(2e-3, "of AdamW, falling to 0 linearly")
     beta: PositiveFloat = option(0.1, "how strongly the policy is held to the reference")
     loss_type: LossType = option("sigmoid", "of the DPO family")
     label_smoothing: float = option(0.0, "probability that a preference is wrong (cDPO, robust)")

@@ -62,11 +62,10 @@ def exact_kl(policy: PeftModel, batch: Rollout, temperature: float) -> Tensor:
     mean over samples estimates the KL of whole texts without bias, and with less variance than the
     mean of log π(y) - log π_ref(y).
     """
-    inputs = {"position_ids": batch["position_ids"]}
     ids, attention = batch["input_ids"], batch["attention_mask"]
-    hidden, head = head_inputs(policy, ids, attention, **inputs)
+    hidden, head = head_inputs(policy, ids, attention)
     with adapters_off(policy):
-        ref_hidden, ref_head = head_inputs(policy, ids, attention, **inputs)
+        ref_hidden, ref_head = head_inputs(policy, ids, attention)
     values = linear_kl_divergence(
         hidden[:, :-1],
         head.weight,

@@ -27,6 +27,7 @@ from .settings import (
     EvaluationOptions,
     NonNegativeFloat,
     Positive,
+    PositiveFloat,
     option,
     parse,
 )
@@ -36,9 +37,10 @@ from .settings import (
 class GRPOOptions(EvaluationOptions, AdapterOptions):
     """What GRPO and its family can be told."""
 
-    steps: Positive = option(14, "rounds of sampling and learning")
-    prompts_per_step: Positive = option(5, "prompts of each process in one step")
+    steps: Positive = option(12, "rounds of sampling and learning")
+    prompts_per_step: Positive = option(4, "prompts of each process in one step")
     group_size: Positive = option(8, "completions of each prompt")
+    learning_rate: PositiveFloat = option(3e-3, "of AdamW, falling to 0 linearly")
     iterations: Positive = option(1, "updates on the samples of a step")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = option(
         "grpo", "which member of the family"
@@ -116,7 +118,6 @@ def grpo_loss(
         ref_logprobs=batch["ref_logprobs"],
         entropy=True,
         temperature=options.temperature,
-        position_ids=batch["position_ids"],
         **choice,
     )
     return result

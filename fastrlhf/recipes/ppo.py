@@ -40,10 +40,11 @@ from .settings import (
 class PPOOptions(EvaluationOptions, AdapterOptions):
     """What PPO can be told."""
 
-    steps: Positive = option(14, "rounds of sampling and learning")
+    steps: Positive = option(12, "rounds of sampling and learning")
     completions_per_step: Positive = option(32, "that each process samples in a step")
     epochs: Positive = option(2, "passes over the samples of a step")
-    minibatches: Positive = option(2, "updates in a pass")
+    minibatches: Positive = option(1, "updates in a pass")
+    learning_rate: PositiveFloat = option(3e-3, "of AdamW, falling to 0 linearly")
     reward: str = option("vader", "vader, or the output folder of the recipe reward")
     truncation_penalty: NonNegativeFloat = option(0.0, "taken off the score of a cut completion")
     separate_critic: bool = option(False, "a value model of its own, not a head on the policy")
@@ -175,7 +176,6 @@ def ppo_loss(
         temperature=options.temperature,
         clip_low=options.clip_range,
         clip_high=options.clip_range,
-        position_ids=part["position_ids"],
         return_outputs=True,
         output_hidden_states=True,
     )

@@ -22,7 +22,7 @@ from fastrlhf import model_token_stats
 
 
 class Rollout(TypedDict, total=False):
-    """B prompts with a completion each, in T positions: prompts padded on the left.
+    """B prompts, each with its completion right after it, padded on the right to T positions.
 
     Everything is on the device of the model. Masked entries of what is (B, T-1) are 0.
     """
@@ -30,8 +30,8 @@ class Rollout(TypedDict, total=False):
     prompts: list[str]
     completions: list[str]  # decoded, without special tokens
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 0 at padding and after the end of a completion
-    position_ids: Tensor  # (B, T) int64, from 0 at each sequence's first token
+    attention_mask: Tensor  # (B, T) int64, 0 after the end of a completion
+    position_ids: Tensor  # (B, T) int64: 0, 1, ..., as a forward without them has it
     completion_mask: Tensor  # (B, T) bool: the completion, with the token that ended it
     truncated: Tensor  # (B,) bool: new_tokens were too few for an end
     logprobs: Tensor  # (B, T-1) fp32, nats, of input_ids[:, 1:] under the policy
@@ -59,7 +59,7 @@ def rollout(
 
     Args:
         model: a causal language model of transformers, plain, wrapped by peft or by DDP.
-        tokenizer: of the model; padding is put on the left whatever its `padding_side`.
+        tokenizer: of the model; its `padding_side` plays no part.
         prompts: B texts. The tokenizer adds what it adds to any text.
         new_tokens: the longest completion.
         temperature: of sampling, and of all log-probs returned.
@@ -96,19 +96,16 @@ def rollout(
     ends = end_tokens(policy, tokenizer)
     with _evaluating(policy):
         sequences = _generate(policy, tokenizer, inputs, ends, new_tokens, temperature)
-    kept = completion_mask(sequences[:, prompt_length:], ends)
-    attention = torch.cat((inputs.attention_mask, kept.long()), dim=1)
+    completion_ids = sequences[:, prompt_length:]
+    kept = completion_mask(completion_ids, ends)
     batch: Rollout = {
         "prompts": list(prompts),
         "completions": [
             tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(sequences[:, prompt_length:], kept, strict=True)
+            for ids, mask in zip(completion_ids, kept, strict=True)
         ],
-        "input_ids": sequences,
-        "attention_mask": attention,
-        "position_ids": (attention.cumsum(-1) - 1).clamp(min=0),
-        "completion_mask": torch.cat((torch.zeros_like(inputs.input_ids).bool(), kept), dim=1),
-        "truncated": ~_is_any(sequences[:, prompt_length:], ends).any(dim=1),
+        **_without_gaps(inputs, completion_ids, kept, _pad_token(tokenizer, ends)),
+        "truncated": ~_is_any(completion_ids, ends).any(dim=1),
     }
     if not logprobs:
         return batch
@@ -135,7 +132,6 @@ def token_logprobs(
         batch["input_ids"],
         batch["attention_mask"],
         mask=batch["completion_mask"],
-        position_ids=batch["position_ids"],
         temperature=temperature,
         return_outputs=True,
         **inputs,
@@ -166,6 +162,31 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
 
 
+def _without_gaps(inputs: Any, completion_ids: Tensor, kept: Tensor, pad: int) -> Rollout:
+    """Move each sequence, padded on the left and in places cut on the right, to the left edge.
+
+    So any forward counts its positions right, also one that is given none, and the batch is as
+    short as its longest sequence.
+    """
+    ids = torch.cat((inputs.input_ids, completion_ids), dim=1)
+    valid = torch.cat((inputs.attention_mask.bool(), kept), dim=1)
+    sampled = torch.cat((torch.zeros_like(inputs.attention_mask, dtype=torch.bool), kept), dim=1)
+    longest = int(valid.sum(dim=1).max())
+    order = (~valid).long().argsort(dim=1, stable=True)[:, :longest]  # the valid ones first
+    attention = valid.gather(1, order)
+    return {
+        "input_ids": torch.where(attention, ids.gather(1, order), pad),
+        "attention_mask": attention.long(),
+        "position_ids": torch.arange(longest, device=ids.device).expand_as(order).contiguous(),
+        "completion_mask": sampled.gather(1, order),
+    }
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
+    pad: int | None = tokenizer.pad_token_id
+    return ends[0] if pad is None else pad
+
+
 def _is_any(ids: Tensor, values: int | Sequence[int]) -> Tensor:
     return torch.isin(ids, torch.as_tensor(values, device=ids.device))
 
@@ -186,7 +207,7 @@ def _generate(
         top_p=1.0,
         max_new_tokens=new_tokens,
         eos_token_id=ends,
-        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=_pad_token(tokenizer, ends),
         bos_token_id=tokenizer.bos_token_id,
     )
     with _only_config(policy, config):

@@ -104,7 +104,7 @@ class LoraOptions(RunOptions):
 class AdapterOptions(LoraOptions):
     """How it is trained, where AdamW does it."""
 
-    learning_rate: PositiveFloat = option(1e-3, "of AdamW, falling to 0 linearly")
+    learning_rate: PositiveFloat = option(2e-3, "of AdamW, falling to 0 linearly")
     max_grad_norm: PositiveFloat = option(1.0, "to which a longer gradient is cut")
 
 

@@ -101,7 +101,6 @@ def natural_step(
         outputs = backbone(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
             use_cache=False,
         )
         hidden: Tensor = outputs.last_hidden_state
