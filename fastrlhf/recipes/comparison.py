@@ -24,7 +24,7 @@ from .preference import Batch
 from .sampling import Sample, padded
 
 _MIB = 2**20
-LossFunction = Callable[[Tensor, LMHead, Batch, Tensor, float], Tensor]
+LossFunction = Callable[[Tensor, LMHead, Batch, Tensor, float, float], Tensor]
 
 
 class Comparison(NamedTuple):
@@ -73,22 +73,23 @@ class Comparison(NamedTuple):
 
 
 def fused_loss(
-    hidden: Tensor, head: LMHead, batch: Batch, reference: Tensor, beta: float
+    hidden: Tensor, head: LMHead, batch: Batch, reference: Tensor, beta: float, temperature: float
 ) -> Tensor:
     """Compute the mean DPO loss with the operations of this package."""
     targets = shift_targets(batch.input_ids, batch.completion_mask)
     losses, _ = linear_dpo_loss(
         hidden, head.weight, targets, reference, batch.chosen, batch.rejected, beta,
-        **head.options(),
+        temperature=temperature, **head.options(),
     )  # fmt: skip
     return losses.mean()
 
 
 def plain_loss(
-    hidden: Tensor, head: LMHead, batch: Batch, reference: Tensor, beta: float
+    hidden: Tensor, head: LMHead, batch: Batch, reference: Tensor, beta: float, temperature: float
 ) -> Tensor:
     """Compute the mean DPO loss in plain PyTorch, as trainers write it."""
-    log_p = plain_logits(hidden[:, :-1], head).float().log_softmax(-1)
+    logits = plain_logits(hidden[:, :-1], head) / temperature
+    log_p = logits.float().log_softmax(-1)
     logprobs = log_p.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
     log_ratios = (logprobs * batch.scored).sum(-1) - reference
     margins = log_ratios[batch.chosen] - log_ratios[batch.rejected]
@@ -101,7 +102,9 @@ def plain_logits(hidden: Tensor, head: LMHead) -> Tensor:
     return capped_logits(F.linear(hidden, weight, head.bias), head.softcap, head.scale)
 
 
-def compare(model: PeftModel, batch: Batch, reference: Tensor, beta: float) -> Comparison:
+def compare(
+    model: PeftModel, batch: Batch, reference: Tensor, beta: float, temperature: float = 1.0
+) -> Comparison:
     """Run both losses forward and backward from the same hidden states, and measure what they
     need.
     """
@@ -110,7 +113,7 @@ def compare(model: PeftModel, batch: Batch, reference: Tensor, beta: float) -> C
 
     def measure(loss_fn: LossFunction) -> tuple[float, Tensor, int]:
         leaf = hidden.clone().requires_grad_()
-        work = partial(_forward_backward, loss_fn, leaf, head, batch, reference, beta)
+        work = partial(_forward_backward, loss_fn, leaf, head, batch, reference, beta, temperature)
         (loss, gradient), peak = peak_memory(work, hidden.device)
         return loss, gradient, peak
 
@@ -143,8 +146,9 @@ def _forward_backward(
     batch: Batch,
     reference: Tensor,
     beta: float,
+    temperature: float,
 ) -> tuple[float, Tensor]:
-    loss = loss_fn(hidden, head, batch, reference, beta)
+    loss = loss_fn(hidden, head, batch, reference, beta, temperature)
     loss.backward()
     assert hidden.grad is not None
     return loss.item(), hidden.grad

@@ -6,7 +6,6 @@ plain one, with the memory of both, and the sentiment on held-out prompts before
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -77,10 +76,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    from .run import wait_asleep
+    from .run import run_command
 
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

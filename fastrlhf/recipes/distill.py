@@ -6,7 +6,6 @@ or their Jensen-Shannon mixture (GKD, arXiv:2306.13649). No reward is needed.
 """
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from .evaluation import Comparison, compared, held_out
 from .models import add_adapters, load_model, source_of
 from .report import one_line
 from .rollout import Rollout
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import Sample, sample_step, samples_of
 from .sentiment import by_prompt
 from .settings import AdapterOptions, EvaluationOptions, NonNegativeFloat, Positive, option, parse
@@ -152,8 +151,4 @@ def described(kl: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

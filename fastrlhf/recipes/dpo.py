@@ -6,10 +6,9 @@ the preference; the reference is the same model with its adapters off. Other pro
 learned.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -24,10 +23,18 @@ from .evaluation import Evaluation, conclude, evaluate
 from .models import load_policy
 from .preference import PairData
 from .prompts import TRAIN_PROMPTS
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import sample_completions
 from .sentiment import Pair, accuracy, preference_pairs
-from .settings import AdapterOptions, EvaluationOptions, Positive, PositiveFloat, option, parse
+from .settings import (
+    AdapterOptions,
+    Bound,
+    EvaluationOptions,
+    Positive,
+    PositiveFloat,
+    option,
+    parse,
+)
 
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
@@ -46,7 +53,9 @@ class DPOOptions(EvaluationOptions, AdapterOptions):
     learning_rate: PositiveFloat = option(2e-3, "of AdamW, falling to 0 linearly")
     beta: PositiveFloat = option(0.1, "how strongly the policy is held to the reference")
     loss_type: LossType = option("sigmoid", "of the DPO family")
-    label_smoothing: float = option(0.0, "probability that a preference is wrong (cDPO, robust)")
+    label_smoothing: Annotated[float, Bound(0, most=0.49)] = option(
+        0.0, "probability that a preference is wrong (cDPO, robust)"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def train(options: DPOOptions) -> dict[str, Any]:
     after = judge("after")
     with run.report.phase("Compare fused and plain loss"):
         few = torch.arange(min(8, len(pairs)))
-        comparison = compare(policy, *data.batch(few), options.beta)
+        comparison = compare(policy, *data.batch(few), options.beta, options.temperature)
     run.report.console.print(comparison.table())
     panels = [
         Panel("DPO loss", "loss"),
@@ -137,8 +146,4 @@ def _collect_pairs(
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

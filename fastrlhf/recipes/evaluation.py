@@ -15,7 +15,7 @@ from .comparison import logprob_memory
 from .curves import Panel, save_picture
 from .prompts import HELD_OUT_PROMPTS
 from .report import one_line
-from .rollout import Rollout, adapters_off, rollout
+from .rollout import Rollout, adapters_off, evaluating, rollout
 from .run import Run
 from .sampling import Sample, samples_of
 from .sentiment import Estimate, by_prompt, estimate, sentiments
@@ -63,9 +63,10 @@ def exact_kl(policy: PeftModel, batch: Rollout, temperature: float) -> Tensor:
     mean of log π(y) - log π_ref(y).
     """
     ids, attention = batch["input_ids"], batch["attention_mask"]
-    hidden, head = head_inputs(policy, ids, attention)
-    with adapters_off(policy):
-        ref_hidden, ref_head = head_inputs(policy, ids, attention)
+    with evaluating(policy):
+        hidden, head = head_inputs(policy, ids, attention)
+        with adapters_off(policy):
+            ref_hidden, ref_head = head_inputs(policy, ids, attention)
     values = linear_kl_divergence(
         hidden[:, :-1],
         head.weight,

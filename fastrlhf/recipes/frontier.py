@@ -8,7 +8,6 @@ the better method, whatever its coefficient is called. With `--resume`, finished
 again.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,11 @@ import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 from . import dpo, grpo, ppo, sft, trpo
 from .best_of_n import best_of_n, kl_of_best_of_n
 from .curves import plain
-from .finished import finished_or_run, write_metrics
+from .finished import finished_or_run
+from .metrics import write_metrics
 from .models import load_model, source_of
 from .prompts import HELD_OUT_PROMPTS
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import sample_completions
 from .sentiment import sentiments
 from .settings import (
@@ -115,9 +115,9 @@ def train(options: FrontierOptions) -> dict[str, Any]:
         console.print(f"{cell.method} {cell.setting}: {described(points[-1])}, {seconds:.0f} s")
     draw(folder / "frontier.png", lines, len(HELD_OUT_PROMPTS[: options.eval_prompts]))
     console.print(f"\nPicture and figures in {folder}/")
-    return write_metrics(
-        folder, {"sft": tuned["ended"], "versions": tuned["versions"], "lines": lines}
-    )
+    metrics = {"sft": tuned["ended"], "versions": tuned["versions"], "lines": lines}
+    write_metrics(folder, metrics)
+    return metrics
 
 
 def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> list[Cell]:
@@ -232,8 +232,4 @@ def _line(axes: Axes, line: dict[str, Any], start: dict[str, float], style: str)
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -4,7 +4,6 @@ No critic: several completions of one prompt are each other's baseline (arXiv:24
 members of the family (GRPO, BNPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO) are options of one loss.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from .evaluation import Evaluation, conclude, evaluate
 from .models import load_policy
 from .rewards import scorer
 from .rollout import Rollout
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import sample_step
 from .settings import (
     AdapterOptions,
@@ -130,8 +129,4 @@ def _share_of_equal_groups(scores: Tensor, size: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

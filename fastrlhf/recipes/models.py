@@ -136,8 +136,11 @@ def dense_folder(source: str) -> str:
         with tempfile.TemporaryDirectory(dir=cache) as unfinished:
             made = Path(unfinished, "model")
             _write_dense(path, made)
-            with contextlib.suppress(OSError):  # another process was faster
+            try:
                 made.rename(folder)
+            except OSError:
+                if not folder.exists():  # or another process was faster
+                    raise
     return str(folder)
 
 

@@ -8,7 +8,6 @@ PPO sees the reward model alone. Whether VADER, which it never saw, rises too on
 nothing was trained on tells whether what was learned is what was meant.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +19,10 @@ from rich.table import Table
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 
 from . import ppo, reward, sft
-from .finished import finished_or_run, write_metrics
+from .finished import finished_or_run
+from .metrics import write_metrics
 from .models import source_of
-from .run import wait_asleep
+from .run import run_command
 from .settings import RunOptions, option, parse
 
 
@@ -110,7 +110,9 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
         ),
     )
     console.print(_summary(first, second, third))
-    return write_metrics(folder, {"sft": first, "reward": second, "ppo": third})
+    metrics = {"sft": first, "reward": second, "ppo": third}
+    write_metrics(folder, metrics)
+    return metrics
 
 
 def _summary(first: dict[str, Any], second: dict[str, Any], third: dict[str, Any]) -> Table:
@@ -136,8 +138,4 @@ def _summary(first: dict[str, Any], second: dict[str, Any], third: dict[str, Any
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

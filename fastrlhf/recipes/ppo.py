@@ -6,7 +6,6 @@ with its adapters off, the critic is a head on the policy's hidden states (or `-
 and the reward is VADER or the model of the recipe `reward` (`--reward FOLDER`).
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,7 +22,7 @@ from .evaluation import Evaluation, conclude, evaluate
 from .models import load_policy, source_of
 from .rewards import scorer
 from .rollout import Rollout
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import sample_step
 from .settings import (
     AdapterOptions,
@@ -207,8 +206,4 @@ def _critic(options: PPOOptions, policy: nn.Module, device: torch.device) -> nn.
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -7,7 +7,6 @@ order: by Bradley and Terry from pairs, by Plackett and Luce from longer ranking
 how often it is right.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,7 +24,7 @@ from .draws import draw
 from .models import add_adapters, load_model, load_reward_model, source_of
 from .prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
 from .rewards import RewardModel
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import Sample, sample_completions
 from .sentiment import accuracy, estimate, sentiments
 from .settings import (
@@ -205,8 +204,4 @@ def judge(
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -8,6 +8,7 @@
 What comes out is a dict with the keys of the steps in the README.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,27 +77,33 @@ def rollout(
     gradient flows.
 
     Raises:
-        ValueError: no prompts, an empty prompt, or a temperature that is not positive.
+        TypeError: a single text for prompts.
+        ValueError: no prompts, an empty prompt, a temperature that is not positive, or neither
+            tokenizer nor model know a token that ends a text.
     """
+    if isinstance(prompts, str):
+        raise TypeError("prompts: expected a list of texts, got a single one")
     if not prompts:
         raise ValueError("prompts: expected at least one")
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    policy = getattr(model, "module", model)  # generation has no gradient for DDP to reduce
-    inputs = tokenizer(
-        list(prompts),
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        return_token_type_ids=False,
-    ).to(policy.device)
-    prompt_length = inputs.input_ids.shape[1]
-    if not inputs.attention_mask.any(dim=1).all():
-        raise ValueError("prompts: expected at least one token each, got an empty one")
+    policy: Any = getattr(model, "module", model)  # generation has no gradient for DDP to reduce
     ends = end_tokens(policy, tokenizer)
-    with _evaluating(policy):
-        sequences = _generate(policy, tokenizer, inputs, ends, new_tokens, temperature)
-    completion_ids = sequences[:, prompt_length:]
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, attention = _padded_on_the_left(tokenizer, prompts, pad, policy.device)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=float(temperature),
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with evaluating(policy), _only_config(policy, config):
+        sequences = policy.generate(input_ids=ids, attention_mask=attention)
+    completion_ids = sequences[:, ids.shape[1] :]
     kept = completion_mask(completion_ids, ends)
     batch: Rollout = {
         "prompts": list(prompts),
@@ -104,12 +111,12 @@ def rollout(
             tokenizer.decode(ids[mask], skip_special_tokens=True)
             for ids, mask in zip(completion_ids, kept, strict=True)
         ],
-        **_without_gaps(inputs, completion_ids, kept, _pad_token(tokenizer, ends)),
+        **_without_gaps(ids, attention, completion_ids, kept, pad),
         "truncated": ~_is_any(completion_ids, ends).any(dim=1),
     }
     if not logprobs:
         return batch
-    with _evaluating(policy):
+    with evaluating(policy):
         batch["logprobs"], outputs = token_logprobs(
             policy, batch, temperature, output_hidden_states=hidden_states
         )
@@ -119,7 +126,8 @@ def rollout(
             with adapters_off(policy):
                 batch["ref_logprobs"], _ = token_logprobs(policy, batch, temperature)
     if ref_model is not None:
-        batch["ref_logprobs"], _ = token_logprobs(ref_model, batch, temperature)
+        with evaluating(ref_model):
+            batch["ref_logprobs"], _ = token_logprobs(ref_model, batch, temperature)
     return batch
 
 
@@ -156,21 +164,44 @@ def completion_mask(completion_ids: Tensor, end_token_ids: int | Sequence[int]) 
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """List the tokens that end a text: the tokenizer's, and those that the model declares."""
+    """List the tokens that end a text: the tokenizer's, and those that the model declares.
+
+    Raises:
+        ValueError: there is none.
+    """
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
+    found = {token for token in (tokenizer.eos_token_id, *declared) if token is not None}
+    if not found:
+        raise ValueError("tokenizer: expected one with an eos token")
+    return sorted(found)
 
 
-def _without_gaps(inputs: Any, completion_ids: Tensor, kept: Tensor, pad: int) -> Rollout:
+def _padded_on_the_left(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Turn prompts into ids (B, T) whose rows all end with the prompt's end, and their mask."""
+    rows = tokenizer(list(prompts)).input_ids
+    if not all(rows):
+        raise ValueError("prompts: expected at least one token each, got an empty one")
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    places = torch.arange(longest, device=device)
+    return ids, (places >= longest - lengths[:, None]).long()
+
+
+def _without_gaps(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, kept: Tensor, pad: int
+) -> Rollout:
     """Move each sequence, padded on the left and in places cut on the right, to the left edge.
 
     So any forward counts its positions right, also one that is given none, and the batch is as
     short as its longest sequence.
     """
-    ids = torch.cat((inputs.input_ids, completion_ids), dim=1)
-    valid = torch.cat((inputs.attention_mask.bool(), kept), dim=1)
-    sampled = torch.cat((torch.zeros_like(inputs.attention_mask, dtype=torch.bool), kept), dim=1)
+    ids = torch.cat((prompt_ids, completion_ids), dim=1)
+    valid = torch.cat((prompt_mask.bool(), kept), dim=1)
+    sampled = torch.cat((torch.zeros_like(prompt_mask, dtype=torch.bool), kept), dim=1)
     longest = int(valid.sum(dim=1).max())
     order = (~valid).long().argsort(dim=1, stable=True)[:, :longest]  # the valid ones first
     attention = valid.gather(1, order)
@@ -182,37 +213,8 @@ def _without_gaps(inputs: Any, completion_ids: Tensor, kept: Tensor, pad: int) -
     }
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
-    pad: int | None = tokenizer.pad_token_id
-    return ends[0] if pad is None else pad
-
-
 def _is_any(ids: Tensor, values: int | Sequence[int]) -> Tensor:
     return torch.isin(ids, torch.as_tensor(values, device=ids.device))
-
-
-def _generate(
-    policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Any,
-    ends: list[int],
-    new_tokens: int,
-    temperature: float,
-) -> Tensor:
-    """Sample from softmax(logits / temperature) by `generate`: ids (B, prompt + completion)."""
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=new_tokens,
-        eos_token_id=ends,
-        pad_token_id=_pad_token(tokenizer, ends),
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    with _only_config(policy, config):
-        sequences: Tensor = policy.generate(**inputs)  # type: ignore[operator]
-        return sequences
 
 
 @contextmanager
@@ -226,7 +228,7 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Turn dropout off, and each module back to the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -241,11 +243,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _only_config(policy: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Make `config` the model's own: `generate` takes what a given one leaves open from there."""
     owners = [policy, policy.get_base_model()] if isinstance(policy, PeftModel) else [policy]
-    before = [owner.generation_config for owner in owners]
+    before = [vars(owner).get("generation_config") for owner in owners]
     for owner in owners:
         owner.generation_config = config
     try:
         yield
     finally:
         for owner, own in zip(owners, before, strict=True):
-            owner.generation_config = own
+            if own is None:  # peft's wrapper shows that of the model inside
+                del owner.generation_config
+            else:
+                owner.generation_config = own

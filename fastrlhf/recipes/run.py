@@ -9,7 +9,8 @@ A recipe makes a `Run`, lets it prepare what is trained, and loops over `run.ste
         run.log(loss=loss, kl=kl)  # a point of the curve
     run.finish(...)               # metrics.json
 
-By `accelerate launch` the same runs in several processes (data parallel), each on its own samples.
+By `accelerate launch` the same runs in several processes (data parallel), each on its own samples;
+on a CPU, where `accelerate launch` starts one process only, by `torchrun`.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,11 +35,26 @@ from torch import Tensor, nn
 
 import fastrlhf
 
+from .metrics import write_metrics
 from .report import Report
 from .settings import RunOptions
 
 # What may differ between a run and the one that resumes it: none of it changes a figure.
-FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
+_FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
+_FACTS = "run.json"  # in a checkpoint: which run it is of
+_DEVICE = "ACCELERATE_TORCH_DEVICE"
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a recipe as the command that it is: interrupted, it leaves without a traceback."""
+    wait_asleep()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def wait_asleep() -> None:
@@ -65,17 +82,19 @@ class Run:
 
     def __init__(self, name: str, options: RunOptions):
         """Choose the device, seed all generators, and open the logs in the output folder."""
-        quiet_libraries()
+        # On import it warns of a kernel that nothing here would use.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        if options.device != "auto":
-            os.environ["ACCELERATE_TORCH_DEVICE"] = options.device
         self.name, self.options = name, options
         self.output = Path(options.output)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(
-            cpu=options.device == "cpu", log_with="tensorboard", project_dir=self.output
-        )
+        if options.resume:
+            self._check_checkpoint()
+        with _device_of(options.device):
+            self.accelerator = Accelerator(
+                cpu=options.device == "cpu", log_with="tensorboard", project_dir=self.output
+            )
         self.accelerator.init_trackers(name, init_kwargs={"tensorboard": {"max_queue": 1}})
         self.accelerator.register_for_checkpointing(self)
         self.accelerator.register_save_state_pre_hook(self._save_trained)
@@ -143,8 +162,10 @@ class Run:
         so, and a checkpoint is written if one is due.
         """
         if self.options.resume:
-            self._resume()
+            self.accelerator.load_state(str(last_checkpoint(self.output)))
+            self.report.line(f"Resumed after step {self.done}")
         else:
+            self._forget_checkpoints()
             # From here on each process has samples of its own.
             set_seed(self.options.seed, device_specific=True)
         every = self.options.save_every
@@ -199,56 +220,58 @@ class Run:
             **metrics,
         }
         if self.accelerator.is_main_process:
-            text = json.dumps(everything, indent=2, default=str, ensure_ascii=False)
-            (self.output / "metrics.json").write_text(text + "\n", encoding="utf-8")
+            write_metrics(self.output, everything)
             self.report.line(f"Curves and figures in {self.output}/")
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         self.accelerator.free_memory()
         return everything
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint holds beside models, optimizer, schedule and random numbers."""
-        return {
-            "options": dataclasses.asdict(self.options),
-            "done": self.done,
-            "history": self.history,
-            "evaluations": self.evaluations,
-        }
+        return {"done": self.done, "history": self.history, "evaluations": self.evaluations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back, if it is of a run with the same options."""
-        own = dataclasses.asdict(self.options)
-        for name, value in state["options"].items():
-            if name not in FREE_TO_CHANGE and own.get(name) != value:
-                raise ValueError(
-                    f"--resume: the run in {self.output} has {name}={value}, this one "
-                    f"{name}={own.get(name)}; its curve could not go on as it was"
-                )
+        """Take it back."""
         self.done, self.history = state["done"], state["history"]
         self.evaluations = state["evaluations"]
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.output / "checkpoint"
-
     def _save(self) -> None:
-        """Write a checkpoint beside the last one, and then put it in its place."""
-        unfinished = self.output / "checkpoint.unfinished"
+        """Write a checkpoint, give it its name once it is complete, and then remove the last."""
+        unfinished, last = self.output / "checkpoint.unfinished", last_checkpoint(self.output)
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(self._checkpoint, ignore_errors=True)
-            unfinished.rename(self._checkpoint)
+            facts = {"processes": self.processes, "options": dataclasses.asdict(self.options)}
+            (unfinished / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            unfinished.rename(self.output / f"checkpoint-{self.done}")
+            if last is not None:
+                shutil.rmtree(last)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        if not self._checkpoint.exists():
+    def _forget_checkpoints(self) -> None:
+        """Remove those of a former run, which this one begins anew."""
+        if self.accelerator.is_main_process:
+            for folder in self.output.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _check_checkpoint(self) -> None:
+        """See that there is a checkpoint, and that it is of a run like this one."""
+        folder = last_checkpoint(self.output)
+        if folder is None:
             raise SystemExit(f"--resume: there is no checkpoint in {self.output}")
-        self.accelerator.load_state(str(self._checkpoint))
-        self.report.line(f"Resumed after step {self.done}")
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        check_same_options(facts["options"], self.options, self.output)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if facts["processes"] != processes:
+            raise ValueError(
+                f"--resume: the run in {self.output} has {facts['processes']} processes, this one "
+                f"{processes}"
+            )
 
     def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         """Save what is trained, and not the frozen model below it, which accelerate would save."""
@@ -272,14 +295,40 @@ class Run:
                 yield name, parameter.detach()
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the checkpoint of the latest step in the output folder of a run."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / _FACTS).exists()]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def check_same_options(stored: Mapping[str, Any], options: RunOptions, folder: Path) -> None:
+    """Raise ValueError where a run in a folder had options by which its figures would differ."""
+    own = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    for name, value in stored.items():
+        if name not in _FREE_TO_CHANGE and own.get(name) != value:
+            raise ValueError(
+                f"--resume: the run in {folder} has {name}={value}, this one "
+                f"{name}={own.get(name)}; its curve could not go on as it was"
+            )
+
+
+@contextmanager
+def _device_of(device: str) -> Iterator[None]:
+    """Tell accelerate which device to take, and nobody after it."""
+    before = os.environ.get(_DEVICE)
+    if device != "auto":
+        os.environ[_DEVICE] = device
+    try:
+        yield
+    finally:
+        os.environ.pop(_DEVICE, None)
+        if before is not None:
+            os.environ[_DEVICE] = before
+
+
 def describe(figures: Mapping[str, float]) -> str:
     """Write the figures of a step as one line."""
     return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-
-
-def quiet_libraries() -> None:
-    """Let bitsandbytes not warn, on import, of a kernel that nothing here would use."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def versions() -> dict[str, str]:

@@ -8,27 +8,30 @@ bounds of a number stand in its type: `steps: Positive`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T", bound="RunOptions")
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The least value that an option may have, and whether it may be that itself."""
+    """Between which values an option lies, and whether it may be the least one itself."""
 
     least: float
     included: bool = True
+    most: float = math.inf
 
-    def check(self, name: str, value: float | None) -> None:
-        """Raise ValueError where the value is beyond the bound, infinite or not a number."""
-        if value is None:
-            return
-        if self.least < value < math.inf or (self.included and value == self.least):
+    def check(self, name: str, value: float) -> None:
+        """Raise ValueError where the value is beyond a bound, infinite or not a number."""
+        above = value > self.least or (self.included and value == self.least)
+        if above and value <= self.most and value < math.inf:
             return
         expected = f"{self.least:g} or more" if self.included else f"more than {self.least:g}"
         if self == _POSITIVE:
             expected = "a positive number"
+        if self.most < math.inf:
+            expected += f", at most {self.most:g}"
         raise ValueError(f"argument --{name}: expected {expected}, got {value}")
 
 
@@ -39,6 +42,25 @@ PositiveFloat = Annotated[float, Bound(0, included=False)]
 NonNegativeFloat = Annotated[float, Bound(0)]
 PositiveFloats = Annotated[list[float], Bound(0, included=False)]
 NonNegativeFloats = Annotated[list[float], Bound(0)]
+Seed = Annotated[int, Bound(0, most=2**32 - 1)]  # what NumPy takes
+
+
+def check_option(name: str, hint: Any, value: Any) -> None:
+    """Raise ValueError or TypeError where a value is not what the type of its field says."""
+    choices = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(kind for kind in choices if kind is not NoneType)
+        return None if value is None else check_option(name, hint, value)
+    if get_origin(hint) is Literal and value not in choices:
+        raise ValueError(f"argument --{name}: invalid choice: {value!r} (choose from {choices})")
+    if get_origin(hint) is not Annotated:
+        return None
+    kind, bound = choices
+    for number in value if isinstance(value, list) else [value]:
+        if kind is int and not isinstance(number, int):
+            raise TypeError(f"argument --{name}: expected an integer, got {number!r}")
+        bound.check(name, number)
+    return None
 
 
 def option(default: Any, help: str) -> Any:
@@ -57,19 +79,16 @@ class RunOptions:
         None, "hub id, folder or GGUF file; without it the bundled SmolLM2-135M-Instruct"
     )
     output: str = option("", "folder; without it <recipe>-output")
-    seed: int = option(0, "of prompts, adapters and samples: the same figures twice")
+    seed: Seed = option(0, "of prompts, adapters and samples: the same figures twice")
     device: str = option("auto", "auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     save_every: NonNegative = option(10, "steps between checkpoints; 0: none")
     resume: bool = option(False, "go on from the checkpoint in the output folder")
 
     def __post_init__(self) -> None:
-        """Check every number against the bound in its type."""
+        """Check every value against its type, and every number against the bound in it."""
         hints = get_type_hints(type(self), include_extras=True)
         for one in fields(self):
-            value = getattr(self, one.name)
-            for bound in getattr(hints[one.name], "__metadata__", ()):
-                for number in value if isinstance(value, list) else [value]:
-                    bound.check(one.name, number)
+            check_option(one.name, hints[one.name], getattr(self, one.name))
 
 
 @dataclass
@@ -85,7 +104,7 @@ class SamplingOptions(RunOptions):
 class EvaluationOptions(SamplingOptions):
     """On what a policy is judged before and after."""
 
-    eval_prompts: Annotated[int, Bound(2)] = option(40, "held-out prompts, of 40")
+    eval_prompts: Annotated[int, Bound(2, most=40)] = option(40, "held-out prompts, of 40")
     eval_completions: Positive = option(2, "completions of each of them")
     eval_every: NonNegative = option(0, "steps between evaluations on the way; 0: none")
 

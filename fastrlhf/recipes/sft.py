@@ -6,7 +6,6 @@ ending counts, not the opening. The adapters are merged at the end: `<output>/mo
 steps start from.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from .draws import draw
 from .evaluation import Evaluation, conclude, evaluate
 from .models import load_policy
 from .reviews import REVIEWS
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import Sample, padded
 from .settings import AdapterOptions, EvaluationOptions, Positive, option, parse
 
@@ -110,8 +109,4 @@ def texts(
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

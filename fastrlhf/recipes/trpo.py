@@ -5,7 +5,6 @@ whole vocabulary and averaged over tokens (arXiv:1502.05477). Nothing else holds
 clipping, no penalty, no learning rate. Several completions of one prompt are each other's baseline.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from .evaluation import Evaluation, conclude, evaluate
 from .models import load_policy
 from .rewards import scorer
 from .rollout import Rollout
-from .run import Run, wait_asleep
+from .run import Run, run_command
 from .sampling import sample_step
 from .settings import (
     EvaluationOptions,
@@ -121,8 +120,4 @@ def natural_step(
 
 
 if __name__ == "__main__":
-    wait_asleep()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -1,0 +1,30 @@
+"""`metrics.json`: all figures of a run, for who compares or draws them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write them; what is not a finite number, of a run that diverged, is null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(metrics), indent=2, default=str, ensure_ascii=False, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """Read them, if they are there."""
+    file = folder / "metrics.json"
+    if not file.exists():
+        return None
+    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return metrics
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
