@@ -177,29 +177,37 @@ def test_a_batch_scores_the_completion_tokens_alone() -> None:
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0], [1])
 
 
-def test_reference_is_the_model_without_its_adapters(model_folder: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_reference_is_the_model_without_its_adapters(
+    model_folder: Path, temperature: float
+) -> None:
     torch.manual_seed(0)
     base, _ = load_model(str(model_folder), CPU)
     pairs = [Pair(sample([2, 3], [4, 5, EOS]), sample([2, 3], [6, 7])) for _ in range(3)]
     batch = collate(pairs, pad_token_id=EOS)
     with torch.no_grad():
         logits = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    log_p = (logits / temperature).log_softmax(-1)[:, :-1]
+    logprobs = log_p.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     expected = (logprobs * batch.scored).sum(-1)
 
     model = add_adapters(base, rank=2)
     randomize_adapters(model, std=1.0)
-    data = PairData(model, pairs, pad_token_id=EOS, batch_size=2)
+    data = PairData(model, pairs, pad_token_id=EOS, batch_size=2, temperature=temperature)
     together, reference = data.batch(torch.arange(3))
     torch.testing.assert_close(reference, expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        policy = completion_logprobs(model, together).sum(-1)
+        policy = completion_logprobs(model, together, temperature).sum(-1)
     assert not torch.allclose(policy, reference, atol=1e-2)
 
-    figures = compare(model, together, reference, beta=0.1)
-    assert figures.plain_loss != pytest.approx(math.log(2), abs=1e-4)
+    figures = compare(model, together, reference, 0.1, temperature)
     size = 2 * 0.1 * float(reference.abs().max())
     assert figures.loss_difference <= budget(0.0, torch.float32, size=size)
+    ratios = (policy - reference).double()
+    margins = 0.1 * (ratios[together.chosen] - ratios[together.rejected])
+    loss = -torch.nn.functional.logsigmoid(margins).mean().item()
+    assert loss != pytest.approx(math.log(2), abs=1e-4)
+    assert figures.plain_loss == pytest.approx(loss, abs=budget(0.0, torch.float32, size=size))
     assert figures.gradient_difference < 1e-5 * figures.plain_gradient
     assert figures.logits_bytes == 6 * 5 * 2013 * 4
     assert figures.fused_bytes < figures.plain_bytes

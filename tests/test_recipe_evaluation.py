@@ -15,6 +15,7 @@ from support.compare import assert_as_accurate, budget  # noqa: E402
 from support.recipe_models import (  # noqa: E402
     EOS,
     PEFT_READS_AN_OLD_NAME,
+    dropping,
     plain_logits_one_by_one,
     randomize_adapters,
     write_tiny_model,
@@ -107,6 +108,20 @@ def test_exact_kl_of_fresh_adapters_is_zero(fresh) -> None:
     assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
 
 
+def test_dropout_is_off_in_exact_kl(model_folder) -> None:
+    base, tokenizer = load_model(str(model_folder), CPU)
+    dropped = dropping(base)
+    policy = add_adapters(base, rank=2)
+    randomize_adapters(policy)
+    batch = rollout(policy, tokenizer, PROMPTS, new_tokens=6, logprobs=False)
+    expected = exact_kl(policy, batch, 1.0)
+    before = [module.training for module in policy.train().modules()]
+    found = exact_kl(policy, batch, 1.0)
+    assert [module.training for module in policy.modules()] == before
+    assert not dropped
+    assert torch.equal(found, expected)
+
+
 @pytest.fixture
 def run(model_folder: Path, tmp_path: Path) -> Run:
     return Run("judge", options(model_folder, tmp_path))
@@ -151,7 +166,6 @@ def test_an_evaluation_is_of_the_held_out_prompts(run, adapted) -> None:
             >= len(one.prompt_ids),
         }
         alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        alone["position_ids"] = torch.arange(alone["input_ids"].shape[1])[None]
         again = float(exact_kl(policy, alone, run.options.temperature))
         assert value == pytest.approx(again, abs=budget(0.0, torch.float32, size=5 * 12))
 
@@ -356,6 +370,20 @@ def test_another_process_may_be_faster(written, tmp_path, monkeypatch) -> None:
     assert Path(dense_folder(str(file))) == finished[0]
     assert (finished[0] / "other").exists()
     assert list(finished[0].parent.iterdir()) == [finished[0]]
+
+
+def test_a_folder_that_cannot_get_its_name(written, tmp_path, monkeypatch) -> None:
+    """Of which nobody else has made one: there is nothing to load."""
+    file = gguf(tmp_path)
+
+    def refuse(source: Path, target: Path) -> Path:
+        raise PermissionError(f"{source} -> {target}")
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "rename", refuse)
+        dense_folder(str(file))
+    assert list((tmp_path / "cache" / "fastrlhf").iterdir()) == []
+    assert Path(dense_folder(str(file)), "weights").exists()
 
 
 def test_a_failure_leaves_nothing_that_looks_finished(written, tmp_path, monkeypatch) -> None:

@@ -20,12 +20,20 @@ for name in ("transformers", "peft", "accelerate", "vaderSentiment", "matplotlib
 from accelerate import Accelerator  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from support.compare import budget  # noqa: E402
 from support.recipe_models import PEFT_READS_AN_OLD_NAME, write_tiny_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fastrlhf.recipes import dpo  # noqa: E402
-from fastrlhf.recipes.run import Run  # noqa: E402
+from fastrlhf.recipes.finished import finished_or_run  # noqa: E402
+from fastrlhf.recipes.metrics import read_metrics  # noqa: E402
+from fastrlhf.recipes.run import (  # noqa: E402
+    Run,
+    check_same_options,
+    last_checkpoint,
+    run_command,
+)
 from fastrlhf.recipes.settings import AdapterOptions, RunOptions  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
@@ -40,8 +48,7 @@ def _as_on_a_cpu() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        # A run leaves its device there for accelerate: not to the next module.
-        patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+        patch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
         yield
     torch.set_num_threads(threads)
 
@@ -58,12 +65,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def train(model_folder: Path, output: Path, **changes) -> SimpleNamespace:
-    """Run the recipe; what it returns, and the adapters that it leaves."""
+def options_of(model_folder: Path, output: Path, **changes) -> dpo.DPOOptions:
     small = {"eval_prompts": 2, "eval_completions": 1, "draw_pairs": 8, "new_tokens": 6}
     given = {"model": str(model_folder), "output": str(output), "device": "cpu", **small}
-    options = dpo.DPOOptions(**{**given, "steps": STEPS, "save_every": 2, **changes})
-    metrics = dpo.train(options)
+    return dpo.DPOOptions(**{**given, "steps": STEPS, "save_every": 2, **changes})
+
+
+def train(model_folder: Path, output: Path, **changes) -> SimpleNamespace:
+    """Run the recipe; what it returns, and the adapters that it leaves."""
+    metrics = dpo.train(options_of(model_folder, output, **changes))
     weights = load_file(output / "adapter" / "adapter_model.safetensors")
     return SimpleNamespace(metrics=metrics, weights=weights, output=output)
 
@@ -163,11 +173,6 @@ def test_a_finished_run_is_not_trained_further(finished, model_folder, tmp_path)
         assert_same(train(model_folder, tmp_path / "copy", resume=True), finished)
 
 
-NOT_NAMED = pytest.mark.xfail(
-    strict=True, reason="the weights are loaded, and do not fit, before options are compared"
-)
-
-
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -175,17 +180,30 @@ NOT_NAMED = pytest.mark.xfail(
         ("seed", 1),
         ("steps", 5),
         ("learning_rate", 1e-4),
-        pytest.param("lora_rank", 2, marks=NOT_NAMED),
-        pytest.param("lora_targets", "all-linear", marks=NOT_NAMED),
+        ("lora_rank", 2),
+        ("lora_targets", "all-linear"),
+        ("loss_type", "hinge"),
     ],
 )
 def test_another_option_is_refused_by_name(finished, model_folder, tmp_path, name, value) -> None:
-    shutil.copytree(finished.output / "checkpoint", tmp_path / "checkpoint")
+    """Before anything is loaded: no wait, and no weights that do not fit."""
+    shutil.copytree(checkpoint_of(finished.output), tmp_path / f"checkpoint-{STEPS}")
     had = finished.metrics["options"][name]
     with pytest.raises(
-        ValueError, match=rf"--resume: .* has {name}={had}, this one {name}={value}"
+        ValueError, match=rf"--resume: .* has {name}={had}, this one {name}={value};"
     ):
-        train(model_folder, tmp_path, resume=True, **{name: value})
+        Run("dpo", options_of(model_folder, tmp_path, resume=True, **{name: value}))
+    same = {"save_every": 9, "device": "auto"}  # of which no figure depends
+    Run("dpo", options_of(model_folder, tmp_path, resume=True, **same)).finish()
+
+
+def test_another_number_of_processes_is_refused(
+    finished, model_folder, tmp_path, monkeypatch
+) -> None:
+    shutil.copytree(checkpoint_of(finished.output), tmp_path / f"checkpoint-{STEPS}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--resume: .* has 1 processes, this one 2"):
+        Run("dpo", options_of(model_folder, tmp_path, resume=True))
 
 
 def test_nothing_to_resume_is_refused(model_folder, tmp_path) -> None:
@@ -196,8 +214,22 @@ def test_nothing_to_resume_is_refused(model_folder, tmp_path) -> None:
         train(model_folder, tmp_path / "without", resume=True, save_every=0)
 
 
+def checkpoint_of(output: Path) -> Path:
+    """The one that is there; its name says after which step it was written."""
+    (folder,) = output.glob("checkpoint*")
+    assert last_checkpoint(output) == folder
+    return folder
+
+
+def test_a_checkpoint_says_of_which_run_it_is(finished) -> None:
+    folder = checkpoint_of(finished.output)
+    assert folder.name == f"checkpoint-{STEPS}"
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert facts == {"processes": 1, "options": finished.metrics["options"]}
+
+
 def test_a_checkpoint_holds_what_is_trained_alone(finished, model_folder) -> None:
-    folder = finished.output / "checkpoint"
+    folder = checkpoint_of(finished.output)
     files = {file.name: file for file in folder.rglob("*") if file.is_file()}
     saved = torch.load(files["trained_0.pt"], weights_only=True)
     assert len(saved) == len(finished.weights)
@@ -209,7 +241,30 @@ def test_a_checkpoint_holds_what_is_trained_alone(finished, model_folder) -> Non
     size = sum(file.stat().st_size for file in files.values())
     assert 3 * of_adapters < size < 3 * of_adapters + 40_000
     assert size < (model_folder / "model.safetensors").stat().st_size / 2
-    assert not (finished.output / "checkpoint.unfinished").exists()
+
+
+def test_the_latest_checkpoint_that_is_complete(tmp_path) -> None:
+    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "none") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint.unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+    (tmp_path / "checkpoint-11").mkdir()  # what is no checkpoint of a run, or half of one
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_fresh_run_forgets_the_checkpoints_of_a_former_one(
+    finished, model_folder, tmp_path
+) -> None:
+    """Or one that is interrupted would go on from them, after steps that it never took."""
+    shutil.copytree(finished.output, tmp_path / "again")
+    (tmp_path / "again" / "checkpoint-100").mkdir()
+    (tmp_path / "again" / "metrics.json").unlink()
+    interrupt(model_folder, tmp_path / "again", 1, beta=0.2)
+    assert last_checkpoint(tmp_path / "again") is None
+    with pytest.raises(SystemExit, match="--resume: there is no checkpoint in"):
+        train(model_folder, tmp_path / "again", resume=True, beta=0.2)
+    assert_same(train(model_folder, tmp_path / "again"), finished)
+    assert checkpoint_of(tmp_path / "again").name == f"checkpoint-{STEPS}"
 
 
 def fail_while_saving(folder: str) -> None:
@@ -244,25 +299,30 @@ def test_a_failed_checkpoint_leaves_the_former_one(
     assert_same(train(model_folder, tmp_path, resume=True, save_every=1), finished)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=SystemExit, reason="the former checkpoint goes before the new one is there"
-)
+@pytest.mark.parametrize("where", ["before the name", "after the name"])
 def test_a_run_killed_between_two_checkpoints_can_go_on(
-    finished, model_folder, tmp_path, monkeypatch
+    finished, model_folder, tmp_path, monkeypatch, where
 ) -> None:
     rename = Path.rename
     renamed: list[Path] = []
 
-    def second_fails(source: Path, target: Path) -> Path:
+    def second_is_the_last(source: Path, target: Path) -> Path:
         renamed.append(source)
+        if len(renamed) == 2 and where == "before the name":
+            raise Interrupted
+        target = rename(source, target)
         if len(renamed) == 2:
             raise Interrupted
-        return rename(source, target)
+        return target
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Path, "rename", second_fails)
+        patch.setattr(Path, "rename", second_is_the_last)
         train(model_folder, tmp_path, save_every=1)
+    assert (tmp_path / "checkpoint-1").exists()  # the former one goes last
+    expected = "checkpoint-1" if where == "before the name" else "checkpoint-2"
+    assert last_checkpoint(tmp_path) == tmp_path / expected
     assert_same(train(model_folder, tmp_path, resume=True, save_every=1), finished)
+    assert last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{STEPS}"
 
 
 def test_metrics_are_written(finished, model_folder) -> None:
@@ -389,22 +449,165 @@ def test_a_run_without_checkpoints_writes_none(tmp_path) -> None:
     run = Run("small", options)
     for step in run.steps(2):  # of a recipe that takes its steps itself: there is no optimizer
         run.log({"loss": float(step)})
-    assert not (tmp_path / "checkpoint").exists()
+    assert not list(tmp_path.glob("checkpoint*"))
 
 
 def test_the_last_step_is_always_saved(tmp_path) -> None:
     small_recipe(tmp_path)
-    state = torch.load(tmp_path / "checkpoint" / "custom_checkpoint_0.pkl", weights_only=True)
+    folder = checkpoint_of(tmp_path)
+    assert folder.name == "checkpoint-5"
+    state = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
     assert state["done"] == 5 and len(state["history"]) == 5
-    trained = [torch.load(tmp_path / "checkpoint" / f"trained_{i}.pt") for i in range(2)]
+    trained = [torch.load(folder / f"trained_{i}.pt") for i in range(2)]
     assert [set(one) for one in trained] == [{"trained.weight", "trained.bias"}] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="the device of one run stays in the environment")
-def test_a_device_is_of_its_run_alone(tmp_path, monkeypatch) -> None:
-    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
-    Run("small", RunOptions(output=str(tmp_path), device="cpu")).finish()
-    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+@pytest.mark.parametrize("former", [None, "cpu:0"])
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_device_is_of_its_run_alone(tmp_path, monkeypatch, former, device) -> None:
+    if former:
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", former)
+    run = Run("small", RunOptions(output=str(tmp_path), device=device))
+    assert os.environ.get("ACCELERATE_TORCH_DEVICE") == former
+    assert run.device.type in ("cpu", "cuda")
+    run.finish()
+    assert os.environ.get("ACCELERATE_TORCH_DEVICE") == former
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path) -> None:
+    """NaN is no JSON, and a run that diverged is one whose figures are looked at."""
+    run = Run("small", SmallOptions(output=str(tmp_path), device="cpu"))
+    for step in run.steps(2):
+        run.log({"loss": math.nan if step else 0.5, "kl": -math.inf})
+    run.finish(deep={"pair": (1.0, math.inf), "list": [{"x": math.nan}], "text": "NaN"})
+    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    stored = json.loads(text, parse_constant=refuse)
+    assert stored == read_metrics(tmp_path)
+    assert stored["training"] == [{"loss": 0.5, "kl": None}, {"loss": None, "kl": None}]
+    assert stored["deep"] == {"pair": [1.0, None], "list": [{"x": None}], "text": "NaN"}
+
+
+def test_the_comparison_is_at_the_temperature_of_training(model_folder, tmp_path) -> None:
+    """Of what has not moved the loss is ln 2, whatever the temperature."""
+    found = train(model_folder, tmp_path, steps=1, learning_rate=1e-30, temperature=0.3)
+    for name in ("fused_loss", "plain_loss"):
+        # Log-probs of up to 200 nats at that temperature, once for the reference too.
+        rounding = budget(0.0, torch.float32, size=2 * 0.1 * 200)
+        assert found.metrics["comparison"][name] == pytest.approx(math.log(2), abs=rounding)
+
+
+# Runs that consist of runs.
+
+
+def test_a_run_of_a_run_is_read_or_goes_on(tmp_path) -> None:
+    given: list[SmallOptions] = []
+
+    def whole(options: SmallOptions) -> dict:
+        given.append(options)
+        return small_recipe(
+            Path(options.output), resume=options.resume, steps=options.steps
+        ).metrics
+
+    def half(options: SmallOptions) -> dict:
+        return small_recipe(Path(options.output), stop_at=3, steps=options.steps).metrics
+
+    options = SmallOptions(output=str(tmp_path), device="cpu", save_every=2)
+    # There is nothing: it starts, whatever was said. Then there are metrics.
+    first = finished_or_run(whole, options, resume=True)
+    assert [one.resume for one in given] == [False]
+    again = finished_or_run(whole, options, resume=True)
+    assert len(given) == 1 and again["training"] == first["training"]
+    # Without --resume it starts anew, and is not to be taken for the former one meanwhile.
+    with pytest.raises(Interrupted):
+        finished_or_run(half, options, resume=False)
+    assert read_metrics(tmp_path) is None
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    rest = finished_or_run(whole, options, resume=True)
+    assert [one.resume for one in given] == [False, True]
+    assert rest["training"] == first["training"]
+    finished_or_run(whole, options, resume=False)
+    assert [one.resume for one in given] == [False, True, False]
+
+
+def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path) -> None:
+    def fail(options: SmallOptions) -> dict:
+        raise AssertionError("it was run")
+
+    small_recipe(tmp_path)
+    options = SmallOptions(output=str(tmp_path), device="cpu", save_every=2, steps=6)
+    with pytest.raises(ValueError, match=r"^--resume: .* has steps=5, this one steps=6"):
+        finished_or_run(fail, options, resume=True)
+    assert read_metrics(tmp_path) is not None  # what is not of this run is not removed either
+
+
+@pytest.mark.parametrize("name", ["output", "device", "save_every", "resume"])
+def test_what_may_differ(name) -> None:
+    stored = dataclasses.asdict(SmallOptions())
+    check_same_options({**stored, name: "another"}, SmallOptions(), Path("here"))
+
+
+@pytest.mark.parametrize("name", ["model", "seed", "steps", "lora_rank", "learning_rate"])
+def test_what_may_not_differ(name) -> None:
+    stored = dataclasses.asdict(SmallOptions())
+    with pytest.raises(ValueError, match=f"^--resume: the run in here has {name}=another, "):
+        check_same_options({**stored, name: "another"}, SmallOptions(), Path("here"))
+    with pytest.raises(ValueError, match="^--resume: the run in here has former=1, "):
+        check_same_options({**stored, "former": 1}, SmallOptions(), Path("here"))
+
+
+# Commands.
+
+
+def test_a_command_that_is_interrupted_says_nothing(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(interrupted)
+    assert stopped.value.code == 130
+    called: list[int] = []
+    run_command(lambda: called.append(1))
+    assert called == [1]
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+COMMAND = """
+import os, sys
+
+print("read", os.environ.get("OMP_WAIT_POLICY"), sys.argv[1:], flush=True)
+from fastrlhf.recipes.run import run_command
+
+run_command(lambda: print("ran", os.environ["OMP_WAIT_POLICY"]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process cannot become another there")
+@pytest.mark.parametrize("given", [None, "active"])
+def test_a_command_waits_asleep_unless_told_otherwise(tmp_path, given) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(COMMAND, encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given:
+        environment["OMP_WAIT_POLICY"] = given
+    done = subprocess.run(
+        [sys.executable, str(script), "a word", "--x=1"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    arguments = "['a word', '--x=1']"
+    if given:
+        assert done.stdout.splitlines() == [f"read active {arguments}", "ran active"]
+    else:
+        assert done.stdout.splitlines() == [
+            f"read None {arguments}", f"read passive {arguments}", "ran passive",
+        ]  # fmt: skip
 
 
 # Two processes.
@@ -417,7 +620,7 @@ import torch
 
 torch.set_num_threads(1)
 from fastrlhf.recipes import dpo
-from fastrlhf.recipes.run import Run
+from fastrlhf.recipes.run import Run, run_command
 from fastrlhf.recipes.settings import AdapterOptions
 
 model, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -450,12 +653,16 @@ def remember(run, *models, **rest):
     return train(run, *models, **rest)
 Run.train = remember
 metrics = dpo.train(options)
+assert torch.distributed.is_initialized()  # a run of several runs goes on with it
+assert run.mean(run.rank) == 0.5
 weights = {
     name: value.tolist()
     for name, value in trained["policy"].state_dict().items() if "lora" in name
 }
 found = {"linear": linear, "weights": weights, "metrics": metrics}
 (folder / f"rank{run.rank}.json").write_text(json.dumps(found, default=str))
+run_command(lambda: None)
+assert not torch.distributed.is_initialized()
 """
 
 
@@ -465,8 +672,7 @@ def test_two_processes_train_one_policy(model_folder, tmp_path) -> None:
     # On a CPU, `accelerate launch` starts one process alone, however many it is asked for.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(script), str(model_folder), str(tmp_path)]
-    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_TORCH_DEVICE"}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
@@ -495,6 +701,11 @@ def test_two_processes_train_one_policy(model_folder, tmp_path) -> None:
     assert stored["training"] == first["metrics"]["training"]
     for name, value in load_file(output / "adapter" / "adapter_model.safetensors").items():
         assert value.tolist() == first["weights"][name.replace(".weight", ".default.weight")]
-    checkpoint = {file.name for file in (output / "checkpoint").iterdir()}
-    assert {"random_states_0.pkl", "random_states_1.pkl", "trained_0.pt"} <= checkpoint
+    folder = checkpoint_of(output)
+    files = {file.name for file in folder.iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "trained_0.pt"} <= files
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["processes"] == 2
+    with pytest.raises(ValueError, match="--resume: .* has 2 processes, this one 1"):
+        again = {"steps": 2, "eval_prompts": 3, "batch_size": 4}
+        Run("dpo", options_of(model_folder, output, resume=True, **again))
     assert done.stdout.count("Curves and figures in") == 1  # one process speaks

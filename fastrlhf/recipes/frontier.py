@@ -130,6 +130,8 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
     texts, every = options.texts_per_step, {"eval_every": options.eval_every}
     online = {"steps": options.online_steps, **every}
     group = {"group_size": min(8, texts), "prompts_per_step": max(1, texts // 8)}
+    # A step of TRPO costs some ten of the others: half the texts.
+    half = {"group_size": min(4, texts), "prompts_per_step": max(1, texts // 8)}
     found = [
         cell(
             "best of n", f"n ≤ {options.best_of}", choose_best, BestOptions, best_of=options.best_of
@@ -145,7 +147,7 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
         choice = {"kl_coef": coef, **group, **online}
         found.append(cell("GRPO", f"KL coef. = {coef:g}", grpo.train, grpo.GRPOOptions, **choice))
     for delta in options.max_kls:
-        choice = {"max_kl": delta, "steps": options.trpo_steps, "eval_every": 3, **group}
+        choice = {"max_kl": delta, "steps": options.trpo_steps, "eval_every": 3, **half}
         found.append(cell("TRPO", f"δ = {delta:g}", trpo.train, trpo.TRPOOptions, **choice))
     return found
 

@@ -38,13 +38,13 @@ from .settings import (
 class TRPOOptions(EvaluationOptions, LoraOptions):
     """What TRPO can be told."""
 
-    steps: Positive = option(8, "rounds of sampling and one step of the policy")
+    steps: Positive = option(6, "rounds of sampling and one step of the policy")
     prompts_per_step: Positive = option(4, "prompts of each process in one step")
-    group_size: Positive = option(8, "completions of each prompt")
+    group_size: Positive = option(4, "completions of each prompt")
     reward: str = option("vader", "vader, or the output folder of the recipe reward")
     max_kl: PositiveFloat = option(0.02, "δ, nats a token, that a step may move the policy")
-    cg_iterations: Positive = option(6, "products with the Fisher matrix for a direction")
-    damping: NonNegativeFloat = option(0.1, "λ, added to that matrix")
+    cg_iterations: Positive = option(5, "products with the Fisher matrix for a direction")
+    damping: NonNegativeFloat = option(0.01, "λ, added to that matrix")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -56,6 +56,21 @@ def randomize_adapters(model: nn.Module, std: float = 0.3) -> None:
             nn.init.normal_(parameter, std=std)
 
 
+def dropping(model: nn.Module) -> list[int]:
+    """Put dropout that acts on the logits, and count how often it did."""
+    dropped: list[int] = []
+
+    class Dropout(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                dropped.append(1)
+            return super().forward(x)
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, Dropout(0.5))
+    return dropped
+
+
 def plain_logits_one_by_one(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
