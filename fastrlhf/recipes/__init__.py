@@ -1,4 +1,16 @@
-"""Complete runs, from text to a trained model.
+"""Complete runs, from text to a trained model: `python -m fastrlhf.recipes.<name>`.
 
-`python -m fastrlhf.recipes.demo` is the one to try first.
+    sft        supervised fine-tuning                 sft.py, reviews.py
+    reward     a reward model from rankings           reward.py, rewards.py
+    ppo        RLHF with a critic                     ppo.py, critics.py
+    dpo, demo  from preferences, without a reward     dpo.py, preference.py
+    grpo       groups instead of a critic             grpo.py
+    trpo       an exact bound on each step's KL       trpo.py
+    distill    a smaller model from a larger one      distill.py
+    pipeline   sft, reward and ppo in one go          pipeline.py
+    frontier   reward against KL, all methods         frontier.py, best_of_n.py
+
+Each file is read from top to bottom: its options, `train`, and the step that it is about. What they
+share: `settings` (options), `run` (devices, checkpoints, logs), `rollout` (sampling, of use in any
+trainer), `evaluation` (held-out prompts), `models`, `curves`.
 """

@@ -2,8 +2,48 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from .sentiment import Estimate, estimate
+import torch
+
+from .models import load_model, source_of
+from .prompts import HELD_OUT_PROMPTS
+from .run import Run
+from .sampling import sample_completions
+from .sentiment import Estimate, estimate, sentiments
+from .settings import EvaluationOptions, Positive, option
+
+
+@dataclass
+class BestOfNOptions(EvaluationOptions):
+    """What best of n can be told."""
+
+    best_of: Positive = option(16, "texts of each held-out prompt")
+
+
+def train(options: BestOfNOptions) -> dict[str, Any]:
+    """Sample from the reference, and evaluate the best of 1, 2, 4, ... of what it wrote."""
+    run = Run("best-of-n", options)
+    model, tokenizer = load_model(source_of(options.model), run.device)
+    prompts = HELD_OUT_PROMPTS[: options.eval_prompts]
+    texts = [prompt for prompt in prompts for _ in range(options.best_of)]
+    with run.report.phase("Sample held-out completions", len(texts)) as advance:
+        samples = sample_completions(model, tokenizer, texts, options, options.seed, advance)
+    scores = torch.tensor(sentiments(samples)).view(-1, options.best_of).tolist()
+    for power in range(options.best_of.bit_length()):
+        n = 2**power
+        reward = best_of_n(scores, n)
+        run.evaluations.append(
+            {
+                "step": n,
+                "reward": reward.mean,
+                "reward_error": reward.standard_error,
+                "kl": kl_of_best_of_n(n),
+                "kl_error": 0.0,
+            }
+        )
+    return run.finish()
 
 
 def best_of_n(scores: Sequence[Sequence[float]], n: int) -> Estimate:

@@ -1,9 +1,10 @@
-"""Which items a step of training takes."""
+"""Which items a step of training takes, and an update of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -20,3 +21,10 @@ def draw(items: Sequence[T], step: int, count: int, seed: int) -> list[T]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + passes)
         drawn.append(items[int(torch.randperm(len(items), generator=generator)[place])])
     return drawn
+
+
+def minibatches(data: dict[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
+    """Cut the sequences, in random order, into parts of about the same size."""
+    rows = torch.randperm(len(data["input_ids"]))
+    for part in rows.chunk(count):
+        yield {name: value[part] for name, value in data.items()}

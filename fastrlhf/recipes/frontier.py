@@ -13,24 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 
-from . import dpo, grpo, ppo, sft, trpo
-from .best_of_n import best_of_n, kl_of_best_of_n
-from .curves import plain
+from . import best_of_n, dpo, grpo, ppo, sft, trpo
 from .finished import finished_or_run
+from .frontier_picture import save_frontier
 from .metrics import write_metrics
-from .models import load_model, source_of
+from .models import source_of
 from .prompts import HELD_OUT_PROMPTS
-from .run import Run, run_command
-from .sampling import sample_completions
-from .sentiment import sentiments
+from .run import run_command
 from .settings import (
     EvaluationOptions,
     NonNegative,
@@ -40,15 +33,6 @@ from .settings import (
     option,
     parse,
 )
-
-_COLORS = {
-    "SFT": "black",
-    "best of n": "#8a8f98",
-    "DPO": "#2b6cb0",
-    "PPO": "#c05621",
-    "GRPO": "#2f855a",
-    "TRPO": "#805ad5",
-}
 
 
 @dataclass
@@ -113,7 +97,7 @@ def train(options: FrontierOptions) -> dict[str, Any]:
             {"method": cell.method, "setting": cell.setting, "seconds": seconds, "points": points}
         )
         console.print(f"{cell.method} {cell.setting}: {described(points[-1])}, {seconds:.0f} s")
-    draw(folder / "frontier.png", lines, len(HELD_OUT_PROMPTS[: options.eval_prompts]))
+    save_frontier(folder / "frontier.png", lines, len(HELD_OUT_PROMPTS[: options.eval_prompts]))
     console.print(f"\nPicture and figures in {folder}/")
     metrics = {"sft": tuned["ended"], "versions": tuned["versions"], "lines": lines}
     write_metrics(folder, metrics)
@@ -134,7 +118,11 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
     half = {"group_size": min(4, texts), "prompts_per_step": max(1, texts // 8)}
     found = [
         cell(
-            "best of n", f"n ≤ {options.best_of}", choose_best, BestOptions, best_of=options.best_of
+            "best of n",
+            f"n ≤ {options.best_of}",
+            best_of_n.train,
+            best_of_n.BestOfNOptions,
+            best_of=options.best_of,
         )
     ]
     for beta in options.betas:
@@ -152,84 +140,11 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
     return found
 
 
-@dataclass
-class BestOptions(EvaluationOptions):
-    """What best of n can be told."""
-
-    best_of: Positive = option(16, "texts of each held-out prompt")
-
-
-def choose_best(options: BestOptions) -> dict[str, Any]:
-    """Sample from the reference, and evaluate the best of 1, 2, 4, ... of what it wrote."""
-    run = Run("best-of-n", options)
-    model, tokenizer = load_model(options.model or "", run.device)
-    prompts = HELD_OUT_PROMPTS[: options.eval_prompts]
-    texts = [prompt for prompt in prompts for _ in range(options.best_of)]
-    with run.report.phase("Sample held-out completions", len(texts)) as advance:
-        samples = sample_completions(model, tokenizer, texts, options, options.seed, advance)
-    scores = torch.tensor(sentiments(samples)).view(-1, options.best_of).tolist()
-    for power in range(options.best_of.bit_length()):
-        n = 2**power
-        reward = best_of_n(scores, n)
-        run.evaluations.append(
-            {
-                "step": n,
-                "reward": reward.mean,
-                "reward_error": reward.standard_error,
-                "kl": kl_of_best_of_n(n),
-                "kl_error": 0.0,
-            }
-        )
-    return run.finish()
-
-
 def described(point: dict[str, float]) -> str:
     """Write a point of the picture in words."""
     return (
         f"VADER {point['reward']:+.3f} ± {point['reward_error']:.3f} at "
         f"KL {point['kl']:.2f} ± {point['kl_error']:.2f} nats a text"
-    )
-
-
-def draw(path: Path, lines: Sequence[dict[str, Any]], prompts: int) -> None:
-    """Write the PNG: a line for each cell, through its points in the order of training."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    start = lines[0]["points"][0]
-    axes.errorbar(
-        0, start["reward"], start["reward_error"], fmt="s", color="black", label="SFT model"
-    )
-    shades: dict[str, int] = {}
-    for line in lines:
-        shades[line["method"]] = shades.get(line["method"], -1) + 1
-        _line(axes, line, start, ("-", "--", ":", "-.")[shades[line["method"]] % 4])
-    axes.set_title("Reward against KL to the SFT model, SmolLM2-135M")
-    axes.set_xlabel(
-        "KL(policy ‖ SFT model), nats a text, exact at each token; best of n: its bound"
-    )
-    axes.set_ylabel(f"VADER on {prompts} held-out prompts, ± standard error")
-    axes.legend(loc="lower right")
-    plain(axes)
-    figure.savefig(path, dpi=120)
-
-
-def _line(axes: Axes, line: dict[str, Any], start: dict[str, float], style: str) -> None:
-    points = line["points"]
-    if line["method"] != "best of n":
-        points = [{**start, "kl": 0.0, "kl_error": 0.0}, *points]
-    axes.errorbar(
-        [point["kl"] for point in points],
-        [point["reward"] for point in points],
-        yerr=[point["reward_error"] for point in points],
-        xerr=[point["kl_error"] for point in points],
-        color=_COLORS[line["method"]],
-        linestyle=style,
-        marker="o",
-        markersize=4,
-        elinewidth=0.8,
-        capsize=2,
-        label=f"{line['method']}, {line['setting']}",
     )
 
 

@@ -6,7 +6,7 @@ with its adapters off, the critic is a head on the policy's hidden states (or `-
 and the reward is VADER or the model of the recipe `reward` (`--reward FOLDER`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 from fastrlhf import gae, model_policy_loss, shaped_rewards, value_loss, whiten
 
+from .adaptive_kl import AdaptiveKL
 from .critics import SeparateCritic, ValueHead
 from .curves import Panel
+from .draws import minibatches
 from .evaluation import Evaluation, conclude, evaluate
 from .models import load_policy, source_of
 from .rewards import scorer
@@ -58,26 +60,6 @@ class PPOOptions(EvaluationOptions, AdapterOptions):
     value_coef: NonNegativeFloat = option(0.1, "of the value loss")
     gamma: PositiveFloat = option(1.0, "discount")
     lam: PositiveFloat = option(0.95, "λ of generalized advantage estimation")
-
-
-class AdaptiveKL:
-    """The coefficient that steers the KL towards a target (1909.08593, section 2.2)."""
-
-    def __init__(self, coefficient: float, target: float | None, gain: float):
-        self.coefficient, self.target, self.gain = coefficient, target, gain
-
-    def update(self, kl: float) -> None:
-        """Multiply by 1 + K·clip(KL/target - 1, ±0.2)."""
-        if self.target is not None:
-            self.coefficient *= 1 + self.gain * min(0.2, max(-0.2, kl / self.target - 1))
-
-    def state_dict(self) -> dict[str, float]:
-        """Give what a checkpoint holds."""
-        return {"coefficient": self.coefficient}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take it back."""
-        self.coefficient = state["coefficient"]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -189,13 +171,6 @@ def ppo_loss(
         "approx_kl": metrics["policy/approxkl_avg"],
         "clipped": metrics["clip_ratio/region_mean"],
     }
-
-
-def minibatches(data: dict[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
-    """Cut the sequences, in random order, into parts of about the same size."""
-    rows = torch.randperm(len(data["input_ids"]))
-    for part in rows.chunk(count):
-        yield {name: value[part] for name, value in data.items()}
 
 
 def _critic(options: PPOOptions, policy: nn.Module, device: torch.device) -> nn.Module:

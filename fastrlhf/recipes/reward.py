@@ -9,9 +9,8 @@ how often it is right.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from .curves import Panel, save_curves
 from .draws import draw
 from .models import add_adapters, load_model, load_reward_model, source_of
 from .prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
+from .rankings import Ranking, pairs_in_order, ranked
 from .rewards import RewardModel
 from .run import Run, run_command
-from .sampling import Sample, sample_completions
-from .sentiment import accuracy, estimate, sentiments
+from .sampling import sample_completions
+from .sentiment import estimate
 from .settings import (
     AdapterOptions,
     NonNegativeFloat,
@@ -59,13 +59,6 @@ class RewardOptions(SamplingOptions, AdapterOptions):
             raise ValueError("argument --completions: expected 2 or more, for there is an order")
         if self.completions > 2 and self.margin > 0:
             raise ValueError("argument --margin: is of pairs, --completions 2")
-
-
-class Ranking(NamedTuple):
-    """Completions of one prompt, the kindest first, and VADER's scores of them."""
-
-    samples: list[Sample]
-    sentiment: list[float]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -142,20 +135,6 @@ def collect(
     return rankings[0], rankings[1], tokenizer
 
 
-def ranked(samples: Sequence[Sample], size: int, minimal_gap: float) -> list[Ranking]:
-    """Order each `size` completions by sentiment, and drop what is too close to a better one."""
-    scores = sentiments(samples)
-    rankings = []
-    for first in range(0, len(samples), size):
-        kept: list[int] = []
-        for index in sorted(range(first, first + size), key=scores.__getitem__, reverse=True):
-            if not kept or scores[kept[-1]] - scores[index] >= minimal_gap:
-                kept.append(index)
-        if len(kept) > 1:
-            rankings.append(Ranking([samples[i] for i in kept], [scores[i] for i in kept]))
-    return rankings
-
-
 def loss_of(
     reward: RewardModel, batch: list[Ranking], options: RewardOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -178,11 +157,6 @@ def loss_of(
     parts = scores.detach().split(sizes.tolist())
     in_order = torch.stack([pairs_in_order(part) for part in parts]).mean()
     return losses.mean(), {"accuracy": in_order, "score": scores.detach().mean()}
-
-
-def pairs_in_order(scores: Tensor) -> Tensor:
-    """Share of a ranking's pairs, best first, whose better one has the higher score."""
-    return accuracy(torch.stack([a - b for a, b in combinations(scores, 2)]))
 
 
 def judge(
