@@ -131,7 +131,9 @@ def learn(
     figures: list[dict[str, Tensor]] = []
     for _ in range(options.epochs):
         for part in minibatches(data, options.minibatches):
-            loss, metrics = ppo_loss(policy, critic, part, options)
+            # Of all processes' tokens, for the gradient is the mean of the processes'.
+            tokens = run.mean(part["completion_mask"].sum())
+            loss, metrics = ppo_loss(policy, critic, part, tokens, options)
             run.update(loss)
             figures.append(metrics)
         moved = run.mean(torch.stack([one["approx_kl"] for one in figures]).mean())
@@ -142,9 +144,15 @@ def learn(
 
 
 def ppo_loss(
-    policy: nn.Module, critic: nn.Module, part: dict[str, Tensor], options: PPOOptions
+    policy: nn.Module,
+    critic: nn.Module,
+    part: dict[str, Tensor],
+    tokens: float,
+    options: PPOOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the clipped policy loss inside the model's own forward, and the value loss."""
+    """Compute the clipped policy loss inside the model's own forward, and the value loss; both are
+    sums divided by `tokens`.
+    """
     mask = part["completion_mask"]
     loss, metrics, outputs = model_policy_loss(
         policy,
@@ -157,12 +165,18 @@ def ppo_loss(
         temperature=options.temperature,
         clip_low=options.clip_range,
         clip_high=options.clip_range,
+        normalizer=tokens,
         return_outputs=True,
         output_hidden_states=True,
     )
     values = critic(outputs.hidden_states[-1], part)
     error, _ = value_loss(
-        values, part["values"], part["returns"], mask[:, 1:], clip_range=options.value_clip
+        values,
+        part["values"],
+        part["returns"],
+        mask[:, 1:],
+        clip_range=options.value_clip,
+        normalizer=tokens,
     )
     return loss + options.value_coef * error, {
         "policy_loss": loss.detach(),

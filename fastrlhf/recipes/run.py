@@ -5,9 +5,9 @@ A recipe makes a `Run`, lets it prepare what is trained, and loops over `run.ste
     run = Run("ppo", options)
     policy, critic = run.train(policy, critic, learning_rate=1e-3, total=20)
     for step in run.steps(20):
-        run.update(loss)          # backward, clip, optimizer, schedule
-        run.log(loss=loss, kl=kl)  # a point of the curve
-    run.finish(...)               # metrics.json
+        run.update(loss)                    # backward, clip, optimizer
+        run.log({"loss": loss, "kl": kl})   # a point of each curve
+    run.finish(...)                         # metrics.json
 
 By `accelerate launch` the same runs in several processes (data parallel), each on its own samples;
 on a CPU, where `accelerate launch` starts one process only, by `torchrun`.
@@ -16,6 +16,7 @@ on a CPU, where `accelerate launch` starts one process only, by `torchrun`.
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -108,8 +109,8 @@ class Run:
 
     @property
     def model_name(self) -> str:
-        """Name the model, without the folders that it lies in."""
-        return Path(self.options.model or "SmolLM2-135M-Instruct").name
+        """Name the model, with no more of its folders than say which one it is."""
+        return str(Path(*Path(self.options.model or "SmolLM2-135M-Instruct").parts[-2:]))
 
     @property
     def device(self) -> torch.device:
@@ -189,20 +190,14 @@ class Run:
         """Take one step of the optimizer down the gradient of the loss."""
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(
-            self.parameters, getattr(self.options, "max_grad_norm", 1.0)
-        )
+        limit = getattr(self.options, "max_grad_norm", math.inf)
+        self.accelerator.clip_grad_norm_(self.parameters, limit)
         self.optimizer.step()
 
     def log(self, figures: Mapping[str, Tensor | float]) -> None:
         """Add a point to the curves, averaged over the processes."""
-        values = torch.stack(
-            [
-                torch.as_tensor(v, dtype=torch.float64, device="cpu").detach()
-                for v in figures.values()
-            ]
-        )
-        values = self.accelerator.reduce(values.to(self.device, torch.float32), "mean")
+        numbers = [torch.as_tensor(value).detach().float().cpu() for value in figures.values()]
+        values = self.accelerator.reduce(torch.stack(numbers).to(self.device), "mean")
         point = dict(zip(figures, values.tolist(), strict=True))
         self.history.append(point)
         self.accelerator.log(point, step=self.done + 1)
