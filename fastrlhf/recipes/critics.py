@@ -13,18 +13,24 @@ _HEADS = ("score", "classifier")  # as architectures call a token classifier's
 
 
 class ValueHead(nn.Module):
-    """A linear layer on what enters the policy's head; the policy learns from its error too."""
+    """A linear layer on what enters the policy's head.
+
+    Its error does not reach the policy: with rewards of another scale, the value loss would
+    outweigh what the policy is meant to learn.
+    """
 
     def __init__(self, width: int):
         """Start at 0: the first advantages are the returns themselves."""
         super().__init__()
+        # A step of Adam, of the policy's learning rate, then moves a value by little.
+        self.scale = width**-0.5
         self.linear = nn.Linear(width, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Value the states before input_ids[:, 1:]: (B, T-1), from hidden (B, T, H)."""
-        values: Tensor = self.linear(hidden.float())
+        values: Tensor = self.linear(hidden.detach().float() * self.scale)
         return values[:, :-1, 0]
 
 

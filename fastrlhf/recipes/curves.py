@@ -86,8 +86,11 @@ def _sentiment(axes: Axes, sentiment: "Comparison") -> None:
         capsize=6,
         width=0.5,
     )
-    labels = [f"{one.mean:.3f} ± {one.standard_error:.3f}" for one in pair]
-    axes.bar_label(bars, labels=labels, padding=4)
+    for bar, one in zip(bars, pair, strict=True):
+        top = max(0.0, one.mean + one.standard_error)
+        place = (bar.get_x() + bar.get_width() / 2, top)
+        text = f"{one.mean:.3f} ± {one.standard_error:.3f}"
+        axes.annotate(text, place, (0, 5), textcoords="offset points", ha="center")
     axes.margins(y=0.2)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_title("Sentiment on held-out prompts (VADER)")
