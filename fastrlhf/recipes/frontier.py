@@ -39,15 +39,16 @@ from .settings import (
 class FrontierOptions(EvaluationOptions):
     """What the comparison can be told."""
 
-    eval_every: NonNegative = option(6, "steps between the points of DPO, PPO and GRPO")
+    eval_completions: Positive = option(1, "completions of each held-out prompt")
+    eval_every: NonNegative = option(5, "steps between the points of DPO, PPO and GRPO")
     betas: PositiveFloats = option([0.05, 0.2, 1.0], "of DPO")
     ppo_kl_coefs: NonNegativeFloats = option([0.0, 0.1], "of PPO's rewards")
     grpo_kl_coefs: NonNegativeFloats = option([0.0, 0.1], "of GRPO's loss")
-    max_kls: PositiveFloats = option([0.01, 0.03], "δ of TRPO, nats a token")
+    max_kls: PositiveFloats = option([0.03, 0.1], "δ of TRPO, nats a token")
     best_of: Positive = option(16, "texts of each held-out prompt that the best is chosen from")
     sft_steps: Positive = option(16, "of the SFT model, which is the reference of all")
-    dpo_steps: Positive = option(18, "of DPO")
-    online_steps: Positive = option(12, "of PPO and GRPO")
+    dpo_steps: Positive = option(15, "of DPO")
+    online_steps: Positive = option(10, "of PPO and GRPO")
     trpo_steps: Positive = option(6, "of TRPO")
     texts_per_step: Positive = option(32, "completions in a step of PPO, GRPO and TRPO")
 
@@ -107,36 +108,30 @@ def train(options: FrontierOptions) -> dict[str, Any]:
 def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> list[Cell]:
     """List what is run, in the order in which it is."""
 
-    def cell(method: str, setting: str, run: Any, kind: Any, **choice: Any) -> Cell:
-        name = f"{method}-{setting}".replace(" ", "").replace("=", "-")
-        return Cell(method, setting, run, kind(output=str(folder / name), **shared | choice))
+    def cell(method: str, sign: str, value: float, module: Any, kind: Any, **choice: Any) -> Cell:
+        place = folder / f"{method}-{value:g}".lower().replace(" ", "-")
+        options = kind(output=str(place), **shared | choice)
+        return Cell(method, f"{sign} {value:g}", module.train, options)
 
     texts, every = options.texts_per_step, {"eval_every": options.eval_every}
     online = {"steps": options.online_steps, **every}
     group = {"group_size": min(8, texts), "prompts_per_step": max(1, texts // 8)}
     # A step of TRPO costs some ten of the others: half the texts.
     half = {"group_size": min(4, texts), "prompts_per_step": max(1, texts // 8)}
-    found = [
-        cell(
-            "best of n",
-            f"n ≤ {options.best_of}",
-            best_of_n.train,
-            best_of_n.BestOfNOptions,
-            best_of=options.best_of,
-        )
-    ]
+    count = options.best_of
+    found = [cell("best of n", "n ≤", count, best_of_n, best_of_n.BestOfNOptions, best_of=count)]
     for beta in options.betas:
         choice = {"beta": beta, "steps": options.dpo_steps, **every}
-        found.append(cell("DPO", f"β = {beta:g}", dpo.train, dpo.DPOOptions, **choice))
+        found.append(cell("DPO", "β =", beta, dpo, dpo.DPOOptions, **choice))
     for coef in options.ppo_kl_coefs:
         choice = {"kl_coef": coef, "completions_per_step": texts, **online}
-        found.append(cell("PPO", f"KL coef. = {coef:g}", ppo.train, ppo.PPOOptions, **choice))
+        found.append(cell("PPO", "KL coef. =", coef, ppo, ppo.PPOOptions, **choice))
     for coef in options.grpo_kl_coefs:
         choice = {"kl_coef": coef, **group, **online}
-        found.append(cell("GRPO", f"KL coef. = {coef:g}", grpo.train, grpo.GRPOOptions, **choice))
+        found.append(cell("GRPO", "KL coef. =", coef, grpo, grpo.GRPOOptions, **choice))
     for delta in options.max_kls:
         choice = {"max_kl": delta, "steps": options.trpo_steps, "eval_every": 3, **half}
-        found.append(cell("TRPO", f"δ = {delta:g}", trpo.train, trpo.TRPOOptions, **choice))
+        found.append(cell("TRPO", "δ =", delta, trpo, trpo.TRPOOptions, **choice))
     return found
 
 
