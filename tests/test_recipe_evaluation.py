@@ -30,6 +30,7 @@ from fastrlhf.recipes.evaluation import Evaluation, compared, evaluate, exact_kl
 from fastrlhf.recipes.models import add_adapters, dense_folder, load_model  # noqa: E402
 from fastrlhf.recipes.preference import PairData  # noqa: E402
 from fastrlhf.recipes.prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS  # noqa: E402
+from fastrlhf.recipes.rankings import ranked  # noqa: E402
 from fastrlhf.recipes.rollout import rollout  # noqa: E402
 from fastrlhf.recipes.run import Run  # noqa: E402
 from fastrlhf.recipes.sampling import Sample, samples_of  # noqa: E402
@@ -197,6 +198,18 @@ def test_a_comparison_has_the_error_of_paired_means() -> None:
 )
 def test_a_tie_is_half_right(margins, expected) -> None:
     assert accuracy(torch.tensor(margins)) == expected
+
+
+def test_a_ranking_drops_what_is_close_to_the_next_better_one() -> None:
+    great, fine, plain = vader(["great", "a fine table", "a table"])
+    assert great - fine > 0.4 and 0.1 < fine - plain < 0.3
+    samples = [sample([2], [3], text) for text in ("a table", "great", "a fine table")]
+    (ranking,) = ranked(samples, size=3, minimal_gap=0.3)
+    assert [one.completion for one in ranking.samples] == ["great", "a fine table"]
+    assert ranking.sentiment == [great, fine]
+    (ranking,) = ranked(samples, size=3, minimal_gap=0.1)
+    assert ranking.sentiment == [great, fine, plain]
+    assert ranked(samples, size=3, minimal_gap=0.7) == []
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 100])

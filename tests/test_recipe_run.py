@@ -202,7 +202,7 @@ def test_another_number_of_processes_is_refused(
 ) -> None:
     shutil.copytree(checkpoint_of(finished.output), tmp_path / f"checkpoint-{STEPS}")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--resume: .* has 1 processes, this one 2"):
+    with pytest.raises(ValueError, match=r"--resume: .* has 1 processes, this one 2"):
         Run("dpo", options_of(model_folder, tmp_path, resume=True))
 
 
@@ -257,7 +257,8 @@ def test_a_fresh_run_forgets_the_checkpoints_of_a_former_one(
 ) -> None:
     """Or one that is interrupted would go on from them, after steps that it never took."""
     shutil.copytree(finished.output, tmp_path / "again")
-    (tmp_path / "again" / "checkpoint-100").mkdir()
+    last = tmp_path / "again" / f"checkpoint-{STEPS}"
+    shutil.copytree(last, last.with_name("checkpoint-100"))
     (tmp_path / "again" / "metrics.json").unlink()
     interrupt(model_folder, tmp_path / "again", 1, beta=0.2)
     assert last_checkpoint(tmp_path / "again") is None
@@ -265,6 +266,29 @@ def test_a_fresh_run_forgets_the_checkpoints_of_a_former_one(
         train(model_folder, tmp_path / "again", resume=True, beta=0.2)
     assert_same(train(model_folder, tmp_path / "again"), finished)
     assert checkpoint_of(tmp_path / "again").name == f"checkpoint-{STEPS}"
+
+
+def test_checkpoints_of_others_stay(tmp_path) -> None:
+    """Those of transformers' Trainer have names of the same form."""
+    other = tmp_path / "checkpoint-500"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"weights")
+    small_recipe(tmp_path)
+    assert (other / "model.safetensors").exists()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_one_checkpoint_is_left(tmp_path) -> None:
+    small_recipe(tmp_path)
+    last = tmp_path / "checkpoint-5"
+    for step in (2, 4):  # a kill came after the new one had its name
+        shutil.copytree(last, tmp_path / f"checkpoint-{step}")
+    last.rename(tmp_path / "elsewhere")
+    state = torch.load(tmp_path / "checkpoint-4" / "custom_checkpoint_0.pkl", weights_only=True)
+    state |= {"done": 4, "history": state["history"][:4]}
+    torch.save(state, tmp_path / "checkpoint-4" / "custom_checkpoint_0.pkl")
+    small_recipe(tmp_path, resume=True)
+    assert checkpoint_of(tmp_path) == last
 
 
 def fail_while_saving(folder: str) -> None:
@@ -555,7 +579,7 @@ def test_what_may_not_differ(name) -> None:
     stored = dataclasses.asdict(SmallOptions())
     with pytest.raises(ValueError, match=f"^--resume: the run in here has {name}=another, "):
         check_same_options({**stored, name: "another"}, SmallOptions(), Path("here"))
-    with pytest.raises(ValueError, match="^--resume: the run in here has former=1, "):
+    with pytest.raises(ValueError, match=r"^--resume: the run in here has former=1, "):
         check_same_options({**stored, "former": 1}, SmallOptions(), Path("here"))
 
 
@@ -672,11 +696,17 @@ def test_two_processes_train_one_policy(model_folder, tmp_path) -> None:
     # On a CPU, `accelerate launch` starts one process alone, however many it is asked for.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(script), str(model_folder), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    # With a policy of waiting the script is not executed once more.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            shown, errors = process.communicate(timeout=300)
+        finally:
+            process.terminate()  # which torchrun passes on; a kill would leave its processes
+    assert process.returncode == 0, errors[-4000:]
     first, second = (
         json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)
     )
@@ -705,7 +735,7 @@ def test_two_processes_train_one_policy(model_folder, tmp_path) -> None:
     files = {file.name for file in folder.iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl", "trained_0.pt"} <= files
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["processes"] == 2
-    with pytest.raises(ValueError, match="--resume: .* has 2 processes, this one 1"):
+    with pytest.raises(ValueError, match=r"--resume: .* has 2 processes, this one 1"):
         again = {"steps": 2, "eval_prompts": 3, "batch_size": 4}
         Run("dpo", options_of(model_folder, output, resume=True, **again))
-    assert done.stdout.count("Curves and figures in") == 1  # one process speaks
+    assert shown.count("Curves and figures in") == 1  # one process speaks

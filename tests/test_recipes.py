@@ -331,7 +331,7 @@ def test_ppo_goes_on_to_the_next_step_where_the_kl_says_so(
     wild = {"learning_rate": 0.1, "epochs": 5, "minibatches": 1, "steps": 1}
     stopped = run_recipe("ppo", model_folder, tmp_path / "a", kl_stop=1e-6, **wild)
     free = run_recipe("ppo", model_folder, tmp_path / "b", kl_stop=None, **wild)
-    assert stopped["training"][0]["updates"] == 2  # the first pass has not moved yet
+    assert stopped["training"][0]["updates"] == 1  # before it, the policy has not moved
     assert free["training"][0]["updates"] == 5
 
 
@@ -463,7 +463,7 @@ def test_the_frontier_goes_on_cell_by_cell(
         patch.setattr(grpo, "train", stop)
         with pytest.raises(Interrupted):
             frontier.train(options)
-    done = json.loads((tmp_path / "PPO-KLcoef.-0.05" / "metrics.json").read_text())
+    done = json.loads((tmp_path / "ppo-0.05" / "metrics.json").read_text())
     options.resume = True
     metrics = frontier.train(options)
     assert [line["method"] for line in metrics["lines"]] == [
@@ -486,5 +486,5 @@ def test_a_finished_run_of_other_options_is_not_taken_for_this_one(
     run_recipe("sft", model_folder, tmp_path, steps=1)
     _, kind, options = RECIPES["sft"]
     same = {"model": str(model_folder), "output": str(tmp_path), **TINY, **options}
-    with pytest.raises(ValueError, match=r"--resume: .* has steps=1, this run steps=2"):
+    with pytest.raises(ValueError, match=r"--resume: .* has steps=1, this one steps=2"):
         finished_or_run(sft.train, kind(steps=2, **same), resume=True)

@@ -18,14 +18,14 @@ import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 from fastrlhf import model_kl_divergence
 
 from .curves import Panel, save_curves
-from .evaluation import Comparison, compared, held_out
+from .evaluation import Comparison, compared, gathered, held_out
 from .models import add_adapters, load_model, source_of
 from .report import one_line
 from .rollout import Rollout
 from .run import Run, run_command
 from .sampling import Sample, sample_step, samples_of
 from .sentiment import by_prompt
-from .settings import AdapterOptions, EvaluationOptions, NonNegativeFloat, Positive, option, parse
+from .settings import AdapterOptions, EvaluationOptions, Positive, Share, option, parse
 
 
 @dataclass
@@ -36,7 +36,7 @@ class DistillOptions(EvaluationOptions, AdapterOptions):
     completions_per_step: Positive = option(16, "that each process samples in a step")
     drop_layers: Positive = option(8, "layers that the student lacks, evenly spread")
     direction: Literal["reverse", "forward", "jsd"] = option("jsd", "of the divergence")
-    beta: NonNegativeFloat = option(0.5, "weight of the teacher in the mixture of jsd")
+    beta: Share = option(0.5, "weight of the teacher in the mixture of jsd")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -106,6 +106,9 @@ def without_layers(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
         layer for number, layer in enumerate(layers) if number not in dropped
     )
     student.config.num_hidden_layers = len(backbone.layers)
+    kinds = getattr(student.config, "layer_types", None)  # of attention, where layers differ
+    if kinds is not None:
+        student.config.layer_types = [k for n, k in enumerate(kinds) if n not in dropped]
     for number, layer in enumerate(backbone.layers):
         layer.self_attn.layer_idx = number  # its place in the cache of generation
     return student
@@ -142,7 +145,8 @@ def judge(
     for batch in held_out(run, student, tokenizer, options, when):
         samples += samples_of(batch)
         values += divergence(student, teacher, batch, "reverse", options).sum(-1).tolist()
-    return samples, values
+    found = gathered(run, list(zip(samples, values, strict=True)))
+    return [sample for sample, _ in found], [value for _, value in found]
 
 
 def described(kl: Comparison) -> str:

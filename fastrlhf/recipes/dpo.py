@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 from fastrlhf import model_dpo_loss
 
 from .comparison import compare
@@ -101,6 +102,7 @@ def train(options: DPOOptions) -> dict[str, Any]:
         margins = rewards[batch.chosen] - rewards[batch.rejected]
         run.log({"loss": losses.mean(), "accuracy": accuracy(margins), "margin": margins.mean()})
     after = judge("after")
+    run.note_peak_memory()
     with run.report.phase("Compare fused and plain loss"):
         few = torch.arange(min(8, len(pairs)))
         comparison = compare(policy, *data.batch(few), options.beta, options.temperature)

@@ -26,5 +26,5 @@ def draw(items: Sequence[T], step: int, count: int, seed: int) -> list[T]:
 def minibatches(data: dict[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
     """Cut the sequences, in random order, into parts of about the same size."""
     rows = torch.randperm(len(data["input_ids"]))
-    for part in rows.chunk(count):
+    for part in rows.tensor_split(min(count, len(rows))):
         yield {name: value[part] for name, value in data.items()}

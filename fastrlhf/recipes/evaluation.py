@@ -88,8 +88,7 @@ def evaluate(
     for batch in held_out(run, policy, tokenizer, options, when):
         kl = exact_kl(policy, batch, options.temperature).tolist()
         found += zip(samples_of(batch), kl, (~batch["truncated"]).tolist(), strict=True)
-    if run.processes > 1:
-        found = gather_object([_on_cpu(one) for one in found])
+    found = gathered(run, found)
     samples, kl, ended = (list(column) for column in zip(*found, strict=True))
     return Evaluation(samples, kl, sum(ended) / len(ended))
 
@@ -111,7 +110,7 @@ def held_out(
     with run.report.phase(f"Complete held-out prompts, {when}", len(prompts)) as advance:
         for start in range(0, len(mine), options.batch_size):
             batch = mine[start : start + options.batch_size]
-            with torch.random.fork_rng([] if run.device.type == "cpu" else [run.device]):
+            with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
                 torch.manual_seed(seed + start)
                 sampled = rollout(
                     policy,
@@ -125,10 +124,14 @@ def held_out(
             advance(len(batch) * run.processes)
 
 
-def _on_cpu(found: tuple[Sample, float, bool]) -> tuple[Sample, float, bool]:
-    sample, kl, ended = found
-    ids = (sample.prompt_ids.cpu(), sample.completion_ids.cpu())
-    return Sample(sample.prompt, sample.completion, *ids), kl, ended
+def gathered(run: Run, rows: list[Any]) -> list[Any]:
+    """Collect the rows of all processes, each with a sample first."""
+    if run.processes == 1:
+        return rows
+    # A sample of another process would be on a device of its own.
+    rows = [(sample.to("cpu"), *rest) for sample, *rest in rows]
+    everything: list[Any] = gather_object(rows)
+    return everything
 
 
 class Comparison(NamedTuple):
@@ -165,7 +168,9 @@ def conclude(
     run.report.line(f"Prompt: {old.prompt}")
     run.report.line(f"  before: …{one_line(old.completion)}")
     run.report.line(f"  after:  …{one_line(new.completion)}")
-    memory = logprob_memory(policy, after.samples[:8], tokenizer.pad_token_id)
+    run.note_peak_memory()
+    few = [sample.to(run.device) for sample in after.samples[:8]]
+    memory = logprob_memory(policy, few, tokenizer.pad_token_id)
     if run.accelerator.is_main_process:
         policy.save_pretrained(run.output / "adapter")
         tokenizer.save_pretrained(run.output / "adapter")

@@ -12,6 +12,12 @@ from .settings import RunOptions
 T = TypeVar("T", bound=RunOptions)
 
 
+def begin_anew(folder: Path) -> None:
+    """Forget what the parts of a former run in this folder found."""
+    for file in folder.glob("*/metrics.json"):
+        file.unlink(missing_ok=True)
+
+
 def finished_or_run(
     train: Callable[[T], dict[str, Any]], options: T, resume: bool
 ) -> dict[str, Any]:

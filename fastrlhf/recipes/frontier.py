@@ -18,12 +18,11 @@ from rich.console import Console
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 
 from . import best_of_n, dpo, grpo, ppo, sft, trpo
-from .finished import finished_or_run
+from .finished import begin_anew, finished_or_run
 from .frontier_picture import save_frontier
-from .metrics import write_metrics
+from .metrics import number, write_metrics
 from .models import source_of
-from .prompts import HELD_OUT_PROMPTS
-from .run import run_command
+from .run import is_first_process, run_command
 from .settings import (
     EvaluationOptions,
     NonNegative,
@@ -50,7 +49,7 @@ class FrontierOptions(EvaluationOptions):
     dpo_steps: Positive = option(15, "of DPO")
     online_steps: Positive = option(10, "of PPO and GRPO")
     trpo_steps: Positive = option(6, "of TRPO")
-    texts_per_step: Positive = option(32, "completions in a step of PPO, GRPO and TRPO")
+    texts_per_step: Positive = option(32, "completions in a step of PPO and GRPO; TRPO: half")
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def train(options: FrontierOptions) -> dict[str, Any]:
     """Run the recipe; see the module."""
-    console = Console(highlight=False, markup=False)
-    folder = Path(options.output)
+    leads = is_first_process()
+    console = Console(highlight=False, markup=False, quiet=not leads)
+    folder = Path(options.output or "frontier-output").resolve()
     shared = {
         name: getattr(options, name)
         for name in (
@@ -85,6 +85,8 @@ def train(options: FrontierOptions) -> dict[str, Any]:
         steps=options.sft_steps,
         **shared,
     )
+    if not options.resume:
+        begin_anew(folder)
     console.print("\n== SFT, the reference")
     tuned = finished_or_run(sft.train, start, options.resume)
     shared["model"] = str(folder / "sft" / "model")
@@ -93,15 +95,16 @@ def train(options: FrontierOptions) -> dict[str, Any]:
         console.print(f"\n== {cell.method} {cell.setting}")
         metrics = finished_or_run(cell.run, cell.options, options.resume)
         seconds = sum(metrics["seconds"].values())
-        points = metrics["evaluations"]
+        points = [{k: number(v) for k, v in point.items()} for point in metrics["evaluations"]]
         lines.append(
             {"method": cell.method, "setting": cell.setting, "seconds": seconds, "points": points}
         )
         console.print(f"{cell.method} {cell.setting}: {described(points[-1])}, {seconds:.0f} s")
-    save_frontier(folder / "frontier.png", lines, len(HELD_OUT_PROMPTS[: options.eval_prompts]))
-    console.print(f"\nPicture and figures in {folder}/")
     metrics = {"sft": tuned["ended"], "versions": tuned["versions"], "lines": lines}
-    write_metrics(folder, metrics)
+    if leads:
+        save_frontier(folder / "frontier.png", lines, options.eval_prompts)
+        write_metrics(folder, metrics)
+    console.print(f"\nPicture and figures in {options.output or folder}/")
     return metrics
 
 

@@ -22,6 +22,11 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     return metrics
 
 
+def number(value: float | None) -> float:
+    """Take a figure from `metrics.json`: null is not a number."""
+    return math.nan if value is None else value
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}

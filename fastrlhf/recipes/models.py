@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +102,16 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreTrainedModel:
     """Load a language model whose head is one new number a sequence, in 4 bits if asked for.
 
-    It scores the last token that is no padding.
+    It scores the last token that is no padding: where padding is the eos token, the one before a
+    final eos.
+
+    Raises:
+        ValueError: to quantize, bitsandbytes is needed.
     """
     source = dense_folder(source)
     options: dict[str, Any] = {}
+    if quantize and find_spec("bitsandbytes") is None:
+        raise ValueError("quantize: needs bitsandbytes; --no-quantize does without")
     if quantize:
         # The packed format of bitsandbytes for CPUs has no backward; this is the one that has.
         options["quantization_config"] = BitsAndBytesConfig(

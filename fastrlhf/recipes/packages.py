@@ -6,6 +6,7 @@ _PACKAGES = (
     "transformers",
     "peft",
     "accelerate",
+    "gguf",
     "matplotlib",
     "rich",
     "tensorboard",

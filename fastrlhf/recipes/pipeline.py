@@ -19,10 +19,10 @@ from rich.table import Table
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 
 from . import ppo, reward, sft
-from .finished import finished_or_run
+from .finished import begin_anew, finished_or_run
 from .metrics import write_metrics
 from .models import source_of
-from .run import run_command
+from .run import is_first_process, run_command
 from .settings import RunOptions, option, parse
 
 
@@ -67,10 +67,13 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
         shared: options of all three recipes, such as `new_tokens`.
     """
     sizes = sizes or SIZES[options.steps]
-    source, folder = source_of(options.model), Path(options.output)
+    source, folder = source_of(options.model), Path(options.output or "pipeline-output").resolve()
+    leads = is_first_process()
+    if not options.resume:
+        begin_anew(folder)
     shared |= {"seed": options.seed, "device": options.device, "save_every": options.save_every}
     tuned = str(folder / "sft" / "model")
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, quiet=not leads)
 
     def step(name: str, run: Callable[[Any], dict[str, Any]], choice: Any) -> dict[str, Any]:
         console.print(f"\n== {name}")
@@ -111,7 +114,8 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
     )
     console.print(_summary(first, second, third))
     metrics = {"sft": first, "reward": second, "ppo": third}
-    write_metrics(folder, metrics)
+    if leads:
+        write_metrics(folder, metrics)
     return metrics
 
 

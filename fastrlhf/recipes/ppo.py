@@ -8,6 +8,7 @@ and the reward is VADER or the model of the recipe `reward` (`--reward FOLDER`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from .settings import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Share,
     option,
     parse,
 )
@@ -58,8 +60,14 @@ class PPOOptions(EvaluationOptions, AdapterOptions):
     clip_range: PositiveFloat = option(0.2, "of the ratio")
     value_clip: PositiveFloat = option(0.2, "of the change of a value")
     value_coef: NonNegativeFloat = option(0.1, "of the value loss")
-    gamma: PositiveFloat = option(1.0, "discount")
-    lam: PositiveFloat = option(0.95, "λ of generalized advantage estimation")
+    gamma: Share = option(1.0, "discount")
+    lam: Share = option(0.95, "λ of generalized advantage estimation")
+
+    def __post_init__(self) -> None:
+        """Check what depends on more than one number."""
+        super().__post_init__()
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("argument --kl_target: needs a kl_coef to start from, got 0")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -93,8 +101,8 @@ def train(options: PPOOptions) -> dict[str, Any]:
         data = ppo_targets(batch, scores, critic, penalty.coefficient, options)
         figures = learn(run, actor, critic, data, options)
         kl = run.mean((batch["logprobs"] - batch["ref_logprobs"]).sum(-1).mean())
-        penalty.update(kl)
         run.log({"reward": scores.mean(), "kl": kl, "kl_coef": penalty.coefficient, **figures})
+        penalty.update(kl)
     panels = [
         Panel(f"Reward of the samples ({options.reward})", "reward"),
         Panel("KL to the reference, nats a text", "kl"),
@@ -129,18 +137,19 @@ def learn(
 ) -> dict[str, float]:
     """Go over the samples in minibatches, until the policy is too far from what made them."""
     figures: list[dict[str, Tensor]] = []
-    for _ in range(options.epochs):
-        for part in minibatches(data, options.minibatches):
-            # Of all processes' tokens, for the gradient is the mean of the processes'.
-            tokens = run.mean(part["completion_mask"].sum())
-            loss, metrics = ppo_loss(policy, critic, part, tokens, options)
-            run.update(loss)
-            figures.append(metrics)
-        moved = run.mean(torch.stack([one["approx_kl"] for one in figures]).mean())
-        if options.kl_stop is not None and moved > options.kl_stop:
+    updates = 0.0
+    passes = (minibatches(data, options.minibatches) for _ in range(options.epochs))
+    for part in chain.from_iterable(passes):
+        # Of all processes' tokens, for the gradient is the mean of the processes'.
+        tokens = run.mean(part["completion_mask"].sum())
+        loss, metrics = ppo_loss(policy, critic, part, tokens, options)
+        figures.append(metrics)
+        if options.kl_stop is not None and run.mean(metrics["approx_kl"]) > options.kl_stop:
             break
+        run.update(loss)
+        updates += 1
     means = {name: torch.stack([one[name] for one in figures]).mean().item() for name in figures[0]}
-    return means | {"updates": float(len(figures))}
+    return means | {"updates": updates}
 
 
 def ppo_loss(

@@ -9,7 +9,6 @@ how often it is right.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from fastrlhf import plackett_luce_loss, reward_loss
 
 from .curves import Panel, save_curves
 from .draws import draw
+from .evaluation import gathered
 from .models import add_adapters, load_model, load_reward_model, source_of
 from .prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
 from .rankings import Ranking, pairs_in_order, ranked
 from .rewards import RewardModel
 from .run import Run, run_command
 from .sampling import sample_completions
-from .sentiment import estimate
+from .sentiment import by_prompt, estimate
 from .settings import (
     AdapterOptions,
     NonNegativeFloat,
@@ -130,8 +130,9 @@ def collect(
             )
         rankings.append(ranked(samples, options.completions, options.minimal_gap))
         run.report.line(f"  {len(rankings[-1])} of {len(drawn)} {name} rankings have an order")
-        if not rankings[-1]:
-            raise ValueError(f"no {name} completions of a prompt differ enough in sentiment")
+        # Two prompts are the fewest that have a standard error.
+        if len({ranking.samples[0].prompt for ranking in rankings[-1]}) < 2:
+            raise ValueError(f"too few {name} completions of a prompt differ in sentiment")
     return rankings[0], rankings[1], tokenizer
 
 
@@ -164,17 +165,17 @@ def judge(
 ) -> dict[str, float]:
     """Measure accuracy on held-out rankings, with its standard error over prompts."""
     samples = [sample for ranking in rankings for sample in ranking.samples]
-    sentiment = torch.tensor([s for ranking in rankings for s in ranking.sentiment])
+    sentiment = [s for ranking in rankings for s in ranking.sentiment]
     with run.report.phase(f"Score held-out completions, {when}"):
         scores = reward.scores(samples, options.batch_size)
-    by_prompt: dict[str, list[float]] = {}
-    for ranking, part in zip(
-        rankings, scores.split([len(r.samples) for r in rankings]), strict=True
-    ):
-        by_prompt.setdefault(ranking.samples[0].prompt, []).append(pairs_in_order(part).item())
-    accuracy_, error = estimate([mean(values) for values in by_prompt.values()])
-    correlation = torch.corrcoef(torch.stack((scores.cpu(), sentiment)))[0, 1].item()
-    return {"accuracy": accuracy_, "error": error, "correlation": correlation}
+    in_order = [pairs_in_order(p).item() for p in scores.split([len(r.samples) for r in rankings])]
+    judged = gathered(
+        run, [(r.samples[0], value) for r, value in zip(rankings, in_order, strict=True)]
+    )
+    scored = gathered(run, list(zip(samples, scores.tolist(), sentiment, strict=True)))
+    right, error = estimate(by_prompt(*zip(*judged, strict=True)))
+    both = torch.tensor([row[1:] for row in scored]).T
+    return {"accuracy": right, "error": error, "correlation": torch.corrcoef(both)[0, 1].item()}
 
 
 if __name__ == "__main__":

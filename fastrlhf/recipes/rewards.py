@@ -64,6 +64,7 @@ class RewardModel:
         """Write the adapters, the head of the score, and what `load` needs to know."""
         self.model.save_pretrained(folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
+        base = str(Path(base).resolve()) if Path(base).exists() else base
         facts = {"base": base, "quantize": quantize, "mean": self.mean, "deviation": self.deviation}
         (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -88,7 +88,7 @@ class Run:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.name, self.options = name, options
-        self.output = Path(options.output)
+        self.output = Path(options.output or f"{name}-output")
         self.output.mkdir(parents=True, exist_ok=True)
         if options.resume:
             self._check_checkpoint()
@@ -104,6 +104,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self.done = 0
+        self.peak_memory = 0
         self.schedule: Any = None  # a recipe may take its steps without an optimizer
         set_seed(options.seed)  # the same in all processes, for adapters and heads
 
@@ -202,14 +203,22 @@ class Run:
         self.history.append(point)
         self.accelerator.log(point, step=self.done + 1)
 
+    def note_peak_memory(self) -> int:
+        """Read the peak so far, before a measurement sets the device's count back."""
+        self.peak_memory = max(self.peak_memory, peak_memory_of_process(self.device))
+        return self.peak_memory
+
     def finish(self, **metrics: Any) -> dict[str, Any]:
-        """Write `metrics.json`, and return what it holds."""
+        """Write `metrics.json`, and return what it holds, once all processes are here.
+
+        "seconds" are those of this process: of a resumed run, since it was resumed.
+        """
         everything = {
             "recipe": self.name,
             "options": dataclasses.asdict(self.options),
             "versions": versions(),
             "seconds": self.report.seconds,
-            "peak_memory_bytes": peak_memory_of_process(self.device),
+            "peak_memory_bytes": self.note_peak_memory(),
             "training": self.history,
             "evaluations": self.evaluations,
             **metrics,
@@ -220,6 +229,7 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
+        self.accelerator.wait_for_everyone()  # another recipe may start from what this one left
         return everything
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,8 +242,8 @@ class Run:
         self.evaluations = state["evaluations"]
 
     def _save(self) -> None:
-        """Write a checkpoint, give it its name once it is complete, and then remove the last."""
-        unfinished, last = self.output / "checkpoint.unfinished", last_checkpoint(self.output)
+        """Write a checkpoint, give it its name once it is complete, and then remove the others."""
+        unfinished = self.output / "checkpoint.unfinished"
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -242,15 +252,17 @@ class Run:
         if self.accelerator.is_main_process:
             facts = {"processes": self.processes, "options": dataclasses.asdict(self.options)}
             (unfinished / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            unfinished.rename(self.output / f"checkpoint-{self.done}")
-            if last is not None:
-                shutil.rmtree(last)
+            finished = self.output / f"checkpoint-{self.done}"
+            shutil.rmtree(finished, ignore_errors=True)
+            unfinished.rename(finished)
+            for other in set(checkpoints(self.output)) - {finished}:
+                shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
 
     def _forget_checkpoints(self) -> None:
         """Remove those of a former run, which this one begins anew."""
         if self.accelerator.is_main_process:
-            for folder in self.output.glob("checkpoint-*"):
+            for folder in checkpoints(self.output):
                 shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
 
@@ -290,28 +302,47 @@ class Run:
                 yield name, parameter.detach()
 
 
+def is_first_process() -> bool:
+    """Tell, before any run has begun, whether this process is the one that writes and shows."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints of runs in an output folder, those of other programs left out, in the
+    order of their steps.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if (path / _FACTS).exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Find the checkpoint of the latest step in the output folder of a run."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / _FACTS).exists()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def check_same_options(stored: Mapping[str, Any], options: RunOptions, folder: Path) -> None:
     """Raise ValueError where a run in a folder had options by which its figures would differ."""
     own = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    for name, value in stored.items():
-        if name not in _FREE_TO_CHANGE and own.get(name) != value:
+    for name in [*stored, *own]:
+        value, other = stored.get(name), own.get(name)
+        if name not in _FREE_TO_CHANGE and value != other:
             raise ValueError(
-                f"--resume: the run in {folder} has {name}={value}, this one "
-                f"{name}={own.get(name)}; its curve could not go on as it was"
+                f"--resume: the run in {folder} has {name}={value}, this one {name}={other}; its "
+                "curve could not go on as it was"
             )
 
 
 @contextmanager
 def _device_of(device: str) -> Iterator[None]:
-    """Tell accelerate which device to take, and nobody after it."""
+    """Tell accelerate which device to take, and nobody after it.
+
+    Several processes take one each, as it numbers them.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu or cuda for each process, got {device}")
     before = os.environ.get(_DEVICE)
-    if device != "auto":
+    if device != "auto" and not several:
         os.environ[_DEVICE] = device
     try:
         yield

@@ -26,6 +26,11 @@ class Sample:
     prompt_ids: Tensor
     completion_ids: Tensor
 
+    def to(self, device: torch.device | str) -> "Sample":
+        """Move its tokens."""
+        ids = (self.prompt_ids.to(device), self.completion_ids.to(device))
+        return Sample(self.prompt, self.completion, *ids)
+
 
 def sample_completions(
     model: PreTrainedModel,
@@ -41,7 +46,7 @@ def sample_completions(
     `advance` is told how many completions each batch brought.
     """
     samples: list[Sample] = []
-    devices = [] if model.device.type == "cpu" else [model.device]
+    devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), options.batch_size):

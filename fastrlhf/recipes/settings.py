@@ -31,7 +31,7 @@ class Bound:
         if self == _POSITIVE:
             expected = "a positive number"
         if self.most < math.inf:
-            expected += f", at most {self.most:g}"
+            expected += f", at most {self.most}"
         raise ValueError(f"argument --{name}: expected {expected}, got {value}")
 
 
@@ -42,7 +42,8 @@ PositiveFloat = Annotated[float, Bound(0, included=False)]
 NonNegativeFloat = Annotated[float, Bound(0)]
 PositiveFloats = Annotated[list[float], Bound(0, included=False)]
 NonNegativeFloats = Annotated[list[float], Bound(0)]
-Seed = Annotated[int, Bound(0, most=2**32 - 1)]  # what NumPy takes
+Share = Annotated[float, Bound(0, most=1)]
+Seed = Annotated[int, Bound(0, most=2**31 - 1)]  # NumPy takes twice that, of every process
 
 
 def check_option(name: str, hint: Any, value: Any) -> None:
@@ -53,14 +54,20 @@ def check_option(name: str, hint: Any, value: Any) -> None:
         return None if value is None else check_option(name, hint, value)
     if get_origin(hint) is Literal and value not in choices:
         raise ValueError(f"argument --{name}: invalid choice: {value!r} (choose from {choices})")
-    if get_origin(hint) is not Annotated:
-        return None
-    kind, bound = choices
-    for number in value if isinstance(value, list) else [value]:
-        if kind is int and not isinstance(number, int):
-            raise TypeError(f"argument --{name}: expected an integer, got {number!r}")
-        bound.check(name, number)
+    if get_origin(hint) is Annotated:
+        kind, bound = choices
+        for number in value if isinstance(value, list) else [value]:
+            _check_type(name, int if kind is int else float, number)
+            bound.check(name, number)
+    elif isinstance(hint, type):
+        _check_type(name, hint, value)
     return None
+
+
+def _check_type(name: str, kind: type, value: Any) -> None:
+    allowed = (int, float) if kind is float else (kind,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"argument --{name}: expected {kind.__name__}, got {value!r}")
 
 
 def option(default: Any, help: str) -> Any:

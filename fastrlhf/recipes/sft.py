@@ -6,6 +6,7 @@ ending counts, not the opening. The adapters are merged at the end: `<output>/mo
 steps start from.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,12 @@ def train(options: SFTOptions) -> dict[str, Any]:
     after, loss_after = judge("after"), held_out_loss()
     run.report.line(f"Loss of held-out texts: {loss_before:.3f} -> {loss_after:.3f} nats a token")
     panels = [Panel("Cross-entropy, nats a token", "loss")]
-    metrics = conclude(
+    if run.accelerator.is_main_process:
+        # Of a copy, for the adapters are still to be saved and the reference to be asked.
+        merged = copy.deepcopy(policy).merge_and_unload()
+        merged.save_pretrained(run.output / "model")
+        tokenizer.save_pretrained(run.output / "model")
+    return conclude(
         run,
         policy,
         tokenizer,
@@ -75,11 +81,6 @@ def train(options: SFTOptions) -> dict[str, Any]:
         panels,
         held_out_loss={"before": loss_before, "after": loss_after},
     )
-    if run.accelerator.is_main_process:
-        merged = policy.merge_and_unload()
-        merged.save_pretrained(run.output / "model")
-        tokenizer.save_pretrained(run.output / "model")
-    return metrics
 
 
 def batch_loss(model: torch.nn.Module, batch: list[Sample], pad_token_id: int, run: Run) -> Tensor:

@@ -2096,22 +2096,35 @@ MUTANTS = [
         ),
         (
             "rollout: dropout while scoring",
-            'with _evaluating(policy):\n        batch["logprobs"]',
+            'with evaluating(policy):\n        batch["logprobs"]',
             'if True:\n        batch["logprobs"]',
             "dropout_is_off",
         ),
         (
-            "rollout: positions count the padding",
-            "(attention.cumsum(-1) - 1).clamp(min=0)", "attention.cummax(-1).indices",
+            "rollout: sequences are padded on the left",
+            "(~valid).long().argsort(dim=1, stable=True)[:, :longest]",
+            "valid.long().argsort(dim=1, stable=True)[:, -longest:]",
             "laid_out",
+        ),
+        (
+            "rollout: a reference drops out",
+            'with evaluating(ref_model):\n            batch["ref_logprobs"]',
+            'if True:\n            batch["ref_logprobs"]',
+            "given_reference_is_off_too",
         ),
     ),
     *_mutants(
         "fastrlhf/recipes/settings.py", "test_recipe_settings.py",
         (
             "settings: what is not a number is within bounds",
-            "if self.least < value < math.inf or", "if not value <= self.least or",
+            "above and value <= self.most and value < math.inf",
+            "not value <= self.least and not value > self.most",
             "beyond_a_bound and nan",
+        ),
+        (
+            "settings: a bound beside None is not looked at",
+            "return None if value is None else check_option(name, hint, value)", "return None",
+            "beyond_a_bound and perhaps",
         ),
         (
             "settings: what is unknown is dropped",
@@ -2137,6 +2150,16 @@ MUTANTS = [
             "what_is_trained_alone",
         ),
         (
+            "run: a former run's checkpoints are taken for this one's",
+            "            self._forget_checkpoints()\n", "",
+            "forgets_the_checkpoints",
+        ),
+        (
+            "run: the last checkpoint is the first by its name",
+            'int(path.name.removeprefix("checkpoint-"))', "path.name",
+            "latest_checkpoint",
+        ),
+        (
             "run: all processes have the samples of the first",
             "set_seed(self.options.seed, device_specific=True)", "set_seed(self.options.seed)",
             "two_processes",
@@ -2151,6 +2174,16 @@ MUTANTS = [
             "ref_hidden[:, :-1],\n        ref_head.weight,\n"
             "        hidden[:, :-1],\n        head.weight",
             "sum_over_the_vocabulary",
+        ),
+        (
+            "evaluation: what got better is called worse",
+            "[new - old for old, new in", "[old - new for old, new in",
+            "paired_means",
+        ),
+        (
+            "evaluation: the KL with dropout",
+            "    with evaluating(policy):\n        hidden", "    if True:\n        hidden",
+            "dropout_is_off",
         ),
         (
             "evaluation: training has other random numbers after it",
@@ -2173,6 +2206,93 @@ MUTANTS = [
             "draws: the passes of neighbouring seeds are the same",
             "seed * 1_000_003 + passes", "seed + passes",
             "nothing_else",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/adaptive_kl.py", "test_recipes.py",
+        (
+            "adaptive KL: a step of any length",
+            "min(0.2, max(-0.2, kl / self.target - 1))", "(kl / self.target - 1)",
+            "penalty_follows",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/ppo.py", "test_recipes.py",
+        (
+            "ppo: the passes go on however far the policy is",
+            "options.kl_stop is not None and moved > options.kl_stop", "False",
+            "goes_on_to_the_next_step",
+        ),
+        (
+            "ppo: the penalty is paid, not charged",
+            "keep, kl_coef=kl_coef", "keep, kl_coef=-kl_coef",
+            "ppo_targets",
+        ),
+        (
+            "ppo: a cut completion is as good as any",
+            "options.truncation_penalty * batch", "0 * batch",
+            "costs_the_penalty",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/ppo.py", "test_recipe_losses.py",
+        (
+            "ppo: the critic's error counts as it is",
+            "loss + options.value_coef * error", "loss + error",
+            "loss_of_ppo",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/grpo.py", "test_recipe_losses.py",
+        (
+            "grpo: Dr. GRPO divides by sequences",
+            "float(len(advantages) * options.new_tokens)", "float(len(advantages))",
+            "divide_by and dr_grpo",
+        ),
+        (
+            "grpo: each process divides by its own tokens",
+            'run.mean(batch["completion_mask"].sum())', 'batch["completion_mask"].sum()',
+            "divide_by and dapo",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/rankings.py", "test_recipe_evaluation.py",
+        (
+            "rankings: the gap to the best alone",
+            "scores[kept[-1]] - scores[index]", "scores[kept[0]] - scores[index]",
+            "next_better",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/reward.py", "test_recipes.py",
+        (
+            "reward: no margin",
+            "margin=options.margin * gaps", "margin=0 * gaps",
+            "that_of_the_paper and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/best_of_n.py", "test_recipes.py",
+        (
+            "best of n: the best of n + 1",
+            "math.comb(rank, n - 1) / total", "math.comb(rank, n) / total",
+            "all_choices",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/distill.py", "test_recipes.py",
+        (
+            "distill: a student's cache has the places of the teacher's",
+            "layer.self_attn.layer_idx = number", "pass",
+            "pruned_student",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/finished.py", "test_recipe_run.py",
+        (
+            "finished: figures of a former run stay",
+            '(folder / "metrics.json").unlink(missing_ok=True)', "pass",
+            "is_read_or_goes_on",
         ),
     ),
 ]  # fmt: skip
