@@ -125,7 +125,7 @@ def test_every_number_of_a_recipe_has_a_bound(options) -> None:
 @pytest.mark.parametrize(
     "options, name, least, most",
     [
-        (RunOptions, "seed", 0, 2**32 - 1),
+        (RunOptions, "seed", 0, 2**31 - 1),
         (dpo.DPOOptions, "label_smoothing", 0, 0.49),
         (dpo.DPOOptions, "eval_prompts", 2, len(HELD_OUT_PROMPTS)),
     ],

@@ -59,15 +59,18 @@ def check_option(name: str, hint: Any, value: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             _check_type(name, int if kind is int else float, number)
             bound.check(name, number)
-    elif isinstance(hint, type):
+    elif hint in _WORDS:
         _check_type(name, hint, value)
     return None
+
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
 def _check_type(name: str, kind: type, value: Any) -> None:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"argument --{name}: expected {kind.__name__}, got {value!r}")
+        raise TypeError(f"argument --{name}: expected {_WORDS[kind]}, got {value!r}")
 
 
 def option(default: Any, help: str) -> Any:
