@@ -42,7 +42,7 @@ class FrontierOptions(EvaluationOptions):
     eval_every: NonNegative = option(5, "steps between the points of DPO, PPO and GRPO")
     betas: PositiveFloats = option([0.05, 0.2, 1.0], "of DPO")
     ppo_kl_coefs: NonNegativeFloats = option([0.0, 0.1], "of PPO's rewards")
-    grpo_kl_coefs: NonNegativeFloats = option([0.0, 0.1], "of GRPO's loss")
+    grpo_kl_coefs: NonNegativeFloats = option([0.1], "of GRPO's loss")
     max_kls: PositiveFloats = option([0.03, 0.1], "δ of TRPO, nats a token")
     best_of: Positive = option(16, "texts of each held-out prompt that the best is chosen from")
     sft_steps: Positive = option(16, "of the SFT model, which is the reference of all")
