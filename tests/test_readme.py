@@ -250,7 +250,10 @@ def test_the_benchmarks_are_counted_right() -> None:
 
 
 def test_what_the_readme_shows_and_names_is_there() -> None:
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert len(pictures) == 2 and all((ROOT / picture).is_file() for picture in pictures)
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)|<img src=\"(.*?)\"", README)
+    assert len(pictures) == 3
+    assert all((ROOT / (shown or placed)).is_file() for shown, placed in pictures)
+    for recipe in re.findall(r"fastrlhf\.recipes\.(\w+)", README):
+        assert (ROOT / "fastrlhf" / "recipes" / f"{recipe}.py").is_file(), recipe
     for name in re.findall(r"`(?:python |pytest )?((?:benchmarks|tests)/\w+\.py)", README):
         assert (ROOT / name).is_file(), name
