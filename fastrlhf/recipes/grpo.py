@@ -39,7 +39,7 @@ class GRPOOptions(EvaluationOptions, AdapterOptions):
     steps: Positive = option(12, "rounds of sampling and learning")
     prompts_per_step: Positive = option(4, "prompts of each process in one step")
     group_size: Positive = option(8, "completions of each prompt")
-    learning_rate: PositiveFloat = option(2e-3, "of AdamW, falling to 0 linearly")
+    learning_rate: PositiveFloat = option(1e-3, "of AdamW, falling to 0 linearly")
     iterations: Positive = option(1, "updates on the samples of a step")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = option(
         "grpo", "which member of the family"
