@@ -47,7 +47,7 @@ class Sizes:
 
 
 SIZES = {
-    "small": Sizes(16, 128, 20, 8, 32, 1),
+    "small": Sizes(16, 128, 20, 12, 32, 1),
     "full": Sizes(60, 1024, 120, 60, 64, 4),
 }
 
