@@ -47,7 +47,7 @@ class Sizes:
 
 
 SIZES = {
-    "small": Sizes(16, 128, 20, 12, 32, 1),
+    "small": Sizes(16, 128, 20, 10, 32, 1),
     "full": Sizes(60, 1024, 120, 60, 64, 4),
 }
 
@@ -108,6 +108,7 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
             reward=str(folder / "reward"),
             steps=sizes.ppo_steps,
             completions_per_step=sizes.ppo_completions,
+            learning_rate=2e-3,  # few steps: faster than the recipe's own rate
             eval_completions=sizes.eval_completions,
             **shared,
         ),
