@@ -25,11 +25,11 @@ help: ## what there is to make
 demo: $(VENV)/.demo ## train a real language model with DPO through the fused loss (minutes on a CPU)
 	$(BIN)/python -m fastrlhf.recipes.demo
 
-pipeline: $(VENV)/.test ## SFT, a 4-bit reward model and PPO of a real language model, and a check that its reward rose (ten minutes)
+pipeline: $(VENV)/.test ## SFT, a 4-bit reward model and PPO of a real language model, and a check that its reward rose
 	$(BIN)/python -m fastrlhf.recipes.pipeline --steps small --resume
 	FASTRLHF_PIPELINE=pipeline-output $(BIN)/python -m pytest -q -m slow tests/test_pipeline_learns.py
 
-frontier: $(VENV)/.demo ## reward against KL: DPO, PPO, GRPO, TRPO and best of n on one task (40 minutes; goes on where it was stopped)
+frontier: $(VENV)/.demo ## reward against KL: DPO, PPO, GRPO, TRPO and best of n on one task (goes on where it was stopped)
 	$(BIN)/python -m fastrlhf.recipes.frontier --resume
 
 test: lint types pytest ## everything that must pass

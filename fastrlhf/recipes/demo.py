@@ -22,7 +22,7 @@ _PACKAGES = (
     "rich",
     "tensorboard",
 )
-_STEPS = 24
+_STEPS = 26
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             output=str(given.output),
             seed=given.seed,
             steps=given.steps,
+            pairs_per_step=6,
+            lora_rank=8,
+            lora_targets="all-linear",
             draw_pairs=max(16, round(128 * share)),
             eval_prompts=max(8, round(40 * share)),
         )
