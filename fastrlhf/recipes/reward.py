@@ -91,7 +91,7 @@ def train(options: RewardOptions) -> dict[str, Any]:
     with run.report.phase("Normalise the scores"):
         some = [sample for one in training[: options.eval_rankings] for sample in one.samples]
         scores = reward.scores(some, options.batch_size)
-        reward.mean, reward.deviation = scores.mean().item(), scores.std().item()
+        reward.mean, reward.deviation = scores.mean().item(), scores.std().clamp(min=1e-6).item()
     run.report.line(
         f"Held-out pairs in order: {before['accuracy']:.3f} ± {before['error']:.3f} before, "
         f"{after['accuracy']:.3f} ± {after['error']:.3f} after; correlation of score and VADER "
