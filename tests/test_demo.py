@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,9 +14,10 @@ for name in ("transformers", "peft", "gguf", "vaderSentiment", "matplotlib", "ri
     pytest.importorskip(name)
 
 from support.compare import budget  # noqa: E402
-from support.recipe_models import (  # noqa: E402
+from support.recipe_models import (  # noqa: E402, F401  the fixtures are of every test
     EOS,
     PEFT_READS_AN_OLD_NAME,
+    one_thread,
     randomize_adapters,
     write_tiny_model,
 )
@@ -34,15 +34,6 @@ from fastrlhf.recipes.settings import SamplingOptions  # noqa: E402
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are too small to share: threads would wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,11 @@ for name in ("transformers", "peft", "accelerate", "vaderSentiment", "matplotlib
     pytest.importorskip(name)
 
 from support.compare import assert_as_accurate, budget  # noqa: E402
-from support.recipe_models import (  # noqa: E402
+from support.recipe_models import (  # noqa: E402, F401  the fixtures are of every test
     EOS,
     PEFT_READS_AN_OLD_NAME,
     dropping,
+    one_thread,
     plain_logits_one_by_one,
     randomize_adapters,
     write_tiny_model,
@@ -40,14 +40,6 @@ pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
 
 CPU = torch.device("cpu")
 PROMPTS = ["the", "the film was good", "film was"] * 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The losses of PPO and GRPO on what a tiny model wrote, beside formulas written here."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +10,9 @@ for name in ("transformers", "peft", "accelerate", "vaderSentiment", "matplotlib
     pytest.importorskip(name)
 
 from support.compare import budget  # noqa: E402
-from support.recipe_models import (  # noqa: E402
+from support.recipe_models import (  # noqa: E402, F401  the fixtures are of every test
     PEFT_READS_AN_OLD_NAME,
+    one_thread,
     randomize_adapters,
     write_tiny_model,
 )
@@ -28,14 +28,6 @@ NEW_TOKENS = 8
 TEMPERATURE = 1.7
 # Ratios of 1 to the rounding of log-probs of a dozen nats in either of two forwards.
 ROUNDING = budget(0.0, torch.float32, size=2 * 12)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

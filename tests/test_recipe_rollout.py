@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +14,13 @@ for name in ("transformers", "peft", "tokenizers"):
 
 from support import tiny_models  # noqa: E402
 from support.compare import assert_as_accurate, budget  # noqa: E402
-from support.recipe_models import (  # noqa: E402
+from support.recipe_models import (  # noqa: E402, F401  the fixtures are of every test
     EOS,
     PEFT_READS_AN_OLD_NAME,
     VALUED,
     WORDS,
     dropping,
+    one_thread,
     plain_logits_one_by_one,
     randomize_adapters,
     write_tiny_model,
@@ -54,14 +54,6 @@ NEW_TOKENS = 8
 GOOD = WORDS.index("good")
 # Far enough from 1 for the tail to be sampled, of which top-k and top-p would leave nothing.
 TEMPERATURE = 1.7
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,12 @@ for name in ("transformers", "peft", "accelerate", "vaderSentiment", "matplotlib
 
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from support.recipe_models import PEFT_READS_AN_OLD_NAME, write_tiny_model  # noqa: E402
+from support.recipe_models import (  # noqa: E402, F401  the fixtures are of every test
+    PEFT_READS_AN_OLD_NAME,
+    as_on_a_cpu,
+    one_thread,
+    write_tiny_model,
+)
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fastrlhf.recipes import distill, dpo, frontier, grpo, pipeline, ppo, reward, sft, trpo  # noqa: E402
@@ -61,19 +65,6 @@ RECIPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"completions_per_step": 4, "drop_layers": 1, **EVALUATION},
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _as_on_a_cpu() -> Iterator[None]:
-    """One thread, as these tensors are too small to share, and no interpreted kernels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        # A run leaves its device there for accelerate: not to the next module.
-        patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

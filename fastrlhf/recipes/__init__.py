@@ -4,7 +4,7 @@
     reward     a reward model from rankings           reward.py, rewards.py
     ppo        RLHF with a critic                     ppo.py, critics.py
     dpo, demo  from preferences, without a reward     dpo.py, preference.py
-    grpo       groups instead of a critic             grpo.py
+    grpo       groups instead of a critic             grpo.py, groups.py
     trpo       an exact bound on each step's KL       trpo.py
     distill    a smaller model from a larger one      distill.py
     pipeline   sft, reward and ppo in one go          pipeline.py

@@ -8,22 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
-from fastrlhf import group_advantages, grpo_options, model_policy_loss
+from fastrlhf import grpo_options, model_policy_loss
 
 from .curves import Panel
 from .evaluation import Evaluation, conclude, evaluate
+from .groups import GroupOptions, sample_groups
 from .models import load_policy
 from .rewards import scorer
 from .rollout import Rollout
 from .run import Run, run_command
-from .sampling import sample_step
 from .settings import (
     AdapterOptions,
-    EvaluationOptions,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
@@ -33,18 +31,15 @@ from .settings import (
 
 
 @dataclass
-class GRPOOptions(EvaluationOptions, AdapterOptions):
+class GRPOOptions(GroupOptions, AdapterOptions):
     """What GRPO and its family can be told."""
 
     steps: Positive = option(12, "rounds of sampling and learning")
-    prompts_per_step: Positive = option(4, "prompts of each process in one step")
-    group_size: Positive = option(8, "completions of each prompt")
     learning_rate: PositiveFloat = option(1e-3, "of AdamW, falling to 0 linearly")
     iterations: Positive = option(1, "updates on the samples of a step")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = option(
         "grpo", "which member of the family"
     )
-    reward: str = option("vader", "vader, or the output folder of the recipe reward")
     kl_coef: NonNegativeFloat = option(0.04, "of the KL to the reference, estimated by k3")
 
 
@@ -65,27 +60,18 @@ def train(options: GRPOOptions) -> dict[str, Any]:
     before = judge("before")
     (model,) = run.train(policy, learning_rate=options.learning_rate, total=options.steps)
     for step in run.steps(options.steps, judge):
-        batch = sample_step(
-            run, policy, tokenizer, options, step, options.prompts_per_step, options.group_size
-        )
-        scores = reward(batch)
-        groups = torch.arange(options.prompts_per_step, device=run.device)
-        advantages = group_advantages(
-            scores,
-            groups.repeat_interleave(options.group_size),
-            kind="dr_grpo" if options.loss_type == "dr_grpo" else "grpo",
-        )
+        kind = "dr_grpo" if options.loss_type == "dr_grpo" else "grpo"
+        groups = sample_groups(run, policy, tokenizer, reward, options, step, kind)
         for _ in range(options.iterations):
-            loss, metrics = grpo_loss(run, model, batch, advantages, options)
+            loss, metrics = grpo_loss(run, model, groups.batch, groups.advantages, options)
             run.update(loss)
         run.log(
             {
-                "reward": scores.mean(),
-                "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(-1).mean(),
+                **groups.figures(),
                 "loss": loss,
                 "entropy": metrics["entropy"],
                 "clipped": metrics["clip_ratio/region_mean"],
-                "equal_groups": _share_of_equal_groups(scores, options.group_size),
+                "equal_groups": _share_of_equal_groups(groups.scores, options.group_size),
             }
         )
     panels = [

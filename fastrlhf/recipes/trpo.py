@@ -9,22 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
-from fastrlhf import TrustRegionInfo, group_advantages, lm_head, trpo_step
+from fastrlhf import TrustRegionInfo, lm_head, trpo_step
 
 from .curves import Panel
 from .evaluation import Evaluation, conclude, evaluate
+from .groups import GroupOptions, sample_groups
 from .models import load_policy
 from .rewards import scorer
 from .rollout import Rollout
 from .run import Run, run_command
-from .sampling import sample_step
 from .settings import (
-    EvaluationOptions,
     LoraOptions,
     NonNegativeFloat,
     Positive,
@@ -35,13 +33,11 @@ from .settings import (
 
 
 @dataclass
-class TRPOOptions(EvaluationOptions, LoraOptions):
+class TRPOOptions(GroupOptions, LoraOptions):
     """What TRPO can be told."""
 
     steps: Positive = option(6, "rounds of sampling and one step of the policy")
-    prompts_per_step: Positive = option(4, "prompts of each process in one step")
     group_size: Positive = option(4, "completions of each prompt")
-    reward: str = option("vader", "vader, or the output folder of the recipe reward")
     max_kl: PositiveFloat = option(0.02, "δ, nats a token, that a step may move the policy")
     cg_iterations: Positive = option(5, "products with the Fisher matrix for a direction")
     damping: NonNegativeFloat = option(0.01, "λ, added to that matrix")
@@ -64,17 +60,11 @@ def train(options: TRPOOptions) -> dict[str, Any]:
     before = judge("before")
     run.keep(policy)
     for step in run.steps(options.steps, judge):
-        batch = sample_step(
-            run, policy, tokenizer, options, step, options.prompts_per_step, options.group_size
-        )
-        scores = reward(batch)
-        groups = torch.arange(options.prompts_per_step, device=run.device)
-        advantages = group_advantages(scores, groups.repeat_interleave(options.group_size))
-        info = natural_step(policy, batch, advantages, options)
+        groups = sample_groups(run, policy, tokenizer, reward, options, step)
+        info = natural_step(policy, groups.batch, groups.advantages, options)
         run.log(
             {
-                "reward": scores.mean(),
-                "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(-1).mean(),
+                **groups.figures(),
                 "step_kl": info.kl,
                 "gain": info.surrogate,
                 "accepted": float(info.accepted),

@@ -3,8 +3,10 @@
 Half of its texts' words are ones that VADER knows, so that its completions differ in sentiment.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -15,6 +17,27 @@ VALUED = ["good", "bad", "great", "awful", "happy", "sad", "love", "hate"]
 WORDS = ["<eos>", "<unk>", "the", "film", "was", *VALUED]
 # peft reads a property of the model that transformers has renamed, at every switch of the adapters.
 PEFT_READS_AN_OLD_NAME = "ignore:.*is_gradient_checkpointing:FutureWarning"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These tensors are too small to share: threads would wait for each other most of the time.
+
+    It is of each module that imports it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_on_a_cpu(one_thread: None) -> Iterator[None]:
+    """Run recipes as on a machine without a GPU: no interpreted kernels, accelerate on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+        yield
 
 
 def write_tiny_model(folder: Path, fillers: int = 2000, **changes) -> Path:
