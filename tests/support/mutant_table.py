@@ -2187,7 +2187,7 @@ MUTANTS = [
         ),
         (
             "evaluation: training has other random numbers after it",
-            'torch.random.fork_rng([] if run.device.type == "cpu" else [run.device])',
+            'torch.random.fork_rng([run.device] if run.device.type == "cuda" else [])',
             "torch.random.fork_rng([], enabled=False)",
             "whenever",
         ),
@@ -2220,7 +2220,8 @@ MUTANTS = [
         "fastrlhf/recipes/ppo.py", "test_recipes.py",
         (
             "ppo: the passes go on however far the policy is",
-            "options.kl_stop is not None and moved > options.kl_stop", "False",
+            'options.kl_stop is not None and run.mean(metrics["approx_kl"]) > options.kl_stop',
+            "False",
             "goes_on_to_the_next_step",
         ),
         (
