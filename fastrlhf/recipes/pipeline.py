@@ -108,7 +108,6 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
             reward=str(folder / "reward"),
             steps=sizes.ppo_steps,
             completions_per_step=sizes.ppo_completions,
-            learning_rate=2e-3,  # few steps: faster than the recipe's own rate
             eval_completions=sizes.eval_completions,
             **shared,
         ),
