@@ -444,7 +444,7 @@ def small_recipe(output: Path, stop_at: int | None = None, **changes) -> SimpleN
 @pytest.mark.parametrize("stop_at", [2, 3, 4])
 def test_random_numbers_go_on_where_they_were(tmp_path, stop_at) -> None:
     whole = small_recipe(tmp_path / "whole")
-    assert whole.rates == pytest.approx([0.1 * (1 - step / 5) for step in range(5)])
+    assert whole.rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.05])
     with pytest.raises(Interrupted):
         small_recipe(tmp_path / "part", stop_at=stop_at)
     torch.manual_seed(99)
@@ -454,6 +454,20 @@ def test_random_numbers_go_on_where_they_were(tmp_path, stop_at) -> None:
     assert rest.metrics["training"] == whole.metrics["training"]
     assert [point["step"] for point in rest.metrics["training"]] == [0, 1, 2, 3, 4]
     assert all(torch.equal(*pair) for pair in zip(rest.state, whole.state, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "expected"),
+    [
+        (0, 4, [1, 3 / 4, 2 / 4, 1 / 4]),
+        (2, 5, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+        (3, 2, [1 / 2, 1]),  # a run that is over before the rate is up
+        (3, 1, [1]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls(tmp_path, warmup, total, expected) -> None:
+    found = small_recipe(tmp_path, warmup_steps=warmup, steps=total)
+    assert found.rates == pytest.approx([0.1 * share for share in expected])
 
 
 def test_a_long_gradient_is_cut(tmp_path) -> None:

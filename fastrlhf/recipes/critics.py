@@ -22,8 +22,8 @@ class ValueHead(nn.Module):
     def __init__(self, width: int):
         """Start at 0: the first advantages are the returns themselves."""
         super().__init__()
-        # A step of Adam, of the policy's learning rate, then moves a value by little.
-        self.scale = width**-0.5
+        # The states' entries are about 1: a step of Adam at rate r moves a value by 4 r √width.
+        self.scale = 4 * width**-0.5
         self.linear = nn.Linear(width, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)

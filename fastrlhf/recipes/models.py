@@ -113,7 +113,6 @@ def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreT
     if quantize and find_spec("bitsandbytes") is None:
         raise ValueError("quantize: needs bitsandbytes; --no-quantize does without")
     if quantize:
-        # The packed format of bitsandbytes for CPUs has no backward; this is the one that has.
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_dtype(device)
         )
@@ -122,6 +121,11 @@ def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreT
         model = AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=1, dtype=_dtype(device), **options
         )
+    for module in model.modules():
+        # In evaluation, bitsandbytes would pack the weights anew for a CPU with bf16 instructions,
+        # and for good; what is packed so is multiplied in bf16 and has no backward.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = load_tokenizer(source).pad_token_id
     return model.to(device)
 

@@ -47,15 +47,16 @@ class PPOOptions(EvaluationOptions, AdapterOptions):
     completions_per_step: Positive = option(32, "that each process samples in a step")
     epochs: Positive = option(2, "passes over the samples of a step")
     minibatches: Positive = option(1, "updates in a pass")
-    learning_rate: PositiveFloat = option(7e-4, "of AdamW, falling to 0 linearly")
+    learning_rate: PositiveFloat = option(1.5e-3, "of AdamW, falling to 0 linearly")
     reward: str = option("vader", "vader, or the output folder of the recipe reward")
     truncation_penalty: NonNegativeFloat = option(0.0, "taken off the score of a cut completion")
     separate_critic: bool = option(False, "a value model of its own, not a head on the policy")
     kl_coef: NonNegativeFloat = option(0.05, "of log π/π_ref in the rewards, at first")
     kl_target: PositiveFloat | None = option(None, "nats a text, to which kl_coef adapts")
     kl_gain: PositiveFloat = option(0.1, "how fast it adapts: K_β of 1909.08593")
+    # Single tokens can change by ten nats in one update, and count here by their square.
     kl_stop: PositiveFloat | None = option(
-        0.1, "nats a token from the samples' policy: go on to the next step"
+        0.5, "mean of (change of a token's log-prob)²/2 at which the next step begins"
     )
     clip_range: PositiveFloat = option(0.2, "of the ratio")
     value_clip: PositiveFloat = option(0.2, "of the change of a value")

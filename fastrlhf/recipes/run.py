@@ -147,12 +147,19 @@ class Run:
         return [self.accelerator.prepare(model) for model in models]
 
     def train(self, *models: nn.Module, learning_rate: float, total: int) -> list[Any]:
-        """Prepare models, with AdamW on what of them requires a gradient, falling to 0 linearly."""
+        """Prepare models, with AdamW on what of them requires a gradient.
+
+        Its rate rises linearly over `warmup_steps` of the options, and then falls to 0: the first
+        step of Adam moves every parameter by the whole rate, be its gradient only noise.
+        """
         prepared = self.prepare(*models)
         self.parameters = [p for model in models for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+        warmup = min(getattr(self.options, "warmup_steps", 0), total - 1)
         # Prepared by accelerate, the schedule would step once for every process.
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (warmup + 1), (total - step) / (total - warmup))
+        )
         self.accelerator.register_for_checkpointing(self.schedule)
         self.optimizer = self.accelerator.prepare(optimizer)
         return prepared
