@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -209,10 +209,22 @@ def add_adapters(
         task: peft's task type. SEQ_CLS also trains the head that gives the score.
     """
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=task)
-    with warnings.catch_warnings():
-        # peft reads a property of the model that transformers has renamed.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    with _quiet_peft():
         return get_peft_model(model, config).eval()
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put saved adapters on the model that they were trained on, to use and not to train them."""
+    with _quiet_peft():
+        return PeftModel.from_pretrained(model, folder).eval()
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Hide that peft reads a property of the model that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def _quiet_loading(source: str) -> contextlib.AbstractContextManager:

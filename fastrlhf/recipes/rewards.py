@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .models import load_reward_model, load_tokenizer
+from .models import load_adapters, load_reward_model, load_tokenizer
 from .rollout import Rollout
 from .sampling import Sample, padded, samples_of
 from .sentiment import vader
@@ -78,6 +78,6 @@ class RewardModel:
             )
         facts = json.loads(file.read_text(encoding="utf-8"))
         base = load_reward_model(facts["base"], device, facts["quantize"])
-        model = PeftModel.from_pretrained(base, Path(folder, "adapter")).eval()
+        model = load_adapters(base, Path(folder, "adapter"))
         pad = load_tokenizer(facts["base"]).pad_token_id
         return cls(model, pad, facts["mean"], facts["deviation"])

@@ -9,7 +9,6 @@ What comes out is a dict with the keys of the steps in the README.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
@@ -220,11 +219,8 @@ def _is_any(ids: Tensor, values: int | Sequence[int]) -> Tensor:
 @contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
     """Make a peft model what it was before its adapters: the reference."""
-    with warnings.catch_warnings():
-        # peft reads a property of the model that transformers has renamed.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        with model.disable_adapter():
-            yield
+    with model.disable_adapter():
+        yield
 
 
 @contextmanager
