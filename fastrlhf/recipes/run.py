@@ -158,7 +158,8 @@ class Run:
         warmup = min(getattr(self.options, "warmup_steps", 0), total - 1)
         # Prepared by accelerate, the schedule would step once for every process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / (warmup + 1), (total - step) / (total - warmup))
+            optimizer,
+            lambda step: min((step + 1) / (warmup + 1), (total - step) / (total - warmup)),
         )
         self.accelerator.register_for_checkpointing(self.schedule)
         self.optimizer = self.accelerator.prepare(optimizer)
