@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from fastrlhf.recipes import distill, dpo, frontier, grpo, pipeline, ppo, reward, sft, trpo  # noqa: E402
 from fastrlhf.recipes.best_of_n import best_of_n, kl_of_best_of_n  # noqa: E402
 from fastrlhf.recipes.finished import finished_or_run  # noqa: E402
-from fastrlhf.recipes.models import load_model  # noqa: E402
+from fastrlhf.recipes.models import add_adapters, load_model, load_reward_model  # noqa: E402
 from fastrlhf.recipes.reviews import REVIEWS  # noqa: E402
 from fastrlhf.recipes.rewards import RewardModel  # noqa: E402
 from fastrlhf.recipes.rollout import rollout  # noqa: E402
@@ -252,6 +252,21 @@ def test_a_reward_model_is_read_back(quantize: bool, tmp_path: Path) -> None:
 
     tuned = run_recipe("ppo", folder, tmp_path / "ppo", reward=str(out), steps=1)
     assert math.isfinite(tuned["training"][0]["reward"])
+
+
+def test_weights_in_4_bits_keep_their_backward(tmp_path: Path, monkeypatch: Any) -> None:
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    # As on a processor with bf16 instructions, for which evaluation packs weights anew.
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    folder = write_tiny_model(tmp_path, 50, hidden_size=64, intermediate_size=128)
+    model = add_adapters(load_reward_model(str(folder), CPU, True), 2, task="SEQ_CLS")
+    ids = torch.tensor([[2, 3, 4, 5]])
+    with torch.no_grad():
+        before = model(ids).logits
+    model(ids).logits.sum().backward()
+    assert torch.equal(model(ids).logits, before)
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert gradients and all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 def test_a_folder_without_a_reward_model_is_refused(model_folder: Path, tmp_path: Path) -> None:

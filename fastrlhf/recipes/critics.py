@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
-from .models import add_adapters, dense_folder
+from .models import add_adapters, dense_folder, source_of
+from .settings import LoraOptions
 
 _HEADS = ("score", "classifier")  # as architectures call a token classifier's
 
@@ -28,6 +30,11 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
+    @classmethod
+    def of(cls, policy: PeftModel, options: LoraOptions) -> "ValueHead":
+        """Make one for the hidden states of a policy."""
+        return cls(policy.config.get_text_config().hidden_size).to(policy.device)
+
     def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Value the states before input_ids[:, 1:]: (B, T-1), from hidden (B, T, H)."""
         values: Tensor = self.linear(hidden.detach().float() * self.scale)
@@ -46,6 +53,12 @@ class SeparateCritic(nn.Module):
         head = next(getattr(model, name) for name in _HEADS if hasattr(model, name))
         nn.init.zeros_(head.weight)
         self.model = add_adapters(model.to(device), rank, targets, task="TOKEN_CLS")
+
+    @classmethod
+    def of(cls, policy: PeftModel, options: LoraOptions) -> "SeparateCritic":
+        """Make one from what the policy was loaded from."""
+        source = source_of(options.model)
+        return cls(source, options.lora_rank, options.lora_targets, policy.device)
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Value the states before input_ids[:, 1:]: (B, T-1); the policy's states are not used."""

@@ -17,7 +17,7 @@ from .curves import Panel
 from .evaluation import Evaluation, conclude, evaluate
 from .groups import GroupOptions, sample_groups
 from .models import load_policy
-from .rewards import scorer
+from .rewards import described, scorer
 from .rollout import Rollout
 from .run import Run, run_command
 from .settings import (
@@ -75,7 +75,7 @@ def train(options: GRPOOptions) -> dict[str, Any]:
             }
         )
     panels = [
-        Panel(f"Reward of the samples ({options.reward})", "reward"),
+        Panel(f"Reward of the samples ({described(options.reward)})", "reward"),
         Panel("KL to the reference, nats a text", "kl"),
         Panel("Entropy, nats a token", "entropy"),
         Panel("Groups of equal rewards", "equal_groups", (0, 1)),

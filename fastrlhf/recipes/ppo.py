@@ -9,7 +9,7 @@ and the reward is VADER or the model of the recipe `reward` (`--reward FOLDER`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from .critics import SeparateCritic, ValueHead
 from .curves import Panel
 from .draws import minibatches
 from .evaluation import Evaluation, conclude, evaluate
-from .models import load_policy, source_of
-from .rewards import scorer
+from .models import load_policy
+from .rewards import described, scorer
 from .rollout import Rollout
 from .run import Run, run_command
 from .sampling import sample_step
@@ -88,12 +88,9 @@ def train(options: PPOOptions) -> dict[str, Any]:
         return evaluate(run, policy, tokenizer, options, when)
 
     before = judge("before")
-    actor, critic = run.train(
-        policy,
-        _critic(options, policy, run.device),
-        learning_rate=options.learning_rate,
-        total=options.steps,
-    )
+    kind = SeparateCritic if options.separate_critic else ValueHead
+    models = policy, kind.of(policy, options)
+    actor, critic = run.train(*models, learning_rate=options.learning_rate, total=options.steps)
     for step in run.steps(options.steps, judge):
         batch = sample_step(
             run, policy, tokenizer, options, step, options.completions_per_step, hidden_states=True
@@ -105,7 +102,7 @@ def train(options: PPOOptions) -> dict[str, Any]:
         run.log({"reward": scores.mean(), "kl": kl, "kl_coef": penalty.coefficient, **figures})
         penalty.update(kl)
     panels = [
-        Panel(f"Reward of the samples ({options.reward})", "reward"),
+        Panel(f"Reward of the samples ({described(options.reward)})", "reward"),
         Panel("KL to the reference, nats a text", "kl"),
         Panel("Value loss", "value_loss"),
         Panel("Entropy, nats a token", "entropy"),
@@ -195,13 +192,6 @@ def ppo_loss(
         "approx_kl": metrics["policy/approxkl_avg"],
         "clipped": metrics["clip_ratio/region_mean"],
     }
-
-
-def _critic(options: PPOOptions, policy: nn.Module, device: torch.device) -> nn.Module:
-    if options.separate_critic:
-        source = source_of(options.model)
-        return SeparateCritic(source, options.lora_rank, options.lora_targets, device)
-    return ValueHead(cast(Any, policy).config.get_text_config().hidden_size).to(device)
 
 
 if __name__ == "__main__":

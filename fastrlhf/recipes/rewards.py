@@ -18,6 +18,11 @@ Scorer = Callable[[Rollout], Tensor]
 _FACTS = "reward.json"
 
 
+def described(reward: str) -> str:
+    """Name a reward where there is little room, as above a curve."""
+    return "VADER" if reward == "vader" else "reward model"
+
+
 def scorer(reward: str, device: torch.device, batch_size: int) -> Scorer:
     """Make what gives each completion of a rollout its score (B,).
 

@@ -19,7 +19,7 @@ from .curves import Panel
 from .evaluation import Evaluation, conclude, evaluate
 from .groups import GroupOptions, sample_groups
 from .models import load_policy
-from .rewards import scorer
+from .rewards import described, scorer
 from .rollout import Rollout
 from .run import Run, run_command
 from .settings import (
@@ -72,7 +72,7 @@ def train(options: TRPOOptions) -> dict[str, Any]:
             }
         )
     panels = [
-        Panel(f"Reward of the samples ({options.reward})", "reward"),
+        Panel(f"Reward of the samples ({described(options.reward)})", "reward"),
         Panel("KL to the reference, nats a text", "kl"),
         Panel(f"KL of the step, nats a token (bound {options.max_kl:g})", "step_kl"),
         Panel("Steps halved back", "backtracks"),

@@ -2145,6 +2145,17 @@ MUTANTS = [
             "random_numbers_go_on",
         ),
         (
+            "run: the first step is as long as any",
+            "(step + 1) / (warmup + 1)", "1.0",
+            "rises_and_falls",
+        ),
+        (
+            "run: a warm-up longer than the run",
+            'min(getattr(self.options, "warmup_steps", 0), total - 1)',
+            'getattr(self.options, "warmup_steps", 0)',
+            "rises_and_falls",
+        ),
+        (
             "run: a checkpoint holds the frozen model",
             "weights.clear()", "pass",
             "what_is_trained_alone",
@@ -2270,6 +2281,14 @@ MUTANTS = [
             "reward: no margin",
             "margin=options.margin * gaps", "margin=0 * gaps",
             "that_of_the_paper and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/models.py", "test_recipes.py",
+        (
+            "models: bitsandbytes packs the reward model for inference",
+            "module.support_avx512bf16_for_cpu = False", "pass",
+            "keep_their_backward",
         ),
     ),
     *_mutants(
