@@ -193,7 +193,7 @@ def test_another_option_is_refused_by_name(finished, model_folder, tmp_path, nam
         ValueError, match=rf"--resume: .* has {name}={had}, this one {name}={value};"
     ):
         Run("dpo", options_of(model_folder, tmp_path, resume=True, **{name: value}))
-    same = {"save_every": 9, "device": "auto"}  # of which no figure depends
+    same = {"save_every": 9, "device": "cpu:0"}  # of which no figure depends
     Run("dpo", options_of(model_folder, tmp_path, resume=True, **same)).finish()
 
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_says_of_which_run_it_is(finished) -> None:
     folder = checkpoint_of(finished.output)
     assert folder.name == f"checkpoint-{STEPS}"
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    assert facts == {"processes": 1, "options": finished.metrics["options"]}
+    assert facts == {"processes": 1, "device": "cpu", "options": finished.metrics["options"]}
 
 
 def test_a_checkpoint_holds_what_is_trained_alone(finished, model_folder) -> None:

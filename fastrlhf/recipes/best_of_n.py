@@ -68,7 +68,7 @@ def best_of_n(scores: Sequence[Sequence[float]], n: int) -> Estimate:
 def kl_of_best_of_n(n: int) -> float:
     """Bound the KL of best of n to the model itself: ln n - (n - 1)/n nats a text.
 
-    It is the KL itself where no two texts have the same score, and otherwise more than it
-    (arXiv:2401.01879).
+    It is the KL itself where scores are continuous. A text can be drawn twice, so here the KL is
+    less (arXiv:2401.01879).
     """
     return math.log(n) - (n - 1) / n

@@ -17,8 +17,8 @@ _HEADS = ("score", "classifier")  # as architectures call a token classifier's
 class ValueHead(nn.Module):
     """A linear layer on what enters the policy's head.
 
-    Its error does not reach the policy: with rewards of another scale, the value loss would
-    outweigh what the policy is meant to learn.
+    The gradient of its error ends at the states: with rewards of another scale, the value loss
+    would outweigh what the policy is meant to learn.
     """
 
     def __init__(self, width: int):

@@ -8,7 +8,7 @@ or their Jensen-Shannon mixture (GKD, arXiv:2306.13649). No reward is needed.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from .report import one_line
 from .rollout import Rollout
 from .run import Run, run_command
 from .sampling import Sample, sample_step, samples_of
-from .sentiment import by_prompt
-from .settings import AdapterOptions, EvaluationOptions, Positive, Share, option, parse
+from .sentiment import by_prompt, estimate
+from .settings import AdapterOptions, EvaluationOptions, OptionError, Positive, Share, option, parse
 
 
 @dataclass
@@ -37,6 +37,18 @@ class DistillOptions(EvaluationOptions, AdapterOptions):
     drop_layers: Positive = option(8, "layers that the student lacks, evenly spread")
     direction: Literal["reverse", "forward", "jsd"] = option("jsd", "of the divergence")
     beta: Share = option(0.5, "weight of the teacher in the mixture of jsd")
+
+
+class Judged(NamedTuple):
+    """What a student wrote on held-out prompts, and KL(student ‖ teacher) of each text in nats."""
+
+    samples: list[Sample]
+    kl: list[float]
+
+    def figures(self) -> dict[str, float]:
+        """Give the mean over prompts with its standard error."""
+        kl = estimate(by_prompt(*self))
+        return {"kl": kl.mean, "kl_error": kl.standard_error}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -56,9 +68,13 @@ def train(options: DistillOptions) -> dict[str, Any]:
         teacher.requires_grad_(False)
         pruned = without_layers(teacher, options.drop_layers)
         student = add_adapters(pruned, options.lora_rank, options.lora_targets)
-    before = judge(run, student, teacher, tokenizer, options, "before")
+
+    def judge(when: str) -> Judged:
+        return judged(run, student, teacher, tokenizer, options, when)
+
+    before = judge("before")
     (model,) = run.train(student, learning_rate=options.learning_rate, total=options.steps)
-    for step in run.steps(options.steps):
+    for step in run.steps(options.steps, judge):
         count = options.completions_per_step
         batch = sample_step(run, student, tokenizer, options, step, count, logprobs=False)
         values = divergence(model, teacher, batch, options.direction, options)
@@ -66,10 +82,10 @@ def train(options: DistillOptions) -> dict[str, Any]:
         loss = values.sum() / run.mean(batch["completion_mask"].sum())
         run.update(loss)
         run.log({"loss": loss})
-    after = judge(run, student, teacher, tokenizer, options, "after")
-    kl = compared(*(by_prompt(samples, values) for samples, values in (before, after)))
+    after = judge("after")
+    kl = compared(by_prompt(*before), by_prompt(*after))
     run.report.line(f"KL(student ‖ teacher), nats a text: {described(kl)}")
-    old, new = before[0][-1], after[0][-1]
+    old, new = before.samples[-1], after.samples[-1]
     run.report.line(f"Prompt: {old.prompt}\n  before: …{one_line(old.completion)}")
     run.report.line(f"  after:  …{one_line(new.completion)}")
     if run.accelerator.is_main_process:
@@ -82,7 +98,7 @@ def train(options: DistillOptions) -> dict[str, Any]:
         kl={name: one._asdict() for name, one in kl._asdict().items()},
         completions=[
             {"prompt": one.prompt, "before": one.completion, "after": two.completion}
-            for one, two in zip(before[0], after[0], strict=True)
+            for one, two in zip(before.samples, after.samples, strict=True)
         ],
     )
 
@@ -97,9 +113,13 @@ def without_layers(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
     backbone = student.base_model
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"model: {type(teacher).__name__} has no list of layers to take from")
+        raise OptionError(
+            f"argument --model: {type(teacher).__name__} has no list of layers to take from"
+        )
     if count > len(layers) - 2:
-        raise ValueError(f"drop_layers: expected at most {len(layers) - 2}, got {count}")
+        raise OptionError(
+            f"argument --drop_layers: expected at most {len(layers) - 2}, got {count}"
+        )
     inner = torch.linspace(0, len(layers) - 1, count + 2).round().long().tolist()
     dropped = set(inner[1:-1])
     backbone.layers = nn.ModuleList(
@@ -131,22 +151,22 @@ def divergence(
 
 
 @torch.no_grad()
-def judge(
+def judged(
     run: Run,
     student: nn.Module,
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     options: DistillOptions,
     when: str,
-) -> tuple[list[Sample], list[float]]:
-    """Let the student complete held-out prompts: its texts, and KL(student ‖ teacher) of each."""
+) -> Judged:
+    """Let the student complete held-out prompts, and compare it with the teacher there."""
     samples: list[Sample] = []
     values: list[float] = []
     for batch in held_out(run, student, tokenizer, options, when):
         samples += samples_of(batch)
         values += divergence(student, teacher, batch, "reverse", options).sum(-1).tolist()
     found = gathered(run, list(zip(samples, values, strict=True)))
-    return [sample for sample, _ in found], [value for _, value in found]
+    return Judged([sample for sample, _ in found], [value for _, value in found])
 
 
 def described(kl: Comparison) -> str:

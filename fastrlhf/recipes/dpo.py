@@ -31,6 +31,7 @@ from .settings import (
     AdapterOptions,
     Bound,
     EvaluationOptions,
+    OptionError,
     Positive,
     PositiveFloat,
     option,
@@ -41,6 +42,7 @@ LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
     "apo_zero", "apo_down", "discopop", "sigmoid_norm", "aot", "aot_unpaired",
 ]  # fmt: skip
+_SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 
 
 @dataclass
@@ -55,8 +57,19 @@ class DPOOptions(EvaluationOptions, AdapterOptions):
     beta: PositiveFloat = option(0.1, "how strongly the policy is held to the reference")
     loss_type: LossType = option("sigmoid", "of the DPO family")
     label_smoothing: Annotated[float, Bound(0, most=0.49)] = option(
-        0.0, "probability that a preference is wrong (cDPO, robust)"
+        0.0, "probability that a preference is wrong; of some types"
     )
+
+    def __post_init__(self) -> None:
+        """Check what depends on more than one number."""
+        super().__post_init__()
+        if self.label_smoothing > 0 and self.loss_type not in _SMOOTHED:
+            raise OptionError(f"argument --label_smoothing: is of {', '.join(_SMOOTHED)}")
+        if self.label_smoothing == 0 and self.loss_type == "exo_pair":
+            raise OptionError(
+                "argument --label_smoothing: expected more than 0 for exo_pair, whose paper takes "
+                "0.001"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -140,9 +153,9 @@ def _collect_pairs(
         f"{options.minimal_gap:g} or more"
     )
     if not pairs:
-        raise ValueError(
-            f"no two completions of a prompt differ in sentiment by {options.minimal_gap:g}: the "
-            "model's texts carry no preference"
+        raise OptionError(
+            "argument --minimal_gap: no two completions of a prompt differ in sentiment by "
+            f"{options.minimal_gap:g}: the model's texts carry no preference"
         )
     return pairs
 

@@ -59,8 +59,8 @@ def exact_kl(policy: PeftModel, batch: Rollout, temperature: float) -> Tensor:
     """Sum KL(policy ‖ reference) over the tokens of each completion, exact at each: (B,) nats.
 
     At each token it is the sum over the whole vocabulary; only the text before it is a sample. Its
-    mean over samples estimates the KL of whole texts without bias, and with less variance than the
-    mean of log π(y) - log π_ref(y).
+    mean over samples estimates the KL of whole texts without bias, and as a rule with less variance
+    than the mean of log π(y) - log π_ref(y).
     """
     ids, attention = batch["input_ids"], batch["attention_mask"]
     with evaluating(policy):

@@ -1,21 +1,21 @@
 """Runs that consist of runs: what is finished is read, and what was interrupted goes on."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .metrics import read_metrics
-from .run import check_same_options, last_checkpoint
+from .run import check_same_device, check_same_options, last_checkpoint
 from .settings import RunOptions
 
 T = TypeVar("T", bound=RunOptions)
 
 
-def begin_anew(folder: Path) -> None:
-    """Forget what the parts of a former run in this folder found."""
-    for file in folder.glob("*/metrics.json"):
-        file.unlink(missing_ok=True)
+def begin_anew(parts: Iterable[str | Path]) -> None:
+    """Forget what a former run of these parts, each in its folder, found."""
+    for folder in parts:
+        Path(folder, "metrics.json").unlink(missing_ok=True)
 
 
 def finished_or_run(
@@ -31,6 +31,7 @@ def finished_or_run(
     found = read_metrics(folder) if resume else None
     if found is not None:
         check_same_options(found["options"], options, folder)
+        check_same_device(found["device"], options, folder)
         return found
     (folder / "metrics.json").unlink(missing_ok=True)
     unfinished = resume and last_checkpoint(folder) is not None

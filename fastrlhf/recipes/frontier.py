@@ -8,10 +8,11 @@ the better method, whatever its coefficient is called. With `--resume`, finished
 again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -22,11 +23,13 @@ from .finished import begin_anew, finished_or_run
 from .frontier_picture import save_frontier
 from .metrics import number, write_metrics
 from .models import source_of
-from .run import is_first_process, run_command
+from .run import is_first_process, named, run_command
 from .settings import (
+    Bound,
     EvaluationOptions,
     NonNegative,
     NonNegativeFloats,
+    OptionError,
     Positive,
     PositiveFloats,
     option,
@@ -49,7 +52,16 @@ class FrontierOptions(EvaluationOptions):
     dpo_steps: Positive = option(15, "of DPO")
     online_steps: Positive = option(10, "of PPO and GRPO")
     trpo_steps: Positive = option(6, "of TRPO")
-    texts_per_step: Positive = option(32, "completions in a step of PPO and GRPO; TRPO: half")
+    texts_per_step: Annotated[int, Bound(4)] = option(
+        32, "completions in a step of PPO and GRPO, a multiple of 4; TRPO: half"
+    )
+
+    def __post_init__(self) -> None:
+        """Check what a bound does not say."""
+        super().__post_init__()
+        if self.texts_per_step % 4:
+            given = self.texts_per_step
+            raise OptionError(f"argument --texts_per_step: expected a multiple of 4, got {given}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,9 @@ def train(options: FrontierOptions) -> dict[str, Any]:
         **shared,
     )
     if not options.resume:
-        begin_anew(folder)
+        begin_anew(
+            [start.output, *(cell.options.output for cell in cells(options, folder, shared))]
+        )
     console.print("\n== SFT, the reference")
     tuned = finished_or_run(sft.train, start, options.resume)
     shared["model"] = str(folder / "sft" / "model")
@@ -102,7 +116,8 @@ def train(options: FrontierOptions) -> dict[str, Any]:
         console.print(f"{cell.method} {cell.setting}: {described(points[-1])}, {seconds:.0f} s")
     metrics = {"sft": tuned["ended"], "versions": tuned["versions"], "lines": lines}
     if leads:
-        save_frontier(folder / "frontier.png", lines, options.eval_prompts)
+        name = named(options.model)
+        save_frontier(folder / "frontier.png", lines, name, options.eval_prompts)
         write_metrics(folder, metrics)
     console.print(f"\nPicture and figures in {options.output or folder}/")
     return metrics
@@ -118,9 +133,8 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
 
     texts, every = options.texts_per_step, {"eval_every": options.eval_every}
     online = {"steps": options.online_steps, **every}
-    group = {"group_size": min(8, texts), "prompts_per_step": max(1, texts // 8)}
-    # A step of TRPO costs some ten of the others: half the texts.
-    half = {"group_size": min(4, texts), "prompts_per_step": max(1, texts // 8)}
+    group = _groups(texts, 8)
+    half = _groups(texts // 2, 4)  # for a step of TRPO costs some ten of the others
     count = options.best_of
     found = [cell("best of n", "n ≤", count, best_of_n, best_of_n.BestOfNOptions, best_of=count)]
     for beta in options.betas:
@@ -136,6 +150,12 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
         choice = {"max_kl": delta, "steps": options.trpo_steps, "eval_every": 3, **half}
         found.append(cell("TRPO", "δ =", delta, trpo, trpo.TRPOOptions, **choice))
     return found
+
+
+def _groups(texts: int, largest: int) -> dict[str, int]:
+    """Split texts evenly into groups of at most so many."""
+    size = math.gcd(texts, largest)
+    return {"group_size": size, "prompts_per_step": texts // size}
 
 
 def described(point: dict[str, float]) -> str:

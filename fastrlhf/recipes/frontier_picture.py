@@ -20,7 +20,7 @@ _COLORS = {
 }
 
 
-def save_frontier(path: Path, lines: Sequence[dict[str, Any]], prompts: int) -> None:
+def save_frontier(path: Path, lines: Sequence[dict[str, Any]], model: str, prompts: int) -> None:
     """Write the PNG: a line for each cell, through its points in the order of training."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -33,7 +33,7 @@ def save_frontier(path: Path, lines: Sequence[dict[str, Any]], prompts: int) -> 
     for line in lines:
         shades[line["method"]] = shades.get(line["method"], -1) + 1
         _line(axes, line, start, ("-", "--", ":", "-.")[shades[line["method"]] % 4])
-    axes.set_title("Reward against KL to the SFT model, SmolLM2-135M")
+    axes.set_title(f"Reward against KL to the SFT model, {model}")
     axes.set_xlabel(
         "KL(policy ‖ SFT model), nats a text, exact at each token; best of n: its bound"
     )

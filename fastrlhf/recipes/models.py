@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .settings import LoraOptions
+from .settings import LoraOptions, OptionError
 
 if TYPE_CHECKING:
     from .run import Run
@@ -92,7 +92,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     tokenizer = AutoTokenizer.from_pretrained(dense_folder(source))
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model: expected a tokenizer with an eos token, {source} has none")
+        raise OptionError(
+            f"argument --model: expected a tokenizer with an eos token, {source} has none"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -110,8 +112,7 @@ def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreT
     """
     source = dense_folder(source)
     options: dict[str, Any] = {}
-    if quantize and find_spec("bitsandbytes") is None:
-        raise ValueError("quantize: needs bitsandbytes; --no-quantize does without")
+    check_quantize(quantize)
     if quantize:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_dtype(device)
@@ -128,6 +129,12 @@ def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreT
             module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = load_tokenizer(source).pad_token_id
     return model.to(device)
+
+
+def check_quantize(quantize: bool) -> None:
+    """Raise ValueError where weights in 4 bits are asked for without what makes them."""
+    if quantize and find_spec("bitsandbytes") is None:
+        raise OptionError("argument --quantize: needs bitsandbytes; --no-quantize does without")
 
 
 def dense_folder(source: str) -> str:

@@ -70,7 +70,7 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
     source, folder = source_of(options.model), Path(options.output or "pipeline-output").resolve()
     leads = is_first_process()
     if not options.resume:
-        begin_anew(folder)
+        begin_anew(folder / name for name in ("sft", "reward", "ppo"))
     shared |= {"seed": options.seed, "device": options.device, "save_every": options.save_every}
     tuned = str(folder / "sft" / "model")
     console = Console(highlight=False, markup=False, quiet=not leads)

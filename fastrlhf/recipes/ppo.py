@@ -31,6 +31,7 @@ from .settings import (
     AdapterOptions,
     EvaluationOptions,
     NonNegativeFloat,
+    OptionError,
     Positive,
     PositiveFloat,
     Share,
@@ -68,7 +69,7 @@ class PPOOptions(EvaluationOptions, AdapterOptions):
         """Check what depends on more than one number."""
         super().__post_init__()
         if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("argument --kl_target: needs a kl_coef to start from, got 0")
+            raise OptionError("argument --kl_target: needs a kl_coef to start from, got 0")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ class Report:
         """Write to stdout, or nowhere."""
         self.console = Console(highlight=False, markup=False, quiet=quiet)
         self.seconds: dict[str, float] = {}
+        self._inside: list[float] = []  # of each phase that goes on: seconds of the phases in it
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -25,6 +26,8 @@ class Report:
         self, name: str, total: int | None = None, done: int = 0
     ) -> Iterator[Callable[..., None]]:
         """Time a phase behind a progress bar, on a terminal; a line with its seconds stays.
+
+        Those of a phase inside it are not its own: the seconds of all phases add up to the run's.
 
         Yields:
             `advance(count, note="")`, which moves the bar and writes a note beside it.
@@ -37,6 +40,7 @@ class Report:
             TextColumn("{task.fields[note]}"),
         )
         start = time.perf_counter()
+        self._inside.append(0.0)
         with Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         ) as progress:
@@ -46,7 +50,10 @@ class Report:
                 progress.update(task, advance=count, note=note)
 
             yield advance
-        self.seconds[name] = time.perf_counter() - start
+        whole = time.perf_counter() - start
+        self.seconds[name] = whole - self._inside.pop()
+        if self._inside:
+            self._inside[-1] += whole
         self.line(f"{name:<40} {self.seconds[name]:6.1f} s")
 
     def step(self, number: int, total: int, figures: str) -> None:

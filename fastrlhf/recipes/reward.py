@@ -20,7 +20,7 @@ from fastrlhf import plackett_luce_loss, reward_loss
 from .curves import Panel, save_curves
 from .draws import draw
 from .evaluation import gathered
-from .models import add_adapters, load_model, load_reward_model, source_of
+from .models import add_adapters, check_quantize, load_model, load_reward_model, source_of
 from .prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
 from .rankings import Ranking, pairs_in_order, ranked
 from .rewards import RewardModel
@@ -30,6 +30,7 @@ from .sentiment import by_prompt, estimate
 from .settings import (
     AdapterOptions,
     NonNegativeFloat,
+    OptionError,
     Positive,
     PositiveFloat,
     SamplingOptions,
@@ -49,16 +50,16 @@ class RewardOptions(SamplingOptions, AdapterOptions):
     eval_rankings: Positive = option(80, "the same, of held-out prompts")
     minimal_gap: PositiveFloat = option(0.3, "in VADER's score, below which there is a tie")
     margin: NonNegativeFloat = option(0.0, "of a pair's scores, a unit of VADER (2307.09288)")
-    center_coef: NonNegativeFloat = option(0.01, "of the pull of a pair's scores towards 0")
+    center_coef: NonNegativeFloat = option(0.01, "of the pull of a ranking's scores towards 0")
     quantize: bool = option(True, "the frozen weights in 4 bits, by bitsandbytes")
 
     def __post_init__(self) -> None:
         """Check what depends on more than one number."""
         super().__post_init__()
         if self.completions < 2:
-            raise ValueError("argument --completions: expected 2 or more, for there is an order")
+            raise OptionError("argument --completions: expected 2 or more, for there is an order")
         if self.completions > 2 and self.margin > 0:
-            raise ValueError("argument --margin: is of pairs, --completions 2")
+            raise OptionError("argument --margin: is of pairs, --completions 2")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def train(options: RewardOptions) -> dict[str, Any]:
         ValueError: the completions of no prompt differ enough in sentiment.
     """
     run = Run("reward", options)
+    check_quantize(options.quantize)
     source = source_of(options.model)
     training, held_out, tokenizer = collect(run, source, options)
     with run.report.phase("Load the reward model"):
@@ -118,10 +120,11 @@ def collect(
     with run.report.phase("Load the language model"):
         policy, tokenizer = load_model(source, run.device)
     rankings = []
-    for name, prompts, count, seed in (
-        ("training", TRAIN_PROMPTS, options.draw_rankings, 0),
-        ("held-out", HELD_OUT_PROMPTS, options.eval_rankings, 1_000_000),
+    for name, prompts, size, seed in (
+        ("training", TRAIN_PROMPTS, "draw_rankings", 0),
+        ("held-out", HELD_OUT_PROMPTS, "eval_rankings", 1_000_000),
     ):
+        count = getattr(options, size)
         drawn = run.share(draw(prompts, 0, count * run.processes, options.seed))
         texts = [prompt for prompt in drawn for _ in range(options.completions)]
         with run.report.phase(f"Sample {name} completions", len(texts)) as advance:
@@ -132,7 +135,9 @@ def collect(
         run.report.line(f"  {len(rankings[-1])} of {len(drawn)} {name} rankings have an order")
         # Two prompts are the fewest that have a standard error.
         if len({ranking.samples[0].prompt for ranking in rankings[-1]}) < 2:
-            raise ValueError(f"too few {name} completions of a prompt differ in sentiment")
+            raise OptionError(
+                f"argument --{size}: too few {name} completions of a prompt differ in sentiment"
+            )
     return rankings[0], rankings[1], tokenizer
 
 
@@ -155,6 +160,9 @@ def loss_of(
         groups = torch.arange(len(batch), device=scores.device).repeat_interleave(sizes)
         # The samples of a ranking lie best first, so their order is their rank.
         losses = plackett_luce_loss(scores, groups, torch.arange(len(scores), device=scores.device))
+        # As a pair's (s_w + s_l)², which is that of twice the mean.
+        means = torch.stack([part.mean() for part in scores.split(sizes.tolist())])
+        losses = losses + options.center_coef * (2 * means).square()
     parts = scores.detach().split(sizes.tolist())
     in_order = torch.stack([pairs_in_order(part) for part in parts]).mean()
     return losses.mean(), {"accuracy": in_order, "score": scores.detach().mean()}

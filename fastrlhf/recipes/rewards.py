@@ -13,6 +13,7 @@ from .models import load_adapters, load_reward_model, load_tokenizer
 from .rollout import Rollout
 from .sampling import Sample, padded, samples_of
 from .sentiment import vader
+from .settings import OptionError
 
 Scorer = Callable[[Rollout], Tensor]
 _FACTS = "reward.json"
@@ -78,8 +79,9 @@ class RewardModel:
         """Read what `save` wrote."""
         file = Path(folder, _FACTS)
         if not file.exists():
-            raise ValueError(
-                f"reward: expected vader or a folder of the recipe reward, {folder} has no {_FACTS}"
+            raise OptionError(
+                "argument --reward: expected vader or a folder of the recipe reward, "
+                f"{folder} has no {_FACTS}"
             )
         facts = json.loads(file.read_text(encoding="utf-8"))
         base = load_reward_model(facts["base"], device, facts["quantize"])

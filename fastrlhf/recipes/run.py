@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,21 +39,27 @@ import fastrlhf
 
 from .metrics import write_metrics
 from .report import Report
-from .settings import RunOptions
+from .settings import OptionError, RunOptions
 
-# What may differ between a run and the one that resumes it: none of it changes a figure.
+# What may differ between a run and the one that resumes it: none of it changes a figure, as long as
+# the device is of the same kind.
 _FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
 _FACTS = "run.json"  # in a checkpoint: which run it is of
 _DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a recipe as the command that it is: interrupted, it leaves without a traceback."""
+    """Run a recipe as the command that it is: interrupted, or told what cannot be, it leaves
+    without a traceback.
+    """
     wait_asleep()
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OptionError as error:
+        print(f"{Path(sys.argv[0]).stem}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -110,8 +117,8 @@ class Run:
 
     @property
     def model_name(self) -> str:
-        """Name the model, with no more of its folders than say which one it is."""
-        return str(Path(*Path(self.options.model or "SmolLM2-135M-Instruct").parts[-2:]))
+        """Name the model."""
+        return named(self.options.model)
 
     @property
     def device(self) -> torch.device:
@@ -153,8 +160,8 @@ class Run:
         step of Adam moves every parameter by the whole rate, be its gradient only noise.
         """
         prepared = self.prepare(*models)
-        self.parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+        self.trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
+        optimizer = torch.optim.AdamW(chain(*self.trained), lr=learning_rate, weight_decay=0.0)
         warmup = min(getattr(self.options, "warmup_steps", 0), total - 1)
         # Prepared by accelerate, the schedule would step once for every process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -196,11 +203,14 @@ class Run:
                     self._save()
 
     def update(self, loss: Tensor) -> None:
-        """Take one step of the optimizer down the gradient of the loss."""
+        """Take one step of the optimizer down the gradient of the loss, cut for each model by
+        itself: a critic that is far off does not shorten the policy's.
+        """
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         limit = getattr(self.options, "max_grad_norm", math.inf)
-        self.accelerator.clip_grad_norm_(self.parameters, limit)
+        for parameters in self.trained:
+            self.accelerator.clip_grad_norm_(parameters, limit)
         self.optimizer.step()
 
     def log(self, figures: Mapping[str, Tensor | float]) -> None:
@@ -225,6 +235,7 @@ class Run:
             "recipe": self.name,
             "options": dataclasses.asdict(self.options),
             "versions": versions(),
+            "device": self.device.type,
             "seconds": self.report.seconds,
             "peak_memory_bytes": self.note_peak_memory(),
             "training": self.history,
@@ -258,7 +269,11 @@ class Run:
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            facts = {"processes": self.processes, "options": dataclasses.asdict(self.options)}
+            facts = {
+                "processes": self.processes,
+                "device": self.device.type,
+                "options": dataclasses.asdict(self.options),
+            }
             (unfinished / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
             finished = self.output / f"checkpoint-{self.done}"
             shutil.rmtree(finished, ignore_errors=True)
@@ -283,10 +298,11 @@ class Run:
         check_same_options(facts["options"], self.options, self.output)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if facts["processes"] != processes:
-            raise ValueError(
+            raise OptionError(
                 f"--resume: the run in {self.output} has {facts['processes']} processes, this one "
                 f"{processes}"
             )
+        check_same_device(facts["device"], self.options, self.output)
 
     def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         """Save what is trained, and not the frozen model below it, which accelerate would save."""
@@ -308,6 +324,11 @@ class Run:
         for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
             if parameter.requires_grad:
                 yield name, parameter.detach()
+
+
+def named(model: str | None) -> str:
+    """Name the model of an option, with no more of its folders than say which one it is."""
+    return str(Path(*Path(model or "SmolLM2-135M-Instruct").parts[-2:]))
 
 
 def is_first_process() -> bool:
@@ -334,10 +355,39 @@ def check_same_options(stored: Mapping[str, Any], options: RunOptions, folder: P
     for name in [*stored, *own]:
         value, other = stored.get(name), own.get(name)
         if name not in _FREE_TO_CHANGE and value != other:
-            raise ValueError(
+            raise OptionError(
                 f"--resume: the run in {folder} has {name}={value}, this one {name}={other}; its "
                 "curve could not go on as it was"
             )
+
+
+def check_same_device(stored: str, options: RunOptions, folder: Path) -> None:
+    """Raise ValueError where a run in a folder was on another kind of device: it has other random
+    numbers, and models in another dtype.
+    """
+    own = kind_of_device(options.device)
+    if stored != own:
+        raise OptionError(f"--resume: the run in {folder} was on {stored}, this one is on {own}")
+
+
+def kind_of_device(device: str) -> str:
+    """Tell the kind that an option means: cpu, cuda, ...
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        return here.type if here else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise OptionError(
+            f"argument --device: expected auto, cpu, cuda, cuda:1 or the like, got {device!r}"
+        ) from None
+    if kind != "cpu" and (here is None or kind != here.type):
+        raise OptionError(f"argument --device: there is no {kind} here")
+    return kind
 
 
 @contextmanager
@@ -348,7 +398,8 @@ def _device_of(device: str) -> Iterator[None]:
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device: expected auto, cpu or cuda for each process, got {device}")
+        raise OptionError(f"--device: expected auto, cpu or cuda for each process, got {device}")
+    kind_of_device(device)
     before = os.environ.get(_DEVICE)
     if device != "auto" and not several:
         os.environ[_DEVICE] = device

@@ -14,6 +14,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 T = TypeVar("T", bound="RunOptions")
 
 
+class OptionError(ValueError):
+    """An option that cannot be, alone or with what is there; its message names it."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """Between which values an option lies, and whether it may be the least one itself."""
@@ -32,7 +36,7 @@ class Bound:
             expected = "a positive number"
         if self.most < math.inf:
             expected += f", at most {self.most}"
-        raise ValueError(f"argument --{name}: expected {expected}, got {value}")
+        raise OptionError(f"argument --{name}: expected {expected}, got {value}")
 
 
 _POSITIVE = Bound(1)
@@ -53,7 +57,7 @@ def check_option(name: str, hint: Any, value: Any) -> None:
         hint = next(kind for kind in choices if kind is not NoneType)
         return None if value is None else check_option(name, hint, value)
     if get_origin(hint) is Literal and value not in choices:
-        raise ValueError(f"argument --{name}: invalid choice: {value!r} (choose from {choices})")
+        raise OptionError(f"argument --{name}: invalid choice: {value!r} (choose from {choices})")
     if get_origin(hint) is Annotated:
         kind, bound = choices
         for number in value if isinstance(value, list) else [value]:
@@ -107,7 +111,9 @@ class SamplingOptions(RunOptions):
 
     new_tokens: Positive = option(24, "a completion that is not over by then is cut")
     temperature: PositiveFloat = option(0.8, "of sampling, and so of the policy that is trained")
-    batch_size: Positive = option(64, "sequences that are sampled or scored at once")
+    batch_size: Positive = option(
+        64, "sequences that are sampled or scored at once, outside the steps of training"
+    )
 
 
 @dataclass
