@@ -26,7 +26,7 @@ demo: $(VENV)/.demo ## train a real language model with DPO through the fused lo
 	$(BIN)/python -m fastrlhf.recipes.demo
 
 pipeline: $(VENV)/.test ## SFT, a 4-bit reward model and PPO of a real language model, and a check that its reward rose
-	$(BIN)/python -m fastrlhf.recipes.pipeline --steps small --resume
+	$(BIN)/python -m fastrlhf.recipes.pipeline --steps small
 	FASTRLHF_PIPELINE=pipeline-output $(BIN)/python -m pytest -q -m slow tests/test_pipeline_learns.py
 
 frontier: $(VENV)/.demo ## reward against KL: DPO, PPO, GRPO, TRPO and best of n on one task (goes on where it was stopped)

@@ -26,11 +26,13 @@ from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fastrlhf.recipes import dpo  # noqa: E402
-from fastrlhf.recipes.finished import finished_or_run  # noqa: E402
-from fastrlhf.recipes.metrics import read_metrics  # noqa: E402
+from fastrlhf.recipes.finished import begin_anew, finished_or_run  # noqa: E402
+from fastrlhf.recipes.metrics import read_metrics, write_metrics  # noqa: E402
+from fastrlhf.recipes.report import Report  # noqa: E402
 from fastrlhf.recipes.run import (  # noqa: E402
     Run,
     check_same_options,
+    kind_of_device,
     last_checkpoint,
     run_command,
 )
@@ -195,6 +197,29 @@ def test_another_option_is_refused_by_name(finished, model_folder, tmp_path, nam
         Run("dpo", options_of(model_folder, tmp_path, resume=True, **{name: value}))
     same = {"save_every": 9, "device": "cpu:0"}  # of which no figure depends
     Run("dpo", options_of(model_folder, tmp_path, resume=True, **same)).finish()
+
+
+def test_another_kind_of_device_is_refused(finished, model_folder, tmp_path) -> None:
+    folder = tmp_path / f"checkpoint-{STEPS}"
+    shutil.copytree(checkpoint_of(finished.output), folder)
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps({**facts, "device": "cuda"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--resume: .* was on cuda, this one is on cpu"):
+        Run("dpo", options_of(model_folder, tmp_path, resume=True))
+
+
+def test_the_kind_of_a_device_is_that_of_this_machine(monkeypatch) -> None:
+    def pretend(kind: str | None) -> None:
+        here = None if kind is None else torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: here)
+
+    pretend(None)
+    assert kind_of_device("auto") == kind_of_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="argument --device: there is no cuda here"):
+        kind_of_device("cuda:1")
+    pretend("cuda")
+    assert kind_of_device("auto") == kind_of_device("cuda:1") == "cuda"
+    assert kind_of_device("cpu") == "cpu"
 
 
 def test_another_number_of_processes_is_refused(
@@ -482,6 +507,39 @@ def test_a_long_gradient_is_cut(tmp_path) -> None:
         run.log({"loss": 0.0})
 
 
+def test_the_gradient_of_one_model_does_not_shorten_another_s(tmp_path) -> None:
+    run = Run("small", SmallOptions(output=str(tmp_path), device="cpu", max_grad_norm=0.5))
+    far, near = run.train(Part(), Part(), learning_rate=0.1, total=1)
+    for _ in run.steps(1):
+        losses = [model(torch.ones(8, 3)).sum() for model in (far, near)]
+        wanted = torch.autograd.grad(losses[1], near.trained.bias)[0] / 100
+        run.update(100 * losses[0] + losses[1] / 100)
+        assert torch.equal(near.trained.bias.grad, wanted)
+        assert far.trained.bias.grad.norm() < 0.5
+        run.log({"loss": 0.0})
+
+
+def test_the_seconds_of_all_phases_are_those_of_the_run(monkeypatch) -> None:
+    monkeypatch.setattr("fastrlhf.recipes.report.time", SimpleNamespace(perf_counter=Clock()))
+    report = Report(quiet=True)
+    with report.phase("outer"):  # begins at 1
+        for name in ("first", "second"):
+            with report.phase(name):  # at 2 and 4, a second each
+                pass
+    assert report.seconds == {"first": 1, "second": 1, "outer": 5 - 2}
+
+
+class Clock:
+    """Every look at it takes a second."""
+
+    def __init__(self) -> None:
+        self.seconds = 0
+
+    def __call__(self) -> int:
+        self.seconds += 1
+        return self.seconds
+
+
 def test_a_run_without_checkpoints_writes_none(tmp_path) -> None:
     options = SmallOptions(output=str(tmp_path), device="cpu", save_every=0)
     run = Run("small", options)
@@ -579,7 +637,19 @@ def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path) -> None:
     options = SmallOptions(output=str(tmp_path), device="cpu", save_every=2, steps=6)
     with pytest.raises(ValueError, match=r"^--resume: .* has steps=5, this one steps=6"):
         finished_or_run(fail, options, resume=True)
-    assert read_metrics(tmp_path) is not None  # what is not of this run is not removed either
+    metrics = read_metrics(tmp_path)
+    assert metrics is not None  # what is not of this run is not removed either
+    write_metrics(tmp_path, {**metrics, "device": "cuda"})
+    same = dataclasses.replace(options, steps=5)
+    with pytest.raises(ValueError, match="was on cuda, this one is on cpu"):
+        finished_or_run(fail, same, resume=True)
+
+
+def test_a_run_begun_anew_forgets_its_parts_and_no_others(tmp_path) -> None:
+    for name in ("part", "other"):
+        write_metrics(tmp_path / name, {})
+    begin_anew([tmp_path / "part", str(tmp_path / "not yet")])
+    assert [read_metrics(tmp_path / name) for name in ("part", "other")] == [None, {}]
 
 
 @pytest.mark.parametrize("name", ["output", "device", "save_every", "resume"])
@@ -600,7 +670,7 @@ def test_what_may_not_differ(name) -> None:
 # Commands.
 
 
-def test_a_command_that_is_interrupted_says_nothing(monkeypatch) -> None:
+def test_a_command_that_cannot_go_on_leaves_without_a_traceback(monkeypatch, capsys) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
 
     def interrupted() -> None:
@@ -612,6 +682,10 @@ def test_a_command_that_is_interrupted_says_nothing(monkeypatch) -> None:
     called: list[int] = []
     run_command(lambda: called.append(1))
     assert called == [1]
+    with pytest.raises(SystemExit) as refused:
+        run_command(lambda: kind_of_device("nowhere"))
+    assert refused.value.code == 2
+    assert "error: argument --device: expected auto, cpu" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
 

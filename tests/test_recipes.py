@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -175,6 +175,25 @@ def test_the_model_of_sft_is_that_of_its_adapters(model_folder: Path, tmp_path: 
     assert not torch.allclose(merged, before, atol=1e-2)
 
 
+# DPO
+
+
+@pytest.mark.parametrize("loss_type", get_args(dpo.LossType))
+def test_every_loss_of_dpo_trains(loss_type: Any, model_folder: Path, tmp_path: Path) -> None:
+    smoothing = 1e-3 if loss_type == "exo_pair" else 0.0
+    few = {"steps": 1, "save_every": 0, "label_smoothing": smoothing}
+    run_recipe("dpo", model_folder, tmp_path, loss_type=loss_type, **few)
+    began_at_0 = [weight for name, weight in trained(tmp_path).items() if "lora_B" in name]
+    assert began_at_0 and all(weight.abs().sum() > 0 for weight in began_at_0)
+
+
+def test_smoothing_is_refused_where_a_loss_has_none() -> None:
+    with pytest.raises(ValueError, match="argument --label_smoothing: is of sigmoid, robust"):
+        dpo.DPOOptions(loss_type="hinge", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="argument --label_smoothing: expected more than 0 for"):
+        dpo.DPOOptions(loss_type="exo_pair")
+
+
 # The reward model
 
 
@@ -193,10 +212,11 @@ def test_rankings_are_in_order_and_without_ties() -> None:
     assert reward.pairs_in_order(torch.tensor([3.0, 1.0, 2.0, 2.0])) == pytest.approx(3.5 / 6)
 
 
+@pytest.mark.parametrize("center", [0.0, 0.3])
 @pytest.mark.parametrize("completions", [2, 3])
-def test_the_reward_loss_is_that_of_the_paper(completions: int) -> None:
+def test_the_reward_loss_is_that_of_the_paper(completions: int, center: float) -> None:
     options = reward.RewardOptions(
-        completions=completions, center_coef=0.0, margin=0.5 if completions == 2 else 0.0
+        completions=completions, center_coef=center, margin=0.5 if completions == 2 else 0.0
     )
     given = {1: 0.3, 2: -0.2, 3: 0.9, 4: 0.1, 5: -1.0, 6: 0.4}
     batch = [
@@ -216,6 +236,7 @@ def test_the_reward_loss_is_that_of_the_paper(completions: int) -> None:
         s = [given[int(one.completion)] for one in ranking.samples]
         pairs = list(itertools.combinations(s, 2))
         right += sum(a > b for a, b in pairs) / len(pairs) / 2
+        expected += center * (2 * sum(s) / len(s)) ** 2 / 2
         if completions == 2:
             expected += math.log1p(math.exp(-(s[0] - s[1] - 0.5))) / 2
         else:
@@ -345,10 +366,12 @@ def test_ppo_goes_on_to_the_next_step_where_the_kl_says_so(
     assert free["training"][0]["updates"] == 5
 
 
-def test_ppo_with_a_critic_of_its_own(model_folder: Path, tmp_path: Path) -> None:
-    metrics = run_recipe("ppo", model_folder, tmp_path, separate_critic=True, steps=2)
-    losses = [point["value_loss"] for point in metrics["training"]]
-    assert losses[0] > 0 and losses[1] != losses[0]
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_critic_of_ppo_is_trained(separate: bool, model_folder: Path, tmp_path: Path) -> None:
+    run_recipe("ppo", model_folder, tmp_path, separate_critic=separate, steps=2)
+    critic = torch.load(tmp_path / "checkpoint-2" / "trained_1.pt", weights_only=True)
+    began_at_0 = [w for name, w in critic.items() if "lora_A" not in name]
+    assert began_at_0 and all(weight.abs().sum() > 0 for weight in began_at_0)
 
 
 def test_a_cut_completion_costs_the_penalty(model_folder: Path, tmp_path: Path) -> None:
@@ -376,6 +399,14 @@ def test_every_member_of_the_family_trains(
         "grpo", model_folder, tmp_path, loss_type=loss_type, steps=2, iterations=2, save_every=0
     )
     assert all(math.isfinite(point["loss"]) for point in metrics["training"])
+    began_at_0 = [weight for name, weight in trained(tmp_path).items() if "lora_B" in name]
+    assert began_at_0 and all(weight.abs().sum() > 0 for weight in began_at_0)
+
+
+def test_a_group_of_one_is_refused() -> None:
+    for kind in (grpo.GRPOOptions, trpo.TRPOOptions):
+        with pytest.raises(ValueError, match="argument --group_size: expected 2 or more, got 1"):
+            kind(group_size=1)
 
 
 def test_no_step_of_trpo_is_beyond_its_bound(model_folder: Path, tmp_path: Path) -> None:
@@ -404,6 +435,13 @@ def test_a_pruned_student_is_the_teacher_without_a_layer(model_folder: Path) -> 
         assert greedy[0, length] == student(greedy[:, :length]).logits[0, -1].argmax()
     with pytest.raises(ValueError, match="drop_layers: expected at most 1, got 2"):
         distill.without_layers(teacher, 2)
+
+
+def test_distillation_is_judged_on_the_way(model_folder: Path, tmp_path: Path) -> None:
+    metrics = run_recipe("distill", model_folder, tmp_path, eval_every=1, steps=3)
+    points = metrics["evaluations"]
+    assert [point["step"] for point in points] == [1, 2]
+    assert all(point["kl"] > 0 and point["kl_error"] > 0 for point in points)
 
 
 # Best of n, the pipeline and the frontier
@@ -488,6 +526,17 @@ def test_the_frontier_goes_on_cell_by_cell(
     assert [point["step"] for point in by_method["PPO"]["points"]] == [1, 2]
     assert by_method["PPO"]["seconds"] == sum(done["seconds"].values())
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("texts", [4, 12, 32])
+def test_all_methods_of_the_frontier_have_their_texts(texts: int) -> None:
+    options = frontier.FrontierOptions(texts_per_step=texts)
+    of = {cell.method: cell.options for cell in frontier.cells(options, Path("here"), {})}
+    assert of["PPO"].completions_per_step == texts
+    for method, expected in (("GRPO", texts), ("TRPO", texts // 2)):
+        assert of[method].prompts_per_step * of[method].group_size == expected
+    with pytest.raises(ValueError, match="argument --texts_per_step: expected a multiple of 4"):
+        frontier.FrontierOptions(texts_per_step=texts + 2)
 
 
 def test_a_finished_run_of_other_options_is_not_taken_for_this_one(

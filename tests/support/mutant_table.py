@@ -2150,6 +2150,13 @@ MUTANTS = [
             "rises_and_falls",
         ),
         (
+            "run: the gradients of all models are cut together",
+            """        for parameters in self.trained:
+            self.accelerator.clip_grad_norm_(parameters, limit)""",
+            "        self.accelerator.clip_grad_norm_(list(chain(*self.trained)), limit)",
+            "does_not_shorten",
+        ),
+        (
             "run: a warm-up longer than the run",
             'min(getattr(self.options, "warmup_steps", 0), total - 1)',
             'getattr(self.options, "warmup_steps", 0)',
@@ -2278,6 +2285,11 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/recipes/reward.py", "test_recipes.py",
         (
+            "reward: rankings are not centred",
+            "losses + options.center_coef * (2 * means).square()", "losses",
+            "that_of_the_paper and 3",
+        ),
+        (
             "reward: no margin",
             "margin=options.margin * gaps", "margin=0 * gaps",
             "that_of_the_paper and 2",
@@ -2309,6 +2321,11 @@ MUTANTS = [
     ),
     *_mutants(
         "fastrlhf/recipes/finished.py", "test_recipe_run.py",
+        (
+            "finished: figures of another kind of device are taken",
+            'check_same_device(found["device"], options, folder)', "pass",
+            "of_other_options",
+        ),
         (
             "finished: figures of a former run stay",
             '(folder / "metrics.json").unlink(missing_ok=True)', "pass",
