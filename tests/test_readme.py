@@ -251,7 +251,7 @@ def test_the_benchmarks_are_counted_right() -> None:
 
 def test_what_the_readme_shows_and_names_is_there() -> None:
     pictures = re.findall(r"!\[.*?\]\((.*?)\)|<img src=\"(.*?)\"", README)
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     assert all((ROOT / (shown or placed)).is_file() for shown, placed in pictures)
     for recipe in re.findall(r"fastrlhf\.recipes\.(\w+)", README):
         assert (ROOT / "fastrlhf" / "recipes" / f"{recipe}.py").is_file(), recipe

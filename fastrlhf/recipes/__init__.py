@@ -14,3 +14,11 @@ Each file is read from top to bottom: its options, `train`, and the step that it
 share: `settings` (options), `run` (devices, checkpoints, logs), `rollout` (sampling, of use in any
 trainer), `evaluation` (held-out prompts), `models`, `curves`.
 """
+
+import logging
+
+# peft imports bitsandbytes, which on some processors warns of a kernel that it lacks; no recipe has
+# a use for that one.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in str(record.msg)
+)

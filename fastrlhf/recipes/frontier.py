@@ -10,7 +10,7 @@ again.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,7 +114,12 @@ def train(options: FrontierOptions) -> dict[str, Any]:
             {"method": cell.method, "setting": cell.setting, "seconds": seconds, "points": points}
         )
         console.print(f"{cell.method} {cell.setting}: {described(points[-1])}, {seconds:.0f} s")
-    metrics = {"sft": tuned["ended"], "versions": tuned["versions"], "lines": lines}
+    metrics = {
+        "options": asdict(options),
+        "versions": tuned["versions"],
+        "sft": tuned["ended"],
+        "lines": lines,
+    }
     if leads:
         name = named(options.model)
         save_frontier(folder / "frontier.png", lines, name, options.eval_prompts)

@@ -15,7 +15,6 @@ on a CPU, where `accelerate launch` starts one process only, by `torchrun`.
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import platform
@@ -90,8 +89,6 @@ class Run:
 
     def __init__(self, name: str, options: RunOptions):
         """Choose the device, seed all generators, and open the logs in the output folder."""
-        # On import it warns of a kernel that nothing here would use.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.name, self.options = name, options
