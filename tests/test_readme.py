@@ -1,6 +1,7 @@
 """The README's examples, run as they stand."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -247,6 +248,80 @@ def test_the_benchmarks_are_counted_right() -> None:
         f"Of {of} batches with half a prompt, forward + backward, fastrlhf is the fastest in "
         f"{won}; of {of_forward} in forward alone, in {won_forward}; of {of_without} without a"
     ) in text
+
+
+def figures(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks/results/cpu" / f"{name}.json").read_text("utf-8"))
+
+
+def row_of(command: str) -> str:
+    """The row of README's table of recipes that begins so."""
+    table = README[README.index("| recipe | learns from") : README.index("### The demo")]
+    (found,) = (line for line in table.splitlines() if line.startswith(f"| `{command}"))
+    return found
+
+
+def size(seconds: float, memory: int) -> str:
+    return f"| {seconds:.0f} s, {memory / 2**30:.1f} GiB |"
+
+
+def reward(mean: float, standard_error: float) -> str:
+    return f"{mean:+.3f} ± {standard_error:.3f}"
+
+
+def nats(mean: float, standard_error: float) -> str:
+    return f"{mean:.2f} ± {standard_error:.2f}"
+
+
+def test_the_figures_of_the_pipeline_are_those_of_the_file() -> None:
+    runs = figures("recipes")
+    for command, name in (
+        ("sft", "sft"), ("reward", "reward"), ("ppo --reward", "ppo"), ("distill", "distill"),
+    ):  # fmt: skip
+        run = runs[name]
+        shown = size(sum(run["seconds"].values()), run["peak_memory_bytes"])
+        assert row_of(command).endswith(shown), shown
+    loss, ended = runs["sft"]["held_out_loss"], runs["sft"]["ended"]
+    assert f"loss {loss['before']:.2f} → {loss['after']:.2f}" in row_of("sft")
+    assert f"{ended['before']:.0%} → {ended['after']:.0%}" in row_of("sft")
+    before, after = (runs["reward"]["held_out"][when] for when in ("before", "after"))
+    right = [f"{one['accuracy']:.3f} ± {one['error']:.3f}" for one in (before, after)]
+    assert " → ".join(right) in row_of("reward")
+    assert f"VADER {after['correlation']:+.2f}" in row_of("reward")
+    assert f"on {runs['reward']['rankings']['training']} pairs" in row_of("reward")
+    vader = [reward(**runs["ppo"]["sentiment"][when]) for when in ("before", "after")]
+    shown = f"VADER {' → '.join(vader)}, at KL {nats(**runs['ppo']['kl'])}"
+    assert shown in row_of("ppo --reward")
+    kl = [nats(**runs["distill"]["kl"][when]) for when in ("before", "after")]
+    assert " → ".join(kl) in row_of("distill")
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "setting"),
+    [
+        ("ppo --kl-coef 0 ", "PPO", "KL coef. = 0"),
+        ("dpo --beta 0.2", "DPO", "β = 0.2"),
+        ("grpo --kl-coef 0.1", "GRPO", "KL coef. = 0.1"),
+        ("trpo --max-kl 0.1", "TRPO", "δ = 0.1"),
+    ],
+)
+def test_the_figures_of_the_frontier_are_those_of_the_file(command, method, setting) -> None:
+    wanted = (method, setting)
+    lines = figures("frontier")["lines"]
+    (line,) = (one for one in lines if (one["method"], one["setting"]) == wanted)
+    last = line["points"][-1]
+    after, kl = (last["reward"], last["reward_error"]), nats(last["kl"], last["kl_error"])
+    row = row_of(command)
+    assert f"VADER {reward(**line['before'])} → {reward(*after)}, at KL {kl}" in row
+    assert row.endswith(size(line["seconds"], line["peak_memory_bytes"]))
+
+
+def test_the_figures_of_the_demo_are_those_of_the_file() -> None:
+    found = figures("recipes")["demo"]
+    demo = README[README.index("### The demo") :]
+    shown = [reward(**found["sentiment"][when]) for when in ("before", "after", "difference")]
+    assert f"| {' | '.join(shown)} |" in demo
+    assert f"| 0 | {nats(**found['kl'])} |" in demo
 
 
 def test_what_the_readme_shows_and_names_is_there() -> None:

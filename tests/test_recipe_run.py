@@ -26,13 +26,13 @@ from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fastrlhf.recipes import dpo  # noqa: E402
+from fastrlhf.recipes.devices import kind_of_device  # noqa: E402
 from fastrlhf.recipes.finished import begin_anew, finished_or_run  # noqa: E402
 from fastrlhf.recipes.metrics import read_metrics, write_metrics  # noqa: E402
 from fastrlhf.recipes.report import Report  # noqa: E402
 from fastrlhf.recipes.run import (  # noqa: E402
     Run,
     check_same_options,
-    kind_of_device,
     last_checkpoint,
     run_command,
 )
@@ -209,17 +209,28 @@ def test_another_kind_of_device_is_refused(finished, model_folder, tmp_path) -> 
 
 
 def test_the_kind_of_a_device_is_that_of_this_machine(monkeypatch) -> None:
-    def pretend(kind: str | None) -> None:
-        here = None if kind is None else torch.device(kind)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: here)
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
-    pretend(None)
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+    pretend(0)
     assert kind_of_device("auto") == kind_of_device("cpu") == "cpu"
     with pytest.raises(ValueError, match="argument --device: there is no cuda here"):
-        kind_of_device("cuda:1")
-    pretend("cuda")
+        kind_of_device("cuda")
+    pretend(2)
     assert kind_of_device("auto") == kind_of_device("cuda:1") == "cuda"
     assert kind_of_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="argument --device: there is no cuda:2 here"):
+        kind_of_device("cuda:2")
+    with pytest.raises(ValueError, match=r"argument --device: expected auto, cpu, cuda, .*'mps'"):
+        kind_of_device("mps")
+    # accelerate may have been told otherwise.
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    assert kind_of_device("auto") == "cpu"
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert kind_of_device("auto") == "cpu"
 
 
 def test_another_number_of_processes_is_refused(
@@ -528,6 +539,11 @@ def test_the_seconds_of_all_phases_are_those_of_the_run(monkeypatch) -> None:
             with report.phase(name):  # at 2 and 4, a second each
                 pass
     assert report.seconds == {"first": 1, "second": 1, "outer": 5 - 2}
+    with pytest.raises(Interrupted), report.phase("broken"):
+        raise Interrupted
+    with report.phase("after"):
+        pass
+    assert report.seconds["after"] == 1
 
 
 class Clock:
@@ -649,8 +665,12 @@ def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path) -> None:
 def test_a_run_begun_anew_forgets_its_parts_and_no_others(tmp_path) -> None:
     for name in ("part", "other"):
         write_metrics(tmp_path / name, {})
+        (tmp_path / name / "checkpoint-2").mkdir()
+        (tmp_path / name / "checkpoint-2" / "run.json").write_text("{}", encoding="utf-8")
     begin_anew([tmp_path / "part", str(tmp_path / "not yet")])
     assert [read_metrics(tmp_path / name) for name in ("part", "other")] == [None, {}]
+    assert last_checkpoint(tmp_path / "part") is None
+    assert last_checkpoint(tmp_path / "other") is not None
 
 
 @pytest.mark.parametrize("name", ["output", "device", "save_every", "resume"])
@@ -737,8 +757,9 @@ from fastrlhf.recipes.run import Run, run_command
 from fastrlhf.recipes.settings import AdapterOptions
 
 model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+device = "cpu" if torch.cuda.is_available() else "auto"
 linear_options = AdapterOptions(
-    output=str(folder / "linear"), device="cpu", save_every=1, max_grad_norm=100.0
+    output=str(folder / "linear"), device=device, save_every=1, max_grad_norm=100.0
 )
 run = Run("linear", linear_options)
 assert run.processes == 2
@@ -756,7 +777,7 @@ for step in run.steps(2):
 linear = {"drawn": drawn, "weight": layer.weight.tolist(), "history": run.history}
 
 options = dpo.DPOOptions(
-    model=str(model), output=str(folder / "dpo"), device="cpu", steps=2, save_every=1,
+    model=str(model), output=str(folder / "dpo"), device=device, steps=2, save_every=1,
     eval_prompts=3, eval_completions=1, draw_pairs=8, new_tokens=6, batch_size=4,
 )
 trained = {}

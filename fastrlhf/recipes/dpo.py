@@ -53,7 +53,7 @@ class DPOOptions(EvaluationOptions, AdapterOptions):
     pairs_per_step: Positive = option(8, "pairs of each process in one step")
     draw_pairs: Positive = option(128, "pairs that are sampled, ties included")
     minimal_gap: PositiveFloat = option(0.3, "in VADER's score, below which a pair is a tie")
-    learning_rate: PositiveFloat = option(2e-3, "of AdamW, falling to 0 linearly")
+    learning_rate: PositiveFloat = option(2e-3, "of AdamW, after its rise falling to 0")
     beta: PositiveFloat = option(0.1, "how strongly the policy is held to the reference")
     loss_type: LossType = option("sigmoid", "of the DPO family")
     label_smoothing: Annotated[float, Bound(0, most=0.49)] = option(
@@ -152,7 +152,7 @@ def _collect_pairs(
         f"  {len(pairs)} of {len(samples) // 2} pairs differ in sentiment by "
         f"{options.minimal_gap:g} or more"
     )
-    if not pairs:
+    if run.mean(float(bool(pairs))) < 1:  # all processes leave, where one has none
         raise OptionError(
             "argument --minimal_gap: no two completions of a prompt differ in sentiment by "
             f"{options.minimal_gap:g}: the model's texts carry no preference"

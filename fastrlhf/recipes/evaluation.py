@@ -13,6 +13,7 @@ from fastrlhf import head_inputs, linear_kl_divergence
 
 from .comparison import logprob_memory
 from .curves import Panel, save_picture
+from .devices import kept_random_numbers
 from .prompts import HELD_OUT_PROMPTS
 from .report import one_line
 from .rollout import Rollout, adapters_off, evaluating, rollout
@@ -110,7 +111,7 @@ def held_out(
     with run.report.phase(f"Complete held-out prompts, {when}", len(prompts)) as advance:
         for start in range(0, len(mine), options.batch_size):
             batch = mine[start : start + options.batch_size]
-            with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+            with kept_random_numbers(run.device):
                 torch.manual_seed(seed + start)
                 sampled = rollout(
                     policy,

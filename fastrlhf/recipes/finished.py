@@ -1,21 +1,32 @@
 """Runs that consist of runs: what is finished is read, and what was interrupted goes on."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .metrics import read_metrics
-from .run import check_same_device, check_same_options, last_checkpoint
+from .run import (
+    check_same_device,
+    check_same_options,
+    checkpoints,
+    is_first_process,
+    last_checkpoint,
+)
 from .settings import RunOptions
 
 T = TypeVar("T", bound=RunOptions)
 
 
 def begin_anew(parts: Iterable[str | Path]) -> None:
-    """Forget what a former run of these parts, each in its folder, found."""
-    for folder in parts:
-        Path(folder, "metrics.json").unlink(missing_ok=True)
+    """Forget what a former run of these parts, each in its folder, found and left to resume."""
+    if not is_first_process():
+        return
+    for part in map(Path, parts):
+        (part / "metrics.json").unlink(missing_ok=True)
+        for checkpoint in checkpoints(part):
+            shutil.rmtree(checkpoint)
 
 
 def finished_or_run(

@@ -111,7 +111,14 @@ def train(options: FrontierOptions) -> dict[str, Any]:
         seconds = sum(metrics["seconds"].values())
         points = [{k: number(v) for k, v in point.items()} for point in metrics["evaluations"]]
         lines.append(
-            {"method": cell.method, "setting": cell.setting, "seconds": seconds, "points": points}
+            {
+                "method": cell.method,
+                "setting": cell.setting,
+                "seconds": seconds,
+                "peak_memory_bytes": metrics["peak_memory_bytes"],  # of the process until then
+                "before": metrics.get("sentiment", {}).get("before"),
+                "points": points,
+            }
         )
         console.print(f"{cell.method} {cell.setting}: {described(points[-1])}, {seconds:.0f} s")
     metrics = {
@@ -139,7 +146,7 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
     texts, every = options.texts_per_step, {"eval_every": options.eval_every}
     online = {"steps": options.online_steps, **every}
     group = _groups(texts, 8)
-    half = _groups(texts // 2, 4)  # for a step of TRPO costs some ten of the others
+    half = _groups(texts // 2, 4)  # for a step of TRPO takes several times as long as others
     count = options.best_of
     found = [cell("best of n", "n ≤", count, best_of_n, best_of_n.BestOfNOptions, best_of=count)]
     for beta in options.betas:

@@ -35,7 +35,7 @@ class GRPOOptions(GroupOptions, AdapterOptions):
     """What GRPO and its family can be told."""
 
     steps: Positive = option(12, "rounds of sampling and learning")
-    learning_rate: PositiveFloat = option(2e-3, "of AdamW, falling to 0 linearly")
+    learning_rate: PositiveFloat = option(2e-3, "of AdamW, after its rise falling to 0")
     iterations: Positive = option(1, "updates on the samples of a step")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = option(
         "grpo", "which member of the family"

@@ -48,7 +48,7 @@ class PPOOptions(EvaluationOptions, AdapterOptions):
     completions_per_step: Positive = option(32, "that each process samples in a step")
     epochs: Positive = option(2, "passes over the samples of a step")
     minibatches: Positive = option(1, "updates in a pass")
-    learning_rate: PositiveFloat = option(1.5e-3, "of AdamW, falling to 0 linearly")
+    learning_rate: PositiveFloat = option(1.5e-3, "of AdamW, after its rise falling to 0")
     reward: str = option("vader", "vader, or the output folder of the recipe reward")
     truncation_penalty: NonNegativeFloat = option(0.0, "taken off the score of a cut completion")
     separate_critic: bool = option(False, "a value model of its own, not a head on the policy")

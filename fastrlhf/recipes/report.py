@@ -27,7 +27,7 @@ class Report:
     ) -> Iterator[Callable[..., None]]:
         """Time a phase behind a progress bar, on a terminal; a line with its seconds stays.
 
-        Those of a phase inside it are not its own: the seconds of all phases add up to the run's.
+        The seconds of a phase inside it count there and not here: each is counted once.
 
         Yields:
             `advance(count, note="")`, which moves the bar and writes a note beside it.
@@ -49,11 +49,13 @@ class Report:
             def advance(count: int, note: str = "") -> None:
                 progress.update(task, advance=count, note=note)
 
-            yield advance
-        whole = time.perf_counter() - start
-        self.seconds[name] = whole - self._inside.pop()
-        if self._inside:
-            self._inside[-1] += whole
+            try:
+                yield advance
+            finally:
+                whole = time.perf_counter() - start
+                self.seconds[name] = whole - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += whole
         self.line(f"{name:<40} {self.seconds[name]:6.1f} s")
 
     def step(self, number: int, total: int, figures: str) -> None:

@@ -22,7 +22,6 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 import fastrlhf
 
+from .devices import device_for_accelerate, kind_of_device
 from .metrics import write_metrics
 from .report import Report
 from .settings import OptionError, RunOptions
@@ -44,7 +44,6 @@ from .settings import OptionError, RunOptions
 # the device is of the same kind.
 _FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
 _FACTS = "run.json"  # in a checkpoint: which run it is of
-_DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -94,11 +93,12 @@ class Run:
         self.name, self.options = name, options
         self.output = Path(options.output or f"{name}-output")
         self.output.mkdir(parents=True, exist_ok=True)
+        on_cpu = kind_of_device(options.device) == "cpu"
         if options.resume:
             self._check_checkpoint()
-        with _device_of(options.device):
+        with device_for_accelerate(options.device):
             self.accelerator = Accelerator(
-                cpu=options.device == "cpu", log_with="tensorboard", project_dir=self.output
+                cpu=on_cpu, log_with="tensorboard", project_dir=self.output
             )
         self.accelerator.init_trackers(name, init_kwargs={"tensorboard": {"max_queue": 1}})
         self.accelerator.register_for_checkpointing(self)
@@ -172,8 +172,8 @@ class Run:
     def steps(self, total: int, judge: Callable[[str], Judgement] | None = None) -> Iterator[int]:
         """Count the steps that are left, from a checkpoint on if one is resumed.
 
-        After each step of the caller the learning rate falls, `judge` is asked if `eval_every` says
-        so, and a checkpoint is written if one is due.
+        After each step of the caller the learning rate becomes that of the next, `judge` is asked
+        if `eval_every` says so, and a checkpoint is written if one is due.
         """
         if self.options.resume:
             self.accelerator.load_state(str(last_checkpoint(self.output)))
@@ -365,47 +365,6 @@ def check_same_device(stored: str, options: RunOptions, folder: Path) -> None:
     own = kind_of_device(options.device)
     if stored != own:
         raise OptionError(f"--resume: the run in {folder} was on {stored}, this one is on {own}")
-
-
-def kind_of_device(device: str) -> str:
-    """Tell the kind that an option means: cpu, cuda, ...
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    here = torch.accelerator.current_accelerator(check_available=True)
-    if device == "auto":
-        return here.type if here else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise OptionError(
-            f"argument --device: expected auto, cpu, cuda, cuda:1 or the like, got {device!r}"
-        ) from None
-    if kind != "cpu" and (here is None or kind != here.type):
-        raise OptionError(f"argument --device: there is no {kind} here")
-    return kind
-
-
-@contextmanager
-def _device_of(device: str) -> Iterator[None]:
-    """Tell accelerate which device to take, and nobody after it.
-
-    Several processes take one each, as it numbers them.
-    """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and device not in ("auto", "cpu", "cuda"):
-        raise OptionError(f"--device: expected auto, cpu or cuda for each process, got {device}")
-    kind_of_device(device)
-    before = os.environ.get(_DEVICE)
-    if device != "auto" and not several:
-        os.environ[_DEVICE] = device
-    try:
-        yield
-    finally:
-        os.environ.pop(_DEVICE, None)
-        if before is not None:
-            os.environ[_DEVICE] = before
 
 
 def describe(figures: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .devices import kept_random_numbers
 from .draws import draw
 from .prompts import TRAIN_PROMPTS
 from .rollout import Rollout, completion_mask, rollout
@@ -46,8 +47,7 @@ def sample_completions(
     `advance` is told how many completions each batch brought.
     """
     samples: list[Sample] = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with kept_random_numbers(model.device):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), options.batch_size):
             batch = prompts[start : start + options.batch_size]

@@ -139,7 +139,7 @@ class LoraOptions(RunOptions):
 class AdapterOptions(LoraOptions):
     """How it is trained, where AdamW does it."""
 
-    learning_rate: PositiveFloat = option(2e-3, "of AdamW, falling to 0 linearly")
+    learning_rate: PositiveFloat = option(2e-3, "of AdamW, after its rise falling to 0")
     warmup_steps: NonNegative = option(3, "over which the learning rate rises to that, linearly")
     max_grad_norm: PositiveFloat = option(1.0, "to which a longer gradient is cut")
 

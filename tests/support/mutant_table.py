@@ -2203,11 +2203,22 @@ MUTANTS = [
             "    with evaluating(policy):\n        hidden", "    if True:\n        hidden",
             "dropout_is_off",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/devices.py", "test_recipe_evaluation.py",
         (
-            "evaluation: training has other random numbers after it",
-            'torch.random.fork_rng([run.device] if run.device.type == "cuda" else [])',
+            "devices: training has other random numbers after an evaluation",
+            'torch.random.fork_rng([device] if device.type == "cuda" else [])',
             "torch.random.fork_rng([], enabled=False)",
             "whenever",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/recipes/devices.py", "test_recipe_run.py",
+        (
+            "devices: accelerate is not asked what it was told",
+            "os.environ.get(_DEVICE) or", "",
+            "kind_of_a_device",
         ),
     ),
     *_mutants(
@@ -2321,6 +2332,11 @@ MUTANTS = [
     ),
     *_mutants(
         "fastrlhf/recipes/finished.py", "test_recipe_run.py",
+        (
+            "finished: checkpoints of a former run stay",
+            "shutil.rmtree(checkpoint)", "pass",
+            "forgets_its_parts",
+        ),
         (
             "finished: figures of another kind of device are taken",
             'check_same_device(found["device"], options, folder)', "pass",
