@@ -26,7 +26,12 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from fastrlhf.recipes import distill, dpo, frontier, grpo, pipeline, ppo, reward, sft, trpo  # noqa: E402
 from fastrlhf.recipes.best_of_n import best_of_n, kl_of_best_of_n  # noqa: E402
 from fastrlhf.recipes.finished import finished_or_run  # noqa: E402
-from fastrlhf.recipes.models import add_adapters, load_model, load_reward_model  # noqa: E402
+from fastrlhf.recipes.models import (  # noqa: E402
+    add_adapters,
+    load_model,
+    load_reward_model,
+    source_of,
+)
 from fastrlhf.recipes.reviews import REVIEWS  # noqa: E402
 from fastrlhf.recipes.rewards import RewardModel  # noqa: E402
 from fastrlhf.recipes.rollout import rollout  # noqa: E402
@@ -161,6 +166,14 @@ def test_the_reviews_lean_to_neither_side() -> None:
     kind, unkind, neutral = (vader(column) for column in zip(*REVIEWS.values(), strict=True))
     assert min(kind) > 0.3 and max(unkind) < -0.3 and max(map(abs, neutral)) < 0.25
     assert abs(sum(kind) + sum(unkind)) / len(kind) < 0.1
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "./model", "model.gguf"])
+def test_a_model_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"argument --model: there is no {name}"):
+        source_of(name)
+    assert source_of("someone/model") == "someone/model"  # of a hub
 
 
 def test_the_model_of_sft_is_that_of_its_adapters(model_folder: Path, tmp_path: Path) -> None:

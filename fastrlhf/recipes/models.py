@@ -56,7 +56,10 @@ def source_of(model: str | None) -> str:
 
     Raises:
         SystemExit: that one is not installed, with the line that installs it.
+        ValueError: a file or a folder that is not there.
     """
+    if model and (model[0] in "./~" or model.endswith(".gguf")) and not Path(model).exists():
+        raise OptionError(f"argument --model: there is no {model}")
     source = model or bundled_model()
     if source is None:
         raise SystemExit(
