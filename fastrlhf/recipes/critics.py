@@ -24,7 +24,8 @@ class ValueHead(nn.Module):
     def __init__(self, width: int):
         """Start at 0: the first advantages are the returns themselves."""
         super().__init__()
-        # The states' entries are about 1: a step of Adam at rate r moves a value by 4 r √width.
+        # The states' entries are about 1: a step of Adam at rate r moves a value by 4 r √width, by
+        # some tenth at the recipe's rate, for returns between -1 and 1.
         self.scale = 4 * width**-0.5
         self.linear = nn.Linear(width, 1)
         nn.init.zeros_(self.linear.weight)

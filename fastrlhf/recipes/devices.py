@@ -30,8 +30,8 @@ def kind_of_device(device: str) -> str:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        wanted = torch.device("meta")
-    if wanted.type not in ("cpu", "cuda"):
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
         raise OptionError(
             f"argument --device: expected auto, cpu, cuda, cuda:1 or the like, got {device!r}"
         )
@@ -48,7 +48,9 @@ def device_for_accelerate(device: str) -> Iterator[None]:
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and device not in ("auto", "cpu", "cuda"):
-        raise OptionError(f"--device: expected auto, cpu or cuda for each process, got {device}")
+        raise OptionError(
+            f"argument --device: expected auto, cpu or cuda for each process, got {device}"
+        )
     before = os.environ.get(_DEVICE)
     if device != "auto" and not several:
         os.environ[_DEVICE] = device

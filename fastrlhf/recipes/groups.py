@@ -1,7 +1,7 @@
 """Several completions of one prompt, which are each other's baseline: what GRPO and TRPO share."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .rewards import Scorer
 from .rollout import Rollout
 from .run import Run
 from .sampling import sample_step
-from .settings import Bound, EvaluationOptions, Positive, option
+from .settings import EvaluationOptions, Positive, TwoOrMore, option
 
 
 @dataclass
@@ -20,7 +20,7 @@ class GroupOptions(EvaluationOptions):
     """How groups are sampled and scored."""
 
     prompts_per_step: Positive = option(4, "prompts of each process in one step")
-    group_size: Annotated[int, Bound(2)] = option(8, "completions of each prompt")
+    group_size: TwoOrMore = option(8, "completions of each prompt")
     reward: str = option("vader", "vader, or the output folder of the recipe reward")
 
 

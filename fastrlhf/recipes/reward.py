@@ -34,6 +34,7 @@ from .settings import (
     Positive,
     PositiveFloat,
     SamplingOptions,
+    TwoOrMore,
     option,
     parse,
 )
@@ -45,7 +46,7 @@ class RewardOptions(SamplingOptions, AdapterOptions):
 
     steps: Positive = option(24, "of the optimizer")
     rankings_per_step: Positive = option(8, "rankings of each process in one step")
-    completions: Positive = option(2, "k, completions in a ranking: 2 are a pair")
+    completions: TwoOrMore = option(2, "k, completions in a ranking: 2 are a pair")
     draw_rankings: Positive = option(192, "rankings that are sampled, ties included")
     eval_rankings: Positive = option(80, "the same, of held-out prompts")
     minimal_gap: PositiveFloat = option(0.3, "in VADER's score, below which there is a tie")
@@ -56,8 +57,6 @@ class RewardOptions(SamplingOptions, AdapterOptions):
     def __post_init__(self) -> None:
         """Check what depends on more than one number."""
         super().__post_init__()
-        if self.completions < 2:
-            raise OptionError("argument --completions: expected 2 or more, for there is an order")
         if self.completions > 2 and self.margin > 0:
             raise OptionError("argument --margin: is of pairs, --completions 2")
 

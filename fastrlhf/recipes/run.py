@@ -15,7 +15,6 @@ on a CPU, where `accelerate launch` starts one process only, by `torchrun`.
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import resource
@@ -38,7 +37,7 @@ import fastrlhf
 from .devices import device_for_accelerate, kind_of_device
 from .metrics import write_metrics
 from .report import Report
-from .settings import OptionError, RunOptions
+from .settings import AdapterOptions, OptionError, RunOptions
 
 # What may differ between a run and the one that resumes it: none of it changes a figure, as long as
 # the device is of the same kind.
@@ -156,10 +155,11 @@ class Run:
         Its rate rises linearly over `warmup_steps` of the options, and then falls to 0: the first
         step of Adam moves every parameter by the whole rate, be its gradient only noise.
         """
+        assert isinstance(self.options, AdapterOptions)
         prepared = self.prepare(*models)
         self.trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
         optimizer = torch.optim.AdamW(chain(*self.trained), lr=learning_rate, weight_decay=0.0)
-        warmup = min(getattr(self.options, "warmup_steps", 0), total - 1)
+        warmup = min(self.options.warmup_steps, total - 1)
         # Prepared by accelerate, the schedule would step once for every process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
@@ -205,9 +205,9 @@ class Run:
         """
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        limit = getattr(self.options, "max_grad_norm", math.inf)
+        assert isinstance(self.options, AdapterOptions)
         for parameters in self.trained:
-            self.accelerator.clip_grad_norm_(parameters, limit)
+            self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm)
         self.optimizer.step()
 
     def log(self, figures: Mapping[str, Tensor | float]) -> None:

@@ -42,6 +42,7 @@ class Bound:
 _POSITIVE = Bound(1)
 Positive = Annotated[int, _POSITIVE]
 NonNegative = Annotated[int, Bound(0)]
+TwoOrMore = Annotated[int, Bound(2)]
 PositiveFloat = Annotated[float, Bound(0, included=False)]
 NonNegativeFloat = Annotated[float, Bound(0)]
 PositiveFloats = Annotated[list[float], Bound(0, included=False)]

@@ -7,7 +7,7 @@ clipping, no penalty, no learning rate. Several completions of one prompt are ea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
@@ -23,11 +23,11 @@ from .rewards import described, scorer
 from .rollout import Rollout
 from .run import Run, run_command
 from .settings import (
-    Bound,
     LoraOptions,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    TwoOrMore,
     option,
     parse,
 )
@@ -38,7 +38,7 @@ class TRPOOptions(GroupOptions, LoraOptions):
     """What TRPO can be told."""
 
     steps: Positive = option(6, "rounds of sampling and one step of the policy")
-    group_size: Annotated[int, Bound(2)] = option(4, "completions of each prompt")
+    group_size: TwoOrMore = option(4, "completions of each prompt")
     max_kl: PositiveFloat = option(0.02, "δ, nats a token, that a step may move the policy")
     cg_iterations: Positive = option(5, "products with the Fisher matrix for a direction")
     damping: NonNegativeFloat = option(0.01, "λ, added to that matrix")

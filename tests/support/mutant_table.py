@@ -2151,15 +2151,12 @@ MUTANTS = [
         ),
         (
             "run: the gradients of all models are cut together",
-            """        for parameters in self.trained:
-            self.accelerator.clip_grad_norm_(parameters, limit)""",
-            "        self.accelerator.clip_grad_norm_(list(chain(*self.trained)), limit)",
+            "for parameters in self.trained:", "for parameters in [list(chain(*self.trained))]:",
             "does_not_shorten",
         ),
         (
             "run: a warm-up longer than the run",
-            'min(getattr(self.options, "warmup_steps", 0), total - 1)',
-            'getattr(self.options, "warmup_steps", 0)',
+            "min(self.options.warmup_steps, total - 1)", "self.options.warmup_steps",
             "rises_and_falls",
         ),
         (
@@ -2286,6 +2283,14 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "fastrlhf/recipes/sft.py", "test_recipes.py",
+        (
+            "sft: the model is that without its adapters",
+            "copy.deepcopy(policy).merge_and_unload()", "copy.deepcopy(policy).unload()",
+            "of_its_adapters",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/recipes/rankings.py", "test_recipe_evaluation.py",
         (
             "rankings: the gap to the best alone",
@@ -2308,6 +2313,12 @@ MUTANTS = [
     ),
     *_mutants(
         "fastrlhf/recipes/models.py", "test_recipes.py",
+        (
+            "models: a reward model scores the padding",
+            "model.config.pad_token_id = load_tokenizer(source).pad_token_id",
+            "model.config.pad_token_id = -1",
+            "read_back and False",
+        ),
         (
             "models: bitsandbytes packs the reward model for inference",
             "module.support_avx512bf16_for_cpu = False", "pass",
