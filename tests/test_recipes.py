@@ -273,7 +273,9 @@ def test_a_reward_model_is_read_back(quantize: bool, tmp_path: Path) -> None:
     model = RewardModel.load(str(out), CPU)
     policy, tokenizer = load_model(str(folder), CPU)
     torch.manual_seed(0)
-    samples = samples_of(rollout(policy, tokenizer, ["the film was"] * 6, new_tokens=5))
+    prompts = ["the film was", "the film", "the"] * 2
+    samples = samples_of(rollout(policy, tokenizer, prompts, new_tokens=5))
+    assert len({len(one.prompt_ids) + len(one.completion_ids) for one in samples}) > 1
     scores = model.scores(samples, batch_size=4)
     assert scores.shape == (6,) and len(set(scores.tolist())) > 1
     again = RewardModel.load(str(out), CPU).scores(samples, batch_size=4)
