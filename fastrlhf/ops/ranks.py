@@ -1,0 +1,96 @@
+"""What processes of a torch.distributed group say to each other.
+
+Everything that is added up is gathered first and added in the order of the ranks, so that every
+rank has the same bits, and has them at each run. What is gathered is a few numbers a token, or a
+sequence. Only the gradient of hidden states, which is large, goes through an all-reduce.
+
+Dims: W ranks of the group.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backend import refuse_second_derivative, under_transform
+
+# None: there is no group, and one process has everything.
+Group = Any  # torch.distributed.ProcessGroup, which a build without distributed does not have
+
+
+def check_group(group: Group | None) -> Group | None:
+    """Return the group.
+
+    Raises:
+        TypeError: anything but a process group, or None.
+        ValueError: a group that this process is not a member of.
+    """
+    if group is None:
+        return None
+    if dist.is_available():
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: expected one that this process is in, got one of others")
+        if isinstance(group, dist.ProcessGroup):
+            return group
+    raise TypeError(
+        "group: expected a torch.distributed.ProcessGroup (torch.distributed.group.WORLD, or one "
+        f"of new_group or of a DeviceMesh), or None, got {type(group).__name__}"
+    )
+
+
+def size_of(group: Group) -> int:
+    return dist.get_world_size(group)
+
+
+def rank_in(group: Group) -> int:
+    return dist.get_rank(group)
+
+
+def gathered(x: Tensor, group: Group) -> Tensor:
+    """Every rank's tensor of one shape and dtype, in the order of ranks: (W, ...). No gradient."""
+    x = x.detach().contiguous()
+    parts = x.new_empty((size_of(group), *x.shape))
+    if x.numel():
+        dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]) if x.ndim else parts, x, group)
+    return parts
+
+
+def summed(x: Tensor, group: Group) -> Tensor:
+    """The sum of every rank's tensor, added in the order of ranks. No gradient."""
+    parts = gathered(x, group)
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
+    """The sum of every rank's tensor, of which each rank differentiates its own term: the gradient
+    passes as it is.
+
+    So where every rank computes the same loss from the sum, its gradient is that of this loss with
+    respect to what this rank has. (`torch.distributed.nn.functional.all_reduce` adds up the
+    gradients of all ranks' losses, as if they were different.)
+    """
+    return x if group is None else _SumOverRanks.apply(x, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return summed(x, group)
+
+    @staticmethod
+    def backward(ctx, d_sum):
+        return d_sum, None
+
+
+def refuse_derivatives_of_ranks(function: str, *upstream: Tensor | None) -> None:
+    """Raise where the gradient of what is spread over ranks is itself to be differentiated."""
+    refuse_second_derivative(f"{function} with a group", f"{function} of the whole vocabulary")
+    if under_transform(*upstream):
+        raise RuntimeError(
+            f"{function}: with a group, does not work under torch.func transforms or forward-mode "
+            "differentiation"
+        )
