@@ -11,8 +11,8 @@ from torch import Tensor
 from fastrlhf.ops import ChunkStats, Weight
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_at_least, check_between, check_ignore_index, check_one_of
-from fastrlhf.ops.linear_arguments import check_head
-from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.ops.ranks import Group
+from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
 from fastrlhf.ops.summed_gradient import with_summed_gradient
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -62,6 +62,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of the logits that a linear head gives, without building them.
 
@@ -75,8 +76,9 @@ def linear_cross_entropy(
         loss += z_loss * logits.logsumexp(-1)[targets != ignore_index].square().mean()
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, chunk_size, impl:
-            as `linear_token_stats`.
+        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, chunk_size, impl,
+            group: as `linear_token_stats`; where ranks share the vocabulary, the loss is the same
+            on every rank.
         label_smoothing: share ε in [0, 1] of the label that all words have alike.
         z_loss: factor ζ ≥ 0 of the squared log-sum-exp of each token, which keeps logits from
             drifting (1e-4 in 2204.02311).
@@ -102,9 +104,10 @@ def linear_cross_entropy(
     check_one_of("reduction", reduction, _REDUCTIONS)
     options = CrossEntropy(label_smoothing, z_loss).checked()
     ignore_index = check_ignore_index(ignore_index)
-    check_head(hidden, [weight], bias)
     refuse_transforms("linear_cross_entropy", "F.cross_entropy of the logits")
-    scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
+    scorer = linear_scorer(
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
+    )  # fmt: skip
     total, found = summed_cross_entropy(scorer, targets, options, ignore_index=ignore_index)
     if reduction == "sum":
         return total

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import refuse_second_derivative, under_transform
+from .backend import under_transform
 
 # None: there is no group, and one process has everything.
 Group = Any  # torch.distributed.ProcessGroup, which a build without distributed does not have
@@ -86,11 +86,43 @@ class _SumOverRanks(torch.autograd.Function):
         return d_sum, None
 
 
+class SumsOnTheirWay:
+    """Sums over ranks of one block of rows after the other, each sent while the next is made."""
+
+    def __init__(self, group: Group, total: Tensor):
+        self.group, self.total = group, total  # to write into
+        self._sent: tuple[Tensor | slice, Tensor, Any] | None = None
+
+    def send(self, place: Tensor | slice, part: Tensor) -> None:
+        """Send this rank's part of some rows, once those of the block before have come."""
+        self.receive()
+        if part.numel():
+            work = dist.all_reduce(part, group=self.group, async_op=True)
+            self._sent = place, part, work
+
+    def receive(self) -> None:
+        """Wait for what is on its way, which on a GPU only the stream does."""
+        if self._sent is not None:
+            place, part, work = self._sent
+            work.wait()
+            self.total[place] = part.to(self.total.dtype)
+            self._sent = None
+
+
 def refuse_derivatives_of_ranks(function: str, *upstream: Tensor | None) -> None:
-    """Raise where the gradient of what is spread over ranks is itself to be differentiated."""
-    refuse_second_derivative(f"{function} with a group", f"{function} of the whole vocabulary")
+    """Raise in a backward whose own derivative is asked for: nobody sends it on."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: where ranks share the vocabulary, its gradient cannot be differentiated "
+            "again (create_graph=True)"
+        )
+    refuse_transforms_of_ranks(f"{function}'s backward", *upstream)
+
+
+def refuse_transforms_of_ranks(function: str, *upstream: Tensor | None) -> None:
+    """Raise under a transform, which knows no collective."""
     if under_transform(*upstream):
         raise RuntimeError(
-            f"{function}: with a group, does not work under torch.func transforms or forward-mode "
-            "differentiation"
+            f"{function}: where ranks share the vocabulary, does not work under torch.func "
+            "transforms or forward-mode differentiation"
         )
