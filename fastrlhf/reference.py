@@ -287,10 +287,17 @@ def row_parts(
     return RowParts(*(x.view(-1) for x in parts))
 
 
+def merged_peaks(peaks: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The peak (N,) of rows of which W runs of columns have peaks (W, N), and by how much to shift
+    the exponents of sums that are relative to those.
+    """
+    peak = peaks.amax(0)
+    return peak, (peaks - _finite_base(peak)) / temperature
+
+
 def merged_parts(parts: RowParts, temperature: float | Tensor) -> RowParts:
     """Merge the parts (W, N) of W runs of columns, in their order, to those of all of them."""
-    peak = parts.peak.amax(0)
-    shift = (parts.peak - _finite_base(peak)) / temperature
+    peak, shift = merged_peaks(parts.peak, temperature)
     fade = shift.exp()
     held = parts.target != -torch.inf  # NaN included
     target = torch.where(held, parts.target, 0.0).sum(0)
@@ -659,16 +666,24 @@ class Distribution(NamedTuple):
     empty: Tensor  # (...) nothing but -inf: there is no distribution, and a uniform one stands in
 
 
+# Peak and log_norm (...) of whole rows, of which there are only some columns.
+Norm = tuple[Tensor, Tensor]
+
+
 def distribution(
-    logits: Tensor, temperature: float | Tensor, softcap: float | None, scale: float
+    logits: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    norm: Norm | None = None,
 ) -> Distribution:
     """Compute the softmax of the effective logits; the temperature is a number or (..., 1)."""
     z = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
-    peak = z.detach().amax(-1, keepdim=True)
+    peak = z.detach().amax(-1, keepdim=True) if norm is None else norm[0].unsqueeze(-1)
     empty = peak == -torch.inf
     z, peak = torch.where(empty, 0.0, z), torch.where(empty, 0.0, peak)
     shifted = (z - peak) / temperature
-    log_norm = row_sums(shifted.exp()).log()
+    log_norm = row_sums(shifted.exp()).log() if norm is None else norm[1].unsqueeze(-1)
     return Distribution(z, peak, log_norm, (shifted - log_norm).exp(), empty.squeeze(-1))
 
 
@@ -775,15 +790,61 @@ def divergence(
     w = log_ratio(p, q, rows_t)
     terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
     value = row_sums(terms).squeeze(-1)
+    value = of_sums_of_terms(value, surplus(p.p, q.p, w), p.empty, q.empty, share)
+    return value if mask is None else torch.where(mask != 0, value, 0.0)
+
+
+def of_sums_of_terms(
+    value: Tensor, excess: Tensor, p_is_empty: Tensor, q_is_empty: Tensor, share: float | None
+) -> Tensor:
+    """Finish divergences (...), given the sums of their terms and those of q - p."""
     # A surplus s of q, which is rounding, adds s²/2 to the KL, as much as there is to one of 1e-13.
     curvature = 1.0 if share is None else share * (1 - share)
-    rounding = 0.5 * curvature * surplus(p.p, q.p, w).square()
+    rounding = 0.5 * curvature * excess.square()
     value = value - torch.minimum(rounding, value).detach()
     # A row of nothing but -inf has no distribution, and so is no distance away from another; but
     # where q is such a row, and p is not, q is 0 where p is not.
     if_q_is_empty = torch.inf if share is None else 0.0
-    value = torch.where(p.empty, 0.0, torch.where(q.empty, if_q_is_empty, value))
-    return value if mask is None else torch.where(mask != 0, value, 0.0)
+    return torch.where(p_is_empty, 0.0, torch.where(q_is_empty, if_q_is_empty, value))
+
+
+def divergence_sums(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    norms: tuple[Norm, Norm],
+    *,
+    share: float | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the sums of terms and of q - p, and the mean log-ratios of p and of q, each (N,), of
+    some columns (N, V) of rows whose norms are known.
+    """
+    dtype = norms[0][0].dtype
+    rows_t = _of_rows(temperature, dtype)
+    p, q = (
+        distribution(x.to(dtype), rows_t, softcap, scale, norm)
+        for x, norm in zip((logits_p, logits_q), norms, strict=True)
+    )
+    w = log_ratio(p, q, rows_t)
+    terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
+    mean_p, mean_q = (
+        row_sums(own.p * _ratio(own, w, of_p, share)[1]).squeeze(-1)
+        for own, w, of_p in ((p, w, True), (q, -w, False))
+    )
+    return row_sums(terms).squeeze(-1), surplus(p.p, q.p, w), mean_p, mean_q
+
+
+def _ratio(own: Distribution, w: Tensor, of_p: bool, share: float | None) -> tuple[float, Tensor]:
+    """The share of a side in the divergence, and its log-ratio to the other, which is w, or to the
+    mixture: 0 where it has no probability and takes no part.
+    """
+    part = 1.0
+    if share is not None:
+        part = 1 - share if of_p else share
+        w = -log_to_mixture(-w, part, 1 - part)
+    return part, torch.where(own.p == 0, 0.0, w)
 
 
 def _of_rows(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -801,26 +862,29 @@ def divergence_backward(
     temperature: float | Tensor,
     softcap: float | None,
     scale: float,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """Compute the gradient of the divergence of rows (N, V) with respect to one side, in the dtype
-    of d_values (N,); no row is masked.
+    of d_values (N,); no row is masked. Where these are some columns of rows, `stats` (6, N) are
+    peak and log_norm of p and of q, and the mean log-ratio of each.
 
     With w the log-ratio of the own side p to the other side, or to the mixture, dz = p⊙(w - E_p[w])
     (times the share of the own side in the mixture); of q in KL(p‖q), dz = q - p. Times
     dz/dlogits.
     """
     rows_t = _of_rows(temperature, d_values.dtype)
-    p, q = (distribution(x.to(d_values.dtype), rows_t, softcap, scale) for x in (own, other))
+    of_own, of_other, mean = None, None, None
+    if stats is not None:
+        norms = (stats[0], stats[1]), (stats[2], stats[3])
+        of_own, of_other = norms if of_p else norms[::-1]
+        mean = stats[4 if of_p else 5].unsqueeze(-1)
+    p = distribution(own.to(d_values.dtype), rows_t, softcap, scale, of_own)
+    q = distribution(other.to(d_values.dtype), rows_t, softcap, scale, of_other)
     if share is None and not of_p:
         dz = p.p - q.p
     else:
-        part, w = 1.0, log_ratio(p, q, rows_t)
-        if share is not None:
-            part = 1 - share if of_p else share
-            w = -log_to_mixture(-w, part, 1 - part)
-        # What has no probability takes no part.
-        w = torch.where(p.p == 0, 0.0, w)
-        dz = part * p.p * (w - row_sums(p.p * w))
+        part, w = _ratio(p, log_ratio(p, q, rows_t), of_p, share)
+        dz = part * p.p * (w - (row_sums(p.p * w) if mean is None else mean))
     dz = torch.where((p.empty | q.empty).unsqueeze(-1), 0.0, dz * d_values.unsqueeze(-1))
     if softcap is not None:
         dz = dz * cap_slope(own.to(dz.dtype), softcap, scale)

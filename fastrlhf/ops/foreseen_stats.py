@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fastrlhf.reference import TokenStats
 
-from .backend import under_transform
-from .linear_arguments import LinearProblem, exact, wanted_or_detached
+from .backend import under_transform, wanted_or_detached
+from .linear_arguments import LinearProblem, exact
 from .linear_plans import (
     Found,
     Needs,

@@ -1,7 +1,7 @@
 """The arguments that operations from hidden states share, checked and ready for the plans."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,13 +73,6 @@ class LinearProblem(NamedTuple):
         rows = Rows(hidden, targets, transform, options.ignore_index, order)
         asked = (options.entropy, options.entropy_grad, options.with_stats)
         return Workbench(head, rows, *asked, options.impl, options.part)
-
-
-def wanted_or_detached(*tensors: Any) -> tuple[Any, ...]:
-    """Return the tensors, detached under no_grad, which the context of a Function cannot tell."""
-    if torch.is_grad_enabled():
-        return tensors
-    return tuple(x.detach() if isinstance(x, Tensor) else x for x in tensors)
 
 
 def exact(hidden: Tensor) -> torch.autocast:

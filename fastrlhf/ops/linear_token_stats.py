@@ -10,13 +10,12 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import TokenStats
 
-from .backend import outside_of_graphs, under_transform
+from .backend import outside_of_graphs, under_transform, wanted_or_detached
 from .linear_arguments import (
     LinearProblem,
     checked_problem,
     exact,
     full_logits,
-    wanted_or_detached,
 )
 from .linear_head import Weight
 from .linear_plans import (

@@ -6,12 +6,13 @@ part goes back to the DTensor that it is a part of.
 Dims: W ranks, V vocabulary.
 """
 
+import math
 import sys
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .checks import check_floating, check_same_device
+from .checks import check_floating
 from .linear_head import QuantizedWeight, Weight
 from .ranks import Group, check_group
 from .vocabulary_part import VocabularyPart, part_of, part_of_rows
@@ -72,25 +73,57 @@ def head_part(
     return HeadPart(hidden, locals_, bias, part)
 
 
-def logits_part(
-    logits: Tensor, targets: Tensor, group: Group | None
-) -> tuple[Tensor, Tensor, VocabularyPart | None]:
-    """Find out which part of the vocabulary this rank has of logits (..., V): plain tensors.
+def same_head_part(
+    hidden: Tensor,
+    weights: list[Weight],
+    bias: Tensor | None,
+    part: VocabularyPart | None,
+    *,
+    prefix: str,
+) -> HeadPart:
+    """This rank's part of a further head, which has to be the same of the vocabulary.
+
+    Raises:
+        TypeError, ValueError: another.
+    """
+    found = head_part(hidden, weights, bias, None, None, prefix=prefix)
+    if found.part is not None and found.part != part:
+        raise ValueError(f"{prefix}weight: expected one that is cut as weight is, got {found.part}")
+    return found._replace(part=part)
+
+
+def logits_part(logits: Any, group: Group | None) -> tuple[Any, VocabularyPart | None]:
+    """Find out which part of the vocabulary this rank has of logits (..., V), as a plain tensor.
 
     Raises:
         TypeError, ValueError: DTensors of other placements, a group beside them, or as
             `part_of_rows`.
     """
-    group, targets = check_group(group), replicated("targets", targets)
+    group = check_group(group)
     if is_dtensor(logits):
         refuse_group("logits", group)
-        local, part = vocabulary_part("logits", logits, -1)
-        return local, targets, part
-    fits = isinstance(logits, Tensor) and logits.ndim and isinstance(targets, Tensor)
-    if group is None or not fits:  # the checks refuse it
-        return logits, targets, None
-    check_same_device("targets", targets, "logits", logits)
-    return logits, targets, part_of_rows(group, logits.shape[-1], targets)
+        return vocabulary_part("logits", logits, -1)
+    if group is None:
+        return logits, None
+    check_floating("logits", logits)
+    if logits.ndim == 0:  # the checks refuse it
+        return logits, None
+    *leading, columns = logits.shape
+    return logits, part_of_rows(group, columns, math.prod(leading), logits.device)
+
+
+def same_part(name: str, x: Any, part: VocabularyPart | None) -> Any:
+    """This rank's part of further logits, which has to be the same of the vocabulary.
+
+    Raises:
+        ValueError: another.
+    """
+    if not is_dtensor(x):
+        return x
+    local, own = vocabulary_part(name, x, -1)
+    if own != part:
+        raise ValueError(f"{name}: expected a DTensor cut as logits are, got {tuple(x.placements)}")
+    return local
 
 
 def refuse_group(name: str, group: Group | None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import RowParts, TokenStats
 
-from .backend import outside_of_graphs, use_triton
+from .backend import outside_of_graphs, use_triton, wanted_or_detached
 from .checks import wide_integers
 from .ranks import gathered, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
 from .token_stats import (
@@ -60,7 +60,7 @@ def token_stats_over_ranks(
         transform, part, entropy, entropy and entropy_grad, with_stats, inplace, impl
     )
     found = outside_of_graphs(_TokenStatsOverRanks.apply)(
-        logits if torch.is_grad_enabled() else logits.detach(),
+        *wanted_or_detached(logits),
         own,
         transform.token_temperature,
         options,

@@ -26,7 +26,7 @@ from .checks import (
     wide_integers,
 )
 from .ranks import Group
-from .sharded import logits_part
+from .sharded import logits_part, replicated
 from .transform import (
     Transform,
     check_temperatures_on_host,
@@ -123,7 +123,8 @@ def token_stats(
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.
     """
-    logits, targets, part = logits_part(logits, targets, group)
+    logits, part = logits_part(logits, group)
+    targets = replicated("targets", targets)
     transform = checked_logits(
         logits, targets, temperature, softcap, scale, may_be_empty=part is not None
     )

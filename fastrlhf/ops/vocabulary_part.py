@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .ranks import Group, gathered, rank_in
 
-# What an ignored target becomes; -1 is one in an earlier part.
+# Of targets that are numbered from the first column of a part: one in earlier columns, or in none.
+NOT_HERE = -1
+# One that is ignored.
 IGNORED = -2
 
 
@@ -41,7 +43,7 @@ class VocabularyPart(NamedTuple):
                 )
         else:
             torch._assert_async(known.all(), "fastrlhf: a target is outside [0, vocabulary)")
-        own = (targets - self.start).clamp(-1, self.size)
+        own = (targets - self.start).clamp(NOT_HERE, self.size)
         return torch.where(live, own, IGNORED)
 
 
@@ -67,10 +69,10 @@ def part_of(
     return VocabularyPart(group, sum(sizes[: rank_in(group)]), size, sum(sizes), max(sizes))
 
 
-def part_of_rows(group: Group, size: int, targets: Tensor) -> VocabularyPart:
-    """The same for targets that are there already; where those are on a GPU, nobody waits."""
-    if targets.device.type == "cpu":
-        return part_of(group, size, targets.device, {"number of tokens": targets.numel()})
+def part_of_rows(group: Group, size: int, tokens: int, device: torch.device) -> VocabularyPart:
+    """The same for logits that are there already; where those are on a GPU, nobody waits."""
+    if device.type == "cpu":
+        return part_of(group, size, device, {"number of tokens": tokens})
     # Filled on the device, which a copy of the number would have to wait for.
-    sizes = gathered(torch.full((1,), size, device=targets.device), group).view(-1)
+    sizes = gathered(torch.full((1,), size, device=device), group).view(-1)
     return VocabularyPart(group, sizes[: rank_in(group)].sum(), size, sizes.sum())
