@@ -21,7 +21,8 @@ IGNORED = -100
 @dataclass
 class Problem:
     """Logits (B, T, V) or hidden states (B, T, H) and a head, twice; targets, a mask, a batch of a
-    policy, pairs."""
+    policy, pairs.
+    """
 
     operation: str
     sizes: tuple[int, ...]  # of the parts of the vocabulary
