@@ -53,7 +53,7 @@ def gathered(x: Tensor, group: Group) -> Tensor:
     x = x.detach().contiguous()
     parts = x.new_empty((size_of(group), *x.shape))
     if x.numel():
-        dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]) if x.ndim else parts, x, group)
+        dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group)  # 0-d ones included
     return parts
 
 
