@@ -337,6 +337,18 @@ def test_accumulation_times_data_parallelism_is_one_large_batch(pool, step, rank
         assert relative_error(own_gradient, gradient) < TIGHT
 
 
+@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "sequence-sum"])
+def test_sequences_on_some_ranks_and_their_tokens_on_others_are_one_large_batch(
+    pool, reduction
+) -> None:
+    torch.manual_seed(6)
+    halves = [batch_of_sequences(B, T) for _ in range(2)]
+    loss, gradient = over.whole_step(f"policy, {reduction}", as_one_batch(halves), None)
+    for own in pool.run(over.step_of_a_grid, halves, owners(2), reduction, ranks=4):
+        torch.testing.assert_close(own[0], loss, rtol=TIGHT, atol=1e-14)
+        assert relative_error(own[1], gradient) < TIGHT
+
+
 # Batches over ranks: statistics.
 
 

@@ -81,7 +81,7 @@ def global_normalizer(
 
     Eager equivalent: `mask.sum()`, after an all-reduce; at least 1.
 
-    A step that accumulates gradients and takes their mean over ranks, as DDP and FSDP do::
+    A step that accumulates gradients, of which DDP or FSDP then takes the mean over ranks::
 
         n = global_normalizer([b["mask"] for b in batches], group, gradients="mean")
         for b in batches:
@@ -90,22 +90,23 @@ def global_normalizer(
 
     The losses of pairs are not reduced, and are counted by a mask of their own::
 
-        n = global_normalizer([torch.ones_like(b["yw_idxs"]) for b in batches], group)
-        losses, rewards = dpo_loss(...)
-        (losses.sum() / n).backward()
+        pairs = [torch.ones_like(b["yw_idxs"]) for b in batches]
+        n = global_normalizer(pairs, group, gradients="mean")
+        for b in batches:
+            losses, rewards = dpo_loss(...)
+            (losses.sum() / n).backward()
 
     Args:
         mask: bool or 0/1 of any shape, one entry for each of what the loss is a mean of: tokens,
             (B, T) or packed; for a mean over sequences, (B,) ones; for one over pairs, (P,) ones.
             Or the masks of all micro-batches of this rank, as many as it has.
         group: torch.distributed group of the ranks; None: this process alone.
-        gradients: how ranks put their gradients together. With "mean" (DDP, FSDP), the count is
-            divided by the number of ranks, for which the mean divides once more: each rank's loss
-            is then as large as that of all, and its mean over ranks that of all. "sum": the count
-            as it is.
+        gradients: what becomes of the gradients of the ranks. "sum": the count as it is; "mean",
+            of DDP and FSDP: divided by the number of ranks, by which the mean divides once more.
+            The loss of the whole batch is the sum of the ranks' losses, or their mean, likewise.
 
-    Where C ranks have the same sequences, and tokens of their own (`group=` of the losses), they
-    count a sequence, or a pair, C times: divide by C. Tokens are counted once.
+    Where C ranks share each sequence (`group=` of the losses), a sequence or a pair is counted C
+    times: divide by C. A token is on one rank, and counted once.
 
     Returns:
         0-d int64, for "mean" fp64; the same on every rank. Nobody waits for a GPU.
@@ -114,8 +115,7 @@ def global_normalizer(
         TypeError, ValueError: what is no mask, or none at all; a group that is none, or without
             this process; an unknown word for the gradients.
 
-    Source: the mean over micro-batches is no mean over tokens, huggingface.co/blog/
-    gradient_accumulation.
+    Source: huggingface.co/blog/gradient_accumulation, on means of means.
     """
     check_one_of("gradients", gradients, ("sum", "mean"))
     masks = [mask] if isinstance(mask, Tensor) or not isinstance(mask, Iterable) else list(mask)

@@ -263,6 +263,32 @@ def flat_gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
 
 
+def step_of_a_grid(
+    world: Any, of_halves: list[dict[str, Tensor]], owner: Tensor, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Four ranks: two halves of the sequences, and the tokens of each on two ranks. Returns the
+    mean of the losses and of the gradients, as DDP takes it.
+    """
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    half, rank = divmod(dist.get_rank(world), 2)
+    batch = part_of(of_halves[half], owner, rank, packed=False)
+    by_tokens = reduction == "token-mean"
+    counted = batch["mask"] if by_tokens else torch.ones_like(batch["advantages"])
+    n = fastrlhf.global_normalizer(counted, world, gradients="mean") / (1 if by_tokens else 2)
+    model = DistributedDataParallel(make_scorer(), process_group=world)
+    _, _, logprobs = model(batch["ids"], batch["targets"])
+    loss, _ = fastrlhf.policy_loss(
+        logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
+        reduction=reduction, normalizer=n, group=pairs[half],
+    )  # fmt: skip
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=world)
+    dist.destroy_process_group(pairs[half])
+    # A loss is that of two ranks on both of them.
+    return total / 4 / 2, flat_gradient(model)
+
+
 def trust_region_step(group: Any, owner: Tensor) -> tuple[list, Tensor, Tensor]:
     """A TRPO step of a small policy on the tokens (12,) of a rank, and a product with the Fisher
     information before it.
