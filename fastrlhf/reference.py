@@ -435,6 +435,10 @@ class Layout:
         """How many tokens of the mask each sequence has: (B,) int64."""
         return (mask != 0).sum(-1)
 
+    def total(self, x: Tensor) -> Tensor:
+        """Sum all tokens: 0-d."""
+        return x.sum()
+
     def spread(self, x: Tensor) -> Tensor:
         """Give each token the value (B,) of its sequence, in a shape that broadcasts to theirs."""
         return x.unsqueeze(-1)

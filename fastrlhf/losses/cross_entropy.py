@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops import ChunkStats, Weight
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_at_least, check_between, check_ignore_index, check_one_of
@@ -55,6 +56,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -83,6 +85,9 @@ def linear_cross_entropy(
         z_loss: factor ζ ≥ 0 of the squared log-sum-exp of each token, which keeps logits from
             drifting (1e-4 in 2204.02311).
         reduction: "mean" over the tokens with a target, "sum", or "none".
+        normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
+            number of tokens in the mean, for batches that are spread over steps or devices; see
+            `global_normalizer`.
 
     Returns:
         0-d in nats, or with "none" (...), 0 for ignored tokens; fp32 (fp64 for fp64 hidden states).
@@ -102,6 +107,9 @@ def linear_cross_entropy(
     Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5.
     """
     check_one_of("reduction", reduction, _REDUCTIONS)
+    normalizer = check_reduction("token-mean", normalizer)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer: expected None for reduction {reduction!r}, which is no mean")
     options = CrossEntropy(label_smoothing, z_loss).checked()
     ignore_index = check_ignore_index(ignore_index)
     refuse_transforms("linear_cross_entropy", "F.cross_entropy of the logits")
@@ -113,7 +121,8 @@ def linear_cross_entropy(
         return total
     live = targets != ignore_index
     if reduction == "mean":
-        return total / live.sum().clamp(min=1)
+        by = live.sum().clamp(min=1) if normalizer is None else normalizer
+        return total / (by.detach().to(total) if isinstance(by, Tensor) else by)
     losses = total.detach().new_zeros(targets.shape)
     if found:
         losses = losses.view(-1).index_put((found["token"],), found["losses"]).view(targets.shape)
