@@ -189,7 +189,7 @@ def outcome(
         options["group"] = group
     found = OPERATIONS[problem.operation](tensors, options)
     total: Any = 0.0
-    for name, value in found.items():
+    for value in found.values():
         if value.requires_grad:
             total = total + _weighed(value, weights)
     if isinstance(total, Tensor):
