@@ -26,6 +26,12 @@ class VocabularyPart(NamedTuple):
     vocab: int | Tensor  # how many all ranks have
     largest: int | None = None  # of the sizes of all ranks, where it is known
 
+    @property
+    def columns(self) -> slice:
+        """Where the part stands in the whole vocabulary, where that is known."""
+        first = int(self.start)
+        return slice(first, first + self.size)
+
     def own_targets(self, targets: Tensor, ignore_index: int) -> Tensor:
         """Number targets of the whole vocabulary from the first column of this part.
 
