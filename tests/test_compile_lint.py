@@ -25,6 +25,7 @@ STREAMING = {
     "_token_stats_bwd_kernel": 0,
     "_policy_loss_kernel": 3,
     "_divergence_fwd_kernel": None,
+    "_divergence_sums_kernel": None,
     "_divergence_bwd_kernel": 0,
     "_fisher_kernel": 1,
     "_scale_kernel": 0,
@@ -66,6 +67,7 @@ def binaries(request) -> dict[str, list[dict]]:
 def test_no_kernel_spills(target, binaries) -> None:
     assert {report["kernel"] for report in binaries[target]} == {
         "_token_stats_fwd_kernel",
+        "_token_stats_merge_kernel",
         "_token_stats_combine_kernel",
         "_token_stats_bwd_kernel",
         "_preference_loss_fwd_kernel",
@@ -74,6 +76,7 @@ def test_no_kernel_spills(target, binaries) -> None:
         "_scale_kernel",
         "_gae_kernel",
         "_divergence_fwd_kernel",
+        "_divergence_sums_kernel",
         "_divergence_bwd_kernel",
         "_fisher_kernel",
     }
@@ -139,6 +142,7 @@ def test_tiles_in_flight_are_copied_asynchronously() -> None:
         "_token_stats_fwd_kernel",
         "_policy_loss_kernel",
         "_divergence_fwd_kernel",
+        "_divergence_sums_kernel",
         "_fisher_kernel",
     ]
     for report in reports:

@@ -71,6 +71,12 @@ def launch_token_stats(
         logprob if everything else None,
         **transform,
     )
+    # Of ranks that share the vocabulary.
+    question = token_stats.RowQuestion(
+        targets, transform["temperature"], transform["softcap"], 1.0, -2, everything, with_stats
+    )
+    message = token_stats.token_stats_message(logits, question)
+    token_stats.token_stats_of_messages(meta(8, *message.shape, dtype=acc), question)
 
 
 def launch_preference_loss(
@@ -131,6 +137,8 @@ def launch_divergence(
         "scale": 1.0,
     }
     divergence.divergence_forward(logits, logits, mask, share=share, **transform)
+    norms = meta(6, ROWS, dtype=acc)  # of ranks that share the vocabulary
+    divergence.divergence_sums(logits, logits, mask, norms, share=share, **transform)
     formulas = ("first", "second") if share is None else ("mixture",)
     for formula in formulas:
         divergence.divergence_backward(
