@@ -228,7 +228,8 @@ def _token_stats_merge_kernel(
     split = tl.arange(0, SPLITS_PADDED)[None, :]
     present = live[:, None] & (split < splits)
     plane = rows.to(tl.int64) * splits
-    rate = _split_rate(LOG2E / row_t, PER_TOKEN_TEMPERATURE)
+    rate = LOG2E / row_t  # by itself: an assignment makes a tensor of it under the interpreter
+    rate = _split_rate(rate, PER_TOKEN_TEMPERATURE)
     peak, row_peak, rest, moment, place = _merged_splits(
         partials + row[:, None] * splits + split, plane, present, rate, WITH_ENTROPY
     )
@@ -315,7 +316,8 @@ def _token_stats_combine_kernel(
     split = tl.arange(0, SPLITS_PADDED)[None, :]
     present = live[:, None] & (split < splits)
     plane = stride_plane.to(tl.int64)
-    split_rate = _split_rate(LOG2E / row_t, PER_TOKEN_TEMPERATURE)
+    rate = LOG2E / row_t
+    split_rate = _split_rate(rate, PER_TOKEN_TEMPERATURE)
     place = partials + row[:, None] * stride_row + split.to(tl.int64) * stride_split
     peak, row_peak, rest, moment, place = _merged_splits(
         place, plane, present, split_rate, WITH_ENTROPY

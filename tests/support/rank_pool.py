@@ -5,6 +5,7 @@ processes, with the group of these, and returns what each returned. Functions ar
 that the processes can import: `support.something`, not a test file.
 """
 
+import importlib.util
 import os
 import tempfile
 import time
@@ -29,6 +30,10 @@ class FailedRanks(AssertionError):
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     warnings.simplefilter("ignore")  # of torch.distributed itself
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from .interpreter import look_up_the_language_once
+
+        look_up_the_language_once()
     timeout = timedelta(seconds=_COLLECTIVE_S)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
