@@ -41,7 +41,9 @@ def base_model(model: Any) -> Any:
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):  # peft
             model = model.get_base_model()
-        elif not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):  # DDP, FSDP
+        elif not hasattr(type(model), "get_output_embeddings") and hasattr(model, "module"):
+            # DDP, FSDP, DeepSpeed: the last two pass on whatever is asked of them, but DeepSpeed's
+            # `config` is its own.
             model = model.module
         else:
             break
