@@ -145,8 +145,11 @@ def parts_within_call(module: Any) -> HeadParts | None:
     """The same in the middle of a head's call, where its weight is whole, however it is sharded.
 
     None also for one of which parts are sharded by themselves (as `fsdp_auto_wrap_policy` of peft
-    does with adapters): only their own calls within its forward make them whole.
+    does with adapters, and ZeRO-3 with all modules): only their own calls within its forward make
+    them whole.
     """
+    if not isinstance(module, nn.Linear) and any(map(_comes_and_goes, module.parameters())):
+        return None  # what is there of its parts, gathered ahead, is gone after their next call
     try:
         return head_parts(module)
     except _NotWholeError as error:
@@ -157,6 +160,11 @@ def parts_within_call(module: Any) -> HeadParts | None:
                 "model's logits"
             ) from error
         return None
+
+
+def _comes_and_goes(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 of DeepSpeed holds a parameter for the calls of its own module only."""
+    return hasattr(parameter, "ds_status") and not getattr(parameter, "ds_persist", False)
 
 
 def _lora_parts(module: Any) -> HeadParts | None:
