@@ -72,9 +72,12 @@ def without_virtual_tokens(hidden: Tensor, tokens: int, virtual: int) -> Tensor:
 
 
 def check_weights(module: Any, name: str) -> None:
-    """Raise TypeError for a head on the meta device, but one that accelerate offloads."""
+    """Raise TypeError for a head on the meta device, but one that accelerate offloads: itself, or
+    the parts of an adapter one by one.
+    """
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_meta and not hasattr(module, "_hf_hook"):
+    offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
+    if isinstance(weight, Tensor) and weight.is_meta and not offloaded:
         raise TypeError(f"model: expected a model with weights, got {name} on the meta device")
 
 
@@ -214,10 +217,11 @@ def _eight_bit(module: Any) -> Weight:
 
 def _whole(weight: Tensor) -> Tensor:
     """Raise unless a weight is all there."""
-    if type(weight).__name__ == "DTensor" or weight.numel() == 0 or weight.ndim != 2:
+    there = weight.numel() != 0 and weight.ndim == 2 and not weight.is_meta
+    if type(weight).__name__ == "DTensor" or not there:
         raise _NotWholeError(
-            "model: the weight of its head is sharded or empty outside of the model's forward; "
-            "use model_token_stats, which reads it within"
+            "model: the weight of its head is sharded, offloaded or empty outside of the model's "
+            "forward; use model_token_stats, which reads it within"
         )
     return weight
 

@@ -51,8 +51,8 @@ def lm_head(model: nn.Module) -> LMHead:
     what enters the head.
 
     Args:
-        model: any AutoModelForCausalLM; wrapped by peft, DistributedDataParallel or torch.compile
-            or not.
+        model: any AutoModelForCausalLM; wrapped by peft, DistributedDataParallel, DeepSpeed (ZeRO-1
+            and 2) or torch.compile or not.
 
     Returns:
         LMHead with the model's own tensors. What the model does to its logits afterwards is not
@@ -67,9 +67,9 @@ def lm_head(model: nn.Module) -> LMHead:
     Raises:
         TypeError: a head of a class that is not known; a layer between the backbone and the head,
             so that the backbone's hidden states are not those that enter the head.
-        RuntimeError: a weight that is sharded or empty outside of the model's forward (FSDP,
-            ZeRO-3): use `model_token_stats`; logits of which no scale, softcap and offset can be
-            told.
+        RuntimeError: a weight that is sharded, offloaded or empty outside of the model's forward
+            (FSDP, ZeRO-3, accelerate's offloading): use `model_token_stats`; logits of which no
+            scale, softcap and offset can be told.
     """
     base = base_model(model)
     module = head_module(base)
