@@ -56,6 +56,13 @@ def test_four_processes(name, pools) -> None:
 
 
 @pytest.mark.xdist_group("more wrappers")
+def test_a_head_that_a_forward_takes_away(pools) -> None:
+    found = pools[2].run(more_wrappers.refusals_of_gathered_heads, ranks=2)
+    failing = [str(row) for rows in found for row in rows if row.fails]
+    assert not failing, "\n".join(failing)
+
+
+@pytest.mark.xdist_group("more wrappers")
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("name", CASES["deepspeed"])
 def test_deepspeed(name, pools) -> None:

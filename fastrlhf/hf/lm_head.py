@@ -113,6 +113,7 @@ def head_inputs(
     inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
     with stand_in.in_place():
         output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+    head_parts(module)  # which raises where the forward has taken away what was whole before
     hidden = stand_in.result(logits_of(output))
     hidden = without_virtual_tokens(hidden, input_ids.shape[1], virtual_tokens(model))
     known = measured(base, module, capture.parts)
@@ -169,7 +170,8 @@ def _compare_with_backbone(base: Any) -> None:
     """
     embeddings = base.get_input_embeddings().weight
     device = "cpu" if embeddings.is_meta else embeddings.device  # offloaded by accelerate
-    ids = torch.arange(1, 3, device=device).remainder(embeddings.shape[0]).view(1, 2)
+    words = embeddings.shape[0] or 3  # 0 where they are gathered for their call alone
+    ids = torch.arange(1, 3, device=device).remainder(words).view(1, 2)
     inputs = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
     returned: list[Tensor] = []
 

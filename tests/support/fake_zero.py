@@ -72,6 +72,16 @@ class FakeZero3(nn.Module):
         for parameter in self.module.parameters():  # of modules whose inputs have no gradient
             self._release(parameter)
 
+    def gather(self, parameter: Any) -> None:
+        if parameter.ds_status == "AVAILABLE":
+            return
+        part = self._parts[id(parameter)]
+        parts = [torch.empty_like(part) for _ in range(self.group.size())]
+        dist.all_gather(parts, part, group=self.group)
+        shape = parameter.ds_shape
+        parameter.data = torch.cat(parts)[: shape.numel()].view(shape)
+        parameter.ds_status = "AVAILABLE"
+
     def gradients(self) -> dict[str, Tensor | None]:
         """Whole gradients of the parameters that are trained, averaged over the processes."""
         trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
@@ -90,16 +100,6 @@ class FakeZero3(nn.Module):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(self._average)
 
-    def _gather(self, parameter: Any) -> None:
-        if parameter.ds_status == "AVAILABLE":
-            return
-        part = self._parts[id(parameter)]
-        parts = [torch.empty_like(part) for _ in range(self.group.size())]
-        dist.all_gather(parts, part, group=self.group)
-        shape = parameter.ds_shape
-        parameter.data = torch.cat(parts)[: shape.numel()].view(shape)
-        parameter.ds_status = "AVAILABLE"
-
     def _release(self, parameter: Any) -> None:
         parameter.data = torch.empty(0, dtype=parameter.dtype)
         parameter.ds_status = "NOT_AVAILABLE"
@@ -115,7 +115,7 @@ class FakeZero3(nn.Module):
     def _hook(self, part: nn.Module) -> None:
         def gather(ahead: bool = False) -> None:
             for parameter in part.parameters(recurse=ahead):
-                self._gather(parameter)
+                self.gather(parameter)
 
         def release() -> None:
             for parameter in part.parameters(recurse=False):

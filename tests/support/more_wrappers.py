@@ -329,7 +329,7 @@ CASES: dict[str, dict[str, Case]] = {
         "ZeRO-3, lora head, factors kept whole": Case(
             partial(_zero, stage=3, threshold=500), "lora head", refuses=True
         ),
-        "ZeRO-3, dora head": Case(_three, "dora head"),
+        "ZeRO-3, dora head": Case(_three, "dora head", refuses=True),
         "ZeRO-3, teacher": Case(_three, losses=_KL, wrap_teacher=_zero_3_of_a_teacher),
         "ZeRO-3, teacher, lora": Case(
             _three, "lora", losses=_KL, wrap_teacher=_zero_3_of_a_teacher
@@ -372,14 +372,32 @@ def _row(case: Case, name: str, loss: str, wrapped: Wrapped, group: Any) -> Row:
 
 def refusals(name: str, model: nn.Module, rank: int = 0) -> list[Row]:
     """What is wrong about how a head is refused that is whole in its model's forward alone."""
-    x, rows = make_batch(rank), []
-    for what, call in (("lm_head", fastrlhf.lm_head), ("head_inputs", fastrlhf.head_inputs)):
-        trouble = "no error"
-        try:
-            call(*((model,) if what == "lm_head" else (model, x.ids)))
-        except RuntimeError as error:
-            trouble = "" if "use model_token_stats" in str(error) else traceback.format_exc()
-        rows.append(Row(rank, name, f"{what}, refused", trouble=trouble))
+    return [_refusal(name, call, model, rank) for call in ("lm_head", "head_inputs")]
+
+
+def _refusal(name: str, call: str, model: nn.Module, rank: int) -> Row:
+    trouble = "no error"
+    try:
+        if call == "lm_head":
+            fastrlhf.lm_head(model)
+        else:
+            fastrlhf.head_inputs(model, make_batch(rank).ids)
+    except RuntimeError as error:
+        trouble = "" if "use model_token_stats" in str(error) else traceback.format_exc()
+    return Row(rank, name, f"{call}, refused", trouble=trouble)
+
+
+def refusals_of_gathered_heads(group: Any) -> list[Row]:
+    """The same of heads that are whole when they are asked for, but not after a forward."""
+    rows = []
+    for call in ("lm_head", "head_inputs"):
+        sharded: Any = _shard(small_model(), group, *_EACH, reshard_after_forward=True).model
+        sharded(make_batch(0).ids).logits.sum().backward()  # after which FSDP2 knows its root
+        sharded.lm_head.unshard()
+        rows.append(_refusal("FSDP2", call, sharded, group.rank()))
+        engine: Any = _fake(small_model(), group).model
+        engine.gather(engine.module.lm_head.weight)
+        rows.append(_refusal("fake ZeRO-3", call, engine, group.rank()))
     return rows
 
 
