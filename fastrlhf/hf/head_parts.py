@@ -147,12 +147,10 @@ class _NotWholeError(RuntimeError):
 def parts_within_call(module: Any) -> HeadParts | None:
     """The same in the middle of a head's call, where its weight is whole, however it is sharded.
 
-    None also for one of which parts are sharded by themselves (as `fsdp_auto_wrap_policy` of peft
-    does with adapters, and ZeRO-3 with all modules): only their own calls within its forward make
-    them whole.
+    None also for one of which parts are gathered by themselves.
     """
-    if not isinstance(module, nn.Linear) and any(map(_comes_and_goes, module.parameters())):
-        return None  # what is there of its parts, gathered ahead, is gone after their next call
+    if gathers_its_parts(module):
+        return None  # what is there of them, gathered ahead, is gone after their next call
     try:
         return head_parts(module)
     except _NotWholeError as error:
@@ -163,6 +161,20 @@ def parts_within_call(module: Any) -> HeadParts | None:
                 "model's logits"
             ) from error
         return None
+
+
+def gathers_its_parts(module: nn.Module) -> bool:
+    """Whether parts of a head are sharded by themselves (as `fsdp_auto_wrap_policy` of peft does
+    with adapters, and ZeRO-3 with all modules): only their own calls make them whole, and all
+    processes have to make as many.
+    """
+    inner = [part for part in module.modules() if part is not module]
+    wrappers = "FSDPModule", "FullyShardedDataParallel"
+    return any(
+        _is(part, "torch.distributed.fsdp", *wrappers)
+        or any(map(_comes_and_goes, part.parameters(recurse=False)))
+        for part in inner
+    )
 
 
 def _comes_and_goes(parameter: Tensor) -> bool:

@@ -91,6 +91,7 @@ class Case(NamedTuple):
     ranks: int = 2
     rounded: bool = False  # to 16 bits: as accurate as its logits
     dtype: torch.dtype = torch.float32
+    uneven: str = ""  # "short": further processes have fewer tokens; "empty": none to score
     wrap_teacher: Callable[[nn.Module, Any], nn.Module] = lambda teacher, group: teacher
 
 
@@ -133,6 +134,15 @@ def _shard(
 
 def _head_left_out(model: Any, group: Any) -> Wrapped:
     return _shard(model, group, "root", ignored_params={model.lm_head.weight})
+
+
+def _each_part(model: Any, group: Any) -> Wrapped:
+    """An adapted head of which each linear module is sharded by itself."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for part in _base(model).lm_head.modules():
+        if isinstance(part, nn.Linear) and not hasattr(part, "base_layer"):
+            fully_shard(part, mesh=mesh)
+    return _shard(model, group, "layers", "root")
 
 
 def _after_a_forward(model: Any, group: Any) -> Wrapped:
@@ -271,6 +281,8 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "lora": Case(_sharded(*_ENDS), "lora", losses=EVERY, refuses=True),
         "lora head": Case(_sharded(*_ENDS), "lora head", refuses=True),
+        "each part of a head": Case(_each_part, "lora head", losses=EVERY, uneven="short"),
+        "each part, empty": Case(_each_part, "lora head", losses=EVERY, uneven="empty"),
         "bf16 parameters": Case(_sharded(*_ENDS), rounded=True, dtype=torch.bfloat16, refuses=True),
         "bf16": Case(_sharded(*_ENDS, **_precision()), rounded=True),
         "bf16, no inputs cast": Case(
@@ -302,6 +314,8 @@ CASES: dict[str, dict[str, Case]] = {
         "scaled": Case(_fake, "scaled", refuses=True),
         "lora": Case(_fake, "lora", losses=EVERY, refuses=True),
         "lora head": Case(_fake, "lora head", refuses=True),
+        "lora head, uneven": Case(_fake, "lora head", losses=EVERY, uneven="short"),
+        "lora head, empty": Case(_fake, "lora head", losses=EVERY, uneven="empty"),
         "lora head, ahead": Case(partial(_fake, ahead=True), "lora head", refuses=True),
         "teacher": Case(_fake, losses=_KL, wrap_teacher=_fake_of_a_teacher),
         "checkpoint": Case(partial(_checkpointed, _fake), refuses=True),
@@ -326,6 +340,8 @@ CASES: dict[str, dict[str, Case]] = {
         "ZeRO-3, scaled": Case(_three, "scaled", refuses=True),
         "ZeRO-3, lora": Case(_three, "lora", losses=EVERY, refuses=True),
         "ZeRO-3, lora head": Case(_three, "lora head", refuses=True),
+        "ZeRO-3, lora head, uneven": Case(_three, "lora head", losses=EVERY, uneven="short"),
+        "ZeRO-3, lora head, empty": Case(_three, "lora head", losses=EVERY, uneven="empty"),
         "ZeRO-3, lora head, factors kept whole": Case(
             partial(_zero, stage=3, threshold=500), "lora head", refuses=True
         ),
@@ -343,19 +359,25 @@ CASES: dict[str, dict[str, Case]] = {
 }
 
 
+def _batch(rank: int, uneven: str) -> Batch:
+    if not rank or not uneven:
+        return make_batch(rank)
+    return make_batch(rank, nothing=True) if uneven == "empty" else make_batch(rank, tokens=6)
+
+
 @cache
-def _expected(kind: str, loss: str, ranks: int) -> tuple[list[float], Gradients]:
-    batches = [make_batch(rank) for rank in range(ranks)]
+def _expected(kind: str, loss: str, ranks: int, uneven: str) -> tuple[list[float], Gradients]:
+    batches = [_batch(rank, uneven) for rank in range(ranks)]
     return outcome(small_model(kind), ALL_LOSSES[loss][1], batches, 1 / ranks)
 
 
 def _row(case: Case, name: str, loss: str, wrapped: Wrapped, group: Any) -> Row:
     rank, teacher = group.rank(), case.wrap_teacher(small_model("teacher"), group)
-    losses, wanted = _expected(case.kind, loss, group.size())
+    losses, wanted = _expected(case.kind, loss, group.size(), case.uneven)
 
     def run(function: Loss) -> dict[str, float]:
         (wrapped.clear or wrapped.model.zero_grad)()
-        value = function(wrapped.model, teacher, make_batch(rank))
+        value = function(wrapped.model, teacher, _batch(rank, case.uneven))
         wrapped.backward(value)
         found = wrapped.gradients() if wrapped.gradients else own_gradients(wrapped.model)
         want = losses[rank]
