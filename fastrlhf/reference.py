@@ -208,6 +208,21 @@ def linear_token_stats(
     return token_stats(logits, targets, ignore_index=ignore_index, **options)
 
 
+class RowParts(NamedTuple):
+    """What columns of rows of logits say of the rows: the protocol by which splits of a row, or
+    ranks that share a vocabulary, put its statistics together. Each (N,); those that were not asked
+    for are empty.
+    """
+
+    peak: Tensor  # the largest logit before the temperature, as are all logits here
+    rest: Tensor  # Σ e^(z - peak) over all columns but the target, z divided by the temperature
+    target: Tensor  # the target's logit; -inf if it is in none of the columns
+    moment: Tensor  # Σ e^(z - peak)·(z - peak) over the same columns
+    before: Tensor  # the peak if it stands before the target, else anything smaller
+    total: Tensor  # Σ of all logits
+    squares: Tensor  # Σ e^2(z - peak) over the same columns
+
+
 def token_stats_forward(
     logits: Tensor,
     targets: Tensor,
@@ -224,40 +239,112 @@ def token_stats_forward(
     No row is ignored. `peak` is the largest logit before the temperature, `log_norm` is
     lse - peak / temperature: apart, they keep the accuracy that their sum loses for large logits.
     """
+    with_stats = tuple(with_stats)
+    parts = row_parts(
+        logits, targets, temperature=temperature, softcap=softcap, scale=scale, entropy=entropy,
+        with_stats=with_stats,
+    )  # fmt: skip
+    return statistics_of_parts(parts, logits.shape[-1], temperature)
+
+
+def row_parts(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    entropy: bool,
+    with_stats: tuple[str, ...] = (),
+) -> RowParts:
+    """Compute the parts of rows (N, V), V > 0, whose targets may lie outside of these columns:
+    below 0 in earlier ones, from V on in later ones.
+    """
     index = targets.long().unsqueeze(-1)
+    here = (index >= 0) & (index < logits.shape[-1])
+    place = index.clamp(0, logits.shape[-1] - 1)
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     capped = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
     peak = capped.amax(-1, keepdim=True)
-    empty = peak == -torch.inf
-    shifted = _divide_(capped - torch.where(empty, 0.0, peak), rows_t)
+    shifted = _divide_(capped - _finite_base(peak), rows_t)
     weight = shifted.exp()
-    target_shifted, target_weight = shifted.gather(-1, index), weight.gather(-1, index)
+    target = torch.where(here, capped.gather(-1, place), -torch.inf)
     # Without the target in it, the sum stays accurate where p(target) → 1: see
     # kernels/token_stats.py.
-    rest = row_sums(weight.scatter_(-1, index, 0.0))
-    logprob = F.logsigmoid(target_shifted - rest.log())
-    total = rest + target_weight
-    log_norm = total.log()
-    lse = torch.where(empty, 0.0, peak) / rows_t + log_norm
-    is_top1 = index.new_empty(0, dtype=torch.bool)
-    row_entropy, mean_logit, log_squares = (capped.new_empty(0) for _ in range(3))
+    weight.scatter_(-1, place, torch.where(here, 0.0, weight.gather(-1, place)))
+    rest = row_sums(weight)
+    moment, before, total, squares = (capped.new_empty(0) for _ in range(4))
     if "is_top1" in with_stats:
-        is_top1 = (capped.argmax(-1, keepdim=True) == index) & ~log_norm.isnan() & ~empty
+        before = torch.where(capped.argmax(-1, keepdim=True) < index, peak, -torch.inf)
     if "mean_logit" in with_stats:
-        mean_logit = row_sums(capped) / capped.shape[-1] / rows_t
+        total = row_sums(capped)
     if "log_sum_sq_probs" in with_stats:
-        # The target's weight is not among them.
         squares = row_sums(weight.square())
-        log_squares = _log_sum_squares(squares, target_weight, logprob, log_norm)
-        log_squares = torch.where(empty, 0.0, log_squares)
     if entropy:
         # e^-inf·(-inf) counts as 0; a finite stand-in for the exponent lets the product say so.
         moment = row_sums(weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)))
-        moment += torch.where(target_weight > 0, target_weight * target_shifted, 0.0)
-        row_entropy = torch.where(empty, 0.0, log_norm - moment / total)
+    parts = (peak, rest, target, moment, before, total, squares)
+    return RowParts(*(x.view(-1) for x in parts))
+
+
+def merged_peaks(peaks: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The peak (N,) of rows of which W runs of columns have peaks (W, N), and by how much to shift
+    the exponents of sums that are relative to those.
+    """
+    peak = peaks.amax(0)
+    return peak, (peaks - _finite_base(peak)) / temperature
+
+
+def merged_parts(parts: RowParts, temperature: float | Tensor) -> RowParts:
+    """Merge the parts (W, N) of W runs of columns, in their order, to those of all of them."""
+    peak, shift = merged_peaks(parts.peak, temperature)
+    fade = shift.exp()
+    held = parts.target != -torch.inf  # NaN included
+    target = torch.where(held, parts.target, 0.0).sum(0)
+    moment, before, total, squares = parts[3:]
+    if moment.numel():
+        # A sum that fades to nothing (an empty one has peak -inf) must not meet inf·0.
+        moment = moment + parts.rest * torch.where(fade > 0, shift, 0.0)
+        moment = torch.where(fade > 0, moment * fade, fade).sum(0)
+    return RowParts(
+        peak, (parts.rest * fade).sum(0), torch.where(held.any(0), target, -torch.inf), moment,
+        before.amax(0) if before.numel() else before[:0].view(-1),
+        total.sum(0) if total.numel() else total[:0].view(-1),
+        (squares * fade.square()).sum(0) if squares.numel() else squares[:0].view(-1),
+    )  # fmt: skip
+
+
+def statistics_of_parts(
+    parts: RowParts, vocab: int | Tensor, temperature: float | Tensor
+) -> tuple[Tensor, ...]:
+    """Compute what `token_stats_forward` returns from the parts of whole rows, V columns each."""
+    peak, rest, target, moment, before, total, squares = parts
+    empty, base = peak == -torch.inf, _finite_base(peak)
+    target_shifted = _divide_(target - base, temperature)
+    target_weight = target_shifted.exp()
+    logprob = F.logsigmoid(target_shifted - rest.log())
+    norm = rest + target_weight
+    log_norm = norm.log()
+    lse = base / temperature + log_norm
+    is_top1 = peak.new_empty(0, dtype=torch.bool)
+    row_entropy, mean_logit, log_squares = (peak.new_empty(0) for _ in range(3))
+    if before.numel():
+        is_top1 = (target == peak) & ~(before == peak) & ~log_norm.isnan() & ~empty
+    if total.numel():
+        mean_logit = total / vocab / temperature
+    if squares.numel():
+        log_squares = _log_sum_squares(squares, target_weight, logprob, log_norm)
+        log_squares = torch.where(empty, 0.0, log_squares)
+    if moment.numel():
+        moment = moment + torch.where(target_weight > 0, target_weight * target_shifted, 0.0)
+        row_entropy = torch.where(empty, 0.0, log_norm - moment / norm)
     logprob = torch.where(empty, -torch.inf, logprob)
-    found = (logprob, row_entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares)
-    return tuple(x.view(-1) for x in found)
+    return logprob, row_entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares
+
+
+def _finite_base(peak: Tensor) -> Tensor:
+    """The peak, or 0 where there is nothing but -inf: any finite base then gives e^-inf = 0."""
+    return torch.where(peak == -torch.inf, 0.0, peak)
 
 
 def _log_sum_squares(
@@ -288,7 +375,8 @@ def token_stats_backward(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Compute d_logits (N, V) in the accumulation dtype; no row is ignored or all -inf.
+    """Compute d_logits (N, V) in the accumulation dtype; no row is ignored or all -inf. Targets may
+    lie outside of these columns, where those are a part of the rows.
 
     `stats` are the logprob, entropy, peak and log_norm of the forward. With g, h, l and m the
     gradients of log-prob, entropy, lse and the mean of the effective logits z, dz = g·(e_target -
@@ -309,7 +397,8 @@ def token_stats_backward(
     if d_lse is not None:
         of_others, of_target = d_lse - d_logprob, of_target + d_lse * logprob.exp()
     dz = log_p.exp_().mul_(of_others.unsqueeze(-1))
-    dz.scatter_(-1, index, of_target.unsqueeze(-1))
+    here, place = (index >= 0) & (index < logits.shape[-1]), index.clamp(0, logits.shape[-1] - 1)
+    dz.scatter_(-1, place, torch.where(here, of_target.unsqueeze(-1), dz.gather(-1, place)))
     if surprise is not None:
         dz.sub_(surprise)
     if d_mean is not None:
@@ -345,6 +434,10 @@ class Layout:
     def counts(self, mask: Tensor) -> Tensor:
         """How many tokens of the mask each sequence has: (B,) int64."""
         return (mask != 0).sum(-1)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum all tokens: 0-d."""
+        return x.sum()
 
     def spread(self, x: Tensor) -> Tensor:
         """Give each token the value (B,) of its sequence, in a shape that broadcasts to theirs."""
@@ -577,16 +670,24 @@ class Distribution(NamedTuple):
     empty: Tensor  # (...) nothing but -inf: there is no distribution, and a uniform one stands in
 
 
+# Peak and log_norm (...) of whole rows, of which there are only some columns.
+Norm = tuple[Tensor, Tensor]
+
+
 def distribution(
-    logits: Tensor, temperature: float | Tensor, softcap: float | None, scale: float
+    logits: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    norm: Norm | None = None,
 ) -> Distribution:
     """Compute the softmax of the effective logits; the temperature is a number or (..., 1)."""
     z = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
-    peak = z.detach().amax(-1, keepdim=True)
+    peak = z.detach().amax(-1, keepdim=True) if norm is None else norm[0].unsqueeze(-1)
     empty = peak == -torch.inf
     z, peak = torch.where(empty, 0.0, z), torch.where(empty, 0.0, peak)
     shifted = (z - peak) / temperature
-    log_norm = row_sums(shifted.exp()).log()
+    log_norm = row_sums(shifted.exp()).log() if norm is None else norm[1].unsqueeze(-1)
     return Distribution(z, peak, log_norm, (shifted - log_norm).exp(), empty.squeeze(-1))
 
 
@@ -693,15 +794,61 @@ def divergence(
     w = log_ratio(p, q, rows_t)
     terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
     value = row_sums(terms).squeeze(-1)
+    value = of_sums_of_terms(value, surplus(p.p, q.p, w), p.empty, q.empty, share)
+    return value if mask is None else torch.where(mask != 0, value, 0.0)
+
+
+def of_sums_of_terms(
+    value: Tensor, excess: Tensor, p_is_empty: Tensor, q_is_empty: Tensor, share: float | None
+) -> Tensor:
+    """Finish divergences (...), given the sums of their terms and those of q - p."""
     # A surplus s of q, which is rounding, adds s²/2 to the KL, as much as there is to one of 1e-13.
     curvature = 1.0 if share is None else share * (1 - share)
-    rounding = 0.5 * curvature * surplus(p.p, q.p, w).square()
+    rounding = 0.5 * curvature * excess.square()
     value = value - torch.minimum(rounding, value).detach()
     # A row of nothing but -inf has no distribution, and so is no distance away from another; but
     # where q is such a row, and p is not, q is 0 where p is not.
     if_q_is_empty = torch.inf if share is None else 0.0
-    value = torch.where(p.empty, 0.0, torch.where(q.empty, if_q_is_empty, value))
-    return value if mask is None else torch.where(mask != 0, value, 0.0)
+    return torch.where(p_is_empty, 0.0, torch.where(q_is_empty, if_q_is_empty, value))
+
+
+def divergence_sums(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    norms: tuple[Norm, Norm],
+    *,
+    share: float | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the sums of terms and of q - p, and the mean log-ratios of p and of q, each (N,), of
+    some columns (N, V) of rows whose norms are known.
+    """
+    dtype = norms[0][0].dtype
+    rows_t = _of_rows(temperature, dtype)
+    p, q = (
+        distribution(x.to(dtype), rows_t, softcap, scale, norm)
+        for x, norm in zip((logits_p, logits_q), norms, strict=True)
+    )
+    w = log_ratio(p, q, rows_t)
+    terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
+    mean_p, mean_q = (
+        row_sums(own.p * _ratio(own, w, of_p, share)[1]).squeeze(-1)
+        for own, w, of_p in ((p, w, True), (q, -w, False))
+    )
+    return row_sums(terms).squeeze(-1), surplus(p.p, q.p, w), mean_p, mean_q
+
+
+def _ratio(own: Distribution, w: Tensor, of_p: bool, share: float | None) -> tuple[float, Tensor]:
+    """The share of a side in the divergence, and its log-ratio to the other, which is w, or to the
+    mixture: 0 where it has no probability and takes no part.
+    """
+    part = 1.0
+    if share is not None:
+        part = 1 - share if of_p else share
+        w = -log_to_mixture(-w, part, 1 - part)
+    return part, torch.where(own.p == 0, 0.0, w)
 
 
 def _of_rows(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -719,26 +866,29 @@ def divergence_backward(
     temperature: float | Tensor,
     softcap: float | None,
     scale: float,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """Compute the gradient of the divergence of rows (N, V) with respect to one side, in the dtype
-    of d_values (N,); no row is masked.
+    of d_values (N,); no row is masked. Where these are some columns of rows, `stats` (6, N) are
+    peak and log_norm of p and of q, and the mean log-ratio of each.
 
     With w the log-ratio of the own side p to the other side, or to the mixture, dz = p⊙(w - E_p[w])
     (times the share of the own side in the mixture); of q in KL(p‖q), dz = q - p. Times
     dz/dlogits.
     """
     rows_t = _of_rows(temperature, d_values.dtype)
-    p, q = (distribution(x.to(d_values.dtype), rows_t, softcap, scale) for x in (own, other))
+    of_own, of_other, mean = None, None, None
+    if stats is not None:
+        norms = (stats[0], stats[1]), (stats[2], stats[3])
+        of_own, of_other = norms if of_p else norms[::-1]
+        mean = stats[4 if of_p else 5].unsqueeze(-1)
+    p = distribution(own.to(d_values.dtype), rows_t, softcap, scale, of_own)
+    q = distribution(other.to(d_values.dtype), rows_t, softcap, scale, of_other)
     if share is None and not of_p:
         dz = p.p - q.p
     else:
-        part, w = 1.0, log_ratio(p, q, rows_t)
-        if share is not None:
-            part = 1 - share if of_p else share
-            w = -log_to_mixture(-w, part, 1 - part)
-        # What has no probability takes no part.
-        w = torch.where(p.p == 0, 0.0, w)
-        dz = part * p.p * (w - row_sums(p.p * w))
+        part, w = _ratio(p, log_ratio(p, q, rows_t), of_p, share)
+        dz = part * p.p * (w - (row_sums(p.p * w) if mean is None else mean))
     dz = torch.where((p.empty | q.empty).unsqueeze(-1), 0.0, dz * d_values.unsqueeze(-1))
     if softcap is not None:
         dz = dz * cap_slope(own.to(dz.dtype), softcap, scale)

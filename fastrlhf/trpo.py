@@ -13,7 +13,8 @@ for as long as it is needed; a model has to use that function, or plain operatio
 (attn_implementation "sdpa" or "eager"). Dropout has to be off, so that the policy is a function.
 
 Where torch.distributed is initialised, batches are parts of one: counts of tokens, gradients, F v,
-KL and surrogate are summed over the ranks, whose parameters thus stay the same.
+KL and surrogate are summed over all ranks, or those of a `group`, whose parameters thus stay the
+same. A rank may have any number of tokens, none included.
 
 Dims: B sequences, T tokens, H hidden, V vocabulary, D parameters.
 """
@@ -53,6 +54,7 @@ from fastrlhf.ops.checks import (
     check_shape,
     check_whole,
 )
+from fastrlhf.ops.ranks import Group, check_group
 from fastrlhf.ops.targets import MASKED_OUT
 
 Policy = Callable[[], Tensor]
@@ -80,6 +82,7 @@ def fisher_vector_product(
     damping: float = 0.0,
     head: LMHead | None = None,
     mode: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     """Multiply the Fisher information of a policy's parameters, a mean over tokens, by a vector.
 
@@ -101,6 +104,8 @@ def fisher_vector_product(
         head: `lm_head(model)`, which is not itself among the parameters.
         mode: "forward" (forward-mode differentiation), "double-vjp", or "auto": forward unless the
             model has an operation without it.
+        group: torch.distributed group whose ranks have parts of the batch; None: all ranks, where
+            torch.distributed is initialised.
 
     Returns:
         (D,) in the dtype of the vector, fp32 at least; not differentiable.
@@ -114,7 +119,7 @@ def fisher_vector_product(
     Source: 1502.05477 appendix C.
     """
     damping = _checked_damping(damping)
-    problem = _Problem(policy, params, mask, temperature, head, mode)
+    problem = _Problem(policy, params, mask, temperature, head, mode, group)
     return problem.fisher_product(_checked_vector(vector, problem.size), damping)
 
 
@@ -213,6 +218,7 @@ def trpo_step(
     temperature: float = 1.0,
     head: LMHead | None = None,
     mode: str = "auto",
+    group: Group | None = None,
 ) -> TrustRegionInfo:
     """Take one TRPO step: along the natural gradient, as far as an exact KL allows.
 
@@ -221,7 +227,7 @@ def trpo_step(
     whole vocabulary, is at most max_kl.
 
     Args:
-        policy, params, temperature, head, mode: as `fisher_vector_product`.
+        policy, params, temperature, head, mode, group: as `fisher_vector_product`.
         targets: (...) integer, the tokens that were sampled, aligned with what the policy returns.
         advantages: the shape of targets, or (B,) for targets (B, T).
         mask: (...) bool or 0/1, the tokens that count; the others can hold anything.
@@ -251,7 +257,7 @@ def trpo_step(
     max_backtracks = check_whole("max_backtracks", max_backtracks, 0)
     cg_iterations = check_whole("cg_iterations", cg_iterations, 1)
     batch = _checked_batch(targets, advantages, mask, old_logprobs)
-    problem = _Problem(policy, params, batch.mask, temperature, head, mode)
+    problem = _Problem(policy, params, batch.mask, temperature, head, mode, group)
     with _differentiable_attention():
         output = _output_of(policy)
         _check_shape_of(output, targets, head)
@@ -312,6 +318,7 @@ class _Problem:
         temperature: float,
         head: LMHead | None,
         mode: str,
+        group: Group | None,
     ):
         check_one_of("mode", mode, MODES)
         if not callable(policy):
@@ -332,6 +339,7 @@ class _Problem:
                 )
         self.policy, self.params, self.mask = policy, params, mask
         self.temperature, self.head, self.mode = temperature, head, mode
+        self.group = _ranks(group)
         self.size = sum(p.numel() for p in params)
 
     def kept(self, output: Tensor) -> Tensor:
@@ -347,8 +355,8 @@ class _Problem:
 
     def summed(self, x: Tensor) -> Tensor:
         """Add up what the ranks have."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(x)
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
         return x
 
     def count(self, rows: Tensor) -> Tensor:
@@ -516,6 +524,13 @@ def _checked_batch(
     ]
     assert cleared[0] is not None
     return _Batch(torch.where(inside, targets.long(), MASKED_OUT), cleared[0], inside, cleared[1])
+
+
+def _ranks(group: Group | None) -> Group | None:
+    """The group, or all ranks if there are any."""
+    if check_group(group) is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return group
 
 
 def _checked_damping(damping: float) -> float:

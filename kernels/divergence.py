@@ -134,6 +134,81 @@ def _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, share_p, share_q):
 
 
 # A NaN is a maximum's loss and a sum's gain: sums of NaN say NaN, as they should.
+@triton.jit
+def _sums_of_terms(
+    source_p,  # the first logit of a row of each side
+    source_q,
+    within_tile,
+    stride_vocab,
+    q_stride_vocab,
+    vocab,
+    base_p,
+    norm_p,
+    base_q,
+    norm_q,
+    inverse_p,  # 1 / the sum that each side's norm is the logarithm of
+    inverse_q,
+    row_t,
+    share_p,
+    share_q,
+    scale,
+    softcap,
+    MIXTURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The second sweep, backwards: the sum of the terms, the mean log-ratio of p and of q, and by
+    how much q sums to more than p.
+    """
+    acc: tl.constexpr = scale.dtype
+    rate = LOG2E / row_t
+    per_t = 1.0 / row_t
+    part_p = tl.full((), share_p, acc)
+    part_q = tl.full((), share_q, acc)
+    sums = tl.zeros((LANES,), acc)
+    mean_p = tl.zeros((LANES,), acc)
+    mean_q = tl.zeros((LANES,), acc)
+    surplus = tl.zeros((LANES,), acc)
+    tiles = tl.cdiv(vocab, TILE)
+    for done in tl.range(0, tiles, num_stages=STAGES):
+        columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
+        inside = columns < vocab
+        x = source_p + columns * stride_vocab
+        y = source_q + columns * q_stride_vocab
+        z_p = _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
+        z_q = _capped_tile(y, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
+        p = tl.exp2((z_p - base_p) * rate) * inverse_p
+        q = tl.exp2((z_q - base_q) * rate) * inverse_q
+        w = _log_ratio(z_p, base_p, norm_p, z_q, base_q, norm_q, per_t)
+        if MIXTURE:
+            growth = expm1(-w)
+            excess_p = part_q * growth
+            excess_q = part_p * expm1(w)
+            by_the_larger = _by_the_larger(-w, part_p, part_q)
+            to_p = _log_to_mixture(-w, excess_p, by_the_larger)
+            to_q = _log_to_mixture(w, excess_q, by_the_larger)
+            terms = _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, part_p, part_q)
+            sums += tl.sum(terms, axis=1)
+            mean_p -= tl.sum(_mean(p, to_p), axis=1)
+            mean_q -= tl.sum(_mean(q, to_q), axis=1)
+            surplus += tl.sum(tl.where(tl.abs(w) < 0.5, p * growth, q - p), axis=1)
+        else:
+            sums += tl.sum(_kl_terms(p, q, w), axis=1)
+            mean_p += tl.sum(_mean(p, w), axis=1)
+    value = tl.sum(sums, axis=0)
+    of_p = tl.sum(mean_p, axis=0)
+    if MIXTURE:
+        of_q = tl.sum(mean_q, axis=0)
+        excess = tl.sum(surplus, axis=0)
+    else:
+        of_q = of_p
+        # Both are inf where q alone is 0.
+        excess = tl.where(value == float("inf"), 0.0, value - of_p)
+    return value, of_p, of_q, excess
+
+
 @triton.jit(do_not_specialize=["rows", "inner", "inner_q"])
 def _divergence_fwd_kernel(
     logits_p,  # (outer, inner, V), any strides
@@ -203,54 +278,17 @@ def _divergence_fwd_kernel(
     base_q, total_q, empty_q = _merge(peak_q, rest_q, rate)
     norm_p = tl.log(total_p)
     norm_q = tl.log(total_q)
-    # Divided once, not at every token.
-    inverse_p = 1.0 / total_p
-    inverse_q = 1.0 / total_q
-    per_t = 1.0 / row_t
-    part_p = tl.full((), share_p, acc)
-    part_q = tl.full((), share_q, acc)
-    sums = tl.zeros((LANES,), acc)
-    mean_p = tl.zeros((LANES,), acc)
-    mean_q = tl.zeros((LANES,), acc)
-    surplus = tl.zeros((LANES,), acc)
-    tiles = tl.cdiv(vocab, TILE)
-    for done in tl.range(0, tiles, num_stages=STAGES):
-        columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
-        inside = columns < vocab
-        x = source_p + columns * stride_vocab
-        y = source_q + columns * q_stride_vocab
-        z_p = _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
-        z_q = _capped_tile(y, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
-        p = tl.exp2((z_p - base_p) * rate) * inverse_p
-        q = tl.exp2((z_q - base_q) * rate) * inverse_q
-        w = _log_ratio(z_p, base_p, norm_p, z_q, base_q, norm_q, per_t)
-        if MIXTURE:
-            growth = expm1(-w)
-            excess_p = part_q * growth
-            excess_q = part_p * expm1(w)
-            by_the_larger = _by_the_larger(-w, part_p, part_q)
-            to_p = _log_to_mixture(-w, excess_p, by_the_larger)
-            to_q = _log_to_mixture(w, excess_q, by_the_larger)
-            terms = _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, part_p, part_q)
-            sums += tl.sum(terms, axis=1)
-            mean_p -= tl.sum(_mean(p, to_p), axis=1)
-            mean_q -= tl.sum(_mean(q, to_q), axis=1)
-            surplus += tl.sum(tl.where(tl.abs(w) < 0.5, p * growth, q - p), axis=1)
-        else:
-            sums += tl.sum(_kl_terms(p, q, w), axis=1)
-            mean_p += tl.sum(_mean(p, w), axis=1)
-    value = tl.sum(sums, axis=0)
-    of_p = tl.sum(mean_p, axis=0)
+    value, of_p, of_q, excess = _sums_of_terms(
+        source_p, source_q, within_tile, stride_vocab, q_stride_vocab, vocab, base_p, norm_p,
+        base_q, norm_q, 1.0 / total_p, 1.0 / total_q, row_t, share_p, share_q, scale, softcap,
+        MIXTURE, HAS_SOFTCAP, LANES, TILE, STAGES,
+    )  # fmt: skip
     # Of q over p, Σ(q - p) is rounding of the normalisers, and adds its square to what is nearly 0.
     if MIXTURE:
-        of_q = tl.sum(mean_q, axis=0)
-        excess = tl.sum(surplus, axis=0)
-        rounding = 0.5 * part_p * part_q * excess * excess
+        curvature = tl.full((), share_p, acc) * tl.full((), share_q, acc)
+        rounding = 0.5 * curvature * excess * excess
         if_q_is_empty = 0.0
     else:
-        of_q = of_p
-        # Both are inf where q alone is 0.
-        excess = tl.where(value == float("inf"), 0.0, value - of_p)
         rounding = 0.5 * excess * excess
         if_q_is_empty = float("inf")
     value = tl.where(value <= rounding, 0.0, value - rounding)
@@ -265,6 +303,66 @@ def _divergence_fwd_kernel(
     tl.store(out + 3 * plane, norm_q)
     tl.store(out + 4 * plane, of_p)
     tl.store(out + 5 * plane, of_q)
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "inner_q"])
+def _divergence_sums_kernel(
+    logits_p,  # (outer, inner, V), any strides: columns of rows of which ranks have others
+    logits_q,
+    mask,  # (N,)
+    token_temperature,  # (N,) or unused
+    norms,  # (6, N): peak, log_norm and e^log_norm of whole rows, of p and of q
+    sums,  # (4, N) out
+    rows,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_vocab,
+    inner_q,
+    q_stride_outer,
+    q_stride_inner,
+    q_stride_vocab,
+    vocab,
+    share_p: tl.float64,
+    share_q: tl.float64,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    scale: tl.float64,
+    MIXTURE: tl.constexpr,
+    PER_TOKEN_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    LANE_STRIDE: tl.constexpr,
+    VEC_STRIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    acc: tl.constexpr = sums.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    plane = rows.to(tl.int64)
+    out = sums + row
+    if tl.load(mask + row) == 0:
+        for i in tl.static_range(4):
+            tl.store(out + i * plane, 0.0)
+        return
+
+    row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
+    place = norms + row
+    base_p = finite_base(tl.load(place))
+    base_q = finite_base(tl.load(place + 3 * plane))
+    value, of_p, of_q, excess = _sums_of_terms(
+        logits_p + row_start(row, inner, stride_outer, stride_inner),
+        logits_q + row_start(row, inner_q, q_stride_outer, q_stride_inner),
+        tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE), stride_vocab, q_stride_vocab, vocab,
+        base_p, tl.load(place + plane), base_q, tl.load(place + 4 * plane),
+        1.0 / tl.load(place + 2 * plane), 1.0 / tl.load(place + 5 * plane), row_t, share_p, share_q,
+        tl.full((), scale, acc), tl.full((), softcap, acc),
+        MIXTURE, HAS_SOFTCAP, LANES, LANES * VEC, STAGES,
+    )  # fmt: skip
+    tl.store(out, value)
+    tl.store(out + plane, excess)
+    tl.store(out + 2 * plane, of_p)
+    tl.store(out + 3 * plane, of_q)
 
 
 # Of the probabilities of the side that the gradient is of and of the other side, and the log-ratio
@@ -402,6 +500,36 @@ def divergence_forward(
         MIXTURE=share is not None, **plan.sweep_options(),
     )  # fmt: skip
     return values, stats
+
+
+@on_their_device
+def divergence_sums(
+    logits_p: torch.Tensor,
+    logits_q: torch.Tensor,
+    mask: torch.Tensor,
+    norms: torch.Tensor,
+    *,
+    share: float | None,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    scale: float,
+) -> torch.Tensor:
+    """Launch the second sweep of the forward alone, on some columns of the vocabulary, given peak,
+    log_norm and e^log_norm of whole rows, of p and of q: (6, N).
+
+    Returns (4, N): the sum of the terms, that of q - p, and the mean log-ratios of p and q.
+    """
+    rows, vocab = mask.numel(), logits_p.shape[2]
+    sums = norms.new_empty(4, rows)
+    transform, token_temperature = transform_options(temperature, softcap, scale, norms)
+    plan = _plan("divergence", softcap, logits_p, logits_q)
+    _divergence_sums_kernel[(rows,)](
+        logits_p, logits_q, mask, token_temperature, norms, sums, rows,
+        logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q), vocab,
+        1.0 if share is None else 1 - share, 0.0 if share is None else share, **transform,
+        MIXTURE=share is not None, **plan.sweep_options(),
+    )  # fmt: skip
+    return sums
 
 
 @on_their_device

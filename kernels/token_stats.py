@@ -3,6 +3,9 @@
 K1 reads every logit once. A program takes one *split* of one row and runs the online recurrence of
 `rows.py` over it; a second, tiny launch combines the splits of a row.
 
+Where ranks share the vocabulary, each has further splits: a launch merges its own into one message
+a row, of the same numbers and the target's logit, and the second launch combines those of all.
+
 How a row is cut depends on the vocabulary and the dtype alone, never on the number of rows: few
 rows fill the machine, and a row's result has the same bits whatever batch surrounds it. No atomics.
 
@@ -12,10 +15,11 @@ zeroed unread, whatever they hold.
 Further statistics, where asked for, come from the same pass: whether the target is the top token,
 the mean of the logits, ln Σ p².
 
-Dims: N rows = outer x inner, V vocabulary, S splits.
+Dims: N rows = outer x inner, V vocabulary, S splits, P numbers of a split, W ranks.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -137,20 +141,64 @@ def _token_stats_fwd_kernel(
         tl.store(place, tl.sum(squares, axis=0))
 
 
+@triton.jit
+def _merged_splits(
+    place,  # of the first number of each split (BLOCK, splits), the next ones a plane further
+    plane,
+    present,
+    rate,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """Merge the splits of rows: peak of each split and of the row, rest and moment relative to its
+    finite base, and where the further numbers stand.
+    """
+    peak = tl.load(place, mask=present, other=-float("inf"))
+    rest = tl.load(place + plane, mask=present, other=0.0)
+    place += 2 * plane
+    if WITH_ENTROPY:
+        moment = tl.load(place, mask=present, other=0.0)
+        place += plane
+    else:
+        moment = rest
+    row_peak = tl.max(peak, axis=1)
+    base = finite_base(row_peak)
+    rest, moment = move_base(peak, rest, moment, base[:, None], rate, WITH_ENTROPY)
+    return peak, row_peak, tl.sum(rest, axis=1), tl.sum(moment, axis=1), place
+
+
+@triton.jit
+def _split_rate(rate, PER_TOKEN_TEMPERATURE: tl.constexpr):
+    """The rate of rows, for all splits of each."""
+    if PER_TOKEN_TEMPERATURE:
+        return rate[:, None]
+    else:
+        return rate
+
+
+@triton.jit
+def _own_target(
+    logits, row, target, here, inner, stride_outer, stride_inner, stride_vocab, scale, softcap,
+    other, acc: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The logits of the targets, transformed but for the temperature; another number where a target
+    is not here.
+    """
+    x = tl.load(
+        logits + row_start(row, inner, stride_outer, stride_inner) + target * stride_vocab,
+        mask=here,
+        other=other,
+    ).to(acc)
+    capped, _ = capped_logits(x, tl.full((), scale, acc), tl.full((), softcap, acc), HAS_SOFTCAP)
+    return capped
+
+
 @triton.jit(do_not_specialize=["rows", "inner", "splits", "ignore_index"])
-def _token_stats_combine_kernel(
+def _token_stats_merge_kernel(
     logits,
-    targets,
+    targets,  # (N,), of which some may be in columns that others have
     token_temperature,
     partials,
-    logprob_out,
-    entropy_out,
-    lse_out,
-    peak_out,
-    log_norm_out,
-    is_top1_out,  # unused, as are those below, unless asked for
-    mean_out,
-    log_sum_squares_out,
+    message,  # (P + 1, N): as the partials of a split, then the target's logit or -inf
     rows,
     inner,
     stride_outer,
@@ -177,40 +225,116 @@ def _token_stats_combine_kernel(
     target = tl.load(targets + row, mask=inside, other=ignore_index).to(tl.int64)
     live = inside & (target != ignore_index)
     row_t = row_temperature(token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)
-    in_vocab = (target >= 0) & (target < vocab)
-    tl.device_assert(in_vocab | (live == 0), "fastrlhf: a target is outside [0, vocabulary)")
-    tl.device_assert(row_t > 0, "fastrlhf: a temperature is not positive")
-
-    rate = LOG2E / row_t
     split = tl.arange(0, SPLITS_PADDED)[None, :]
-    cell = row[:, None] * splits + split
     present = live[:, None] & (split < splits)
     plane = rows.to(tl.int64) * splits
-    place = partials + cell
-    peak = tl.load(place, mask=present, other=-float("inf"))
-    rest = tl.load(place + plane, mask=present, other=0.0)
-    place += 2 * plane
+    rate = _split_rate(LOG2E / row_t, PER_TOKEN_TEMPERATURE)
+    peak, row_peak, rest, moment, place = _merged_splits(
+        partials + row[:, None] * splits + split, plane, present, rate, WITH_ENTROPY
+    )
+    out, out_plane = message + row, rows.to(tl.int64)
+    tl.store(out, row_peak, mask=inside)
+    tl.store(out + out_plane, rest, mask=inside)
+    out += 2 * out_plane
     if WITH_ENTROPY:
-        moment = tl.load(place, mask=present, other=0.0)
+        tl.store(out, moment, mask=inside)
+        out += out_plane
+    if WITH_TOP1:
+        for _ in tl.static_range(2):
+            largest = tl.max(tl.load(place, mask=present, other=-float("inf")), axis=1)
+            tl.store(out, largest, mask=inside)
+            place += plane
+            out += out_plane
+    if WITH_MEAN:
+        total = tl.sum(tl.load(place, mask=present, other=0.0), axis=1)
+        tl.store(out, total, mask=inside)
         place += plane
-    else:
-        moment = rest
-    row_peak = tl.max(peak, axis=1)
-    if PER_TOKEN_TEMPERATURE:
-        split_rate = rate[:, None]
-    else:
-        split_rate = rate
-    base = finite_base(row_peak)
-    rest, moment = move_base(peak, rest, moment, base[:, None], split_rate, WITH_ENTROPY)
+        out += out_plane
+    if WITH_SQUARES:
+        squares = tl.load(place, mask=present, other=0.0)
+        squares = move_squares(peak, squares, finite_base(row_peak)[:, None], rate)
+        tl.store(out, tl.sum(squares, axis=1), mask=inside)
+        out += out_plane
+    here = live & (target >= 0) & (target < vocab)
+    capped = _own_target(
+        logits, row, target, here, inner, stride_outer, stride_inner, stride_vocab, scale, softcap,
+        0.0, acc, HAS_SOFTCAP,
+    )  # fmt: skip
+    tl.store(out, tl.where(here, capped, -float("inf")), mask=inside)
 
-    x = tl.load(
-        logits + row_start(row, inner, stride_outer, stride_inner) + target * stride_vocab,
-        mask=live & in_vocab,
-        other=float("nan"),
-    ).to(acc)
-    capped, _ = capped_logits(x, tl.full((), scale, acc), tl.full((), softcap, acc), HAS_SOFTCAP)
+
+@triton.jit(
+    do_not_specialize=["rows", "inner", "stride_plane", "stride_row", "stride_split", "splits",
+                       "ignore_index"]
+)  # fmt: skip
+def _token_stats_combine_kernel(
+    logits,
+    targets,
+    token_temperature,
+    partials,  # of splits, or messages of ranks
+    logprob_out,
+    entropy_out,
+    lse_out,
+    peak_out,
+    log_norm_out,
+    is_top1_out,  # unused, as are those below, unless asked for
+    mean_out,
+    log_sum_squares_out,
+    rows,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_vocab,
+    vocab,
+    stride_plane,  # of the partials
+    stride_row,
+    stride_split,
+    splits,
+    ignore_index,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    scale: tl.float64,
+    PER_TOKEN_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_TOP1: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+    WITH_SQUARES: tl.constexpr,
+    OF_RANKS: tl.constexpr,  # the target's logit comes with the partials
+    SPLITS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    acc: tl.constexpr = partials.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    target = tl.load(targets + row, mask=inside, other=ignore_index).to(tl.int64)
+    live = inside & (target != ignore_index)
+    row_t = row_temperature(token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)
+    tl.device_assert(row_t > 0, "fastrlhf: a temperature is not positive")
+
+    split = tl.arange(0, SPLITS_PADDED)[None, :]
+    present = live[:, None] & (split < splits)
+    plane = stride_plane.to(tl.int64)
+    split_rate = _split_rate(LOG2E / row_t, PER_TOKEN_TEMPERATURE)
+    place = partials + row[:, None] * stride_row + split.to(tl.int64) * stride_split
+    peak, row_peak, rest, moment, place = _merged_splits(
+        place, plane, present, split_rate, WITH_ENTROPY
+    )
+    if OF_RANKS:
+        further: tl.constexpr = 2 * WITH_TOP1 + WITH_MEAN + WITH_SQUARES
+        of_ranks = tl.load(place + further * plane, mask=present, other=-float("inf"))
+        held = of_ranks != -float("inf")  # by one rank; NaN included
+        capped = tl.sum(tl.where(held, of_ranks, 0.0), axis=1)
+        capped = tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))
+    else:
+        in_vocab = (target >= 0) & (target < vocab)
+        tl.device_assert(in_vocab | (live == 0), "fastrlhf: a target is outside [0, vocabulary)")
+        capped = _own_target(
+            logits, row, target, live & in_vocab, inner, stride_outer, stride_inner, stride_vocab,
+            scale, softcap, float("nan"), acc, HAS_SOFTCAP,
+        )  # fmt: skip
     logprob, entropy, log_norm, empty, base = statistics(
-        row_peak, tl.sum(rest, axis=1), tl.sum(moment, axis=1), capped, row_t, WITH_ENTROPY
+        row_peak, rest, moment, capped, row_t, WITH_ENTROPY
     )
 
     tl.store(logprob_out + row, tl.where(live, logprob, 0.0), mask=inside)
@@ -318,6 +442,54 @@ def _token_stats_bwd_kernel(
     tl.store(destination, dx.to(d_logits.dtype.element_ty), mask=inside)
 
 
+class RowQuestion(NamedTuple):
+    """What is asked of rows of logits: their targets, the transform, which statistics."""
+
+    targets: torch.Tensor  # (N,) contiguous
+    temperature: float | torch.Tensor  # (N,) contiguous, of tokens
+    softcap: float | None
+    scale: float
+    ignore_index: int
+    entropy: bool
+    with_stats: Sequence[str] = ()
+
+    @property
+    def asked(self) -> dict[str, bool]:
+        names = ("is_top1", "mean_logit", "log_sum_sq_probs")
+        top1, mean, squares = (name in self.with_stats for name in names)
+        return {
+            "WITH_ENTROPY": self.entropy,
+            "WITH_TOP1": top1,
+            "WITH_MEAN": mean,
+            "WITH_SQUARES": squares,
+        }
+
+    @property
+    def planes(self) -> int:
+        """How many numbers a split of a row has."""
+        asked = self.asked
+        return 2 + sum(asked.values()) + asked["WITH_TOP1"]
+
+    @property
+    def constants(self) -> list[float]:
+        """What no columns at all say of a row: the numbers of its message."""
+        asked, nothing = self.asked, -float("inf")
+        further = [0.0] * asked["WITH_ENTROPY"] + [nothing, nothing] * asked["WITH_TOP1"]
+        further += [0.0] * (asked["WITH_MEAN"] + asked["WITH_SQUARES"])
+        return [nothing, 0.0, *further, nothing]
+
+    def room(self, like: torch.Tensor, acc: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Make room for the statistics, (N,) each or empty."""
+        asked = tuple(self.asked.values())
+        wanted = (True, asked[0], True, True, True, *asked[1:])
+        dtypes = (acc, acc, acc, acc, acc, torch.bool, acc, acc)
+        rows = self.targets.shape[0]
+        return tuple(
+            like.new_empty(rows if want else 0, dtype=dtype)
+            for want, dtype in zip(wanted, dtypes, strict=True)
+        )
+
+
 @on_their_device
 def token_stats_forward(
     logits: torch.Tensor,
@@ -336,51 +508,95 @@ def token_stats_forward(
     Returns logprob, entropy, lse, peak, log_norm, is_top1, mean_logit and log_sum_sq_probs, each
     (N,); the entropy and the last three are empty unless asked for.
     """
+    question = RowQuestion(targets, temperature, softcap, scale, ignore_index, entropy, with_stats)
+    partials = _partials(logits, question)
+    _, rows, splits = partials.shape
+    return _combined(logits, question, partials, (rows * splits, splits, 1), splits)
+
+
+@on_their_device
+def token_stats_message(logits: torch.Tensor, question: RowQuestion) -> torch.Tensor:
+    """Launch K1 on some columns of the vocabulary, logits (outer, inner, V), V > 0, and merge the
+    splits of each row: (P + 1, N).
+
+    Targets count from the first of these columns, and may lie before or after them.
+    """
+    partials = _partials(logits, question)
+    planes, rows, splits = partials.shape
+    message = partials.new_empty(planes + 1, rows)
+    transform, token_temperature = transform_options(
+        question.temperature, question.softcap, question.scale, logits
+    )
+    padded = triton.next_power_of_2(splits)
+    block = max(1, 128 // padded)
+    _token_stats_merge_kernel[(triton.cdiv(rows, block),)](
+        logits, question.targets, token_temperature, partials, message,
+        rows, logits.shape[1], *strides(logits), logits.shape[2], splits, question.ignore_index,
+        **transform, **question.asked,
+        SPLITS_PADDED=padded, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+    return message
+
+
+@on_their_device
+def token_stats_of_messages(
+    messages: torch.Tensor, question: RowQuestion
+) -> tuple[torch.Tensor, ...]:
+    """Combine messages (W, P + 1, N) of W ranks, in their order: what `token_stats_forward`
+    returns, but for the mean logit, which is the sum of the logits.
+    """
+    ranks, planes, rows = messages.shape
+    nowhere = messages.view(1, -1, 1)  # no logits are read
+    return _combined(
+        nowhere, question, messages, (rows, 1, planes * rows), ranks, of_ranks=True
+    )  # fmt: skip
+
+
+def _partials(logits: torch.Tensor, question: RowQuestion) -> torch.Tensor:
+    """Launch K1: (P, N, S) numbers of each split."""
     outer, inner, vocab = logits.shape
     rows = outer * inner
     plan = row_plan("token_stats", vocab, logits.dtype)
     width = _TILES_PER_SPLIT * plan.tile
     splits = triton.cdiv(vocab, width)
     acc = torch.promote_types(logits.dtype, torch.float32)
-    names = ("is_top1", "mean_logit", "log_sum_sq_probs")
-    top1, mean, squares = (name in with_stats for name in names)
-    planes = 2 + entropy + 2 * top1 + mean + squares
-    partials = logits.new_empty((planes, rows, splits), dtype=acc)
-    asked = (True, entropy, True, True, True, top1, mean, squares)
-    dtypes = (acc, acc, acc, acc, acc, torch.bool, acc, acc)
-    stats = tuple(
-        logits.new_empty(rows if wanted else 0, dtype=dtype)
-        for wanted, dtype in zip(asked, dtypes, strict=True)
+    partials = logits.new_empty((question.planes, rows, splits), dtype=acc)
+    transform, token_temperature = transform_options(
+        question.temperature, question.softcap, question.scale, logits
     )
-    transform, token_temperature = transform_options(temperature, softcap, scale, logits)
-    sources = (logits, targets, token_temperature, partials)
-    shape = (rows, inner, *strides(logits), vocab, splits, ignore_index)
-    options = {
-        **transform,
-        "WITH_ENTROPY": entropy,
-        "WITH_TOP1": top1,
-        "WITH_MEAN": mean,
-        "WITH_SQUARES": squares,
-    }
     _token_stats_fwd_kernel[(rows * splits,)](
-        *sources,
-        *shape,
-        **options,
-        WIDTH=width,
-        **plan.sweep_options(),
+        logits, question.targets, token_temperature, partials,
+        rows, inner, *strides(logits), vocab, splits, question.ignore_index,
+        **transform, **question.asked,
+        WIDTH=width, **plan.sweep_options(),
+    )  # fmt: skip
+    return partials
+
+
+def _combined(
+    logits: torch.Tensor,
+    question: RowQuestion,
+    partials: torch.Tensor,
+    partial_strides: tuple[int, int, int],  # of a plane, a row, a split
+    splits: int,
+    *,
+    of_ranks: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Launch the second, tiny part of K1, on splits of this device or of several ranks."""
+    rows = question.targets.shape[0]
+    stats = question.room(logits, partials.dtype)
+    transform, token_temperature = transform_options(
+        question.temperature, question.softcap, question.scale, logits
     )
     padded = triton.next_power_of_2(splits)
     block = max(1, 128 // padded)
     _token_stats_combine_kernel[(triton.cdiv(rows, block),)](
-        *sources,
-        *stats,
-        *shape,
-        **options,
-        SPLITS_PADDED=padded,
-        BLOCK=block,
-        num_warps=1,
-        **ASSERTING,
-    )
+        logits, question.targets, token_temperature, partials, *stats,
+        rows, logits.shape[1], *strides(logits), logits.shape[2], *partial_strides, splits,
+        question.ignore_index,
+        **transform, **question.asked, OF_RANKS=of_ranks,
+        SPLITS_PADDED=padded, BLOCK=block, num_warps=1, **ASSERTING,
+    )  # fmt: skip
     return stats
 
 

@@ -53,6 +53,7 @@ CALLS = {
     "shaped_rewards": {
         "scores": SUMS, "logprobs": LP, "ref_logprobs": LP, "mask": MASK, "kl_coef": 0.1,
     },
+    "global_normalizer": {"mask": MASK},
     "group_advantages": {"rewards": SUMS, "groups": torch.tensor([0, 0])},
     "kl_penalty": {"logprobs": LP, "ref_logprobs": LP},
     "reward_loss": {"chosen_scores": SUMS, "rejected_scores": SUMS},

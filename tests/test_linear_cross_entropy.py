@@ -127,6 +127,18 @@ def test_reductions(loss, reduction, weights) -> None:
     assert_right(NEEDS["all"], torch.float64, weights=upstream, reduction=reduction, **LOSSES[loss])
 
 
+@pytest.mark.parametrize("normalizer", [7, 7.0, torch.tensor(7), torch.tensor(7.0)])
+def test_a_normalizer_replaces_the_number_of_tokens(normalizer) -> None:
+    tensors, targets = inputs()
+    total = linear_cross_entropy(*tensors[:2], targets, reduction="sum")
+    found = linear_cross_entropy(*tensors[:2], targets, normalizer=normalizer)
+    assert torch.equal(found, total / 7)
+    for gradient, of_sum in zip(
+        *(autograd.grad(x, tensors[:2]) for x in (found, total)), strict=True
+    ):
+        torch.testing.assert_close(gradient, of_sum / 7, rtol=1e-14, atol=0)
+
+
 def test_without_any_target_the_loss_and_its_gradient_are_zero() -> None:
     tensors, targets = inputs()
     for options in LOSSES.values():
@@ -218,6 +230,9 @@ def test_a_second_derivative_and_transforms_are_refused() -> None:
         ({"label_smoothing": "a lot"}, TypeError, "^label_smoothing: expected a number"),
         ({"z_loss": -1.0}, ValueError, "^z_loss: expected a number of at least 0"),
         ({"reduction": "batchmean"}, ValueError, "^reduction: expected one of mean, sum, none"),
+        ({"reduction": "sum", "normalizer": 2}, ValueError, "^normalizer: expected None .*'sum'"),
+        ({"normalizer": 0}, ValueError, "^normalizer: expected a positive"),
+        ({"normalizer": torch.ones(2)}, ValueError, "^normalizer: expected a number or a 0-d"),
         ({"reduction": None}, TypeError, "^reduction: expected a string"),
         ({"targets": torch.zeros(2, 9, dtype=torch.long)}, ValueError, "^targets: expected shape"),
         ({"weight": torch.zeros(37, 5)}, ValueError, "^hidden: expected shape"),

@@ -5,9 +5,13 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -800,23 +804,50 @@ assert not torch.distributed.is_initialized()
 """
 
 
+def run_in_two_processes(script: Path, *arguments: str) -> list[str]:
+    """Run a script as torchrun would, and return what each process showed.
+
+    Not by torchrun, whose processes look each other up by the name of the machine, which need not
+    be one that is found; and nothing here waits for longer than it says.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_WAIT_POLICY": "passive",  # with which the script is not executed once more
+    }  # fmt: skip
+    with ExitStack() as stack:
+        shown, processes = [], []
+        for rank in ("0", "1"):
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            process = subprocess.Popen(
+                [sys.executable, str(script), *arguments], stdout=output, stderr=subprocess.STDOUT,
+                env=environment | {"RANK": rank, "LOCAL_RANK": rank}, cwd=script.parent,
+            )  # fmt: skip
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # which comes first
+            shown.append(output)
+            processes.append(process)
+        end = time.monotonic() + 600
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, end - time.monotonic()))
+        texts = []
+        for output in shown:
+            output.seek(0)
+            texts.append(output.read())
+        codes = [process.poll() for process in processes]
+    assert codes == [0, 0], "\n".join(text[-4000:] for text in texts)
+    return texts
+
+
 def test_two_processes_train_one_policy(model_folder, tmp_path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
     # On a CPU, `accelerate launch` starts one process alone, however many it is asked for.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(script), str(model_folder), str(tmp_path)]
-    # With a policy of waiting the script is not executed once more.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with subprocess.Popen(
-        command, env=environment, cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        try:
-            shown, errors = process.communicate(timeout=300)
-        finally:
-            process.terminate()  # which torchrun passes on; a kill would leave its processes
-    assert process.returncode == 0, errors[-4000:]
+    shown = run_in_two_processes(script, str(model_folder), str(tmp_path))
     first, second = (
         json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)
     )
@@ -848,4 +879,4 @@ def test_two_processes_train_one_policy(model_folder, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"--resume: .* has 2 processes, this one 1"):
         again = {"steps": 2, "eval_prompts": 3, "batch_size": 4}
         Run("dpo", options_of(model_folder, output, resume=True, **again))
-    assert shown.count("Curves and figures in") == 1  # one process speaks
+    assert "".join(shown).count("Curves and figures in") == 1  # one process speaks

@@ -45,6 +45,7 @@ from .model_inputs import (
 )
 from .packing import check_restarts, packed_inputs
 from .stand_in import StandIn, logits_of
+from .tensor_parallel import own_columns
 
 IGNORED = -100  # the target of a token that is not scored
 _COMPARED_TOKENS = 4
@@ -216,10 +217,12 @@ class _Worker:
             hidden.requires_grad_()
         head = Head(weights, self.parts.bias, matmul_dtype(hidden))
         with evaluating(self.module):  # the dropout of adapters would differ each time
-            logits = own(hidden.unsqueeze(0))[0]
+            logits = own_columns(own(hidden.unsqueeze(0))[0], self.parts.part)
             wide = with_adapters(self.parts, hidden)[0]
         with torch.autocast(hidden.device.type, enabled=False):
             expected = head.logits(wide.to(head.dtype).to(head.operands))
+        if expected.numel() == 0:  # of a rank that has no columns
+            return
         weight = self.parts.weight
         eight_bit = isinstance(weight, QuantizedWeight) and weight.table is None
         half = logits.dtype in (torch.bfloat16, torch.float16)

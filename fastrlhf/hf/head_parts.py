@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.linear_head import QuantizedWeight, Weight
+from fastrlhf.ops.sharded import head_part, is_dtensor
+from fastrlhf.ops.vocabulary_part import VocabularyPart
 
 
 class Adapter(NamedTuple):
@@ -32,6 +34,7 @@ class HeadParts(NamedTuple):
     weight: Weight
     bias: Tensor | None
     adapters: list[Adapter]
+    part: VocabularyPart | None = None  # which rows this rank has, where they are spread over ranks
 
 
 def base_model(model: Any) -> Any:
@@ -122,6 +125,8 @@ def head_parts(module: Any) -> HeadParts | None:
             f"model: its head is a {type(module).__module__}.{type(module).__name__}, of which "
             "fastrlhf does not know what it computes; use token_stats on the model's logits"
         )
+    if is_tensor_parallel(module):
+        return _tensor_parallel(module)
     return HeadParts(_whole(module.weight), module.bias, [])
 
 
@@ -156,9 +161,9 @@ def parts_within_call(module: Any) -> HeadParts | None:
     except _NotWholeError as error:
         if isinstance(module, nn.Linear):
             raise RuntimeError(
-                "model: the weight of its head is sharded or empty in the call of the head too, as "
-                "with tensor parallelism, which fastrlhf does not know; use token_stats on the "
-                "model's logits"
+                "model: the weight of its head is sharded or empty in the call of the head too, in "
+                "another way than tensor parallelism over the vocabulary (Shard(0) on a mesh of "
+                f"its own), which fastrlhf knows; use token_stats on the model's logits ({error})"
             ) from error
         return None
 
@@ -180,6 +185,23 @@ def gathers_its_parts(module: nn.Module) -> bool:
 def _comes_and_goes(parameter: Tensor) -> bool:
     """Whether ZeRO-3 of DeepSpeed holds a parameter for the calls of its own module only."""
     return hasattr(parameter, "ds_status") and not getattr(parameter, "ds_persist", False)
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Whether the ranks that have rows of a head's weight have the same tokens, and not a batch of
+    their own each: what torch's and transformers' tensor parallelism mark, and FSDP2 does not.
+    """
+    marks = ("_distribute_module_applied", "_is_hooked")
+    return is_dtensor(module.weight) and any(getattr(module, mark, False) for mark in marks)
+
+
+def _tensor_parallel(module: Any) -> HeadParts:
+    """Read the rows that this rank has of a head."""
+    try:
+        head = head_part(torch.empty(0), [module.weight], module.bias, None, None)
+    except ValueError as error:
+        raise _NotWholeError(f"model: of its head, {error}") from error
+    return HeadParts(head.weights[0], head.bias, [], head.part)
 
 
 def _lora_parts(module: Any) -> HeadParts | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops.linear_head import Weight
+from fastrlhf.ops.ranks import shared_by_ranks
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 
 from .head_parts import HeadParts
@@ -32,17 +33,23 @@ def head_scorer(
         return ModuleScorer(hidden, own, found, vocab, temperature, chunk_size, impl)
     wide, weights = with_adapters(parts, hidden)
     return LinearScorer(
-        wide, weights, found.folded_bias(parts.bias), temperature, found.softcap, found.scale,
-        chunk_size, impl,
+        wide, weights, found.of_columns(parts.part).folded_bias(parts.bias), temperature,
+        found.softcap, found.scale, chunk_size, impl, part=parts.part,
     )  # fmt: skip
 
 
 def with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight]]:
-    """Widen hidden states by what the adapters make of them, and the weight by their blocks."""
+    """Widen hidden states by what the adapters make of them, and the weight by their blocks.
+
+    Where ranks share the vocabulary, each has all of an adapter, of which it takes its rows.
+    """
     blocks, weights = [hidden], [parts.weight]
     for adapter in parts.adapters:
         dtype = adapter.down.weight.dtype
         low = adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling
         blocks.append(low.to(hidden.dtype))
-        weights.append(adapter.up.weight.to(hidden.dtype))
+        up = adapter.up.weight.to(hidden.dtype)
+        if parts.part is not None:
+            up = shared_by_ranks(up, parts.part.group)[parts.part.columns]
+        weights.append(up)
     return torch.cat(blocks, dim=-1) if parts.adapters else hidden, weights

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.linear_head import Weight
+from fastrlhf.ops.sharded import is_dtensor
 
 from .head_parts import (
     HeadParts,
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class LMHead(NamedTuple):
-    """Logits are softcap·tanh(scale·(W·h + b) / softcap), or scale·(W·h + b) without a softcap."""
+    """Logits are softcap·tanh(scale·(W·h + b) / softcap), or scale·(W·h + b) without a softcap.
+
+    Of a tensor parallel head, weight and bias are DTensors, which the linear operations take.
+    """
 
     weight: Weight  # (V, H)
     bias: Tensor | None  # (V,)
@@ -129,7 +133,14 @@ class _Capture:
         self.module, self.parts = module, parts
         self.weight: Weight
         self.bias: Tensor | None
-        if parts is not None:
+        if parts is not None and parts.part is not None:
+            if parts.adapters:
+                raise TypeError(
+                    "model: an adapter around a head that is tensor parallel, which no one matrix "
+                    "holds; use model_token_stats"
+                )
+            self.weight, self.bias = module.weight, module.bias  # DTensors, which tell the part
+        elif parts is not None:
             self.weight, self.bias = parts.weight, parts.bias
             for adapter in parts.adapters:
                 dense = self.weight[0 : self.weight.shape[0]]
@@ -157,6 +168,11 @@ class _Capture:
             raise TypeError(
                 "model: its logits are capped and then added to, which the linear operations do "
                 "not know; use model_token_stats"
+            )
+        if found.offset is not None and is_dtensor(self.weight):
+            raise TypeError(
+                "model: its head is tensor parallel and its logits are added to, which the linear "
+                "operations do not know together; use model_token_stats"
             )
         return LMHead(self.weight, found.folded_bias(self.bias), found.scale, found.softcap)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.ops.vocabulary_part import VocabularyPart
 from fastrlhf.reference import capped_logits
 
 # Anything below is a word that is ruled out, not a logit.
@@ -47,6 +48,12 @@ class LogitMap(NamedTuple):
         error = torch.where(logits, (made - want).abs(), 0.0).amax(-1)
         size = torch.where(logits, want.abs(), 0.0).amax(-1)
         return bool((error <= _PRECISION * size).all())
+
+    def of_columns(self, part: VocabularyPart | None) -> "LogitMap":
+        """The same of some columns of the vocabulary."""
+        if part is None or self.offset is None:
+            return self
+        return self._replace(offset=self.offset[part.columns])
 
     def folded_bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias of a head whose logits are those of the model without an offset.

@@ -24,12 +24,18 @@ def scored_divergence(
     our entropy, a value; 0 elsewhere.
     """
     if isinstance(ours, LinearScorer) and isinstance(theirs, LinearScorer):
-        frozen = theirs._replace(
-            weights=[x.detach() if isinstance(x, Tensor) else x for x in theirs.weights],
-            bias=None if theirs.bias is None else theirs.bias.detach(),
+        frozen = _cut_as(ours, theirs)
+        frozen = frozen._replace(
+            weights=[x.detach() if isinstance(x, Tensor) else x for x in frozen.weights],
+            bias=None if frozen.bias is None else frozen.bias.detach(),
         )
         return divergence_of(
             ours, frozen, scored, direction=direction, beta=beta, sum_expected=True, entropy=entropy
+        )
+    if any(getattr(side, "part", None) is not None for side in (ours, theirs)):
+        raise ValueError(
+            "teacher: expected heads of which both are known as matrices, where one of them is "
+            "tensor parallel"
         )
     temperatures = None
     if isinstance(ours.temperature, Tensor):
@@ -65,3 +71,25 @@ def scored_divergence(
         for part in parts.unbind(-1)
     )
     return values, entropies[0].detach() if entropy else None
+
+
+def _cut_as(ours: LinearScorer, theirs: LinearScorer) -> LinearScorer:
+    """The rows of a frozen head that this rank has of ours, where ranks share the vocabulary.
+
+    Raises:
+        ValueError: a head that is cut among ranks otherwise.
+    """
+    if theirs.part == ours.part:
+        return theirs
+    dense = [weight for weight in theirs.weights if isinstance(weight, Tensor)]
+    if theirs.part is not None or ours.part is None or len(dense) < len(theirs.weights):
+        raise ValueError(
+            "teacher: expected a head that is cut among ranks as that of the model, or whole and "
+            "not quantized where the model's is cut"
+        )
+    rows = ours.part.columns
+    return theirs._replace(
+        weights=[weight[rows] for weight in dense],
+        bias=None if theirs.bias is None else theirs.bias[rows],
+        part=ours.part,
+    )

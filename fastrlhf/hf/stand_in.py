@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastrlhf.ops.backend import outside_of_graphs, under_transform
 
 from .logit_map import LogitMap, fit, known_rows
+from .tensor_parallel import of_all_ranks, plain_tensors, this_ranks
 
 Work = Callable[[Tensor, Callable[..., Tensor]], tuple[Tensor, int]]
 
@@ -73,9 +74,11 @@ class StandIn:
             # ProphetNet's decoder has several streams, of which the first makes the logits: only
             # for the first are rows sent on, so that a model that takes another one fails.
             hidden = hidden[:, 0]
-        self.made, vocab = self.work(hidden, self.own_forward)
+        hidden, own_forward, as_given = plain_tensors(hidden, self.own_forward)
+        self.made, vocab = self.work(hidden, own_forward)
         self.rows = known_rows(vocab, hidden.dtype, hidden.device)
-        return tied(self.rows.view(*(1,) * (streams + 1), *self.rows.shape), self.made)
+        sent = as_given(self.rows.view(*(1,) * (streams + 1), *self.rows.shape))
+        return tied(sent, self.made)
 
     def result(self, logits: Tensor) -> Tensor:
         """The work's result, once the model has made something of what its head returned."""
@@ -84,7 +87,7 @@ class StandIn:
                 f"model: the forward of {self.name} does not call the module of its output "
                 "embeddings; use token_stats on its logits"
             )
-        return tied(self.made, logits)
+        return tied(self.made, this_ranks(logits))
 
     def check(self, made: Tensor, expected: LogitMap) -> LogitMap:
         """The map from the head's logits to the model's: the expected one, if it still holds.
@@ -92,11 +95,10 @@ class StandIn:
         Raises:
             RuntimeError: a model that does to its logits what no map says.
         """
-        rows = self.rows
+        rows, trained = self.rows, _is_trained(made)
+        made = of_all_ranks(made.detach(), self.module, rows.shape[-1])
         if made.shape == (1, *rows.shape):
-            made = made[0]
-            trained = _is_trained(made)
-            made = made.detach().to(rows)
+            made = made[0].to(rows)
             if not trained and expected.agrees(rows, made):
                 return expected
             found = None if trained else fit(rows, made)

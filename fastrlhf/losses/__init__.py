@@ -7,6 +7,7 @@ from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
 from .policy import grpo_loss, grpo_options, policy_loss, ppo_loss
 from .preference import dpo_loss
+from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .reward import plackett_luce_loss, reward_loss
 from .sequences import sequence_logprobs
@@ -16,6 +17,7 @@ from .value import value_loss
 __all__ = [
     "cpo_loss",
     "dpo_loss",
+    "global_normalizer",
     "group_advantages",
     "grpo_loss",
     "grpo_options",

@@ -23,12 +23,21 @@ from fastrlhf.ops.checks import (
     check_shape,
     known_on_host,
 )
+from fastrlhf.ops.ranks import (
+    Group,
+    check_group,
+    concatenated,
+    shared_by_ranks,
+    sum_over_ranks,
+)
 from fastrlhf.reference import accumulation_dtype
 
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce++")
 
 
-def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+def whiten(
+    x: Tensor, mask: Tensor, *, shift_mean: bool = True, group: Group | None = None
+) -> Tensor:
     """Scale the entries of the mask to variance 1, and shift them to mean 0.
 
     Eager equivalent: `(x - x[mask].mean()) * (x[mask].var() + 1e-8).rsqrt()`, plus the mean again
@@ -38,25 +47,34 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         x: (B, T), or any shape.
         mask: the same shape, bool or 0/1; entries outside can hold anything.
         shift_mean: whether the mean becomes 0, or stays.
+        group: torch.distributed group whose ranks have parts of the batch, of whatever shapes: mean
+            and variance are those of all; None: of x alone.
 
     Returns:
         The shape of x, fp32 (fp64 for fp64); 0 outside of the mask. A single entry has variance 0.
 
-    Differentiable. Raises TypeError, ValueError for dtypes, shapes or devices that do not fit.
+    Differentiable; with a group, the gradient is that of the sum of the ranks' losses. Raises
+    TypeError, ValueError for dtypes, shapes or devices that do not fit, and for a wrong group.
     """
     check_floating("x", x)
     check_mask("mask", mask)
     check_bool("shift_mean", shift_mean)
+    check_group(group)
     check_shape("mask", mask, tuple(x.shape), "the shape of x")
     check_same_device("mask", mask, "x", x)
     inside = mask != 0
     x = torch.where(inside, x, 0.0).to(accumulation_dtype(x.dtype))
-    count = inside.sum()
-    mean = x.sum() / count.clamp(min=1)
+    count = sum_over_ranks(inside.sum(), group)
+
+    def over_batch(entries: Tensor, divisor: Tensor) -> Tensor:
+        return sum_over_ranks(entries.sum(), group) / divisor.clamp(min=1)
+
+    mean = shared_by_ranks(over_batch(x, count), group)
     # The rounding of the mean of large entries is all that is left of equal ones: once more.
-    mean = mean + torch.where(inside, x - mean, 0.0).sum() / count.clamp(min=1)
+    rest = over_batch(torch.where(inside, x - mean, 0.0), count)
+    mean = mean + shared_by_ranks(rest, group)
     centred = torch.where(inside, x - mean, 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    variance = shared_by_ranks(over_batch(centred.square(), count - 1), group)
     scaled = centred * torch.rsqrt(variance + 1e-8)
     return scaled if shift_mean else torch.where(inside, scaled + mean, 0.0)
 
@@ -95,6 +113,8 @@ def shaped_rewards(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown estimator.
 
+    Every sequence has all of its tokens here: there is no group, see `fastrlhf.losses.ranks`.
+
     Source: 2203.02155 (InstructGPT), 2009.01325.
     """
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens)
@@ -112,12 +132,17 @@ def shaped_rewards(
 
 @torch.no_grad()
 def group_advantages(
-    rewards: Tensor, groups: Tensor, *, kind: str = "grpo", valid: Tensor | None = None
+    rewards: Tensor,
+    groups: Tensor,
+    *,
+    kind: str = "grpo",
+    valid: Tensor | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """Compute the advantage of each sequence over the others that answer the same prompt.
 
-    Call it once on all that was sampled, of every rank, before that is cut into minibatches: a
-    group that is cut has another mean, and a group of one has no advantage at all.
+    Call it once on all that was sampled, with a `group` that of every rank, before that is cut into
+    minibatches: a group that is cut has another mean, and a group of one has no advantage at all.
 
     Eager equivalent, for the rewards R of one group, μ their mean, σ their sample standard
     deviation (n - 1) and n their number::
@@ -135,13 +160,18 @@ def group_advantages(
             crashed), gets 0 and counts nowhere. None: all are. Of those that count, a reward that
             is not finite makes its group NaN; for reinforce++, where it would make the batch NaN,
             it is an error on the CPU.
+        group: torch.distributed group whose ranks have parts of the batch, of any B each: rewards
+            of one dtype, and groups that are the same where the prompt is, on whatever rank. The
+            host waits for the sizes. None: this process has all.
 
     Returns:
         (B,) fp32 (fp64 for fp64 rewards), not differentiable. A group of equal rewards gets exactly
-        0, so that the fused losses do not read its tokens; so does a group of one.
+        0, so that the fused losses do not read its tokens; so does a group of one. Over ranks, each
+        has its part of what one process gets for all, in their order, in the same bits.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown kind.
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown kind; a group
+            that is none, or without this process.
 
     Source: 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++).
     """
@@ -152,7 +182,11 @@ def group_advantages(
     check_shape("groups", groups, tuple(rewards.shape), "the shape of rewards")
     check_same_device("groups", groups, "rewards", rewards)
     check_one_of("kind", kind, ADVANTAGES)
-    counts = _counting(rewards, valid)
+    counts, own = _counting(rewards, valid), slice(None)
+    if check_group(group) is not None:
+        parts = (rewards, groups.long(), counts.to(torch.uint8))
+        (rewards, groups, counts), own = concatenated(parts, group)
+        counts = counts != 0
     rewards = torch.where(counts, rewards.to(accumulation_dtype(rewards.dtype)), 0.0)
     if kind == "reinforce++":
         _check_one_group_is_finite(rewards)
@@ -170,7 +204,7 @@ def group_advantages(
         centred = centred / (variance.sqrt() + 1e-4)
     elif kind == "rloo":
         centred = centred * count / (count - 1).clamp(min=1)
-    return centred[order.argsort()]
+    return centred[order.argsort()][own]
 
 
 def _counting(rewards: Tensor, valid: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.ranks import OverRanks
 from fastrlhf.ops.checks import (
     check_counts,
     check_floating,
@@ -13,19 +14,33 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.layout import layout_of
+from fastrlhf.ops.ranks import Group, check_group
 from fastrlhf.reference import ROWS, Layout
 
 
 def check_tokens(
-    name: str, logps: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None
+    name: str,
+    logps: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None = None,
+    group: Group | None = None,
 ) -> Layout:
-    """Check numbers of tokens and which of them count, and return how they lie."""
+    """Check numbers of tokens and which of them count, and return how they lie, with a group over
+    its ranks.
+    """
     check_floating(name, logps)
     check_mask("mask", mask)
     layout = layout_of(name, logps, cu_seqlens, rows="(B, T) with a mask")
     check_shape("mask", mask, tuple(logps.shape), f"the shape of {name}")
     check_same_device("mask", mask, name, logps)
-    return layout
+    if check_group(group) is None:
+        return layout
+    if logps.ndim == 1:  # on one rank, N may be B
+        raise ValueError(
+            f"{name}: expected packed tokens (1, N) with a group, for (N,) could be taken for (B,) "
+            f"of sequences, got {tuple(logps.shape)}"
+        )
+    return OverRanks(layout, group)
 
 
 def check_pairs(
@@ -35,11 +50,12 @@ def check_pairs(
     yl_idxs: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None = None,
+    group: Group | None = None,
 ) -> Layout:
     """Check sequence log-probs, or with a mask token log-probs, and the indices of pairs into
     them. Returns how the tokens lie, if there are any.
     """
-    layout = ROWS if mask is None else check_tokens(name, logps, mask, cu_seqlens)
+    layout = ROWS if mask is None else check_tokens(name, logps, mask, cu_seqlens, group)
     check_floating(name, logps)
     if mask is None and logps.ndim != 1:
         hint = (

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops import ChunkStats, Weight
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_at_least, check_between, check_ignore_index, check_one_of
-from fastrlhf.ops.linear_arguments import check_head
-from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.ops.ranks import Group
+from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
 from fastrlhf.ops.summed_gradient import with_summed_gradient
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -55,6 +56,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -62,6 +64,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of the logits that a linear head gives, without building them.
 
@@ -75,12 +78,16 @@ def linear_cross_entropy(
         loss += z_loss * logits.logsumexp(-1)[targets != ignore_index].square().mean()
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, chunk_size, impl:
-            as `linear_token_stats`.
+        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, chunk_size, impl,
+            group: as `linear_token_stats`; where ranks share the vocabulary, the loss is the same
+            on every rank.
         label_smoothing: share ε in [0, 1] of the label that all words have alike.
         z_loss: factor ζ ≥ 0 of the squared log-sum-exp of each token, which keeps logits from
             drifting (1e-4 in 2204.02311).
         reduction: "mean" over the tokens with a target, "sum", or "none".
+        normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
+            number of tokens in the mean, for batches that are spread over steps or devices; see
+            `global_normalizer`.
 
     Returns:
         0-d in nats, or with "none" (...), 0 for ignored tokens; fp32 (fp64 for fp64 hidden states).
@@ -100,17 +107,22 @@ def linear_cross_entropy(
     Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5.
     """
     check_one_of("reduction", reduction, _REDUCTIONS)
+    normalizer = check_reduction("token-mean", normalizer)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer: expected None for reduction {reduction!r}, which is no mean")
     options = CrossEntropy(label_smoothing, z_loss).checked()
     ignore_index = check_ignore_index(ignore_index)
-    check_head(hidden, [weight], bias)
     refuse_transforms("linear_cross_entropy", "F.cross_entropy of the logits")
-    scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
+    scorer = linear_scorer(
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
+    )  # fmt: skip
     total, found = summed_cross_entropy(scorer, targets, options, ignore_index=ignore_index)
     if reduction == "sum":
         return total
     live = targets != ignore_index
     if reduction == "mean":
-        return total / live.sum().clamp(min=1)
+        by = live.sum().clamp(min=1) if normalizer is None else normalizer
+        return total / (by.detach().to(total) if isinstance(by, Tensor) else by)
     losses = total.detach().new_zeros(targets.shape)
     if found:
         losses = losses.view(-1).index_put((found["token"],), found["losses"]).view(targets.shape)

@@ -34,8 +34,9 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.layout import layout_of
-from fastrlhf.ops.linear_arguments import check_head
-from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.ops.ranks import Group
+from fastrlhf.ops.scorer import Scorer, linear_scorer
+from fastrlhf.ops.sharded import is_dtensor
 from fastrlhf.ops.targets import MASKED_OUT
 from fastrlhf.ops.token_stats import checked_logits
 from fastrlhf.ops.transform import temperatures_of_layout
@@ -57,6 +58,7 @@ def logits_policy_loss(
     scale: float = 1.0,
     inplace_backward: bool = False,
     impl: str = "auto",
+    group: Group | None = None,
     **policy_options: Any,
 ) -> tuple[Tensor, Metrics]:
     """Compute `policy_loss` and its gradient from logits, in one launch.
@@ -78,7 +80,8 @@ def logits_policy_loss(
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, what is (B, T) is (N,) or (1, N), and logits are (N, V) or (1, N, V).
         entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
-        temperature, softcap, scale, impl: as `token_stats`.
+        temperature, softcap, scale, impl, group: as `token_stats`, with a vocabulary that ranks
+            share, or logits that are a DTensor; the loss is the same on every rank.
         inplace_backward: let the gradient overwrite the logits, where their memory does not overlap
             itself. It is computed along with the loss, so the logits are spent once this function
             returns (on a GPU; the eager backend spends them backward): whatever else needs them has
@@ -100,8 +103,8 @@ def logits_policy_loss(
     once. Backward hands the gradient on if its upstream is 1, and otherwise scales it: a factor for
     gradient accumulation costs less as a normalizer. Without gradients, the logits are read once. A
     ratio of sequences needs all log-probs before the first gradient: it takes `token_stats` and its
-    backward, as do fp16 logits, whose gradient must be scaled before it is rounded, and the eager
-    backend.
+    backward, as do fp16 logits, whose gradient must be scaled before it is rounded, a vocabulary
+    that ranks share, and the eager backend.
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
@@ -113,18 +116,19 @@ def logits_policy_loss(
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
     temperature = temperatures_of_layout(temperature, targets, layout)
-    transform = checked_logits(logits, targets, temperature, softcap, scale)
+    shared = group is not None or is_dtensor(logits)
+    transform = checked_logits(logits, targets, temperature, softcap, scale, may_be_empty=shared)
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
         with_entropy=with_entropy, layout=layout,
     )  # fmt: skip
-    targets = _active_targets(targets, batch, logits.shape[-1])
+    targets = _active_targets(targets, batch, None if shared else logits.shape[-1])
     one_launch = (
         torch.is_grad_enabled() and logits.requires_grad and options.ratio_level == "token"
         # The scale that keeps fp16 gradients from vanishing comes with the backward.
-        and logits.dtype != torch.float16
+        and logits.dtype != torch.float16 and not shared
     )  # fmt: skip
     if use_triton(impl, logits) and one_launch and not under_transform():
         loss, logprobs, entropies = policy_loss(
@@ -136,6 +140,7 @@ def logits_policy_loss(
     stats = token_stats(
         logits, targets, temperature=temperature, softcap=softcap, scale=scale,
         ignore_index=MASKED_OUT, entropy=with_entropy, inplace_backward=inplace_backward, impl=impl,
+        group=group,
     )  # fmt: skip
     loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
     return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
@@ -159,6 +164,7 @@ def linear_policy_loss(
     scale: float = 1.0,
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
     **policy_options: Any,
 ) -> tuple[Tensor, Metrics]:
     """Compute `policy_loss` from hidden states and the weight of the head: no logits are built.
@@ -177,7 +183,8 @@ def linear_policy_loss(
         targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, entropy,
             **policy_options: as `logits_policy_loss`.
         cu_seqlens: as `logits_policy_loss`, with hidden states (N, H) or (1, N, H).
-        bias, temperature, softcap, scale, chunk_size, impl: as `linear_token_stats`.
+        bias, temperature, softcap, scale, chunk_size, impl, group: as `linear_token_stats`; where
+            ranks share the vocabulary, the loss is the same on every rank.
 
     Returns:
         loss and metrics, as `policy_loss`.
@@ -195,17 +202,18 @@ def linear_policy_loss(
     """
     options = PolicyOptions.parse("linear_policy_loss", policy_options)
     check_bool("entropy", entropy)
-    check_head(hidden, [weight], bias)
+    scorer = linear_scorer(
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
+    )  # fmt: skip
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
-    temperature = temperatures_of_layout(temperature, targets, layout)
+    scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
         with_entropy=with_entropy, layout=layout,
     )  # fmt: skip
-    scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
     return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
 
 
@@ -257,9 +265,10 @@ def policy_loss_of(
     return loss, policy_metrics(options, batch, of_all("logprob"), entropies)
 
 
-def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int) -> Tensor:
+def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int | None) -> Tensor:
     """Targets (B, T) of the active tokens, all others ignored."""
-    if not torch.compiler.is_compiling() and not is_batched(targets, batch.mask):
+    hidden_from_us = torch.compiler.is_compiling() or is_batched(targets, batch.mask)
+    if vocab is not None and not hidden_from_us:
         wanted = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
         check_indices_on_host("targets", wanted, vocab, what)

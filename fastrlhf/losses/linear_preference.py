@@ -25,7 +25,8 @@ from fastrlhf.ops.checks import (
     wide_integers,
 )
 from fastrlhf.ops.layout import layout_of
-from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.ops.ranks import Group
+from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
 from fastrlhf.ops.summed_gradient import with_summed_gradient
 from fastrlhf.ops.transform import temperatures_of_layout
 from fastrlhf.reference import Layout
@@ -69,6 +70,7 @@ def linear_dpo_loss(
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `dpo_loss`, or a reference-free loss, from hidden states and the weight of the head.
 
@@ -92,7 +94,9 @@ def linear_dpo_loss(
         label_smoothing, discopop_tau: as `dpo_loss`; cpo takes label_smoothing too.
         gamma: target margin of simpo.
         alpha: weight of the likelihood in cpo.
-        bias, temperature, softcap, scale, ignore_index, chunk_size, impl: as `linear_token_stats`.
+        bias, temperature, softcap, scale, ignore_index, chunk_size, impl, group: as
+            `linear_token_stats`; where ranks share the vocabulary, losses are the same on every
+            rank.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, what is (B, T) is (N,) or (1, N), and hidden (N, H) or (1, N, H). A ref_logps of
             the shape of targets is of tokens.
@@ -116,14 +120,16 @@ def linear_dpo_loss(
 
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
     """
+    scorer = linear_scorer(
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
+    )  # fmt: skip
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
     pair_loss = checked_pair_loss(
         loss_type, ref_logps, yw_idxs, yl_idxs, beta, layout, label_smoothing=label_smoothing,
         discopop_tau=discopop_tau, gamma=gamma, alpha=alpha, impl=impl,
     )  # fmt: skip
-    temperature = temperatures_of_layout(temperature, targets, layout)
-    scorer = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
+    scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
     ignore_index = check_ignore_index(ignore_index)
     return preference_loss_of(scorer, wide_integers(targets), pair_loss, ignore_index=ignore_index)
 

@@ -20,6 +20,7 @@ from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.surrogates import SURROGATES
 from fastrlhf.ops import PolicyTokens
 from fastrlhf.ops.checks import check_floating, check_one_of, check_same_device, check_shape
+from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
 
 Metrics = dict[str, Tensor]
@@ -46,6 +47,7 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
     cu_seqlens: Tensor | None = None,
+    group: Group | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Compute a policy-gradient loss with its KL penalty and entropy bonus, reduced to one number.
 
@@ -83,11 +85,14 @@ def policy_loss(
             divided by normalizer. Means over sequences count all B.
         normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
             denominator: of tokens for token-mean, of sequences for the sequence reductions. Give
-            the count of the global batch, where a batch is spread over steps or devices.
+            the count of the global batch, where a batch is spread over steps or devices: see
+            `global_normalizer`.
         sapo_temperatures: τ where A > 0, and where not.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, what is (B, T) is (N,) or (1, N); advantages and rollout_weights of that shape are
             of tokens, others of sequences.
+        group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
+            `fastrlhf.losses.ranks`; None: all are here.
 
     Returns:
         loss: 0-d, fp32 (fp64 for fp64 log-probs).
@@ -104,7 +109,7 @@ def policy_loss(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an option out of range; a
-            missing ref_logprobs, entropy or normalizer.
+            missing ref_logprobs, entropy or normalizer; a group that is none.
 
     Source: 1707.06347 Eq. 7; dual clip 1912.09729; 2507.18071 Eq. 5 to 7; 2506.13585; 2511.20347.
     """
@@ -112,7 +117,7 @@ def policy_loss(
         surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef, kl_estimator,
         entropy_coef, reduction, normalizer, sapo_temperatures,
     ).checked()  # fmt: skip
-    layout = check_tokens("logprobs", logprobs, mask, cu_seqlens)
+    layout = check_tokens("logprobs", logprobs, mask, cu_seqlens, group)
     if entropy is not None:
         check_floating("entropy", entropy)
         check_shape("entropy", entropy, tuple(mask.shape), "the shape of mask")
@@ -213,7 +218,7 @@ def reduced_loss(
     """Sum the weighted losses of all tokens, from log-probs that are 0 outside the mask."""
     log_ratio = _log_ratio(options, batch, logprobs)
     losses = token_losses(options, batch.tokens, logprobs, entropy, log_ratio)
-    return (losses * batch.tokens.weights).sum()
+    return batch.layout.total(losses * batch.tokens.weights)
 
 
 def token_losses(
@@ -261,7 +266,7 @@ def policy_metrics(
     options: PolicyOptions, batch: PolicyBatch, logprobs: Tensor, entropy: Tensor | None
 ) -> Metrics:
     """Compute the metrics of `policy_loss` from log-probs, which inactive tokens need not have."""
-    mask, scored, active, tokens, _ = batch
+    mask, scored, active, tokens, layout = batch
     logprobs = torch.where(active, logprobs, 0.0)
     ratio = saturated(_log_ratio(options, batch, logprobs)).exp()
     surrogate = SURROGATES[options.surrogate]
@@ -276,13 +281,13 @@ def policy_metrics(
         "clip_ratio/low_mean": _share(options, batch, low, ratio.dtype),
         "clip_ratio/high_mean": _share(options, batch, high, ratio.dtype),
         "clip_ratio/region_mean": _share(options, batch, low | high, ratio.dtype),
-        "policy/approxkl_avg": masked_mean(squares, scored),
+        "policy/approxkl_avg": masked_mean(squares, scored, layout),
     }
     if tokens.ref_logprobs is not None:
         kl = KL_ESTIMATORS[options.kl_estimator](tokens.ref_logprobs - logprobs)
-        metrics["kl"] = masked_mean(kl, mask)
+        metrics["kl"] = masked_mean(kl, mask, layout)
     if entropy is not None:
-        metrics["entropy"] = masked_mean(entropy, mask)
+        metrics["entropy"] = masked_mean(entropy, mask, layout)
     return metrics
 
 
@@ -291,7 +296,7 @@ def _share(
 ) -> Tensor:
     """Share of the clipped tokens, or of clipped sequences where they share a ratio."""
     if options.ratio_level == "token":
-        return masked_mean(clipped.to(dtype), batch.mask)
+        return masked_mean(clipped.to(dtype), batch.mask, batch.layout)
     lengths = batch.layout.counts(batch.mask)
     of_sequences = batch.layout.counts(clipped).to(dtype) / lengths.clamp(min=1)
     return masked_mean(of_sequences, lengths > 0)

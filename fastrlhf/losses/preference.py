@@ -25,8 +25,10 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.preference_loss import preference_loss
+from fastrlhf.ops.ranks import Group, check_group
 from fastrlhf.reference import (
     MARGIN_LOSSES,
+    ROWS,
     log_sigmoid,
     masked_sum,
     sequence_scores,
@@ -150,6 +152,7 @@ def dpo_loss(
     mask: Tensor | None = None,
     discopop_tau: float = 0.05,
     cu_seqlens: Tensor | None = None,
+    group: Group | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute a loss of the DPO family for each preference pair, and the implicit reward of each
@@ -184,6 +187,8 @@ def dpo_loss(
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, log-probs of tokens and the mask are (N,) or (1, N), and all tokens count where
             there is no mask. A ref_logps of the shape of pi_logps is of tokens.
+        group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
+            `fastrlhf.losses.ranks`; None: all are here. A ref_logps (B,) is of whole sequences.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton"
             or "eager". The losses of the margin alone (sigmoid, robust, hinge, ipo, sigmoid_norm)
             have a kernel, the others run in eager PyTorch whatever it says.
@@ -203,9 +208,14 @@ def dpo_loss(
 
     Source: 2305.18290 Eq. 7; the other types as their functions say.
     """
+    if check_group(group) is not None and mask is None and cu_seqlens is None:
+        raise ValueError(
+            "group: expected None for log-probs of sequences; sequence_logprobs(..., group=group) "
+            "adds up their tokens"
+        )
     if mask is None and cu_seqlens is not None:
         mask = every_token("pi_logps", pi_logps, cu_seqlens)
-    layout = check_pairs("pi_logps", pi_logps, yw_idxs, yl_idxs, mask, cu_seqlens)
+    layout = check_pairs("pi_logps", pi_logps, yw_idxs, yl_idxs, mask, cu_seqlens, group)
     check_floating("ref_logps", ref_logps)
     check_same_device("ref_logps", ref_logps, "pi_logps", pi_logps)
     if mask is not None and (ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape):
@@ -226,6 +236,10 @@ def dpo_loss(
     elif lengths is not None:
         check_counts("lengths", lengths)  # though nothing looks at them
     if loss_type in MARGIN_LOSSES:
+        if mask is not None and group is not None:  # its tokens first: the rest is of sequences
+            lengths = layout.counts(mask)
+            pi_logps = sequence_scores(pi_logps, ref_logps, mask, layout)
+            ref_logps, mask, layout = torch.zeros_like(pi_logps), None, ROWS
         return preference_loss(
             pi_logps, ref_logps, yw_idxs, yl_idxs, mask, None if mask is not None else lengths,
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, impl=impl,

@@ -42,21 +42,20 @@ def token_weights(
     layout: Layout = ROWS,
 ) -> Tensor:
     """Give each token of the mask its weight in the reduced loss; 0 outside of the mask."""
-    lengths = layout.counts(mask).to(dtype).clamp(min=1)
     if isinstance(normalizer, Tensor):
         denominator = normalizer.detach().to(mask.device, dtype)
     elif normalizer is None and reduction == "token-mean":
-        denominator = mask.sum().to(dtype).clamp(min=1)
+        denominator = layout.total(mask).to(dtype).clamp(min=1)
     else:
         # Filled on the device, which a copy of the number would have to wait for.
         number = max(layout.sequences(mask), 1) if normalizer is None else normalizer
-        denominator = lengths.new_full((), number)
+        denominator = mask.new_full((), number, dtype=dtype)
     if reduction == "sequence-mean":
+        lengths = layout.counts(mask).to(dtype).clamp(min=1)
         denominator = layout.spread(denominator * lengths)
     return torch.where(mask, 1 / denominator, 0.0)
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, layout: Layout = ROWS) -> Tensor:
     """Average over the mask, whatever lies outside; 0 where the mask is empty."""
-    total = torch.where(mask, x, 0.0).sum()
-    return total / mask.sum().clamp(min=1)
+    return layout.total(torch.where(mask, x, 0.0)) / layout.total(mask).clamp(min=1)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens, every_token
 from fastrlhf.ops.checks import check_bool
+from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import masked_sum, sequence_lengths
 
 
@@ -13,6 +14,7 @@ def sequence_logprobs(
     *,
     average: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """Sum token log-probs to sequence log-probs.
 
@@ -25,16 +27,19 @@ def sequence_logprobs(
         average: mean over the tokens of each sequence; 0 for a sequence without any.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last, of
             log-probs and a mask (N,) or (1, N).
+        group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
+            `fastrlhf.losses.ranks`; None: all are here.
 
     Returns:
         (B,) fp32 (fp64 for fp64), differentiable, twice too.
 
     Raises:
-        TypeError, ValueError: dtypes or shapes that do not fit; neither mask nor cu_seqlens.
+        TypeError, ValueError: dtypes or shapes that do not fit; neither mask nor cu_seqlens; a
+            group that is none, or without this process.
     """
     if mask is None:
         mask = every_token("token_logprobs", token_logprobs, cu_seqlens)
-    layout = check_tokens("token_logprobs", token_logprobs, mask, cu_seqlens)
+    layout = check_tokens("token_logprobs", token_logprobs, mask, cu_seqlens, group)
     check_bool("average", average)
     sums = masked_sum(token_logprobs, mask, layout)
     return sums / sequence_lengths(mask, None, sums.dtype, layout) if average else sums

@@ -15,6 +15,7 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
 )
+from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
 
 
@@ -27,6 +28,7 @@ def value_loss(
     clip_range: float | None = 0.2,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    group: Group | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute PPO's clipped squared error of a value model, averaged over tokens.
 
@@ -45,9 +47,12 @@ def value_loss(
         clip_range: how far a value may move from its old one before the loss stops to reward it;
             None for no bound.
         normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
-            number of tokens, for batches that are spread over steps or devices.
+            number of tokens, for batches that are spread over steps or devices; see
+            `global_normalizer`.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last; with
             them, what is (B, T) is (N,) or (1, N). The loss, which is of tokens, is the same.
+        group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
+            `fastrlhf.losses.ranks`; None: all are here.
 
     Returns:
         loss: 0-d, fp32 (fp64 for fp64 values), differentiable with respect to values, twice too.
@@ -61,7 +66,7 @@ def value_loss(
 
     Source: PPO's reference implementation, with the ½ of 2005.12729 and TRL.
     """
-    check_tokens("values", values, mask, cu_seqlens)
+    layout = check_tokens("values", values, mask, cu_seqlens, group)
     others = {"returns": returns}
     if clip_range is not None:
         clip_range = check_at_least("clip_range", clip_range, 0)
@@ -82,6 +87,6 @@ def value_loss(
         of_bounded = (bounded - target).square()
         clipped = of_bounded > losses
         losses = torch.maximum(losses, of_bounded)
-    weights = token_weights(inside, "token-mean", normalizer, dtype)
-    loss = (losses / 2 * weights).sum()
-    return loss, {"val/clipfrac_avg": masked_mean(clipped.to(dtype), inside)}
+    weights = token_weights(inside, "token-mean", normalizer, dtype, layout)
+    loss = layout.total(losses / 2 * weights)
+    return loss, {"val/clipfrac_avg": masked_mean(clipped.to(dtype), inside, layout)}

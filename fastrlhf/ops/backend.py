@@ -111,3 +111,10 @@ def refuse_second_derivative(function: str, alternative: str) -> None:
             f"{function}: its gradient is computed in the forward and cannot be differentiated "
             f"again (create_graph=True); that of {alternative} can"
         )
+
+
+def wanted_or_detached(*tensors: Any) -> tuple[Any, ...]:
+    """Return the tensors, detached under no_grad, which the context of a Function cannot tell."""
+    if torch.is_grad_enabled():
+        return tensors
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in tensors)

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import check_impl, under_transform, use_triton
+from .backend import (
+    check_impl,
+    outside_of_graphs,
+    under_transform,
+    use_triton,
+    wanted_or_detached,
+)
 from .checks import (
     check_between,
     check_floating,
@@ -20,6 +26,8 @@ from .checks import (
     check_shape,
 )
 from .eager_rows import chunks, of_rows, take_rows
+from .ranks import Group, refuse_transforms_of_ranks
+from .sharded import logits_part, same_part
 from .token_stats import rows_of
 from .transform import (
     Transform,
@@ -63,6 +71,7 @@ def kl_divergence(
     softcap: float | None = None,
     scale: float = 1.0,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     """Compute the divergence of two distributions over the whole vocabulary, token by token.
 
@@ -84,6 +93,7 @@ def kl_divergence(
             the reverse KL, in the direction of which the jsd then leads.
         softcap, scale: of the logits of both sides, as `token_stats`.
         impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager".
+        group: as `token_stats`; both sides are cut alike. DTensors need none.
 
     Returns:
         (...) in nats, fp32 (fp64 if a side is). -inf logits have probability 0: KL(p‖q) is inf
@@ -101,14 +111,20 @@ def kl_divergence(
     The kernel reads both logits twice forward, the second time from the cache as far as the rows in
     flight fit there, and once for each side that needs a gradient, which is all that is allocated.
 
+    Where ranks share the vocabulary, values are in the same bits on every rank, and gradients those
+    of this rank's columns. Two all-gathers bring 28 bytes a token from each rank (32 for the jsd,
+    twice that in fp64); backward sends nothing. The second derivative and `torch.func` are refused.
+
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an option out of range.
 
     Source: the jsd 2306.13649 Eq. 1 (GKD).
     """
+    logits, part = logits_part(logits, group)
+    ref_logits = same_part("ref_logits", ref_logits, part)
     check_floating("logits", logits)
     check_floating("ref_logits", ref_logits)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
+    if logits.ndim == 0 or (logits.shape[-1] == 0 and part is None):
         raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
     check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
     check_same_device("ref_logits", ref_logits, "logits", logits)
@@ -116,6 +132,16 @@ def kl_divergence(
     transform = checked_transform(temperature, softcap, scale, mask)
     measure = checked_measure(direction, beta)
     check_impl(impl)
+    if part is not None:
+        from .divergence_over_ranks import DivergenceOverRanks  # which imports this module
+
+        refuse_transforms_of_ranks("kl_divergence")
+        sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
+        values = outside_of_graphs(DivergenceOverRanks.apply)(
+            *wanted_or_detached(*sides), mask, transform.token_temperature, transform,
+            measure.share, part, impl,
+        )  # fmt: skip
+        return values.view(mask.shape)
     if under_transform():
         return definition(logits, ref_logits, mask, transform, measure)
     sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
@@ -146,7 +172,7 @@ def checked_rows(mask: Tensor | None, logits: Tensor, name: str) -> Tensor:
     return mask != 0
 
 
-def _wider(logits_p: Tensor, logits_q: Tensor) -> torch.dtype:
+def wider(logits_p: Tensor, logits_q: Tensor) -> torch.dtype:
     return reference.accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
 
 
@@ -162,7 +188,7 @@ def _forward(
     share: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    acc, keep = _wider(logits_p, logits_q), mask.reshape(-1).contiguous()
+    acc, keep = wider(logits_p, logits_q), mask.reshape(-1).contiguous()
     check_temperatures_on_host(token_temperature, mask)
     options: dict[str, Any] = {"share": share, "softcap": softcap, "scale": scale}
     temperatures = flat_temperature(token_temperature, temperature, acc)
@@ -182,7 +208,7 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(logits_p, logits_q, mask, *options):
-    dtype = _wider(logits_p, logits_q)
+    dtype = wider(logits_p, logits_q)
     values = torch.empty(mask.numel(), dtype=dtype, device=mask.device)
     planes = (6, mask.numel()) if use_triton(options[-1], logits_p) and mask.numel() else (0,)
     return values, values.new_empty(planes)
@@ -233,8 +259,11 @@ def divergence_backward_into(
     keep, acc = mask.reshape(-1).contiguous(), d_values.dtype
     temperatures = flat_temperature(transform.token_temperature, transform.temperature, acc)
     options: dict[str, Any] = {"softcap": transform.softcap, "scale": transform.scale}
+    if d_own.numel() == 0:
+        return
     d_rows = d_own.view(-1, d_own.shape[-1])
-    if stats.numel():
+    by_kernel = stats.numel() > 0 and use_triton(impl, own)
+    if by_kernel:
         from fastrlhf.kernels.divergence import divergence_backward
 
         pairs = (stats[:2], stats[2:4]) if of_p else (stats[2:4], stats[:2])
@@ -246,11 +275,14 @@ def divergence_backward_into(
             share=1 - of_q if of_p else of_q,
         )  # fmt: skip
         return
+    # There are some without the kernel too where ranks share the vocabulary.
+    found = stats if stats.numel() else None
     d_rows.zero_()
     for rows in chunks(keep & (d_values != 0), d_own.shape[-1]):
         d_rows[rows] = reference.divergence_backward(
             take_rows(own, rows), take_rows(other, rows), d_values[rows], of_p=of_p, share=share,
             temperature=of_rows(temperatures, rows), **options,
+            stats=None if found is None else found[:, rows],
         ).to(d_own.dtype)  # fmt: skip
 
 

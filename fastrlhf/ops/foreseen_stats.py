@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fastrlhf.reference import TokenStats
 
-from .backend import under_transform
-from .linear_arguments import LinearProblem, exact, wanted_or_detached
+from .backend import under_transform, wanted_or_detached
+from .linear_arguments import LinearProblem, exact
 from .linear_plans import (
     Found,
     Needs,
@@ -66,7 +66,7 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
     slope is another than was foreseen, or whose entropy has a gradient, costs 3G more (2G where the
     head is frozen). On a GPU, backward waits once for how many those are.
     """
-    if under_transform():
+    if under_transform() or problem.options.part is not None:
         return token_stats_of(problem)
     found = _ForeseenStats.apply(
         problem.options,

@@ -10,6 +10,9 @@ Two things stand between the two on a GPU, where matmuls take 16-bit operands:
   block of a thousand rows to it moves four times the bytes of the block's logits. So gradients of
   logits wait for each other, and are added together.
 
+Where ranks share the vocabulary, the gradient of a hidden state is the sum of theirs: that of a
+block is on its way, in fp32, while the matmuls of the next one run.
+
 Dims: n rows of a block, K width of the hidden states, V vocabulary.
 """
 
@@ -19,6 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .ranks import Group, SumsOnTheirWay
 
 if TYPE_CHECKING:
     from .linear_head import Head, Weight
@@ -96,10 +101,17 @@ class Gradients:
     """
 
     def __init__(
-        self, head: Head, rows: int, hidden: Tensor | None, weights: list[bool], bias: bool
+        self,
+        head: Head,
+        rows: int,
+        hidden: Tensor | None,
+        weights: list[bool],
+        bias: bool,
+        group: Group | None = None,
     ):
         self.head, self.rows = head, rows  # how many of them there will be
         self.hidden = hidden  # zeros to write into
+        self.over_ranks = None if group is None or hidden is None else SumsOnTheirWay(group, hidden)
         self.wants_weights, self.wants_bias = weights, bias
         self.weights: list[Tensor | None] = [None] * len(weights)
         self.bias: Tensor | None = None
@@ -124,7 +136,9 @@ class Gradients:
 
     def add(self, place: Tensor | slice, hidden: Tensor, d_logits: LogitGradient) -> None:
         """Take in a block of rows, given their hidden states as operands, and where they belong."""
-        if self.hidden is not None:
+        if self.over_ranks is not None:
+            self.over_ranks.send(place, self.head.pull_back(d_logits))
+        elif self.hidden is not None:
             self.hidden[place] = self.head.pull_back(d_logits).to(self.hidden.dtype)
         if any(self.wants_weights) or self.wants_bias:
             self._waiting.append((hidden, d_logits))
@@ -140,6 +154,8 @@ class Gradients:
         """
         self._add_waiting()
         self._room = None
+        if self.over_ranks is not None:
+            self.over_ranks.receive()
         for total in self.weights:
             if total is not None and self.unit is not None:
                 total.mul_(self.unit)

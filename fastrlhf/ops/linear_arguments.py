@@ -1,7 +1,7 @@
 """The arguments that operations from hidden states share, checked and ready for the plans."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from .linear_head import Head, QuantizedWeight, Weight
 from .linear_plans import Workbench
 from .linear_rows import Rows, default_chunk
 from .token_stats import check_values_on_host
-from .transform import Transform, checked_transform
+from .transform import Transform, check_temperatures_on_host, checked_transform
+from .vocabulary_part import IGNORED, VocabularyPart
 
 
 class LinearOptions(NamedTuple):
@@ -40,6 +41,7 @@ class LinearOptions(NamedTuple):
     chunk: int
     impl: str
     dtype: torch.dtype  # of the matmuls: that of the hidden states, or of autocast
+    part: VocabularyPart | None = None  # of a vocabulary that ranks share
 
 
 class LinearProblem(NamedTuple):
@@ -70,14 +72,7 @@ class LinearProblem(NamedTuple):
         targets = self.targets.reshape(-1)
         rows = Rows(hidden, targets, transform, options.ignore_index, order)
         asked = (options.entropy, options.entropy_grad, options.with_stats)
-        return Workbench(head, rows, *asked, options.impl)
-
-
-def wanted_or_detached(*tensors: Any) -> tuple[Any, ...]:
-    """Return the tensors, detached under no_grad, which the context of a Function cannot tell."""
-    if torch.is_grad_enabled():
-        return tensors
-    return tuple(x.detach() if isinstance(x, Tensor) else x for x in tensors)
+        return Workbench(head, rows, *asked, options.impl, options.part)
 
 
 def exact(hidden: Tensor) -> torch.autocast:
@@ -101,16 +96,18 @@ def checked_problem(
     entropy_grad: bool = True,
     with_stats: Iterable[str] = (),
     dtype: torch.dtype | None = None,
+    part: VocabularyPart | None = None,
 ) -> LinearProblem:
     """Check everything and convert the hidden states to the dtype of the matmuls.
 
     `dtype`: of the matmuls, to which weights of any dtype are converted a slice at a time; None: as
-    `F.linear`, that of the hidden states and weights, or of autocast.
+    `F.linear`, that of the hidden states and weights, or of autocast. `part`: of the vocabulary,
+    that the weights are; the problem's targets are then the part's own.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by its public name.
     """
-    check_head(hidden, weights, bias, any_dtype=dtype is not None)
+    check_head(hidden, weights, bias, any_dtype=dtype is not None, part=part)
     vocab = weights[0].shape[0]
     check_integer("targets", targets)
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden without its last dimension")
@@ -122,12 +119,16 @@ def checked_problem(
     ignore_index = check_ignore_index(ignore_index)
     targets = wide_integers(targets)
     transform = checked_transform(temperature, softcap, scale, targets)
-    if not torch.compiler.is_compiling():  # the operator on logits checks again
-        tokens = transform.token_temperature
+    tokens = transform.token_temperature
+    if part is not None:
+        check_temperatures_on_host(tokens, targets != ignore_index)
+        targets, ignore_index = part.own_targets(targets, ignore_index), IGNORED
+        vocab = vocab if part.largest is None else part.largest  # so that all cut the same chunks
+    elif not torch.compiler.is_compiling():  # the operator on logits checks again
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     options = LinearOptions(
         *transform[1:], ignore_index, entropy, entropy and entropy_grad, with_stats,
-        checked_chunk(chunk_size, vocab, hidden.device), impl, dtype or matmul_dtype(hidden),
+        checked_chunk(chunk_size, vocab, hidden.device), impl, dtype or matmul_dtype(hidden), part,
     )  # fmt: skip
     return LinearProblem(
         hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options
@@ -141,6 +142,7 @@ def check_head(
     *,
     prefix: str = "",
     any_dtype: bool = False,
+    part: VocabularyPart | None = None,
 ) -> None:
     """Check hidden states (..., K), the column blocks of a head (V, K) and its bias (V,).
 
@@ -150,7 +152,7 @@ def check_head(
     name = f"{prefix}hidden"
     check_floating(name, hidden)
     for weight in weights:
-        _check_weight(weight, hidden, prefix, any_dtype)
+        _check_weight(weight, hidden, prefix, any_dtype, may_be_empty=part is not None)
     vocab, width = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
     if hidden.ndim == 0 or hidden.shape[-1] != width:
         raise ValueError(
@@ -163,7 +165,9 @@ def check_head(
         check_same_device(f"{prefix}bias", bias, name, hidden)
 
 
-def _check_weight(weight: Weight, hidden: Tensor, prefix: str, any_dtype: bool) -> None:
+def _check_weight(
+    weight: Weight, hidden: Tensor, prefix: str, any_dtype: bool, *, may_be_empty: bool
+) -> None:
     name = f"{prefix}weight"
     if not isinstance(weight, QuantizedWeight):
         check_floating(name, weight)
@@ -171,7 +175,7 @@ def _check_weight(weight: Weight, hidden: Tensor, prefix: str, any_dtype: bool) 
             raise TypeError(
                 f"{name}: expected {hidden.dtype}, the dtype of {prefix}hidden, got {weight.dtype}"
             )
-    if weight.ndim != 2 or 0 in weight.shape:
+    if weight.ndim != 2 or 0 in weight.shape[1 if may_be_empty else 0 :]:
         raise ValueError(f"{name}: expected shape (V, H), neither 0, got {tuple(weight.shape)}")
     if weight.device != hidden.device:
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.reference import cap_slope, capped_logits
@@ -21,6 +22,7 @@ from .backend import (
     refuse_second_derivative,
     refuse_transforms,
     under_transform,
+    wanted_or_detached,
 )
 from .checks import check_same_device, check_shape
 from .divergence import (
@@ -30,6 +32,7 @@ from .divergence import (
     definition,
     divergence_backward_into,
 )
+from .divergence_over_ranks import divergence_over_ranks
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_arguments import (
     check_head,
@@ -37,13 +40,16 @@ from .linear_arguments import (
     exact,
     full_logits,
     matmul_dtype,
-    wanted_or_detached,
 )
 from .linear_head import Head, Weight
 from .linear_plans import Needs, Room, room_for_slopes
 from .linear_rows import even_spans, live_rows
+from .ranks import Group, refuse_transforms_of_ranks
 from .scorer import LinearScorer
+from .sharded import head_part, same_head_part
+from .stats_over_ranks import statistics_over_ranks
 from .transform import Transform, check_factor, checked_transform
+from .vocabulary_part import NOT_HERE, VocabularyPart
 
 
 class _Side(NamedTuple):
@@ -52,13 +58,14 @@ class _Side(NamedTuple):
     hidden: Tensor
     head: Head
     wants: Needs
+    group: Group | None  # of ranks that share the vocabulary
 
     @property
     def trained(self) -> bool:
         return self.wants.head
 
     def gradients(self, rows: int, hidden: Tensor | None) -> Gradients:
-        return Gradients(self.head, rows, hidden, self.wants.weights, self.wants.bias)
+        return Gradients(self.head, rows, hidden, self.wants.weights, self.wants.bias, self.group)
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.head.logits(self.hidden[rows].to(self.head.operands))
@@ -75,6 +82,7 @@ class _Options(NamedTuple):
     blocks: tuple[int, int]  # column blocks of the weights of the two sides
     sum_expected: bool  # see `divergence_of`
     entropy: bool  # of ours is asked for
+    part: VocabularyPart | None  # of a vocabulary that ranks share
 
     @property
     def one_transform(self) -> bool:
@@ -100,6 +108,7 @@ def linear_kl_divergence(
     ref_scale: float | Literal["same"] = "same",
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     """Compute `kl_divergence` of two models from their hidden states and heads.
 
@@ -118,6 +127,7 @@ def linear_kl_divergence(
             `**head.options()` and `**ref_head.options("ref_")` give all six.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             with those of each side (64 MiB on a CPU).
+        group: as `linear_token_stats`; both weights are cut alike. DTensors need none.
 
     Returns:
         (...) in nats, fp32 (fp64 if a side is).
@@ -132,24 +142,29 @@ def linear_kl_divergence(
     blocks of logits (and one of slopes for each softcap, where the sides differ in softcap or
     scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept
     for each side whose hidden states need a gradient, in their dtype, but fp32 for fp16. On a GPU,
-    the count of tokens is awaited once.
+    the count of tokens is awaited once. With a group, what is sent forward is as `kl_divergence`
+    says, of the tokens of the mask; backward an all-reduce of the gradient of each hidden.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
 
     Source: 2306.13649 (GKD).
     """
-    check_head(hidden, [weight], bias)
-    check_head(ref_hidden, [ref_weight], ref_bias, prefix="ref_")
+    head = head_part(hidden, [weight], bias, group, chunk_size)
+    ref_head = same_head_part(ref_hidden, [ref_weight], ref_bias, head.part, prefix="ref_")
+    check_head(*head[:3], part=head.part)
+    check_head(*ref_head[:3], prefix="ref_", part=head.part)
     check_impl(impl)
-    transform = checked_transform(temperature, softcap, scale, hidden[..., 0])
+    transform = checked_transform(temperature, softcap, scale, head.hidden[..., 0])
     ref_cap, ref_factor = transform.softcap, transform.scale
     if ref_softcap != "same":
         ref_cap = None if ref_softcap is None else check_factor("ref_softcap", ref_softcap)
     if ref_scale != "same":
         ref_factor = check_factor("ref_scale", ref_scale)
-    ours = LinearScorer(hidden, [weight], bias, temperature, softcap, scale, chunk_size, impl)
-    ref = LinearScorer(ref_hidden, [ref_weight], ref_bias, 1.0, ref_cap, ref_factor)
+    ours = LinearScorer(
+        *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part
+    )  # fmt: skip
+    ref = LinearScorer(*ref_head[:3], 1.0, ref_cap, ref_factor, part=head.part)
     return divergence_of(ours, ref, mask, direction=direction, beta=beta, sum_expected=False)[0]
 
 
@@ -177,15 +192,20 @@ def divergence_of(
         raise ValueError(
             f"ref_weight: expected {ours.vocab} rows, the vocabulary of weight, got {ref.vocab}"
         )
+    rows, ref_rows = (side.weights[0].shape[0] for side in (ours, ref))
+    if rows != ref_rows:
+        raise ValueError(f"ref_weight: expected {rows} rows, as weight has here, got {ref_rows}")
     mask = checked_rows(mask, hidden, "hidden")
     transform = checked_transform(ours.temperature, ours.softcap, ours.scale, mask)
     options = _Options(
         checked_measure(direction, beta), transform.temperature,
         (transform.softcap, ref.softcap), (transform.scale, ref.scale),
-        checked_chunk(ours.chunk_size, ours.vocab, hidden.device), ours.impl,
+        checked_chunk(ours.chunk_size, _largest(ours), hidden.device), ours.impl,
         (matmul_dtype(hidden), matmul_dtype(ref.hidden)),
-        (len(ours.weights), len(ref.weights)), sum_expected, entropy,
+        (len(ours.weights), len(ref.weights)), sum_expected, entropy, ours.part,
     )  # fmt: skip
+    if ours.part is not None:
+        refuse_transforms_of_ranks("linear_kl_divergence")
     if under_transform() and not entropy:
         return _definition(ours, ref, mask, transform, options), None
     tensors = [
@@ -197,6 +217,12 @@ def divergence_of(
         options, mask, transform.token_temperature, *wanted_or_detached(*tensors)
     )
     return values.view(mask.shape), entropies.view(mask.shape) if entropy else None
+
+
+def _largest(scorer: LinearScorer) -> int:
+    """The columns of the rank that has the most, so that all cut the same chunks."""
+    part = scorer.part
+    return scorer.vocab if part is None or part.largest is None else part.largest
 
 
 def _definition(
@@ -228,7 +254,9 @@ class _LinearDivergence(torch.autograd.Function):
         sides = _sides(options, tensors, ctx.needs_input_grad[3:])
         order = live_rows(mask.reshape(-1).to(torch.int64), 0)
         slopes = [
-            room_for_slopes(side.hidden, alone=True) if _keeps_slope(side, options) else None
+            room_for_slopes(side.hidden, alone=side.group is None)
+            if _keeps_slope(side, options)
+            else None
             for side in sides
         ]
         summed = [
@@ -291,7 +319,10 @@ class _LinearDivergence(torch.autograd.Function):
             hidden, *head = _of_side(options, tensors, i)
             d_hidden = hiddens[i]
             if slopes[i] is not None:
-                d_hidden = (slopes[i] * upstream.unsqueeze(1)).view(hidden.shape)
+                d_hidden = slopes[i] * upstream.unsqueeze(1)
+                if options.part is not None:
+                    dist.all_reduce(d_hidden, group=options.part.group)
+                d_hidden = d_hidden.view(hidden.shape)
             of_head, heads = heads[: len(head)], heads[len(head) :]
             for total, x in zip((d_hidden, *of_head), (hidden, *head), strict=True):
                 gradients.append(None if total is None else total.to(x.dtype))
@@ -378,13 +409,30 @@ class _Block:
         self.share, self.impl = share, options.impl
         self.operands = [side.head.operands for side in sides]
         self.sums = [side.head.sums for side in sides]
-        self.values, self.stats = torch.ops.fastrlhf.divergence(
-            *self.pair, self.mask, *self.transform, share, options.impl
-        )
+        self.part = options.part
+        if self.part is None:
+            self.values, self.stats = torch.ops.fastrlhf.divergence(
+                *self.pair, self.mask, *self.transform, share, options.impl
+            )
+        else:
+            self.values, self.stats = divergence_over_ranks(
+                self.pair[0],
+                self.pair[1],
+                self.mask,
+                self.transform,
+                share,
+                self.part,
+                options.impl,
+            )
 
     def entropy(self) -> Tensor:
         """Our entropy of each token."""
         ours = self.pair[1 if self.swapped else 0]
+        if self.part is not None:
+            nowhere = torch.full_like(self.mask, NOT_HERE, dtype=torch.int64)
+            return statistics_over_ranks(
+                ours, nowhere, self.transform, self.part, True, (), self.impl
+            )[1]
         targets = torch.zeros_like(self.mask, dtype=torch.int64)
         return torch.ops.fastrlhf.token_stats(
             ours, targets, *self.transform, -100, True, False, self.impl
@@ -434,7 +482,8 @@ def _sides(options: _Options, tensors: Sequence[Any], wanted: Sequence[bool]) ->
         wants_hidden, wants_bias, *wants_weights = _of_side(options, wanted, i)
         head = Head(weights, bias, dtype)
         needs = Needs(wants_hidden, wants_weights, wants_bias)
-        sides.append(_Side(hidden.reshape(-1, hidden.shape[-1]), head, needs))
+        group = None if options.part is None else options.part.group
+        sides.append(_Side(hidden.reshape(-1, hidden.shape[-1]), head, needs, group))
     return sides
 
 

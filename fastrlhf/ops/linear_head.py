@@ -124,6 +124,8 @@ class Head:
         values, unit = d_logits
         width = self.columns[-1].stop
         d_hidden = values.new_empty((values.shape[0], width), dtype=self.sums)
+        if self.vocab == 0:  # where ranks share the vocabulary, one may have none
+            return d_hidden.zero_()
         for rows, block, weight in self._slices():
             _add_product(d_hidden[:, block], values[:, rows], weight, fresh=rows.start == 0)
         return d_hidden if unit is None else d_hidden.mul_(unit)

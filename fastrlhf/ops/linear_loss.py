@@ -20,6 +20,8 @@ from .linear_plans import (
     loss_and_gradients,
 )
 from .linear_rows import Span, even_spans, live_rows, order_by_group, pack_groups
+from .ranks import Group
+from .sharded import head_part, replicated
 
 
 class ChunkStats(NamedTuple):
@@ -53,6 +55,7 @@ def linear_loss(
     entropy: bool = False,
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a loss that is a sum over chunks of tokens, and its gradient with it.
 
@@ -70,7 +73,8 @@ def linear_loss(
             all chunks are added up: a mean has to divide by a count of its own. Called once for
             each chunk; tokens that are ignored never reach it, and if all are, it is not called.
         hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, entropy,
-            chunk_size, impl: as `linear_token_stats`.
+            chunk_size, impl, group: as `linear_token_stats`. Where ranks share the vocabulary,
+            loss_fn sees the same on every rank, and must return the same.
         side_inputs: (...) tensors, cut like the tokens.
         groups: (...) integer ids. The tokens of a group reach loss_fn together and in their order,
             groups in ascending order, wherever in memory they are; None: each token stands alone.
@@ -97,9 +101,11 @@ def linear_loss(
             loss_fn that returns anything else.
     """
     refuse_transforms("linear_loss", "linear_token_stats and a loss of it")
+    head = head_part(hidden, [weight], bias, group, chunk_size)
     problem = checked_problem(
-        hidden, [weight], targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
-        ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
+        head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
+        temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
+        entropy=entropy, chunk_size=chunk_size, impl=impl, part=head.part,
     )  # fmt: skip
     return loss_of(problem, loss_fn, side_inputs, groups)
 

@@ -34,7 +34,9 @@ from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_head import Head
 from .linear_rows import Block, Rows, Span
+from .stats_over_ranks import statistics_over_ranks
 from .token_stats import all_statistics
+from .vocabulary_part import VocabularyPart
 
 
 class Needs(NamedTuple):
@@ -113,19 +115,28 @@ class Workbench(NamedTuple):
     entropy_grad: bool
     with_stats: tuple[str, ...]
     impl: str
+    part: VocabularyPart | None = None  # of a vocabulary that ranks share
 
     def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
         """Make room for what is needed, for the hidden states in their dtype or another."""
         hidden = torch.zeros_like(self.rows.hidden, dtype=dtype) if needs.hidden else None
-        return Gradients(self.head, self.rows.size, hidden, needs.weights, needs.bias)
+        group = None if self.part is None else self.part.group
+        return Gradients(self.head, self.rows.size, hidden, needs.weights, needs.bias, group)
 
     def score(self, block: Block) -> tuple[Tensor, Statistics]:
         """Make the logits of a block, and read their statistics: G."""
         logits = self.head.logits(block.hidden.to(self.head.operands))
-        logprob, entropy, lse, peak, log_norm, top1, mean, squares = all_statistics(
-            logits, block.targets, block.transform, self.rows.ignore_index, self.entropy,
-            self.with_stats, False, self.impl,
-        )  # fmt: skip
+        asked = self.entropy, self.with_stats
+        if self.part is None:
+            found = all_statistics(
+                logits, block.targets, block.transform, self.rows.ignore_index, *asked, False,
+                self.impl,
+            )  # fmt: skip
+        else:
+            found = statistics_over_ranks(
+                logits, block.targets, block.transform, self.part, *asked, self.impl
+            )
+        logprob, entropy, lse, peak, log_norm, top1, mean, squares = found
         return logits, Statistics(logprob, entropy, lse, top1, mean, squares, peak, log_norm)
 
     def d_logits(
@@ -136,6 +147,12 @@ class Workbench(NamedTuple):
         possible.
         """
         operands = self.head.operands
+        if self.part is not None:
+            if self.part.size == 0:
+                return LogitGradient(logits.to(operands), None)
+            if slopes.mean_logit is not None:  # K2 divides it by the columns that it has
+                share = self.part.size / self.part.vocab
+                slopes = slopes._replace(mean_logit=slopes.mean_logit * share)
         # fp16 is rounded to once the size of each row is known.
         exact = self.head.sums if operands == torch.float16 else operands
         there = room(len(logits)) if operands != logits.dtype else None
@@ -174,7 +191,8 @@ def statistics(bench: Workbench, spans: Iterable[Span]) -> Found:
 def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Tensor, Tensor]:
     """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K): P1."""
     found = room_for_all_tokens(bench)
-    u_logprob = room_for_slopes(bench.rows.hidden, alone=not bench.entropy_grad)
+    alone = not bench.entropy_grad and bench.part is None
+    u_logprob = room_for_slopes(bench.rows.hidden, alone=alone)
     u_entropy = torch.zeros_like(u_logprob if bench.entropy_grad else u_logprob[:0])
     for span in spans:
         _slopes_of_block(bench, bench.rows.block(span), found, u_logprob, u_entropy)
@@ -184,8 +202,9 @@ def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Foun
 def room_for_slopes(hidden: Tensor, *, alone: bool) -> Tensor:
     """Make zeros (N, K) for a slope of each token with respect to its hidden state.
 
-    fp32 where another slope is added to it, for the two may cancel, and where the hidden states are
-    fp16, in which a small slope would lose the places that a large upstream gradient shows.
+    fp32 where another slope is added to it, or those of other ranks, for they may cancel, and where
+    the hidden states are fp16, in which a small slope would lose the places that a large upstream
+    gradient shows.
     """
     keeps_its_own = alone and hidden.dtype != torch.float16
     return torch.zeros_like(

@@ -4,18 +4,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.reference import TokenStats
 
-from .backend import under_transform
+from .backend import outside_of_graphs, under_transform, wanted_or_detached
 from .linear_arguments import (
     LinearProblem,
     checked_problem,
     exact,
     full_logits,
-    wanted_or_detached,
 )
 from .linear_head import Weight
 from .linear_plans import (
@@ -28,6 +28,8 @@ from .linear_plans import (
     statistics_and_slopes,
 )
 from .linear_rows import even_spans, live_rows_if_known
+from .ranks import Group, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .sharded import head_part, replicated
 from .token_stats import shaped_stats
 
 
@@ -46,6 +48,7 @@ def linear_token_stats(
     with_stats: Iterable[str] = (),
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> TokenStats:
     """Compute `token_stats` of the logits that a linear head gives, without building them.
 
@@ -62,6 +65,11 @@ def linear_token_stats(
             `token_stats`.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             (64 MiB on a CPU), on a GPU a multiple of 128 of them.
+        group: torch.distributed ProcessGroup whose ranks share the vocabulary: weight (V/W, H) and
+            bias are then this rank's rows of it, parts in the order of ranks and of whatever sizes
+            (also 0). All else is the same on every rank, targets are numbers of the whole
+            vocabulary. A weight that is a DTensor (Shard(0) over one dimension of its mesh) needs
+            no group; hidden may be a DTensor that is replicated.
 
     Returns:
         TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states); with with_stats
@@ -85,6 +93,13 @@ def linear_token_stats(
     chunk in 16 bits, and as many chunks as fill 512 MiB where the weight's is asked for. Results
     are the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
+    With a group, statistics are in the same bits on every rank; gradients of weight and bias are
+    those of this rank's rows, that of hidden is complete on every rank. Sent are the numbers that
+    `token_stats` names, of tokens with a target, and backward one all-reduce of the gradient of
+    hidden in fp32, a chunk while the next one is computed; the (..., H) tensor that is kept is
+    fp32 too. Where each rank computes the same loss from the statistics, gradients are right as
+    they are. The second derivative and `torch.func` are refused.
+
     Raises:
         TypeError: hidden, weight or bias that are not floating; hidden and weight of two dtypes;
             targets that are not integer.
@@ -92,10 +107,12 @@ def linear_token_stats(
 
     The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.
     """
+    head = head_part(hidden, [weight], bias, group, chunk_size)
     problem = checked_problem(
-        hidden, [weight], targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
-        ignore_index=ignore_index, entropy=entropy, chunk_size=chunk_size, impl=impl,
-        entropy_grad=entropy_grad, with_stats=with_stats,
+        head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
+        temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
+        entropy=entropy, chunk_size=chunk_size, impl=impl, entropy_grad=entropy_grad,
+        with_stats=with_stats, part=head.part,
     )  # fmt: skip
     return token_stats_of(problem)
 
@@ -112,6 +129,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     """Compute ln p(target) of each token: `linear_token_stats(...).logprob`, with its arguments,
     cost and errors.
@@ -121,15 +139,19 @@ def linear_token_logprobs(
     """
     return linear_token_stats(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
-        ignore_index=ignore_index, chunk_size=chunk_size, impl=impl,
+        ignore_index=ignore_index, chunk_size=chunk_size, impl=impl, group=group,
     ).logprob  # fmt: skip
 
 
 def token_stats_of(problem: LinearProblem) -> TokenStats:
     """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
+    over_ranks = problem.options.part is not None
+    if over_ranks:
+        refuse_transforms_of_ranks("linear_token_stats")
     if under_transform():
         return _definition(problem, problem.hidden, problem.bias, problem.weights)
-    found = _LinearTokenStats.apply(
+    apply = _LinearTokenStats.apply
+    found = (outside_of_graphs(apply) if over_ranks else apply)(
         problem.options,
         *wanted_or_detached(
             problem.hidden, problem.bias, problem.targets, problem.token_temperature,
@@ -174,6 +196,8 @@ class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
         problem, order, slopes = kept_problem(ctx)
+        if problem.options.part is not None:
+            refuse_derivatives_of_ranks("linear_token_stats", d_logprob, d_entropy)
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             d_hidden, d_bias, *d_weights = differentiable_gradients(
                 problem, ctx.needs, d_logprob, d_entropy
@@ -223,6 +247,8 @@ def _times_slopes(
             d_hidden = part if d_hidden is None else d_hidden.add_(part)
     if d_hidden is None:
         return None
+    if problem.options.part is not None:
+        dist.all_reduce(d_hidden, group=problem.options.part.group)
     return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
 
 

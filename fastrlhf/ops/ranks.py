@@ -7,13 +7,14 @@ sequence. Only the gradient of hidden states, which is large, goes through an al
 Dims: W ranks of the group.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import refuse_second_derivative, under_transform
+from .backend import under_transform
 
 # None: there is no group, and one process has everything.
 Group = Any  # torch.distributed.ProcessGroup, which a build without distributed does not have
@@ -52,7 +53,7 @@ def gathered(x: Tensor, group: Group) -> Tensor:
     x = x.detach().contiguous()
     parts = x.new_empty((size_of(group), *x.shape))
     if x.numel():
-        dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]) if x.ndim else parts, x, group)
+        dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group)  # 0-d ones included
     return parts
 
 
@@ -63,6 +64,25 @@ def summed(x: Tensor, group: Group) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def concatenated(tensors: Sequence[Tensor], group: Group) -> tuple[list[Tensor], slice]:
+    """Every rank's tensors, in the order of ranks along their first dimension, and where those of
+    this rank stand. No gradient.
+
+    The tensors of a rank have one length, which may be another on each rank: all wait for it.
+    """
+    length, rank = tensors[0].shape[0], rank_in(group)
+    lengths = gathered(tensors[0].new_full((), length, dtype=torch.int64), group).tolist()
+    start = sum(lengths[:rank])
+    return [_joined(x, lengths, group) for x in tensors], slice(start, start + length)
+
+
+def _joined(x: Tensor, lengths: list[int], group: Group) -> Tensor:
+    padded = x.new_zeros((max(lengths), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    parts = gathered(padded, group)
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
 
 
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
@@ -76,21 +96,74 @@ def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
     return x if group is None else _SumOverRanks.apply(x, group)
 
 
+def shared_by_ranks(x: Tensor, group: Group | None) -> Tensor:
+    """The tensor that every rank has, for each to compute something of its own from: its gradient
+    is the sum of what comes back on all ranks.
+    """
+    return x if group is None else _SharedByRanks.apply(x, group)
+
+
 class _SumOverRanks(torch.autograd.Function):
+    """Each of the two maps is the other's transpose, and so its derivative, to any order."""
+
     @staticmethod
     def forward(ctx, x, group):
+        ctx.group = group
         return summed(x, group)
 
     @staticmethod
     def backward(ctx, d_sum):
-        return d_sum, None
+        return shared_by_ranks(d_sum, ctx.group), None
+
+
+class _SharedByRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d_shared):
+        return sum_over_ranks(d_shared, ctx.group), None
+
+
+class SumsOnTheirWay:
+    """Sums over ranks of one block of rows after the other, each sent while the next is made."""
+
+    def __init__(self, group: Group, total: Tensor):
+        self.group, self.total = group, total  # to write into
+        self._sent: tuple[Tensor | slice, Tensor, Any] | None = None
+
+    def send(self, place: Tensor | slice, part: Tensor) -> None:
+        """Send this rank's part of some rows, once those of the block before have come."""
+        self.receive()
+        if part.numel():
+            work = dist.all_reduce(part, group=self.group, async_op=True)
+            self._sent = place, part, work
+
+    def receive(self) -> None:
+        """Wait for what is on its way, which on a GPU only the stream does."""
+        if self._sent is not None:
+            place, part, work = self._sent
+            work.wait()
+            self.total[place] = part.to(self.total.dtype)
+            self._sent = None
 
 
 def refuse_derivatives_of_ranks(function: str, *upstream: Tensor | None) -> None:
-    """Raise where the gradient of what is spread over ranks is itself to be differentiated."""
-    refuse_second_derivative(f"{function} with a group", f"{function} of the whole vocabulary")
+    """Raise in a backward whose own derivative is asked for: nobody sends it on."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: where ranks share the vocabulary, its gradient cannot be differentiated "
+            "again (create_graph=True)"
+        )
+    refuse_transforms_of_ranks(f"{function}'s backward", *upstream)
+
+
+def refuse_transforms_of_ranks(function: str, *upstream: Tensor | None) -> None:
+    """Raise under a transform, which knows no collective."""
     if under_transform(*upstream):
         raise RuntimeError(
-            f"{function}: with a group, does not work under torch.func transforms or forward-mode "
-            "differentiation"
+            f"{function}: where ranks share the vocabulary, does not work under torch.func "
+            "transforms or forward-mode differentiation"
         )

@@ -17,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
 
 from .backend import under_transform
-from .linear_arguments import LinearProblem, checked_problem, exact, matmul_dtype
+from .linear_arguments import LinearProblem, check_head, checked_problem, exact, matmul_dtype
 from .linear_head import Weight
 from .linear_loss import LossFunction, loss_of
 from .linear_rows import even_spans
 from .linear_token_stats import token_stats_of
+from .ranks import Group
+from .sharded import head_part
+from .vocabulary_part import VocabularyPart
 
 Result = TypeVar("Result")
 
@@ -80,10 +83,11 @@ class LinearScorer(NamedTuple):
     chunk_size: int | None = None
     impl: str = "auto"
     dtype: torch.dtype | None = None  # of the matmuls
+    part: VocabularyPart | None = None  # of a vocabulary that ranks share
 
     @property
     def vocab(self) -> int:
-        return self.weights[0].shape[0]
+        return self.weights[0].shape[0] if self.part is None else int(self.part.vocab)
 
     @property
     def head_is_trained(self) -> bool:
@@ -99,7 +103,7 @@ class LinearScorer(NamedTuple):
             self.hidden, self.weights, targets, bias=self.bias, temperature=self.temperature,
             softcap=self.softcap, scale=self.scale, ignore_index=ignore_index, entropy=entropy,
             chunk_size=self.chunk_size, impl=self.impl, entropy_grad=entropy_grad,
-            with_stats=with_stats, dtype=self.dtype,
+            with_stats=with_stats, dtype=self.dtype, part=self.part,
         )  # fmt: skip
 
     def stats(
@@ -129,7 +133,7 @@ class LinearScorer(NamedTuple):
         hidden = self._rows(rows).to(dtype)
         with exact(hidden):
             parts = [
-                of_block.to(sums) @ weight[0 : self.vocab].to(dtype).to(sums).T
+                of_block.to(sums) @ weight[0 : weight.shape[0]].to(dtype).to(sums).T
                 for of_block, weight in zip(self._blocks(hidden), self.weights, strict=True)
             ]
             made = reduce(torch.add, parts)
@@ -143,6 +147,30 @@ class LinearScorer(NamedTuple):
     def _blocks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """The columns of each block of the weight."""
         return hidden.split([weight.shape[1] for weight in self.weights], dim=-1)
+
+
+def linear_scorer(
+    hidden: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    chunk_size: int | None,
+    impl: str,
+    group: Group | None,
+) -> LinearScorer:
+    """Check a head and the group that shares its vocabulary, if any, and make a scorer of it.
+
+    Raises:
+        TypeError, ValueError: as `check_head` and `head_part`.
+    """
+    head = head_part(hidden, [weight], bias, group, chunk_size)
+    check_head(head.hidden, head.weights, head.bias, part=head.part)
+    return LinearScorer(
+        head.hidden, head.weights, head.bias, temperature, softcap, scale, chunk_size, impl,
+        part=head.part,
+    )  # fmt: skip
 
 
 def in_chunks(function: Callable[[Tensor], Result], rows: Tensor, size: int) -> list[Result]:

@@ -1103,7 +1103,7 @@ MUTANTS = [
         "fastrlhf/losses/reduce.py", "test_policy_loss.py",
         (
             "reduction: a metric of no tokens",
-            "return total / mask.sum().clamp(min=1)", "return total / mask.sum()",
+            "/ layout.total(mask).clamp(min=1)", "/ layout.total(mask)",
             "without_tokens",
         ),
         (
@@ -1116,7 +1116,8 @@ MUTANTS = [
     Mutant(
         "reduction: no clamp of the number of tokens",
         "fastrlhf/losses/reduce.py",
-        "denominator = mask.sum().to(dtype).clamp(min=1)", "denominator = mask.sum().to(dtype)",
+        "denominator = layout.total(mask).to(dtype).clamp(min=1)",
+        "denominator = layout.total(mask).to(dtype)",
         "test_policy_loss.py", "without_tokens",
         "1/0 is taken only where the mask has no token, and then the where gives every token 0",
     ),
@@ -1187,7 +1188,7 @@ MUTANTS = [
         ),
         (
             "value: twice the loss",
-            "loss = (losses / 2 * weights).sum()", "loss = (losses * weights).sum()",
+            "layout.total(losses / 2 * weights)", "layout.total(losses * weights)",
             "of_the_formula",
         ),
         (
@@ -1200,14 +1201,12 @@ MUTANTS = [
         "fastrlhf/losses/advantages.py", "test_advantages.py",
         (
             "whiten: the variance of a single entry",
-            "centred.square().sum() / (count - 1).clamp(min=1)",
-            "centred.square().sum() / (count - 1)",
+            "group) / divisor.clamp(min=1)", "group) / divisor",
             "fewer_than_two",
         ),
         (
             "whiten: equal large entries",
-            "mean = mean + torch.where(inside, x - mean, 0.0).sum() / count.clamp(min=1)",
-            "mean = mean * 1.0",
+            "mean = mean + shared_by_ranks(rest, group)", "mean = mean * 1.0",
             "no_deviation",
         ),
         (
@@ -1272,7 +1271,7 @@ MUTANTS = [
         ),
         (
             "cross-entropy: a mean over ignored tokens too",
-            "return total / live.sum().clamp(min=1)", "return total / live.numel()",
+            "by = live.sum().clamp(min=1) if", "by = live.numel() if",
             "loss_is_that and plain",
         ),
     ),
@@ -2357,6 +2356,217 @@ MUTANTS = [
             "finished: figures of a former run stay",
             '(folder / "metrics.json").unlink(missing_ok=True)', "pass",
             "is_read_or_goes_on",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/ranks.py", "test_losses_over_ranks.py",
+        (
+            "ranks: a sequence is what this rank has of it",
+            "return sum_over_ranks(self.here.sums(x), self.group)", "return self.here.sums(x)",
+            "of_the_whole and other_calls and 2-False",
+        ),
+        (
+            "ranks: a sequence is as long as this rank's part of it",
+            "return summed(self.here.counts(mask), self.group)", "return self.here.counts(mask)",
+            "of_the_whole and other_calls and 2-False",
+        ),
+        (
+            "ranks: the loss is that of this rank's tokens",
+            "return sum_over_ranks(x.sum(), self.group)", "return x.sum()",
+            "of_the_whole and other_calls and 2-False",
+        ),
+        (
+            "ranks: a ratio of sequences has the gradient of this rank's tokens",
+            "self.here.spread(shared_by_ranks(x, self.group))", "self.here.spread(x)",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+        (
+            "ranks: the normalizer is that of the first micro-batch",
+            "for x in masks]).sum()", "for x in masks[:1]]).sum()",
+            "normalizer_counts and 3",
+        ),
+        (
+            "ranks: the normalizer is that of this rank",
+            "count = summed(count, group)", "count = count + 0",
+            "normalizer_counts and 3",
+        ),
+        (
+            "ranks: the normalizer does not know that DDP takes the mean",
+            "else count.double() / ranks", "else count.double()",
+            "one_large_batch and DPO and 2",
+        ),
+        (
+            "ranks: the normalizer of nothing is 0",
+            "count = count.clamp(min=1)", "count = count + 0",
+            "counts_what_is_here",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/ranks.py", "test_losses_over_ranks.py",
+        (
+            "ranks: the gradient of a sum is added up over ranks too",
+            "return shared_by_ranks(d_sum, ctx.group), None",
+            "return sum_over_ranks(d_sum, ctx.group), None",
+            "of_the_whole and other_calls and 2-False",
+        ),
+        (
+            "ranks: the second derivative of a sum is that of this rank",
+            "return shared_by_ranks(d_sum, ctx.group), None", "return d_sum, None",
+            "second_derivatives",
+        ),
+        (
+            "ranks: what is shared has the gradient of this rank",
+            "return sum_over_ranks(d_shared, ctx.group), None", "return d_shared, None",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+        (
+            "ranks: parts are as long as the longest",
+            "torch.cat([part[:n] for", "torch.cat([part for",
+            "several_ranks and 3",
+        ),
+        (
+            "ranks: own entries are found as if all ranks had as many",
+            "start = sum(lengths[:rank])", "start = rank * length",
+            "several_ranks and 3",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/advantages.py", "test_losses_over_ranks.py",
+        (
+            "whiten: the sums of this rank",
+            "return sum_over_ranks(entries.sum(), group) /", "return entries.sum() /",
+            "whitened and 2",
+        ),
+        (
+            "whiten: the count of this rank",
+            "count = sum_over_ranks(inside.sum(), group)", "count = inside.sum()",
+            "whitened and 2",
+        ),
+        (
+            "whiten: the gradient of the mean is that of this rank",
+            "mean = shared_by_ranks(over_batch(x, count), group)", "mean = over_batch(x, count)",
+            "whitened and 3",
+        ),
+        (
+            "whiten: the gradient of the rounding of the mean is that of this rank",
+            "mean = mean + shared_by_ranks(rest, group)", "mean = mean + rest",
+            "whitened and 3",
+        ),
+        (
+            "whiten: the gradient of the variance is that of this rank",
+            "variance = shared_by_ranks(over_batch(centred.square(), count - 1), group)",
+            "variance = over_batch(centred.square(), count - 1)",
+            "whitened and 3",
+        ),
+        (
+            "advantages: groups are what this rank has of them",
+            "(rewards, groups, counts), own = concatenated(parts, group)",
+            "rewards, groups, counts = parts",
+            "several_ranks and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/policy.py", "test_losses_over_ranks.py",
+        (
+            "ranks: the distance from the sampler is that of this rank's tokens",
+            "masked_mean(squares, scored, layout)", "masked_mean(squares, scored)",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+        (
+            "ranks: the divergence is that of this rank's tokens",
+            "masked_mean(kl, mask, layout)", "masked_mean(kl, mask)",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+        (
+            "ranks: the entropy is that of this rank's tokens",
+            "masked_mean(entropy, mask, layout)", "masked_mean(entropy, mask)",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+        (
+            "ranks: shares of clipped tokens are those of this rank",
+            "masked_mean(clipped.to(dtype), batch.mask, batch.layout)",
+            "masked_mean(clipped.to(dtype), batch.mask)",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/reduce.py", "test_losses_over_ranks.py",
+        (
+            "ranks: the mean over tokens has this rank's count",
+            "layout.total(mask).to(dtype)", "mask.sum().to(dtype)",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+        (
+            "ranks: means of metrics have this rank's count",
+            "/ layout.total(mask).clamp(min=1)", "/ mask.sum().clamp(min=1)",
+            "of_the_whole and policy_calls and 2-False",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/value.py", "test_losses_over_ranks.py",
+        (
+            "ranks: the mean of the values' losses has this rank's count",
+            'token_weights(inside, "token-mean", normalizer, dtype, layout)',
+            'token_weights(inside, "token-mean", normalizer, dtype)',
+            "of_the_whole and other_calls and 2-False",
+        ),
+        (
+            "ranks: the share of clipped values is that of this rank",
+            "masked_mean(clipped.to(dtype), inside, layout)",
+            "masked_mean(clipped.to(dtype), inside)",
+            "of_the_whole and other_calls and 2-False",
+        ),
+        (
+            "values: the normalizer of a step is not looked at",
+            'check_reduction("token-mean", normalizer)', "None",
+            "one_large_batch and value and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/preference.py", "test_losses_over_ranks.py",
+        (
+            "ranks: pairs are averaged over this rank's tokens",
+            "lengths = layout.counts(mask)", "lengths = layout.here.counts(mask)",
+            "of_the_whole and preference_calls and 2-False",
+        ),
+        (
+            "ranks: sums are taken for tokens of ranks",
+            "if check_group(group) is not None and mask is None and cu_seqlens is None:",
+            "if False:",
+            "named",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/arguments.py", "test_losses_over_ranks.py",
+        (
+            "ranks: packed tokens may be taken for sequences",
+            "if logps.ndim == 1:  # on one rank", "if False:  # on one rank",
+            "named",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/cross_entropy.py", "test_losses_over_ranks.py",
+        (
+            "cross-entropy: the normalizer is not looked at",
+            "by = live.sum().clamp(min=1) if normalizer is None else normalizer",
+            "by = live.sum().clamp(min=1)",
+            "one_large_batch and cross and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/trpo.py", "test_losses_over_ranks.py",
+        (
+            "trpo: ranks of a group go their own ways",
+            "dist.all_reduce(x, group=self.group)", "pass",
+            "trust_region and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/trpo.py", "test_trpo.py",
+        (
+            "trpo: without a group every process is alone",
+            "return dist.group.WORLD", "return None",
+            "two_processes",
         ),
     ),
 ]  # fmt: skip

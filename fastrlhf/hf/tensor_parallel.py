@@ -1,0 +1,71 @@
+"""Heads whose weight is a DTensor, which tensor parallelism cuts along the vocabulary.
+
+Hooks around such a head (torch's `ColwiseParallel`) hand it hidden states as a DTensor and expect
+one back; transformers puts a forward in its place that does the same within. The work in place of
+the head is done on plain tensors, of the rows of the weight that a rank has.
+
+Dims: B sequences, T tokens, H hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops.ranks import concatenated
+from fastrlhf.ops.sharded import is_dtensor
+from fastrlhf.ops.vocabulary_part import VocabularyPart
+
+from .head_parts import head_parts
+
+
+def plain_tensors(
+    hidden: Any, own: Callable[..., Any]
+) -> tuple[Tensor, Callable[..., Any], Callable[[Tensor], Any]]:
+    """Hidden states as a plain tensor that is whole on every rank, a head's own forward of such
+    ones, and what makes of its output (..., V) what was expected of the head.
+    """
+    if not is_dtensor(hidden):
+        return hidden, own, lambda made: made
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = hidden.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    # What every rank makes of its copy is the same, and so is the gradient.
+    whole = hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
+
+    def as_dtensor(x: Tensor) -> Any:
+        # From what each rank has already: nothing is sent.
+        return distribute_tensor(x, mesh, everywhere, src_data_rank=None)
+
+    return whole, lambda x: own(as_dtensor(x)), as_dtensor
+
+
+def this_ranks(x: Any) -> Tensor:
+    """What this rank has of a tensor, differentiably."""
+    return x.to_local() if is_dtensor(x) else x
+
+
+def own_columns(logits: Any, part: VocabularyPart | None) -> Tensor:
+    """This rank's columns of logits (..., V) that a tensor parallel head made: whole, a DTensor, or
+    this rank's only.
+    """
+    if is_dtensor(logits):
+        logits = logits.full_tensor()
+    if part is None or logits.shape[-1] != part.vocab:
+        return logits
+    return logits[..., part.columns]
+
+
+def of_all_ranks(made: Any, module: Any, vocab: int) -> Tensor:
+    """What a model made of (..., V) numbers, of which it may return only this rank's columns."""
+    if is_dtensor(made):
+        return made.full_tensor()
+    if made.shape[-1] == vocab:
+        return made
+    parts = head_parts(module)
+    if parts is None or parts.part is None or made.shape[-1] != parts.part.size:
+        return made
+    (columns,), _ = concatenated([made.movedim(-1, 0).contiguous()], parts.part.group)
+    return torch.movedim(columns, 0, -1)

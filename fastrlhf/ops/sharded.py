@@ -1,0 +1,202 @@
+"""What this rank has of tensors that torch.distributed spreads over a mesh (DTensor).
+
+Served are a vocabulary that one dimension of a mesh cuts, and what is replicated. The gradient of a
+part goes back to the DTensor that it is a part of.
+
+Dims: W ranks, V vocabulary.
+"""
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .checks import check_floating
+from .linear_head import QuantizedWeight, Weight
+from .ranks import Group, check_group
+from .vocabulary_part import VocabularyPart, part_of, part_of_rows
+
+
+class HeadPart(NamedTuple):
+    """Hidden states and a head, whole or of a part of the vocabulary, as plain tensors."""
+
+    hidden: Tensor
+    weights: list[Weight]
+    bias: Tensor | None
+    part: VocabularyPart | None
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether something is a DTensor; where nobody has imported that class, nothing is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def head_part(
+    hidden: Tensor,
+    weights: list[Weight],
+    bias: Tensor | None,
+    group: Group | None,
+    chunk_size: int | None,
+    *,
+    prefix: str = "",
+) -> HeadPart:
+    """Find out which part of the vocabulary this rank has of a head (V, H).
+
+    Waits for the other ranks, unless there is no group.
+
+    Raises:
+        TypeError, ValueError: DTensors of other placements, a group beside them, or as `part_of`.
+    """
+    group = check_group(group)
+    weight = weights[0]
+    hidden = replicated(f"{prefix}hidden", hidden)
+    if not is_dtensor(weight):
+        if group is None or not isinstance(weight, Tensor | QuantizedWeight) or weight.ndim != 2:
+            return HeadPart(
+                hidden, weights, bias, None
+            )  # refused by the checks, if it is no weight
+        check_floating(f"{prefix}hidden", hidden)
+        agreed = {"number of tokens": hidden[..., 0].numel() if hidden.ndim else 0}
+        agreed["chunk_size"] = -1 if chunk_size is None else chunk_size
+        return HeadPart(
+            hidden, weights, bias, part_of(group, weight.shape[0], hidden.device, agreed)
+        )
+    refuse_group(f"{prefix}weight", group)
+    local, part = vocabulary_part(f"{prefix}weight", weight, 0)
+    locals_: list[Weight] = [local]
+    for other in weights[1:]:
+        locals_.append(_alike(f"{prefix}weight", other, weight))
+    if bias is not None:
+        bias = _alike(f"{prefix}bias", bias, weight)
+    return HeadPart(hidden, locals_, bias, part)
+
+
+def same_head_part(
+    hidden: Tensor,
+    weights: list[Weight],
+    bias: Tensor | None,
+    part: VocabularyPart | None,
+    *,
+    prefix: str,
+) -> HeadPart:
+    """This rank's part of a further head, which has to be the same of the vocabulary.
+
+    Raises:
+        TypeError, ValueError: another.
+    """
+    found = head_part(hidden, weights, bias, None, None, prefix=prefix)
+    if found.part is not None and found.part != part:
+        raise ValueError(f"{prefix}weight: expected one that is cut as weight is, got {found.part}")
+    return found._replace(part=part)
+
+
+def logits_part(logits: Any, group: Group | None) -> tuple[Any, VocabularyPart | None]:
+    """Find out which part of the vocabulary this rank has of logits (..., V), as a plain tensor.
+
+    Raises:
+        TypeError, ValueError: DTensors of other placements, a group beside them, or as
+            `part_of_rows`.
+    """
+    group = check_group(group)
+    if is_dtensor(logits):
+        refuse_group("logits", group)
+        return vocabulary_part("logits", logits, -1)
+    if group is None:
+        return logits, None
+    check_floating("logits", logits)
+    if logits.ndim == 0:  # the checks refuse it
+        return logits, None
+    *leading, columns = logits.shape
+    return logits, part_of_rows(group, columns, math.prod(leading), logits.device)
+
+
+def same_part(name: str, x: Any, part: VocabularyPart | None) -> Any:
+    """This rank's part of further logits, which has to be the same of the vocabulary.
+
+    Raises:
+        ValueError: another.
+    """
+    if not is_dtensor(x):
+        return x
+    local, own = vocabulary_part(name, x, -1)
+    if own != part:
+        raise ValueError(f"{name}: expected a DTensor cut as logits are, got {tuple(x.placements)}")
+    return local
+
+
+def refuse_group(name: str, group: Group | None) -> None:
+    if group is not None:
+        raise ValueError(
+            f"group: expected None where {name} is a DTensor, whose mesh says who has what"
+        )
+
+
+def vocabulary_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyPart | None]:
+    """This rank's part of a DTensor whose dimension `dim` is the vocabulary; None: all of it.
+
+    Raises:
+        ValueError: placements that are not served.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    dim = dim % x.ndim
+    cutting = [
+        i for i, placement in enumerate(x.placements)
+        if type(placement) is Shard and placement.dim % x.ndim == dim
+    ]  # fmt: skip
+    others = [placement for i, placement in enumerate(x.placements) if i not in cutting]
+    if len(cutting) > 1 or not all(type(placement) is Replicate for placement in others):
+        raise ValueError(
+            f"{name}: expected a DTensor of which one dimension of the mesh cuts the vocabulary "
+            f"(Shard({dim})) and the others have copies (Replicate()), got {tuple(x.placements)}"
+        )
+    local = x.to_local(grad_placements=x.placements)
+    if not cutting:
+        return local, None
+    mesh, (mesh_dim,) = x.device_mesh, cutting
+    vocab, ranks = x.shape[dim], mesh.size(mesh_dim)
+    # As torch.chunk cuts: the last ones have fewer, or none.
+    largest = -(-vocab // ranks)
+    start = min(mesh.get_local_rank(mesh_dim) * largest, vocab)
+    size = min(largest, vocab - start)
+    if local.shape[dim] != size:
+        raise ValueError(
+            f"{name}: expected {size} of {vocab} columns on this rank, as a DTensor is cut by "
+            f"distribute_tensor, got {local.shape[dim]}"
+        )
+    return local, VocabularyPart(mesh.get_group(mesh_dim), start, size, vocab, largest)
+
+
+def replicated(name: str, x: Any) -> Any:
+    """This rank's copy of a DTensor; anything else as it is.
+
+    Raises:
+        ValueError: a DTensor of which a rank has only a part.
+    """
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Replicate
+
+    if not all(type(placement) is Replicate for placement in x.placements):
+        raise ValueError(
+            f"{name}: expected a plain tensor or a DTensor that is replicated, got placements "
+            f"{tuple(x.placements)}; x.redistribute(placements=[Replicate()]) makes it so"
+        )
+    return x.to_local(grad_placements=x.placements)
+
+
+def _alike(name: str, x: Any, weight: Any) -> Tensor:
+    """This rank's part of what has to be cut as the weight is."""
+    if (
+        not is_dtensor(x)
+        or x.placements != weight.placements
+        or x.device_mesh != weight.device_mesh
+    ):
+        got = tuple(x.placements) if is_dtensor(x) else type(x).__name__
+        raise ValueError(
+            f"{name}: expected a DTensor cut as the weight is, {tuple(weight.placements)} on one "
+            f"mesh, got {got}"
+        )
+    return x.to_local(grad_placements=x.placements)

@@ -1,0 +1,212 @@
+"""Statistics of tokens whose logits are spread over ranks, each with a part of the vocabulary.
+
+As a row of logits is cut into splits, and their few numbers give its statistics, so is it cut among
+ranks. Each rank reduces its columns to a message of three numbers a token: the largest logit, the
+sum of exponentials without the target's, and the target's logit; the entropy and what `with_stats`
+names add theirs. One all-gather brings every rank all messages, which it combines in the order of
+ranks. So all have the same bits. Nothing of the size of the vocabulary is sent.
+
+The gradient of a rank's logits takes nothing but the statistics. That of a hidden state is the sum
+of what all ranks' columns give it, see `head_gradients`.
+
+Dims: N rows, n of them with a target, V columns of this rank, W ranks, P numbers of a message.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+from fastrlhf.reference import RowParts, TokenStats
+
+from .backend import outside_of_graphs, use_triton, wanted_or_detached
+from .checks import wide_integers
+from .ranks import gathered, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .token_stats import (
+    can_overwrite,
+    eager_chunks,
+    empty_statistics,
+    rows_of,
+    shaped_stats,
+    take,
+    take_rows,
+)
+from .transform import Transform, check_temperatures_on_host, flat_temperature
+from .vocabulary_part import IGNORED, VocabularyPart
+
+# What a part without columns says of a row, in the order of `RowParts`.
+_OF_NO_COLUMNS = (-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf, 0.0, 0.0)
+
+
+def token_stats_over_ranks(
+    logits: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    part: VocabularyPart,
+    *,
+    ignore_index: int,
+    entropy: bool,
+    entropy_grad: bool,
+    with_stats: tuple[str, ...],
+    inplace: bool,
+    impl: str,
+) -> TokenStats:
+    """Compute `token_stats` of checked logits (..., V) whose other columns are on other ranks."""
+    refuse_transforms_of_ranks("token_stats")
+    own = part.own_targets(wide_integers(targets), ignore_index)
+    options = _Options(
+        transform, part, entropy, entropy and entropy_grad, with_stats, inplace, impl
+    )
+    found = outside_of_graphs(_TokenStatsOverRanks.apply)(
+        *wanted_or_detached(logits),
+        own,
+        transform.token_temperature,
+        options,
+    )
+    logprob, row_entropy, lse, _, _, *further = found
+    return shaped_stats((logprob, row_entropy, lse, *further), targets.shape, entropy, with_stats)
+
+
+class _Options(NamedTuple):
+    transform: Transform
+    part: VocabularyPart
+    entropy: bool
+    entropy_grad: bool  # the entropy is asked for, and a gradient of it
+    with_stats: tuple[str, ...]
+    inplace: bool
+    impl: str
+
+
+class _TokenStatsOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, token_temperature, options):
+        transform, part, entropy, _, with_stats, _, impl = options
+        found = statistics_over_ranks(logits, targets, transform, part, entropy, with_stats, impl)
+        logprob, row_entropy, _, peak, log_norm, *_ = found
+        ctx.save_for_backward(
+            logits, targets, token_temperature, logprob, row_entropy, peak, log_norm
+        )
+        ctx.options = options
+        ctx.mark_non_differentiable(*found[2 if options.entropy_grad else 1 :])
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx, d_logprob, d_entropy, *_):
+        refuse_derivatives_of_ranks("token_stats", d_logprob, d_entropy)
+        logits, targets, token_temperature, *stats = ctx.saved_tensors
+        options = ctx.options
+        if d_logprob is None:
+            d_logprob = torch.zeros_like(stats[0])
+        saved = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
+        saved += (*options.transform[1:], options.impl)
+        if logits.shape[-1] == 0:
+            d_logits = torch.zeros_like(logits)
+        elif options.inplace and can_overwrite(logits):
+            torch.ops.fastrlhf.token_stats_backward_(*saved)
+            d_logits = logits.detach()
+        else:
+            d_logits = torch.ops.fastrlhf.token_stats_backward(*saved)
+        return d_logits, None, None, None
+
+
+def statistics_over_ranks(
+    logits: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    part: VocabularyPart,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Compute what `all_statistics` does of logits (..., V) whose other columns are on other ranks;
+    without a gradient. The targets are the part's own.
+    """
+    targets = targets.reshape(-1).contiguous()
+    acc = reference.accumulation_dtype(logits.dtype)
+    temperature = flat_temperature(transform.token_temperature, transform.temperature, acc)
+    per_token = temperature if isinstance(temperature, Tensor) else None
+    check_temperatures_on_host(per_token, targets != IGNORED)
+    if use_triton(impl, logits) and targets.numel():
+        return _by_kernels(logits, targets, transform, temperature, part, entropy, with_stats)
+    return _eager(logits, targets, transform, temperature, part, entropy, with_stats)
+
+
+def _by_kernels(
+    logits: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    temperature: float | Tensor,
+    part: VocabularyPart,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+) -> tuple[Tensor, ...]:
+    from fastrlhf.kernels.token_stats import (
+        RowQuestion,
+        token_stats_message,
+        token_stats_of_messages,
+    )
+
+    question = RowQuestion(
+        targets, temperature, transform.softcap, transform.scale, IGNORED, entropy, with_stats
+    )
+    if part.size:
+        message = token_stats_message(rows_of(logits), question)
+    else:
+        message = _of_no_columns(question.constants, targets, logits)
+    *found, mean_logit, squares = token_stats_of_messages(gathered(message, part.group), question)
+    if "mean_logit" in with_stats:
+        mean_logit = mean_logit / part.vocab
+    return *found, mean_logit, squares
+
+
+def _eager(
+    logits: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    temperature: float | Tensor,
+    part: VocabularyPart,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+) -> tuple[Tensor, ...]:
+    stats = empty_statistics(logits, targets.numel(), entropy, with_stats)
+    live = targets != IGNORED
+    index = live.nonzero().squeeze(1)
+    names = ("is_top1", "mean_logit", "log_sum_sq_probs")
+    asked = (True, True, True, entropy, *(name in with_stats for name in names))
+    if part.size:
+        rows = rows_of(logits)
+        parts = [
+            reference.row_parts(
+                take_rows(rows, some), targets[some], temperature=take(temperature, some),
+                softcap=transform.softcap, scale=transform.scale, entropy=entropy,
+                with_stats=with_stats,
+            )
+            for some in eager_chunks(live, rows)
+        ]  # fmt: skip
+        message = torch.cat(
+            [torch.stack([x for x, want in zip(one, asked, strict=True) if want]) for one in parts]
+            or [stats[0].new_empty(sum(asked), 0)],
+            dim=1,
+        )
+    else:
+        constants = [x for x, want in zip(_OF_NO_COLUMNS, asked, strict=True) if want]
+        message = _of_no_columns(constants, index, logits)
+    messages = iter(gathered(message, part.group).unbind(1))
+    nothing = message.new_empty(0)
+    of_ranks = RowParts(*(next(messages) if want else nothing for want in asked))
+    row_temperature = take(temperature, index)
+    merged = reference.merged_parts(of_ranks, row_temperature)
+    found = reference.statistics_of_parts(merged, part.vocab, row_temperature)
+    for whole, some in zip(stats, found, strict=True):
+        if whole.numel():
+            whole[index] = some
+    return stats
+
+
+def _of_no_columns(constants: Iterable[float], rows: Tensor, logits: Tensor) -> Tensor:
+    """The message of a part without columns, of so many rows."""
+    acc = reference.accumulation_dtype(logits.dtype)
+    return torch.stack([logits.new_full(rows.shape, x, dtype=acc) for x in constants])
