@@ -25,6 +25,7 @@ from .head_parts import (
     base_model,
     check_weights,
     evaluating,
+    gathers_its_parts,
     head_module,
     parts_within_call,
     virtual_tokens,
@@ -189,9 +190,13 @@ class _Worker:
         batch, temperature = self.batch, self.batch.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature.to(hidden.device)
+        chunk_size = batch.chunk_size
+        if gathers_its_parts(self.module):
+            # One chunk: processes with more tokens would wait for those with fewer.
+            chunk_size = max(1, self.targets.numel())
         return head_scorer(
-            hidden, own, self.parts, self.map, temperature=temperature,
-            chunk_size=batch.chunk_size, impl=batch.impl,
+            hidden, own, self.parts, self.map, temperature=temperature, chunk_size=chunk_size,
+            impl=batch.impl,
         )  # fmt: skip
 
     @torch.no_grad()

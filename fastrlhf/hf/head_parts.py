@@ -44,7 +44,9 @@ def base_model(model: Any) -> Any:
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):  # peft
             model = model.get_base_model()
-        elif not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):  # DDP, FSDP
+        elif not hasattr(type(model), "get_output_embeddings") and hasattr(model, "module"):
+            # DDP, FSDP, DeepSpeed: the last two pass on whatever is asked of them, but DeepSpeed's
+            # `config` is its own.
             model = model.module
         else:
             break
@@ -73,9 +75,12 @@ def without_virtual_tokens(hidden: Tensor, tokens: int, virtual: int) -> Tensor:
 
 
 def check_weights(module: Any, name: str) -> None:
-    """Raise TypeError for a head on the meta device, but one that accelerate offloads."""
+    """Raise TypeError for a head on the meta device, but one that accelerate offloads: itself, or
+    the parts of an adapter one by one.
+    """
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_meta and not hasattr(module, "_hf_hook"):
+    offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
+    if isinstance(weight, Tensor) and weight.is_meta and not offloaded:
         raise TypeError(f"model: expected a model with weights, got {name} on the meta device")
 
 
@@ -147,9 +152,10 @@ class _NotWholeError(RuntimeError):
 def parts_within_call(module: Any) -> HeadParts | None:
     """The same in the middle of a head's call, where its weight is whole, however it is sharded.
 
-    None also for one of which parts are sharded by themselves (as `fsdp_auto_wrap_policy` of peft
-    does with adapters): only their own calls within its forward make them whole.
+    None also for one of which parts are gathered by themselves.
     """
+    if gathers_its_parts(module):
+        return None  # what is there of them, gathered ahead, is gone after their next call
     try:
         return head_parts(module)
     except _NotWholeError as error:
@@ -160,6 +166,25 @@ def parts_within_call(module: Any) -> HeadParts | None:
                 f"its own), which fastrlhf knows; use token_stats on the model's logits ({error})"
             ) from error
         return None
+
+
+def gathers_its_parts(module: nn.Module) -> bool:
+    """Whether parts of a head are sharded by themselves (as `fsdp_auto_wrap_policy` of peft does
+    with adapters, and ZeRO-3 with all modules): only their own calls make them whole, and all
+    processes have to make as many.
+    """
+    inner = [part for part in module.modules() if part is not module]
+    wrappers = "FSDPModule", "FullyShardedDataParallel"
+    return any(
+        _is(part, "torch.distributed.fsdp", *wrappers)
+        or any(map(_comes_and_goes, part.parameters(recurse=False)))
+        for part in inner
+    )
+
+
+def _comes_and_goes(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 of DeepSpeed holds a parameter for the calls of its own module only."""
+    return hasattr(parameter, "ds_status") and not getattr(parameter, "ds_persist", False)
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
@@ -226,10 +251,11 @@ def _eight_bit(module: Any) -> Weight:
 
 def _whole(weight: Tensor) -> Tensor:
     """Raise unless a weight is all there."""
-    if type(weight).__name__ == "DTensor" or weight.numel() == 0 or weight.ndim != 2:
+    there = weight.numel() != 0 and weight.ndim == 2 and not weight.is_meta
+    if type(weight).__name__ == "DTensor" or not there:
         raise _NotWholeError(
-            "model: the weight of its head is sharded or empty outside of the model's forward; "
-            "use model_token_stats, which reads it within"
+            "model: the weight of its head is sharded, offloaded or empty outside of the model's "
+            "forward; use model_token_stats, which reads it within"
         )
     return weight
 

@@ -55,8 +55,8 @@ def lm_head(model: nn.Module) -> LMHead:
     what enters the head.
 
     Args:
-        model: any AutoModelForCausalLM; wrapped by peft, DistributedDataParallel or torch.compile
-            or not.
+        model: any AutoModelForCausalLM; wrapped by peft, DistributedDataParallel, DeepSpeed (ZeRO-1
+            and 2) or torch.compile or not.
 
     Returns:
         LMHead with the model's own tensors. What the model does to its logits afterwards is not
@@ -71,9 +71,9 @@ def lm_head(model: nn.Module) -> LMHead:
     Raises:
         TypeError: a head of a class that is not known; a layer between the backbone and the head,
             so that the backbone's hidden states are not those that enter the head.
-        RuntimeError: a weight that is sharded or empty outside of the model's forward (FSDP,
-            ZeRO-3): use `model_token_stats`; logits of which no scale, softcap and offset can be
-            told.
+        RuntimeError: a weight that is sharded, offloaded or empty outside of the model's forward
+            (FSDP, ZeRO-3, accelerate's offloading): use `model_token_stats`; logits of which no
+            scale, softcap and offset can be told.
     """
     base = base_model(model)
     module = head_module(base)
@@ -117,6 +117,7 @@ def head_inputs(
     inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
     with stand_in.in_place():
         output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+    head_parts(module)  # which raises where the forward has taken away what was whole before
     hidden = stand_in.result(logits_of(output))
     hidden = without_virtual_tokens(hidden, input_ids.shape[1], virtual_tokens(model))
     known = measured(base, module, capture.parts)
@@ -185,7 +186,8 @@ def _compare_with_backbone(base: Any) -> None:
     """
     embeddings = base.get_input_embeddings().weight
     device = "cpu" if embeddings.is_meta else embeddings.device  # offloaded by accelerate
-    ids = torch.arange(1, 3, device=device).remainder(embeddings.shape[0]).view(1, 2)
+    words = embeddings.shape[0] or 3  # 0 where they are gathered for their call alone
+    ids = torch.arange(1, 3, device=device).remainder(words).view(1, 2)
     inputs = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
     returned: list[Tensor] = []
 

@@ -61,7 +61,8 @@ def model_token_stats(
         token_stats(logits, input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100), ...)
 
     Args:
-        model: any AutoModelForCausalLM; wrapped by peft, DistributedDataParallel or FSDP or not.
+        model: any AutoModelForCausalLM; wrapped by peft, DistributedDataParallel, FSDP or DeepSpeed
+            or not.
         input_ids: (B, T) integer.
         attention_mask: as the model takes it; (B, T) 0/1, as a rule.
         mask: (B, T) bool or 0/1, the tokens to score; the others cost nothing at the head. None:
@@ -91,9 +92,11 @@ def model_token_stats(
     trained; three, and those of the small factors, where only a LoRA adapter of it is. The factors
     of such an adapter are multiplied one after the other, so its matrix is never built; other
     adapters of peft on the head (DoRA, IA3, OFT, VeRA, trained tokens) run through their own
-    module, a chunk of tokens at a time, again in backward. A quantized head (bitsandbytes) is
-    dequantized in slices; an 8-bit one gives the logits of its weights, without the rounding of
-    hidden states to 8 bits that the module's own forward does.
+    module, a chunk of tokens at a time, again in backward. So do all adapters under ZeRO-3 or
+    sharded by themselves, but in one chunk: processes would make unequal numbers of calls, and
+    wait for each other. A quantized head (bitsandbytes) is dequantized in slices; an 8-bit one
+    gives the logits of its weights, without the rounding of hidden states to 8 bits that the
+    module's own forward does.
 
     What the model does to the logits of its head is measured on three rows of numbers that pass
     through its forward: at every call on a CPU; on a GPU, where that waits for the device, whenever

@@ -57,14 +57,14 @@ class ModuleScorer(NamedTuple):
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """All tokens in one chunk, of which only the statistics are held."""
         order = live_rows(targets.reshape(-1), ignore_index)
-        if order.shape[0] == 0:
-            return self.logits(order).sum(), {}
         if groups is not None:
             order, _ = order_by_group(order, groups.reshape(-1))
             groups = groups.reshape(-1)[order]
         found = self._scored(
             targets, order, ignore_index, entropy, of_loss=True, with_stats=with_stats
         )
+        if order.shape[0] == 0:
+            return found.logprob.sum(), {}
         sides = (x.reshape(-1)[order] for x in side_inputs)
         with exact(self.hidden):
             loss, aux = check_loss(loss_fn(found._replace(groups=groups), *sides))
@@ -106,8 +106,6 @@ class ModuleScorer(NamedTuple):
             return found
 
         size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
-        # Without any token too, so that the parameters of the head have a gradient, of zeros.
-        parts = in_chunks(score, rows, size) or [score(rows)]
-        columns = zip(*parts, strict=True)
+        columns = zip(*in_chunks(score, rows, size), strict=True)
         found: Any = (None if column[0] is None else torch.cat(column) for column in columns)
         return ChunkStats(*found)

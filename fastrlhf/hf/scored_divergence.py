@@ -64,8 +64,8 @@ def scored_divergence(
         return torch.stack(found, dim=-1)
 
     rows = scored.reshape(-1).nonzero()[:, 0]
-    size = checked_chunk(ours.chunk_size, ours.vocab, ours.hidden.device)
-    parts = torch.cat(in_chunks(of_rows, rows, size) or [of_rows(rows)])
+    size = max(checked_chunk(x.chunk_size, x.vocab, x.hidden.device) for x in (ours, theirs))
+    parts = torch.cat(in_chunks(of_rows, rows, size))
     values, *entropies = (
         part.new_zeros(scored.numel()).index_put((rows,), part).view(scored.shape)
         for part in parts.unbind(-1)

@@ -175,12 +175,13 @@ def linear_scorer(
 
 def in_chunks(function: Callable[[Tensor], Result], rows: Tensor, size: int) -> list[Result]:
     """Apply a function to some rows at a time, in backward once more, so that no more logits than
-    of a chunk are held.
+    of a chunk are held. To no rows, once too: parameters have a gradient, of zeros, and processes
+    that share them make as many calls.
     """
     again = torch.is_grad_enabled() and not under_transform()
     return [
         checkpoint(function, rows[first:last], use_reentrant=False)
         if again
         else function(rows[first:last])
-        for first, last in even_spans(rows.shape[0], size)
+        for first, last in even_spans(rows.shape[0], size) or [(0, 0)]
     ]
