@@ -198,7 +198,7 @@ def is_tensor_parallel(module: nn.Module) -> bool:
 def _tensor_parallel(module: Any) -> HeadParts:
     """Read the rows that this rank has of a head."""
     try:
-        head = head_part(torch.empty(0), [module.weight], module.bias, None, None)
+        head = head_part(torch.empty(0), [module.weight], module.bias, None)
     except ValueError as error:
         raise _NotWholeError(f"model: of its head, {error}") from error
     return HeadParts(head.weights[0], head.bias, [], head.part)

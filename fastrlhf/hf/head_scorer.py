@@ -42,9 +42,18 @@ def with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight
     """Widen hidden states by what the adapters make of them, and the weight by their blocks.
 
     Where ranks share the vocabulary, each has all of an adapter, of which it takes its rows.
+
+    Raises:
+        RuntimeError: a dropout there, which every rank would draw for itself.
     """
     blocks, weights = [hidden], [parts.weight]
     for adapter in parts.adapters:
+        drops = adapter.dropout.training and getattr(adapter.dropout, "p", 0.0) > 0
+        if parts.part is not None and drops:
+            raise RuntimeError(
+                "model: an adapter around a head that is tensor parallel has a dropout, which each "
+                "rank would draw for itself; set lora_dropout=0 there"
+            )
         dtype = adapter.down.weight.dtype
         low = adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling
         blocks.append(low.to(hidden.dtype))

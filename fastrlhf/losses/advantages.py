@@ -184,7 +184,9 @@ def group_advantages(
     check_one_of("kind", kind, ADVANTAGES)
     counts, own = _counting(rewards, valid), slice(None)
     if check_group(group) is not None:
-        parts = (rewards, groups.long(), counts.to(torch.uint8))
+        # In dtypes that are the same on every rank, and that all backends send.
+        wide = rewards.to(accumulation_dtype(rewards.dtype))
+        parts = (wide, groups.long(), counts.to(torch.uint8))
         (rewards, groups, counts), own = concatenated(parts, group)
         counts = counts != 0
     rewards = torch.where(counts, rewards.to(accumulation_dtype(rewards.dtype)), 0.0)

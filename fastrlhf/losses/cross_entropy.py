@@ -14,6 +14,7 @@ from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_at_least, check_between, check_ignore_index, check_one_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
+from fastrlhf.ops.sharded import replicated
 from fastrlhf.ops.summed_gradient import with_summed_gradient
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -116,6 +117,7 @@ def linear_cross_entropy(
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
     )  # fmt: skip
+    targets = replicated("targets", targets)
     total, found = summed_cross_entropy(scorer, targets, options, ignore_index=ignore_index)
     if reduction == "sum":
         return total

@@ -36,7 +36,7 @@ from fastrlhf.ops.checks import (
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import Scorer, linear_scorer
-from fastrlhf.ops.sharded import is_dtensor
+from fastrlhf.ops.sharded import is_dtensor, replicated
 from fastrlhf.ops.targets import MASKED_OUT
 from fastrlhf.ops.token_stats import checked_logits
 from fastrlhf.ops.transform import temperatures_of_layout
@@ -113,6 +113,7 @@ def logits_policy_loss(
     check_bool("entropy", entropy)
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)
+    targets = replicated("targets", targets)
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
     temperature = temperatures_of_layout(temperature, targets, layout)
@@ -205,6 +206,7 @@ def linear_policy_loss(
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
     )  # fmt: skip
+    targets = replicated("targets", targets)
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
     scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))

@@ -27,6 +27,7 @@ from fastrlhf.ops.checks import (
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
+from fastrlhf.ops.sharded import replicated
 from fastrlhf.ops.summed_gradient import with_summed_gradient
 from fastrlhf.ops.transform import temperatures_of_layout
 from fastrlhf.reference import Layout
@@ -123,6 +124,7 @@ def linear_dpo_loss(
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
     )  # fmt: skip
+    targets = replicated("targets", targets)
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
     pair_loss = checked_pair_loss(

@@ -177,6 +177,16 @@ def check_indices_on_host(name: str, index: Tensor, size: int, what: str) -> Non
         raise ValueError(f"{name}: expected indices in [0, {size}) ({what}), got {worst}")
 
 
+# Devices on which an assertion costs no synchronisation; others have none.
+_ASSERTING_DEVICES = ("cpu", "cuda")
+
+
+def assert_on_device(holds: Tensor, message: str) -> None:
+    """Assert what is only known on a device, without waiting for it, where the device can."""
+    if holds.device.type in _ASSERTING_DEVICES:
+        torch._assert_async(holds, f"fastrlhf: {message}")
+
+
 def wide_integers(index: Tensor) -> Tensor:
     """Widen integers, in fewer bits of which a sentinel or the size of a vocabulary would wrap."""
     return index.long()

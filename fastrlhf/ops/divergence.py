@@ -15,7 +15,6 @@ from .backend import (
     outside_of_graphs,
     under_transform,
     use_triton,
-    wanted_or_detached,
 )
 from .checks import (
     check_between,
@@ -26,7 +25,7 @@ from .checks import (
     check_shape,
 )
 from .eager_rows import chunks, of_rows, take_rows
-from .ranks import Group, refuse_transforms_of_ranks
+from .ranks import Group
 from .sharded import logits_part, same_part
 from .token_stats import rows_of
 from .transform import (
@@ -120,11 +119,12 @@ def kl_divergence(
 
     Source: the jsd 2306.13649 Eq. 1 (GKD).
     """
-    logits, part = logits_part(logits, group)
-    ref_logits = same_part("ref_logits", ref_logits, part)
+    own = logits_part(logits, group)
+    logits, ref_logits = own.logits, same_part("ref_logits", ref_logits, own.part)
+    shared = own.group is not None
     check_floating("logits", logits)
     check_floating("ref_logits", ref_logits)
-    if logits.ndim == 0 or (logits.shape[-1] == 0 and part is None):
+    if logits.ndim == 0 or (logits.shape[-1] == 0 and not shared):
         raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
     check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
     check_same_device("ref_logits", ref_logits, "logits", logits)
@@ -132,16 +132,12 @@ def kl_divergence(
     transform = checked_transform(temperature, softcap, scale, mask)
     measure = checked_measure(direction, beta)
     check_impl(impl)
-    if part is not None:
-        from .divergence_over_ranks import DivergenceOverRanks  # which imports this module
+    if shared:
+        from .divergence_over_ranks import kl_divergence_over_ranks  # which imports this module
 
-        refuse_transforms_of_ranks("kl_divergence")
-        sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)
-        values = outside_of_graphs(DivergenceOverRanks.apply)(
-            *wanted_or_detached(*sides), mask, transform.token_temperature, transform,
-            measure.share, part, impl,
-        )  # fmt: skip
-        return values.view(mask.shape)
+        return outside_of_graphs(kl_divergence_over_ranks)(
+            own, ref_logits, mask, transform, measure, impl
+        )
     if under_transform():
         return definition(logits, ref_logits, mask, transform, measure)
     sides = (ref_logits, logits) if measure.swapped else (logits, ref_logits)

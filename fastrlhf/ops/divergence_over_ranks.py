@@ -13,16 +13,42 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import use_triton
-from .divergence import divergence_backward_into, wider
+from .backend import use_triton, wanted_or_detached
+from .divergence import Measure, divergence_backward_into, wider
 from .eager_rows import chunks, of_rows, take_rows
-from .ranks import gathered, refuse_derivatives_of_ranks, summed
+from .ranks import (
+    gathered,
+    refuse_derivatives_of_ranks,
+    refuse_transforms_of_ranks,
+    summed,
+)
+from .sharded import LogitsPart
 from .token_stats import rows_of
 from .transform import Transform, check_temperatures_on_host, flat_temperature
-from .vocabulary_part import IGNORED, NOT_HERE, VocabularyPart
+from .vocabulary_part import IGNORED, NOT_HERE, VocabularyPart, numbered
 
 
-class DivergenceOverRanks(torch.autograd.Function):
+def kl_divergence_over_ranks(
+    own: LogitsPart,
+    ref_logits: Tensor,
+    mask: Tensor,
+    transform: Transform,
+    measure: Measure,
+    impl: str,
+) -> Tensor:
+    """Compute `kl_divergence` of checked logits (..., V) whose other columns are on other ranks."""
+    refuse_transforms_of_ranks("kl_divergence")
+    question = (measure.swapped, measure.share is not None)
+    part = own.agreed(mask, numbered(question, wider(own.logits, ref_logits)))
+    sides = (ref_logits, own.logits) if measure.swapped else (own.logits, ref_logits)
+    values = _DivergenceOverRanks.apply(
+        *wanted_or_detached(*sides), mask, transform.token_temperature, transform, measure.share,
+        part, impl,
+    )  # fmt: skip
+    return values.view(mask.shape)
+
+
+class _DivergenceOverRanks(torch.autograd.Function):
     """Values (N,) of logits (..., V) of p and of q, with respect to which it is differentiable."""
 
     @staticmethod
@@ -110,6 +136,8 @@ def _parts(
     if logits.shape[-1] == 0 or not keep.numel():
         return nothing
     softcap, scale = cap
+    if acc == torch.float64:  # whose sums the kernel of the statistics would not make of fewer bits
+        logits = logits.to(acc)
     if triton:
         from fastrlhf.kernels.token_stats import RowQuestion, token_stats_message
 

@@ -113,7 +113,7 @@ class _ForeseenStats(torch.autograd.Function):
             elif needs.hidden:
                 found, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
             else:
-                found = statistics(bench, spans)
+                found, _ = statistics(bench, spans)
         # Backward needs nothing but what may have a gradient.
         problem = problem._replace(options=options._replace(with_stats=()))
         keep_problem(ctx, problem, order, slope_of_logprob)

@@ -21,10 +21,15 @@ from torch import Tensor
 from fastrlhf.reference import ROWS, Layout
 
 from .backend import is_batched, under_transform
-from .checks import check_dense, check_same_device, known_on_host, wide_integers
+from .checks import (
+    assert_on_device,
+    check_dense,
+    check_same_device,
+    known_on_host,
+    wide_integers,
+)
 
 _NEIGHBOURS = 32
-_ASSERTING_DEVICES = ("cpu", "cuda")  # others have no assertion that nobody waits for
 
 
 class Runs(Layout):
@@ -121,10 +126,10 @@ def checked_cu_seqlens(name: str, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     cu_seqlens, end = wide_integers(cu_seqlens), tokens.numel()
     if known_on_host(cu_seqlens):
         _check_on_host(name, cu_seqlens, end)
-    elif cu_seqlens.device.type in _ASSERTING_DEVICES and not is_batched(cu_seqlens):
+    elif not is_batched(cu_seqlens):
         lengths = cu_seqlens.diff()
         fits = (lengths >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == end)
-        torch._assert_async(
+        assert_on_device(
             fits, f"cu_seqlens: expected to start at 0, not to decrease and to end at N of {name}"
         )
     return cu_seqlens

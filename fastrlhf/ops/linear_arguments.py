@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
-from .backend import check_impl
+from .backend import check_impl, outside_of_graphs
 from .checks import (
     check_bool,
     check_floating,
@@ -25,7 +25,7 @@ from .linear_plans import Workbench
 from .linear_rows import Rows, default_chunk
 from .token_stats import check_values_on_host
 from .transform import Transform, check_temperatures_on_host, checked_transform
-from .vocabulary_part import IGNORED, VocabularyPart
+from .vocabulary_part import IGNORED, VocabularyPart, agreed_part, numbered
 
 
 class LinearOptions(NamedTuple):
@@ -120,19 +120,36 @@ def checked_problem(
     targets = wide_integers(targets)
     transform = checked_transform(temperature, softcap, scale, targets)
     tokens = transform.token_temperature
+    # Of the rank that has the most of a vocabulary that several share, so that all cut the same.
+    columns = vocab if part is None or part.largest is None else part.largest
+    chunk = checked_chunk(chunk_size, columns, hidden.device)
     if part is not None:
         check_temperatures_on_host(tokens, targets != ignore_index)
+        question = (entropy, entropy_grad, *(name in with_stats for name in FURTHER_STATS))
+        question += wanted_gradients(hidden, weights, bias)
+        asked = {"chunk_size": chunk, **numbered(question, dtype or matmul_dtype(hidden))}
+        outside_of_graphs(agreed_part)(part.group, part.size, targets, asked, part)
         targets, ignore_index = part.own_targets(targets, ignore_index), IGNORED
-        vocab = vocab if part.largest is None else part.largest  # so that all cut the same chunks
     elif not torch.compiler.is_compiling():  # the operator on logits checks again
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     options = LinearOptions(
         *transform[1:], ignore_index, entropy, entropy and entropy_grad, with_stats,
-        checked_chunk(chunk_size, vocab, hidden.device), impl, dtype or matmul_dtype(hidden), part,
+        chunk, impl, dtype or matmul_dtype(hidden), part,
     )  # fmt: skip
     return LinearProblem(
         hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options
     )
+
+
+def wanted_gradients(
+    hidden: Tensor, weights: list[Weight], bias: Tensor | None
+) -> tuple[bool, bool]:
+    """Whether gradients of hidden states and of the head will be asked for, on which it depends
+    what is sent.
+    """
+    grad = torch.is_grad_enabled()
+    head = any(x is not None and x.requires_grad for x in (bias, *weights))
+    return grad and hidden.requires_grad, grad and head
 
 
 def check_head(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.reference import cap_slope, capped_logits
@@ -40,16 +39,17 @@ from .linear_arguments import (
     exact,
     full_logits,
     matmul_dtype,
+    wanted_gradients,
 )
 from .linear_head import Head, Weight
 from .linear_plans import Needs, Room, room_for_slopes
 from .linear_rows import even_spans, live_rows
-from .ranks import Group, refuse_transforms_of_ranks
+from .ranks import Group, all_reduced_rows, refuse_transforms_of_ranks
 from .scorer import LinearScorer
 from .sharded import head_part, same_head_part
 from .stats_over_ranks import statistics_over_ranks
 from .transform import Transform, check_factor, checked_transform
-from .vocabulary_part import NOT_HERE, VocabularyPart
+from .vocabulary_part import NOT_HERE, VocabularyPart, agreed_part, numbered
 
 
 class _Side(NamedTuple):
@@ -150,7 +150,7 @@ def linear_kl_divergence(
 
     Source: 2306.13649 (GKD).
     """
-    head = head_part(hidden, [weight], bias, group, chunk_size)
+    head = head_part(hidden, [weight], bias, group)
     ref_head = same_head_part(ref_hidden, [ref_weight], ref_bias, head.part, prefix="ref_")
     check_head(*head[:3], part=head.part)
     check_head(*ref_head[:3], prefix="ref_", part=head.part)
@@ -206,6 +206,7 @@ def divergence_of(
     )  # fmt: skip
     if ours.part is not None:
         refuse_transforms_of_ranks("linear_kl_divergence")
+        _agree(ours, ref, mask, options)
     if under_transform() and not entropy:
         return _definition(ours, ref, mask, transform, options), None
     tensors = [
@@ -217,6 +218,20 @@ def divergence_of(
         options, mask, transform.token_temperature, *wanted_or_detached(*tensors)
     )
     return values.view(mask.shape), entropies.view(mask.shape) if entropy else None
+
+
+def _agree(ours: LinearScorer, ref: LinearScorer, mask: Tensor, options: _Options) -> None:
+    """Check that all ranks ask the same, of the same tokens."""
+    part, measure = ours.part, options.measure
+    assert part is not None
+    question = (
+        measure.swapped, measure.share is not None, options.entropy, options.sum_expected,
+        *wanted_gradients(ours.hidden, ours.weights, ours.bias),
+        *wanted_gradients(ref.hidden, ref.weights, ref.bias),
+    )  # fmt: skip
+    wide = torch.promote_types(*options.dtypes)
+    asked = {"chunk_size": options.chunk, **numbered(question, wide)}
+    outside_of_graphs(agreed_part)(part.group, part.size, mask, asked, part)
 
 
 def _largest(scorer: LinearScorer) -> int:
@@ -266,11 +281,14 @@ class _LinearDivergence(torch.autograd.Function):
         sums = torch.promote_types(sides[0].head.sums, sides[1].head.sums)
         values = torch.zeros(mask.numel(), dtype=sums, device=mask.device)
         entropies = torch.zeros_like(values if options.entropy else values[:0])
+        kept = []  # what backward would otherwise have to ask other ranks again
         with exact(sides[0].hidden):
             for first, last in even_spans(order.shape[0], options.chunk):
                 rows = order[first:last]
                 block = _Block(options, sides, rows, token_temperature)
                 values[rows] = block.values
+                if options.part is not None:
+                    kept.append(torch.cat((block.values.unsqueeze(0), block.stats)))
                 if options.entropy:
                     entropies[rows] = block.entropy().to(sums)
                 for i, (side, slope, found) in enumerate(zip(sides, slopes, summed, strict=True)):
@@ -290,7 +308,8 @@ class _LinearDivergence(torch.autograd.Function):
         ctx.options = options
         ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]
         dense = [x if isinstance(x, Tensor) else None for x in tensors]
-        ctx.save_for_backward(mask, order, token_temperature, *dense, *slopes, *known)
+        of_ranks = torch.cat(kept, dim=1) if kept else None
+        ctx.save_for_backward(mask, order, token_temperature, of_ranks, *dense, *slopes, *known)
         ctx.mark_non_differentiable(entropies)
         return values, entropies
 
@@ -299,7 +318,7 @@ class _LinearDivergence(torch.autograd.Function):
         refuse_second_derivative("linear_kl_divergence", "kl_divergence")
         refuse_transforms("linear_kl_divergence's backward", "kl_divergence", d_values)
         options = ctx.options
-        mask, order, token_temperature, *rest = ctx.saved_tensors
+        mask, order, token_temperature, of_ranks, *rest = ctx.saved_tensors
         dense, rest = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
         slopes, known = rest[:2], rest[2:]
         tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
@@ -312,7 +331,7 @@ class _LinearDivergence(torch.autograd.Function):
         else:
             sides = _sides(options, tensors, wanted)
             hiddens, heads = _recomputed(
-                options, sides, tensors, order, token_temperature, d_values
+                options, sides, tensors, order, token_temperature, d_values, of_ranks
             )
         gradients: list[Tensor | None] = []
         for i in range(2):
@@ -321,7 +340,7 @@ class _LinearDivergence(torch.autograd.Function):
             if slopes[i] is not None:
                 d_hidden = slopes[i] * upstream.unsqueeze(1)
                 if options.part is not None:
-                    dist.all_reduce(d_hidden, group=options.part.group)
+                    d_hidden = all_reduced_rows(d_hidden, order, options.part.group)
                 d_hidden = d_hidden.view(hidden.shape)
             of_head, heads = heads[: len(head)], heads[len(head) :]
             for total, x in zip((d_hidden, *of_head), (hidden, *head), strict=True):
@@ -336,6 +355,7 @@ def _recomputed(
     order: Tensor,
     token_temperature: Tensor | None,
     d_values: Tensor,
+    of_ranks: Tensor | None,  # values and statistics (7, n), where ranks share the vocabulary
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of both hidden states, and of both heads, from logits that are made again."""
     rows_of_hidden = [
@@ -353,7 +373,8 @@ def _recomputed(
         with exact(sides[0].hidden):
             for first, last in even_spans(order.shape[0], options.chunk):
                 rows = order[first:last]
-                block = _Block(options, sides, rows, token_temperature)
+                known = None if of_ranks is None else of_ranks[:, first:last]
+                block = _Block(options, sides, rows, token_temperature, known)
                 for i, side in enumerate(sides):
                     if side.trained:
                         d_logits = block.d_logits(i, d_values[rows], found[i].room)
@@ -391,6 +412,7 @@ class _Block:
         sides: list[_Side],
         rows: Tensor,
         token_temperature: Tensor | None,
+        known: Tensor | None = None,
     ):
         logits = [side.logits(rows) for side in sides]
         cap, scale = options.caps[0], options.scales[0]
@@ -414,6 +436,8 @@ class _Block:
             self.values, self.stats = torch.ops.fastrlhf.divergence(
                 *self.pair, self.mask, *self.transform, share, options.impl
             )
+        elif known is not None:  # by the forward
+            self.values, self.stats = known[0], known[1:]
         else:
             self.values, self.stats = divergence_over_ranks(
                 self.pair[0],
@@ -441,6 +465,8 @@ class _Block:
     def d_logits(self, side: int, d_values: Tensor, room: Room) -> LogitGradient:
         """Compute the gradient with respect to the logits of a side, as operands of its matmuls."""
         of_p, (logits_p, logits_q) = (side == 0) != self.swapped, self.pair
+        if logits_p.shape[1] == 0:  # of a rank that has nothing of the vocabulary
+            return LogitGradient(logits_p.to(self.operands[side]), None)
         slope, operands = self.slopes[side], self.operands[side]
         unscaled = isinstance(slope, float) and slope == 1.0
         there = None if operands == self.sums[side] else room(len(d_values))

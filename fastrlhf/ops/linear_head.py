@@ -106,7 +106,8 @@ class Head:
         rows = elements // ends[-1]
         if not on_cpu:  # slices begin where rows of logits do, at 16 bytes
             rows = rows // 64 * 64 or rows
-        self.slice_rows = self.vocab if whole else max(1, rows)
+        # At least 1, for a rank may have no rows of a vocabulary that several share.
+        self.slice_rows = max(1, self.vocab if whole else rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (n, K) to raw logits (n, V)."""
@@ -124,7 +125,7 @@ class Head:
         values, unit = d_logits
         width = self.columns[-1].stop
         d_hidden = values.new_empty((values.shape[0], width), dtype=self.sums)
-        if self.vocab == 0:  # where ranks share the vocabulary, one may have none
+        if self.vocab == 0:
             return d_hidden.zero_()
         for rows, block, weight in self._slices():
             _add_product(d_hidden[:, block], values[:, rows], weight, fresh=rows.start == 0)

@@ -101,7 +101,7 @@ def linear_loss(
             loss_fn that returns anything else.
     """
     refuse_transforms("linear_loss", "linear_token_stats and a loss of it")
-    head = head_part(hidden, [weight], bias, group, chunk_size)
+    head = head_part(hidden, [weight], bias, group)
     problem = checked_problem(
         head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
         temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,

@@ -102,6 +102,9 @@ class Slopes(NamedTuple):
 
 Found = tuple[Tensor, ...]  # what `token_stats` returns, of all N tokens; empty unless asked for
 
+# Logprob, entropy, peak and log_norm of the n rows that count, which the gradient of logits takes.
+Kept = tuple[Tensor, ...]
+
 
 Room = Callable[[int], Tensor]  # makes room for gradients of so many rows of logits
 
@@ -179,13 +182,20 @@ class Workbench(NamedTuple):
         gradients.add(block.place, block.hidden.to(self.head.operands), dz)
 
 
-def statistics(bench: Workbench, spans: Iterable[Span]) -> Found:
-    """Read the statistics of all tokens: P0, and the forward of P4."""
+def statistics(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Kept]:
+    """Read the statistics of all tokens: P0, and the forward of P4.
+
+    Where ranks share the vocabulary, what backward would have to ask them again is returned too.
+    """
     found = room_for_all_tokens(bench)
+    parts = []
     for span in spans:
         block = bench.rows.block(span)
-        put(found, block, bench.score(block)[1])
-    return found
+        stats = bench.score(block)[1]
+        put(found, block, stats)
+        if bench.part is not None:
+            parts.append((stats.logprob, stats.entropy, stats.peak, stats.log_norm))
+    return found, tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
 def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Tensor, Tensor]:
@@ -228,12 +238,27 @@ def _slopes_of_block(
 
 
 def recomputed_gradients(
-    bench: Workbench, spans: Iterable[Span], slopes: Slopes, gradients: Gradients
+    bench: Workbench, spans: Iterable[Span], slopes: Slopes, gradients: Gradients, kept: Kept = ()
 ) -> None:
-    """Make the logits again and finish, given the gradients (N,) of the statistics: P4 backward."""
-    for span in spans:
-        block = bench.rows.block(span)
-        bench.differentiate(block, *bench.score(block), slopes.at(block.place), gradients)
+    """Make the logits again and finish, given the gradients (N,) of the statistics: P4 backward.
+
+    Where ranks share the vocabulary, their statistics were kept, and nobody is asked again.
+    """
+    for first, last in spans:
+        block = bench.rows.block((first, last))
+        if kept:
+            logits = bench.head.logits(block.hidden.to(bench.head.operands))
+            stats = _statistics_kept(tuple(x[first:last] for x in kept))
+        else:
+            logits, stats = bench.score(block)
+        bench.differentiate(block, logits, stats, slopes.at(block.place), gradients)
+        del logits  # before the next block makes its own
+
+
+def _statistics_kept(kept: Kept) -> Statistics:
+    logprob, entropy, peak, log_norm = kept
+    nothing = logprob.new_empty(0)
+    return Statistics(logprob, entropy, nothing, nothing, nothing, nothing, peak, log_norm)
 
 
 # Given the statistics of a span of the ordered rows, the derivatives of the loss.

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf import reference
@@ -19,6 +18,7 @@ from .linear_arguments import (
 )
 from .linear_head import Weight
 from .linear_plans import (
+    Kept,
     Needs,
     Plan,
     Slopes,
@@ -28,7 +28,7 @@ from .linear_plans import (
     statistics_and_slopes,
 )
 from .linear_rows import even_spans, live_rows_if_known
-from .ranks import Group, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .ranks import Group, all_reduced_rows, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
 from .sharded import head_part, replicated
 from .token_stats import shaped_stats
 
@@ -95,10 +95,11 @@ def linear_token_stats(
 
     With a group, statistics are in the same bits on every rank; gradients of weight and bias are
     those of this rank's rows, that of hidden is complete on every rank. Sent are the numbers that
-    `token_stats` names, of tokens with a target, and backward one all-reduce of the gradient of
-    hidden in fp32, a chunk while the next one is computed; the (..., H) tensor that is kept is
-    fp32 too. Where each rank computes the same loss from the statistics, gradients are right as
-    they are. The second derivative and `torch.func` are refused.
+    `token_stats` names, of tokens with a target; and backward one all-reduce of the gradient of
+    their hidden states in fp32, where the weight is trained of one chunk while the next is
+    computed. The (..., H) tensor that is kept for the backward is fp32. Where each rank computes
+    the same loss from the statistics, gradients are right as they are. The second derivative and
+    `torch.func` are refused. On a GPU, the sizes of the parts are awaited too (not of a DTensor).
 
     Raises:
         TypeError: hidden, weight or bias that are not floating; hidden and weight of two dtypes;
@@ -107,7 +108,7 @@ def linear_token_stats(
 
     The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.
     """
-    head = head_part(hidden, [weight], bias, group, chunk_size)
+    head = head_part(hidden, [weight], bias, group)
     problem = checked_problem(
         head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
         temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
@@ -177,37 +178,38 @@ class _LinearTokenStats(torch.autograd.Function):
         plan = choose_plan(needs, loss_known=False)
         problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
         order = live_rows_if_known(targets.reshape(-1), options.ignore_index)
-        slopes: list[Tensor] = []
+        others: tuple[Tensor, ...]
         with exact(hidden):
             bench = problem.workbench(order)
             spans = even_spans(bench.rows.size, options.chunk)
             if plan is Plan.P1:
                 found, *slopes = statistics_and_slopes(bench, spans)
+                others = tuple(slopes)
             else:
-                found = statistics(bench, spans)
-        ctx.needs = needs
+                found, others = statistics(bench, spans)
+        ctx.needs, ctx.keeps_slopes = needs, plan is Plan.P1
         # Backward needs nothing but what has a gradient.
         options = options._replace(entropy=options.entropy_grad, with_stats=())
-        keep_problem(ctx, problem._replace(options=options), order, slopes)
+        keep_problem(ctx, problem._replace(options=options), order, others)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[1 if not options.entropy_grad else 2 :])
         return found
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
-        problem, order, slopes = kept_problem(ctx)
+        problem, order, others = kept_problem(ctx)
         if problem.options.part is not None:
             refuse_derivatives_of_ranks("linear_token_stats", d_logprob, d_entropy)
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             d_hidden, d_bias, *d_weights = differentiable_gradients(
                 problem, ctx.needs, d_logprob, d_entropy
             )
-        elif slopes:
-            d_hidden = _times_slopes(problem, slopes, d_logprob, d_entropy)
+        elif ctx.keeps_slopes:
+            d_hidden = _times_slopes(problem, order, others, d_logprob, d_entropy)
             d_bias, d_weights = None, [None] * len(problem.weights)
         else:
             d_hidden, d_bias, *d_weights = _recomputed(
-                problem, order, ctx.needs, d_logprob, d_entropy
+                problem, order, ctx.needs, d_logprob, d_entropy, tuple(others)
             )
         return None, d_hidden, d_bias, None, None, *d_weights
 
@@ -233,6 +235,7 @@ def kept_problem(ctx: Any) -> tuple[LinearProblem, Any, list[Any]]:
 
 def _times_slopes(
     problem: LinearProblem,
+    order: Tensor | None,
     slopes: list[Tensor],
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
@@ -248,7 +251,7 @@ def _times_slopes(
     if d_hidden is None:
         return None
     if problem.options.part is not None:
-        dist.all_reduce(d_hidden, group=problem.options.part.group)
+        d_hidden = all_reduced_rows(d_hidden, order, problem.options.part.group)
     return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
 
 
@@ -258,6 +261,7 @@ def _recomputed(
     needs: Needs,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
+    kept: Kept,
 ) -> list[Tensor | None]:
     """Gradients of hidden states, bias and weights from logits that are made again."""
     with exact(problem.hidden):
@@ -268,7 +272,7 @@ def _recomputed(
             d_entropy = None
         gradients = bench.gradients(needs)
         spans = even_spans(bench.rows.size, problem.options.chunk)
-        recomputed_gradients(bench, spans, Slopes(d_logprob, d_entropy), gradients)
+        recomputed_gradients(bench, spans, Slopes(d_logprob, d_entropy), gradients, kept)
         totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
     return [
         None if total is None or x is None else total.to(x.dtype)

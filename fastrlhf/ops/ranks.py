@@ -127,6 +127,14 @@ class _SharedByRanks(torch.autograd.Function):
         return sum_over_ranks(d_shared, ctx.group), None
 
 
+def all_reduced_rows(x: Tensor, rows: Tensor | None, group: Group) -> Tensor:
+    """Replace some rows of a tensor (N, K), all if None, by their sums over ranks."""
+    sums = x if rows is None else x[rows]
+    if sums.numel():
+        dist.all_reduce(sums, group=group)
+    return sums if rows is None else x.index_put_((rows,), sums)
+
+
 class SumsOnTheirWay:
     """Sums over ranks of one block of rows after the other, each sent while the next is made."""
 

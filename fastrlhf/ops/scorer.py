@@ -165,7 +165,7 @@ def linear_scorer(
     Raises:
         TypeError, ValueError: as `check_head` and `head_part`.
     """
-    head = head_part(hidden, [weight], bias, group, chunk_size)
+    head = head_part(hidden, [weight], bias, group)
     check_head(head.hidden, head.weights, head.bias, part=head.part)
     return LinearScorer(
         head.hidden, head.weights, head.bias, temperature, softcap, scale, chunk_size, impl,

@@ -6,16 +6,16 @@ part goes back to the DTensor that it is a part of.
 Dims: W ranks, V vocabulary.
 """
 
-import math
 import sys
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .backend import outside_of_graphs
 from .checks import check_floating
 from .linear_head import QuantizedWeight, Weight
 from .ranks import Group, check_group
-from .vocabulary_part import VocabularyPart, part_of, part_of_rows
+from .vocabulary_part import VocabularyPart, agreed_part, part_of
 
 
 class HeadPart(NamedTuple):
@@ -38,7 +38,6 @@ def head_part(
     weights: list[Weight],
     bias: Tensor | None,
     group: Group | None,
-    chunk_size: int | None,
     *,
     prefix: str = "",
 ) -> HeadPart:
@@ -58,10 +57,8 @@ def head_part(
                 hidden, weights, bias, None
             )  # refused by the checks, if it is no weight
         check_floating(f"{prefix}hidden", hidden)
-        agreed = {"number of tokens": hidden[..., 0].numel() if hidden.ndim else 0}
-        agreed["chunk_size"] = -1 if chunk_size is None else chunk_size
         return HeadPart(
-            hidden, weights, bias, part_of(group, weight.shape[0], hidden.device, agreed)
+            hidden, weights, bias, outside_of_graphs(part_of)(group, weight.shape[0], hidden.device)
         )
     refuse_group(f"{prefix}weight", group)
     local, part = vocabulary_part(f"{prefix}weight", weight, 0)
@@ -86,30 +83,39 @@ def same_head_part(
     Raises:
         TypeError, ValueError: another.
     """
-    found = head_part(hidden, weights, bias, None, None, prefix=prefix)
-    if found.part is not None and found.part != part:
+    found = head_part(hidden, weights, bias, None, prefix=prefix)
+    if found.part is not None and (part is None or not found.part.is_that_of(part)):
         raise ValueError(f"{prefix}weight: expected one that is cut as weight is, got {found.part}")
     return found._replace(part=part)
 
 
-def logits_part(logits: Any, group: Group | None) -> tuple[Any, VocabularyPart | None]:
-    """Find out which part of the vocabulary this rank has of logits (..., V), as a plain tensor.
+class LogitsPart(NamedTuple):
+    """This rank's columns of logits (..., V), as a plain tensor."""
+
+    logits: Any
+    group: Group | None  # of the ranks that share the vocabulary
+    part: VocabularyPart | None  # where it is known which columns these are
+    of_dtensor: bool = False
+
+    def agreed(self, tokens: Tensor, asked: dict[str, int]) -> VocabularyPart | None:
+        """Which part this is, once all ranks agree on the tokens and on what is asked of them."""
+        if self.group is None:
+            return None
+        return agreed_part(self.group, self.logits.shape[-1], tokens, asked, self.part)
+
+
+def logits_part(logits: Any, group: Group | None) -> LogitsPart:
+    """Find this rank's columns of logits (..., V).
 
     Raises:
-        TypeError, ValueError: DTensors of other placements, a group beside them, or as
-            `part_of_rows`.
+        TypeError, ValueError: DTensors of other placements, or a group beside them.
     """
     group = check_group(group)
-    if is_dtensor(logits):
-        refuse_group("logits", group)
-        return vocabulary_part("logits", logits, -1)
-    if group is None:
-        return logits, None
-    check_floating("logits", logits)
-    if logits.ndim == 0:  # the checks refuse it
-        return logits, None
-    *leading, columns = logits.shape
-    return logits, part_of_rows(group, columns, math.prod(leading), logits.device)
+    if not is_dtensor(logits):
+        return LogitsPart(logits, group, None)
+    refuse_group("logits", group)
+    local, part = vocabulary_part("logits", logits, -1)
+    return LogitsPart(local, None if part is None else part.group, part, of_dtensor=True)
 
 
 def same_part(name: str, x: Any, part: VocabularyPart | None) -> Any:
@@ -121,7 +127,7 @@ def same_part(name: str, x: Any, part: VocabularyPart | None) -> Any:
     if not is_dtensor(x):
         return x
     local, own = vocabulary_part(name, x, -1)
-    if own != part:
+    if own is not None and (part is None or not own.is_that_of(part)):
         raise ValueError(f"{name}: expected a DTensor cut as logits are, got {tuple(x.placements)}")
     return local
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.reference import RowParts, TokenStats
+from fastrlhf.reference import FURTHER_STATS, RowParts, TokenStats
 
-from .backend import outside_of_graphs, use_triton, wanted_or_detached
+from .backend import use_triton, wanted_or_detached
 from .checks import wide_integers
 from .ranks import gathered, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .sharded import LogitsPart
 from .token_stats import (
     can_overwrite,
     eager_chunks,
@@ -34,17 +35,16 @@ from .token_stats import (
     take_rows,
 )
 from .transform import Transform, check_temperatures_on_host, flat_temperature
-from .vocabulary_part import IGNORED, VocabularyPart
+from .vocabulary_part import IGNORED, VocabularyPart, numbered
 
 # What a part without columns says of a row, in the order of `RowParts`.
 _OF_NO_COLUMNS = (-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf, 0.0, 0.0)
 
 
 def token_stats_over_ranks(
-    logits: Tensor,
+    own: LogitsPart,
     targets: Tensor,
     transform: Transform,
-    part: VocabularyPart,
     *,
     ignore_index: int,
     entropy: bool,
@@ -55,16 +55,16 @@ def token_stats_over_ranks(
 ) -> TokenStats:
     """Compute `token_stats` of checked logits (..., V) whose other columns are on other ranks."""
     refuse_transforms_of_ranks("token_stats")
-    own = part.own_targets(wide_integers(targets), ignore_index)
+    targets = wide_integers(targets)
+    question = (entropy, *(name in with_stats for name in FURTHER_STATS))
+    part = own.agreed(targets, numbered(question, own.logits.dtype))
+    assert part is not None
+    own_targets = part.own_targets(targets, ignore_index)
     options = _Options(
         transform, part, entropy, entropy and entropy_grad, with_stats, inplace, impl
     )
-    found = outside_of_graphs(_TokenStatsOverRanks.apply)(
-        *wanted_or_detached(logits),
-        own,
-        transform.token_temperature,
-        options,
-    )
+    logits = wanted_or_detached(own.logits)[0]
+    found = _TokenStatsOverRanks.apply(logits, own_targets, transform.token_temperature, options)
     logprob, row_entropy, lse, _, _, *further = found
     return shaped_stats((logprob, row_entropy, lse, *further), targets.shape, entropy, with_stats)
 

@@ -13,8 +13,15 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import FURTHER_STATS, TokenStats
 
-from .backend import check_impl, is_batched, under_transform, use_triton
+from .backend import (
+    check_impl,
+    is_batched,
+    outside_of_graphs,
+    under_transform,
+    use_triton,
+)
 from .checks import (
+    assert_on_device,
     check_bool,
     check_floating,
     check_ignore_index,
@@ -123,23 +130,23 @@ def token_stats(
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.
     """
-    logits, part = logits_part(logits, group)
-    targets = replicated("targets", targets)
-    transform = checked_logits(
-        logits, targets, temperature, softcap, scale, may_be_empty=part is not None
-    )
+    own = logits_part(logits, group)
+    logits, targets, shared = own.logits, replicated("targets", targets), own.group is not None
+    transform = checked_logits(logits, targets, temperature, softcap, scale, may_be_empty=shared)
     ignore_index = check_ignore_index(ignore_index)
     check_bool("entropy", entropy)
     check_bool("entropy_grad", entropy_grad)
     with_stats = check_names("with_stats", with_stats, FURTHER_STATS)
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)
-    if part is not None:
+    if shared:
         from .stats_over_ranks import token_stats_over_ranks  # which imports this module
 
-        return token_stats_over_ranks(
-            logits, targets, transform, part, ignore_index=ignore_index, entropy=entropy,
-            entropy_grad=entropy_grad, with_stats=with_stats, inplace=inplace_backward, impl=impl,
+        # A DTensor has a version of its own, which would not tell that its memory was overwritten.
+        inplace = inplace_backward and not own.of_dtensor
+        return outside_of_graphs(token_stats_over_ranks)(
+            own, targets, transform, ignore_index=ignore_index, entropy=entropy,
+            entropy_grad=entropy_grad, with_stats=with_stats, inplace=inplace, impl=impl,
         )  # fmt: skip
     if under_transform():
         return _definition(
@@ -293,6 +300,9 @@ def _statistics(
             with_stats=with_stats,
         )
     stats = empty_statistics(logits, targets.numel(), entropy, with_stats)
+    if targets.device.type != "cpu":  # as the kernel does
+        known = (targets >= 0) & (targets < logits.shape[-1]) | (targets == ignore_index)
+        assert_on_device(known.all(), "a target is outside [0, vocabulary)")
     for index in eager_chunks(targets != ignore_index, rows):
         chunk = reference.token_stats_forward(
             take_rows(rows, index),

@@ -4,17 +4,22 @@ Targets are numbered anew, from the first column of the part: below 0 for earlie
 size on for later ones.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from .checks import assert_on_device
 from .ranks import Group, gathered, rank_in
 
 # Of targets that are numbered from the first column of a part: one in earlier columns, or in none.
 NOT_HERE = -1
 # One that is ignored.
 IGNORED = -2
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class VocabularyPart(NamedTuple):
@@ -32,6 +37,11 @@ class VocabularyPart(NamedTuple):
         first = int(self.start)
         return slice(first, first + self.size)
 
+    def is_that_of(self, other: "VocabularyPart") -> bool:
+        """Whether another part is of the same columns among the same ranks."""
+        ranks = (dist.get_process_group_ranks(part.group) for part in (self, other))
+        return len(set(map(tuple, ranks))) == 1 and self[1:] == other[1:]
+
     def own_targets(self, targets: Tensor, ignore_index: int) -> Tensor:
         """Number targets of the whole vocabulary from the first column of this part.
 
@@ -40,45 +50,76 @@ class VocabularyPart(NamedTuple):
         """
         live = targets != ignore_index
         known = ((targets >= 0) & (targets < self.vocab)) | ~live
-        if targets.device.type == "cpu":
-            if not known.all():
-                worst = targets[~known][0].item()
-                raise ValueError(
-                    f"targets: expected numbers in [0, {self.vocab}), the vocabulary of all ranks, "
-                    f"or ignore_index {ignore_index}, got {worst}"
-                )
-        else:
-            torch._assert_async(known.all(), "fastrlhf: a target is outside [0, vocabulary)")
+        if targets.device.type == "cpu" and not known.all():
+            worst = targets[~known][0].item()
+            raise ValueError(
+                f"targets: expected numbers in [0, {self.vocab}), the vocabulary of all ranks, or "
+                f"ignore_index {ignore_index}, got {worst}"
+            )
+        assert_on_device(known.all(), "a target is outside [0, vocabulary)")
         own = (targets - self.start).clamp(NOT_HERE, self.size)
         return torch.where(live, own, IGNORED)
 
 
-def part_of(
-    group: Group, size: int, device: torch.device, agreed: dict[str, int]
-) -> VocabularyPart:
+def part_of(group: Group, size: int, device: torch.device) -> VocabularyPart:
     """Tell the others how many columns this rank has, and learn where they begin.
 
-    Waits for the answer. What is `agreed` must be the same on every rank.
+    Waits for the answer.
 
     Raises:
-        ValueError: an empty vocabulary; something that is not the same on every rank.
+        ValueError: an empty vocabulary.
     """
-    own = torch.tensor([size, *agreed.values()], device=device)
-    of_ranks = gathered(own, group).tolist()
-    sizes = [numbers[0] for numbers in of_ranks]
-    for i, name in enumerate(agreed, start=1):
-        found = [numbers[i] for numbers in of_ranks]
-        if len(set(found)) > 1:
-            raise ValueError(f"group: expected the same {name} on every rank, got {found}")
+    sizes = gathered(torch.full((1,), size, device=device), group).view(-1)
+    return _among(group, size, sizes.tolist())
+
+
+def agreed_part(
+    group: Group,
+    size: int,
+    tokens: Tensor,
+    asked: dict[str, int],
+    known: VocabularyPart | None = None,
+) -> VocabularyPart:
+    """Tell the others which tokens are scored (their targets, or a mask) and what is asked of them,
+    which has to be the same on all ranks: what they send each other depends on it. And learn where
+    the columns of this rank begin, unless that is known.
+
+    On a GPU, nobody waits for the answer, and an assertion says what is wrong.
+
+    Raises:
+        ValueError: on every rank, what is not the same; an empty vocabulary.
+    """
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing() and known is not None:
+        return known
+    flat = tokens.reshape(-1).long()
+    # Of other tokens, hardly ever the same; their order counts too.
+    place = torch.arange(1, flat.shape[0] + 1, device=flat.device)
+    fingerprint = ((flat + 3) * (place * 2654435761 % 2**31)).sum()
+    numbers = torch.tensor([size, flat.shape[0], *asked.values()])
+    own = torch.cat((numbers.to(flat.device, non_blocking=True), fingerprint.view(1)))
+    of_ranks = gathered(own, group)
+    sizes, others = of_ranks[:, 0], of_ranks[:, 1:]
+    alike = (others == others[0]).all(0)
+    if flat.device.type != "cpu":
+        assert_on_device(alike.all(), "ranks that share a vocabulary differ in what they ask")
+        rank = rank_in(group)
+        return known or VocabularyPart(group, sizes[:rank].sum(), size, sizes.sum())
+    for i, name in enumerate(("number of tokens", *asked, "tokens to score")):
+        if not alike[i]:
+            got = "" if i > len(asked) else f", got {others[:, i].tolist()}"
+            raise ValueError(
+                f"group: expected the same {name} on every rank that shares the vocabulary{got}"
+            )
+    return known or _among(group, size, sizes.tolist())
+
+
+def _among(group: Group, size: int, sizes: list[int]) -> VocabularyPart:
     if sum(sizes) == 0:
         raise ValueError("group: expected a vocabulary, got 0 columns on every rank")
     return VocabularyPart(group, sum(sizes[: rank_in(group)]), size, sum(sizes), max(sizes))
 
 
-def part_of_rows(group: Group, size: int, tokens: int, device: torch.device) -> VocabularyPart:
-    """The same for logits that are there already; where those are on a GPU, nobody waits."""
-    if device.type == "cpu":
-        return part_of(group, size, device, {"number of tokens": tokens})
-    # Filled on the device, which a copy of the number would have to wait for.
-    sizes = gathered(torch.full((1,), size, device=device), group).view(-1)
-    return VocabularyPart(group, sizes[: rank_in(group)].sum(), size, sizes.sum())
+def numbered(question: Iterable[bool], dtype: torch.dtype) -> dict[str, int]:
+    """What is asked, by yes and no, and the dtype of the logits, as numbers to compare."""
+    asked = sum(2**i for i, wanted in enumerate(question) if wanted)
+    return {"question (entropy, with_stats, gradients)": asked, "dtype": _DTYPES.index(dtype)}
