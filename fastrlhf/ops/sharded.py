@@ -87,8 +87,11 @@ def same_head_part(
         TypeError, ValueError: another.
     """
     found = head_part(hidden, weights, bias, None, None, prefix=prefix)
-    if found.part is not None and found.part != part:
-        raise ValueError(f"{prefix}weight: expected one that is cut as weight is, got {found.part}")
+    weight: Any = weights[0]
+    if is_dtensor(weight) and found.part != part:
+        raise ValueError(
+            f"{prefix}weight: expected a DTensor cut as weight is, got {tuple(weight.placements)}"
+        )
     return found._replace(part=part)
 
 
