@@ -18,7 +18,7 @@ from support.compare import (
     assert_gradient_close,
     relative_error,
 )
-from support.rank_pool import FailedRanks, RankPool
+from support.rank_pool import RankPool
 from support.vocabulary_over_ranks import CUT, OF_LOGITS, OPERATIONS, Outcome, Problem, outcome
 from torch import Tensor
 
@@ -47,6 +47,13 @@ PER_TOKEN = torch.linspace(0.5, 2.0, B * T, dtype=torch.float64).view(B, T)
 PER_SEQUENCE = torch.tensor([0.6, 1.0, 1.7, 0.9])
 EVERYTHING = ("is_top1", "mean_logit", "log_sum_sq_probs")
 LINEAR = [name for name in OPERATIONS if name not in OF_LOGITS]
+# The others are these, and what knows no backend.
+WITH_KERNELS = ["token_stats", "linear_token_stats", "kl_divergence", "linear_kl_divergence"]
+BOTH = [(name, "eager") for name in OPERATIONS] + [(name, "triton") for name in WITH_KERNELS]
+BACKENDS = pytest.mark.parametrize("operation, impl", BOTH)
+LINEAR_BACKENDS = pytest.mark.parametrize(
+    "operation, impl", [(name, impl) for name, impl in BOTH if name in LINEAR]
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +135,8 @@ def check(pool: RankPool, problem: Problem) -> Outcome:
 
 @pytest.mark.parametrize(
     "impl, cut",
-    [
-        *(("eager", cut) for cut in CUTS),
-        ("triton", "2, none first"), ("triton", "3 uneven"), ("triton", "4, one column"),
-    ],
-)  # fmt: skip
+    [*(("eager", cut) for cut in CUTS), ("triton", "2, none first"), ("triton", "3 uneven")],
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_values_and_gradients_are_those_of_the_whole(pool, operation, impl, cut) -> None:
     options: dict[str, Any] = {"impl": impl}
@@ -205,23 +209,36 @@ VARIANTS = [
 ]
 
 
-def name_of(x: Any) -> str | None:
+def name_of(x: Any) -> str:
     """Options as the name of a test."""
-    if isinstance(x, dict):
-        return ",".join(
-            f"{name}={'tensor' if isinstance(value, Tensor) else value}"
-            for name, value in x.items()
-        )
-    return None
+    if isinstance(x, tuple) and isinstance(x[-1], dict):
+        return f"{x[0]} {name_of(x[-1])}"
+    if not isinstance(x, dict):
+        return str(x)
+    return ",".join(
+        f"{name}={'tensor' if isinstance(value, Tensor) else value}" for name, value in x.items()
+    )
 
 
-@IMPLS
-@pytest.mark.parametrize("operation, options", VARIANTS, ids=name_of)
-def test_options_mean_what_they_mean_in_one_process(pool, operation, options, impl) -> None:
-    number = VARIANTS.index((operation, options))
-    cut = list(CUTS.values())[number % len(CUTS)]
+@pytest.mark.parametrize(
+    "number, impl",
+    [
+        (i, impl)
+        for i, (operation, _) in enumerate(VARIANTS)
+        for impl in ("eager", "triton")
+        if impl == "eager" or i % 3 == 0 or operation in OF_LOGITS
+    ],
+    ids=lambda x: name_of(VARIANTS[x]) if isinstance(x, int) else x,
+)
+def test_options_mean_what_they_mean_in_one_process(pool, number, impl) -> None:
+    operation, options = VARIANTS[number]
+    # The interpreter takes its time: three ranks at most.
+    cuts = [cut for cut in CUTS.values() if impl == "eager" or len(cut) < 4]
     chunks = {"chunk_size": 5} if operation in LINEAR else {}
-    problem = Problem(operation, cut, {**options, **chunks, "impl": impl}, bias=number % 2 == 0)
+    problem = Problem(
+        operation, cuts[number % len(cuts)], {**options, **chunks, "impl": impl},
+        bias=number % 2 == 0,
+    )  # fmt: skip
     check(pool, problem)
 
 
@@ -235,9 +252,8 @@ TRAINED = {
 }
 
 
-@IMPLS
 @pytest.mark.parametrize("trained", TRAINED)
-@pytest.mark.parametrize("operation", LINEAR)
+@LINEAR_BACKENDS
 def test_whatever_is_frozen_the_rest_has_its_gradient(pool, operation, trained, impl) -> None:
     weights = "alike" if len(trained) % 2 else "uneven"
     entropy = {"entropy": True} if operation in ("linear_token_stats", "linear_loss") else {}
@@ -250,8 +266,15 @@ def test_whatever_is_frozen_the_rest_has_its_gradient(pool, operation, trained, 
     assert gradients == set(problem.leaves())
 
 
-@IMPLS
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", LINEAR)
+def test_ranks_cut_the_same_blocks_however_many_columns_they_have(pool, operation) -> None:
+    problem = Problem(operation, (3, 20, 6), {"impl": "eager"}, batch=(4, 5))
+    assert_same(
+        pool.run(over.outcome_in_little_memory, problem, ranks=3), outcome(None, problem), problem
+    )
+
+
+@BACKENDS
 def test_a_padded_vocabulary_has_no_gradient_in_its_padding(pool, operation, impl) -> None:
     # As users have it: equal shares, of which the last ranks narrow theirs to what is real.
     problem = Problem(operation, (9, 9, 5, 0), {"impl": impl}, padding=(0, 0, 4, 9), bias=True)
@@ -263,6 +286,31 @@ def test_targets_of_one_rank_alone_and_narrow_ones(pool, impl) -> None:
     for operation in ("token_stats", "linear_token_stats", "linear_policy_loss"):
         spoils = ("narrow_targets", "one_owner")
         check(pool, Problem(operation, CUTS["3 uneven"], {"impl": impl}, spoils=spoils))
+
+
+@IMPLS
+@pytest.mark.parametrize("operation", ["token_stats", "linear_token_stats"])
+def test_the_entropy_may_be_all_that_is_differentiated(pool, operation, impl) -> None:
+    problem = Problem(operation, CUTS["3 uneven"], {"impl": impl, "entropy": True})
+    for trained in (None, ("hidden",)) if operation in LINEAR else (None,):
+        check(pool, replace(problem, trained=trained, weights="entropy alone"))
+
+
+@IMPLS
+def test_a_reference_of_another_dtype(pool, impl) -> None:
+    options, spoils = {"direction": "jsd", "impl": impl}, ("reference_in_fp32",)
+    check(
+        pool,
+        Problem("kl_divergence", CUTS["3 uneven"], options, trained=("logits",), spoils=spoils),
+    )
+
+
+def test_two_groups_at_once_each_with_a_vocabulary_of_its_own(pool) -> None:
+    for operation in ("token_stats", "linear_loss", "linear_kl_divergence"):
+        problem = Problem(operation, CUTS["2 uneven"])
+        found = pool.run(over.in_pairs, problem, ranks=4)
+        for pair in (found[:2], found[2:]):
+            assert_same(pair, outcome(None, problem), problem)
 
 
 @IMPLS
@@ -280,8 +328,10 @@ def test_the_log_prob_of_a_near_certain_token_keeps_its_accuracy(pool, impl) -> 
 @IMPLS
 def test_of_equal_logits_the_first_of_the_whole_vocabulary_is_on_top(pool, impl) -> None:
     options = {"impl": impl, "with_stats": EVERYTHING}
-    for cut in CUTS.values():
-        problem = Problem("token_stats", cut, options, spoils=("none_ignored", "ties"))
+    for cut in CUTS:
+        if impl == "triton" and cut not in ("2, none first", "4, one column"):
+            continue
+        problem = Problem("token_stats", CUTS[cut], options, spoils=("none_ignored", "ties"))
         x, found = problem.tensors(), joined(of_ranks(pool, problem), problem)
         expected = x["logits"].argmax(-1) == x["targets"]
         assert torch.equal(found["is_top1"], expected)
@@ -317,7 +367,8 @@ def test_hostile_logits_give_what_one_process_gives(pool, operation, spoils, imp
         options |= {"entropy": True, "with_stats": EVERYTHING}
     if operation == "kl_divergence":
         options["direction"] = "jsd" if len(spoils) == 2 else "reverse"
-    for cut in ("3 uneven", "3, none in the middle"):
+    cuts = ["3, none in the middle"] + ["4, one column"] * (impl == "eager")
+    for cut in cuts:
         problem = Problem(operation, CUTS[cut], options, spoils=spoils)
         # One process, by the same backend: what +inf gives is not promised.
         whole = outcome(None, problem)
@@ -326,9 +377,8 @@ def test_hostile_logits_give_what_one_process_gives(pool, operation, spoils, imp
             assert all(x.isfinite().all() for x in whole.values())
 
 
-@IMPLS
 @pytest.mark.parametrize("spoils", [("large",), ("garbage",), ("all_ignored",)], ids=" ".join)
-@pytest.mark.parametrize("operation", LINEAR)
+@LINEAR_BACKENDS
 def test_hostile_hidden_states_give_what_one_process_gives(pool, operation, spoils, impl) -> None:
     problem = Problem(operation, CUTS["3 uneven"], {"impl": impl}, spoils=spoils)
     assert_alike(of_ranks(pool, problem), outcome(None, problem), problem)
@@ -345,9 +395,8 @@ def test_no_tokens_at_all(pool, impl) -> None:
 # Accuracy in the dtypes that people use, and bits.
 
 
-@IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@BACKENDS
 def test_they_are_as_accurate_as_one_process(pool, operation, dtype, impl) -> None:
     entropy = {"entropy": True} if "stats" in operation else {}
     problem = Problem(
@@ -368,8 +417,7 @@ def test_they_are_as_accurate_as_one_process(pool, operation, dtype, impl) -> No
             assert_as_accurate(*numbers, size=size, of=name)
 
 
-@IMPLS
-@pytest.mark.parametrize("operation", OPERATIONS)
+@BACKENDS
 def test_the_same_bits_from_run_to_run(pool, operation, impl) -> None:
     problem = Problem(
         operation, CUTS["4, one column"], {"impl": impl}, torch.float32, bias=True
@@ -476,9 +524,7 @@ def test_divergences_send_seven_or_eight_numbers_a_token(
 @IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("plan", ["P0", "P1", "P2", "P4", "weight alone"])
-def test_hidden_states_send_what_live_tokens_have_and_one_gradient(
-    pool, plan, dtype, impl
-) -> None:
+def test_hidden_states_send_what_live_tokens_have_and_one_gradient(pool, plan, dtype, impl) -> None:
     operation = "linear_loss" if plan == "P2" else "linear_token_stats"
     trained = {"P0": (), "P1": ("hidden",), "weight alone": ("weight",)}.get(plan)
     problem = Problem(
@@ -498,7 +544,27 @@ def test_hidden_states_send_what_live_tokens_have_and_one_gradient(
 
 
 @IMPLS
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("direction, numbers", [("reverse", 7), ("jsd", 8)])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "ref_weight"), ("hidden", "weight")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergences_of_hidden_states_send_the_same_of_live_tokens(
+    pool, trained, direction, numbers, dtype, impl
+) -> None:
+    options = {"impl": impl, "direction": direction, "chunk_size": 4}
+    problem = Problem("linear_kl_divergence", (9, 0, 40), options, dtype, trained=trained)
+    forward, backward = sent(pool, problem)
+    live = int(problem.tensors()["mask"].sum())
+    number = 4 * live
+    assert sum(size for kind, size in forward if kind == GATHER) == 24 + numbers * number
+    again = numbers * number if len(trained) == 2 else 0
+    assert sum(size for kind, size in backward if kind == GATHER) == again
+    reduced = [size for kind, size in forward + backward if kind == REDUCE]
+    # Where the forward keeps a slope of each token, ignored ones are sent as zeros.
+    rows = live if "weight" in trained else B * T
+    assert sum(reduced) == 4 * rows * problem.width
+
+
+@BACKENDS
 def test_nothing_of_the_size_of_the_logits_is_ever_sent(pool, operation, impl) -> None:
     problem = Problem(operation, (40, 50), {"impl": impl}, torch.float32, bias=True)
     forward, backward = sent(pool, problem)
@@ -617,13 +683,11 @@ def test_a_step_can_be_compiled(pool) -> None:
 
 def test_a_rank_that_fails_leaves_nobody_waiting(pool) -> None:
     problem = Problem("linear_token_stats", (4, 5, 3, 2))
-    found = pool.outcomes(over.with_a_rank_that_fails, problem, 3.0, ranks=4)
+    found = pool.outcomes(over.with_a_rank_that_fails, problem, 2.0, ranks=4)
     for rank, (value, error) in enumerate(found):
         assert value is None and error is not None
         assert ("this rank has no data" in error) == (rank == 1)
         assert "RuntimeError" in error or rank == 1
-    with pytest.raises(FailedRanks, match="rank 1: .*"):
-        pool.run(over.with_a_rank_that_fails, problem, 3.0, ranks=2)
     check(pool, problem)
 
 
@@ -673,9 +737,9 @@ def test_placements_that_are_not_served_are_named(pool, operation) -> None:
             name = "group" if kind == "group beside" else kind.split(":")[0]
             assert error.startswith(f"ValueError: {name}: expected"), (kind, error)
             if kind != "group beside" and "plain" not in kind:
-                assert "got" in error and any(
-                    placement in error for placement in ("Shard", "Partial", "Replicate")
-                ), (kind, error)
+                placements = ("Shard", "Partial", "Replicate")
+                got = error.split(" got ")[-1]
+                assert any(x in got for x in placements), (kind, error)
 
 
 def test_placements_on_a_grid_that_are_not_served_are_named(pool) -> None:

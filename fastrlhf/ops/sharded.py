@@ -84,8 +84,11 @@ def same_head_part(
         TypeError, ValueError: another.
     """
     found = head_part(hidden, weights, bias, None, prefix=prefix)
-    if found.part is not None and (part is None or not found.part.is_that_of(part)):
-        raise ValueError(f"{prefix}weight: expected one that is cut as weight is, got {found.part}")
+    weight: Any = weights[0]
+    if is_dtensor(weight) and not _same(found.part, part):
+        raise ValueError(
+            f"{prefix}weight: expected a DTensor cut as weight is, got {tuple(weight.placements)}"
+        )
     return found._replace(part=part)
 
 
@@ -127,9 +130,15 @@ def same_part(name: str, x: Any, part: VocabularyPart | None) -> Any:
     if not is_dtensor(x):
         return x
     local, own = vocabulary_part(name, x, -1)
-    if own is not None and (part is None or not own.is_that_of(part)):
+    if not _same(own, part):
         raise ValueError(f"{name}: expected a DTensor cut as logits are, got {tuple(x.placements)}")
     return local
+
+
+def _same(own: VocabularyPart | None, other: VocabularyPart | None) -> bool:
+    if own is None or other is None:
+        return own is other
+    return own.is_that_of(other)
 
 
 def refuse_group(name: str, group: Group | None) -> None:

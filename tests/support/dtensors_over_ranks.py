@@ -1,5 +1,4 @@
-"""The problems of `vocabulary_over_ranks`, given as DTensors, by which torch.distributed says who has
-what; and DTensors that are refused.
+"""The problems of `vocabulary_over_ranks` as DTensors, and DTensors that are refused.
 
 Dims: W ranks, V vocabulary, H width.
 """
@@ -8,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -89,6 +87,8 @@ def _of_logits(problem: Problem, mesh: DeviceMesh, group: Any) -> dict[str, Call
         "logits: partial": call(logits=[Partial()]),
         "group beside": call(group),
     }
+    if problem.operation == "token_stats":
+        kinds["targets: rows cut"] = call(targets=[Shard(0)])
     if "kl" in problem.operation:
         kinds |= {
             "ref_logits: copies": call(ref_logits=[Replicate()]),
@@ -108,6 +108,8 @@ def _of_heads(problem: Problem, mesh: DeviceMesh, group: Any) -> dict[str, Calla
         "bias: plain": call(bias=None),
         "group beside": call(group),
     }
+    if problem.operation in ("linear_token_stats", "linear_loss"):
+        kinds["targets: rows cut"] = call(targets=[Shard(0)])
     if "kl" in problem.operation:
         kinds |= {
             "ref_weight: width cut": call(ref_weight=[Shard(1)]),

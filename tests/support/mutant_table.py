@@ -42,12 +42,17 @@ MUTANTS = [
         ),
         (
             "K1: ignored rows are live",
-            "live = inside & (target != ignore_index)", "live = inside",
+            "live = inside & (target != ignore_index)\n    row_t = row_temperature("
+            "token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)\n"
+            "    tl.device_assert",
+            "live = inside\n    row_t = row_temperature(token_temperature, "
+            "temperature, row, live, acc, PER_TOKEN_TEMPERATURE)\n    tl.device_assert",
             "exactly_zero and triton",
         ),
         (
             "K1: splits that are not there are read",
-            "present = live[:, None] & (split < splits)", "present = live[:, None] & (split >= 0)",
+            "present = live[:, None] & (split < splits)\n    plane = stride_plane",
+            "present = live[:, None] & (split >= 0)\n    plane = stride_plane",
             "masked_vocabulary and triton",
         ),
         (
@@ -1279,13 +1284,12 @@ MUTANTS = [
         "fastrlhf/reference.py", "test_linear_cross_entropy.py",
         (
             "eager K1: a mean logit without temperature",
-            "row_sums(capped) / capped.shape[-1] / rows_t", "row_sums(capped) / capped.shape[-1]",
+            "mean_logit = total / vocab / temperature", "mean_logit = total / vocab",
             "loss_is_that and smoothed and warm",
         ),
         (
             "eager K1: a mean of logits that are neither scaled nor capped",
-            "row_sums(capped) / capped.shape[-1] / rows_t",
-            "row_sums(logits.to(capped)) / capped.shape[-1] / rows_t",
+            "total = row_sums(capped)", "total = row_sums(logits.to(capped))",
             "loss_is_that and smoothed and (scaled or capped)",
         ),
     ),
@@ -1298,7 +1302,7 @@ MUTANTS = [
         ),
         (
             "plans: a slope that is alone in the dtype of two",
-            "alone=not bench.entropy_grad", "alone=not bench.entropy",
+            "alone = not bench.entropy_grad and", "alone = not bench.entropy and",
             "one_slope_alone",
         ),
         (
@@ -2567,6 +2571,268 @@ MUTANTS = [
             "trpo: without a group every process is alone",
             "return dist.group.WORLD", "return None",
             "two_processes",
+        ),
+    ),
+    *_mutants(
+        "kernels/token_stats.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: K1 reads the target before the columns of a part",
+            "here = live & (target >= 0) & (target < vocab)",
+            "here = live & (target < vocab)",
+            "of_the_whole and token_stats and triton and uneven",
+        ),
+        (
+            "shared: a target that no rank holds counts",
+            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))',
+            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) >= 0, capped, -float("inf"))',
+            "hostile_logits and token_stats and scattered and triton",
+        ),
+        (
+            "shared: ranks without the target add to it",
+            "capped = tl.sum(tl.where(held, of_ranks, 0.0), axis=1)",
+            "capped = tl.sum(tl.where(held, of_ranks, 1.0), axis=1)",
+            "of_the_whole and token_stats and triton and uneven",
+        ),
+        (
+            "shared: the squares of a message are relative to another peak",
+            "squares = move_squares(peak, squares, finite_base(row_peak)[:, None], rate)\n      "
+            "  tl.store(out",
+            "squares = move_squares(peak, squares, 0.0 * row_peak[:, None], rate)\n        "
+            "tl.store(out",
+            "options_mean and token_stats and triton and sum_sq",
+        ),
+    ),
+    *_mutants(
+        "kernels/divergence.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: the norm of q is that of p in the sums",
+            "base_q, tl.load(place + 4 * plane),",
+            "base_q, tl.load(place + plane),",
+            "of_the_whole and kl_divergence and triton",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: sums of ranks do not fade",
+            "peak, (parts.rest * fade).sum(0),",
+            "peak, parts.rest.sum(0),",
+            "of_the_whole and token_stats and eager and uneven",
+        ),
+        (
+            "shared: moments of ranks are relative to their own peaks",
+            "moment = moment + parts.rest * torch.where(fade > 0, shift, 0.0)",
+            "moment = moment * 1.0",
+            "of_the_whole and token_stats and eager and uneven",
+        ),
+        (
+            "shared: squares of ranks fade half",
+            "(squares * fade.square()).sum(0)",
+            "(squares * fade).sum(0)",
+            "options_mean and token_stats and eager and sum_sq",
+        ),
+        (
+            "shared: the smallest peak before the target",
+            "before.amax(0) if before.numel()",
+            "before.amin(0) if before.numel()",
+            "on_top and eager",
+        ),
+        (
+            "shared: eager ranks without the target add to it",
+            "target = torch.where(held, parts.target, 0.0).sum(0)",
+            "target = torch.where(held, parts.target, 1.0).sum(0)",
+            "of_the_whole and token_stats and eager and uneven",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/ranks.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: each rank adds in an order of its own",
+            "total = parts[0].clone()\n",
+            "parts = parts.roll(rank_in(group), 0)\n    total = parts[0].clone()\n",
+            "of_the_whole and kl_divergence and 3",
+        ),
+        (
+            "shared: the rank is that among all processes",
+            "return dist.get_rank(group)",
+            "return dist.get_rank()",
+            "two_groups",
+        ),
+        (
+            "shared: what was on its way is overwritten",
+            "self.receive()\n        if part.numel():",
+            "if part.numel():",
+            "options_mean and linear_cross_entropy and eager",
+        ),
+        (
+            "shared: a second derivative is taken of a part",
+            'if torch.is_grad_enabled():\n        raise RuntimeError(\n            '
+            'f"{function}: where ranks',
+            'if False:\n        raise RuntimeError(\n            f"{function}: where ranks',
+            "second_derivatives",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/vocabulary_part.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: parts start one column late",
+            "return VocabularyPart(group, sum(sizes[: rank_in(group)]), size,",
+            "return VocabularyPart(group, sum(sizes[: rank_in(group)]) + (rank_in(group) > 0), "
+            "size,",
+            "of_the_whole and token_stats and eager and uneven",
+        ),
+        (
+            "shared: an earlier target is taken for an ignored one",
+            "own = (targets - self.start).clamp(NOT_HERE, self.size)",
+            "own = (targets - self.start).clamp(max=self.size)",
+            "of_the_whole and token_stats and eager and uneven",
+        ),
+        (
+            "shared: targets are checked against this rank's columns",
+            "(targets < self.vocab)) | ~live",
+            "(targets < self.size)) | ~live",
+            "of_the_whole and token_stats and eager and uneven",
+        ),
+        (
+            "shared: ranks need not agree",
+            "if len(set(found)) > 1:",
+            "if len(set(found)) > 9:",
+            "do_not_agree",
+        ),
+        (
+            "shared: blocks are as large as this rank's columns allow",
+            "sum(sizes), max(sizes))",
+            "sum(sizes), size)",
+            "same_blocks and linear_token_stats",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/stats_over_ranks.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: the mean of the kernels is that of this rank's columns",
+            "mean_logit = mean_logit / part.vocab",
+            "mean_logit = mean_logit / max(part.size, 1)",
+            "options_mean and token_stats and triton and mean_logit",
+        ),
+        (
+            "shared: the mean is that of this rank's columns",
+            "statistics_of_parts(merged, part.vocab, row_temperature)",
+            "statistics_of_parts(merged, max(part.size, 1), row_temperature)",
+            "options_mean and token_stats and eager and mean_logit",
+        ),
+        (
+            "shared: no columns have a peak",
+            "_OF_NO_COLUMNS = (-torch.inf, 0.0,",
+            "_OF_NO_COLUMNS = (0.0, 0.0,",
+            "hostile_logits and token_stats and rows_of_nothing and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/divergence_over_ranks.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: the norm of p is that of this rank",
+            "_norm(of_ranks[:, i : i + 2], temperature) for i",
+            "_norm(of_ranks[:, i : i + 2] if i else peaks_and_rests[None, :2], temperature) for i",
+            "of_the_whole and kl_divergence and eager and uneven",
+        ),
+        (
+            "shared: the norm of q is that of p",
+            "for i in (0, 2)])",
+            "for i in (0, 0)])",
+            "of_the_whole and kl_divergence and eager and uneven",
+        ),
+        (
+            "shared: the mean of q is that of p in a mixture",
+            "summed(own if share is not None else own[:3], part.group)",
+            "summed(own[:3], part.group)",
+            "options_mean and kl_divergence and jsd and eager",
+        ),
+        (
+            "shared: the excess is another sum",
+            "of_sums_of_terms(sums[0], sums[1], p_is",
+            "of_sums_of_terms(sums[0], sums[2], p_is",
+            "of_the_whole and kl_divergence and eager and uneven",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_token_stats.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: P1 has the gradient of this rank's columns",
+            "dist.all_reduce(d_hidden, group=problem.options.part.group)",
+            "pass",
+            "frozen and linear_token_stats and hidden and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_divergence.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: a divergence has the gradient of this rank's columns",
+            "dist.all_reduce(d_hidden, group=options.part.group)",
+            "pass",
+            "frozen and linear_kl and hidden and eager",
+        ),
+        (
+            "shared: slopes of a divergence are rounded before they are added",
+            "alone=side.group is None)",
+            "alone=True)",
+            "divergences_of_hidden and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_plans.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: slopes are rounded before they are added",
+            "alone = not bench.entropy_grad and bench.part is None",
+            "alone = not bench.entropy_grad",
+            "live_tokens_have and P1 and eager",
+        ),
+        (
+            "shared: the mean's gradient is that of this rank's columns",
+            "mean_logit=slopes.mean_logit * share)",
+            "mean_logit=slopes.mean_logit)",
+            "options_mean and linear_cross_entropy and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/head_gradients.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: P2 to P4 have the gradient of this rank's columns",
+            "self.over_ranks = None if group is None or hidden is None else",
+            "self.over_ranks = None if group is None or hidden is not None else",
+            "of_the_whole and linear_loss and eager and uneven",
+        ),
+        (
+            "shared: the last block never comes",
+            "            self.over_ranks.receive()\n",
+            "            pass\n",
+            "of_the_whole and linear_loss and eager and uneven",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/sharded.py", "test_vocabulary_over_ranks.py",
+        (
+            "shared: a DTensor starts where its rank among all does",
+            "start = min(mesh.get_local_rank(mesh_dim) * largest, vocab)",
+            "start = min(mesh.get_rank() * largest, vocab)",
+            "may_have_copies and token_stats",
+        ),
+        (
+            "shared: a bias may be cut in another way",
+            "        or x.placements != weight.placements\n",
+            "",
+            "not_served_are_named and linear_token_stats",
+        ),
+        (
+            "shared: a reference may be cut in another way",
+            "if is_dtensor(weight) and found.part != part:",
+            "if False:",
+            "not_served_are_named and linear_kl",
+        ),
+        (
+            "shared: two dimensions of a mesh cut the vocabulary",
+            "if len(cutting) > 1 or not",
+            "if not",
+            "grid_that",
         ),
     ),
 ]  # fmt: skip

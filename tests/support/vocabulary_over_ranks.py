@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastrlhf
+from fastrlhf.ops import linear_rows
 
 from .matmuls import MatmulAudit
 
@@ -157,6 +158,10 @@ def _out_of_vocabulary(x: Tensors, sizes: tuple[int, ...]) -> None:
     x["targets"][0, 0] = sum(sizes)
 
 
+def _reference_in_fp32(x: Tensors, sizes: tuple[int, ...]) -> None:
+    x.update({name: x[name].float() for name in x if name.startswith("ref_")})
+
+
 def _certain(x: Tensors, sizes: tuple[int, ...]) -> None:
     # The target has nearly all of the probability: what is left must keep its accuracy.
     at = x["targets"].unsqueeze(-1)
@@ -169,6 +174,7 @@ SPOILS: dict[str, Callable[[Tensors, tuple[int, ...]], None]] = {
         _minus_inf_on_first, _minus_inf_on_last, _minus_inf_scattered, _rows_of_nothing,
         _nan_on_last, _plus_inf, _large, _ties, _garbage, _one_owner, _all_ignored, _none_ignored,
         _narrow_targets, _out_of_vocabulary, _certain,
+        _reference_in_fp32,
     )
 }  # fmt: skip
 
@@ -328,6 +334,8 @@ def _narrowed_part(
 
 def differentiate(found: Outcome, weights: str) -> None:
     """Go backward from a weighted sum of all that has a gradient."""
+    if weights == "entropy alone":
+        found = {"entropy": found["entropy"]}
     parts = [_weighed(value, weights) for value in found.values() if value.requires_grad]
     if parts:
         sum(parts, start=torch.zeros((), dtype=torch.float64)).backward()
@@ -342,9 +350,21 @@ def _weighed(value: Tensor, weights: str) -> Tensor:
     return (finite * steps.view(value.shape)).sum()
 
 
-def outcomes(group: Any, problems: list[Problem]) -> list[Outcome]:
-    """Those of several problems."""
-    return [outcome(group, problem) for problem in problems]
+def in_pairs(group: Any, problem: Problem) -> Outcome:
+    """Of four ranks, the first two and the last two share a vocabulary each."""
+    pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
+    return outcome(pairs[dist.get_rank(group) // 2], problem)
+
+
+def outcome_in_little_memory(group: Any, problem: Problem) -> Outcome:
+    """The outcome where the logits of a few tokens fill what a block may have."""
+    room = linear_rows._WORKSPACE_BYTES
+    usual = room["cpu"]
+    room["cpu"] = 4 * 3 * max(problem.sizes)
+    try:
+        return outcome(group, problem)
+    finally:
+        room["cpu"] = usual
 
 
 class Sent(TorchDispatchMode):
