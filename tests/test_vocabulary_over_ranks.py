@@ -465,6 +465,8 @@ def test_inplace_backward_spends_the_logits_of_this_rank(pool, impl) -> None:
 
 
 GATHER, REDUCE = "allgather_base", "allreduce"
+# Before anything else: how many columns a rank has, of what, and what is asked of which tokens.
+SIZE, AGREED, AGREED_OF_HEADS = 8, 5 * 8, 6 * 8
 
 
 def sent(pool: RankPool, problem: Problem) -> tuple[list, list]:
@@ -496,7 +498,7 @@ def test_logits_send_a_few_numbers_a_token_and_nothing_backward(
         numbers = 3 + is_top1 + (2 if "mean_logit" in options["with_stats"] else 1)
     number = 8 if dtype == torch.float64 else 4
     forward, backward = sent(pool, problem)
-    assert forward == [(GATHER, 2 * 8), (GATHER, numbers * number * B * T)]
+    assert forward == [(GATHER, AGREED), (GATHER, numbers * number * B * T)]
     assert backward == []
 
 
@@ -517,7 +519,8 @@ def test_divergences_send_seven_or_eight_numbers_a_token(
     options = {"impl": impl, "direction": direction}
     forward, backward = sent(pool, Problem("kl_divergence", (9, 0, 40), options, dtype))
     number = dtype.itemsize * B * T
-    assert forward == [(GATHER, 16), (GATHER, 4 * number), (GATHER, (numbers - 4) * number)]
+    parts = [(GATHER, 4 * number), (GATHER, (numbers - 4) * number)]
+    assert forward == [(GATHER, AGREED), *parts]
     assert backward == []
 
 
@@ -532,13 +535,11 @@ def test_hidden_states_send_what_live_tokens_have_and_one_gradient(pool, plan, d
     )
     live = int(problem.tensors()["mask"].sum())
     forward, backward = sent(pool, problem)
-    assert forward[0] == (GATHER, 3 * 8)
-    assert sum(size for kind, size in forward[1:] if kind == GATHER) == 12 * live
-    again = 12 * live if plan in ("P4", "weight alone") else 0
-    assert sum(size for kind, size in backward if kind == GATHER) == again
+    assert forward[:2] == [(GATHER, SIZE), (GATHER, AGREED_OF_HEADS)]
+    assert sum(size for kind, size in forward[2:] if kind == GATHER) == 12 * live
+    assert not any(kind == GATHER for kind, _ in backward)
     reduced = [size for kind, size in forward + backward if kind == REDUCE]
-    # Where the forward keeps a slope of each token, ignored ones are sent as zeros.
-    rows = {"P0": 0, "P1": B * T, "weight alone": 0}.get(plan, live)
+    rows = {"P0": 0, "weight alone": 0}.get(plan, live)
     assert sum(reduced) == 4 * rows * problem.width
     assert {kind for kind, _ in forward + backward} <= {GATHER, REDUCE}
 
@@ -555,13 +556,11 @@ def test_divergences_of_hidden_states_send_the_same_of_live_tokens(
     forward, backward = sent(pool, problem)
     live = int(problem.tensors()["mask"].sum())
     number = 4 * live
-    assert sum(size for kind, size in forward if kind == GATHER) == 24 + numbers * number
-    again = numbers * number if len(trained) == 2 else 0
-    assert sum(size for kind, size in backward if kind == GATHER) == again
+    assert forward[:2] == [(GATHER, SIZE), (GATHER, AGREED_OF_HEADS)]
+    assert sum(size for kind, size in forward[2:] if kind == GATHER) == numbers * number
+    assert not any(kind == GATHER for kind, _ in backward)
     reduced = [size for kind, size in forward + backward if kind == REDUCE]
-    # Where the forward keeps a slope of each token, ignored ones are sent as zeros.
-    rows = live if "weight" in trained else B * T
-    assert sum(reduced) == 4 * rows * problem.width
+    assert sum(reduced) == 4 * live * problem.width
 
 
 @BACKENDS
@@ -604,15 +603,21 @@ def test_what_ranks_do_not_agree_on_is_named(pool) -> None:
     both += [Problem(operation, (4, 5)) for operation in LINEAR]
     for said in pool.run(over.raises, both, {1: {"batch": (4, 2)}}, ranks=2):
         for one in said:
-            assert one == (
-                "ValueError: group: expected the same number of tokens on every rank, got [12, 8]"
-            )
+            assert one.startswith("ValueError: group: expected the same number of tokens on every")
+            assert one.endswith("got [12, 8]")
     chunked = {1: {"options": {"chunk_size": 7}}}
     for said in pool.run(over.raises, both[2:], chunked, ranks=2):
         for one in said:
-            assert one == (
-                "ValueError: group: expected the same chunk_size on every rank, got [-1, 7]"
-            )
+            assert one.startswith("ValueError: group: expected the same chunk_size on every rank")
+    # On what is asked it depends what is sent, and so whether a rank would wait for ever.
+    for changed in ({"trained": ("weight",)}, {"options": {"entropy": True}}):
+        some = Problem("linear_token_stats", (4, 5))
+        for said in pool.run(over.raises, [some], {1: changed}, ranks=2):
+            assert said[0].startswith("ValueError: group: expected the same question")
+    for said in pool.run(over.raises, both, {1: {"spoils": ("none_ignored",)}}, ranks=2):
+        for one in said:
+            assert one.startswith("ValueError: group: expected the same ")
+            assert "tokens to score" in one or "number of tokens" in one
 
 
 def test_an_empty_vocabulary_is_refused(pool) -> None:

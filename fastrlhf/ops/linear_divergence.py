@@ -373,7 +373,7 @@ def _recomputed(
         with exact(sides[0].hidden):
             for first, last in even_spans(order.shape[0], options.chunk):
                 rows = order[first:last]
-                known = None if of_ranks is None else of_ranks[:, first:last]
+                known = None if of_ranks is None else of_ranks[:, first:last].contiguous()
                 block = _Block(options, sides, rows, token_temperature, known)
                 for i, side in enumerate(sides):
                     if side.trained:
