@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.reference import cap_slope, capped_logits
@@ -44,7 +43,7 @@ from .linear_arguments import (
 from .linear_head import Head, Weight
 from .linear_plans import Needs, Room, room_for_slopes
 from .linear_rows import even_spans, live_rows
-from .ranks import Group, refuse_transforms_of_ranks
+from .ranks import Group, refuse_transforms_of_ranks, sum_rows_over_ranks_
 from .scorer import LinearScorer
 from .sharded import head_part, same_head_part
 from .stats_over_ranks import statistics_over_ranks
@@ -321,7 +320,7 @@ class _LinearDivergence(torch.autograd.Function):
             if slopes[i] is not None:
                 d_hidden = slopes[i] * upstream.unsqueeze(1)
                 if options.part is not None:
-                    dist.all_reduce(d_hidden, group=options.part.group)
+                    sum_rows_over_ranks_(d_hidden, order, options.part.group)
                 d_hidden = d_hidden.view(hidden.shape)
             of_head, heads = heads[: len(head)], heads[len(head) :]
             for total, x in zip((d_hidden, *of_head), (hidden, *head), strict=True):

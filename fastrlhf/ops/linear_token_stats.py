@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf import reference
@@ -28,7 +27,12 @@ from .linear_plans import (
     statistics_and_slopes,
 )
 from .linear_rows import even_spans, live_rows_if_known
-from .ranks import Group, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .ranks import (
+    Group,
+    refuse_derivatives_of_ranks,
+    refuse_transforms_of_ranks,
+    sum_rows_over_ranks_,
+)
 from .sharded import head_part, replicated
 from .token_stats import shaped_stats
 
@@ -95,8 +99,8 @@ def linear_token_stats(
 
     With a group, statistics are in the same bits on every rank; gradients of weight and bias are
     those of this rank's rows, that of hidden is complete on every rank. Sent are the numbers that
-    `token_stats` names, of tokens with a target, and backward one all-reduce of the gradient of
-    hidden in fp32, a chunk while the next one is computed; the (..., H) tensor that is kept is
+    `token_stats` names, of tokens with a target, and backward one all-reduce of their gradient
+    of hidden in fp32, a chunk while the next one is computed; the (..., H) tensor that is kept is
     fp32 too. Where each rank computes the same loss from the statistics, gradients are right as
     they are. The second derivative and `torch.func` are refused.
 
@@ -203,7 +207,7 @@ class _LinearTokenStats(torch.autograd.Function):
                 problem, ctx.needs, d_logprob, d_entropy
             )
         elif slopes:
-            d_hidden = _times_slopes(problem, slopes, d_logprob, d_entropy)
+            d_hidden = _times_slopes(problem, order, slopes, d_logprob, d_entropy)
             d_bias, d_weights = None, [None] * len(problem.weights)
         else:
             d_hidden, d_bias, *d_weights = _recomputed(
@@ -233,6 +237,7 @@ def kept_problem(ctx: Any) -> tuple[LinearProblem, Any, list[Any]]:
 
 def _times_slopes(
     problem: LinearProblem,
+    order: Tensor | None,
     slopes: list[Tensor],
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
@@ -248,7 +253,7 @@ def _times_slopes(
     if d_hidden is None:
         return None
     if problem.options.part is not None:
-        dist.all_reduce(d_hidden, group=problem.options.part.group)
+        sum_rows_over_ranks_(d_hidden, order, problem.options.part.group)
     return d_hidden.to(problem.hidden.dtype).view(problem.hidden.shape)
 
 

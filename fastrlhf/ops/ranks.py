@@ -66,6 +66,15 @@ def summed(x: Tensor, group: Group) -> Tensor:
     return total
 
 
+def sum_rows_over_ranks_(x: Tensor, rows: Tensor | None, group: Group) -> None:
+    """Add up every rank's (N, ...), in place, of which only some rows (None: all) are not 0."""
+    part = x if rows is None else x[rows]
+    if part.numel():
+        dist.all_reduce(part, group=group)
+    if rows is not None:
+        x[rows] = part
+
+
 def concatenated(tensors: Sequence[Tensor], group: Group) -> tuple[list[Tensor], slice]:
     """Every rank's tensors, in the order of ranks along their first dimension, and where those of
     this rank stand. No gradient.
