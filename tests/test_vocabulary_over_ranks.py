@@ -207,6 +207,11 @@ VARIANTS = [
     for operation in operations
     for options in some
 ]
+PACKED = {"cu_seqlens": torch.arange(0, B * T + 1, T), "temperature": PER_SEQUENCE}
+VARIANTS += [
+    (operation, PACKED)
+    for operation in ("logits_policy_loss", "linear_policy_loss", "linear_dpo_loss")
+]
 
 
 def name_of(x: Any) -> str:
@@ -289,11 +294,33 @@ def test_targets_of_one_rank_alone_and_narrow_ones(pool, impl) -> None:
 
 
 @IMPLS
+@pytest.mark.parametrize("operation", ["token_stats", "linear_loss"])
+def test_targets_at_the_borders_of_parts(pool, operation, impl) -> None:
+    spoils = ("at_borders", "none_ignored")
+    for cut in ("3 uneven", "2, one column"):
+        check(pool, Problem(operation, CUTS[cut], {"impl": impl}, spoils=spoils))
+
+
+@IMPLS
 @pytest.mark.parametrize("operation", ["token_stats", "linear_token_stats"])
 def test_the_entropy_may_be_all_that_is_differentiated(pool, operation, impl) -> None:
     problem = Problem(operation, CUTS["3 uneven"], {"impl": impl, "entropy": True})
     for trained in (None, ("hidden",)) if operation in LINEAR else (None,):
         check(pool, replace(problem, trained=trained, weights="entropy alone"))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_rank_has_all_of_it(pool, operation) -> None:
+    check(pool, Problem(operation, (19,), {"impl": "eager"}, bias=True))
+
+
+@pytest.mark.parametrize("operation", [name for name in LINEAR if "kl" not in name])
+def test_a_weight_in_codes(pool, operation) -> None:
+    for cut in ("3 uneven", "3, none in the middle"):
+        problem = Problem(operation, CUTS[cut], {"impl": "eager", "chunk_size": 5})
+        whole = over.with_codes(None, problem)
+        assert whole["d_hidden"].any()
+        assert_same(pool.run(over.with_codes, problem, ranks=3), whole, problem)
 
 
 @IMPLS
@@ -417,6 +444,18 @@ def test_they_are_as_accurate_as_one_process(pool, operation, dtype, impl) -> No
             assert_as_accurate(*numbers, size=size, of=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operation", ["linear_token_stats", "linear_kl_divergence", "linear_loss"])
+def test_gradients_that_cancel_are_rounded_after_they_are_added(pool, operation, dtype) -> None:
+    problem = Problem(
+        operation, CUTS["3 uneven"], {"impl": "eager"}, dtype, trained=("hidden",),
+        spoils=("alike_but_for_little",),
+    )  # fmt: skip
+    plain, exact = outcome(None, problem), outcome(None, problem, wide=True)
+    for found in of_ranks(pool, problem):
+        assert_as_accurate(found["d_hidden"], plain["d_hidden"], exact["d_hidden"])
+
+
 @BACKENDS
 def test_the_same_bits_from_run_to_run(pool, operation, impl) -> None:
     problem = Problem(
@@ -537,8 +576,7 @@ def test_hidden_states_send_what_live_tokens_have_and_one_gradient(pool, plan, d
     again = 12 * live if plan in ("P4", "weight alone") else 0
     assert sum(size for kind, size in backward if kind == GATHER) == again
     reduced = [size for kind, size in forward + backward if kind == REDUCE]
-    # Where the forward keeps a slope of each token, ignored ones are sent as zeros.
-    rows = {"P0": 0, "P1": B * T, "weight alone": 0}.get(plan, live)
+    rows = {"P0": 0, "weight alone": 0}.get(plan, live)
     assert sum(reduced) == 4 * rows * problem.width
     assert {kind for kind, _ in forward + backward} <= {GATHER, REDUCE}
 
@@ -559,9 +597,7 @@ def test_divergences_of_hidden_states_send_the_same_of_live_tokens(
     again = numbers * number if len(trained) == 2 else 0
     assert sum(size for kind, size in backward if kind == GATHER) == again
     reduced = [size for kind, size in forward + backward if kind == REDUCE]
-    # Where the forward keeps a slope of each token, ignored ones are sent as zeros.
-    rows = live if "weight" in trained else B * T
-    assert sum(reduced) == 4 * rows * problem.width
+    assert sum(reduced) == 4 * live * problem.width
 
 
 @BACKENDS
