@@ -207,6 +207,11 @@ VARIANTS = [
     for operation in operations
     for options in some
 ]
+PACKED = {"cu_seqlens": torch.arange(0, B * T + 1, T), "temperature": PER_SEQUENCE}
+VARIANTS += [
+    (operation, PACKED)
+    for operation in ("logits_policy_loss", "linear_policy_loss", "linear_dpo_loss")
+]
 
 
 def name_of(x: Any) -> str:
@@ -289,11 +294,33 @@ def test_targets_of_one_rank_alone_and_narrow_ones(pool, impl) -> None:
 
 
 @IMPLS
+@pytest.mark.parametrize("operation", ["token_stats", "linear_loss"])
+def test_targets_at_the_borders_of_parts(pool, operation, impl) -> None:
+    spoils = ("at_borders", "none_ignored")
+    for cut in ("3 uneven", "2, one column"):
+        check(pool, Problem(operation, CUTS[cut], {"impl": impl}, spoils=spoils))
+
+
+@IMPLS
 @pytest.mark.parametrize("operation", ["token_stats", "linear_token_stats"])
 def test_the_entropy_may_be_all_that_is_differentiated(pool, operation, impl) -> None:
     problem = Problem(operation, CUTS["3 uneven"], {"impl": impl, "entropy": True})
     for trained in (None, ("hidden",)) if operation in LINEAR else (None,):
         check(pool, replace(problem, trained=trained, weights="entropy alone"))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_rank_has_all_of_it(pool, operation) -> None:
+    check(pool, Problem(operation, (19,), {"impl": "eager"}, bias=True))
+
+
+@pytest.mark.parametrize("operation", [name for name in LINEAR if "kl" not in name])
+def test_a_weight_in_codes(pool, operation) -> None:
+    for cut in ("3 uneven", "3, none in the middle"):
+        problem = Problem(operation, CUTS[cut], {"impl": "eager", "chunk_size": 5})
+        whole = over.with_codes(None, problem)
+        assert whole["d_hidden"].any()
+        assert_same(pool.run(over.with_codes, problem, ranks=3), whole, problem)
 
 
 @IMPLS
@@ -415,6 +442,18 @@ def test_they_are_as_accurate_as_one_process(pool, operation, dtype, impl) -> No
             # Values are differences of logits, and gradients sums of terms that may cancel.
             size = max(10.0, float(exact[name].abs().max())) if not name.startswith("d_") else None
             assert_as_accurate(*numbers, size=size, of=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operation", ["linear_token_stats", "linear_kl_divergence", "linear_loss"])
+def test_gradients_that_cancel_are_rounded_after_they_are_added(pool, operation, dtype) -> None:
+    problem = Problem(
+        operation, CUTS["3 uneven"], {"impl": "eager"}, dtype, trained=("hidden",),
+        spoils=("alike_but_for_little",),
+    )  # fmt: skip
+    plain, exact = outcome(None, problem), outcome(None, problem, wide=True)
+    for found in of_ranks(pool, problem):
+        assert_as_accurate(found["d_hidden"], plain["d_hidden"], exact["d_hidden"])
 
 
 @BACKENDS

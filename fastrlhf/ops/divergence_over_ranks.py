@@ -141,11 +141,11 @@ def _parts(
     if triton:
         from fastrlhf.kernels.token_stats import RowQuestion, token_stats_message
 
+        if reference.accumulation_dtype(logits.dtype) != acc:
+            logits = logits.to(acc)  # beside a side in fp64, of which this kernel knows nothing
         nowhere = torch.where(keep, NOT_HERE, IGNORED)
         question = RowQuestion(nowhere, temperature, softcap, scale, IGNORED, False)
-        return torch.where(
-            keep, token_stats_message(rows_of(logits), question)[:2].to(acc), nothing
-        )
+        return torch.where(keep, token_stats_message(rows_of(logits), question)[:2], nothing)
     for rows in chunks(keep, logits.shape[-1]):
         found = reference.row_parts(
             take_rows(logits, rows).to(acc), torch.full_like(rows, NOT_HERE),

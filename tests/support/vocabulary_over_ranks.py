@@ -142,6 +142,20 @@ def _one_owner(x: Tensors, sizes: tuple[int, ...]) -> None:
     x["targets"] = sum(sizes[:-1]) + x["targets"] % sizes[-1]
 
 
+def _at_borders(x: Tensors, sizes: tuple[int, ...]) -> None:
+    # The last columns of one part, the first ones of the next, and those of all.
+    vocab = sum(sizes)
+    starts = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
+    near = [start + i for start in starts for i in (-2, -1, 0, 1) if 0 <= start + i < vocab]
+    some = torch.tensor(near).repeat(x["targets"].numel())[: x["targets"].numel()]
+    x["targets"] = some.view(x["targets"].shape)
+
+
+def _alike_but_for_little(x: Tensors, sizes: tuple[int, ...]) -> None:
+    # Gradients of hidden states are large on each rank, and cancel.
+    x["weight"].add_(64)
+
+
 def _all_ignored(x: Tensors, sizes: tuple[int, ...]) -> None:
     x["mask"].fill_(False)
 
@@ -173,7 +187,7 @@ SPOILS: dict[str, Callable[[Tensors, tuple[int, ...]], None]] = {
     for function in (
         _minus_inf_on_first, _minus_inf_on_last, _minus_inf_scattered, _rows_of_nothing,
         _nan_on_last, _plus_inf, _large, _ties, _garbage, _one_owner, _all_ignored, _none_ignored,
-        _narrow_targets, _out_of_vocabulary, _certain,
+        _at_borders, _alike_but_for_little, _narrow_targets, _out_of_vocabulary, _certain,
         _reference_in_fp32,
     )
 }  # fmt: skip
@@ -210,8 +224,17 @@ def _linear_logprobs(x: Tensors, o: dict[str, Any]) -> Outcome:
     return {"logprob": found}
 
 
+def _packed(x: Tensors, o: dict[str, Any]) -> Tensors:
+    """All sequences in one row (1, N), where the options have their borders."""
+    if "cu_seqlens" not in o:
+        return x
+    names = ("logits", "hidden", "targets", "old", "mask")
+    return {**x, **{name: x[name].flatten(0, 1).unsqueeze(0) for name in names}}
+
+
 def _policy(form: str) -> Operation:
     def run(x: Tensors, o: dict[str, Any]) -> Outcome:
+        x = _packed(x, o)
         given = (x["logits"],) if form == "logits" else _head(x)
         more = {} if form == "logits" else {"bias": x.get("bias")}
         if "kl_coef" in o:
@@ -229,6 +252,7 @@ def _dpo(x: Tensors, o: dict[str, Any]) -> Outcome:
     if o.get("loss_type") not in ("simpo", "cpo", "orpo"):
         reference = torch.where(x["mask"], x["old"], 0.0).sum(1)
     chosen, rejected = torch.arange(len(x["targets"])).chunk(2)
+    x = _packed(x, o)
     losses, rewards = fastrlhf.linear_dpo_loss(
         *_head(x), x["targets"], reference, chosen, rejected, bias=x.get("bias"), **o
     )
@@ -348,6 +372,22 @@ def _weighed(value: Tensor, weights: str) -> Tensor:
         return finite.sum()
     steps = torch.linspace(-1, 2, max(value.numel(), 1), dtype=value.dtype)[: value.numel()]
     return (finite * steps.view(value.shape)).sum()
+
+
+def with_codes(group: Any, problem: Problem) -> Outcome:
+    """The outcome where the weight is in 8 bits, with a scale for each row, and so is its part."""
+    x = problem.tensors()
+    codes = (x["weight"] * 50).round().clamp(-127, 127).to(torch.int8)
+    scales = torch.linspace(0.01, 0.03, len(codes))
+    options = problem.options
+    if group is not None:
+        rank, options = dist.get_rank(group), {**options, "group": group}
+        codes, scales = (_on_rank(part, problem.sizes, rank, 0) for part in (codes, scales))
+    x["weight"] = fastrlhf.QuantizedWeight(codes, scales, problem.width, None, problem.dtype)
+    x["hidden"].requires_grad_()
+    found = OPERATIONS[problem.operation](x, options)
+    differentiate(found, problem.weights)
+    return {**{name: value.detach() for name, value in found.items()}, "d_hidden": x["hidden"].grad}
 
 
 def in_pairs(group: Any, problem: Problem) -> Outcome:
