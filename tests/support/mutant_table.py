@@ -1618,7 +1618,7 @@ MUTANTS = [
         ),
         (
             "model: an own module that is not run where nothing is scored",
-            "return self.logits(order).sum(), {}", "return self.hidden.new_zeros(()), {}",
+            "return found.logprob.sum(), {}", "return self.hidden.new_zeros(()), {}",
             "nothing_is_scored_by_an_own_module",
         ),
     ),
@@ -1693,7 +1693,7 @@ MUTANTS = [
         ),
         (
             "model: parameters after the head are lost",
-            "trained = _is_trained(made)", "trained = False",
+            "rows, trained = self.rows, _is_trained(made)", "rows, trained = self.rows, False",
             "not_understood and trained",
         ),
         (
@@ -1763,7 +1763,7 @@ MUTANTS = [
         "fastrlhf/hf/stand_in.py", "test_wrapped_losses.py",
         (
             "wrapped: a backward that no wrapper is told of",
-            "return tied(self.made, logits)", "return self.made",
+            "return tied(self.made, this_ranks(logits))", "return self.made",
             "sharded_models and everything",
         ),
         (
@@ -2695,8 +2695,8 @@ MUTANTS = [
         ),
         (
             "shared: ranks need not agree",
-            "if len(set(found)) > 1:",
-            "if len(set(found)) > 9:",
+            "        if not alike[i]:",
+            "        if False:",
             "do_not_agree",
         ),
         (
@@ -2758,7 +2758,7 @@ MUTANTS = [
         "fastrlhf/ops/linear_token_stats.py", "test_vocabulary_over_ranks.py",
         (
             "shared: P1 has the gradient of this rank's columns",
-            "sum_rows_over_ranks_(d_hidden, order, problem.options.part.group)",
+            "d_hidden = all_reduced_rows(d_hidden, order, problem.options.part.group)",
             "pass",
             "frozen and linear_token_stats and hidden and eager",
         ),
@@ -2767,7 +2767,7 @@ MUTANTS = [
         "fastrlhf/ops/linear_divergence.py", "test_vocabulary_over_ranks.py",
         (
             "shared: a divergence has the gradient of this rank's columns",
-            "sum_rows_over_ranks_(d_hidden, order, options.part.group)",
+            "d_hidden = all_reduced_rows(d_hidden, order, options.part.group)",
             "pass",
             "frozen and linear_kl and hidden and eager",
         ),
@@ -2824,7 +2824,7 @@ MUTANTS = [
         ),
         (
             "shared: a reference may be cut in another way",
-            "if is_dtensor(weight) and found.part != part:",
+            "if is_dtensor(weight) and not _same(found.part, part):",
             "if False:",
             "not_served_are_named and linear_kl",
         ),
