@@ -13,7 +13,12 @@ packed (1, N). What is of tokens is of its own; what is of sequences, (B,) or (P
 all ranks. So are losses and metrics, which are those of all tokens, in the same bits; the gradient
 of each rank is that of this one loss with respect to its own tokens. A model whose parameters
 every rank has thus gets the sum of the ranks' gradients. (DDP and FSDP take their mean: for these,
-multiply the loss by the number of ranks, or give a normalizer of `gradients="mean"`.)
+multiply the loss by the number of ranks, or give a normalizer of `gradients="mean"`, with which the
+loss itself is as many times larger.)
+
+Such a group is another one than that of the operations from logits or hidden states, whose ranks
+share the vocabulary and have the same tokens: given that one here, all tokens would count as often
+as it has ranks.
 
 All ranks make the same calls, on tensors of one dtype that need a gradient on all or on none, and
 differentiate together. `gae` and `shaped_rewards` have no group: they need the order of the tokens,

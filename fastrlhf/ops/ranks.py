@@ -1,8 +1,9 @@
 """What processes of a torch.distributed group say to each other.
 
-Everything that is added up is gathered first and added in the order of the ranks, so that every
-rank has the same bits, and has them at each run. What is gathered is a few numbers a token, or a
-sequence. Only the gradient of hidden states, which is large, goes through an all-reduce.
+Everything that is added up is gathered first, in the order of the ranks, and added by every rank in
+the same way, so that all have the same bits, and have them at each run. What is gathered is a few
+numbers a token, or a sequence. Only the gradient of hidden states, which is large, goes through an
+all-reduce.
 
 Dims: W ranks of the group.
 """
@@ -58,12 +59,8 @@ def gathered(x: Tensor, group: Group) -> Tensor:
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum of every rank's tensor, added in the order of ranks. No gradient."""
-    parts = gathered(x, group)
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
+    """The sum of every rank's tensor, in the same bits on all. No gradient."""
+    return gathered(x, group).sum(0, dtype=x.dtype)
 
 
 def concatenated(tensors: Sequence[Tensor], group: Group) -> tuple[list[Tensor], slice]:
