@@ -127,16 +127,18 @@ def sent_bytes(form: Callable[[Part], Tensor], part: Part) -> dict[str, int]:
     sent: dict[str, int] = {}
 
     def counting(name: str) -> Callable[..., Any]:
+        kind = name.removesuffix("_single").removesuffix("_into_tensor")
         own = getattr(dist, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            x = args[1] if name == "all_gather_into_tensor" else args[0]
-            sent[name] = sent.get(name, 0) + x.numel() * x.element_size()
+            x = args[1] if "gather" in name else args[0]
+            sent[kind] = sent.get(kind, 0) + x.numel() * x.element_size()
             return own(*args, **kwargs)
 
         return call
 
-    originals = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_reduce")}
+    names = ("all_gather_single", "all_gather_into_tensor", "all_reduce")
+    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
     for name in originals:
         setattr(dist, name, counting(name))
     try:

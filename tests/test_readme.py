@@ -332,3 +332,20 @@ def test_what_the_readme_shows_and_names_is_there() -> None:
         assert (ROOT / "fastrlhf" / "recipes" / f"{recipe}.py").is_file(), recipe
     for name in re.findall(r"`(?:python |pytest )?((?:benchmarks|tests)/\w+\.py)", README):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    "name", ["usual", "linear_token_logprobs", "linear_cross_entropy"]
+)  # fmt: skip
+def test_the_figures_of_a_shared_vocabulary_are_those_of_the_file(name) -> None:
+    page = (ROOT / "benchmarks/results/ranks.md").read_text("utf-8")
+    label = "the usual formula" if name == "usual" else f"`{name}(group=)`"
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| {label} |"))
+    found = figures("ranks")
+    frozen, trained = (found[head][name] for head in ("frozen head", "trained head"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    for cell, measured in zip(cells[1:3], (frozen, trained), strict=True):
+        assert cell.split(" ms")[0] == f"{measured['milliseconds']:.0f}"
+    for cell, kind in zip(cells[3:5], ("all_gather", "all_reduce"), strict=True):
+        parts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]+", cell)]
+        assert sum(parts) == frozen["bytes"].get(kind, 0) == trained["bytes"].get(kind, 0)

@@ -796,3 +796,27 @@ def test_placements_on_a_grid_that_are_not_served_are_named(pool) -> None:
 def test_a_bias_of_another_mesh_is_refused(pool) -> None:
     for error in pool.run(dtensors.of_another_mesh, ranks=2):
         assert error.startswith("ValueError: bias: expected a DTensor cut as the weight is"), error
+
+
+def test_a_group_of_one_process_is_no_group_and_warns_of_nothing(tmp_path) -> None:
+    """Here, where every warning is an error."""
+    weight, hidden, targets = torch.randn(11, 4), torch.randn(5, 4), torch.arange(5)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        found = [
+            _with_gradient(hidden, weight, targets, group)
+            for group in (None, torch.distributed.group.WORLD)
+        ]
+    finally:
+        torch.distributed.destroy_process_group()
+    for whole, shared in zip(*found, strict=True):
+        assert torch.equal(whole, shared)
+
+
+def _with_gradient(hidden, weight, targets, group) -> list[torch.Tensor]:
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    loss = fastrlhf.linear_cross_entropy(hidden, weight, targets, group=group)
+    loss.backward()
+    return [loss.detach(), hidden.grad, weight.grad]

@@ -54,7 +54,9 @@ def gathered(x: Tensor, group: Group) -> Tensor:
     x = x.detach().contiguous()
     parts = x.new_empty((size_of(group), *x.shape))
     if x.numel():
-        dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group)  # 0-d ones included
+        # Its name of torch 2.13 on, where the older one warns.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(parts.view(-1), x.view(-1), group)  # 0-d ones included
     return parts
 
 
