@@ -22,6 +22,8 @@ from support.rank_pool import RankPool
 from support.vocabulary_over_ranks import CUT, OF_LOGITS, OPERATIONS, Outcome, Problem, outcome
 from torch import Tensor
 
+import fastrlhf
+
 pytestmark = [
     pytest.mark.skipif(
         not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),

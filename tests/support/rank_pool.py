@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_COLLECTIVE_S = 60  # after which a rank gives up on the others
+_COLLECTIVE_S = 300  # after which a rank gives up on the others, which may be slow to import
 _START_S = 600  # of imports, where other processes have the cores
 _CALL_S = 900
 
@@ -30,7 +30,8 @@ class FailedRanks(AssertionError):
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     warnings.simplefilter("ignore")  # of torch.distributed itself
     torch.set_num_threads(1)
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"  # ranks talk by gloo, and so have tensors on the CPU
+    if importlib.util.find_spec("triton"):
         from .interpreter import look_up_the_language_once
 
         look_up_the_language_once()
