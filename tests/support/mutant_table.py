@@ -2835,4 +2835,49 @@ MUTANTS = [
             "grid_that",
         ),
     ),
+    *_mutants(
+        "fastrlhf/hf/head_scorer.py", "test_tensor_parallel.py",
+        (
+            "tensor parallel: an adapter has the gradient of this rank's rows",
+            "up = shared_by_ranks(up, parts.part.group)[parts.part.columns]",
+            "up = up[parts.part.columns]",
+            "whole_model and head",
+        ),
+        (
+            "tensor parallel: the offset of other words",
+            "found.of_columns(parts.part).folded_bias(parts.bias)",
+            "found.folded_bias(parts.bias)",
+            "whole_model and offset",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/head_parts.py", "test_more_wrappers.py",
+        (
+            "tensor parallel: what FSDP2 shards is taken for a shared vocabulary",
+            "return is_dtensor(module.weight) and any(", "return is_dtensor(module.weight) or any(",
+            "fsdp2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/scored_divergence.py", "test_tensor_parallel.py",
+        (
+            "tensor parallel: a teacher has the columns of the first rank",
+            "rows = ours.part.columns", "rows = slice(0, ours.part.size)",
+            "whole_model and torch and gathered",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/tensor_parallel.py", "test_tensor_parallel.py",
+        (
+            "tensor parallel: a head is compared by the columns of the first rank",
+            "return logits[..., part.columns]", "return logits[..., : part.size]",
+            "whole_model and gathered",
+        ),
+        (
+            "tensor parallel: hidden states of a part of the positions",
+            "whole = hidden.redistribute(placements=everywhere).to_local(",
+            "whole = hidden.to_local(",
+            "whole_model and torch",
+        ),
+    ),
 ]  # fmt: skip

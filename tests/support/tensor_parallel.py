@@ -33,6 +33,7 @@ KINDS = {
     "capped": ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
     "scaled": ("Cohere", {"logit_scale": 0.5}),
     "bias": ("Phi", {}),
+    "offset": ("Llama", {}),
     "even": ("Qwen3", {"vocab_size": 104, "head_dim": 8}),
 }
 
@@ -56,7 +57,16 @@ def model_of(kind: str) -> nn.Module:
     head = model.get_output_embeddings()
     if head.bias is not None:
         nn.init.normal_(head.bias)
+    if kind == "offset":
+        model.register_forward_hook(_add_to_logits)
     return model.train()
+
+
+def _add_to_logits(_: Any, args: Any, outputs: Any) -> None:
+    """Some words are less likely by a number of each, and one is ruled out."""
+    offset = torch.linspace(-1, 1, 101)
+    offset[7] = -torch.inf
+    outputs["logits"] = outputs.logits + offset
 
 
 def _base(model: nn.Module) -> Any:
@@ -149,6 +159,7 @@ CUTS = {
     "torch, three ranks": Cut(gathered, ranks=3),
     "torch, sequence parallel": Cut(sequence_parallel),
     "torch, capped": Cut(sharded, "capped"),
+    "torch, offset": Cut(gathered, "offset", losses=("policy", "sft")),
     "torch, LoRA": Cut(gathered, "lora"),
     "torch, LoRA on the head": Cut(gathered, "lora head"),
     "torch, teacher": Cut(gathered, losses=("kl", "kl, weighed"), teacher=True),
