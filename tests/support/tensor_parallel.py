@@ -159,7 +159,7 @@ CUTS = {
     "torch, three ranks": Cut(gathered, ranks=3),
     "torch, sequence parallel": Cut(sequence_parallel),
     "torch, capped": Cut(sharded, "capped"),
-    "torch, offset": Cut(gathered, "offset", losses=("policy", "sft")),
+    "torch, offset": Cut(gathered, "offset", losses=("sft", "dpo")),
     "torch, LoRA": Cut(gathered, "lora"),
     "torch, LoRA on the head": Cut(gathered, "lora head"),
     "torch, teacher": Cut(gathered, losses=("kl", "kl, weighed"), teacher=True),
