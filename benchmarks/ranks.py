@@ -1,8 +1,8 @@
 """A vocabulary that ranks share: bytes and time of a step against the vocabulary-parallel formula
-that Megatron and verl compute, and what both would send on many GPUs.
+that Megatron computes.
 
 Usage: python benchmarks/ranks.py [FILE]. Two processes with a thread each take steps of both forms
-in turn; figures go to FILE as JSON, the table of many GPUs to standard output.
+in turn; figures go to standard output as JSON, and to FILE.
 
 The other form is the usual one, in plain PyTorch: the largest logit by an all-reduce, then the sum
 of exponentials and the target's logit by another, and the gradient of the hidden states by a third.

@@ -9,7 +9,7 @@ pytest.importorskip("peft", reason="needs peft")
 
 import torch
 from support.rank_pool import RankPool
-from support.tensor_parallel import CUTS, differences, read_head, refusal
+from support.tensor_parallel import CUTS, adapters_of_peft, differences, read_head, refusal
 from support.wrapped_losses import TOLERANCE
 
 pytestmark = pytest.mark.xdist_group("tensor parallel")
@@ -33,9 +33,19 @@ def test_losses_and_gradients_are_those_of_the_whole_model(name, pools, tmp_path
             assert torch.equal(made, found[0][loss][-1]), f"{loss}: other bits on another rank"
 
 
-@pytest.mark.parametrize("name", ["torch, gathered output", "transformers", "transformers, bias"])
+HEADS = [
+    "torch, gathered output", "torch, sequence parallel", "transformers", "transformers, bias",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_the_head_of_a_cut_model(name, pools, tmp_path) -> None:
     for errors in pools[2].run(read_head, name, str(tmp_path), ranks=2):
+        assert max(errors) <= TOLERANCE
+
+
+def test_an_adapter_that_peft_cuts_as_the_head(pools, tmp_path) -> None:
+    for errors in pools[2].run(adapters_of_peft, str(tmp_path), ranks=2):
         assert max(errors) <= TOLERANCE
 
 

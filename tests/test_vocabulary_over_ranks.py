@@ -507,7 +507,7 @@ def test_inplace_backward_spends_the_logits_of_this_rank(pool, impl) -> None:
 
 GATHER, REDUCE = "allgather_base", "allreduce"
 # Before anything else: how many columns a rank has, of what, and what is asked of which tokens.
-SIZE, AGREED, AGREED_OF_HEADS = 8, 5 * 8, 6 * 8
+SIZE, AGREED, AGREED_OF_HEADS = 8, 6 * 8, 7 * 8
 
 
 def sent(pool: RankPool, problem: Problem) -> tuple[list, list]:

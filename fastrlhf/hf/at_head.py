@@ -16,6 +16,7 @@ from fastrlhf.ops.backend import is_batched, under_transform
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_arguments import matmul_dtype
 from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
+from fastrlhf.ops.ranks import gathered
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.transform import temperatures_of_layout, token_temperatures
 
@@ -170,6 +171,9 @@ class _Worker:
         self.parts = parts = parts_within_call(self.module)
         known = measured(self.base, self.module, parts)
         due, self.map = known.is_due(), known.map
+        if parts is not None and parts.part is not None and hidden.device.type == "cpu":
+            # A hook on one rank alone is no reason to look for that one alone.
+            due = bool(gathered(torch.tensor(due).int(), parts.part.group).any())
         known.calls += 1
         if is_batched(targets, hidden):
             if known.state is None:
@@ -221,17 +225,20 @@ class _Worker:
             wide = with_adapters(self.parts, hidden)[0]
         with torch.autocast(hidden.device.type, enabled=False):
             expected = head.logits(wide.to(head.dtype).to(head.operands))
-        if expected.numel() == 0:  # of a rank that has no columns
-            return
         weight = self.parts.weight
         eight_bit = isinstance(weight, QuantizedWeight) and weight.table is None
         half = logits.dtype in (torch.bfloat16, torch.float16)
         # Of the largest logit of a row. The module of an 8-bit head rounds its hidden states.
         tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
-        error = (logits.to(expected) - expected).abs().amax(-1)
-        # Logits below the smallest normal number of their dtype have lost places of their own.
-        floor = torch.finfo(logits.dtype).tiny
-        if not bool((error <= tolerance * expected.abs().amax(-1) + floor).all()):
+        same = torch.ones((), dtype=torch.bool, device=expected.device)
+        if expected.numel():  # else of a rank that has no columns
+            error = (logits.to(expected) - expected).abs().amax(-1)
+            # Logits below the smallest normal number of their dtype have lost places of their own.
+            floor = torch.finfo(logits.dtype).tiny
+            same = (error <= tolerance * expected.abs().amax(-1) + floor).all()
+        if self.parts.part is not None:  # what one rank raises, all do, or the others would wait
+            same = gathered(same.int(), self.parts.part.group).all()
+        if not bool(same):
             raise RuntimeError(
                 f"model: the forward of its head, a {type(self.module).__name__}, gives other "
                 "logits than its weight, so log-probs would be wrong; use token_stats on the "
@@ -241,6 +248,7 @@ class _Worker:
     def confirmed(self, stand_in: StandIn, logits: Tensor) -> bool:
         """Whether the model does to its logits what was assumed. Remember what it does."""
         known = measured(self.base, self.module, self.parts)
-        known.map = stand_in.check(logits, self.map)
+        part = None if self.parts is None else self.parts.part
+        known.map = stand_in.check(logits, self.map, part)
         known.state = state_of(self.base, self.module, self.parts)
         return known.map is self.map

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.linear_head import QuantizedWeight, Weight
-from fastrlhf.ops.sharded import head_part, is_dtensor
+from fastrlhf.ops.sharded import head_part, is_dtensor, vocabulary_part
 from fastrlhf.ops.vocabulary_part import VocabularyPart
 
 
@@ -104,9 +104,20 @@ def head_parts(module: Any) -> HeadParts | None:
     if _is(module, "peft.", "ModulesToSaveWrapper"):
         active = not module.disable_adapters and module.active_adapters
         saved = module.modules_to_save
-        return head_parts(saved[module.active_adapters[0]] if active else module.original_module)
+        chosen = saved[module.active_adapters[0]] if active else module.original_module
+        if active and _is_cut(chosen):
+            raise TypeError(
+                "model: a copy of a head that is tensor parallel (modules_to_save), whose forward "
+                "may be that of the original; use token_stats on the model's logits"
+            )
+        return head_parts(chosen)
     if _is(module, "peft.tuners.lora", "Linear", "Linear4bit", "Linear8bitLt"):
         return _lora_parts(module)
+    if _is(module, "bitsandbytes.", "Linear4bit", "Linear8bitLt") and _is_cut(module):
+        raise TypeError(
+            "model: its head is quantized and tensor parallel, so that its rows are not known; use "
+            "token_stats on the model's logits"
+        )
     if _is(module, "bitsandbytes.", "Linear4bit"):
         return HeadParts(_four_bit(module), module.bias, [])
     if _is(module, "bitsandbytes.", "Linear8bitLt"):
@@ -157,7 +168,13 @@ def parts_within_call(module: Any) -> HeadParts | None:
     if gathers_its_parts(module):
         return None  # what is there of them, gathered ahead, is gone after their next call
     try:
-        return head_parts(module)
+        parts = head_parts(module)
+        if parts is None and any(map(_is_cut, module.modules())):
+            raise RuntimeError(
+                "model: an adapter around a head that is tensor parallel, of a kind that no matrix "
+                "of its rows stands for; use token_stats on the model's logits"
+            )
+        return parts
     except _NotWholeError as error:
         if isinstance(module, nn.Linear):
             raise RuntimeError(
@@ -191,8 +208,18 @@ def is_tensor_parallel(module: nn.Module) -> bool:
     """Whether the ranks that have rows of a head's weight have the same tokens, and not a batch of
     their own each: what torch's and transformers' tensor parallelism mark, and FSDP2 does not.
     """
+    return is_dtensor(module.weight) and _is_cut(module)
+
+
+def _is_cut(module: nn.Module) -> bool:
     marks = ("_distribute_module_applied", "_is_hooked")
-    return is_dtensor(module.weight) and any(getattr(module, mark, False) for mark in marks)
+    return any(getattr(module, mark, False) for mark in marks)
+
+
+def _is_part(weight: Any, part: VocabularyPart | None) -> bool:
+    """Whether a DTensor (V, r) is cut into parts as the head is."""
+    own = vocabulary_part("weight", weight, 0)[1]
+    return own is not None and part is not None and own.is_that_of(part)
 
 
 def _tensor_parallel(module: Any) -> HeadParts:
@@ -219,7 +246,8 @@ def _lora_parts(module: Any) -> HeadParts | None:
             if name in module.lora_variant or biased:  # DoRA and the like
                 return None
             down, up = module.lora_A[name], module.lora_B[name]
-            _whole(up.weight)
+            if not (is_dtensor(up.weight) and _is_part(up.weight, base.part)):
+                _whole(up.weight)
             adapters.append(Adapter(down, up, module.lora_dropout[name], module.scaling[name]))
     return base._replace(adapters=base.adapters + adapters)
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops.linear_head import Weight
-from fastrlhf.ops.ranks import shared_by_ranks
 from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.ops.sharded import is_dtensor
 
 from .head_parts import HeadParts
 from .logit_map import LogitMap
 from .own_module import ModuleScorer
+from .tensor_parallel import rows_of_rank, this_ranks
 
 
 def head_scorer(
@@ -28,6 +29,11 @@ def head_scorer(
     linear map follows them, by the head's own forward.
     """
     if parts is None or (found.softcap is not None and found.offset is not None):
+        if parts is not None and parts.part is not None:
+            raise RuntimeError(
+                "model: its head is tensor parallel, and its logits are capped and then added to, "
+                "which no linear operation does; use token_stats on the model's logits"
+            )
         with torch.no_grad():
             vocab = own(hidden[:1, :1]).shape[-1]
         return ModuleScorer(hidden, own, found, vocab, temperature, chunk_size, impl)
@@ -58,7 +64,9 @@ def with_adapters(parts: HeadParts, hidden: Tensor) -> tuple[Tensor, list[Weight
         low = adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling
         blocks.append(low.to(hidden.dtype))
         up = adapter.up.weight.to(hidden.dtype)
-        if parts.part is not None:
-            up = shared_by_ranks(up, parts.part.group)[parts.part.columns]
+        if parts.part is not None and is_dtensor(up):  # cut as the head is
+            up = this_ranks(up)
+        elif parts.part is not None:
+            up = rows_of_rank(up, parts.part)
         weights.append(up)
     return torch.cat(blocks, dim=-1) if parts.adapters else hidden, weights

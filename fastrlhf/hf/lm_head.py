@@ -121,7 +121,8 @@ def head_inputs(
     hidden = stand_in.result(logits_of(output))
     hidden = without_virtual_tokens(hidden, input_ids.shape[1], virtual_tokens(model))
     known = measured(base, module, capture.parts)
-    known.map = stand_in.check(logits_of(output), known.map)
+    part = None if capture.parts is None else capture.parts.part
+    known.map = stand_in.check(logits_of(output), known.map, part)
     known.state = state_of(base, module, capture.parts)
     return hidden, capture.head(known.map)
 
@@ -193,7 +194,7 @@ def _compare_with_backbone(base: Any) -> None:
 
     def keep(_, args: Any, output: Any) -> None:
         last = output[0] if isinstance(output, tuple) else output.get("last_hidden_state")
-        returned.append(last)
+        returned.append(last.full_tensor() if is_dtensor(last) else last)
 
     backbone = base.base_model
     hook = backbone.register_forward_hook(keep) if backbone is not base else None

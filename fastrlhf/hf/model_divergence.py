@@ -50,7 +50,8 @@ def model_kl_divergence(
     Args:
         model: as `model_token_stats`.
         teacher: likewise, of the same vocabulary and on the same device, of whatever width. It is
-            not trained: its forward runs without gradients.
+            not trained: its forward runs without gradients. Where the model's head is tensor
+            parallel, its head is cut alike, or whole and not quantized.
         input_ids, attention_mask, mask, cu_seqlens, temperature, chunk_size, impl: as
             `model_token_stats`; with a `chunk_size`, the logits of both are held.
         direction, beta: as `kl_divergence`.

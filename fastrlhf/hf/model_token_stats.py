@@ -98,6 +98,11 @@ def model_token_stats(
     gives the logits of its weights, without the rounding of hidden states to 8 bits that the
     module's own forward does.
 
+    Where tensor parallelism cuts the head along the vocabulary (torch's `ColwiseParallel`, or the
+    plan of a model of transformers), each rank computes with its rows, and all call this with the
+    same tokens: see `token_stats` for what is sent. Hooks and adapters are then the same on all
+    ranks, and an adapter of the head is a LoRA one without dropout.
+
     What the model does to the logits of its head is measured on three rows of numbers that pass
     through its forward: at every call on a CPU; on a GPU, where that waits for the device, whenever
     hooks, forwards, adapters or config have changed, and every 64th call. The head itself is then

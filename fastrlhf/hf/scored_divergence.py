@@ -79,8 +79,10 @@ def _cut_as(ours: LinearScorer, theirs: LinearScorer) -> LinearScorer:
     Raises:
         ValueError: a head that is cut among ranks otherwise.
     """
-    if theirs.part == ours.part:
+    if theirs.part is None and ours.part is None:
         return theirs
+    if theirs.part is not None and ours.part is not None and theirs.part.is_that_of(ours.part):
+        return theirs._replace(part=ours.part)
     dense = [weight for weight in theirs.weights if isinstance(weight, Tensor)]
     if theirs.part is not None or ours.part is None or len(dense) < len(theirs.weights):
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.backend import outside_of_graphs, under_transform
+from fastrlhf.ops.vocabulary_part import VocabularyPart
 
 from .logit_map import LogitMap, fit, known_rows
 from .tensor_parallel import of_all_ranks, plain_tensors, this_ranks
@@ -89,14 +90,17 @@ class StandIn:
             )
         return tied(self.made, this_ranks(logits))
 
-    def check(self, made: Tensor, expected: LogitMap) -> LogitMap:
-        """The map from the head's logits to the model's: the expected one, if it still holds.
+    def check(
+        self, made: Tensor, expected: LogitMap, part: VocabularyPart | None = None
+    ) -> LogitMap:
+        """The map from the head's logits to the model's: the expected one, if it still holds; of a
+        head of which this rank has a part.
 
         Raises:
             RuntimeError: a model that does to its logits what no map says.
         """
         rows, trained = self.rows, _is_trained(made)
-        made = of_all_ranks(made.detach(), self.module, rows.shape[-1])
+        made = of_all_ranks(made.detach(), part)
         if made.shape == (1, *rows.shape):
             made = made[0].to(rows)
             if not trained and expected.agrees(rows, made):

@@ -17,8 +17,6 @@ from fastrlhf.ops.ranks import concatenated
 from fastrlhf.ops.sharded import is_dtensor
 from fastrlhf.ops.vocabulary_part import VocabularyPart
 
-from .head_parts import head_parts
-
 
 def plain_tensors(
     hidden: Any, own: Callable[..., Any]
@@ -28,7 +26,7 @@ def plain_tensors(
     """
     if not is_dtensor(hidden):
         return hidden, own, lambda made: made
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     mesh = hidden.device_mesh
     everywhere = [Replicate()] * mesh.ndim
@@ -36,8 +34,7 @@ def plain_tensors(
     whole = hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
 
     def as_dtensor(x: Tensor) -> Any:
-        # From what each rank has already: nothing is sent.
-        return distribute_tensor(x, mesh, everywhere, src_data_rank=None)
+        return DTensor.from_local(x, mesh, everywhere, run_check=False)
 
     return whole, lambda x: own(as_dtensor(x)), as_dtensor
 
@@ -58,14 +55,28 @@ def own_columns(logits: Any, part: VocabularyPart | None) -> Tensor:
     return logits[..., part.columns]
 
 
-def of_all_ranks(made: Any, module: Any, vocab: int) -> Tensor:
+def of_all_ranks(made: Any, part: VocabularyPart | None) -> Tensor:
     """What a model made of (..., V) numbers, of which it may return only this rank's columns."""
     if is_dtensor(made):
         return made.full_tensor()
-    if made.shape[-1] == vocab:
+    if part is None or made.shape[-1] == part.vocab or made.shape[-1] != part.size:
         return made
-    parts = head_parts(module)
-    if parts is None or parts.part is None or made.shape[-1] != parts.part.size:
-        return made
-    (columns,), _ = concatenated([made.movedim(-1, 0).contiguous()], parts.part.group)
+    (columns,), _ = concatenated([made.movedim(-1, 0).contiguous()], part.group)
     return torch.movedim(columns, 0, -1)
+
+
+def rows_of_rank(x: Tensor, part: VocabularyPart) -> Tensor:
+    """This rank's rows of a (V, r) that every rank has, whose gradient is complete on each."""
+    return _RowsOfRank.apply(x, part)
+
+
+class _RowsOfRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, part):
+        ctx.group = part.group
+        return x[part.columns].clone()
+
+    @staticmethod
+    def backward(ctx, d_rows):
+        (d_x,), _ = concatenated([d_rows.contiguous()], ctx.group)
+        return d_x, None

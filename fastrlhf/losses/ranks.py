@@ -16,9 +16,9 @@ every rank has thus gets the sum of the ranks' gradients. (DDP and FSDP take the
 multiply the loss by the number of ranks, or give a normalizer of `gradients="mean"`, with which the
 loss itself is as many times larger.)
 
-Such a group is another one than that of the operations from logits or hidden states, whose ranks
-share the vocabulary and have the same tokens: given that one here, all tokens would count as often
-as it has ranks.
+Such a group (the context-parallel one) is another than that of the operations from logits or hidden
+states (the tensor-parallel one), whose ranks have the same tokens and share the vocabulary. A loss
+that is given the tensor-parallel group counts every token once for each of its ranks.
 
 All ranks make the same calls, on tensors of one dtype that need a gradient on all or on none, and
 differentiate together. `gae` and `shaped_rewards` have no group: they need the order of the tokens,

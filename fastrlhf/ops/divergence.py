@@ -112,7 +112,8 @@ def kl_divergence(
 
     Where ranks share the vocabulary, values are in the same bits on every rank, and gradients those
     of this rank's columns. Two all-gathers bring 28 bytes a token from each rank (32 for the jsd,
-    twice that in fp64); backward sends nothing. The second derivative and `torch.func` are refused.
+    twice that in fp64), after one as `token_stats` has; backward sends nothing. The second
+    derivative and `torch.func` are refused.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an option out of range.

@@ -38,8 +38,9 @@ def kl_divergence_over_ranks(
 ) -> Tensor:
     """Compute `kl_divergence` of checked logits (..., V) whose other columns are on other ranks."""
     refuse_transforms_of_ranks("kl_divergence")
-    question = (measure.swapped, measure.share is not None)
-    part = own.agreed(mask, numbered(question, wider(own.logits, ref_logits)))
+    question = (use_triton(impl, own.logits), measure.swapped, measure.share is not None)
+    asked = numbered(question, wider(own.logits, ref_logits), *transform[1:], measure.share)
+    part = own.agreed(mask, asked, transform.token_temperature)
     sides = (ref_logits, own.logits) if measure.swapped else (own.logits, ref_logits)
     values = _DivergenceOverRanks.apply(
         *wanted_or_detached(*sides), mask, transform.token_temperature, transform, measure.share,

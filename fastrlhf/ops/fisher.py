@@ -22,6 +22,7 @@ from .head_gradients import as_operands
 from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
 from .linear_head import Head, Weight
 from .linear_rows import even_spans, live_rows
+from .sharded import is_dtensor
 from .token_stats import rows_of
 from .transform import check_temperatures_on_host, checked_transform, flat_temperature
 
@@ -172,6 +173,8 @@ def linear_softmax_fisher_product(
         RuntimeError: under a torch.func transform.
     """
     refuse_transforms("linear_softmax_fisher_product", "softmax_fisher_product")
+    if is_dtensor(weight):
+        raise TypeError("weight: expected a plain tensor, got a DTensor, which this does not take")
     check_head(hidden, [weight], bias)
     check_floating("tangent", tangent)
     check_shape("tangent", tangent, tuple(hidden.shape), "the shape of hidden")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
-from .backend import check_impl, outside_of_graphs
+from .backend import check_impl, outside_of_graphs, use_triton
 from .checks import (
     check_bool,
     check_floating,
@@ -124,11 +124,18 @@ def checked_problem(
     columns = vocab if part is None or part.largest is None else part.largest
     chunk = checked_chunk(chunk_size, columns, hidden.device)
     if part is not None:
-        check_temperatures_on_host(tokens, targets != ignore_index)
-        question = (entropy, entropy_grad, *(name in with_stats for name in FURTHER_STATS))
+        question = (
+            use_triton(impl, hidden),
+            entropy,
+            entropy_grad,
+            *(name in with_stats for name in FURTHER_STATS),
+        )
         question += wanted_gradients(hidden, weights, bias)
-        asked = {"chunk_size": chunk, **numbered(question, dtype or matmul_dtype(hidden))}
-        outside_of_graphs(agreed_part)(part.group, part.size, targets, asked, part)
+        dtype_of_logits = dtype or matmul_dtype(hidden)
+        asked = {"chunk_size": chunk, **numbered(question, dtype_of_logits, *transform[1:])}
+        scored = torch.where(targets == ignore_index, IGNORED, targets)
+        outside_of_graphs(agreed_part)(part.group, part.size, scored, asked, part, tokens)
+        check_temperatures_on_host(tokens, targets != ignore_index)
         targets, ignore_index = part.own_targets(targets, ignore_index), IGNORED
     elif not torch.compiler.is_compiling():  # the operator on logits checks again
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)

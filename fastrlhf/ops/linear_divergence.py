@@ -21,6 +21,7 @@ from .backend import (
     refuse_second_derivative,
     refuse_transforms,
     under_transform,
+    use_triton,
     wanted_or_detached,
 )
 from .checks import check_same_device, check_shape
@@ -206,7 +207,7 @@ def divergence_of(
     )  # fmt: skip
     if ours.part is not None:
         refuse_transforms_of_ranks("linear_kl_divergence")
-        _agree(ours, ref, mask, options)
+        _agree(ours, ref, mask, transform.token_temperature, options)
     if under_transform() and not entropy:
         return _definition(ours, ref, mask, transform, options), None
     tensors = [
@@ -220,18 +221,26 @@ def divergence_of(
     return values.view(mask.shape), entropies.view(mask.shape) if entropy else None
 
 
-def _agree(ours: LinearScorer, ref: LinearScorer, mask: Tensor, options: _Options) -> None:
+def _agree(
+    ours: LinearScorer,
+    ref: LinearScorer,
+    mask: Tensor,
+    token_temperature: Tensor | None,
+    options: _Options,
+) -> None:
     """Check that all ranks ask the same, of the same tokens."""
     part, measure = ours.part, options.measure
     assert part is not None
     question = (
-        measure.swapped, measure.share is not None, options.entropy, options.sum_expected,
+        use_triton(options.impl, ours.hidden), measure.swapped, measure.share is not None,
+        options.entropy, options.sum_expected,
         *wanted_gradients(ours.hidden, ours.weights, ours.bias),
         *wanted_gradients(ref.hidden, ref.weights, ref.bias),
     )  # fmt: skip
     wide = torch.promote_types(*options.dtypes)
-    asked = {"chunk_size": options.chunk, **numbered(question, wide)}
-    outside_of_graphs(agreed_part)(part.group, part.size, mask, asked, part)
+    settings = (options.temperature, *options.caps, *options.scales, measure.share)
+    asked = {"chunk_size": options.chunk, **numbered(question, wide, *settings)}
+    outside_of_graphs(agreed_part)(part.group, part.size, mask, asked, part, token_temperature)
 
 
 def _largest(scorer: LinearScorer) -> int:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .backend import under_transform
 
-# None: there is no group, and one process has everything.
-Group = Any  # torch.distributed.ProcessGroup, which a build without distributed does not have
+# Of whatever type a group has, for a build of torch without distributed has none.
+Group = Any  # torch.distributed.ProcessGroup
 
 
 def check_group(group: Group | None) -> Group | None:

@@ -1,7 +1,8 @@
 """What this rank has of tensors that torch.distributed spreads over a mesh (DTensor).
 
-Served are a vocabulary that one dimension of a mesh cuts, and what is replicated. The gradient of a
-part goes back to the DTensor that it is a part of.
+Served are a vocabulary that one dimension of a mesh cuts, and what is replicated. The ranks of all
+other dimensions have the same tokens, since gradients that are said to be replicated are not added
+up. The gradient of a part goes back to the DTensor that it is a part of.
 
 Dims: W ranks, V vocabulary.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from .backend import outside_of_graphs
 from .checks import check_floating
 from .linear_head import QuantizedWeight, Weight
-from .ranks import Group, check_group
+from .ranks import Group, check_group, refuse_transforms_of_ranks
 from .vocabulary_part import VocabularyPart, agreed_part, part_of
 
 
@@ -50,6 +51,8 @@ def head_part(
     """
     group = check_group(group)
     weight = weights[0]
+    if group is not None or is_dtensor(weight):
+        refuse_transforms_of_ranks("an operation from hidden states")
     hidden = replicated(f"{prefix}hidden", hidden)
     if not is_dtensor(weight):
         if group is None or not isinstance(weight, Tensor | QuantizedWeight) or weight.ndim != 2:
@@ -100,11 +103,14 @@ class LogitsPart(NamedTuple):
     part: VocabularyPart | None  # where it is known which columns these are
     of_dtensor: bool = False
 
-    def agreed(self, tokens: Tensor, asked: dict[str, int]) -> VocabularyPart | None:
+    def agreed(
+        self, tokens: Tensor, asked: dict[str, int], temperature: Tensor | None = None
+    ) -> VocabularyPart | None:
         """Which part this is, once all ranks agree on the tokens and on what is asked of them."""
         if self.group is None:
             return None
-        return agreed_part(self.group, self.logits.shape[-1], tokens, asked, self.part)
+        columns = self.logits.shape[-1]
+        return agreed_part(self.group, columns, tokens, asked, self.part, temperature)
 
 
 def logits_part(logits: Any, group: Group | None) -> LogitsPart:

@@ -56,8 +56,11 @@ def token_stats_over_ranks(
     """Compute `token_stats` of checked logits (..., V) whose other columns are on other ranks."""
     refuse_transforms_of_ranks("token_stats")
     targets = wide_integers(targets)
-    question = (entropy, *(name in with_stats for name in FURTHER_STATS))
-    part = own.agreed(targets, numbered(question, own.logits.dtype))
+    by_kernels = use_triton(impl, own.logits)
+    question = (by_kernels, entropy, *(name in with_stats for name in FURTHER_STATS))
+    asked = numbered(question, own.logits.dtype, *transform[1:])
+    scored = torch.where(targets == ignore_index, IGNORED, targets)
+    part = own.agreed(scored, asked, transform.token_temperature)
     assert part is not None
     own_targets = part.own_targets(targets, ignore_index)
     options = _Options(

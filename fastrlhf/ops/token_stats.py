@@ -115,10 +115,11 @@ def token_stats(
     and so is ln Σ p².
 
     With a group, statistics are those of the whole vocabulary, in the same bits on every rank, and
-    the gradient is that of this rank's columns, once, not twice. One all-gather brings 12 bytes a
-    token from each rank (16 with the entropy, 8 more for is_top1 and 4 for each of the others;
-    twice that in fp64), and before it the sizes of the parts. Backward sends nothing. Where each
-    rank computes the same loss from the statistics, the gradient is right as it is.
+    the gradient is that of this rank's columns. One all-gather brings 12 bytes a token from each
+    rank (16 with the entropy, 8 more for is_top1 and 4 for each of the others; twice that in fp64),
+    after one of 48 bytes in all, by which ranks learn who has which columns and whether all ask the
+    same of the same tokens. Backward sends nothing. Each rank computes the same loss from the
+    statistics; the gradient is then right as it is, and not to be added up over ranks.
 
     Raises:
         TypeError: logits that are not floating (or fp8), targets that are not integer.

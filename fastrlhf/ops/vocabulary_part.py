@@ -4,6 +4,7 @@ Targets are numbered anew, from the first column of the part: below 0 for earlie
 size on for later ones.
 """
 
+import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -79,10 +80,13 @@ def agreed_part(
     tokens: Tensor,
     asked: dict[str, int],
     known: VocabularyPart | None = None,
+    temperature: Tensor | None = None,
 ) -> VocabularyPart:
-    """Tell the others which tokens are scored (their targets, or a mask) and what is asked of them,
-    which has to be the same on all ranks: what they send each other depends on it. And learn where
-    the columns of this rank begin, unless that is known.
+    """Tell the others which tokens are scored and what is asked of them, which has to be the same
+    on all ranks, for what they send each other depends on it. And learn where the columns of this
+    rank begin, unless that is known.
+
+    The tokens are their targets, with one number for all that are ignored, or a mask.
 
     On a GPU, nobody waits for the answer, and an assertion says what is wrong.
 
@@ -94,19 +98,25 @@ def agreed_part(
     flat = tokens.reshape(-1).long()
     # Of other tokens, hardly ever the same; their order counts too.
     place = torch.arange(1, flat.shape[0] + 1, device=flat.device)
-    fingerprint = ((flat + 3) * (place * 2654435761 % 2**31)).sum()
+    numbers_of_tokens = (flat + 3) * (place * 2654435761 % 2**31)
+    if temperature is not None:  # of each token
+        bits = temperature.detach().float().reshape(-1).view(torch.int32)
+        numbers_of_tokens = numbers_of_tokens + bits * (place * 40503 % 2**31)
+    fingerprint = numbers_of_tokens.sum()
     numbers = torch.tensor([size, flat.shape[0], *asked.values()])
     own = torch.cat((numbers.to(flat.device, non_blocking=True), fingerprint.view(1)))
     of_ranks = gathered(own, group)
     sizes, others = of_ranks[:, 0], of_ranks[:, 1:]
     alike = (others == others[0]).all(0)
-    if flat.device.type != "cpu":
+    if flat.device.type == "cuda":
         assert_on_device(alike.all(), "ranks that share a vocabulary differ in what they ask")
+        assert_on_device(sizes.sum() > 0, "ranks share a vocabulary of 0 columns")
         rank = rank_in(group)
         return known or VocabularyPart(group, sizes[:rank].sum(), size, sizes.sum())
     for i, name in enumerate(("number of tokens", *asked, "tokens to score")):
         if not alike[i]:
-            got = "" if i > len(asked) else f", got {others[:, i].tolist()}"
+            counts = name in ("number of tokens", "chunk_size")
+            got = f", got {others[:, i].tolist()}" if counts else ""
             raise ValueError(
                 f"group: expected the same {name} on every rank that shares the vocabulary{got}"
             )
@@ -119,7 +129,15 @@ def _among(group: Group, size: int, sizes: list[int]) -> VocabularyPart:
     return VocabularyPart(group, sum(sizes[: rank_in(group)]), size, sum(sizes), max(sizes))
 
 
-def numbered(question: Iterable[bool], dtype: torch.dtype) -> dict[str, int]:
-    """What is asked, by yes and no, and the dtype of the logits, as numbers to compare."""
+def numbered(
+    question: Iterable[bool], dtype: torch.dtype, *options: float | None
+) -> dict[str, int]:
+    """What is asked, by yes and no, the dtype of the logits, and options, as numbers to compare."""
     asked = sum(2**i for i, wanted in enumerate(question) if wanted)
-    return {"question (entropy, with_stats, gradients)": asked, "dtype": _DTYPES.index(dtype)}
+    bits = [struct.unpack("q", struct.pack("d", x or 0.0))[0] for x in options]
+    options_mixed = sum((2 * i + 1) * number for i, number in enumerate(bits)) % 2**62
+    return {
+        "question (entropy, with_stats, gradients)": asked,
+        "dtype": _DTYPES.index(dtype),
+        "temperature, softcap and scale": options_mixed,
+    }

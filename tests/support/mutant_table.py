@@ -2877,7 +2877,7 @@ MUTANTS = [
             "tensor parallel: hidden states of a part of the positions",
             "whole = hidden.redistribute(placements=everywhere).to_local(",
             "whole = hidden.to_local(",
-            "whole_model and torch",
+            "whole_model and sequence",
         ),
     ),
 ]  # fmt: skip

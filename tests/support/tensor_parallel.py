@@ -6,6 +6,7 @@ it is, on one rank.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -107,6 +108,21 @@ def sequence_parallel(model: nn.Module, group: Any) -> nn.Module:
     return parallelize_module(model, mesh, {"lm_head": head})
 
 
+def sequence_parallel_by_transformers(model: nn.Module, group: Any) -> nn.Module:
+    """The same by layers of transformers, whose head gathers the positions in its own forward."""
+    from transformers.distributed import tensor_parallel as styles
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
+    parallelize_module(model.model.norm, mesh, cut)
+    styles.SequenceParallel(use_local_output=False).install_forward(model.model.norm, mesh)
+    head = styles.ColwiseParallel(output_layouts=Replicate())
+    head.shard_param(model.lm_head, "weight", mesh)
+    head.install_forward(model.lm_head, mesh)
+    model.lm_head._is_hooked = True
+    return model
+
+
 def rowwise(model: nn.Module, group: Any) -> nn.Module:
     """Not by the vocabulary, which is refused."""
     mesh = DeviceMesh.from_group(group, "cpu")
@@ -132,10 +148,10 @@ def with_sharded_output(model: nn.Module, group: Any) -> nn.Module:
     return by_transformers(model, group, plan)
 
 
-def two_dimensions(model: nn.Module, group: Any) -> nn.Module:
+def two_dimensions(model: nn.Module, group: Any, output: Any = Replicate()) -> nn.Module:  # noqa: B008
     """FSDP2 over two ranks, tensor parallelism over the two others."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    parallelize_module(model.lm_head, mesh["tp"], ColwiseParallel(output_layouts=Replicate()))
+    parallelize_module(model.lm_head, mesh["tp"], ColwiseParallel(output_layouts=output))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["dp"])
     fully_shard([model.model.norm, model.lm_head], mesh=mesh["dp"])
@@ -165,12 +181,18 @@ CUTS = {
     "torch, teacher": Cut(gathered, losses=("kl", "kl, weighed"), teacher=True),
     "transformers": Cut(by_transformers),
     "transformers, sharded output": Cut(with_sharded_output),
+    "transformers, sequence parallel": Cut(
+        sequence_parallel_by_transformers, losses=("policy", "sft")
+    ),
     "transformers, tied": Cut(by_transformers, "tied"),
     "transformers, capped": Cut(by_transformers, "capped"),
     "transformers, scaled": Cut(by_transformers, "scaled"),
     "transformers, bias": Cut(by_transformers, "bias"),
     "transformers, even": Cut(by_transformers, "even", losses=("policy", "gspo")),
     "FSDP2 and torch": Cut(two_dimensions, ranks=4),
+    "FSDP2 and torch, sharded output": Cut(
+        partial(two_dimensions, output=Shard(-1)), losses=("policy", "kl"), ranks=4
+    ),
 }
 
 _folders: list[str] = []
@@ -228,6 +250,53 @@ def read_head(group: Any, name: str, folder: str) -> list[float]:
     (logprob, gradients), (wanted, wanted_gradients) = found
     off = errors(_named(gradients), _named(wanted_gradients))
     return [float((logprob - wanted).norm() / wanted.norm()), max(off.values())]
+
+
+def adapted_by_peft(model: nn.Module, group: Any, **config: Any) -> nn.Module:
+    """A model of transformers whose head returns this rank's columns, with an adapter of peft."""
+    import peft
+
+    cut = with_sharded_output(model, group)
+    adapted = peft.get_peft_model(cut, peft.LoraConfig(r=4, **config))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            whole = torch.randn(parameter.shape) * 0.3
+            mesh, places = parameter.device_mesh, parameter.placements
+            parameter.data = distribute_tensor(whole, mesh, places, src_data_rank=None)
+    return adapted
+
+
+def adapters_of_peft(group: Any, folder: str) -> list[float]:
+    """Errors of log-probs and of the gradient of an adapter that peft cuts as the head is cut."""
+    _folders.append(folder)
+    config = {"target_modules": ["lm_head"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model, x = adapted_by_peft(model_of("even"), group, **config), make_batch(0)
+        stats = fastrlhf.model_token_stats(model, x.ids, x.attention)
+        stats.logprob.sum().backward()
+        found = own_gradients(model)
+        weights = {name: _full(p.detach()) for name, p in model.named_parameters()}
+        plain = model_of("even")
+        hidden = plain.model(x.ids, x.attention).last_hidden_state[:, :-1].detach()
+        parts = [weights[f"base_model.model.lm_head.lora_{name}.default.weight"] for name in "AB"]
+        down, up = (part.clone().requires_grad_() for part in parts)
+        scaling = model.base_model.model.lm_head.scaling["default"]
+        logits = plain.lm_head(hidden) + hidden @ down.T @ up.T * scaling
+        log_p = logits.log_softmax(-1).gather(-1, x.ids[:, 1:, None])[..., 0]
+        live = x.attention[:, 1:] != 0
+        log_p[live].sum().backward()
+    errors = [float((stats.logprob - log_p)[live].norm() / log_p[live].norm())]
+    for name, of in (("A", down), ("B", up)):
+        got = found[f"base_model.model.lm_head.lora_{name}.default.weight"]
+        errors.append(float((got - of.grad).norm() / of.grad.norm()))
+    return errors
+
+
+def _full(x: Any) -> torch.Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def refusal(group: Any, folder: str) -> str:
