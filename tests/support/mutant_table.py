@@ -2839,7 +2839,7 @@ MUTANTS = [
         "fastrlhf/hf/head_scorer.py", "test_tensor_parallel.py",
         (
             "tensor parallel: an adapter has the gradient of this rank's rows",
-            "up = shared_by_ranks(up, parts.part.group)[parts.part.columns]",
+            "up = rows_of_rank(up, parts.part)",
             "up = up[parts.part.columns]",
             "whole_model and head",
         ),
@@ -2854,7 +2854,7 @@ MUTANTS = [
         "fastrlhf/hf/head_parts.py", "test_more_wrappers.py",
         (
             "tensor parallel: what FSDP2 shards is taken for a shared vocabulary",
-            "return is_dtensor(module.weight) and any(", "return is_dtensor(module.weight) or any(",
+            "return is_dtensor(module.weight) and _is_cut(module)", "return is_dtensor(module.weight)",
             "fsdp2",
         ),
     ),
