@@ -95,20 +95,13 @@ def agreed_part(
     """
     if tokens.is_cuda and torch.cuda.is_current_stream_capturing() and known is not None:
         return known
-    flat = tokens.reshape(-1).long()
-    # Of other tokens, hardly ever the same; their order counts too.
-    place = torch.arange(1, flat.shape[0] + 1, device=flat.device)
-    numbers_of_tokens = (flat + 3) * (place * 2654435761 % 2**31)
-    if temperature is not None:  # of each token
-        bits = temperature.detach().float().reshape(-1).view(torch.int32)
-        numbers_of_tokens = numbers_of_tokens + bits * (place * 40503 % 2**31)
-    fingerprint = numbers_of_tokens.sum()
-    numbers = torch.tensor([size, flat.shape[0], *asked.values()])
-    own = torch.cat((numbers.to(flat.device, non_blocking=True), fingerprint.view(1)))
+    numbers = torch.tensor([size, tokens.numel(), *asked.values()])
+    numbers = numbers.to(tokens.device, non_blocking=True)
+    own = torch.cat((numbers, _fingerprint(tokens, temperature)))
     of_ranks = gathered(own, group)
     sizes, others = of_ranks[:, 0], of_ranks[:, 1:]
     alike = (others == others[0]).all(0)
-    if flat.device.type == "cuda":
+    if tokens.is_cuda:
         assert_on_device(alike.all(), "ranks that share a vocabulary differ in what they ask")
         assert_on_device(sizes.sum() > 0, "ranks share a vocabulary of 0 columns")
         rank = rank_in(group)
@@ -121,6 +114,19 @@ def agreed_part(
                 f"group: expected the same {name} on every rank that shares the vocabulary{got}"
             )
     return known or _among(group, size, sizes.tolist())
+
+
+def _fingerprint(tokens: Tensor, temperature: Tensor | None) -> Tensor:
+    """A number (1,) that is hardly ever that of other tokens, or temperatures of tokens, or of the
+    same in another order.
+    """
+    flat = tokens.reshape(-1).long()
+    place = torch.arange(1, flat.shape[0] + 1, device=flat.device)
+    mixed = (flat + 3) * (place * 2654435761 % 2**31)
+    if temperature is not None:
+        bits = temperature.detach().float().reshape(-1).view(torch.int32)
+        mixed = mixed + bits * (place * 40503 % 2**31)
+    return mixed.sum().view(1)
 
 
 def _among(group: Group, size: int, sizes: list[int]) -> VocabularyPart:
