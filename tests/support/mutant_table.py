@@ -2854,7 +2854,8 @@ MUTANTS = [
         "fastrlhf/hf/head_parts.py", "test_more_wrappers.py",
         (
             "tensor parallel: what FSDP2 shards is taken for a shared vocabulary",
-            "return is_dtensor(module.weight) and _is_cut(module)", "return is_dtensor(module.weight)",
+            "return is_dtensor(module.weight) and _is_cut(module)",
+            "return is_dtensor(module.weight)",
             "fsdp2",
         ),
     ),
