@@ -185,6 +185,26 @@ def test_the_grpo_examples_make_the_better_completions_likelier(name) -> None:
     assert ((likelihood() - before) > 0).tolist() == [True, False, True, False]
 
 
+def test_the_example_of_accumulation_has_the_gradient_of_one_large_batch() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def accumulated_step(" in text]
+    model, batch = tiny_llama(transformers, "AutoModelForCausalLM"), tiny_batch()
+    batch |= {"old_logprobs": None, "advantages": torch.tensor([1.0, -1.0, 2.0, 0.5])}
+    batch["completion_mask"][0, -3:] = 0  # so that a mean of means would be another
+
+    def gradients(*pieces: slice) -> list[torch.Tensor]:
+        model.zero_grad()
+        parts = [
+            {name: None if x is None else x[piece] for name, x in batch.items()} for piece in pieces
+        ]
+        run_example(example)["accumulated_step"](model, parts, None)
+        return [p.grad.clone() for p in model.parameters()]
+
+    whole, apart = gradients(slice(None)), gradients(slice(0, 1), slice(1, 4))
+    for found, wanted in zip(apart, whole, strict=True):
+        assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm())
+
+
 def test_the_distillation_example_brings_the_student_closer() -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     (example,) = [text for text in EXAMPLES if "def distillation_step(" in text]
