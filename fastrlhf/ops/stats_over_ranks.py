@@ -132,74 +132,56 @@ def statistics_over_ranks(
     temperature = flat_temperature(transform.token_temperature, transform.temperature, acc)
     per_token = temperature if isinstance(temperature, Tensor) else None
     check_temperatures_on_host(per_token, targets != IGNORED)
-    if use_triton(impl, logits) and targets.numel():
-        return _by_kernels(logits, targets, transform, temperature, part, entropy, with_stats)
-    return _eager(logits, targets, transform, temperature, part, entropy, with_stats)
+    question = _Question(
+        targets, temperature, transform.softcap, transform.scale, entropy, with_stats
+    )
+    by_kernels = use_triton(impl, logits) and targets.numel() > 0
+    return (_by_kernels if by_kernels else _eager)(logits, question, part)
 
 
-def _by_kernels(
-    logits: Tensor,
-    targets: Tensor,
-    transform: Transform,
-    temperature: float | Tensor,
-    part: VocabularyPart,
-    entropy: bool,
-    with_stats: tuple[str, ...],
-) -> tuple[Tensor, ...]:
+class _Question(NamedTuple):
+    """What is asked of the rows of logits."""
+
+    targets: Tensor  # (N,) of the part
+    temperature: float | Tensor  # of all, or (N,)
+    softcap: float | None
+    scale: float
+    entropy: bool
+    with_stats: tuple[str, ...]
+
+    @property
+    def asked(self) -> tuple[bool, ...]:
+        """Which fields of `RowParts` the answer takes."""
+        return True, True, True, self.entropy, *(name in self.with_stats for name in FURTHER_STATS)
+
+
+def _by_kernels(logits: Tensor, question: _Question, part: VocabularyPart) -> tuple[Tensor, ...]:
     from fastrlhf.kernels.token_stats import (
         RowQuestion,
         token_stats_message,
         token_stats_of_messages,
     )
 
-    question = RowQuestion(
-        targets, temperature, transform.softcap, transform.scale, IGNORED, entropy, with_stats
-    )
+    targets, temperature, softcap, scale, entropy, with_stats = question
+    of_rows = RowQuestion(targets, temperature, softcap, scale, IGNORED, entropy, with_stats)
     if part.size:
-        message = token_stats_message(rows_of(logits), question)
+        message = token_stats_message(rows_of(logits), of_rows)
     else:
-        message = _of_no_columns(question.constants, targets, logits)
-    *found, mean_logit, squares = token_stats_of_messages(gathered(message, part.group), question)
+        message = _of_no_columns(of_rows.constants, targets, logits)
+    *found, mean_logit, squares = token_stats_of_messages(gathered(message, part.group), of_rows)
     if "mean_logit" in with_stats:
         mean_logit = mean_logit / part.vocab
     return *found, mean_logit, squares
 
 
-def _eager(
-    logits: Tensor,
-    targets: Tensor,
-    transform: Transform,
-    temperature: float | Tensor,
-    part: VocabularyPart,
-    entropy: bool,
-    with_stats: tuple[str, ...],
-) -> tuple[Tensor, ...]:
+def _eager(logits: Tensor, question: _Question, part: VocabularyPart) -> tuple[Tensor, ...]:
+    targets, temperature, _, _, entropy, with_stats = question
     stats = empty_statistics(logits, targets.numel(), entropy, with_stats)
-    live = targets != IGNORED
-    index = live.nonzero().squeeze(1)
-    names = ("is_top1", "mean_logit", "log_sum_sq_probs")
-    asked = (True, True, True, entropy, *(name in with_stats for name in names))
-    if part.size:
-        rows = rows_of(logits)
-        parts = [
-            reference.row_parts(
-                take_rows(rows, some), targets[some], temperature=take(temperature, some),
-                softcap=transform.softcap, scale=transform.scale, entropy=entropy,
-                with_stats=with_stats,
-            )
-            for some in eager_chunks(live, rows)
-        ]  # fmt: skip
-        message = torch.cat(
-            [torch.stack([x for x, want in zip(one, asked, strict=True) if want]) for one in parts]
-            or [stats[0].new_empty(sum(asked), 0)],
-            dim=1,
-        )
-    else:
-        constants = [x for x, want in zip(_OF_NO_COLUMNS, asked, strict=True) if want]
-        message = _of_no_columns(constants, index, logits)
+    index = (targets != IGNORED).nonzero().squeeze(1)
+    message = _eager_message(logits, question, index)
     messages = iter(gathered(message, part.group).unbind(1))
     nothing = message.new_empty(0)
-    of_ranks = RowParts(*(next(messages) if want else nothing for want in asked))
+    of_ranks = RowParts(*(next(messages) if want else nothing for want in question.asked))
     row_temperature = take(temperature, index)
     merged = reference.merged_parts(of_ranks, row_temperature)
     found = reference.statistics_of_parts(merged, part.vocab, row_temperature)
@@ -207,6 +189,27 @@ def _eager(
         if whole.numel():
             whole[index] = some
     return stats
+
+
+def _eager_message(logits: Tensor, question: _Question, index: Tensor) -> Tensor:
+    """This rank's message (P, n) of the rows with a target, whose numbers are given."""
+    targets, temperature, softcap, scale, entropy, with_stats = question
+    if logits.shape[-1] == 0:
+        constants = [x for x, want in zip(_OF_NO_COLUMNS, question.asked, strict=True) if want]
+        return _of_no_columns(constants, index, logits)
+    rows, messages = rows_of(logits), []
+    for some in eager_chunks(targets != IGNORED, rows):
+        parts = reference.row_parts(
+            take_rows(rows, some), targets[some], temperature=take(temperature, some),
+            softcap=softcap, scale=scale, entropy=entropy, with_stats=with_stats,
+        )  # fmt: skip
+        wanted = [x for x, want in zip(parts, question.asked, strict=True) if want]
+        messages.append(torch.stack(wanted))
+    return (
+        torch.cat(messages, dim=1)
+        if messages
+        else _of_no_columns([0.0] * sum(question.asked), index, logits)
+    )
 
 
 def _of_no_columns(constants: Iterable[float], rows: Tensor, logits: Tensor) -> Tensor:

@@ -145,5 +145,5 @@ def numbered(
     return {
         "question (entropy, with_stats, gradients)": asked,
         "dtype": _DTYPES.index(dtype),
-        "temperature, softcap and scale": options_mixed,
+        "temperature, softcap, scale or beta": options_mixed,
     }
