@@ -10,6 +10,7 @@ Dims: N rows, V vocabulary, B sequences, T tokens, P pairs, ... any leading shap
 torch.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
@@ -113,15 +114,15 @@ def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(first, a, b) + torch.log1p(torch.exp(torch.where(first, b - a, a - b)))
 
 
-def capped_logits(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
+def capped_logits(logits: Tensor, softcap: float | Tensor | None, scale: float | Tensor) -> Tensor:
     """softcap·tanh(scale·x / softcap), or scale·x without a cap: the logits but for the
     temperature.
     """
-    scaled = logits if scale == 1.0 else logits * scale
+    scaled = logits if _is_one(scale) else logits * scale
     return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
 
 
-def cap_slope(logits: Tensor, softcap: float, scale: float) -> Tensor:
+def cap_slope(logits: Tensor, softcap: float | Tensor, scale: float | Tensor) -> Tensor:
     """Compute 1 - tanh²(scale·x / softcap), without its cancellation where the cap saturates.
 
     As 4d/(1 + d)² with d = e^-2|·|, since the bits of PyTorch's cosh depend on where in memory a
@@ -252,13 +253,14 @@ def row_parts(
     targets: Tensor,
     *,
     temperature: float | Tensor,
-    softcap: float | None,
-    scale: float,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
     entropy: bool,
     with_stats: tuple[str, ...] = (),
+    columns: Tensor | None = None,
 ) -> RowParts:
     """Compute the parts of rows (N, V), V > 0, whose targets may lie outside of these columns:
-    below 0 in earlier ones, from V on in later ones.
+    below 0 in earlier ones, from V on in later ones. `columns`: see `_with_target`.
     """
     index = targets.long().unsqueeze(-1)
     here = (index >= 0) & (index < logits.shape[-1])
@@ -271,7 +273,7 @@ def row_parts(
     target = torch.where(here, capped.gather(-1, place), -torch.inf)
     # Without the target in it, the sum stays accurate where p(target) → 1: see
     # kernels/token_stats.py.
-    weight.scatter_(-1, place, torch.where(here, 0.0, weight.gather(-1, place)))
+    weight = _with_target(weight, index, torch.zeros_like(peak), columns)
     rest = row_sums(weight)
     moment, before, total, squares = (capped.new_empty(0) for _ in range(4))
     if "is_top1" in with_stats:
@@ -285,6 +287,19 @@ def row_parts(
         moment = row_sums(weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)))
     parts = (peak, rest, target, moment, before, total, squares)
     return RowParts(*(x.view(-1) for x in parts))
+
+
+def _with_target(rows: Tensor, index: Tensor, value: Tensor, columns: Tensor | None) -> Tensor:
+    """Put a value (N, 1) where the target (N, 1) of rows (N, V) is, if it is in these columns.
+
+    In place; or, where a compiler makes one loop of this and all around it, by a comparison with
+    the numbers of the columns (V,) int32, which it would otherwise compute one by one.
+    """
+    if columns is not None:
+        here_or_nowhere = index.clamp(-1, rows.shape[-1]).to(columns.dtype)
+        return torch.where(columns == here_or_nowhere, value, rows)
+    here, place = (index >= 0) & (index < rows.shape[-1]), index.clamp(0, rows.shape[-1] - 1)
+    return rows.scatter_(-1, place, torch.where(here, value, rows.gather(-1, place)))
 
 
 def merged_peaks(peaks: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -362,6 +377,34 @@ def _log_sum_squares(
     return torch.where(heavy, of_heavy, (squares + square).log() - 2 * log_norm)
 
 
+class RowSlopes(NamedTuple):
+    """What the gradient of a row's logits is made of, (N,) each: by p⊙others, by p⊙(ln p + H),
+    which the entropy wants, the target's own entry, and what all columns get alike.
+    """
+
+    others: Tensor
+    target: Tensor
+    entropy: Tensor | None = None
+    mean: Tensor | None = None
+
+
+def row_slopes(
+    logprob: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None = None,
+    d_lse: Tensor | None = None,
+    d_mean: Tensor | None = None,
+    *,
+    columns: int | Tensor,
+) -> RowSlopes:
+    """Turn the gradients of the statistics (N,) into those slopes, for rows of so many columns."""
+    # g·(1 - p) at the target, accurate where p is nearly 1.
+    others, target = -d_logprob, -d_logprob * torch.expm1(logprob)
+    if d_lse is not None:
+        others, target = d_lse - d_logprob, target + d_lse * logprob.exp()
+    return RowSlopes(others, target, d_entropy, None if d_mean is None else d_mean / columns)
+
+
 def token_stats_backward(
     logits: Tensor,
     targets: Tensor,
@@ -382,36 +425,62 @@ def token_stats_backward(
     gradients of log-prob, entropy, lse and the mean of the effective logits z, dz = g·(e_target -
     p) - h·p⊙(ln p + H) + l·p + m/V, times dz/dlogits.
     """
+    logprob, row_entropy, peak, log_norm = stats
+    slopes = row_slopes(
+        logprob, d_logprob, d_entropy, d_lse, d_mean, columns=logits.shape[-1]
+    )  # fmt: skip
+    return logits_gradient(
+        logits, targets, (row_entropy, peak, log_norm), slopes,
+        temperature=temperature, softcap=softcap, scale=scale,
+    )  # fmt: skip
+
+
+def logits_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    stats: tuple[Tensor | None, Tensor, Tensor],
+    slopes: RowSlopes,
+    *,
+    temperature: float | Tensor,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Compute that gradient from entropy, peak and log_norm. `columns`: see `_with_target`."""
     index = targets.long().unsqueeze(-1)
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    logprob, row_entropy, peak, log_norm = stats
+    row_entropy, peak, log_norm = stats
     capped = capped_logits(logits.to(peak.dtype), softcap, scale)
     log_p = _divide_(capped - peak.unsqueeze(-1), rows_t).sub_(log_norm.unsqueeze(-1))
     surprise = None
-    if d_entropy is not None:
+    if slopes.entropy is not None and row_entropy is not None:
         # 0·ln 0 = 0: a finite stand-in for ln 0 lets the product say so.
         surprise = log_p.clamp(min=torch.finfo(log_p.dtype).min).add_(row_entropy.unsqueeze(-1))
-        surprise.mul_(log_p.exp()).mul_(d_entropy.unsqueeze(-1))
-    # g·(1 - p) at the target, accurate where p is nearly 1.
-    of_others, of_target = -d_logprob, -d_logprob * torch.expm1(logprob)
-    if d_lse is not None:
-        of_others, of_target = d_lse - d_logprob, of_target + d_lse * logprob.exp()
-    dz = log_p.exp_().mul_(of_others.unsqueeze(-1))
-    here, place = (index >= 0) & (index < logits.shape[-1]), index.clamp(0, logits.shape[-1] - 1)
-    dz.scatter_(-1, place, torch.where(here, of_target.unsqueeze(-1), dz.gather(-1, place)))
+        surprise.mul_(log_p.exp()).mul_(slopes.entropy.unsqueeze(-1))
+    dz = log_p.exp_().mul_(slopes.others.unsqueeze(-1))
+    dz = _with_target(dz, index, slopes.target.unsqueeze(-1), columns)
     if surprise is not None:
         dz.sub_(surprise)
-    if d_mean is not None:
-        dz.add_((d_mean / logits.shape[-1]).unsqueeze(-1))
+    if slopes.mean is not None:
+        dz.add_(slopes.mean.unsqueeze(-1))
     if softcap is not None:
         dz.mul_(cap_slope(logits.to(peak.dtype), softcap, scale))
     dz = _divide_(dz, rows_t)
-    return dz if scale == 1.0 else dz.mul_(scale)
+    return dz if _is_one(scale) else dz.mul_(scale)
 
 
 def _divide_(x: Tensor, temperature: float | Tensor) -> Tensor:
     """Divide in place, and not at all by the number 1: a pass over the vocabulary less."""
-    return x if isinstance(temperature, float) and temperature == 1.0 else x.div_(temperature)
+    return x if _is_one(temperature) else x.div_(temperature)
+
+
+def _divided(x: Tensor, temperature: float | Tensor) -> Tensor:
+    return x if _is_one(temperature) else x / temperature
+
+
+def _is_one(factor: float | Tensor) -> bool:
+    """Whether it is known to be 1, which a tensor is not."""
+    return isinstance(factor, (int, float)) and factor == 1
 
 
 class Layout:
@@ -667,7 +736,7 @@ class Distribution(NamedTuple):
     peak: Tensor  # (..., 1) the largest, a constant
     log_norm: Tensor  # (..., 1) log-sum-exp of (z - peak) / temperature
     p: Tensor  # (..., V)
-    empty: Tensor  # (...) nothing but -inf: there is no distribution, and a uniform one stands in
+    empty: Tensor  # (...) nothing but -inf: there is no distribution, and p is 0
 
 
 # Peak and log_norm (...) of whole rows, of which there are only some columns.
@@ -677,18 +746,24 @@ Norm = tuple[Tensor, Tensor]
 def distribution(
     logits: Tensor,
     temperature: float | Tensor,
-    softcap: float | None,
-    scale: float,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
     norm: Norm | None = None,
 ) -> Distribution:
     """Compute the softmax of the effective logits; the temperature is a number or (..., 1)."""
     z = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
     peak = z.detach().amax(-1, keepdim=True) if norm is None else norm[0].unsqueeze(-1)
     empty = peak == -torch.inf
-    z, peak = torch.where(empty, 0.0, z), torch.where(empty, 0.0, peak)
-    shifted = (z - peak) / temperature
-    log_norm = row_sums(shifted.exp()).log() if norm is None else norm[1].unsqueeze(-1)
-    return Distribution(z, peak, log_norm, (shifted - log_norm).exp(), empty.squeeze(-1))
+    peak = torch.where(empty, 0.0, peak)
+    shifted = _divided(z - peak, temperature)
+    if norm is None:
+        weight = shifted.exp()
+        total = torch.where(empty, 1.0, row_sums(weight))
+        log_norm, p = total.log(), weight * (1 / total)
+    else:
+        log_norm = torch.where(empty, 0.0, norm[1].unsqueeze(-1))
+        p = (shifted - log_norm).exp()
+    return Distribution(z, peak, log_norm, p, empty.squeeze(-1))
 
 
 def log_ratio(p: Distribution, q: Distribution, temperature: float | Tensor) -> Tensor:
@@ -700,8 +775,9 @@ def log_ratio(p: Distribution, q: Distribution, temperature: float | Tensor) -> 
     far = (p.peak - q.peak).abs() > 1
     anchor_p, anchor_q = (torch.where(far, side.peak, 0.0) for side in (p, q))
     apart = (p.peak - anchor_p) - (q.peak - anchor_q)
-    differences = (p.z - anchor_p) - (q.z - anchor_q) - apart
-    return differences / temperature - (p.log_norm - q.log_norm)
+    differences = (p.z - anchor_p) - (q.z - anchor_q)
+    norms = p.log_norm - q.log_norm
+    return _divided(differences, temperature) - (_divided(apart, temperature) + norms)
 
 
 def expm1(x: Tensor) -> Tensor:
@@ -715,13 +791,18 @@ def expm1(x: Tensor) -> Tensor:
 
 def expm1_minus(x: Tensor) -> Tensor:
     """Compute e^x - 1 - x, whose leading term x²/2 would drown in the rounding of e^x - 1."""
-    # Where the series errs as little as the difference does.
-    near = x.abs() < 0.125
+    near = x.abs() < 1
+    return torch.where(near, _expm1_minus_by_series(x, near), torch.exp(x) - 1 - x)
+
+
+def _expm1_minus_by_series(x: Tensor, near: Tensor) -> Tensor:
+    """Compute e^x - 1 - x where |x| < 1, as x²/2 times Σ 2 x^k / (k + 2)!; 0 elsewhere."""
     small = torch.where(near, x, 0.0)
-    series = torch.ones_like(x)
-    for k in range(10 if x.dtype == torch.float64 else 6, 2, -1):
-        series = 1 + small / k * series
-    return torch.where(near, small.square() / 2 * series, expm1(x) - x)
+    terms = 18 if x.dtype == torch.float64 else 10
+    series = torch.full_like(x, 2 / math.factorial(terms + 1))
+    for k in range(terms, 1, -1):
+        series = series * small + 2 / math.factorial(k)
+    return small * small * 0.5 * series
 
 
 def kl_terms(p: Tensor, q: Tensor, w: Tensor) -> Tensor:
@@ -730,14 +811,12 @@ def kl_terms(p: Tensor, q: Tensor, w: Tensor) -> Tensor:
     The sum of q - p is 0. Of p·w alone, the sum over nearly equal distributions is a small
     difference of large numbers. inf where q alone is 0, q where p is.
     """
-    possible = p != 0  # NaN included
-    # Where e^-w cannot overflow.
-    moderate = possible & ~(w < -1)
-    by_series = p * expm1_minus(torch.where(moderate, -w, 0.0))
-    return torch.where(moderate, by_series, q - p + p * torch.where(possible, w, 0.0))
+    near = w.abs() < 1
+    far = q - p + p * torch.where(p == 0, 0.0, w)
+    return torch.where(near, p * _expm1_minus_by_series(-w, near), far)
 
 
-def log_to_mixture(gap: Tensor, share: float, share_other: float) -> Tensor:
+def log_to_mixture(gap: Tensor, share: float | Tensor, share_other: float | Tensor) -> Tensor:
     """Compute ln m - ln p, m = share·p + share_other·q, from the gap ln q - ln p."""
     # m / p - 1, which has its relative accuracy however small a share is, where it does not end.
     small = gap < 40
@@ -750,7 +829,7 @@ def log_to_mixture(gap: Tensor, share: float, share_other: float) -> Tensor:
     return torch.where(small, torch.log1p(torch.where(small, excess, 0.0)), by_the_larger)
 
 
-def jsd_terms(p: Tensor, q: Tensor, w: Tensor, share: float) -> Tensor:
+def jsd_terms(p: Tensor, q: Tensor, w: Tensor, share: float | Tensor) -> Tensor:
     """Compute (1-share)·p·ln(p/m) + share·q·ln(q/m), with share of q in the mixture m and
     w = ln p - ln q: what a token adds to the JSD, never negative.
     """
@@ -769,7 +848,9 @@ def surplus(p: Tensor, q: Tensor, w: Tensor) -> Tensor:
     """Compute Σ(q - p) (...) with w = ln p - ln q: what the rounding of the normalisers makes of
     0.
     """
-    return row_sums(torch.where(w.abs() < 0.5, p * torch.expm1(-w), q - p)).squeeze(-1)
+    near = w.abs() < 1
+    difference = torch.where(near, p * (_expm1_minus_by_series(-w, near) - w), q - p)
+    return row_sums(difference).squeeze(-1)
 
 
 def divergence(
@@ -799,7 +880,11 @@ def divergence(
 
 
 def of_sums_of_terms(
-    value: Tensor, excess: Tensor, p_is_empty: Tensor, q_is_empty: Tensor, share: float | None
+    value: Tensor,
+    excess: Tensor,
+    p_is_empty: Tensor,
+    q_is_empty: Tensor,
+    share: float | Tensor | None,
 ) -> Tensor:
     """Finish divergences (...), given the sums of their terms and those of q - p."""
     # A surplus s of q, which is rounding, adds s²/2 to the KL, as much as there is to one of 1e-13.
@@ -812,15 +897,59 @@ def of_sums_of_terms(
     return torch.where(p_is_empty, 0.0, torch.where(q_is_empty, if_q_is_empty, value))
 
 
+def divergence_forward(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    *,
+    share: float | Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
+) -> tuple[Tensor, ...]:
+    """Compute the divergence of rows (N, V), none of them masked, and after it the six `stats`
+    that `divergence_backward` takes, each (N,).
+    """
+    dtype = accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
+    rows_t = _of_rows(temperature, dtype)
+    p, q = (distribution(x.to(dtype), rows_t, softcap, scale) for x in (logits_p, logits_q))
+    return divergence_of_sums(_sums(p, q, rows_t, share), (*_norm_of(p), *_norm_of(q)), share)
+
+
+def divergence_of_sums(
+    sums: tuple[Tensor, ...], norms: tuple[Tensor, ...], share: float | Tensor | None
+) -> tuple[Tensor, ...]:
+    """Compute that from `divergence_sums` of whole rows, and peak and log_norm of p and of q."""
+    terms, excess, mean_p, mean_q = sums
+    p_is_empty, q_is_empty = (peak == -torch.inf for peak in norms[::2])
+    values = of_sums_of_terms(terms, excess, p_is_empty, q_is_empty, share)
+    return values, *norms, mean_p, mean_q
+
+
+def row_norm(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
+) -> Norm:
+    """Compute peak and log_norm (N,) of rows (N, V)."""
+    rows_t = _of_rows(temperature, accumulation_dtype(logits.dtype))
+    return _norm_of(distribution(logits, rows_t, softcap, scale))
+
+
+def _norm_of(side: Distribution) -> Norm:
+    return torch.where(side.empty, -torch.inf, side.peak.squeeze(-1)), side.log_norm.squeeze(-1)
+
+
 def divergence_sums(
     logits_p: Tensor,
     logits_q: Tensor,
     norms: tuple[Norm, Norm],
     *,
-    share: float | None,
+    share: float | Tensor | None,
     temperature: float | Tensor,
-    softcap: float | None,
-    scale: float,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the sums of terms and of q - p, and the mean log-ratios of p and of q, each (N,), of
     some columns (N, V) of rows whose norms are known.
@@ -831,20 +960,34 @@ def divergence_sums(
         distribution(x.to(dtype), rows_t, softcap, scale, norm)
         for x, norm in zip((logits_p, logits_q), norms, strict=True)
     )
+    return _sums(p, q, rows_t, share)
+
+
+def _sums(
+    p: Distribution, q: Distribution, rows_t: float | Tensor, share: float | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `divergence_sums` computes."""
     w = log_ratio(p, q, rows_t)
-    terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
+    excess = surplus(p.p, q.p, w)
+    if share is None:
+        value = row_sums(kl_terms(p.p, q.p, w)).squeeze(-1)
+        # The terms are q - p + p·w. The gradient with respect to q takes no mean.
+        return value, excess, value - excess, value - excess
+    value = row_sums(jsd_terms(p.p, q.p, w, share)).squeeze(-1)
     mean_p, mean_q = (
-        row_sums(own.p * _ratio(own, w, of_p, share)[1]).squeeze(-1)
-        for own, w, of_p in ((p, w, True), (q, -w, False))
+        row_sums(own.p * _ratio(own, log_ratio, of_p, share)[1]).squeeze(-1)
+        for own, log_ratio, of_p in ((p, w, True), (q, -w, False))
     )
-    return row_sums(terms).squeeze(-1), surplus(p.p, q.p, w), mean_p, mean_q
+    return value, excess, mean_p, mean_q
 
 
-def _ratio(own: Distribution, w: Tensor, of_p: bool, share: float | None) -> tuple[float, Tensor]:
+def _ratio(
+    own: Distribution, w: Tensor, of_p: bool, share: float | Tensor | None
+) -> tuple[float | Tensor, Tensor]:
     """The share of a side in the divergence, and its log-ratio to the other, which is w, or to the
     mixture: 0 where it has no probability and takes no part.
     """
-    part = 1.0
+    part: float | Tensor = 1.0
     if share is not None:
         part = 1 - share if of_p else share
         w = -log_to_mixture(-w, part, 1 - part)
@@ -862,15 +1005,15 @@ def divergence_backward(
     d_values: Tensor,
     *,
     of_p: bool,
-    share: float | None,
+    share: float | Tensor | None,
     temperature: float | Tensor,
-    softcap: float | None,
-    scale: float,
-    stats: Tensor | None = None,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
+    stats: Tensor | tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """Compute the gradient of the divergence of rows (N, V) with respect to one side, in the dtype
-    of d_values (N,); no row is masked. Where these are some columns of rows, `stats` (6, N) are
-    peak and log_norm of p and of q, and the mean log-ratio of each.
+    of d_values (N,); no row is masked. `stats` (6, N), which are needed where these are some
+    columns of rows, are peak and log_norm of p and of q, and the mean log-ratio of each.
 
     With w the log-ratio of the own side p to the other side, or to the mixture, dz = p⊙(w - E_p[w])
     (times the share of the own side in the mixture); of q in KL(p‖q), dz = q - p. Times
@@ -900,13 +1043,13 @@ def fisher_product(
 ) -> tuple[Tensor, Tensor]:
     """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is."""
     dtype = accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
-    log_p, empty = log_probs(of_live_rows(logits, mask).to(dtype), temperature, None, 1.0)
-    live = ~empty if mask is None else (mask != 0) & ~empty
-    # A row that does not count has no probability at all; and what has none takes no part,
-    # whatever its tangent is.
-    p = torch.where(live.unsqueeze(-1), log_p.exp(), 0.0)
-    u = torch.where(p != 0, tangent, 0.0).to(dtype)
+    rows_t = _of_rows(temperature, dtype)
+    whole = distribution(of_live_rows(logits, mask).to(dtype), rows_t, None, 1.0)
+    # Neither a row that does not count nor a token without probability takes part, whatever its
+    # tangent is.
+    p = of_live_rows(whole.p, mask)
+    u = torch.where(p == 0, 0.0, tangent.to(dtype))
     centred = u - row_sums(p * u)
-    rows_t = temperature.to(dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    product = p * centred / rows_t**2
+    product = p * centred
+    product = product if _is_one(rows_t) else product / rows_t**2
     return product, row_sums(product * centred).squeeze(-1)

@@ -1,4 +1,6 @@
-"""Where an operation runs: Triton kernels, or eager PyTorch with the same semantics."""
+"""Where an operation runs: Triton kernels, functions that PyTorch's compiler makes, or eager
+PyTorch; all with the same semantics.
+"""
 
 import os
 import sys
@@ -10,6 +12,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from .compiled import compiler_is_there
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 try:
@@ -19,13 +23,62 @@ except ImportError:  # an import hook forbids it
 
 _TRITON_DEVICES = {"cuda", "xpu"}  # ROCm devices call themselves cuda
 
+BACKENDS = ("auto", "triton", "compiled", "eager")
 
-def check_impl(impl: str) -> None:
+# From so many numbers on, "auto" takes what is compiled: less is done before it would be called.
+_WORTH_COMPILING = 2**22
+
+_VARIABLE = "FASTRLHF_BACKEND"
+_chosen: str | None = None  # by set_backend
+
+
+def check_impl(impl: str, name: str = "impl") -> None:
     """Raise TypeError or ValueError unless `impl` names a backend, or "auto"."""
     if not isinstance(impl, str):
-        raise TypeError(f"impl: expected a string, got {type(impl).__name__}")
-    if impl not in ("auto", "triton", "eager"):
-        raise ValueError(f'impl: expected "auto", "triton" or "eager", got {impl!r}')
+        raise TypeError(f"{name}: expected a string, got {type(impl).__name__}")
+    if impl not in BACKENDS:
+        raise ValueError(f'{name}: expected "auto", "triton", "compiled" or "eager", got {impl!r}')
+
+
+def set_backend(backend: str) -> None:
+    """Choose what `impl="auto"` stands for, in all operations of this process.
+
+    Args:
+        backend: "triton", "compiled" or "eager" (see `token_stats`); "auto" leaves it to the device
+            and the size of the problem, whatever the environment variable FASTRLHF_BACKEND says,
+            which decides before this is called.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    global _chosen
+    check_impl(backend, "backend")
+    _chosen = backend
+
+
+def get_backend() -> str:
+    """Return what `impl="auto"` stands for: see `set_backend`."""
+    if _chosen is not None:
+        return _chosen
+    of_environment = os.environ.get(_VARIABLE) or "auto"
+    check_impl(of_environment, _VARIABLE)
+    return of_environment
+
+
+def backend_of(impl: str, tensor: Tensor, numbers: int) -> str:
+    """Decide the backend for an operation on so many numbers, on the device of `tensor`: "triton",
+    "compiled" or "eager".
+
+    Raises:
+        ValueError: an unknown `impl`, or "triton" for a device on which it cannot run.
+    """
+    if use_triton(impl, tensor):
+        return "triton"
+    impl = get_backend() if impl == "auto" else impl
+    if impl == "auto":
+        worth_it = tensor.device.type == "cpu" and numbers >= _WORTH_COMPILING
+        return "compiled" if worth_it and compiler_is_there() else "eager"
+    return impl
 
 
 def outside_of_graphs(function: Function) -> Function:
@@ -47,11 +100,12 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
         ValueError: an unknown `impl`, or "triton" for a device on which it cannot run.
     """
     check_impl(impl)
+    impl = get_backend() if impl == "auto" else impl
     on_gpu = tensor.device.type in _TRITON_DEVICES
     interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if impl == "auto":
         return (on_gpu or (auto_interprets and interpreted)) and _TRITON_INSTALLED
-    if impl == "eager":
+    if impl in ("compiled", "eager"):
         return False
     if not _TRITON_INSTALLED:
         raise ValueError('impl: "triton" needs the triton package, which is not installed')

@@ -3,6 +3,7 @@
 Dims: N rows, V vocabulary.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +11,8 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import (
-    check_impl,
-    outside_of_graphs,
-    under_transform,
-    use_triton,
-)
+from . import compiled_rows
+from .backend import backend_of, check_impl, outside_of_graphs, under_transform
 from .checks import (
     check_between,
     check_floating,
@@ -24,6 +21,7 @@ from .checks import (
     check_same_device,
     check_shape,
 )
+from .compiled import NotCompiled
 from .eager_rows import chunks, of_rows, take_rows
 from .ranks import Group
 from .sharded import logits_part, same_part
@@ -186,29 +184,51 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     acc, keep = wider(logits_p, logits_q), mask.reshape(-1).contiguous()
+    backend = backend_of(impl, logits_p, logits_p.numel())
     check_temperatures_on_host(token_temperature, mask)
     options: dict[str, Any] = {"share": share, "softcap": softcap, "scale": scale}
     temperatures = flat_temperature(token_temperature, temperature, acc)
-    if use_triton(impl, logits_p) and keep.numel():
+    if backend == "triton" and keep.numel():
         from fastrlhf.kernels.divergence import divergence_forward
 
         sides = rows_of(logits_p), rows_of(logits_q)
         return divergence_forward(*sides, keep, temperature=temperatures, **options)
-    values = torch.zeros(keep.numel(), dtype=acc, device=mask.device)
-    for rows in chunks(keep, logits_p.shape[-1]):
-        values[rows] = reference.divergence(
-            take_rows(logits_p, rows), take_rows(logits_q, rows), None,
-            temperature=of_rows(temperatures, rows), **options,
-        )  # fmt: skip
-    return values, values.new_empty(0)
+    found = torch.zeros(7, keep.numel(), dtype=acc, device=mask.device)
+    if not (
+        backend == "compiled" and _compiled(found, logits_p, logits_q, keep, temperatures, options)
+    ):
+        for rows in chunks(keep, logits_p.shape[-1]):
+            of_chunk = reference.divergence_forward(
+                take_rows(logits_p, rows), take_rows(logits_q, rows),
+                temperature=of_rows(temperatures, rows), **options,
+            )  # fmt: skip
+            found[:, rows] = torch.stack(of_chunk)
+    return found[0].clone(), found[1:].clone()
+
+
+def _compiled(
+    found: Tensor,
+    logits_p: Tensor,
+    logits_q: Tensor,
+    keep: Tensor,
+    temperatures: float | Tensor,
+    options: dict[str, Any],
+) -> bool:
+    """Find values and statistics (7, N) by compiled functions; False where there are none."""
+    with contextlib.suppress(NotCompiled):
+        sides = rows_of(logits_p), rows_of(logits_q)
+        for rows in compiled_rows.chunks(keep, logits_p.shape[-1]):
+            of_chunk = compiled_rows.divergence(*sides, rows, temperature=temperatures, **options)
+            found[:, rows] = torch.stack(of_chunk)
+        return True
+    return False
 
 
 @_forward.register_fake
 def _forward_fake(logits_p, logits_q, mask, *options):
     dtype = wider(logits_p, logits_q)
     values = torch.empty(mask.numel(), dtype=dtype, device=mask.device)
-    planes = (6, mask.numel()) if use_triton(options[-1], logits_p) and mask.numel() else (0,)
-    return values, values.new_empty(planes)
+    return values, values.new_empty(6, mask.numel())
 
 
 @torch.library.custom_op("fastrlhf::divergence_backward", mutates_args=())
@@ -259,8 +279,8 @@ def divergence_backward_into(
     if d_own.numel() == 0:
         return
     d_rows = d_own.view(-1, d_own.shape[-1])
-    by_kernel = stats.numel() > 0 and use_triton(impl, own)
-    if by_kernel:
+    backend = backend_of(impl, own, own.numel())
+    if backend == "triton":
         from fastrlhf.kernels.divergence import divergence_backward
 
         pairs = (stats[:2], stats[2:4]) if of_p else (stats[2:4], stats[:2])
@@ -272,14 +292,21 @@ def divergence_backward_into(
             share=1 - of_q if of_p else of_q,
         )  # fmt: skip
         return
-    # There are some without the kernel too where ranks share the vocabulary.
-    found = stats if stats.numel() else None
-    d_rows.zero_()
-    for rows in chunks(keep & (d_values != 0), d_own.shape[-1]):
+    active = keep & (d_values != 0)
+    d_rows.index_fill_(0, (~active).nonzero().squeeze(1), 0.0)
+    options |= {"of_p": of_p, "share": share}
+    if backend == "compiled":
+        with contextlib.suppress(NotCompiled):
+            for rows in compiled_rows.chunks(active, d_own.shape[-1]):
+                compiled_rows.write_divergence_gradient(
+                    d_rows.unsqueeze(0), rows_of(own), rows_of(other), rows, d_values, stats,
+                    temperature=temperatures, **options,
+                )  # fmt: skip
+            return
+    for rows in chunks(active, d_own.shape[-1]):
         d_rows[rows] = reference.divergence_backward(
-            take_rows(own, rows), take_rows(other, rows), d_values[rows], of_p=of_p, share=share,
+            take_rows(own, rows), take_rows(other, rows), d_values[rows], stats=stats[:, rows],
             temperature=of_rows(temperatures, rows), **options,
-            stats=None if found is None else found[:, rows],
         ).to(d_own.dtype)  # fmt: skip
 
 

@@ -3,19 +3,23 @@
 Dims: N rows, H hidden, V vocabulary.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
 
+from . import compiled_rows
 from .backend import (
+    backend_of,
     check_impl,
     outside_of_graphs,
     refuse_transforms,
     under_transform,
-    use_triton,
 )
 from .checks import check_floating, check_same_device, check_shape
+from .compiled import NotCompiled
 from .divergence import checked_rows
 from .eager_rows import chunks, of_rows, take_rows
 from .head_gradients import as_operands
@@ -104,15 +108,25 @@ def _product(
     check_temperatures_on_host(token_temperature, mask)
     temperatures = flat_temperature(token_temperature, temperature, acc)
     keep = mask.reshape(-1).contiguous()
-    if use_triton(impl, logits) and keep.numel():
+    backend = backend_of(impl, logits, logits.numel())
+    if backend == "triton" and keep.numel():
         from fastrlhf.kernels.fisher import fisher_product
 
         return fisher_product(
             rows_of(logits), rows_of(tangent), keep, temperature=temperatures, dtype=tangent.dtype
         )
     vocab = logits.shape[-1]
-    product = torch.zeros(keep.numel(), vocab, dtype=tangent.dtype, device=tangent.device)
+    product = torch.empty(keep.numel(), vocab, dtype=tangent.dtype, device=tangent.device)
     quadratic = torch.zeros(keep.numel(), dtype=acc, device=tangent.device)
+    product.index_fill_(0, (~keep).nonzero().squeeze(1), 0.0)
+    if backend == "compiled":
+        with contextlib.suppress(NotCompiled):
+            sides = rows_of(logits), rows_of(tangent)
+            for rows in compiled_rows.chunks(keep, vocab):
+                quadratic[rows] = compiled_rows.write_fisher_product(
+                    product.unsqueeze(0), *sides, rows, temperatures, acc
+                )
+            return product, quadratic
     for rows in chunks(keep, vocab):
         of_chunk, quadratic[rows] = reference.fisher_product(
             take_rows(logits, rows), take_rows(tangent, rows), None,

@@ -21,18 +21,18 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import FURTHER_STATS, RowParts, TokenStats
 
-from .backend import use_triton, wanted_or_detached
+from .backend import backend_of, use_triton, wanted_or_detached
 from .checks import wide_integers
 from .ranks import gathered, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
 from .sharded import LogitsPart
 from .token_stats import (
+    Question,
     can_overwrite,
-    eager_chunks,
     empty_statistics,
+    parts_of_rows,
     rows_of,
     shaped_stats,
     take,
-    take_rows,
 )
 from .transform import Transform, check_temperatures_on_host, flat_temperature
 from .vocabulary_part import IGNORED, VocabularyPart, numbered
@@ -132,30 +132,15 @@ def statistics_over_ranks(
     temperature = flat_temperature(transform.token_temperature, transform.temperature, acc)
     per_token = temperature if isinstance(temperature, Tensor) else None
     check_temperatures_on_host(per_token, targets != IGNORED)
-    question = _Question(
+    question = Question(
         targets, temperature, transform.softcap, transform.scale, entropy, with_stats
     )
-    by_kernels = use_triton(impl, logits) and targets.numel() > 0
-    return (_by_kernels if by_kernels else _eager)(logits, question, part)
+    if use_triton(impl, logits) and targets.numel() > 0:
+        return _by_kernels(logits, question, part)
+    return _by_formulas(logits, question, part, impl)
 
 
-class _Question(NamedTuple):
-    """What is asked of the rows of logits."""
-
-    targets: Tensor  # (N,) of the part
-    temperature: float | Tensor  # of all, or (N,)
-    softcap: float | None
-    scale: float
-    entropy: bool
-    with_stats: tuple[str, ...]
-
-    @property
-    def asked(self) -> tuple[bool, ...]:
-        """Which fields of `RowParts` the answer takes."""
-        return True, True, True, self.entropy, *(name in self.with_stats for name in FURTHER_STATS)
-
-
-def _by_kernels(logits: Tensor, question: _Question, part: VocabularyPart) -> tuple[Tensor, ...]:
+def _by_kernels(logits: Tensor, question: Question, part: VocabularyPart) -> tuple[Tensor, ...]:
     from fastrlhf.kernels.token_stats import (
         RowQuestion,
         token_stats_message,
@@ -174,11 +159,13 @@ def _by_kernels(logits: Tensor, question: _Question, part: VocabularyPart) -> tu
     return *found, mean_logit, squares
 
 
-def _eager(logits: Tensor, question: _Question, part: VocabularyPart) -> tuple[Tensor, ...]:
+def _by_formulas(
+    logits: Tensor, question: Question, part: VocabularyPart, impl: str
+) -> tuple[Tensor, ...]:
     targets, temperature, _, _, entropy, with_stats = question
     stats = empty_statistics(logits, targets.numel(), entropy, with_stats)
     index = (targets != IGNORED).nonzero().squeeze(1)
-    message = _eager_message(logits, question, index)
+    message = _message(logits, question, index, impl)
     messages = iter(gathered(message, part.group).unbind(1))
     nothing = message.new_empty(0)
     of_ranks = RowParts(*(next(messages) if want else nothing for want in question.asked))
@@ -191,20 +178,17 @@ def _eager(logits: Tensor, question: _Question, part: VocabularyPart) -> tuple[T
     return stats
 
 
-def _eager_message(logits: Tensor, question: _Question, index: Tensor) -> Tensor:
+def _message(logits: Tensor, question: Question, index: Tensor, impl: str) -> Tensor:
     """This rank's message (P, n) of the rows with a target, whose numbers are given."""
-    targets, temperature, softcap, scale, entropy, with_stats = question
+    targets = question.targets
     if logits.shape[-1] == 0:
         constants = [x for x, want in zip(_OF_NO_COLUMNS, question.asked, strict=True) if want]
         return _of_no_columns(constants, index, logits)
-    rows, messages = rows_of(logits), []
-    for some in eager_chunks(targets != IGNORED, rows):
-        parts = reference.row_parts(
-            take_rows(rows, some), targets[some], temperature=take(temperature, some),
-            softcap=softcap, scale=scale, entropy=entropy, with_stats=with_stats,
-        )  # fmt: skip
-        wanted = [x for x, want in zip(parts, question.asked, strict=True) if want]
-        messages.append(torch.stack(wanted))
+    backend = backend_of(impl, logits, logits.numel())
+    messages = [
+        torch.stack([x for x, want in zip(parts, question.asked, strict=True) if want])
+        for _, parts in parts_of_rows(rows_of(logits), question, targets != IGNORED, backend)
+    ]
     return (
         torch.cat(messages, dim=1)
         if messages

@@ -5,20 +5,23 @@ further statistics, the backward, and the backward that overwrites the logits. E
 kernels or, for a bounded number of rows at a time, the closed forms of `fastrlhf.reference`.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.reference import FURTHER_STATS, TokenStats
+from fastrlhf.reference import FURTHER_STATS, RowParts, RowSlopes, TokenStats
 
+from . import compiled_rows
 from .backend import (
+    backend_of,
     check_impl,
     is_batched,
     outside_of_graphs,
     under_transform,
-    use_triton,
 )
 from .checks import (
     assert_on_device,
@@ -32,6 +35,7 @@ from .checks import (
     check_shape,
     wide_integers,
 )
+from .compiled import NotCompiled
 from .ranks import Group
 from .sharded import logits_part, replicated
 from .transform import (
@@ -282,12 +286,12 @@ def _statistics(
     impl: str,
     with_stats: Sequence[str] = (),
 ) -> tuple[Tensor, ...]:
-    triton = use_triton(impl, logits)
+    backend = backend_of(impl, logits, logits.numel())
     rows, targets, row_temperature = flat_rows(logits, targets, token_temperature, temperature)
     check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
     if targets.numel() == 0:
         return empty_statistics(logits, 0, entropy, with_stats)
-    if triton:
+    if backend == "triton":
         from fastrlhf.kernels.token_stats import token_stats_forward
 
         return token_stats_forward(
@@ -304,20 +308,51 @@ def _statistics(
     if targets.device.type != "cpu":  # as the kernel does
         known = (targets >= 0) & (targets < logits.shape[-1]) | (targets == ignore_index)
         assert_on_device(known.all(), "a target is outside [0, vocabulary)")
-    for index in eager_chunks(targets != ignore_index, rows):
-        chunk = reference.token_stats_forward(
-            take_rows(rows, index),
-            targets[index],
-            temperature=take(row_temperature, index),
-            softcap=softcap,
-            scale=scale,
-            entropy=entropy,
-            with_stats=with_stats,
-        )
-        for whole, part in zip(stats, chunk, strict=True):
+    question = Question(targets, row_temperature, softcap, scale, entropy, tuple(with_stats))
+    for index, parts in parts_of_rows(rows, question, targets != ignore_index, backend):
+        found = reference.statistics_of_parts(parts, rows.shape[2], take(row_temperature, index))
+        for whole, part in zip(stats, found, strict=True):
             if whole.numel():
                 whole[index] = part
     return stats
+
+
+class Question(NamedTuple):
+    """What is asked of rows of logits."""
+
+    targets: Tensor  # (N,) numbers of columns, or outside of those that are there
+    temperature: float | Tensor  # of all, or (N,)
+    softcap: float | None
+    scale: float
+    entropy: bool
+    with_stats: tuple[str, ...]
+
+    @property
+    def asked(self) -> tuple[bool, ...]:
+        """Which fields of `RowParts` the answer takes."""
+        return True, True, True, self.entropy, *(name in self.with_stats for name in FURTHER_STATS)
+
+
+Index = Tensor | slice  # of some rows
+
+
+def parts_of_rows(
+    rows: Tensor, question: Question, selected: Tensor, backend: str
+) -> Iterator[tuple[Index, RowParts]]:
+    """Compute the parts of the selected rows of an (outer, inner, V) view, some at a time."""
+    targets, temperature, softcap, scale, entropy, with_stats = question
+    if backend == "compiled":
+        with contextlib.suppress(NotCompiled):
+            yield from (
+                (index, compiled_rows.row_parts(rows, index, *question))
+                for index in compiled_rows.chunks(selected, rows.shape[2])
+            )
+            return
+    for index in eager_chunks(selected, rows):
+        yield index, reference.row_parts(
+            take_rows(rows, index), targets[index], temperature=take(temperature, index),
+            softcap=softcap, scale=scale, entropy=entropy, with_stats=with_stats,
+        )  # fmt: skip
 
 
 def empty_statistics(
@@ -399,7 +434,8 @@ def _write_gradient(
     others = tuple(None if x is None else x.contiguous() for x in (d_entropy, d_lse, d_mean))
     if targets.numel() == 0:
         return
-    if use_triton(impl, logits):
+    backend = backend_of(impl, logits, logits.numel())
+    if backend == "triton":
         from fastrlhf.kernels.token_stats import token_stats_backward
 
         token_stats_backward(
@@ -420,19 +456,40 @@ def _write_gradient(
             active |= slope != 0
     # As in the kernel: the peak of a row without a distribution is -inf.
     active &= peak != -torch.inf
-    for index in eager_chunks(active, rows):
-        gradient = reference.token_stats_backward(
-            take_rows(rows, index),
-            targets[index],
-            tuple(value[index] if value.numel() else value for value in stats),
-            d_logprob[index],
-            *(None if slope is None else slope[index] for slope in others),
-            temperature=take(row_temperature, index),
-            softcap=softcap,
-            scale=scale,
-        )
-        _put_rows(d_rows, index, gradient.to(d_rows.dtype))
-    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
+    slopes = reference.row_slopes(logprob, d_logprob, *others, columns=rows.shape[2])
+    of_rows = (None if others[0] is None else entropy, peak, log_norm)
+    options = {"temperature": row_temperature, "softcap": softcap, "scale": scale}
+    _write_rows(d_rows, rows, targets, of_rows, slopes, active, backend, options)
+    _zero_rows(d_rows, ~active)
+
+
+def _write_rows(
+    d_rows: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    stats: tuple[Tensor | None, Tensor, Tensor],
+    slopes: RowSlopes,
+    active: Tensor,
+    backend: str,
+    options: dict[str, Any],
+) -> None:
+    """Write the gradients of active rows, from entropy, peak and log_norm and the slopes of all."""
+    if backend == "compiled":
+        with contextlib.suppress(NotCompiled):
+            for index in compiled_rows.chunks(active, rows.shape[2]):
+                compiled_rows.write_gradient(d_rows, rows, index, targets, stats, slopes, **options)
+            return
+    temperature, (entropy, peak, log_norm) = options["temperature"], stats
+    for some in eager_chunks(active, rows):
+        of_others, of_target, *others = (None if x is None else x[some] for x in slopes)
+        assert of_others is not None and of_target is not None
+        gradient = reference.logits_gradient(
+            take_rows(rows, some), targets[some],
+            (None if entropy is None else entropy[some], peak[some], log_norm[some]),
+            RowSlopes(of_others, of_target, *others),
+            **options | {"temperature": take(temperature, some)},
+        )  # fmt: skip
+        _put_rows(d_rows, some, gradient.to(d_rows.dtype))
 
 
 # Of three operators, each of which writes the gradient elsewhere.
@@ -575,7 +632,7 @@ def check_values_on_host(
     check_temperatures_on_host(per_token, live)
 
 
-def eager_chunks(selected: Tensor, rows: Tensor) -> Iterator[Tensor | slice]:
+def eager_chunks(selected: Tensor, rows: Tensor) -> Iterator[Index]:
     """Indices of the selected rows of an (outer, inner, V) view, in pieces of a bounded number of
     logits.
 
@@ -588,7 +645,7 @@ def eager_chunks(selected: Tensor, rows: Tensor) -> Iterator[Tensor | slice]:
         yield from selected.nonzero().squeeze(1).split(size)
 
 
-def take_rows(rows: Tensor, index: Tensor | slice) -> Tensor:
+def take_rows(rows: Tensor, index: Index) -> Tensor:
     """Take some rows of an (outer, inner, V) view: a view if they are a slice, else a copy."""
     if isinstance(index, slice):
         return rows[0, index]
@@ -598,12 +655,20 @@ def take_rows(rows: Tensor, index: Tensor | slice) -> Tensor:
     return rows[index // rows.shape[1], index % rows.shape[1]]
 
 
-def _put_rows(rows: Tensor, index: Tensor | slice, values: Tensor | float) -> None:
+def _zero_rows(rows: Tensor, index: Tensor) -> None:
+    """Put zeros into the rows where the mask `index` is set."""
+    if rows.shape[0] == 1:
+        rows[0].index_fill_(0, index.nonzero().squeeze(1), 0.0)
+    else:
+        _put_rows(rows, index.nonzero().squeeze(1), 0.0)
+
+
+def _put_rows(rows: Tensor, index: Index, values: Tensor | float) -> None:
     if isinstance(index, slice):
         rows[0, index] = values
     else:
         rows[index // rows.shape[1], index % rows.shape[1]] = values
 
 
-def take(value: float | Tensor, index: Tensor | slice) -> float | Tensor:
+def take(value: float | Tensor, index: Index) -> float | Tensor:
     return value[index] if isinstance(value, Tensor) else value

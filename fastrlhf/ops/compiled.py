@@ -1,0 +1,180 @@
+"""Functions of rows through `torch.compile`: what runs where there is no Triton.
+
+A function of `fastrlhf.reference` reads a few rows of logits in many passes when PyTorch runs it
+operation by operation. PyTorch's compiler makes one or two loops of it, in which a row stays in the
+cache and nothing of its size is written but the result. Such a function is compiled once for each
+combination of dtypes and options, for rows of any number and length: with an example, so that no
+size of a real call is taken for a constant. Where there is no compiler, or it fails, callers go on
+without it.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_LOG = logging.getLogger("fastrlhf")
+
+# Sizes of the examples: larger than any number of threads, so that rows are what these share; no
+# two alike, and none that a loop divides by, so that nothing follows from them.
+_EXAMPLE_SIZES = {"m": 1033, "n": 1031, "v": 4099}
+
+# The numbers of rows are made here, and never outside of a matrix.
+_OPTIONS: dict[str, Any] = {"assert_indirect_indexing": False}
+
+_compiling = threading.RLock()
+
+
+class NotCompiled(Exception):
+    """There is no compiled function, for a reason that has been told; eager PyTorch can do it."""
+
+
+@functools.cache
+def compiler_is_there() -> bool:
+    """Whether PyTorch will find a C++ compiler, as far as can be told without loading its own."""
+    if "1" in (os.environ.get(f"TORCH{name}_DISABLE") for name in ("_COMPILE", "DYNAMO")):
+        return False
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX") or default) is not None
+
+
+class _Kind(NamedTuple):
+    """What of a tensor a compiled function depends on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    gaps: bool = False  # whether rows of a matrix start further apart than they are long
+
+
+Kinds = tuple[_Kind | None, ...]
+Compiled = Callable[..., tuple[Tensor, ...]]
+
+
+class RowFunction:
+    """A function of tensors with named dimensions, compiled when it is first used.
+
+    Its results have the rows that are asked for as their first dimension, and it may write into
+    tensors whose dimensions are in capitals.
+    """
+
+    def __init__(self, function: Compiled, dimensions: str):
+        """`dimensions` of each argument, a word each: `m` rows of a matrix and `n` of them that
+        are asked for, `v` columns; "." for a number.
+        """
+        self.function = function
+        self.dimensions = dimensions.split()
+        self._variants: dict[Hashable, Compiled] = {}
+
+    def __call__(self, *tensors: Tensor | None, **options: Hashable) -> tuple[Tensor, ...]:
+        """Call it. Raise `NotCompiled` where that cannot be."""
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            raise NotCompiled  # the compiler does not look into what modes do
+        compiled = self._variant(tuple(None if x is None else _kind(x) for x in tensors), options)
+        copies = [_at_least_two(x, of) for x, of in zip(tensors, self.dimensions, strict=True)]
+        with _plainly():
+            found = compiled(*copies)
+        for x, copy, of in zip(tensors, copies, self.dimensions, strict=True):
+            if of.isupper() and x is not None and copy is not None and copy is not x:
+                x.copy_(copy[:1])
+        numbers = tensors[self.dimensions.index("n")]
+        assert numbers is not None
+        return tuple(x[:1] for x in found) if len(numbers) == 1 else found
+
+    def prepare(
+        self, *dtypes: torch.dtype | None, device: torch.device, **options: Hashable
+    ) -> None:
+        """Compile it for contiguous tensors of such dtypes, None for one that is not there. Raise
+        `NotCompiled` where that cannot be.
+        """
+        self._variant(
+            tuple(None if dtype is None else _Kind(dtype, device) for dtype in dtypes), options
+        )
+
+    def _variant(self, kinds: Kinds, options: dict[str, Hashable]) -> Compiled:
+        key = kinds, tuple(options.items())
+        with _compiling:
+            if key not in self._variants:
+                self._variants[key] = self._compiled(kinds, options)
+            return self._variants[key]
+
+    def _compiled(self, kinds: Kinds, options: dict[str, Hashable]) -> Compiled:
+        if not compiler_is_there():
+            raise NotCompiled
+        start = time.perf_counter()
+        example = [
+            None if kind is None else _example(of, kind)
+            for kind, of in zip(kinds, self.dimensions, strict=True)
+        ]
+        name = self.function.__name__.strip("_")
+        try:
+            compiled = torch.compile(
+                _copied(self.function, options), dynamic=True, fullgraph=True, options=_OPTIONS
+            )
+            with _plainly():
+                compiled(*example)
+        except Exception as error:  # whatever a compiler can fail of
+            reason = str(error).strip().partition("\n")[0]
+            _LOG.warning("%s is not compiled, and runs eagerly: %s", name, reason)
+            return _not_compiled
+        _LOG.info("compiled %s in %.1f s", name, time.perf_counter() - start)
+        return compiled
+
+
+def _not_compiled(*_: Tensor | None) -> tuple[Tensor, ...]:
+    raise NotCompiled
+
+
+def _copied(function: Compiled, options: dict[str, Hashable]) -> Compiled:
+    """The function with options of its own, and code of its own: the compiler keeps a few
+    compilations of each code object, and then no more.
+    """
+    code = function.__code__.replace()
+    copy = FunctionType(code, function.__globals__, function.__name__)
+    copy.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **options}
+    return copy
+
+
+def _kind(x: Tensor) -> _Kind:
+    return _Kind(x.dtype, x.device, x.ndim == 2 and x.stride(0) != x.shape[1])
+
+
+def _example(dimensions: str, kind: _Kind) -> Tensor:
+    """A tensor of that kind: ones, which are numbers of rows and columns too."""
+    if dimensions == ".":
+        return torch.ones((), dtype=kind.dtype, device=kind.device)
+    sizes = [_EXAMPLE_SIZES[letter] for letter in dimensions.lower()]
+    if kind.gaps:
+        return _example(dimensions, kind._replace(gaps=False)).new_ones(sizes[0], sizes[1] + 17)[
+            :, : sizes[1]
+        ]
+    return torch.ones(sizes, dtype=kind.dtype, device=kind.device)
+
+
+def _at_least_two(x: Tensor | None, dimensions: str) -> Tensor | None:
+    """A lone row comes twice: the compiler would take the 1 for a constant."""
+    if x is None or dimensions[0] not in "mnMN" or len(x) != 1:
+        return x
+    return torch.cat((x, x))
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Take away what else a compilation would depend on, and sizes that are equal by chance."""
+    import torch.fx.experimental._config as config
+
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+    ):
+        yield

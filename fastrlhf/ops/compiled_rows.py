@@ -1,0 +1,358 @@
+"""The row functions of `fastrlhf.reference`, compiled: one for each pass over the vocabulary.
+
+Each takes a matrix of logits and the numbers of the rows that count. The others are neither read
+nor computed, and nothing is gathered: a row is found by its number. Temperature, softcap and scale
+are tensors, so that no value of theirs is compiled in, or absent.
+
+Dims: N rows, of which n count, V columns.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+from fastrlhf.reference import RowParts, RowSlopes
+
+from .compiled import NotCompiled, RowFunction
+
+# Logits that a function is given at once (at least one row). It holds none of them beyond what it
+# is doing; this bounds the room for gradients that cannot be written where they belong.
+_CHUNK_LOGITS = 2**22
+
+
+class Scaling(NamedTuple):
+    """What happens to logits, as arguments of the functions: None where nothing does."""
+
+    temperature: Tensor | None  # (n,)
+    softcap: Tensor | None  # 0-d
+    scale: Tensor | None  # 0-d
+
+    def as_options(self) -> dict:
+        """As arguments of the formulas."""
+        temperature, scale = (1.0 if x is None else x for x in (self.temperature, self.scale))
+        return {"temperature": temperature, "softcap": self.softcap, "scale": scale}
+
+
+def _row_parts(
+    matrix: Tensor,
+    numbers: Tensor,
+    targets: Tensor,
+    columns: Tensor,
+    temperature: Tensor | None,
+    softcap: Tensor | None,
+    scale: Tensor | None,
+    *,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+) -> tuple[Tensor, ...]:
+    return reference.row_parts(
+        matrix[numbers], targets, entropy=entropy, with_stats=with_stats, columns=columns,
+        **Scaling(temperature, softcap, scale).as_options(),
+    )  # fmt: skip
+
+
+def _logits_gradient(
+    out: Tensor,
+    matrix: Tensor,
+    numbers: Tensor,
+    targets: Tensor,
+    columns: Tensor,
+    entropy: Tensor | None,
+    peak: Tensor,
+    log_norm: Tensor,
+    of_others: Tensor,
+    of_target: Tensor,
+    of_entropy: Tensor | None,
+    of_mean: Tensor | None,
+    temperature: Tensor | None,
+    softcap: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, ...]:
+    gradient = reference.logits_gradient(
+        matrix[numbers], targets, (entropy, peak, log_norm),
+        RowSlopes(of_others, of_target, of_entropy, of_mean), columns=columns,
+        **Scaling(temperature, softcap, scale).as_options(),
+    )  # fmt: skip
+    out.copy_(gradient)
+    return ()
+
+
+def _norm(
+    matrix: Tensor,
+    numbers: Tensor,
+    temperature: Tensor | None,
+    softcap: Tensor | None,
+    scale: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    return reference.row_norm(
+        matrix[numbers].to(dtype), **Scaling(temperature, softcap, scale).as_options()
+    )
+
+
+def _divergence_sums(
+    matrix_p: Tensor,
+    numbers_p: Tensor,
+    matrix_q: Tensor,
+    numbers_q: Tensor,
+    peak_p: Tensor,
+    log_norm_p: Tensor,
+    peak_q: Tensor,
+    log_norm_q: Tensor,
+    share: Tensor | None,
+    temperature: Tensor | None,
+    softcap: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, ...]:
+    norms = (peak_p, log_norm_p), (peak_q, log_norm_q)
+    return reference.divergence_sums(
+        matrix_p[numbers_p], matrix_q[numbers_q], norms, share=share,
+        **Scaling(temperature, softcap, scale).as_options(),
+    )  # fmt: skip
+
+
+def _divergence_gradient(
+    out: Tensor,
+    own: Tensor,
+    numbers: Tensor,
+    other: Tensor,
+    numbers_of_other: Tensor,
+    d_values: Tensor,
+    peak_p: Tensor,
+    log_norm_p: Tensor,
+    peak_q: Tensor,
+    log_norm_q: Tensor,
+    mean_p: Tensor,
+    mean_q: Tensor,
+    share: Tensor | None,
+    temperature: Tensor | None,
+    softcap: Tensor | None,
+    scale: Tensor | None,
+    *,
+    of_p: bool,
+) -> tuple[Tensor, ...]:
+    gradient = reference.divergence_backward(
+        own[numbers], other[numbers_of_other], d_values, of_p=of_p, share=share,
+        stats=(peak_p, log_norm_p, peak_q, log_norm_q, mean_p, mean_q),
+        **Scaling(temperature, softcap, scale).as_options(),
+    )  # fmt: skip
+    out.copy_(gradient)
+    return ()
+
+
+def _fisher_product(
+    out: Tensor,
+    logits: Tensor,
+    numbers: Tensor,
+    tangent: Tensor,
+    numbers_of_tangent: Tensor,
+    temperature: Tensor | None,
+) -> tuple[Tensor, ...]:
+    product, quadratic = reference.fisher_product(
+        logits[numbers], tangent[numbers_of_tangent], None,
+        temperature=1.0 if temperature is None else temperature,
+    )  # fmt: skip
+    out.copy_(product)
+    return (quadratic,)
+
+
+ROW_PARTS = RowFunction(_row_parts, "mv n n v n . .")
+LOGITS_GRADIENT = RowFunction(_logits_gradient, "NV mv n n v n n n n n n n n . .")
+NORM = RowFunction(_norm, "mv n n . .")
+DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . n . .")
+DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . n . .")
+FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
+
+
+def chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:
+    """Indices of the selected rows (N,), in pieces of a bounded number of logits."""
+    return selected.nonzero().squeeze(1).split(max(1, _CHUNK_LOGITS // max(1, vocab)))
+
+
+def row_parts(
+    rows: Tensor,
+    index: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+) -> RowParts:
+    """Compute `reference.row_parts` of some rows of an (outer, inner, V) view; what there is of
+    each row is given of all N.
+    """
+    scaled = _scaling(temperature, softcap, scale, index, _accumulated(rows))
+    found = ROW_PARTS(
+        *_found_by_number(rows, index), targets[index], _columns(rows), *scaled,
+        entropy=entropy, with_stats=with_stats,
+    )  # fmt: skip
+    return RowParts(*found)
+
+
+def write_gradient(
+    d_rows: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    targets: Tensor,
+    stats: tuple[Tensor | None, Tensor, Tensor],
+    slopes: RowSlopes,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> None:
+    """Write `reference.logits_gradient` of some rows to where they are in d_rows."""
+    scaled = _scaling(temperature, softcap, scale, index, stats[1].dtype)
+    of_rows = [None if x is None else x[index] for x in (*stats, *slopes)]
+    where = _found_by_number(rows, index)
+
+    def write(out: Tensor) -> None:
+        LOGITS_GRADIENT(out, *where, targets[index], _columns(rows), *of_rows, *scaled)
+
+    _into_rows(d_rows, index, write, overwritten=d_rows is rows)
+
+
+def divergence(
+    rows_p: Tensor,
+    rows_q: Tensor,
+    index: Tensor,
+    *,
+    share: float | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Compute `reference.divergence_forward` of some rows."""
+    dtype = reference.accumulation_dtype(torch.promote_types(rows_p.dtype, rows_q.dtype))
+    scaled = _scaling(temperature, softcap, scale, index, dtype)
+    p, q = (_found_by_number(rows, index) for rows in (rows_p, rows_q))
+    norms = (*NORM(*p, *scaled, dtype=dtype), *NORM(*q, *scaled, dtype=dtype))
+    sums = DIVERGENCE_SUMS(*p, *q, *norms, _number(share, norms[0]), *scaled)
+    return reference.divergence_of_sums(sums, norms, share)
+
+
+def write_divergence_gradient(
+    d_rows: Tensor,
+    own: Tensor,
+    other: Tensor,
+    index: Tensor,
+    d_values: Tensor,
+    stats: Tensor,
+    *,
+    of_p: bool,
+    share: float | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+) -> None:
+    """Write `reference.divergence_backward` of some rows to where they are in d_rows; the stats of
+    all N are given.
+    """
+    scaled = _scaling(temperature, softcap, scale, index, d_values.dtype)
+    where = *_found_by_number(own, index), *_found_by_number(other, index)
+    upstream, of_rows = d_values[index], stats[:, index].unbind()
+
+    def write(out: Tensor) -> None:
+        DIVERGENCE_GRADIENT(
+            out, *where, upstream, *of_rows, _number(share, upstream), *scaled, of_p=of_p
+        )  # fmt: skip
+
+    _into_rows(d_rows, index, write)
+
+
+def write_fisher_product(
+    out_rows: Tensor,
+    logits: Tensor,
+    tangent: Tensor,
+    index: Tensor,
+    temperature: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Write the products of `reference.fisher_product` of some rows to where they are in out_rows,
+    and return the quadratic forms (n,).
+    """
+    scaled = _scaling(temperature, None, 1.0, index, dtype)
+    where = *_found_by_number(logits, index), *_found_by_number(tangent, index)
+    found: list[Tensor] = []
+    _into_rows(
+        out_rows, index, lambda out: found.extend(FISHER_PRODUCT(out, *where, scaled.temperature))
+    )
+    return found[0]
+
+
+def _into_rows(
+    rows: Tensor, index: Tensor, write: Callable[[Tensor], None], *, overwritten: bool = False
+) -> None:
+    """Let a function write into rows of an (outer, inner, V) view: right there if they follow each
+    other, unless that would overwrite what it reads.
+    """
+    first, last = int(index[0]), int(index[-1]) + 1
+    if rows.shape[0] == 1 and last - first == len(index) and not overwritten:
+        write(rows[0, first:last])
+        return
+    out = rows.new_empty(len(index), rows.shape[2])
+    write(out)
+    if rows.shape[0] == 1:
+        rows[0].index_copy_(0, index, out)
+    else:
+        rows[index // rows.shape[1], index % rows.shape[1]] = out
+
+
+def _found_by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """View (outer, inner, V) as a matrix, in which the rows of that index have the numbers that are
+    returned with it. Raise `NotCompiled` where strides do not allow it.
+    """
+    outer, inner, vocab = rows.shape
+    across, down, along = rows.stride()
+    if along != 1 or vocab < 2 or (inner > 1 and down < vocab):
+        raise NotCompiled
+    if outer == 1:
+        return rows[0], index
+    if inner == 1:
+        if across < vocab:
+            raise NotCompiled
+        return rows[:, 0], index
+    if across % down or across < down * inner:
+        raise NotCompiled
+    step = across // down
+    matrix = rows.as_strided((step * (outer - 1) + inner, vocab), (down, 1))
+    return matrix, index if step == inner else index // inner * step + index % inner
+
+
+def _scaling(
+    temperature: float | Tensor,
+    softcap: float | None,
+    scale: float,
+    index: Tensor,
+    dtype: torch.dtype,
+) -> Scaling:
+    """Make the arguments of the temperature of all rows, or those (N,) of each."""
+    of_rows = torch.empty(index.shape, dtype=dtype, device=index.device)
+    if isinstance(temperature, Tensor):
+        of_rows.copy_(temperature[index])
+    else:
+        of_rows.fill_(temperature)
+    plain = not isinstance(temperature, Tensor) and temperature == 1
+    unscaled = scale == 1 and softcap is None
+    return Scaling(
+        None if plain else of_rows,
+        _number(softcap, of_rows),
+        None if unscaled else _number(scale, of_rows),
+    )
+
+
+def _number(value: float | None, like: Tensor) -> Tensor | None:
+    return None if value is None else like.new_full((), value)
+
+
+def _columns(rows: Tensor) -> Tensor:
+    return torch.arange(rows.shape[2], dtype=torch.int32, device=rows.device)
+
+
+def _accumulated(rows: Tensor) -> torch.dtype:
+    return reference.accumulation_dtype(rows.dtype)
