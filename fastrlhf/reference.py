@@ -866,16 +866,10 @@ def divergence(
     """Compute KL(p‖q) of each row (...), or with a share of q in a mixture m their JSD, which is
     share·KL(q‖m) + (1-share)·KL(p‖m); 0 where the mask is.
     """
-    dtype = accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
-    rows_t = _of_rows(temperature, dtype)
-    p, q = (
-        distribution(of_live_rows(x, mask).to(dtype), rows_t, softcap, scale)
-        for x in (logits_p, logits_q)
+    sides = (of_live_rows(x, mask) for x in (logits_p, logits_q))
+    value, *_ = divergence_and_stats(
+        *sides, share=share, temperature=temperature, softcap=softcap, scale=scale
     )
-    w = log_ratio(p, q, rows_t)
-    terms = kl_terms(p.p, q.p, w) if share is None else jsd_terms(p.p, q.p, w, share)
-    value = row_sums(terms).squeeze(-1)
-    value = of_sums_of_terms(value, surplus(p.p, q.p, w), p.empty, q.empty, share)
     return value if mask is None else torch.where(mask != 0, value, 0.0)
 
 
@@ -897,7 +891,7 @@ def of_sums_of_terms(
     return torch.where(p_is_empty, 0.0, torch.where(q_is_empty, if_q_is_empty, value))
 
 
-def divergence_forward(
+def divergence_and_stats(
     logits_p: Tensor,
     logits_q: Tensor,
     *,
@@ -906,8 +900,8 @@ def divergence_forward(
     softcap: float | Tensor | None,
     scale: float | Tensor,
 ) -> tuple[Tensor, ...]:
-    """Compute the divergence of rows (N, V), none of them masked, and after it the six `stats`
-    that `divergence_backward` takes, each (N,).
+    """Compute the divergence of rows (..., V), none of them masked, and after it the six `stats`
+    that `divergence_backward` takes, each (...).
     """
     dtype = accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
     rows_t = _of_rows(temperature, dtype)

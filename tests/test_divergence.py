@@ -891,7 +891,7 @@ def test_a_frozen_reference_costs_no_launch_and_launches_do_not_grow_with_rows(m
 
 def test_the_eager_backend_works_on_a_bounded_number_of_rows(monkeypatch) -> None:
     held = []
-    for name in ("divergence", "divergence_backward"):
+    for name in ("divergence_and_stats", "divergence_backward"):
         function = getattr(fastrlhf.reference, name)
 
         def call(x, *args, function=function, **kwargs):

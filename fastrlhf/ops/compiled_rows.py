@@ -18,9 +18,13 @@ from fastrlhf.reference import RowParts, RowSlopes
 
 from .compiled import NotCompiled, RowFunction
 
-# Logits that a function is given at once (at least one row). It holds none of them beyond what it
-# is doing; this bounds the room for gradients that cannot be written where they belong.
-_CHUNK_LOGITS = 2**22
+# Logits that a function is given at once (at least one row). Few large loops lose less to threads
+# that wait for each other than many small ones; this bounds what the compiler may hold of a row
+# between two loops.
+_CHUNK_LOGITS = 2**24
+
+# Gradients of so many logits wait to be put where they belong, if they cannot be written there.
+_ROOM_LOGITS = 2**22
 
 
 class Scaling(NamedTuple):
@@ -207,12 +211,13 @@ def write_gradient(
     scale: float,
 ) -> None:
     """Write `reference.logits_gradient` of some rows to where they are in d_rows."""
-    scaled = _scaling(temperature, softcap, scale, index, stats[1].dtype)
-    of_rows = [None if x is None else x[index] for x in (*stats, *slopes)]
-    where = _found_by_number(rows, index)
+    columns = _columns(rows)
 
-    def write(out: Tensor) -> None:
-        LOGITS_GRADIENT(out, *where, targets[index], _columns(rows), *of_rows, *scaled)
+    def write(out: Tensor, some: Tensor) -> None:
+        of_rows = (None if x is None else x[some] for x in (*stats, *slopes))
+        scaled = _scaling(temperature, softcap, scale, some, stats[1].dtype)
+        where = _found_by_number(rows, some)
+        LOGITS_GRADIENT(out, *where, targets[some], columns, *of_rows, *scaled)
 
     _into_rows(d_rows, index, write, overwritten=d_rows is rows)
 
@@ -227,7 +232,7 @@ def divergence(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Compute `reference.divergence_forward` of some rows."""
+    """Compute `reference.divergence_and_stats` of some rows."""
     dtype = reference.accumulation_dtype(torch.promote_types(rows_p.dtype, rows_q.dtype))
     scaled = _scaling(temperature, softcap, scale, index, dtype)
     p, q = (_found_by_number(rows, index) for rows in (rows_p, rows_q))
@@ -253,14 +258,13 @@ def write_divergence_gradient(
     """Write `reference.divergence_backward` of some rows to where they are in d_rows; the stats of
     all N are given.
     """
-    scaled = _scaling(temperature, softcap, scale, index, d_values.dtype)
-    where = *_found_by_number(own, index), *_found_by_number(other, index)
-    upstream, of_rows = d_values[index], stats[:, index].unbind()
+    weight = _number(share, d_values)
 
-    def write(out: Tensor) -> None:
-        DIVERGENCE_GRADIENT(
-            out, *where, upstream, *of_rows, _number(share, upstream), *scaled, of_p=of_p
-        )  # fmt: skip
+    def write(out: Tensor, some: Tensor) -> None:
+        scaled = _scaling(temperature, softcap, scale, some, d_values.dtype)
+        where = *_found_by_number(own, some), *_found_by_number(other, some)
+        of_rows = d_values[some], *stats[:, some]
+        DIVERGENCE_GRADIENT(out, *where, *of_rows, weight, *scaled, of_p=of_p)
 
     _into_rows(d_rows, index, write)
 
@@ -276,31 +280,39 @@ def write_fisher_product(
     """Write the products of `reference.fisher_product` of some rows to where they are in out_rows,
     and return the quadratic forms (n,).
     """
-    scaled = _scaling(temperature, None, 1.0, index, dtype)
-    where = *_found_by_number(logits, index), *_found_by_number(tangent, index)
-    found: list[Tensor] = []
-    _into_rows(
-        out_rows, index, lambda out: found.extend(FISHER_PRODUCT(out, *where, scaled.temperature))
-    )
-    return found[0]
+    quadratic: list[Tensor] = []
+
+    def write(out: Tensor, some: Tensor) -> None:
+        scaled = _scaling(temperature, None, 1.0, some, dtype)
+        where = *_found_by_number(logits, some), *_found_by_number(tangent, some)
+        quadratic.extend(FISHER_PRODUCT(out, *where, scaled.temperature))
+
+    _into_rows(out_rows, index, write)
+    return torch.cat(quadratic)
 
 
 def _into_rows(
-    rows: Tensor, index: Tensor, write: Callable[[Tensor], None], *, overwritten: bool = False
+    rows: Tensor,
+    index: Tensor,
+    write: Callable[[Tensor, Tensor], None],
+    *,
+    overwritten: bool = False,
 ) -> None:
-    """Let a function write into rows of an (outer, inner, V) view: right there if they follow each
-    other, unless that would overwrite what it reads.
+    """Let a function write what belongs to some rows of an (outer, inner, V) view: right there if
+    they follow each other, unless that would overwrite what it reads.
     """
+    outer, inner, vocab = rows.shape
     first, last = int(index[0]), int(index[-1]) + 1
-    if rows.shape[0] == 1 and last - first == len(index) and not overwritten:
-        write(rows[0, first:last])
+    if outer == 1 and last - first == len(index) and not overwritten:
+        write(rows[0, first:last], index)
         return
-    out = rows.new_empty(len(index), rows.shape[2])
-    write(out)
-    if rows.shape[0] == 1:
-        rows[0].index_copy_(0, index, out)
-    else:
-        rows[index // rows.shape[1], index % rows.shape[1]] = out
+    for some in index.split(max(1, _ROOM_LOGITS // vocab)):
+        out = rows.new_empty(len(some), vocab)
+        write(out, some)
+        if outer == 1:
+            rows[0].index_copy_(0, some, out)
+        else:
+            rows[some // inner, some % inner] = out
 
 
 def _found_by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

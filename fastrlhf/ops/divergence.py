@@ -198,7 +198,7 @@ def _forward(
         backend == "compiled" and _compiled(found, logits_p, logits_q, keep, temperatures, options)
     ):
         for rows in chunks(keep, logits_p.shape[-1]):
-            of_chunk = reference.divergence_forward(
+            of_chunk = reference.divergence_and_stats(
                 take_rows(logits_p, rows), take_rows(logits_q, rows),
                 temperature=of_rows(temperatures, rows), **options,
             )  # fmt: skip

@@ -187,7 +187,7 @@ def _message(logits: Tensor, question: Question, index: Tensor, impl: str) -> Te
     backend = backend_of(impl, logits, logits.numel())
     messages = [
         torch.stack([x for x, want in zip(parts, question.asked, strict=True) if want])
-        for _, parts in parts_of_rows(rows_of(logits), question, targets != IGNORED, backend)
+        for parts in parts_of_rows(rows_of(logits), question, targets != IGNORED, backend)
     ]
     return (
         torch.cat(messages, dim=1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.reference import FURTHER_STATS, RowParts, RowSlopes, TokenStats
+from fastrlhf.reference import FURTHER_STATS, RowParts, TokenStats
 
 from . import compiled_rows
 from .backend import (
@@ -309,12 +309,14 @@ def _statistics(
         known = (targets >= 0) & (targets < logits.shape[-1]) | (targets == ignore_index)
         assert_on_device(known.all(), "a target is outside [0, vocabulary)")
     question = Question(targets, row_temperature, softcap, scale, entropy, tuple(with_stats))
-    for index, parts in parts_of_rows(rows, question, targets != ignore_index, backend):
-        found = reference.statistics_of_parts(parts, rows.shape[2], take(row_temperature, index))
+    for index, found in _statistics_of_rows(rows, question, targets != ignore_index, backend):
         for whole, part in zip(stats, found, strict=True):
             if whole.numel():
                 whole[index] = part
     return stats
+
+
+Index = Tensor | slice  # of some rows
 
 
 class Question(NamedTuple):
@@ -332,27 +334,41 @@ class Question(NamedTuple):
         """Which fields of `RowParts` the answer takes."""
         return True, True, True, self.entropy, *(name in self.with_stats for name in FURTHER_STATS)
 
+    def of_rows(self, index: Index) -> tuple[Tensor, dict[str, Any]]:
+        """Targets and options of some rows, as the formulas take them."""
+        options = self._asdict() | {"temperature": take(self.temperature, index)}
+        del options["targets"]
+        return self.targets[index], options
 
-Index = Tensor | slice  # of some rows
+
+def _statistics_of_rows(
+    rows: Tensor, question: Question, selected: Tensor, backend: str
+) -> Iterator[tuple[Index, tuple[Tensor, ...]]]:
+    """Compute the statistics of the selected rows of an (outer, inner, V) view, some at a time."""
+    if backend == "compiled":
+        with contextlib.suppress(NotCompiled):
+            for index in compiled_rows.chunks(selected, rows.shape[2]):
+                parts = compiled_rows.row_parts(rows, index, *question)
+                temperature = take(question.temperature, index)
+                yield index, reference.statistics_of_parts(parts, rows.shape[2], temperature)
+            return
+    for some in eager_chunks(selected, rows):
+        targets, options = question.of_rows(some)
+        yield some, reference.token_stats_forward(take_rows(rows, some), targets, **options)
 
 
 def parts_of_rows(
     rows: Tensor, question: Question, selected: Tensor, backend: str
-) -> Iterator[tuple[Index, RowParts]]:
-    """Compute the parts of the selected rows of an (outer, inner, V) view, some at a time."""
-    targets, temperature, softcap, scale, entropy, with_stats = question
+) -> Iterator[RowParts]:
+    """Compute, of columns of the selected rows, what `_statistics_of_rows` finishes."""
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):
-            yield from (
-                (index, compiled_rows.row_parts(rows, index, *question))
-                for index in compiled_rows.chunks(selected, rows.shape[2])
-            )
+            for index in compiled_rows.chunks(selected, rows.shape[2]):
+                yield compiled_rows.row_parts(rows, index, *question)
             return
-    for index in eager_chunks(selected, rows):
-        yield index, reference.row_parts(
-            take_rows(rows, index), targets[index], temperature=take(temperature, index),
-            softcap=softcap, scale=scale, entropy=entropy, with_stats=with_stats,
-        )  # fmt: skip
+    for some in eager_chunks(selected, rows):
+        targets, options = question.of_rows(some)
+        yield reference.row_parts(take_rows(rows, some), targets, **options)
 
 
 def empty_statistics(
@@ -456,40 +472,43 @@ def _write_gradient(
             active |= slope != 0
     # As in the kernel: the peak of a row without a distribution is -inf.
     active &= peak != -torch.inf
-    slopes = reference.row_slopes(logprob, d_logprob, *others, columns=rows.shape[2])
-    of_rows = (None if others[0] is None else entropy, peak, log_norm)
-    options = {"temperature": row_temperature, "softcap": softcap, "scale": scale}
-    _write_rows(d_rows, rows, targets, of_rows, slopes, active, backend, options)
+    options: dict[str, Any] = {
+        "temperature": row_temperature, "softcap": softcap, "scale": scale
+    }  # fmt: skip
+    if backend != "compiled" or not _written_by_compiled(
+        d_rows, rows, targets, stats, (d_logprob, *others), active, options
+    ):
+        for index in eager_chunks(active, rows):
+            gradient = reference.token_stats_backward(
+                take_rows(rows, index), targets[index],
+                tuple(value[index] if value.numel() else value for value in stats),
+                d_logprob[index], *(None if slope is None else slope[index] for slope in others),
+                **options | {"temperature": take(row_temperature, index)},
+            )  # fmt: skip
+            _put_rows(d_rows, index, gradient.to(d_rows.dtype))
     _zero_rows(d_rows, ~active)
 
 
-def _write_rows(
+def _written_by_compiled(
     d_rows: Tensor,
     rows: Tensor,
     targets: Tensor,
-    stats: tuple[Tensor | None, Tensor, Tensor],
-    slopes: RowSlopes,
+    stats: tuple[Tensor, ...],
+    upstream: tuple[Any, ...],
     active: Tensor,
-    backend: str,
     options: dict[str, Any],
-) -> None:
-    """Write the gradients of active rows, from entropy, peak and log_norm and the slopes of all."""
-    if backend == "compiled":
-        with contextlib.suppress(NotCompiled):
-            for index in compiled_rows.chunks(active, rows.shape[2]):
-                compiled_rows.write_gradient(d_rows, rows, index, targets, stats, slopes, **options)
-            return
-    temperature, (entropy, peak, log_norm) = options["temperature"], stats
-    for some in eager_chunks(active, rows):
-        of_others, of_target, *others = (None if x is None else x[some] for x in slopes)
-        assert of_others is not None and of_target is not None
-        gradient = reference.logits_gradient(
-            take_rows(rows, some), targets[some],
-            (None if entropy is None else entropy[some], peak[some], log_norm[some]),
-            RowSlopes(of_others, of_target, *others),
-            **options | {"temperature": take(temperature, some)},
-        )  # fmt: skip
-        _put_rows(d_rows, some, gradient.to(d_rows.dtype))
+) -> bool:
+    """Write the gradients of active rows; return False, and nothing is written, where no function
+    is compiled.
+    """
+    logprob, entropy, peak, log_norm = stats
+    slopes = reference.row_slopes(logprob, *upstream, columns=rows.shape[2])
+    of_rows = (None if slopes.entropy is None else entropy, peak, log_norm)
+    with contextlib.suppress(NotCompiled):
+        for index in compiled_rows.chunks(active, rows.shape[2]):
+            compiled_rows.write_gradient(d_rows, rows, index, targets, of_rows, slopes, **options)
+        return True
+    return False
 
 
 # Of three operators, each of which writes the gradient elsewhere.
