@@ -60,6 +60,7 @@ def _row_parts(
 
 def _logits_gradient(
     out: Tensor,
+    places: Tensor,
     matrix: Tensor,
     numbers: Tensor,
     targets: Tensor,
@@ -80,7 +81,7 @@ def _logits_gradient(
         RowSlopes(of_others, of_target, of_entropy, of_mean), columns=columns,
         **Scaling(temperature, softcap, scale).as_options(),
     )  # fmt: skip
-    out.copy_(gradient)
+    out[places] = gradient.to(out.dtype)
     return ()
 
 
@@ -165,7 +166,7 @@ def _fisher_product(
 
 
 ROW_PARTS = RowFunction(_row_parts, "mv n n v n . .")
-LOGITS_GRADIENT = RowFunction(_logits_gradient, "NV mv n n v n n n n n n n n . .")
+LOGITS_GRADIENT = RowFunction(_logits_gradient, "MV n mv n n v n n n n n n n n . .")
 NORM = RowFunction(_norm, "mv n n . .")
 DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . n . .")
 DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . n . .")
@@ -213,13 +214,21 @@ def write_gradient(
     """Write `reference.logits_gradient` of some rows to where they are in d_rows."""
     columns = _columns(rows)
 
-    def write(out: Tensor, some: Tensor) -> None:
+    def write(out: Tensor, places: Tensor, some: Tensor) -> None:
         of_rows = (None if x is None else x[some] for x in (*stats, *slopes))
         scaled = _scaling(temperature, softcap, scale, some, stats[1].dtype)
         where = _found_by_number(rows, some)
-        LOGITS_GRADIENT(out, *where, targets[some], columns, *of_rows, *scaled)
+        LOGITS_GRADIENT(out, places, *where, targets[some], columns, *of_rows, *scaled)
 
-    _into_rows(d_rows, index, write, overwritten=d_rows is rows)
+    if d_rows is not rows:
+        write(*_found_by_number(d_rows, index), index)
+        return
+    # What is read would be overwritten under its eyes.
+    _by_way_of_room(
+        d_rows,
+        index,
+        lambda out, some: write(out, torch.arange(len(some), device=rows.device), some),
+    )
 
 
 def divergence(
@@ -291,21 +300,20 @@ def write_fisher_product(
     return torch.cat(quadratic)
 
 
-def _into_rows(
-    rows: Tensor,
-    index: Tensor,
-    write: Callable[[Tensor, Tensor], None],
-    *,
-    overwritten: bool = False,
-) -> None:
+def _into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
     """Let a function write what belongs to some rows of an (outer, inner, V) view: right there if
-    they follow each other, unless that would overwrite what it reads.
+    they follow each other, by which the compiler makes better loops than of places here and there.
     """
-    outer, inner, vocab = rows.shape
     first, last = int(index[0]), int(index[-1]) + 1
-    if outer == 1 and last - first == len(index) and not overwritten:
+    if rows.shape[0] == 1 and last - first == len(index):
         write(rows[0, first:last], index)
-        return
+    else:
+        _by_way_of_room(rows, index, write)
+
+
+def _by_way_of_room(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
+    """Let it write elsewhere, a few rows at a time, and put them where they belong."""
+    outer, inner, vocab = rows.shape
     for some in index.split(max(1, _ROOM_LOGITS // vocab)):
         out = rows.new_empty(len(some), vocab)
         write(out, some)

@@ -472,6 +472,9 @@ def _write_gradient(
             active |= slope != 0
     # As in the kernel: the peak of a row without a distribution is -inf.
     active &= peak != -torch.inf
+    in_place = d_logits is logits
+    if not in_place:
+        zero_unless_all(d_rows, active)
     options: dict[str, Any] = {
         "temperature": row_temperature, "softcap": softcap, "scale": scale
     }  # fmt: skip
@@ -486,7 +489,8 @@ def _write_gradient(
                 **options | {"temperature": take(row_temperature, index)},
             )  # fmt: skip
             _put_rows(d_rows, index, gradient.to(d_rows.dtype))
-    _zero_rows(d_rows, ~active)
+    if in_place:
+        _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
 
 
 def _written_by_compiled(
@@ -674,12 +678,12 @@ def take_rows(rows: Tensor, index: Index) -> Tensor:
     return rows[index // rows.shape[1], index % rows.shape[1]]
 
 
-def _zero_rows(rows: Tensor, index: Tensor) -> None:
-    """Put zeros into the rows where the mask `index` is set."""
-    if rows.shape[0] == 1:
-        rows[0].index_fill_(0, index.nonzero().squeeze(1), 0.0)
-    else:
-        _put_rows(rows, index.nonzero().squeeze(1), 0.0)
+def zero_unless_all(rows: Tensor, active: Tensor) -> None:
+    """Put zeros everywhere before active rows are written, which is faster than finding the others,
+    unless there are none.
+    """
+    if not bool(active.all()):
+        rows.zero_()
 
 
 def _put_rows(rows: Tensor, index: Index, values: Tensor | float) -> None:
