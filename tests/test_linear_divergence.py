@@ -254,7 +254,7 @@ def test_errors_are_at_most_twice_those_of_fp32_logits(options, dtypes, trained)
 WIDE = {"tokens": 64, "width": 32, "vocab": 1000}
 
 
-def matmuls(needs=(), *, grad: bool = True) -> float:
+def matmuls(needs=(), *, grad: bool = True, alike: bool = True) -> float:
     """Matmuls of forward and backward in units of G, one head on the half of the tokens that is not
     masked.
     """
@@ -264,34 +264,39 @@ def matmuls(needs=(), *, grad: bool = True) -> float:
         n: torch.randn(s).requires_grad_(n in needs) for n, s in zip(NAMES, shapes, strict=True)
     }
     mask = torch.arange(tokens) % 2 == 0
+    weights = torch.ones(tokens) if alike else torch.rand(tokens)
     with MatmulAudit() as audit, torch.set_grad_enabled(grad):
         values = linear_kl_divergence(**tensors, mask=mask, chunk_size=8)
         if needs and grad:
-            values.sum().backward()
+            (values * weights).sum().backward()
     # One weight gradient, or eight rows of logits: no (n, V), let alone (N, V).
     assert audit.largest <= vocab * width
     return audit.operations / (2 * tokens // 2 * vocab * width)
 
 
 @pytest.mark.parametrize(
-    ("needs", "cost"),
+    ("needs", "cost", "more_if_not_alike"),
     [
-        ((), 2),
-        (("hidden",), 3),
-        (("ref_hidden",), 3),
-        (("hidden", "ref_hidden"), 4),
-        # A trained head: both logits again, and one each for what needs a gradient.
-        (("weight",), 2 + 2 + 1),
-        (("bias",), 2 + 2),
-        (("hidden", "weight"), 2 + 2 + 2),
-        (("hidden", "bias"), 2 + 2 + 1),
-        (("hidden", "weight", "bias"), 2 + 2 + 2),
-        (("hidden", "ref_weight"), 2 + 1 + 2 + 1),
-        (NAMES, 2 + 2 + 4),
+        ((), 2, 0),
+        (("hidden",), 3, 0),
+        (("ref_hidden",), 3, 0),
+        (("hidden", "ref_hidden"), 4, 0),
+        # A trained head, if tokens do not all weigh the same: both logits again, and its gradient.
+        (("weight",), 2 + 1, 2 + 1),
+        (("bias",), 2, 2),
+        (("hidden", "weight"), 2 + 2, 2 + 1),
+        (("hidden", "bias"), 2 + 1, 2),
+        (("hidden", "weight", "bias"), 2 + 2, 2 + 1),
+        (("hidden", "ref_weight"), 2 + 2, 2 + 1),
+        (NAMES, 2 + 4, 2 + 2),
     ],
 )
-def test_as_many_matmuls_as_stated_on_the_tokens_of_the_mask(needs, cost) -> None:
+def test_as_many_matmuls_as_stated_on_the_tokens_of_the_mask(
+    needs, cost, more_if_not_alike
+) -> None:
     assert matmuls(needs) == pytest.approx(cost, rel=1e-6)
+    if needs:
+        assert matmuls(needs, alike=False) == pytest.approx(cost + more_if_not_alike, rel=1e-6)
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "ref_hidden"), NAMES])

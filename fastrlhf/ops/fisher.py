@@ -201,6 +201,7 @@ def linear_softmax_fisher_product(
     check_impl(impl)
     transform = checked_transform(temperature, softcap, scale, mask)
     chunk = checked_chunk(chunk_size, weight.shape[0], hidden.device)
+    impl = backend_of(impl, hidden, mask.numel() * weight.shape[0])
     dtype = matmul_dtype(hidden)
     head = Head([weight], bias, dtype)
     moving = Head([weight], None, dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
-from .backend import check_impl, outside_of_graphs, use_triton
+from .backend import backend_of, check_impl, outside_of_graphs, use_triton
 from .checks import (
     check_bool,
     check_floating,
@@ -139,6 +139,8 @@ def checked_problem(
         targets, ignore_index = part.own_targets(targets, ignore_index), IGNORED
     elif not torch.compiler.is_compiling():  # the operator on logits checks again
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
+    # Of all blocks, the last and smallest included.
+    impl = backend_of(impl, hidden, targets.numel() * vocab)
     options = LinearOptions(
         *transform[1:], ignore_index, entropy, entropy and entropy_grad, with_stats,
         chunk, impl, dtype or matmul_dtype(hidden), part,

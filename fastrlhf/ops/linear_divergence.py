@@ -2,7 +2,9 @@
 
 A block of tokens at a time, both heads make their logits, and the divergence is read from them. The
 gradient of a token's value with respect to its hidden state is a vector that the forward can keep,
-whatever comes of the value; where a head is trained too, backward makes the logits again.
+whatever comes of the value. That with respect to a head is a sum over tokens: it is computed along
+with the values as if all weighed the same, as in a sum or a mean; if they turn out not to, backward
+makes the logits again.
 
 Dims: N tokens, n tokens of the mask, H hidden (of each model its own), V vocabulary.
 """
@@ -16,6 +18,7 @@ from torch import Tensor
 from fastrlhf.reference import cap_slope, capped_logits
 
 from .backend import (
+    backend_of,
     check_impl,
     outside_of_graphs,
     refuse_second_derivative,
@@ -138,13 +141,16 @@ def linear_kl_divergence(
     differentiated at will.
 
     Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
-    values, 1G more for each side whose hidden states alone need a gradient. Where a head needs one,
-    backward makes both logits again: 2G, and 1G each for hidden states and weight. Memory: two
-    blocks of logits (and one of slopes for each softcap, where the sides differ in softcap or
-    scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept
-    for each side whose hidden states need a gradient, in their dtype, but fp32 for fp16. On a GPU,
-    the count of tokens is awaited once. With a group, what is sent forward is as `kl_divergence`
-    says, of the tokens of the mask; backward an all-reduce of the gradient of each hidden.
+    values, and 1G more for each hidden and each weight that needs a gradient. That of a head is
+    computed along with the values, for a loss that weighs all of them alike, as a sum or a mean
+    does. For one that does not, backward makes both logits again: 2G, and 1G for each weight.
+    Memory: two blocks of logits (and one of slopes for each softcap, where the sides differ in
+    softcap or scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a (..., H)
+    tensor kept for each side whose hidden states need a gradient, in their dtype, but fp32 for
+    fp16, and an fp32 (V, H) tensor for each weight that does. On a GPU, the count of tokens is
+    awaited once, and where a head is trained, backward awaits whether values weigh alike. With a
+    group, what is sent forward is as `kl_divergence` says, of the tokens of the mask; backward an
+    all-reduce of the gradient of each hidden.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
@@ -166,7 +172,7 @@ def linear_kl_divergence(
         *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part
     )  # fmt: skip
     ref = LinearScorer(*ref_head[:3], 1.0, ref_cap, ref_factor, part=head.part)
-    return divergence_of(ours, ref, mask, direction=direction, beta=beta, sum_expected=False)[0]
+    return divergence_of(ours, ref, mask, direction=direction, beta=beta, sum_expected=True)[0]
 
 
 def divergence_of(
@@ -201,7 +207,8 @@ def divergence_of(
     options = _Options(
         checked_measure(direction, beta), transform.temperature,
         (transform.softcap, ref.softcap), (transform.scale, ref.scale),
-        checked_chunk(ours.chunk_size, _largest(ours), hidden.device), ours.impl,
+        checked_chunk(ours.chunk_size, _largest(ours), hidden.device),
+        backend_of(ours.impl, hidden, mask.numel() * rows),
         (matmul_dtype(hidden), matmul_dtype(ref.hidden)),
         (len(ours.weights), len(ref.weights)), sum_expected, entropy, ours.part,
     )  # fmt: skip
