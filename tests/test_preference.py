@@ -1225,7 +1225,11 @@ _PAIR = {"yw_idxs": torch.tensor([0, 1]), "yl_idxs": torch.tensor([2, 3])}
             ValueError,
             "label_smoothing: expected more than 0 for loss_type 'exo_pair'",
         ),
-        ({"impl": "cuda"}, ValueError, 'impl: expected "auto", "triton" or "eager", got \'cuda\''),
+        (
+            {"impl": "cuda"},
+            ValueError,
+            'impl: expected "auto", "triton", "compiled" or "eager", got \'cuda\'',
+        ),
     ],
 )
 def test_errors_name_the_argument(

@@ -21,7 +21,7 @@ import fastrlhf
 from fastrlhf import reference
 from fastrlhf.recipes.memory import peak_memory
 
-IMPLS = ["eager", "triton"]
+IMPLS = ["eager", "compiled", "triton"]
 BACKENDS = pytest.mark.parametrize("impl", IMPLS)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

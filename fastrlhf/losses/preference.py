@@ -189,9 +189,10 @@ def dpo_loss(
             there is no mask. A ref_logps of the shape of pi_logps is of tokens.
         group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
             `fastrlhf.losses.ranks`; None: all are here. A ref_logps (B,) is of whole sequences.
-        impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton"
-            or "eager". The losses of the margin alone (sigmoid, robust, hinge, ipo, sigmoid_norm)
-            have a kernel, the others run in eager PyTorch whatever it says.
+        impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton",
+            "compiled" or "eager", two names of the same here. The losses of the margin alone
+            (sigmoid, robust, hinge, ipo, sigmoid_norm) have a kernel, the others run in eager
+            PyTorch whatever it says.
 
     Returns:
         losses (P,), not reduced, and rewards (B,) = β·s, detached; fp32 (fp64 for fp64 log-probs).

@@ -1,5 +1,6 @@
 """The vocabulary-sized operations, and the sequence-sized ones that have a kernel."""
 
+from .backend import get_backend, set_backend
 from .divergence import kl_divergence
 from .fisher import linear_softmax_fisher_product, softmax_fisher_product
 from .gae import gae
@@ -11,6 +12,7 @@ from .policy_loss import PolicyFormula, PolicyTokens, policy_loss
 from .preference_loss import preference_loss
 from .targets import shift_targets
 from .token_stats import token_logprobs, token_stats
+from .warm_up import warm_up
 
 __all__ = [
     "ChunkStats",
@@ -19,6 +21,7 @@ __all__ = [
     "QuantizedWeight",
     "Weight",
     "gae",
+    "get_backend",
     "kl_divergence",
     "linear_kl_divergence",
     "linear_loss",
@@ -27,8 +30,10 @@ __all__ = [
     "linear_token_stats",
     "policy_loss",
     "preference_loss",
+    "set_backend",
     "shift_targets",
     "softmax_fisher_product",
     "token_logprobs",
     "token_stats",
+    "warm_up",
 ]

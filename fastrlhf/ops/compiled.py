@@ -26,8 +26,10 @@ from torch import Tensor
 _LOG = logging.getLogger("fastrlhf")
 
 # Sizes of the examples: larger than any number of threads, so that rows are what these share; no
-# two alike, and none that a loop divides by, so that nothing follows from them.
-_EXAMPLE_SIZES = {"m": 1033, "n": 1031, "v": 4099}
+# two alike, and none that a loop divides by, so that nothing follows from them. But a loop over
+# tokens is unrolled, so many at a time.
+STEPS = 32
+_EXAMPLE_SIZES = {"m": 1033, "n": 1031, "v": 4099, "s": STEPS}
 
 # The numbers of rows are made here, and never outside of a matrix.
 _OPTIONS: dict[str, Any] = {"assert_indirect_indexing": False}
@@ -69,7 +71,8 @@ class RowFunction:
 
     def __init__(self, function: Compiled, dimensions: str):
         """`dimensions` of each argument, a word each: `m` rows of a matrix and `n` of them that
-        are asked for, `v` columns; "." for a number.
+        are asked for, `v` columns, `s` steps of a loop, of which there are always as many;
+            "." for a number.
         """
         self.function = function
         self.dimensions = dimensions.split()

@@ -7,16 +7,17 @@ are tensors, so that no value of theirs is compiled in, or absent.
 Dims: N rows, of which n count, V columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf import reference
 from fastrlhf.reference import RowParts, RowSlopes
 
-from .compiled import NotCompiled, RowFunction
+from .compiled import STEPS, NotCompiled, RowFunction
 
 # Logits that a function is given at once (at least one row). Few large loops lose less to threads
 # that wait for each other than many small ones; this bounds what the compiler may hold of a row
@@ -165,11 +166,26 @@ def _fisher_product(
     return (quadratic,)
 
 
+def _advantages(
+    rewards: Tensor,
+    values: Tensor,
+    keep: Tensor,
+    next_value: Tensor,
+    next_advantage: Tensor,
+    gamma: Tensor,
+    decay: Tensor,
+) -> tuple[Tensor, ...]:
+    return reference.advantages_backwards(
+        rewards, values, keep, next_value, next_advantage, gamma=gamma, decay=decay
+    )
+
+
 ROW_PARTS = RowFunction(_row_parts, "mv n n v n . .")
 LOGITS_GRADIENT = RowFunction(_logits_gradient, "MV n mv n n v n n n n n n n n . .")
 NORM = RowFunction(_norm, "mv n n . .")
 DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . n . .")
 DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . n . .")
+ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 
 
@@ -298,6 +314,28 @@ def write_fisher_product(
 
     _into_rows(out_rows, index, write)
     return torch.cat(quadratic)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.gae`."""
+    dtype = reference.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    keep = mask != 0
+    rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
+    steps = -(-rewards.shape[1] // STEPS)
+    # What does not count may as well follow.
+    missing = steps * STEPS - rewards.shape[1]
+    padded = (F.pad(x, (0, missing)).split(STEPS, dim=1) for x in (rewards, values, keep))
+    following: Sequence[Tensor] = values.new_zeros(2, len(values)).unbind()
+    numbers = _number(gamma, values), _number(gamma * lam, values)
+    found = []
+    for block in zip(*(reversed(x) for x in padded), strict=True):
+        advantages, *following = ADVANTAGES(*block, *following, *numbers)
+        found.append(advantages)
+    everywhere = torch.cat(found[::-1], dim=1)[:, : rewards.shape[1]]
+    advantages = torch.where(keep, everywhere, 0.0)
+    return advantages, advantages + values
 
 
 def _into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:

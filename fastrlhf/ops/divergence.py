@@ -89,7 +89,7 @@ def kl_divergence(
         beta: weight of the reference in the mixture of the jsd. 0 and 1 stand for the forward and
             the reverse KL, in the direction of which the jsd then leads.
         softcap, scale: of the logits of both sides, as `token_stats`.
-        impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager".
+        impl: as `token_stats`.
         group: as `token_stats`; both sides are cut alike. DTensors need none.
 
     Returns:

@@ -58,7 +58,7 @@ def softmax_fisher_product(
             `token_stats`.
         mask: (...) bool or 0/1; where it is 0, nothing is read and both results are 0. None:
             everything counts.
-        impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager".
+        impl: as `token_stats`.
 
     Returns:
         product (..., V) in the dtype of the tangent, and quadratic (...), which is the variance of

@@ -3,12 +3,15 @@
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
 
-from .backend import under_transform, use_triton
+from . import compiled_rows
+from .backend import backend_of, under_transform, use_triton
 from .checks import (
     check_between,
     check_floating,
@@ -18,6 +21,7 @@ from .checks import (
     check_shape,
     token_contiguous,
 )
+from .compiled import NotCompiled
 from .layout import layout_of
 
 
@@ -50,8 +54,8 @@ def gae(
         lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1).
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last: nothing
             is handed over them.
-        impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton"
-            or "eager".
+        impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton",
+            "compiled" (eager PyTorch for packed sequences) or "eager".
 
     Returns:
         advantages and returns, each of the shape of rewards, fp32 (fp64 if an input is), 0 outside
@@ -80,13 +84,23 @@ def gae(
         tokens = (layout.tokens(x) for x in (rewards, values, mask))
         found = _scan(*tokens, gamma, lam, layout.cu_seqlens)
     elif cu_seqlens is None:
-        found = reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+        backend = "eager" if under_transform() else backend_of(impl, rewards, 0)
+        found = _of_rows(rewards, values, mask, gamma, lam, backend)
     else:
         tokens = (x.reshape(-1) for x in (rewards, values, mask, layout.ids(rewards)))
         scan = reference.packed_gae if under_transform() else _eager_scan
         found = scan(*tokens, gamma=gamma, lam=lam)
     advantages, returns = (x.detach().view(rewards.shape) for x in found)
     return advantages, returns
+
+
+def _of_rows(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "compiled" and rewards.numel() and not torch.compiler.is_compiling():
+        with contextlib.suppress(NotCompiled):
+            return compiled_rows.gae(rewards, values, mask, gamma=gamma, lam=lam)
+    return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
 
 
 @torch.library.custom_op("fastrlhf::gae", mutates_args=())

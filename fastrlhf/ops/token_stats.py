@@ -95,8 +95,12 @@ def token_stats(
         inplace_backward: let the backward overwrite the logits with their gradient, where their
             memory does not overlap itself. Autograd then refuses any later use of a graph that
             saved the logits.
-        impl: "auto" (Triton on a GPU, else eager PyTorch), "triton" or "eager". CPU tensors take
-            "triton" under TRITON_INTERPRET=1.
+        impl: "triton" (kernels, on a GPU; on CPU tensors under TRITON_INTERPRET=1), "compiled" (the
+            formulas as PyTorch's compiler builds them: seconds at the first use, see `warm_up`),
+            "eager", or "auto": Triton on a GPU; on a CPU compiled, where there is a C++ compiler
+            and the logits are 2^22 numbers or more; else eager. `set_backend` and the environment
+            variable FASTRLHF_BACKEND say what "auto" stands for. What cannot be compiled runs
+            eagerly.
         group: torch.distributed ProcessGroup whose ranks share the vocabulary: logits are then this
             rank's columns (..., V/W) of it, parts in the order of ranks and of whatever sizes (also
             0). All else is the same on every rank, targets are numbers of the whole vocabulary.
@@ -114,9 +118,10 @@ def token_stats(
 
     The kernels read the logits once forward; backward they read them and write the gradient once.
     Nothing else of that size is allocated but the gradient, and not even that with
-    inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32. A row has the same
-    bits whatever batch surrounds it. The log-prob is accurate where the probability is nearly 1,
-    and so is ln Σ p².
+    inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32; the compiled one,
+    with inplace_backward, 2^22 numbers of the gradient. A row has the same bits whatever batch
+    surrounds it, on one backend: "auto" may choose another for another size. The log-prob is
+    accurate where the probability is nearly 1, and so is ln Σ p².
 
     With a group, statistics are those of the whole vocabulary, in the same bits on every rank, and
     the gradient is that of this rank's columns. One all-gather brings 12 bytes a token from each

@@ -1,0 +1,93 @@
+"""Compile ahead what a training run will use."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import backend_of
+from .checks import check_bool, check_names
+from .compiled import compiler_is_there
+from .divergence import kl_divergence
+from .fisher import softmax_fisher_product
+from .gae import gae
+from .token_stats import token_stats
+
+OPERATIONS = ("token_stats", "kl_divergence", "softmax_fisher_product", "gae")
+
+# Enough for a function to be called; what is compiled fits all sizes.
+_ROWS, _VOCAB = 4, 64
+
+
+def warm_up(
+    dtype: torch.dtype = torch.float32,
+    *,
+    operations: Iterable[str] = ("token_stats",),
+    device: torch.device | str = "cpu",
+    entropy: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    impl: str = "compiled",
+) -> float:
+    """Compile ahead what operations use, forward and backward, and return the seconds it took.
+
+    Without it, the first call of an operation compiles what it uses, once for each combination of
+    dtype and options (the value of a temperature, softcap or scale makes no difference, but whether
+    there is one does), and never again for another size. What is compiled is kept on disk, where
+    PyTorch's compiler keeps all it makes, so that the next process loads it.
+
+    Args:
+        dtype: of the logits. From hidden states they are fp32 (fp64 for fp64) on a CPU, whatever
+            the dtype of the hidden states.
+        operations: names of those to prepare: "token_stats", which is what the losses of tokens
+            from logits and from hidden states use; "kl_divergence", in both directions;
+            "softmax_fisher_product"; "gae".
+        device: on which they will run.
+        entropy, temperature, softcap, scale: as `token_stats`; the two last also of the divergence,
+            the temperature of all.
+        impl: "compiled", or another backend, whose first calls are then made.
+
+    Raises:
+        TypeError, ValueError: an unknown operation, or an option as `token_stats`.
+        RuntimeError: there is no C++ compiler.
+    """
+    names = check_names("operations", operations, OPERATIONS)
+    check_bool("entropy", entropy)
+    device = torch.device(device)
+    logits = torch.zeros(_ROWS, _VOCAB, dtype=dtype, device=device)
+    if backend_of(impl, logits, 0) == "compiled" and not compiler_is_there():
+        raise RuntimeError("warm_up: found no C++ compiler; the environment variable CXX names one")
+    start = time.perf_counter()
+    transform: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "scale": scale}
+
+    def of_tokens() -> None:
+        targets = torch.zeros(_ROWS, dtype=torch.int64, device=device)
+        found = token_stats(_leaf(logits), targets, entropy=entropy, impl=impl, **transform)
+        value = found.logprob if found.entropy is None else found.logprob + found.entropy
+        value.sum().backward()
+
+    def of_divergence() -> None:
+        sides = _leaf(logits), _leaf(logits)
+        kl_divergence(*sides, impl=impl, **transform).sum().backward()
+
+    def of_product() -> None:
+        softmax_fisher_product(logits, logits, temperature=temperature, impl=impl)
+
+    def of_advantages() -> None:
+        tokens = torch.zeros(_ROWS, _VOCAB, device=device)
+        gae(tokens, tokens, torch.ones_like(tokens), impl=impl)
+
+    calls: dict[str, Callable[[], None]] = dict(
+        zip(OPERATIONS, (of_tokens, of_divergence, of_product, of_advantages), strict=True)
+    )
+    with torch.enable_grad():
+        for name in names:
+            calls[name]()
+    return time.perf_counter() - start
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.clone().requires_grad_(True)
