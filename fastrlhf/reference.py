@@ -938,6 +938,32 @@ def divergence_of_sums(
     return values, *norms, mean_p, mean_q
 
 
+def log_ratio_moments(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | Tensor | None,
+    scale: float | Tensor,
+) -> tuple[Tensor, ...]:
+    """Compute of rows (N, V) peak and log_norm of p and of q, and E_p[ln p - ln q], which is
+    KL(p‖q): in one pass after that for the peaks, but with an error of the size of the log-ratios.
+    """
+    rows_t = _of_rows(temperature, logits_p.dtype)
+    peaks, weights, z = [], [], []
+    for logits in (logits_p, logits_q):
+        z.append(capped_logits(logits, softcap, scale))
+        peaks.append(z[-1].amax(-1, keepdim=True))
+        weights.append(_divided(z[-1] - _finite_base(peaks[-1]), rows_t).exp())
+    apart = _divided((z[0] - _finite_base(peaks[0])) - (z[1] - _finite_base(peaks[1])), rows_t)
+    total_p, total_q = (row_sums(weight) for weight in weights)
+    # A token that p rules out takes no part, whatever q makes of it.
+    moment = row_sums(weights[0] * torch.where(weights[0] == 0, 0.0, apart))
+    log_p, log_q = total_p.log(), total_q.log()
+    mean = moment / total_p - (log_p - log_q)
+    return tuple(x.squeeze(-1) for x in (peaks[0], log_p, peaks[1], log_q, mean))
+
+
 def row_norm(
     logits: Tensor,
     *,
@@ -1057,12 +1083,15 @@ def fisher_product(
     """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is."""
     dtype = accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
     rows_t = _of_rows(temperature, dtype)
-    whole = distribution(of_live_rows(logits, mask).to(dtype), rows_t, None, 1.0)
+    z = of_live_rows(logits, mask).to(dtype)
+    peak = z.detach().amax(-1, keepdim=True)
+    weight = of_live_rows(_divided(z - _finite_base(peak), rows_t).exp(), mask)
     # Neither a row that does not count nor a token without probability takes part, whatever its
     # tangent is.
-    p = of_live_rows(whole.p, mask)
-    u = torch.where(p == 0, 0.0, tangent.to(dtype))
-    centred = u - row_sums(p * u)
-    product = p * centred
+    u = torch.where(weight == 0, 0.0, tangent.to(dtype))
+    total = row_sums(weight)
+    share = 1 / torch.where(total == 0, 1.0, total)
+    centred = u - row_sums(weight * u) * share
+    product = weight * share * centred
     product = product if _is_one(rows_t) else product / rows_t**2
     return product, row_sums(product * centred).squeeze(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrlhf import gae
 
-BACKENDS = pytest.mark.parametrize("impl", ["eager", "triton"])
+BACKENDS = pytest.mark.parametrize("impl", ["eager", "compiled", "triton"])
 FINE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 GARBAGE = pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e9])
 

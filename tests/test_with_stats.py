@@ -15,7 +15,7 @@ from torch import Tensor, autograd
 import fastrlhf
 from fastrlhf import linear_token_stats, reference, token_stats
 
-IMPLS = ["eager", "triton"]
+IMPLS = ["eager", "compiled", "triton"]
 BACKENDS = pytest.mark.parametrize("impl", IMPLS)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("is_top1", "mean_logit", "log_sum_sq_probs")

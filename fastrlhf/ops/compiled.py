@@ -82,13 +82,15 @@ class RowFunction:
         """Call it. Raise `NotCompiled` where that cannot be."""
         if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
             raise NotCompiled  # the compiler does not look into what modes do
-        compiled = self._variant(tuple(None if x is None else _kind(x) for x in tensors), options)
-        copies = [_at_least_two(x, of) for x, of in zip(tensors, self.dimensions, strict=True)]
+        # Of no graph, as the example was.
+        plain = (None if x is None else x.detach() for x in tensors)
+        copies = [_at_least_two(x, of) for x, of in zip(plain, self.dimensions, strict=True)]
+        compiled = self._variant(tuple(None if x is None else _kind(x) for x in copies), options)
         with _plainly():
             found = compiled(*copies)
         for x, copy, of in zip(tensors, copies, self.dimensions, strict=True):
-            if of.isupper() and x is not None and copy is not None and copy is not x:
-                x.copy_(copy[:1])
+            if of.isupper() and x is not None and copy is not None and len(copy) != len(x):
+                x.detach().copy_(copy[:1])
         numbers = tensors[self.dimensions.index("n")]
         assert numbers is not None
         return tuple(x[:1] for x in found) if len(numbers) == 1 else found

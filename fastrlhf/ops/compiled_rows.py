@@ -28,6 +28,10 @@ _CHUNK_LOGITS = 2**24
 _ROOM_LOGITS = 2**22
 
 
+# In nats. Above it, a divergence need not be computed as a sum of what is never negative.
+_LARGE_DIVERGENCE = 0.5
+
+
 class Scaling(NamedTuple):
     """What happens to logits, as arguments of the functions: None where nothing does."""
 
@@ -98,6 +102,23 @@ def _norm(
     return reference.row_norm(
         matrix[numbers].to(dtype), **Scaling(temperature, softcap, scale).as_options()
     )
+
+
+def _log_ratio_moments(
+    matrix_p: Tensor,
+    numbers_p: Tensor,
+    matrix_q: Tensor,
+    numbers_q: Tensor,
+    temperature: Tensor | None,
+    softcap: Tensor | None,
+    scale: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    return reference.log_ratio_moments(
+        matrix_p[numbers_p].to(dtype), matrix_q[numbers_q].to(dtype),
+        **Scaling(temperature, softcap, scale).as_options(),
+    )  # fmt: skip
 
 
 def _divergence_sums(
@@ -183,6 +204,7 @@ def _advantages(
 ROW_PARTS = RowFunction(_row_parts, "mv n n v n . .")
 LOGITS_GRADIENT = RowFunction(_logits_gradient, "MV n mv n n v n n n n n n n n . .")
 NORM = RowFunction(_norm, "mv n n . .")
+LOG_RATIO_MOMENTS = RowFunction(_log_ratio_moments, "mv n mv n n . .")
 DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . n . .")
 DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . n . .")
 ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
@@ -191,7 +213,8 @@ FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 
 def chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:
     """Indices of the selected rows (N,), in pieces of a bounded number of logits."""
-    return selected.nonzero().squeeze(1).split(max(1, _CHUNK_LOGITS // max(1, vocab)))
+    found = selected.nonzero().squeeze(1)
+    return found.split(max(1, _CHUNK_LOGITS // max(1, vocab))) if len(found) else ()
 
 
 def row_parts(
@@ -237,7 +260,7 @@ def write_gradient(
         LOGITS_GRADIENT(out, places, *where, targets[some], columns, *of_rows, *scaled)
 
     if d_rows is not rows:
-        write(*_found_by_number(d_rows, index), index)
+        write(*_found_by_number(d_rows, index), index)  # d_rows, which is new, is no copy here
         return
     # What is read would be overwritten under its eyes.
     _by_way_of_room(
@@ -257,13 +280,30 @@ def divergence(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Compute `reference.divergence_and_stats` of some rows."""
+    """Compute `reference.divergence_and_stats` of some rows.
+
+    A KL divergence that is no small number has its places from one pass. The second one, which
+    gives the others theirs, costs as much again.
+    """
     dtype = reference.accumulation_dtype(torch.promote_types(rows_p.dtype, rows_q.dtype))
     scaled = _scaling(temperature, softcap, scale, index, dtype)
     p, q = (_found_by_number(rows, index) for rows in (rows_p, rows_q))
-    norms = (*NORM(*p, *scaled, dtype=dtype), *NORM(*q, *scaled, dtype=dtype))
-    sums = DIVERGENCE_SUMS(*p, *q, *norms, _number(share, norms[0]), *scaled)
-    return reference.divergence_of_sums(sums, norms, share)
+    if share is not None:
+        both = (*NORM(*p, *scaled, dtype=dtype), *NORM(*q, *scaled, dtype=dtype))
+        sums = DIVERGENCE_SUMS(*p, *q, *both, _number(share, both[0]), *scaled)
+        return reference.divergence_of_sums(sums, both, share)
+    *norms, value = LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
+    small = (~(value > _LARGE_DIVERGENCE)).nonzero().squeeze(1)  # and those without a number
+    found: tuple[Tensor, ...] = value, *norms, value, value
+    if len(small):
+        of_some = [None if x is None else x[small] for x in scaled[:1]]
+        sums = DIVERGENCE_SUMS(
+            p[0], p[1][small], q[0], q[1][small], *(x[small] for x in norms), None,
+            *of_some, *scaled[1:],
+        )  # fmt: skip
+        exactly = reference.divergence_of_sums(sums, tuple(x[small] for x in norms), None)
+        found = tuple(x.index_copy(0, small, some) for x, some in zip(found, exactly, strict=True))
+    return found
 
 
 def write_divergence_gradient(
@@ -363,23 +403,24 @@ def _by_way_of_room(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor
 
 def _found_by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """View (outer, inner, V) as a matrix, in which the rows of that index have the numbers that are
-    returned with it. Raise `NotCompiled` where strides do not allow it.
+    returned with it; where strides do not allow it, copy them. Raise `NotCompiled` for V < 2.
     """
     outer, inner, vocab = rows.shape
     across, down, along = rows.stride()
-    if along != 1 or vocab < 2 or (inner > 1 and down < vocab):
+    if vocab < 2:
         raise NotCompiled
-    if outer == 1:
-        return rows[0], index
     if inner == 1:
-        if across < vocab:
-            raise NotCompiled
-        return rows[:, 0], index
-    if across % down or across < down * inner:
-        raise NotCompiled
-    step = across // down
-    matrix = rows.as_strided((step * (outer - 1) + inner, vocab), (down, 1))
-    return matrix, index if step == inner else index // inner * step + index % inner
+        rows, inner, outer, down = rows.transpose(0, 1), outer, 1, across
+    if along == 1 and outer == 1 and down == 0:  # all the same
+        return rows[0, :1], torch.zeros_like(index)
+    if along == 1 and outer == 1:
+        return rows[0], index
+    if along == 1 and down >= vocab and across % down == 0 and across >= down * inner:
+        step = across // down
+        matrix = rows.as_strided((step * (outer - 1) + inner, vocab), (down, 1))
+        return matrix, index if step == inner else index // inner * step + index % inner
+    copies = rows[index // inner, index % inner]
+    return copies, torch.arange(len(index), device=index.device)
 
 
 def _scaling(

@@ -1,0 +1,276 @@
+"""The compiled backend: when it is chosen, what it compiles, what it holds, and what it falls back
+on. That its numbers are right is tested where those of the other backends are.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import fastrlhf
+from fastrlhf.ops import backend, compiled, compiled_rows
+from fastrlhf.recipes.memory import peak_memory
+
+VOCAB = 300
+
+
+@pytest.fixture(autouse=True)
+def _same_backend_afterwards():
+    before = backend._chosen
+    yield
+    backend._chosen = before
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[Tensor]:
+    """Numbers of the rows that the compiled statistics are asked for."""
+    numbers: list[Tensor] = []
+    function = compiled_rows.ROW_PARTS
+
+    def recorded(matrix, rows, *others, **options):
+        numbers.append(rows)
+        return function(matrix, rows, *others, **options)
+
+    monkeypatch.setattr(compiled_rows, "ROW_PARTS", recorded)
+    return numbers
+
+
+def batch(rows: int, vocab: int = VOCAB, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, vocab).to(dtype).requires_grad_(), torch.randint(vocab, (rows,))
+
+
+def step(logits: Tensor, targets: Tensor, **options) -> tuple[Tensor, Tensor]:
+    logprobs = fastrlhf.token_logprobs(logits, targets, **options)
+    return logprobs.detach(), torch.autograd.grad(logprobs.sum(), logits)[0]
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_auto_takes_it_on_a_cpu_where_the_problem_is_large(calls, monkeypatch) -> None:
+    logits, targets = batch(6)
+    step(logits, targets)
+    assert not calls
+    monkeypatch.setattr(backend, "_WORTH_COMPILING", logits.numel())
+    step(logits, targets)
+    assert len(calls) == 1
+    monkeypatch.setattr(backend, "compiler_is_there", lambda: False)
+    step(logits, targets)
+    step(logits, targets, impl="eager")
+    assert len(calls) == 1
+
+
+def test_hidden_states_choose_by_all_their_tokens(calls, monkeypatch) -> None:
+    hidden, weight, targets = torch.randn(20, 8), torch.randn(VOCAB, 8), torch.arange(20)
+    monkeypatch.setattr(backend, "_WORTH_COMPILING", 20 * VOCAB)
+    fastrlhf.linear_token_logprobs(hidden, weight, targets, chunk_size=7)
+    assert [len(rows) for rows in calls] == [7, 7, 6]
+    fastrlhf.linear_token_logprobs(hidden[1:], weight, targets[1:], chunk_size=7)
+    assert len(calls) == 3
+
+
+def test_the_backend_of_the_process_and_of_the_environment(calls, monkeypatch) -> None:
+    logits, targets = batch(3)
+    assert fastrlhf.get_backend() == "auto"
+    monkeypatch.setenv("FASTRLHF_BACKEND", "compiled")
+    assert fastrlhf.get_backend() == "compiled"
+    step(logits, targets)
+    assert len(calls) == 1
+    fastrlhf.set_backend("eager")
+    assert fastrlhf.get_backend() == "eager"
+    step(logits, targets)
+    assert len(calls) == 1
+    step(logits, targets, impl="compiled")  # named in the call, it is taken
+    assert len(calls) == 2
+    fastrlhf.set_backend("auto")
+    step(logits, targets)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("wrong, error", [("cuda", ValueError), (None, TypeError)])
+def test_an_unknown_backend_is_refused(wrong, error) -> None:
+    with pytest.raises(error, match="^backend: expected"):
+        fastrlhf.set_backend(wrong)
+
+
+def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("FASTRLHF_BACKEND", "fast")
+    with pytest.raises(ValueError, match="^FASTRLHF_BACKEND: expected"):
+        step(*batch(3))
+
+
+def test_no_size_is_compiled_anew(caplog) -> None:
+    caplog.set_level(logging.INFO, "fastrlhf")
+    dtype = torch.float64  # which nothing else here uses
+    step(*batch(5, dtype=dtype), impl="compiled")
+    told, before = len(caplog.records), graphs()
+    assert told == 2 and all("compiled" in record.message for record in caplog.records)
+    for rows, vocab in [(1, VOCAB), (2, 2), (2, 3), (300, 300), (7, 1000), (1, 33), (64, 64)]:
+        logits, targets = batch(rows, vocab, dtype)
+        for ignored in (0, rows // 2, rows - 1):
+            some = targets.clone()
+            some[:ignored] = -100
+            found = step(logits, some, impl="compiled")
+            expected = step(logits, some, impl="eager")
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for options in ({"temperature": 0.5}, {"softcap": 3.0}):
+        step(*batch(5, dtype=dtype), impl="compiled", **options)
+        after = graphs()
+        for value in (0.7, 2.0, 30.0):
+            step(*batch(9, dtype=dtype), impl="compiled", **dict.fromkeys(options, value))
+        assert graphs() == after
+    assert graphs() == before + 4
+    assert len(caplog.records) == told + 4
+
+
+def test_rows_without_a_target_are_not_asked_for(calls) -> None:
+    logits, targets = batch(8)
+    targets[::3] = -100
+    with torch.no_grad():
+        logits[::3] = torch.nan
+    logprobs, gradient = step(logits, targets, impl="compiled")
+    assert [rows.tolist() for rows in calls] == [[1, 2, 4, 5, 7]]
+    assert logprobs[::3].eq(0).all() and gradient[::3].eq(0).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_held_is_the_gradient_and_a_bounded_rest(inplace, monkeypatch) -> None:
+    monkeypatch.setattr(compiled_rows, "_ROOM_LOGITS", 2**20)
+    logits, targets = batch(1200, 20000, torch.bfloat16)
+    targets[::7] = -100
+    options = {"impl": "compiled", "inplace_backward": inplace}
+
+    def work() -> None:
+        fastrlhf.token_logprobs(logits.view_as(logits), targets, **options).sum().backward()
+
+    work()
+    logits.grad = None
+    _, peak = peak_memory(work, torch.device("cpu"))
+    room = 2 * 2**20 * 2 + 2**20
+    assert peak <= room + (0 if inplace else 2 * logits.numel())
+
+
+def test_divergence_and_fisher_product_hold_nothing_else_of_that_size() -> None:
+    logits, other = (batch(600, 20000, torch.bfloat16)[0] for _ in range(2))
+    size = 2 * logits.numel()
+
+    def divergence() -> None:
+        fastrlhf.kl_divergence(logits, other.detach(), impl="compiled").sum().backward()
+
+    def product() -> None:
+        fastrlhf.softmax_fisher_product(logits.detach(), other.detach(), impl="compiled")
+
+    for work in (divergence, product):
+        work()
+        logits.grad = None
+        _, peak = peak_memory(work, torch.device("cpu"))
+        assert peak <= size + 2**21
+
+
+def test_without_a_compiler_it_is_the_eager_backend(monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "compiler_is_there", lambda: False)
+    logits, targets = batch(4)
+    function = compiled.RowFunction(
+        compiled_rows.ROW_PARTS.function, " ".join(compiled_rows.ROW_PARTS.dimensions)
+    )
+    monkeypatch.setattr(compiled_rows, "ROW_PARTS", function)
+    for a, b in zip(
+        step(logits, targets, impl="compiled")[:1], step(logits, targets, impl="eager")[:1],
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="no C.. compiler"):
+        monkeypatch.setattr("fastrlhf.ops.warm_up.compiler_is_there", lambda: False)
+        fastrlhf.warm_up()
+
+
+def test_what_does_not_compile_runs_eagerly_and_says_so_once(monkeypatch, caplog) -> None:
+    def broken(*arguments, **options):
+        raise RuntimeError("no such instruction\nand more")
+
+    function = compiled.RowFunction(
+        compiled_rows.LOGITS_GRADIENT.function, " ".join(compiled_rows.LOGITS_GRADIENT.dimensions)
+    )
+    monkeypatch.setattr(compiled_rows, "LOGITS_GRADIENT", function)
+    monkeypatch.setattr(torch, "compile", broken)
+    logits, targets = batch(4)
+    for _ in range(2):
+        _, gradient = step(logits, targets, impl="compiled")
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 1
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["logits_gradient is not compiled, and runs eagerly: no such instruction"]
+
+
+def test_nothing_is_compiled_under_a_mode_that_watches_operations() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    found = compiled_rows.NORM
+    with Watch(), pytest.raises(compiled.NotCompiled):
+        found(torch.zeros(3, 5), torch.arange(3), None, None, None, dtype=torch.float32)
+    logits, targets = batch(4)
+    expected = step(logits, targets, impl="compiled")
+    with Watch():
+        logprobs, gradient = step(logits, targets, impl="compiled")
+    torch.testing.assert_close(logprobs, expected[0])
+    torch.testing.assert_close(gradient, expected[1])
+
+
+def test_it_survives_what_resets_the_compiler_and_other_states() -> None:
+    logits, targets = batch(40)
+    expected = step(logits, targets, impl="compiled")
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step(logits, targets, impl="compiled")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with torch.inference_mode():
+        logprobs = fastrlhf.token_logprobs(logits, targets, impl="compiled")
+    assert torch.equal(logprobs, expected[0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        found = step(logits, targets, impl="compiled")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_warming_up_leaves_nothing_to_compile(caplog) -> None:
+    options = {"temperature": 0.9, "softcap": 20.0}
+    operations = ("token_stats", "kl_divergence", "softmax_fisher_product", "gae")
+    seconds = fastrlhf.warm_up(torch.float16, operations=operations, entropy=True, **options)
+    assert seconds > 0
+    caplog.set_level(logging.INFO, "fastrlhf")
+    logits, targets = batch(9, dtype=torch.float16)
+    stats = fastrlhf.token_stats(logits, targets, entropy=True, impl="compiled", **options)
+    (stats.logprob + stats.entropy).sum().backward()
+    other = torch.randn(9, VOCAB).half().requires_grad_()
+    fastrlhf.kl_divergence(logits, other, impl="compiled", **options).sum().backward()
+    fastrlhf.softmax_fisher_product(logits, other, temperature=0.9, impl="compiled")
+    tokens = torch.randn(3, 50)
+    fastrlhf.gae(tokens, tokens, torch.ones(3, 50), impl="compiled")
+    assert not caplog.records
+    assert fastrlhf.warm_up(torch.float16, entropy=True, **options) < seconds
+    with pytest.raises(ValueError, match="^operations: expected"):
+        fastrlhf.warm_up(operations=("dpo",))
+
+
+def test_small_problems_load_no_compiler() -> None:
+    code = (
+        "import sys, torch, fastrlhf\n"
+        "x = torch.randn(4, 50, requires_grad=True)\n"
+        "fastrlhf.token_logprobs(x, torch.arange(4)).sum().backward()\n"
+        "assert 'torch._inductor.codecache' not in sys.modules\n"
+    )
+    environment = {name: x for name, x in os.environ.items() if name != "FASTRLHF_BACKEND"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
