@@ -131,6 +131,8 @@ def measured_with(machine: dict[str, Any]) -> str:
         f"{machine['date']}; {found}{threads}. Measured limits: copies at {copies:.4g} GB/s (read "
         f"and written), {rates}."
     )
+    if "processes" in machine:
+        text += f" Of {machine['processes']} processes, each figure is from the median one."
     if "contests" in machine:
         text += f" Tests: {machine.get('tests', 'not run')}. Contests: {machine['contests']}."
     return text + "\n"

@@ -31,6 +31,7 @@ batch, contests, gpu, gpu_tests, losses, measure, providers, report, shapes = ma
 bench_model_step, bench_trainer, model_step, trainer_step = map(
     importlib.import_module, ("bench_model_step", "bench_trainer", "model_step", "trainer_step")
 )
+median_of_runs = importlib.import_module("median_of_runs").median_of_runs
 FORWARD, BOTH = contests.FORWARD, contests.BOTH
 
 
@@ -680,6 +681,21 @@ def test_from_pytest_to_the_report(tmp_path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_of_several_processes_each_benchmark_has_its_median() -> None:
+    def run(**times: float) -> dict:
+        timed = [{"fullname": name, "extra_info": {"median_ms": x}} for name, x in times.items()]
+        skipped = [{"provider": "cut-cross-entropy", "status": "needs a GPU"}]
+        return {"machine_info": {"device": "cpu"}, "benchmarks": timed, "not_timed": skipped}
+
+    runs = [run(a=3.0, b=1.0), run(a=1.0, b=2.0, c=1.0), run(a=2.0, b=9.0)]
+    found = median_of_runs(runs)
+    assert {b["fullname"]: b["extra_info"]["median_ms"] for b in found["benchmarks"]} == {
+        "a": 2.0, "b": 2.0
+    }  # fmt: skip
+    assert found["not_timed"] == runs[0]["not_timed"]
+    assert found["machine_info"] == {"device": "cpu", "processes": 3}
+
+
 def test_the_gpu_command_says_when_there_is_none() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu.py")]
     done = subprocess.run(command, capture_output=True, text=True)
