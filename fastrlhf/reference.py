@@ -136,6 +136,9 @@ def row_sums(x: Tensor) -> Tensor:
     """Sum (..., V) to (..., 1). A lone row comes twice, for PyTorch would sum it in as many parts
     as there are threads, and its bits would not be those that it has among others.
     """
+    if torch.compiler.is_compiling() and x.device.type != "mps":  # which has no fp64
+        # One number after the other, where PyTorch adds up sums of parts: fp32 would not do.
+        return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
     lone = x.ndim == 2 and x.shape[0] == 1
     return (x.expand(2, -1) if lone else x).sum(-1, keepdim=True)[: x.shape[0]]
 
@@ -839,7 +842,10 @@ def log_to_mixture(gap: Tensor, share: float | Tensor, share_other: float | Tens
     """Compute ln m - ln p, m = share·p + share_other·q, from the gap ln q - ln p."""
     # m / p - 1, which has its relative accuracy however small a share is, where it does not end.
     small = gap < 40
-    excess = share_other * torch.expm1(torch.where(small, gap, 0.0))
+    near, moderate = gap.abs() < 1, torch.where(small, gap, 0.0)
+    # The compiler's own expm1 is e^x - 1.
+    by_series = _expm1_minus_by_series(gap, near) + gap
+    excess = share_other * torch.where(near, by_series, torch.exp(moderate) - 1)
     small = small & (excess > -0.5)
     # By way of the larger of the two.
     smaller, more = torch.exp(-gap.abs()), gap > 0

@@ -32,7 +32,10 @@ STEPS = 32
 _EXAMPLE_SIZES = {"m": 1033, "n": 1031, "v": 4099, "s": STEPS}
 
 # The numbers of rows are made here, and never outside of a matrix.
-_OPTIONS: dict[str, Any] = {"assert_indirect_indexing": False}
+_OPTIONS: dict[str, Any] = {
+    "assert_indirect_indexing": False,
+    "cpp.use_decompose_tanh": False,  # which is wrong of small numbers
+}
 
 _compiling = threading.RLock()
 
@@ -144,7 +147,7 @@ def _copied(function: Compiled, options: dict[str, Hashable]) -> Compiled:
     compilations of each code object, and then no more.
     """
     code = function.__code__.replace()
-    copy = FunctionType(code, function.__globals__, function.__name__)
+    copy = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     copy.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **options}
     return copy
 

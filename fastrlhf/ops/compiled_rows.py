@@ -20,9 +20,11 @@ from fastrlhf.reference import RowParts, RowSlopes
 from .compiled import STEPS, NotCompiled, RowFunction
 
 # Logits that a function is given at once (at least one row). Few large loops lose less to threads
-# that wait for each other than many small ones; this bounds what the compiler may hold of a row
-# between two loops.
+# that wait for each other than many small ones.
 _CHUNK_LOGITS = 2**24
+
+# The same of functions that hold fp32 numbers between two loops, as many as there are logits.
+_HELD_LOGITS = 2**23
 
 # Gradients of so many logits wait to be put where they belong, if they cannot be written there.
 _ROOM_LOGITS = 2**22
@@ -57,10 +59,14 @@ def _row_parts(
     entropy: bool,
     with_stats: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    return reference.row_parts(
-        matrix[numbers], targets, entropy=entropy, with_stats=with_stats, columns=columns,
+    rows = matrix[numbers]
+    parts = reference.row_parts(
+        rows, targets, entropy=entropy, with_stats=with_stats, columns=columns,
         **Scaling(temperature, softcap, scale).as_options(),
     )  # fmt: skip
+    # Beside a sum of other things than 16-bit numbers, the compiler loops over as many at a time as
+    # it can convert to fp64 at once, in which sums are made.
+    return *parts, columns.float().expand(rows.shape).sum(-1)
 
 
 def _logits_gradient(
@@ -211,10 +217,13 @@ ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 
 
-def chunks(selected: Tensor, vocab: int) -> tuple[Tensor, ...]:
-    """Indices of the selected rows (N,), in pieces of a bounded number of logits."""
+def chunks(selected: Tensor, vocab: int, *, held: bool = True) -> tuple[Tensor, ...]:
+    """Indices of the selected rows (N,), in pieces of a bounded number of logits: fewer where a
+    function has to hold some of what it computes.
+    """
     found = selected.nonzero().squeeze(1)
-    return found.split(max(1, _CHUNK_LOGITS // max(1, vocab))) if len(found) else ()
+    logits = _HELD_LOGITS if held else _CHUNK_LOGITS
+    return found.split(max(1, logits // max(1, vocab))) if len(found) else ()
 
 
 def row_parts(
@@ -235,7 +244,7 @@ def row_parts(
         *_found_by_number(rows, index), targets[index], _columns(rows), *scaled,
         entropy=entropy, with_stats=with_stats,
     )  # fmt: skip
-    return RowParts(*found)
+    return RowParts(*found[:-1])
 
 
 def write_gradient(
