@@ -844,7 +844,7 @@ def log_to_mixture(gap: Tensor, share: float | Tensor, share_other: float | Tens
     small = gap < 40
     near, moderate = gap.abs() < 1, torch.where(small, gap, 0.0)
     # The compiler's own expm1 is e^x - 1.
-    by_series = _expm1_minus_by_series(gap, near) + gap
+    by_series = _expm1_minus_by_series(gap, near) + torch.where(near, gap, 0.0)
     excess = share_other * torch.where(near, by_series, torch.exp(moderate) - 1)
     small = small & (excess > -0.5)
     # By way of the larger of the two.
@@ -854,18 +854,36 @@ def log_to_mixture(gap: Tensor, share: float | Tensor, share_other: float | Tens
     return torch.where(small, torch.log1p(torch.where(small, excess, 0.0)), by_the_larger)
 
 
-def jsd_terms(p: Tensor, q: Tensor, w: Tensor, share: float | Tensor) -> Tensor:
+class Shares(NamedTuple):
+    """Of q and of p in a mixture: both, for in fp32 the one is not 1 minus the other."""
+
+    q: float | Tensor
+    p: float | Tensor
+
+
+def _shares(share: float | Shares) -> Shares:
+    return share if isinstance(share, Shares) else Shares(share, 1 - share)
+
+
+def jsd_terms(p: Tensor, q: Tensor, w: Tensor, share: float | Shares) -> Tensor:
     """Compute (1-share)·p·ln(p/m) + share·q·ln(q/m), with share of q in the mixture m and
     w = ln p - ln q: what a token adds to the JSD, never negative.
     """
-    w = torch.where((p == 0) & (q == 0), 0.0, w)
-    to_p = torch.where(p == 0, 0.0, log_to_mixture(-w, 1 - share, share))
-    to_q = torch.where(q == 0, 0.0, log_to_mixture(w, share, 1 - share))
-    # Terms m - p and m - q, whose weighted sum is 0, as in a KL.
-    near = w.abs() < 0.5
-    of_p = torch.where(near, expm1_minus(torch.where(near, to_p, 0.0)), -to_p)
-    of_q = torch.where(near, expm1_minus(torch.where(near, to_q, 0.0)), -to_q)
-    return (1 - share) * p * of_p + share * q * of_q
+    of = _shares(share)
+    return of.p * mixture_terms(p, -w, of.p, of.q) + of.q * mixture_terms(q, w, of.q, of.p)
+
+
+def mixture_terms(
+    own: Tensor, gap: Tensor, share: float | Tensor, share_other: float | Tensor
+) -> Tensor:
+    """Compute m - own + own·ln(own/m), from the gap ln other - ln own: what a token adds to
+    KL(own‖m), never negative; but own·ln(own/m) alone where the gap is large, and m - own, whose
+    sum weighted by the shares is 0, does not matter. 0 where own is.
+    """
+    to_mixture = torch.where(own == 0, 0.0, log_to_mixture(gap, share, share_other))
+    near = gap.abs() < 0.5
+    small = torch.where(near, to_mixture, 0.0)
+    return own * torch.where(near, _expm1_minus_by_series(small, near), -to_mixture)
 
 
 @torch.no_grad()
@@ -903,11 +921,11 @@ def of_sums_of_terms(
     excess: Tensor,
     p_is_empty: Tensor,
     q_is_empty: Tensor,
-    share: float | Tensor | None,
+    share: float | Shares | None,
 ) -> Tensor:
     """Finish divergences (...), given the sums of their terms and those of q - p."""
     # A surplus s of q, which is rounding, adds s²/2 to the KL, as much as there is to one of 1e-13.
-    curvature = 1.0 if share is None else share * (1 - share)
+    curvature = 1.0 if share is None else _shares(share).q * _shares(share).p
     rounding = 0.5 * curvature * excess.square()
     value = value - torch.minimum(rounding, value).detach()
     # A row of nothing but -inf has no distribution, and so is no distance away from another; but
@@ -920,7 +938,7 @@ def divergence_and_stats(
     logits_p: Tensor,
     logits_q: Tensor,
     *,
-    share: float | Tensor | None,
+    share: float | Shares | None,
     temperature: float | Tensor,
     softcap: float | Tensor | None,
     scale: float | Tensor,
@@ -935,7 +953,7 @@ def divergence_and_stats(
 
 
 def divergence_of_sums(
-    sums: tuple[Tensor, ...], norms: tuple[Tensor, ...], share: float | Tensor | None
+    sums: tuple[Tensor, ...], norms: tuple[Tensor, ...], share: float | Shares | None
 ) -> tuple[Tensor, ...]:
     """Compute that from `divergence_sums` of whole rows, and peak and log_norm of p and of q."""
     terms, excess, mean_p, mean_q = sums
@@ -991,7 +1009,7 @@ def divergence_sums(
     logits_q: Tensor,
     norms: tuple[Norm, Norm],
     *,
-    share: float | Tensor | None,
+    share: float | Shares | None,
     temperature: float | Tensor,
     softcap: float | Tensor | None,
     scale: float | Tensor,
@@ -1009,7 +1027,7 @@ def divergence_sums(
 
 
 def _sums(
-    p: Distribution, q: Distribution, rows_t: float | Tensor, share: float | Tensor | None
+    p: Distribution, q: Distribution, rows_t: float | Tensor, share: float | Shares | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `divergence_sums` computes."""
     w = log_ratio(p, q, rows_t)
@@ -1020,22 +1038,23 @@ def _sums(
         return value, excess, value - excess, value - excess
     value = row_sums(jsd_terms(p.p, q.p, w, share)).squeeze(-1)
     mean_p, mean_q = (
-        row_sums(own.p * _ratio(own, log_ratio, of_p, share)[1]).squeeze(-1)
-        for own, log_ratio, of_p in ((p, w, True), (q, -w, False))
+        row_sums(own.p * _ratio(own, ratio, of_p, share)[1]).squeeze(-1)
+        for own, ratio, of_p in ((p, w, True), (q, -w, False))
     )
     return value, excess, mean_p, mean_q
 
 
 def _ratio(
-    own: Distribution, w: Tensor, of_p: bool, share: float | Tensor | None
+    own: Distribution, w: Tensor, of_p: bool, share: float | Shares | None
 ) -> tuple[float | Tensor, Tensor]:
     """The share of a side in the divergence, and its log-ratio to the other, which is w, or to the
     mixture: 0 where it has no probability and takes no part.
     """
     part: float | Tensor = 1.0
     if share is not None:
-        part = 1 - share if of_p else share
-        w = -log_to_mixture(-w, part, 1 - part)
+        of = _shares(share)
+        part, other = (of.p, of.q) if of_p else (of.q, of.p)
+        w = -log_to_mixture(-w, part, other)
     return part, torch.where(own.p == 0, 0.0, w)
 
 
@@ -1050,7 +1069,7 @@ def divergence_backward(
     d_values: Tensor,
     *,
     of_p: bool,
-    share: float | Tensor | None,
+    share: float | Shares | None,
     temperature: float | Tensor,
     softcap: float | Tensor | None,
     scale: float | Tensor,

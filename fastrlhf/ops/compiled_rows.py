@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.reference import RowParts, RowSlopes
+from fastrlhf.reference import RowParts, RowSlopes, Shares
 
 from .compiled import STEPS, NotCompiled, RowFunction
 
@@ -29,6 +29,9 @@ _HELD_LOGITS = 2**23
 # Gradients of so many logits wait to be put where they belong, if they cannot be written there.
 _ROOM_LOGITS = 2**22
 
+
+# Numbers in the largest vector register of any processor, twice as many for two of them.
+_WHOLE_VECTORS = 32
 
 # In nats. Above it, a divergence need not be computed as a sum of what is never negative.
 _LARGE_DIVERGENCE = 0.5
@@ -136,14 +139,15 @@ def _divergence_sums(
     log_norm_p: Tensor,
     peak_q: Tensor,
     log_norm_q: Tensor,
-    share: Tensor | None,
+    of_q: Tensor | None,
+    of_p: Tensor | None,
     temperature: Tensor | None,
     softcap: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     norms = (peak_p, log_norm_p), (peak_q, log_norm_q)
     return reference.divergence_sums(
-        matrix_p[numbers_p], matrix_q[numbers_q], norms, share=share,
+        matrix_p[numbers_p], matrix_q[numbers_q], norms, share=_shares(of_q, of_p),
         **Scaling(temperature, softcap, scale).as_options(),
     )  # fmt: skip
 
@@ -161,7 +165,8 @@ def _divergence_gradient(
     log_norm_q: Tensor,
     mean_p: Tensor,
     mean_q: Tensor,
-    share: Tensor | None,
+    share_of_q: Tensor | None,
+    share_of_p: Tensor | None,
     temperature: Tensor | None,
     softcap: Tensor | None,
     scale: Tensor | None,
@@ -169,12 +174,17 @@ def _divergence_gradient(
     of_p: bool,
 ) -> tuple[Tensor, ...]:
     gradient = reference.divergence_backward(
-        own[numbers], other[numbers_of_other], d_values, of_p=of_p, share=share,
+        own[numbers], other[numbers_of_other], d_values, of_p=of_p,
+        share=_shares(share_of_q, share_of_p),
         stats=(peak_p, log_norm_p, peak_q, log_norm_q, mean_p, mean_q),
         **Scaling(temperature, softcap, scale).as_options(),
     )  # fmt: skip
     out.copy_(gradient)
     return ()
+
+
+def _shares(of_q: Tensor | None, of_p: Tensor | None) -> Shares | None:
+    return None if of_q is None or of_p is None else Shares(of_q, of_p)
 
 
 def _fisher_product(
@@ -211,8 +221,8 @@ ROW_PARTS = RowFunction(_row_parts, "mv n n v n . .")
 LOGITS_GRADIENT = RowFunction(_logits_gradient, "MV n mv n n v n n n n n n n n . .")
 NORM = RowFunction(_norm, "mv n n . .")
 LOG_RATIO_MOMENTS = RowFunction(_log_ratio_moments, "mv n mv n n . .")
-DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . n . .")
-DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . n . .")
+DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . . n . .")
+DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . . n . .")
 ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 
@@ -295,19 +305,22 @@ def divergence(
     gives the others theirs, costs as much again.
     """
     dtype = reference.accumulation_dtype(torch.promote_types(rows_p.dtype, rows_q.dtype))
-    scaled = _scaling(temperature, softcap, scale, index, dtype)
-    p, q = (_found_by_number(rows, index) for rows in (rows_p, rows_q))
+    some = index if share is None else _whole_vectors(index)
+    scaled = _scaling(temperature, softcap, scale, some, dtype)
+    p, q = (_found_by_number(rows, some) for rows in (rows_p, rows_q))
     if share is not None:
         both = (*NORM(*p, *scaled, dtype=dtype), *NORM(*q, *scaled, dtype=dtype))
-        sums = DIVERGENCE_SUMS(*p, *q, *both, _number(share, both[0]), *scaled)
-        return reference.divergence_of_sums(sums, both, share)
+        shares = _number(share, both[0]), _number(1 - share, both[0])
+        sums = DIVERGENCE_SUMS(*p, *q, *both, *shares, *scaled)
+        found = reference.divergence_of_sums(sums, both, share)
+        return tuple(x[: len(index)] for x in found)
     *norms, value = LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
     small = (~(value > _LARGE_DIVERGENCE)).nonzero().squeeze(1)  # and those without a number
-    found: tuple[Tensor, ...] = value, *norms, value, value
+    found = value, *norms, value, value
     if len(small):
         of_some = [None if x is None else x[small] for x in scaled[:1]]
         sums = DIVERGENCE_SUMS(
-            p[0], p[1][small], q[0], q[1][small], *(x[small] for x in norms), None,
+            p[0], p[1][small], q[0], q[1][small], *(x[small] for x in norms), None, None,
             *of_some, *scaled[1:],
         )  # fmt: skip
         exactly = reference.divergence_of_sums(sums, tuple(x[small] for x in norms), None)
@@ -332,15 +345,24 @@ def write_divergence_gradient(
     """Write `reference.divergence_backward` of some rows to where they are in d_rows; the stats of
     all N are given.
     """
-    weight = _number(share, d_values)
+    shares = _number(share, d_values), _number(None if share is None else 1 - share, d_values)
 
     def write(out: Tensor, some: Tensor) -> None:
         scaled = _scaling(temperature, softcap, scale, some, d_values.dtype)
         where = *_found_by_number(own, some), *_found_by_number(other, some)
         of_rows = d_values[some], *stats[:, some]
-        DIVERGENCE_GRADIENT(out, *where, *of_rows, weight, *scaled, of_p=of_p)
+        DIVERGENCE_GRADIENT(out, *where, *of_rows, *shares, *scaled, of_p=of_p)
 
-    _into_rows(d_rows, index, write)
+    def write_more(out: Tensor, some: Tensor) -> None:
+        more = _whole_vectors(some)
+        room = out.new_empty(len(more), out.shape[1])
+        write(room, more)
+        out.copy_(room[: len(some)])
+
+    if share is None:
+        _into_rows(d_rows, index, write)
+    else:
+        _by_way_of_room(d_rows, index, write_more)
 
 
 def write_fisher_product(
@@ -385,6 +407,16 @@ def gae(
     everywhere = torch.cat(found[::-1], dim=1)[:, : rewards.shape[1]]
     advantages = torch.where(keep, everywhere, 0.0)
     return advantages, advantages + values
+
+
+def _whole_vectors(index: Tensor) -> Tensor:
+    """Repeat the last of some rows, so that their numbers fill vector registers.
+
+    What the compiler holds of a mixture it computes in a loop over all rows as if they were one,
+    whose last numbers, one by one, have other bits than those that fill a register.
+    """
+    missing = -len(index) % _WHOLE_VECTORS
+    return torch.cat((index, index[-1:].expand(missing)))
 
 
 def _into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
