@@ -869,6 +869,7 @@ def jsd_terms(p: Tensor, q: Tensor, w: Tensor, share: float | Shares) -> Tensor:
     """Compute (1-share)·p·ln(p/m) + share·q·ln(q/m), with share of q in the mixture m and
     w = ln p - ln q: what a token adds to the JSD, never negative.
     """
+    w = torch.where((p == 0) & (q == 0), 0.0, w)
     of = _shares(share)
     return of.p * mixture_terms(p, -w, of.p, of.q) + of.q * mixture_terms(q, w, of.q, of.p)
 
