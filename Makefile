@@ -77,7 +77,7 @@ bench: $(VENV)/.test ## time and memory against plain PyTorch and the peers, in 
 	mkdir -p $(RESULTS)
 	for run in 1 2 3; do \
 	  $(ONE_MEMORY) $(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds \
-	    --benchmark-json=$(RESULTS)/run-$$run.json || exit 1; \
+	    --seconds 0.7 --benchmark-json=$(RESULTS)/run-$$run.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/median_of_runs.py $(RESULTS)/run-?.json --output $(RESULTS)/results.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json

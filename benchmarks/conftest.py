@@ -36,6 +36,9 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--stages", type=int, default=2, help="of batches, the most telling first (default: 2)"
     )
+    parser.addoption(
+        "--seconds", type=float, default=2.0, help="about so many for a contest (default: 2)"
+    )
 
 
 def pytest_configure(config) -> None:
@@ -78,7 +81,8 @@ def outcome(request, benchmark, shape, kind, provider):
         contests = request.config.stash[_CONTESTS]
         if key not in contests:
             names = _selected(request.session.items, key)
-            records = contest(operation, shape, kind, DEVICE, names)
+            seconds = request.config.getoption("--seconds")
+            records = contest(operation, shape, kind, DEVICE, names, seconds)
             contests[key] = {record["provider"]: record for record in records}
         record = contests[key][provider]
         if record["status"] != "ok":

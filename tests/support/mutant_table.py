@@ -769,14 +769,64 @@ MUTANTS = [
         "fastrlhf/reference.py", "test_token_stats.py",
         (
             "eager: the lse has no slope at the target",
-            "of_target + d_lse * logprob.exp()", "of_target",
+            "target + d_lse * logprob.exp()", "target",
             "gradient_of_the_lse and eager and 33",
         ),
         (
             "eager: the slope of the lse with the other sign",
-            "d_lse - d_logprob, of_target", "-d_lse - d_logprob, of_target",
+            "d_lse - d_logprob, target", "-d_lse - d_logprob, target",
             "gradient_of_the_lse and eager and 33",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/compiled_rows.py", "test_compiled.py",
+        (
+            "compiled: rows are found by their place among those that count",
+            "return rows[0], index", "return rows[0], torch.arange(len(index))",
+            "not_asked_for",
+        ),
+        (
+            "compiled: room for all gradients at once",
+            "index.split(max(1, _ROOM_LOGITS // vocab))", "index.split(max(1, len(index)))",
+            "bounded_rest",
+        ),
+        (
+            "compiled: a softcap is compiled in",
+            "        _number(softcap, of_rows),\n", "        softcap,\n",
+            "compiled_anew",
+        ),
+    ),
+    Mutant(
+        "compiled: sizes that are equal by chance",
+        "fastrlhf/ops/compiled.py",
+        "config.patch(use_duck_shape=False)", "config.patch(use_duck_shape=True)",
+        "test_compiled.py", "compiled_anew or survives",
+        equivalent="the sizes of the example are not equal; it is for what is compiled after a reset",
+    ),
+    Mutant(
+        "compiled: a lone row as it is",
+        "fastrlhf/ops/compiled.py",
+        "len(x) != 1:\n        return x", "True:\n        return x",
+        "test_compiled.py", "compiled_anew",
+    ),
+    Mutant(
+        "compiled: fp32 sums",
+        "fastrlhf/reference.py",
+        "return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)",
+        "return x.sum(-1, keepdim=True)",
+        "test_with_stats.py", "equal_logits and compiled and 40000",
+    ),
+    Mutant(
+        "compiled: rows of a mixture fill no registers",
+        "fastrlhf/ops/compiled_rows.py",
+        "_WHOLE_VECTORS = 32", "_WHOLE_VECTORS = 1",
+        "test_batch_invariance.py", "compiled and jsd and 5-",
+    ),
+    Mutant(
+        "compiled: a KL of small numbers from one pass",
+        "fastrlhf/ops/compiled_rows.py",
+        "_LARGE_DIVERGENCE = 0.5", "_LARGE_DIVERGENCE = -1.0",
+        "test_divergence.py", "nearly_equal and compiled and reverse",
     ),
     *_mutants(
         "fastrlhf/ops/linear_head.py", "test_linear_token_stats.py",
@@ -1560,7 +1610,7 @@ MUTANTS = [
     Mutant(
         "eager K2: no slope of the mean logit",
         "fastrlhf/reference.py",
-        "dz.add_((d_mean / logits.shape[-1]).unsqueeze(-1))", "pass",
+        "dz.add_(slopes.mean.unsqueeze(-1))", "pass",
         "test_linear_cross_entropy.py", "loss_is_that and smoothed and all",
     ),
     *_mutants(
