@@ -128,7 +128,7 @@ def cap_slope(logits: Tensor, softcap: float | Tensor, scale: float | Tensor) ->
     As 4d/(1 + d)² with d = e^-2|·|, since the bits of PyTorch's cosh depend on where in memory a
     number lies.
     """
-    decay = logits.abs().mul_(-2 * scale / softcap).exp_()
+    decay = logits.abs().mul_(-2 * (scale / softcap)).exp_()
     return decay.mul(4).div_(decay.add_(1).square_())
 
 
@@ -136,8 +136,9 @@ def row_sums(x: Tensor) -> Tensor:
     """Sum (..., V) to (..., 1). A lone row comes twice, for PyTorch would sum it in as many parts
     as there are threads, and its bits would not be those that it has among others.
     """
-    if torch.compiler.is_compiling() and x.device.type != "mps":  # which has no fp64
-        # One number after the other, where PyTorch adds up sums of parts: fp32 would not do.
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        # The compiler adds one number after the other, where PyTorch adds up sums of parts: fp32
+        # would not do.
         return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
     lone = x.ndim == 2 and x.shape[0] == 1
     return (x.expand(2, -1) if lone else x).sum(-1, keepdim=True)[: x.shape[0]]

@@ -235,23 +235,84 @@ def test_nothing_is_compiled_under_a_mode_that_watches_operations() -> None:
     torch.testing.assert_close(gradient, expected[1])
 
 
-def test_it_survives_what_resets_the_compiler_and_other_states() -> None:
+def test_no_state_is_compiled_anew() -> None:
     logits, targets = batch(40)
-    expected = step(logits, targets, impl="compiled")
-    torch._dynamo.reset()
+    expected, before = step(logits, targets, impl="compiled"), graphs()
     with torch.autocast("cpu", torch.bfloat16):
         found = step(logits, targets, impl="compiled")
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with torch.inference_mode():
-        logprobs = fastrlhf.token_logprobs(logits, targets, impl="compiled")
-    assert torch.equal(logprobs, expected[0])
+        inferred = fastrlhf.token_logprobs(logits, targets, impl="compiled")
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        found = step(logits, targets, impl="compiled")
+        again = step(logits, targets, impl="compiled")
     finally:
         torch.set_num_threads(threads)
+    assert graphs() == before
+    for value, want in zip(
+        (*found, *again, inferred), (*expected, *expected, expected[0]), strict=True
+    ):
+        assert torch.equal(value, want)
+
+
+def test_what_the_compiler_forgets_is_compiled_from_the_example(caplog) -> None:
+    caplog.set_level(logging.INFO, "fastrlhf")
+    logits, targets = batch(40)
+    expected = step(logits, targets, impl="compiled")
+    caplog.clear()
+    torch._dynamo.reset()
+    found = step(logits, targets, impl="compiled")
+    assert len(told(caplog)) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    step(*batch(3), impl="compiled")
+    assert len(told(caplog)) == 2
+
+
+def test_a_compiler_that_is_turned_off_is_none(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(compiled_rows, "ROW_PARTS", uncompiled(compiled_rows.ROW_PARTS))
+    logits, targets = batch(4)
+    with torch.compiler.set_stance("force_eager"):
+        logprobs = fastrlhf.token_logprobs(logits, targets, impl="compiled")
+    assert torch.equal(logprobs, fastrlhf.token_logprobs(logits, targets, impl="eager"))
+    assert told(caplog) == ["row_parts is not compiled, and runs eagerly: PyTorch's compiler is "
+                            "turned off"]  # fmt: skip
+
+
+def test_a_graph_of_hidden_states_is_whole_where_it_pays(calls, monkeypatch) -> None:
+    hidden, weight, targets = torch.randn(20, 8), torch.randn(VOCAB, 8), torch.arange(20)
+    monkeypatch.setattr(backend, "_WORTH_COMPILING", 20 * VOCAB)
+    function = torch.compile(fastrlhf.linear_token_logprobs, fullgraph=True, backend="eager")
+    found = function(hidden, weight, targets)
+    assert calls
+    torch.testing.assert_close(found, fastrlhf.linear_token_logprobs(hidden, weight, targets))
+
+
+@pytest.mark.parametrize("impl", ["eager", "compiled", "triton"])
+def test_a_token_without_probability_is_no_infinite_distance(impl, device) -> None:
+    # e^-100 is a number of fp32, but not once it is divided by the 999 others.
+    logits = torch.zeros(1, 1000, device=device)
+    logits[0, 7] = -100.0
+    ref = logits.clone()
+    ref[0, 7] = -torch.inf
+    sides = logits.requires_grad_(), ref.requires_grad_()
+    value = fastrlhf.kl_divergence(*sides, impl=impl)
+    assert value.abs().item() < 1e-6
+    for gradient in torch.autograd.grad(value.sum(), sides):
+        assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("choose", ["set_backend", "environment"])
+def test_triton_for_all_is_for_where_it_runs(choose, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if choose == "set_backend":
+        fastrlhf.set_backend("triton")
+    else:
+        monkeypatch.setenv("FASTRLHF_BACKEND", "triton")
+    logits, targets = batch(3)
+    found, expected = step(logits, targets), step(logits, targets, impl="eager")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r"^impl: "):
+        step(logits, targets, impl="triton")
 
 
 def test_warming_up_leaves_nothing_to_compile(caplog) -> None:

@@ -44,9 +44,9 @@ def set_backend(backend: str) -> None:
     """Choose what `impl="auto"` stands for, in all operations of this process.
 
     Args:
-        backend: "triton", "compiled" or "eager" (see `token_stats`); "auto" leaves it to the device
-            and the size of the problem, whatever the environment variable FASTRLHF_BACKEND says,
-            which decides before this is called.
+        backend: "triton" (where it runs), "compiled" or "eager" (see `token_stats`); "auto" leaves
+            it to the device and the size of the problem, whatever the environment variable
+            FASTRLHF_BACKEND says, which decides before this is called.
 
     Raises:
         TypeError, ValueError: anything else.
@@ -75,9 +75,11 @@ def backend_of(impl: str, tensor: Tensor, numbers: int) -> str:
     if use_triton(impl, tensor):
         return "triton"
     impl = get_backend() if impl == "auto" else impl
-    if impl == "auto":
+    if impl in ("auto", "triton"):  # by set_backend, for devices on which it runs
         worth_it = tensor.device.type == "cpu" and numbers >= _WORTH_COMPILING
-        return "compiled" if worth_it and compiler_is_there() else "eager"
+        # A graph that is being compiled asks when it runs.
+        there = torch.compiler.is_compiling() or compiler_is_there()
+        return "compiled" if worth_it and there else "eager"
     return impl
 
 
@@ -100,13 +102,14 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
         ValueError: an unknown `impl`, or "triton" for a device on which it cannot run.
     """
     check_impl(impl)
-    impl = get_backend() if impl == "auto" else impl
+    named, impl = impl, get_backend() if impl == "auto" else impl
     on_gpu = tensor.device.type in _TRITON_DEVICES
     interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if impl == "auto":
-        return (on_gpu or (auto_interprets and interpreted)) and _TRITON_INSTALLED
     if impl in ("compiled", "eager"):
         return False
+    if named == "auto":
+        may_interpret = auto_interprets or impl == "triton"
+        return (on_gpu or (may_interpret and interpreted)) and _TRITON_INSTALLED
     if not _TRITON_INSTALLED:
         raise ValueError('impl: "triton" needs the triton package, which is not installed')
     if not (on_gpu or interpreted):

@@ -16,8 +16,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
-from types import FunctionType
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ _compiling = threading.RLock()
 
 
 class NotCompiled(Exception):
-    """There is no compiled function, for a reason that has been told; eager PyTorch can do it."""
+    """There is no compiled function here; eager PyTorch can do it."""
 
 
 @functools.cache
@@ -65,6 +65,17 @@ Kinds = tuple[_Kind | None, ...]
 Compiled = Callable[..., tuple[Tensor, ...]]
 
 
+class _Variant(NamedTuple):
+    """A function compiled for tensors of some kinds."""
+
+    call: Compiled
+    code: CodeType | None
+
+    def is_kept(self) -> bool:
+        """Whether the compiler still has it, which `torch.compiler.reset` makes it forget."""
+        return self.code is None or _is_compiled(self.code)
+
+
 class RowFunction:
     """A function of tensors with named dimensions, compiled when it is first used.
 
@@ -79,17 +90,18 @@ class RowFunction:
         """
         self.function = function
         self.dimensions = dimensions.split()
-        self._variants: dict[Hashable, Compiled] = {}
+        self._variants: dict[Hashable, _Variant] = {}
 
     def __call__(self, *tensors: Tensor | None, **options: Hashable) -> tuple[Tensor, ...]:
         """Call it. Raise `NotCompiled` where that cannot be."""
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-            raise NotCompiled  # the compiler does not look into what modes do
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        if watched or torch.jit.is_tracing():
+            raise NotCompiled  # the compiler does not look into what modes and tracers do
         # Of no graph, as the example was.
         plain = (None if x is None else x.detach() for x in tensors)
         copies = [_at_least_two(x, of) for x, of in zip(plain, self.dimensions, strict=True)]
         compiled = self._variant(tuple(None if x is None else _kind(x) for x in copies), options)
-        with _plainly():
+        with torch.no_grad():
             found = compiled(*copies)
         for x, copy, of in zip(tensors, copies, self.dimensions, strict=True):
             if of.isupper() and x is not None and copy is not None and len(copy) != len(x):
@@ -98,24 +110,17 @@ class RowFunction:
         assert numbers is not None
         return tuple(x[:1] for x in found) if len(numbers) == 1 else found
 
-    def prepare(
-        self, *dtypes: torch.dtype | None, device: torch.device, **options: Hashable
-    ) -> None:
-        """Compile it for contiguous tensors of such dtypes, None for one that is not there. Raise
-        `NotCompiled` where that cannot be.
-        """
-        self._variant(
-            tuple(None if dtype is None else _Kind(dtype, device) for dtype in dtypes), options
-        )
-
     def _variant(self, kinds: Kinds, options: dict[str, Hashable]) -> Compiled:
         key = kinds, tuple(options.items())
-        with _compiling:
-            if key not in self._variants:
-                self._variants[key] = self._compiled(kinds, options)
-            return self._variants[key]
+        variant = self._variants.get(key)
+        if variant is None or not variant.is_kept():
+            with _compiling:
+                variant = self._variants.get(key)
+                if variant is None or not variant.is_kept():
+                    variant = self._variants[key] = self._compiled(kinds, options)
+        return variant.call
 
-    def _compiled(self, kinds: Kinds, options: dict[str, Hashable]) -> Compiled:
+    def _compiled(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
         if not compiler_is_there():
             raise NotCompiled
         start = time.perf_counter()
@@ -123,19 +128,36 @@ class RowFunction:
             None if kind is None else _example(of, kind)
             for kind, of in zip(kinds, self.dimensions, strict=True)
         ]
-        name = self.function.__name__.strip("_")
+        name, function = self.function.__name__.strip("_"), _copied(self.function, options)
         try:
             compiled = torch.compile(
-                _copied(self.function, options), dynamic=True, fullgraph=True, options=_OPTIONS
-            )
+                function, dynamic=True, fullgraph=True,
+                options={**_OPTIONS, "guard_filter_fn": _unguarded},
+            )  # fmt: skip
             with _plainly():
                 compiled(*example)
+            if not _is_compiled(function.__code__):
+                raise RuntimeError("PyTorch's compiler is turned off")
         except Exception as error:  # whatever a compiler can fail of
             reason = str(error).strip().partition("\n")[0]
             _LOG.warning("%s is not compiled, and runs eagerly: %s", name, reason)
-            return _not_compiled
+            return _Variant(_not_compiled, None)
         _LOG.info("compiled %s in %.1f s", name, time.perf_counter() - start)
-        return compiled
+        return _Variant(compiled, function.__code__)
+
+
+def _unguarded(guards: Sequence[Any]) -> list[bool]:
+    """Have the compiler ask nothing before it calls what it made.
+
+    What that depends on is in the kinds of the tensors, and no number is compiled in. All else that
+    it would ask (grad and inference mode, autocast, threads, ...) changes nothing, but would make
+    it compile anew, with the sizes of the call at hand.
+    """
+    return [False for _ in guards]
+
+
+def _is_compiled(code: CodeType) -> bool:
+    return bool(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code))
 
 
 def _not_compiled(*_: Tensor | None) -> tuple[Tensor, ...]:
@@ -162,9 +184,8 @@ def _example(dimensions: str, kind: _Kind) -> Tensor:
         return torch.ones((), dtype=kind.dtype, device=kind.device)
     sizes = [_EXAMPLE_SIZES[letter] for letter in dimensions.lower()]
     if kind.gaps:
-        return _example(dimensions, kind._replace(gaps=False)).new_ones(sizes[0], sizes[1] + 17)[
-            :, : sizes[1]
-        ]
+        wider = torch.ones(sizes[0], sizes[1] + 17, dtype=kind.dtype, device=kind.device)
+        return wider[:, : sizes[1]]
     return torch.ones(sizes, dtype=kind.dtype, device=kind.device)
 
 
@@ -177,7 +198,7 @@ def _at_least_two(x: Tensor | None, dimensions: str) -> Tensor | None:
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    """Take away what else a compilation would depend on, and sizes that are equal by chance."""
+    """Compile in the same state whenever that is; and without sizes that are equal by chance."""
     import torch.fx.experimental._config as config
 
     with (

@@ -1,7 +1,8 @@
 """The row functions of `fastrlhf.reference`, compiled: one for each pass over the vocabulary.
 
 Each takes a matrix of logits and the numbers of the rows that count. The others are neither read
-nor computed, and nothing is gathered: a row is found by its number. Temperature, softcap and scale
+nor computed, and they are not gathered, unless strides are out of the common: a row is found by its
+number. Temperature, softcap and scale
 are tensors, so that no value of theirs is compiled in, or absent.
 
 Dims: N rows, of which n count, V columns.
@@ -24,13 +25,13 @@ from .compiled import STEPS, NotCompiled, RowFunction
 _CHUNK_LOGITS = 2**24
 
 # The same of functions that hold fp32 numbers between two loops, as many as there are logits.
-_HELD_LOGITS = 2**23
+_HELD_LOGITS = 2**22
 
 # Gradients of so many logits wait to be put where they belong, if they cannot be written there.
 _ROOM_LOGITS = 2**22
 
 
-# Numbers in the largest vector register of any processor, twice as many for two of them.
+# No loop takes more numbers at a time than this: two registers of 16.
 _WHOLE_VECTORS = 32
 
 # In nats. Above it, a divergence need not be computed as a sum of what is never negative.
@@ -67,8 +68,9 @@ def _row_parts(
         rows, targets, entropy=entropy, with_stats=with_stats, columns=columns,
         **Scaling(temperature, softcap, scale).as_options(),
     )  # fmt: skip
-    # Beside a sum of other things than 16-bit numbers, the compiler loops over as many at a time as
-    # it can convert to fp64 at once, in which sums are made.
+    # A hint, whose value nobody uses: where a loop reads nothing but 16-bit numbers, the compiler
+    # takes two registers of fp32 at a time, and converts those to fp64, in which sums are made, one
+    # by one. A sum of other numbers in the same loop makes it take one. A quarter less time.
     return *parts, columns.float().expand(rows.shape).sum(-1)
 
 
@@ -227,13 +229,21 @@ ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 
 
-def chunks(selected: Tensor, vocab: int, *, held: bool = True) -> tuple[Tensor, ...]:
+def chunks(
+    selected: Tensor, vocab: int, *, held: bool = True, mixed: bool = False
+) -> tuple[Tensor, ...]:
     """Indices of the selected rows (N,), in pieces of a bounded number of logits: fewer where a
-    function has to hold some of what it computes.
+    function has to hold some of what it computes. For mixtures, see `_whole_vectors`.
     """
     found = selected.nonzero().squeeze(1)
-    logits = _HELD_LOGITS if held else _CHUNK_LOGITS
-    return found.split(max(1, logits // max(1, vocab))) if len(found) else ()
+    return _pieces(found, vocab, _HELD_LOGITS if held else _CHUNK_LOGITS, mixed=mixed)
+
+
+def _pieces(index: Tensor, vocab: int, logits: int, *, mixed: bool = False) -> tuple[Tensor, ...]:
+    rows = max(1, logits // max(1, vocab))
+    if mixed:
+        rows = max(_WHOLE_VECTORS, rows // _WHOLE_VECTORS * _WHOLE_VECTORS)
+    return index.split(rows) if len(index) else ()
 
 
 def row_parts(
@@ -249,7 +259,7 @@ def row_parts(
     """Compute `reference.row_parts` of some rows of an (outer, inner, V) view; what there is of
     each row is given of all N.
     """
-    scaled = _scaling(temperature, softcap, scale, index, _accumulated(rows))
+    scaled = _scaling(temperature, softcap, scale, index, reference.accumulation_dtype(rows.dtype))
     found = ROW_PARTS(
         *_found_by_number(rows, index), targets[index], _columns(rows), *scaled,
         entropy=entropy, with_stats=with_stats,
@@ -315,7 +325,9 @@ def divergence(
         found = reference.divergence_of_sums(sums, both, share)
         return tuple(x[: len(index)] for x in found)
     *norms, value = LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
-    small = (~(value > _LARGE_DIVERGENCE)).nonzero().squeeze(1)  # and those without a number
+    # Those without a number too, and infinite ones: e^(z - peak) may be a number where p is 0.
+    sure = (value > _LARGE_DIVERGENCE) & (value != torch.inf)
+    small = (~sure).nonzero().squeeze(1)
     found = value, *norms, value, value
     if len(small):
         of_some = [None if x is None else x[small] for x in scaled[:1]]
@@ -362,7 +374,7 @@ def write_divergence_gradient(
     if share is None:
         _into_rows(d_rows, index, write)
     else:
-        _by_way_of_room(d_rows, index, write_more)
+        _by_way_of_room(d_rows, index, write_more, mixed=True)
 
 
 def write_fisher_product(
@@ -398,6 +410,7 @@ def gae(
     # What does not count may as well follow.
     missing = steps * STEPS - rewards.shape[1]
     padded = (F.pad(x, (0, missing)).split(STEPS, dim=1) for x in (rewards, values, keep))
+    padded = ([x.contiguous() for x in blocks] for blocks in padded)
     following: Sequence[Tensor] = values.new_zeros(2, len(values)).unbind()
     numbers = _number(gamma, values), _number(gamma * lam, values)
     found = []
@@ -430,10 +443,16 @@ def _into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], No
         _by_way_of_room(rows, index, write)
 
 
-def _by_way_of_room(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
+def _by_way_of_room(
+    rows: Tensor,
+    index: Tensor,
+    write: Callable[[Tensor, Tensor], None],
+    *,
+    mixed: bool = False,
+) -> None:
     """Let it write elsewhere, a few rows at a time, and put them where they belong."""
     outer, inner, vocab = rows.shape
-    for some in index.split(max(1, _ROOM_LOGITS // vocab)):
+    for some in _pieces(index, vocab, _ROOM_LOGITS, mixed=mixed):
         out = rows.new_empty(len(some), vocab)
         write(out, some)
         if outer == 1:
@@ -492,7 +511,3 @@ def _number(value: float | None, like: Tensor) -> Tensor | None:
 
 def _columns(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[2], dtype=torch.int32, device=rows.device)
-
-
-def _accumulated(rows: Tensor) -> torch.dtype:
-    return reference.accumulation_dtype(rows.dtype)

@@ -217,7 +217,8 @@ def _compiled(
     """Find values and statistics (7, N) by compiled functions; False where there are none."""
     with contextlib.suppress(NotCompiled):
         sides = rows_of(logits_p), rows_of(logits_q)
-        for rows in compiled_rows.chunks(keep, logits_p.shape[-1]):
+        mixed = options["share"] is not None
+        for rows in compiled_rows.chunks(keep, logits_p.shape[-1], mixed=mixed):
             of_chunk = compiled_rows.divergence(*sides, rows, temperature=temperatures, **options)
             found[:, rows] = torch.stack(of_chunk)
         return True
@@ -297,9 +298,11 @@ def divergence_backward_into(
     options |= {"of_p": of_p, "share": share}
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):
-            for rows in compiled_rows.chunks(active, d_own.shape[-1]):
+            sides = rows_of(own), rows_of(other)
+            mixed = share is not None
+            for rows in compiled_rows.chunks(active, d_own.shape[-1], mixed=mixed):
                 compiled_rows.write_divergence_gradient(
-                    d_rows.unsqueeze(0), rows_of(own), rows_of(other), rows, d_values, stats,
+                    d_rows.unsqueeze(0), *sides, rows, d_values, stats,
                     temperature=temperatures, **options,
                 )  # fmt: skip
             return

@@ -6,6 +6,7 @@ model that nothing wraps.
 """
 
 import json
+import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -556,7 +557,10 @@ def compare(rank: int, folder: str, family: str, only: tuple[str, ...] = ()) -> 
             rows += _refusals(rank)
     finally:
         Path(folder, f"{family}-{rank}.json").write_text(json.dumps(rows))
-        torch.distributed.destroy_process_group()
+    # The process ends here. A wrapper that dies as the last to hold its process group can wait for
+    # ever for a thread of that, which waits for the interpreter.
+    torch.distributed.barrier()
+    os._exit(0)
 
 
 def rows_of(folder: Path, family: str) -> list[Row]:
