@@ -118,8 +118,9 @@ def token_stats(
 
     The kernels read the logits once forward; backward they read them and write the gradient once.
     Nothing else of that size is allocated but the gradient, and not even that with
-    inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32; the compiled one,
-    with inplace_backward, 2^22 numbers of the gradient. A row has the same bits whatever batch
+    inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32; the compiled one
+    2^22 numbers of the gradient with inplace_backward, and of what it computes if more than the
+    log-prob is asked for. A row has the same bits whatever batch
     surrounds it, on one backend: "auto" may choose another for another size. The log-prob is
     accurate where the probability is nearly 1, and so is ln Σ p².
 

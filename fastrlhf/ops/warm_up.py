@@ -35,19 +35,24 @@ def warm_up(
     """Compile ahead what operations use, forward and backward, and return the seconds it took.
 
     Without it, the first call of an operation compiles what it uses, once for each combination of
-    dtype and options (the value of a temperature, softcap or scale makes no difference, but whether
-    there is one does), and never again for another size. What is compiled is kept on disk, where
-    PyTorch's compiler keeps all it makes, so that the next process loads it.
+    dtypes and options, and never again for another size. The value of a temperature, softcap or
+    scale makes no difference, but whether there is one does; so does whether the gradient of the
+    entropy is asked for beside that of the log-prob, and whether rows of logits have gaps between
+    them. What is compiled is kept on disk, where PyTorch's compiler keeps all it makes, so that the
+    next process loads it. The log of "fastrlhf" says what was compiled, and in how many seconds.
+
+    It does not prepare the jsd, what `with_stats` names, or a divergence of two dtypes.
 
     Args:
         dtype: of the logits. From hidden states they are fp32 (fp64 for fp64) on a CPU, whatever
             the dtype of the hidden states.
         operations: names of those to prepare: "token_stats", which is what the losses of tokens
-            from logits and from hidden states use; "kl_divergence", in both directions;
-            "softmax_fisher_product"; "gae".
+            from logits and from hidden states use; "kl_divergence", forward and reverse;
+            "softmax_fisher_product"; "gae" (fp32, sequences in rows).
         device: on which they will run.
-        entropy, temperature, softcap, scale: as `token_stats`; the two last also of the divergence,
-            the temperature of all.
+        entropy: prepare the entropy and its gradient too.
+        temperature, softcap, scale: as `token_stats`; the two last also of the divergence, the
+            temperature of all.
         impl: "compiled", or another backend, whose first calls are then made.
 
     Raises:
@@ -66,8 +71,9 @@ def warm_up(
     def of_tokens() -> None:
         targets = torch.zeros(_ROWS, dtype=torch.int64, device=device)
         found = token_stats(_leaf(logits), targets, entropy=entropy, impl=impl, **transform)
-        value = found.logprob if found.entropy is None else found.logprob + found.entropy
-        value.sum().backward()
+        found.logprob.sum().backward(retain_graph=entropy)
+        if found.entropy is not None:
+            (found.logprob + found.entropy).sum().backward()
 
     def of_divergence() -> None:
         sides = _leaf(logits), _leaf(logits)

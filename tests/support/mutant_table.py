@@ -787,7 +787,7 @@ MUTANTS = [
         ),
         (
             "compiled: room for all gradients at once",
-            "index.split(max(1, _ROOM_LOGITS // vocab))", "index.split(max(1, len(index)))",
+            "_pieces(index, vocab, _ROOM_LOGITS, mixed=mixed)", "(index,)",
             "bounded_rest",
         ),
         (
