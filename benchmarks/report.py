@@ -132,7 +132,7 @@ def measured_with(machine: dict[str, Any]) -> str:
         f"and written), {rates}."
     )
     if "processes" in machine:
-        text += f" Of {machine['processes']} processes, each figure is from the median one."
+        text += f" Each table is from the median one of {machine['processes']} processes."
     if "contests" in machine:
         text += f" Tests: {machine.get('tests', 'not run')}. Contests: {machine['contests']}."
     return text + "\n"

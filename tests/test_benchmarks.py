@@ -681,17 +681,20 @@ def test_from_pytest_to_the_report(tmp_path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
-def test_of_several_processes_each_benchmark_has_its_median() -> None:
-    def run(**times: float) -> dict:
-        timed = [{"fullname": name, "extra_info": {"median_ms": x}} for name, x in times.items()]
+def test_of_several_processes_each_contest_is_kept_whole() -> None:
+    def run(*contests: tuple[float, float]) -> dict:
+        timed = [
+            {"group": str(i), "extra_info": {"provider": provider, "group": i, "median_ms": x}}
+            for i, times in enumerate(contests)
+            for provider, x in zip(("fastrlhf", "eager"), times, strict=True)
+        ]
         skipped = [{"provider": "cut-cross-entropy", "status": "needs a GPU"}]
         return {"machine_info": {"device": "cpu"}, "benchmarks": timed, "not_timed": skipped}
 
-    runs = [run(a=3.0, b=1.0), run(a=1.0, b=2.0, c=1.0), run(a=2.0, b=9.0)]
+    # Ratios of 3, 0.5 and 1; then of 1, 2 and 4.
+    runs = [run((3.0, 1.0), (1.0, 1.0)), run((1.0, 2.0), (2.0, 1.0)), run((9.0, 9.0), (4.0, 1.0))]
     found = median_of_runs(runs)
-    assert {b["fullname"]: b["extra_info"]["median_ms"] for b in found["benchmarks"]} == {
-        "a": 2.0, "b": 2.0
-    }  # fmt: skip
+    assert [b["extra_info"]["median_ms"] for b in found["benchmarks"]] == [9.0, 9.0, 2.0, 1.0]
     assert found["not_timed"] == runs[0]["not_timed"]
     assert found["machine_info"] == {"device": "cpu", "processes": 3}
 
