@@ -7,6 +7,7 @@ peer is not installed. The log-probs of the prompt are 0. Losses of log-probs go
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,13 @@ def compiled(function: Function) -> Provider:
     """Have PyTorch's compiler build the function, for the very shape that it is called with."""
 
     def load() -> Function:
-        torch._dynamo.reset()
-        return torch.compile(function, dynamic=False)
+        # With code of its own, of which the compiler keeps a few compilations: a reset would take
+        # them all, this library's too.
+        fresh = FunctionType(
+            function.__code__.replace(), function.__globals__, function.__name__,
+            function.__defaults__, function.__closure__,
+        )  # fmt: skip
+        return torch.compile(fresh, dynamic=False)
 
     return Provider(load, compiles=True)
 

@@ -17,6 +17,10 @@ import fastrlhf
 from fastrlhf.ops import backend, compiled, compiled_rows
 from fastrlhf.recipes.memory import peak_memory
 
+pytestmark = pytest.mark.skipif(
+    not compiled.compiler_is_there(), reason="needs a C++ compiler, which CXX names"
+)
+
 VOCAB = 300
 
 
