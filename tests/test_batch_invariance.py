@@ -79,7 +79,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
         ("token_stats", "_EAGER_CHUNK_LOGITS"),
         ("eager_rows", "_CHUNK_LOGITS"),
         ("compiled_rows", "_CHUNK_LOGITS"),
-        ("compiled_rows", "_HELD_LOGITS"),
+        ("compiled_rows", "_HELD_NUMBERS"),
         ("compiled_rows", "_ROOM_LOGITS"),
     ):
         monkeypatch.setattr(import_module(f"fastrlhf.ops.{module}"), name, 2 * vocab)

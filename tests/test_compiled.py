@@ -179,7 +179,7 @@ def test_divergence_and_fisher_product_hold_a_bounded_rest_too(monkeypatch) -> N
     def product() -> None:
         fastrlhf.softmax_fisher_product(logits.detach(), other.detach(), impl="compiled")
 
-    monkeypatch.setattr(compiled_rows, "_HELD_LOGITS", 2**18)
+    monkeypatch.setattr(compiled_rows, "_HELD_NUMBERS", 2**18)
     for work in (divergence, product):
         work()
         logits.grad = None
@@ -211,9 +211,11 @@ def test_what_does_not_compile_runs_eagerly_and_says_so_once(monkeypatch, caplog
     def broken(*arguments, **options):
         raise RuntimeError("no such instruction\nand more")
 
+    logits, targets = batch(4)
+    step(logits, targets, impl="compiled")
+    caplog.clear()
     monkeypatch.setattr(compiled_rows, "LOGITS_GRADIENT", uncompiled(compiled_rows.LOGITS_GRADIENT))
     monkeypatch.setattr(torch, "compile", broken)
-    logits, targets = batch(4)
     for _ in range(2):
         _, gradient = step(logits, targets, impl="compiled")
     assert torch.isfinite(gradient).all() and gradient.abs().sum() > 1

@@ -348,7 +348,12 @@ def test_an_entropy_without_gradient_has_the_value_and_leaves_no_trace(
             assert torch.equal(stats.entropy, with_gradient.entropy)
         else:
             assert stats.entropy is None
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[2])
+    if impl == "compiled":
+        # The log-sum-exp beside the entropy is made by another loop, whose vectors may be shorter.
+        assert_as_accurate(found[1], found[0], found[0].double(), size=1.0, of="gradient")
+    else:
+        assert torch.equal(found[0], found[1])
 
 
 def test_the_backward_is_that_without_the_entropy(monkeypatch) -> None:

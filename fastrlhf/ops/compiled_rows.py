@@ -24,8 +24,8 @@ from .compiled import STEPS, NotCompiled, RowFunction
 # that wait for each other than many small ones.
 _CHUNK_LOGITS = 2**24
 
-# The same of functions that hold fp32 numbers between two loops, as many as there are logits.
-_HELD_LOGITS = 2**22
+# Numbers that functions may hold in fp32 between two loops, once or more for each logit.
+_HELD_NUMBERS = 2**22
 
 # Gradients of so many logits wait to be put where they belong, if they cannot be written there.
 _ROOM_LOGITS = 2**22
@@ -230,13 +230,13 @@ FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 
 
 def chunks(
-    selected: Tensor, vocab: int, *, held: bool = True, mixed: bool = False
+    selected: Tensor, vocab: int, *, held: int = 0, mixed: bool = False
 ) -> tuple[Tensor, ...]:
     """Indices of the selected rows (N,), in pieces of a bounded number of logits: fewer where a
-    function has to hold some of what it computes. For mixtures, see `_whole_vectors`.
+    function has to hold so many numbers for each. For mixtures, see `_whole_vectors`.
     """
     found = selected.nonzero().squeeze(1)
-    return _pieces(found, vocab, _HELD_LOGITS if held else _CHUNK_LOGITS, mixed=mixed)
+    return _pieces(found, vocab, _HELD_NUMBERS // held if held else _CHUNK_LOGITS, mixed=mixed)
 
 
 def _pieces(index: Tensor, vocab: int, logits: int, *, mixed: bool = False) -> tuple[Tensor, ...]:

@@ -341,9 +341,11 @@ class Question(NamedTuple):
         return True, True, True, self.entropy, *(name in self.with_stats for name in FURTHER_STATS)
 
     @property
-    def is_rich(self) -> bool:
-        """Whether more than one sum is made of what is computed from a logit."""
-        return self.entropy or bool(self.with_stats) or self.softcap is not None
+    def held(self) -> int:
+        """Numbers that a compiled function has to hold for each logit: what more than one sum is
+        made of.
+        """
+        return int(self.entropy or bool(self.with_stats) or self.softcap is not None)
 
     def of_rows(self, index: Index) -> tuple[Tensor, dict[str, Any]]:
         """Targets and options of some rows, as the formulas take them."""
@@ -358,7 +360,7 @@ def _statistics_of_rows(
     """Compute the statistics of the selected rows of an (outer, inner, V) view, some at a time."""
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):
-            for index in compiled_rows.chunks(selected, rows.shape[2], held=question.is_rich):
+            for index in compiled_rows.chunks(selected, rows.shape[2], held=question.held):
                 parts = compiled_rows.row_parts(rows, index, *question)
                 temperature = take(question.temperature, index)
                 yield index, reference.statistics_of_parts(parts, rows.shape[2], temperature)
@@ -374,7 +376,7 @@ def parts_of_rows(
     """Compute, of columns of the selected rows, what `_statistics_of_rows` finishes."""
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):
-            for index in compiled_rows.chunks(selected, rows.shape[2], held=question.is_rich):
+            for index in compiled_rows.chunks(selected, rows.shape[2], held=question.held):
                 yield compiled_rows.row_parts(rows, index, *question)
             return
     for some in eager_chunks(selected, rows):
@@ -520,7 +522,7 @@ def _written_by_compiled(
     slopes = reference.row_slopes(logprob, *upstream, columns=rows.shape[2])
     of_rows = (None if slopes.entropy is None else entropy, peak, log_norm)
     with contextlib.suppress(NotCompiled):
-        for index in compiled_rows.chunks(active, rows.shape[2], held=False):
+        for index in compiled_rows.chunks(active, rows.shape[2]):
             compiled_rows.write_gradient(d_rows, rows, index, targets, of_rows, slopes, **options)
         return True
     return False
