@@ -29,7 +29,7 @@ _LOG = logging.getLogger("fastrlhf")
 # two alike, and none that a loop divides by, so that nothing follows from them. But a loop over
 # tokens is unrolled, so many at a time.
 STEPS = 32
-_EXAMPLE_SIZES = {"m": 1033, "n": 1031, "v": 4099, "s": STEPS}
+_EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 1031, "s": STEPS}
 
 # The numbers of rows are made here, and never outside of a matrix.
 _OPTIONS: dict[str, Any] = {
