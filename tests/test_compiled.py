@@ -18,7 +18,8 @@ from fastrlhf.ops import backend, compiled, compiled_rows
 from fastrlhf.recipes.memory import peak_memory
 
 pytestmark = pytest.mark.skipif(
-    not compiled.compiler_is_there(), reason="needs a C++ compiler, which CXX names"
+    not compiled.compiler_is_there(),
+    reason="needs a C++ compiler (CXX names one) and vector instructions",
 )
 
 VOCAB = 300

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import platform
 import shutil
 import sys
 import threading
@@ -46,7 +47,12 @@ class NotCompiled(Exception):
 
 @functools.cache
 def compiler_is_there() -> bool:
-    """Whether PyTorch will find a C++ compiler, as far as can be told without loading its own."""
+    """Whether PyTorch will find a C++ compiler, as far as can be told without loading its own, and
+    vector instructions to use: without them nothing is gained, and sums lose places.
+    """
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if on_x86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return False
     if "1" in (os.environ.get(f"TORCH{name}_DISABLE") for name in ("_COMPILE", "DYNAMO")):
         return False
     default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")

@@ -57,14 +57,17 @@ def warm_up(
 
     Raises:
         TypeError, ValueError: an unknown operation, or an option as `token_stats`.
-        RuntimeError: there is no C++ compiler.
+        RuntimeError: there is no C++ compiler, or no vector instructions.
     """
     names = check_names("operations", operations, OPERATIONS)
     check_bool("entropy", entropy)
     device = torch.device(device)
     logits = torch.zeros(_ROWS, _VOCAB, dtype=dtype, device=device)
     if backend_of(impl, logits, 0) == "compiled" and not compiler_is_there():
-        raise RuntimeError("warm_up: found no C++ compiler; the environment variable CXX names one")
+        raise RuntimeError(
+            "warm_up: found no C++ compiler (the environment variable CXX names one), or no vector "
+            "instructions of this processor"
+        )
     start = time.perf_counter()
     transform: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "scale": scale}
 
