@@ -11,7 +11,7 @@ torch.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -136,12 +136,16 @@ def row_sums(x: Tensor) -> Tensor:
     """Sum (..., V) to (..., 1). A lone row comes twice, for PyTorch would sum it in as many parts
     as there are threads, and its bits would not be those that it has among others.
     """
-    if torch.compiler.is_compiling() and x.device.type == "cpu":
+    if _compiles_for_cpu(x):
         # The compiler adds one number after the other, where PyTorch adds up sums of parts: fp32
         # would not do.
         return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
     lone = x.ndim == 2 and x.shape[0] == 1
     return (x.expand(2, -1) if lone else x).sum(-1, keepdim=True)[: x.shape[0]]
+
+
+def _compiles_for_cpu(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def token_stats(
@@ -261,36 +265,76 @@ def row_parts(
     scale: float | Tensor,
     entropy: bool,
     with_stats: tuple[str, ...] = (),
-    columns: Tensor | None = None,
 ) -> RowParts:
     """Compute the parts of rows (N, V), V > 0, whose targets may lie outside of these columns:
-    below 0 in earlier ones, from V on in later ones. `columns`: see `_with_target`.
+    below 0 in earlier ones, from V on in later ones.
     """
     index = targets.long().unsqueeze(-1)
-    here = (index >= 0) & (index < logits.shape[-1])
-    place = index.clamp(0, logits.shape[-1] - 1)
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     capped = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
     peak = capped.amax(-1, keepdim=True)
+    terms = row_terms(capped, None, peak, index, rows_t, entropy=entropy, with_stats=with_stats)
+    sums = [row_sums(x).view(-1) for x in terms]
+    target, before = target_parts(capped, peak, index, with_stats)
+    return named_parts(peak.view(-1), target, before, sums, entropy, with_stats)
+
+
+def row_terms(
+    capped: Tensor,
+    columns: Tensor | None,
+    peak: Tensor,
+    index: Tensor,
+    rows_t: float | Tensor,
+    *,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+) -> Iterator[Tensor]:
+    """Compute, one after the other, what is to be summed of columns (..., V) of rows whose peaks,
+    targets and temperatures are (..., 1). `columns`: see `_with_target`.
+    """
+    if "mean_logit" in with_stats:
+        yield capped
     shifted = _divide_(capped - _finite_base(peak), rows_t)
-    weight = shifted.exp()
-    target = torch.where(here, capped.gather(-1, place), -torch.inf)
     # Without the target in it, the sum stays accurate where p(target) → 1: see
     # kernels/token_stats.py.
-    weight = _with_target(weight, index, torch.zeros_like(peak), columns)
-    rest = row_sums(weight)
-    moment, before, total, squares = (capped.new_empty(0) for _ in range(4))
-    if "is_top1" in with_stats:
-        before = torch.where(capped.argmax(-1, keepdim=True) < index, peak, -torch.inf)
-    if "mean_logit" in with_stats:
-        total = row_sums(capped)
+    weight = _with_target(_exp(shifted), index, torch.zeros_like(peak), columns)
+    yield weight
     if "log_sum_sq_probs" in with_stats:
-        squares = row_sums(weight.square())
+        yield weight.square()
     if entropy:
         # e^-inf·(-inf) counts as 0; a finite stand-in for the exponent lets the product say so.
-        moment = row_sums(weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)))
-    parts = (peak, rest, target, moment, before, total, squares)
-    return RowParts(*(x.view(-1) for x in parts))
+        yield weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min))
+
+
+def target_parts(
+    capped: Tensor, peak: Tensor, index: Tensor, with_stats: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Compute `target` and `before` of `RowParts` from rows (N, V), their peaks and targets
+    (N, 1).
+    """
+    here, place = (index >= 0) & (index < capped.shape[-1]), index.clamp(0, capped.shape[-1] - 1)
+    target = torch.where(here, capped.gather(-1, place), -torch.inf).view(-1)
+    if "is_top1" not in with_stats:
+        return target, target.new_empty(0)
+    earlier = capped.argmax(-1, keepdim=True) < index
+    return target, torch.where(earlier, peak, -torch.inf).view(-1)
+
+
+def named_parts(
+    peak: Tensor,
+    target: Tensor,
+    before: Tensor,
+    sums: list[Tensor],
+    entropy: bool,
+    with_stats: tuple[str, ...],
+) -> RowParts:
+    """Give names to the sums (N,) of what `row_terms` computes."""
+    of_terms, nothing = iter(sums), peak.new_empty(0)
+    total = next(of_terms) if "mean_logit" in with_stats else nothing
+    rest = next(of_terms)
+    squares = next(of_terms) if "log_sum_sq_probs" in with_stats else nothing
+    moment = next(of_terms) if entropy else nothing
+    return RowParts(peak, rest, target, moment, before, total, squares)
 
 
 def _with_target(rows: Tensor, index: Tensor, value: Tensor, columns: Tensor | None) -> Tensor:
@@ -300,7 +344,7 @@ def _with_target(rows: Tensor, index: Tensor, value: Tensor, columns: Tensor | N
     the numbers of the columns (V,) int32, which it would otherwise compute one by one.
     """
     if columns is not None:
-        here_or_nowhere = index.clamp(-1, rows.shape[-1]).to(columns.dtype)
+        here_or_nowhere = index.clamp(-1, torch.iinfo(columns.dtype).max).to(columns.dtype)
         return torch.where(columns == here_or_nowhere, value, rows)
     here, place = (index >= 0) & (index < rows.shape[-1]), index.clamp(0, rows.shape[-1] - 1)
     return rows.scatter_(-1, place, torch.where(here, value, rows.gather(-1, place)))
@@ -379,6 +423,13 @@ def _log_sum_squares(
     heavy = square > 0.25
     of_heavy = 2 * logprob + torch.log1p(squares / torch.where(heavy, square, 1.0))
     return torch.where(heavy, of_heavy, (squares + square).log() - 2 * log_norm)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """e^x, of which sums are made: as a power of 2, with an error of |x| roundings, where the
+    compiler would put an exponential that is used twice into memory in between.
+    """
+    return torch.exp2(x * math.log2(math.e)) if _compiles_for_cpu(x) else x.exp()
 
 
 class RowSlopes(NamedTuple):
@@ -540,7 +591,10 @@ def masked_sum(values: Tensor, mask: Tensor | None, layout: Layout = ROWS) -> Te
     (B,).
     """
     values = values.to(accumulation_dtype(values.dtype))
-    return values if mask is None else layout.sums(torch.where(mask != 0, values, 0.0))
+    if mask is None:
+        return values
+    keep = mask if mask.dtype == torch.bool else mask != 0
+    return layout.sums(torch.where(keep, values, 0.0))
 
 
 def sequence_scores(
@@ -964,30 +1018,28 @@ def divergence_of_sums(
     return values, *norms, mean_p, mean_q
 
 
-def log_ratio_moments(
-    logits_p: Tensor,
-    logits_q: Tensor,
-    *,
-    temperature: float | Tensor,
-    softcap: float | Tensor | None,
-    scale: float | Tensor,
-) -> tuple[Tensor, ...]:
-    """Compute of rows (N, V) peak and log_norm of p and of q, and E_p[ln p - ln q], which is
-    KL(p‖q): in one pass after that for the peaks, but with an error of the size of the log-ratios.
+def log_ratio_terms(
+    z_p: Tensor, z_q: Tensor, peak_p: Tensor, peak_q: Tensor, rows_t: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute, of columns (..., V) of rows whose peaks and temperatures are (..., 1), what is to be
+    summed for the norms of p and q and for E_p[ln p - ln q].
     """
-    rows_t = _of_rows(temperature, logits_p.dtype)
-    peaks, weights, z = [], [], []
-    for logits in (logits_p, logits_q):
-        z.append(capped_logits(logits, softcap, scale))
-        peaks.append(z[-1].amax(-1, keepdim=True))
-        weights.append(_divided(z[-1] - _finite_base(peaks[-1]), rows_t).exp())
-    apart = _divided((z[0] - _finite_base(peaks[0])) - (z[1] - _finite_base(peaks[1])), rows_t)
-    total_p, total_q = (row_sums(weight) for weight in weights)
+    shifted_p, shifted_q = (
+        _divided(z - _finite_base(peak), rows_t) for z, peak in ((z_p, peak_p), (z_q, peak_q))
+    )
+    weight = _exp(shifted_p)
     # A token that p rules out takes no part, whatever q makes of it.
-    moment = row_sums(weights[0] * torch.where(weights[0] == 0, 0.0, apart))
+    return weight, _exp(shifted_q), weight * torch.where(weight == 0, 0.0, shifted_p - shifted_q)
+
+
+def log_ratio_of_sums(
+    peak_p: Tensor, peak_q: Tensor, total_p: Tensor, total_q: Tensor, moment: Tensor
+) -> tuple[Tensor, ...]:
+    """Compute from those sums (N,) peak and log_norm of p and of q, and E_p[ln p - ln q], which is
+    KL(p‖q), but with an error of the size of the log-ratios.
+    """
     log_p, log_q = total_p.log(), total_q.log()
-    mean = moment / total_p - (log_p - log_q)
-    return tuple(x.squeeze(-1) for x in (peaks[0], log_p, peaks[1], log_q, mean))
+    return peak_p, log_p, peak_q, log_q, moment / total_p - (log_p - log_q)
 
 
 def row_norm(
@@ -1110,15 +1162,37 @@ def fisher_product(
     """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is."""
     dtype = accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
     rows_t = _of_rows(temperature, dtype)
-    z = of_live_rows(logits, mask).to(dtype)
+    z, u = (of_live_rows(x, mask).to(dtype) for x in (logits, tangent))
     peak = z.detach().amax(-1, keepdim=True)
-    weight = of_live_rows(_divided(z - _finite_base(peak), rows_t).exp(), mask)
-    # Neither a row that does not count nor a token without probability takes part, whatever its
-    # tangent is.
-    u = torch.where(weight == 0, 0.0, tangent.to(dtype))
-    total = row_sums(weight)
+    total, moment = (row_sums(x) for x in fisher_terms(z, u, peak, rows_t))
+    product, centred = fisher_product_of_sums(z, u, peak, rows_t, total, moment)
+    return product, row_sums(product * centred).squeeze(-1)
+
+
+def fisher_terms(
+    z: Tensor, u: Tensor, peak: Tensor, rows_t: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute, of columns (..., V) of rows whose peaks and temperatures are (..., 1), what is to be
+    summed for the norm of p and for E_p[u].
+    """
+    weight = _exp(_divided(z - _finite_base(peak), rows_t))
+    return weight, weight * _where_likely(weight, u)
+
+
+def fisher_product_of_sums(
+    z: Tensor, u: Tensor, peak: Tensor, rows_t: float | Tensor, total: Tensor, moment: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the product (..., V) from those sums (..., 1), and u - E_p[u]: the quadratic form is
+    the sum of the product of both.
+    """
+    weight = _exp(_divided(z - _finite_base(peak), rows_t))
     share = 1 / torch.where(total == 0, 1.0, total)
-    centred = u - row_sums(weight * u) * share
+    centred = _where_likely(weight, u) - moment * share
     product = weight * share * centred
     product = product if _is_one(rows_t) else product / rows_t**2
-    return product, row_sums(product * centred).squeeze(-1)
+    return product, centred
+
+
+def _where_likely(weight: Tensor, u: Tensor) -> Tensor:
+    """A token without probability takes no part, whatever its tangent is."""
+    return torch.where(weight == 0, 0.0, u)

@@ -30,10 +30,11 @@ _LOG = logging.getLogger("fastrlhf")
 # two alike, and none that a loop divides by, so that nothing follows from them. But a loop over
 # tokens is unrolled, so many at a time.
 STEPS = 32
-_EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 1031, "s": STEPS}
+_EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 5147, "s": STEPS}
 
 # The numbers of rows are made here, and never outside of a matrix.
 _OPTIONS: dict[str, Any] = {
+    "realize_reads_threshold": 16,
     "assert_indirect_indexing": False,
     "cpp.use_decompose_tanh": False,  # which is wrong of small numbers
 }

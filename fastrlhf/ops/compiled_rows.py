@@ -8,8 +8,9 @@ are tensors, so that no value of theirs is compiled in, or absent.
 Dims: N rows, of which n count, V columns.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,18 @@ from .compiled import STEPS, NotCompiled, RowFunction
 # that wait for each other than many small ones.
 _CHUNK_LOGITS = 2**24
 
+# Columns whose numbers may be added up one after the other in fp32, for each of a register's sums.
+_RUN = 1024
+
 # Numbers that functions may hold in fp32 between two loops, once or more for each logit.
 _HELD_NUMBERS = 2**22
 
 # Gradients of so many logits wait to be put where they belong, if they cannot be written there.
 _ROOM_LOGITS = 2**22
 
+
+# A call of a function costs as much as to copy the gradients of about so many logits.
+_WORTH_A_CALL = 2**20
 
 # No loop takes more numbers at a time than this: two registers of 16.
 _WHOLE_VECTORS = 32
@@ -63,15 +70,52 @@ def _row_parts(
     entropy: bool,
     with_stats: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    rows = matrix[numbers]
-    parts = reference.row_parts(
-        rows, targets, entropy=entropy, with_stats=with_stats, columns=columns,
-        **Scaling(temperature, softcap, scale).as_options(),
-    )  # fmt: skip
-    # A hint, whose value nobody uses: where a loop reads nothing but 16-bit numbers, the compiler
-    # takes two registers of fp32 at a time, and converts those to fp64, in which sums are made, one
-    # by one. A sum of other numbers in the same loop makes it take one. A quarter less time.
-    return *parts, columns.float().expand(rows.shape).sum(-1)
+    rows = matrix[numbers].to(reference.accumulation_dtype(matrix.dtype))
+    capped = reference.capped_logits(rows, softcap, 1.0 if scale is None else scale)
+    index, peak = targets.unsqueeze(-1), capped.amax(-1, keepdim=True)
+    rows_t = _column(temperature)
+    terms = functools.partial(reference.row_terms, entropy=entropy, with_stats=with_stats)
+    sums = _sums_in_parts(terms, (peak, index, rows_t), capped, columns)
+    return peak.view(-1), *reference.target_parts(capped, peak, index, with_stats), *sums
+
+
+def _sums_in_parts(
+    terms: Callable[..., Iterable[Tensor]],
+    of_rows: Sequence[Tensor | float],
+    *rows: Tensor,
+) -> tuple[Tensor, ...]:
+    """Sum what a function makes of rows (n, V), of which some are the same for all (V,), and of
+    what there is of each row, (n, 1): in two parts each, (n,) and (n,), first those of whole runs,
+    for `_added`.
+
+    The compiler adds up thousands of numbers one after the other, where PyTorch adds up sums of
+    parts. The function is applied to the parts, because its results would have to be in memory to
+    be cut; and they are not added here, because a loop over rows that does only that would keep the
+    compiler from doing all else of a row while that is in the cache.
+    """
+    whole = rows[0].shape[1] // _RUN * _RUN
+
+    def in_runs(x: Tensor) -> Tensor:
+        return x[..., :whole].unflatten(-1, (-1, _RUN))
+
+    of_runs = (x.unsqueeze(1) if isinstance(x, Tensor) else x for x in of_rows)
+    first = terms(*(in_runs(x) for x in rows), *of_runs)
+    rest = terms(*(x[..., whole:] for x in rows), *of_rows)
+    return (
+        *(x.sum(-1).sum(-1, dtype=torch.float64) for x in first),
+        *(x.sum(-1) for x in rest),
+    )
+
+
+def _column(temperature: Tensor | None) -> Tensor | float:
+    """The temperatures (n, 1) of rows, 1 for none."""
+    return 1.0 if temperature is None else temperature.unsqueeze(-1)
+
+
+def _added(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Add up the parts of sums."""
+    half = len(parts) // 2
+    return [(a + b).to(b.dtype) for a, b in zip(parts[:half], parts[half:], strict=True)]
 
 
 def _logits_gradient(
@@ -126,10 +170,14 @@ def _log_ratio_moments(
     *,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    return reference.log_ratio_moments(
-        matrix_p[numbers_p].to(dtype), matrix_q[numbers_q].to(dtype),
-        **Scaling(temperature, softcap, scale).as_options(),
-    )  # fmt: skip
+    softcap_and_scale = softcap, 1.0 if scale is None else scale
+    p, q = (
+        reference.capped_logits(rows.to(dtype), *softcap_and_scale)
+        for rows in (matrix_p[numbers_p], matrix_q[numbers_q])
+    )
+    peaks = p.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
+    sums = _sums_in_parts(reference.log_ratio_terms, (*peaks, _column(temperature)), p, q)
+    return *(x.view(-1) for x in peaks), *sums
 
 
 def _divergence_sums(
@@ -197,12 +245,46 @@ def _fisher_product(
     numbers_of_tangent: Tensor,
     temperature: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    product, quadratic = reference.fisher_product(
-        logits[numbers], tangent[numbers_of_tangent], None,
-        temperature=1.0 if temperature is None else temperature,
-    )  # fmt: skip
-    out.copy_(product)
-    return (quadratic,)
+    z, u = _sides(logits, numbers, tangent, numbers_of_tangent)
+    peak, rows_t = z.amax(-1, keepdim=True), _column(temperature)
+    sums = _sums_in_parts(_fisher_moments, (peak, rows_t), z, u)
+    total, moment, _ = (x.unsqueeze(-1) for x in _added(sums))
+    out.copy_(reference.fisher_product_of_sums(z, u, peak, rows_t, total, moment)[0])
+    return peak.view(-1), *sums
+
+
+def _fisher_moments(
+    z: Tensor, u: Tensor, peak: Tensor, rows_t: float | Tensor
+) -> tuple[Tensor, ...]:
+    weight, moment = reference.fisher_terms(z, u, peak, rows_t)
+    return weight, moment, moment * torch.where(weight == 0, 0.0, u)
+
+
+def _fisher_quadratic(
+    logits: Tensor,
+    numbers: Tensor,
+    tangent: Tensor,
+    numbers_of_tangent: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    moment: Tensor,
+    temperature: Tensor | None,
+) -> tuple[Tensor, ...]:
+    z, u = _sides(logits, numbers, tangent, numbers_of_tangent)
+    of_rows = peak.unsqueeze(-1), _column(temperature), total.unsqueeze(-1), moment.unsqueeze(-1)
+    return _sums_in_parts(_fisher_squares, of_rows, z, u)
+
+
+def _fisher_squares(*arguments: Any) -> tuple[Tensor]:
+    product, centred = reference.fisher_product_of_sums(*arguments)
+    return (product * centred,)
+
+
+def _sides(
+    matrix: Tensor, numbers: Tensor, other: Tensor, numbers_of_other: Tensor
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(torch.promote_types(matrix.dtype, other.dtype))
+    return matrix[numbers].to(dtype), other[numbers_of_other].to(dtype)
 
 
 def _advantages(
@@ -227,6 +309,7 @@ DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . . n . .")
 DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . . n . .")
 ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
+FISHER_QUADRATIC = RowFunction(_fisher_quadratic, "mv n mv n n n n n")
 
 
 def chunks(
@@ -260,11 +343,11 @@ def row_parts(
     each row is given of all N.
     """
     scaled = _scaling(temperature, softcap, scale, index, reference.accumulation_dtype(rows.dtype))
-    found = ROW_PARTS(
+    peak, target, before, *sums = ROW_PARTS(
         *_found_by_number(rows, index), targets[index], _columns(rows), *scaled,
         entropy=entropy, with_stats=with_stats,
     )  # fmt: skip
-    return RowParts(*found[:-1])
+    return reference.named_parts(peak, target, before, _added(sums), entropy, with_stats)
 
 
 def write_gradient(
@@ -324,7 +407,8 @@ def divergence(
         sums = DIVERGENCE_SUMS(*p, *q, *both, *shares, *scaled)
         found = reference.divergence_of_sums(sums, both, share)
         return tuple(x[: len(index)] for x in found)
-    *norms, value = LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
+    *peaks, a, b, c, d, e, f = LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
+    *norms, value = reference.log_ratio_of_sums(*peaks, *_added((a, b, c, d, e, f)))
     # Those without a number too, and infinite ones: e^(z - peak) may be a number where p is 0.
     sure = (value > _LARGE_DIVERGENCE) & (value != torch.inf)
     small = (~sure).nonzero().squeeze(1)
@@ -387,13 +471,26 @@ def write_fisher_product(
 ) -> Tensor:
     """Write the products of `reference.fisher_product` of some rows to where they are in out_rows,
     and return the quadratic forms (n,).
+
+    That is E[u²] - E[u]², unless too much of it cancels: then it takes a second pass.
     """
     quadratic: list[Tensor] = []
 
     def write(out: Tensor, some: Tensor) -> None:
         scaled = _scaling(temperature, None, 1.0, some, dtype)
-        where = *_found_by_number(logits, some), *_found_by_number(tangent, some)
-        quadratic.extend(FISHER_PRODUCT(out, *where, scaled.temperature))
+        (z, numbers), (u, numbers_of_u) = (_found_by_number(x, some) for x in (logits, tangent))
+        peak, *sums = FISHER_PRODUCT(out, z, numbers, u, numbers_of_u, scaled.temperature)
+        total, moment, squares = _added(sums)
+        mean = moment / total
+        found = squares / total - mean.square()
+        unsure = (~(found > mean.square())).nonzero().squeeze(1)
+        if scaled.temperature is not None:
+            found /= scaled.temperature.square()
+        if len(unsure):
+            of_rows = (None if x is None else x[unsure] for x in (peak, total, moment, *scaled[:1]))
+            exactly = FISHER_QUADRATIC(z, numbers[unsure], u, numbers_of_u[unsure], *of_rows)
+            found[unsure] = _added(exactly)[0]
+        quadratic.append(found)
 
     _into_rows(out_rows, index, write)
     return torch.cat(quadratic)
@@ -433,14 +530,18 @@ def _whole_vectors(index: Tensor) -> Tensor:
 
 
 def _into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
-    """Let a function write what belongs to some rows of an (outer, inner, V) view: right there if
-    they follow each other, by which the compiler makes better loops than of places here and there.
+    """Let a function write what belongs to some rows of an (outer, inner, V) view: right there
+    where many follow each other, by which the compiler makes better loops than of places here and
+    there.
     """
-    first, last = int(index[0]), int(index[-1]) + 1
-    if rows.shape[0] == 1 and last - first == len(index):
-        write(rows[0, first:last], index)
-    else:
+    ends = (index.diff() != 1).nonzero().squeeze(1) + 1
+    pieces, logits = len(ends) + 1, len(index) * rows.shape[2]
+    if rows.shape[0] > 1 or (pieces > 1 and logits < pieces * _WORTH_A_CALL):
         _by_way_of_room(rows, index, write)
+        return
+    for some in index.tensor_split(ends):
+        first = int(some[0])
+        write(rows[0, first : first + len(some)], some)
 
 
 def _by_way_of_room(

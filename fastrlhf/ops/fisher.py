@@ -122,7 +122,7 @@ def _product(
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):
             sides = rows_of(logits), rows_of(tangent)
-            for rows in compiled_rows.chunks(keep, vocab, held=2):
+            for rows in compiled_rows.chunks(keep, vocab):
                 quadratic[rows] = compiled_rows.write_fisher_product(
                     product.unsqueeze(0), *sides, rows, temperatures, acc
                 )
