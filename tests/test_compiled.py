@@ -124,7 +124,7 @@ def test_no_size_is_compiled_anew(caplog) -> None:
     assert [line.split(" in ")[0] for line in told(caplog)] == [
         "compiled row_parts", "compiled logits_gradient"
     ]  # fmt: skip
-    for rows, vocab in [(1, VOCAB), (2, 2), (2, 3), (300, 300), (7, 1000), (1, 33), (64, 64)]:
+    for rows, vocab in [(1, VOCAB), (2, 2), (2, 3), (300, 300), (7, 1000), (1, 33), (2, 5000)]:
         logits, targets = batch(rows, vocab, dtype)
         for ignored in (0, rows // 2, rows - 1):
             some = targets.clone()
@@ -141,6 +141,24 @@ def test_no_size_is_compiled_anew(caplog) -> None:
         assert graphs() == after
     assert graphs() == before + 4
     assert len(told(caplog)) == 2 + 4
+
+
+@pytest.mark.parametrize("runs", [0, 1, 3])
+@pytest.mark.parametrize("left", [0, 1, 37])
+def test_sums_are_of_all_columns(runs, left) -> None:
+    vocab = max(2, runs * compiled_rows._RUN + left)
+    logits, other = (5 * torch.randn(4, vocab) for _ in range(2))
+    targets = torch.randint(vocab, (4,))
+    asked = {"entropy": True, "with_stats": ("mean_logit", "log_sum_sq_probs")}
+    for found in (
+        lambda impl: fastrlhf.token_stats(logits, targets, impl=impl, **asked),
+        lambda impl: (fastrlhf.kl_divergence(logits, other, impl=impl),),
+        lambda impl: fastrlhf.softmax_fisher_product(logits, other, impl=impl),
+        lambda impl: fastrlhf.softmax_fisher_product(logits, other + 30, impl=impl),
+    ):
+        for a, b in zip(found("compiled"), found("eager"), strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
 def test_rows_without_a_target_are_not_asked_for(calls) -> None:

@@ -20,6 +20,7 @@ from fastrlhf import reference
 from fastrlhf.reference import RowParts, RowSlopes, Shares
 
 from .compiled import STEPS, NotCompiled, RowFunction
+from .row_spans import few_spans
 
 # Logits that a function is given at once (at least one row). Few large loops lose less to threads
 # that wait for each other than many small ones.
@@ -534,14 +535,16 @@ def _into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], No
     where many follow each other, by which the compiler makes better loops than of places here and
     there.
     """
-    ends = (index.diff() != 1).nonzero().squeeze(1) + 1
-    pieces, logits = len(ends) + 1, len(index) * rows.shape[2]
-    if rows.shape[0] > 1 or (pieces > 1 and logits < pieces * _WORTH_A_CALL):
+    worth_it = max(1, len(index) * rows.shape[2] // _WORTH_A_CALL)
+    spans = few_spans(index, worth_it) if rows.shape[0] == 1 else None
+    if spans is None:
         _by_way_of_room(rows, index, write)
         return
-    for some in index.tensor_split(ends):
-        first = int(some[0])
-        write(rows[0, first : first + len(some)], some)
+    done = 0
+    for first, last in spans:
+        some = index[done : done + last - first]
+        write(rows[0, first:last], some)
+        done += len(some)
 
 
 def _by_way_of_room(

@@ -25,7 +25,7 @@ from .compiled import NotCompiled
 from .eager_rows import chunks, of_rows, take_rows
 from .ranks import Group
 from .sharded import logits_part, same_part
-from .token_stats import rows_of, zero_unless_all
+from .token_stats import rows_of, zero_inactive
 from .transform import (
     Transform,
     check_temperatures_on_host,
@@ -294,7 +294,7 @@ def divergence_backward_into(
         )  # fmt: skip
         return
     active = keep & (d_values != 0)
-    zero_unless_all(d_rows, active)
+    zero_inactive(d_rows, active)
     options |= {"of_p": of_p, "share": share}
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):

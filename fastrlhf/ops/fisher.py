@@ -27,7 +27,7 @@ from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
 from .linear_head import Head, Weight
 from .linear_rows import even_spans, live_rows
 from .sharded import is_dtensor
-from .token_stats import rows_of, zero_unless_all
+from .token_stats import rows_of, zero_inactive
 from .transform import check_temperatures_on_host, checked_transform, flat_temperature
 
 
@@ -118,7 +118,7 @@ def _product(
     vocab = logits.shape[-1]
     product = torch.empty(keep.numel(), vocab, dtype=tangent.dtype, device=tangent.device)
     quadratic = torch.zeros(keep.numel(), dtype=acc, device=tangent.device)
-    zero_unless_all(product, keep)
+    zero_inactive(product, keep)
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):
             sides = rows_of(logits), rows_of(tangent)

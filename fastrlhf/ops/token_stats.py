@@ -37,6 +37,7 @@ from .checks import (
 )
 from .compiled import NotCompiled
 from .ranks import Group
+from .row_spans import few_spans
 from .sharded import logits_part, replicated
 from .transform import (
     Transform,
@@ -48,6 +49,8 @@ from .transform import (
 # Logits that the eager backend holds in fp32 at once (at least one row): 4 MiB stay in a CPU's
 # cache.
 _EAGER_CHUNK_LOGITS = 2**20
+
+_FEW_SPANS = 256
 
 
 def token_stats(
@@ -487,7 +490,7 @@ def _write_gradient(
     active &= peak != -torch.inf
     in_place = d_logits is logits
     if not in_place:
-        zero_unless_all(d_rows, active)
+        zero_inactive(d_rows, active)
     options: dict[str, Any] = {
         "temperature": row_temperature, "softcap": softcap, "scale": scale
     }  # fmt: skip
@@ -691,12 +694,17 @@ def take_rows(rows: Tensor, index: Index) -> Tensor:
     return rows[index // rows.shape[1], index % rows.shape[1]]
 
 
-def zero_unless_all(rows: Tensor, active: Tensor) -> None:
-    """Put zeros everywhere before active rows are written, which is faster than finding the others,
-    unless there are none.
+def zero_inactive(rows: Tensor, active: Tensor) -> None:
+    """Put zeros into the rows (N, V), or (outer, inner, V), that are not active: into all, unless
+    they are few spans, for others take longer to find than to fill.
     """
-    if not bool(active.all()):
+    inactive = (~active).nonzero().squeeze(1)
+    spans = few_spans(inactive, _FEW_SPANS)
+    if spans is None or (spans and rows.ndim == 3 and rows.shape[0] > 1):
         rows.zero_()
+        return
+    for first, last in spans:
+        rows[..., first:last, :].zero_()
 
 
 def _put_rows(rows: Tensor, index: Index, values: Tensor | float) -> None:

@@ -795,6 +795,22 @@ MUTANTS = [
             "        _number(softcap, of_rows),\n", "        softcap,\n",
             "compiled_anew",
         ),
+        (
+            "compiled: sums of whole runs alone",
+            "*(x.sum(-1) for x in rest),", "*(0 * x.sum(-1) for x in rest),",
+            "all_columns",
+        ),
+        (
+            "compiled: sums of what is no whole run",
+            "*(x.sum(-1).sum(-1, dtype=torch.float64) for x in first),",
+            "*(0 * x.sum(-1).sum(-1) for x in first),",
+            "all_columns",
+        ),
+        (
+            "compiled: a variance from moments that cancel",
+            "(~(found > mean.square()))", "(found != found)",
+            "all_columns",
+        ),
     ),
     Mutant(
         "compiled: sizes that are equal by chance",
@@ -809,6 +825,12 @@ MUTANTS = [
         "len(x) != 1:\n        return x", "True:\n        return x",
         "test_compiled.py", "compiled_anew",
         equivalent="without guards a 1 is a size as any other; the row comes twice for safety",
+    ),
+    Mutant(
+        "compiled: sums of no runs",
+        "fastrlhf/ops/compiled_rows.py",
+        "_RUN = 1024", "_RUN = 2**30",
+        "test_with_stats.py", "equal_logits and compiled and 40000",
     ),
     Mutant(
         "compiled: fp32 sums",
@@ -855,8 +877,20 @@ MUTANTS = [
         ),
         (
             "head: the weight of the last block",
-            "_add_product(total, a, b, fresh)", "_add_product(total, a, b, True)",
+            "_add_product(total, a, b.to(self.gradients), fresh)",
+            "_add_product(total, a, b.to(self.gradients), True)",
             "values_and_gradients and eager",
+        ),
+        (
+            "head: bf16 sums of blocks",
+            "part.copy_(product) if fresh else part.add_(product)",
+            "part.copy_(product if fresh else (part + product).bfloat16())",
+            "as_accurate_as_the_plain_formula",
+        ),
+        (
+            "head: rounded rows of the last block",
+            "part.copy_(product) if fresh else part.add_(product)", "part.copy_(product)",
+            "as_accurate_as_the_plain_formula",
         ),
     ),
     Mutant(
@@ -1340,7 +1374,7 @@ MUTANTS = [
         ),
         (
             "eager K1: a mean of logits that are neither scaled nor capped",
-            "total = row_sums(capped)", "total = row_sums(logits.to(capped))",
+            "yield capped\n", "yield logits.to(capped)\n",
             "loss_is_that and smoothed and (scaled or capped)",
         ),
     ),
@@ -1545,7 +1579,7 @@ MUTANTS = [
         ),
         (
             "eager K1: weights for their squares",
-            "squares = row_sums(weight.square())", "squares = row_sums(weight)",
+            "yield weight.square()", "yield weight",
             "match_the_oracle and eager and plain and 33",
         ),
         (
