@@ -157,7 +157,7 @@ def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ..
         put(found, block, stats)
         unit = Slopes(torch.ones_like(stats.logprob))
         dz = bench.d_logits(block, logits, stats, unit, room=bench.head.room)
-        slope[block.place] = bench.head.pull_back(dz).to(slope.dtype)
+        slope[block.place] = bench.head.pull_back(dz, slope.dtype)
     return found, slope
 
 

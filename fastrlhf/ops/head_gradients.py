@@ -139,7 +139,7 @@ class Gradients:
         if self.over_ranks is not None:
             self.over_ranks.send(place, self.head.pull_back(d_logits))
         elif self.hidden is not None:
-            self.hidden[place] = self.head.pull_back(d_logits).to(self.hidden.dtype)
+            self.hidden[place] = self.head.pull_back(d_logits, self.hidden.dtype)
         if any(self.wants_weights) or self.wants_bias:
             self._waiting.append((hidden, d_logits))
             in_place_of_logits = self._room is None
@@ -185,7 +185,10 @@ class Gradients:
             self._move_to(unit)
         for i, block in enumerate(self.head.columns):
             if self.wants_weights[i]:
-                self.weights[i] = self.head.added(self.weights[i], values.T, hidden[:, block])
+                of = self.head.weights[i]
+                self.weights[i] = self.head.added(
+                    self.weights[i], values.T, hidden[:, block], of.dtype
+                )
         self._waiting = []
 
     def _sum(self, values: Tensor, units: Tensor | None) -> Tensor:

@@ -313,7 +313,7 @@ class _LinearDivergence(torch.autograd.Function):
                     room = side.head.room if found is None else found.room
                     d_logits = block.d_logits(i, torch.ones_like(block.values), room)
                     if slope is not None:
-                        slope[rows] = side.head.pull_back(d_logits).to(slope.dtype)
+                        slope[rows] = side.head.pull_back(d_logits, slope.dtype)
                     if found is not None:
                         found.add(rows, side.hidden[rows].to(side.head.operands), d_logits)
             known = [

@@ -231,10 +231,10 @@ def _slopes_of_block(
     if bench.entropy_grad:
         slopes = Slopes(zero, one)
         dz = bench.d_logits(block, logits, stats, slopes, room=bench.head.room, overwrite=False)
-        u_entropy[block.place] = bench.head.pull_back(dz).to(u_entropy.dtype)
+        u_entropy[block.place] = bench.head.pull_back(dz, u_entropy.dtype)
         del dz
     dz = bench.d_logits(block, logits, stats, Slopes(one), room=bench.head.room)
-    u_logprob[block.place] = bench.head.pull_back(dz).to(u_logprob.dtype)
+    u_logprob[block.place] = bench.head.pull_back(dz, u_logprob.dtype)
 
 
 def recomputed_gradients(

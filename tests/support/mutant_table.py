@@ -877,8 +877,7 @@ MUTANTS = [
         ),
         (
             "head: the weight of the last block",
-            "_add_product(total, a, b.to(self.gradients), fresh)",
-            "_add_product(total, a, b.to(self.gradients), True)",
+            "b.to(self._operands_for(dtype)), fresh)", "b.to(self._operands_for(dtype)), True)",
             "values_and_gradients and eager",
         ),
         (
