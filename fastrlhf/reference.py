@@ -1164,28 +1164,30 @@ def fisher_product(
     rows_t = _of_rows(temperature, dtype)
     z, u = (of_live_rows(x, mask).to(dtype) for x in (logits, tangent))
     peak = z.detach().amax(-1, keepdim=True)
-    total, moment = (row_sums(x) for x in fisher_terms(z, u, peak, rows_t))
-    product, centred = fisher_product_of_sums(z, u, peak, rows_t, total, moment)
+    weight = fisher_weight(z, peak, rows_t)
+    total, moment = row_sums(weight), row_sums(fisher_moment(weight, u))
+    product, centred = fisher_product_of_sums(weight, u, rows_t, total, moment)
     return product, row_sums(product * centred).squeeze(-1)
 
 
-def fisher_terms(
-    z: Tensor, u: Tensor, peak: Tensor, rows_t: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute, of columns (..., V) of rows whose peaks and temperatures are (..., 1), what is to be
-    summed for the norm of p and for E_p[u].
+def fisher_weight(z: Tensor, peak: Tensor, rows_t: float | Tensor) -> Tensor:
+    """Compute e^((z - peak)/T) of columns (..., V) of rows whose peaks and temperatures are
+    (..., 1).
     """
-    weight = _exp(_divided(z - _finite_base(peak), rows_t))
-    return weight, weight * _where_likely(weight, u)
+    return _exp(_divided(z - _finite_base(peak), rows_t))
+
+
+def fisher_moment(weight: Tensor, u: Tensor) -> Tensor:
+    """Compute what E_p[u] is the sum of, but for the norm of p."""
+    return weight * _where_likely(weight, u)
 
 
 def fisher_product_of_sums(
-    z: Tensor, u: Tensor, peak: Tensor, rows_t: float | Tensor, total: Tensor, moment: Tensor
+    weight: Tensor, u: Tensor, rows_t: float | Tensor, total: Tensor, moment: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the product (..., V) from those sums (..., 1), and u - E_p[u]: the quadratic form is
-    the sum of the product of both.
+    """Compute the product (..., V), given the sums (..., 1) of weights and moments, and u - E_p[u]:
+    the quadratic form is the sum of the product of both.
     """
-    weight = _exp(_divided(z - _finite_base(peak), rows_t))
     share = 1 / torch.where(total == 0, 1.0, total)
     centred = _where_likely(weight, u) - moment * share
     product = weight * share * centred

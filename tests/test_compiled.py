@@ -155,10 +155,25 @@ def test_sums_are_of_all_columns(runs, left) -> None:
         lambda impl: (fastrlhf.kl_divergence(logits, other, impl=impl),),
         lambda impl: fastrlhf.softmax_fisher_product(logits, other, impl=impl),
         lambda impl: fastrlhf.softmax_fisher_product(logits, other + 30, impl=impl),
+        lambda impl: fastrlhf.softmax_fisher_product(logits, 1e18 * other, impl=impl),
     ):
         for a, b in zip(found("compiled"), found("eager"), strict=True):
             if a is not None:
                 torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["1111000111", "0111001110", "1000000000", "0000000000"])
+def test_gradients_of_spans_of_rows_are_where_they_belong(mask, monkeypatch) -> None:
+    monkeypatch.setattr(compiled_rows, "_WORTH_A_CALL", 1)
+    keep = torch.tensor([[digit == "1" for digit in mask]])
+    logits, other = (torch.randn(1, len(mask), VOCAB, requires_grad=True) for _ in range(2))
+    found = {}
+    for impl in ("compiled", "eager"):
+        kl = fastrlhf.kl_divergence(logits, other, mask=keep, impl=impl)
+        product = fastrlhf.softmax_fisher_product(logits, other, mask=keep, impl=impl)
+        found[impl] = (*torch.autograd.grad(kl.sum(), (logits, other)), *product)
+    for a, b in zip(found["compiled"], found["eager"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_without_a_target_are_not_asked_for(calls) -> None:

@@ -27,14 +27,17 @@ from torch import Tensor
 _LOG = logging.getLogger("fastrlhf")
 
 # Sizes of the examples: larger than any number of threads, so that rows are what these share; no
-# two alike, and none that a loop divides by, so that nothing follows from them. But a loop over
+# two alike, and none that a loop divides by, so that nothing follows from them; and of columns some
+# runs (see `compiled_rows`) and a rest. But a loop over
 # tokens is unrolled, so many at a time.
 STEPS = 32
 _EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 5147, "s": STEPS}
 
-# The numbers of rows are made here, and never outside of a matrix.
 _OPTIONS: dict[str, Any] = {
+    # Rows that are found by number, with what there is of each: many reads, which are no reason to
+    # put what comes of them into memory before it is used twice.
     "realize_reads_threshold": 16,
+    # The numbers of rows are made here, and never outside of a matrix.
     "assert_indirect_indexing": False,
     "cpp.use_decompose_tanh": False,  # which is wrong of small numbers
 }

@@ -10,7 +10,7 @@ Dims: N rows, of which n count, V columns.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from .row_spans import few_spans
 # that wait for each other than many small ones.
 _CHUNK_LOGITS = 2**24
 
-# Columns whose numbers may be added up one after the other in fp32, for each of a register's sums.
+# Columns that are added up in fp32: so few that a register's 8 or 16 sums, of which each number
+# goes to one, get a hundred or so each.
 _RUN = 1024
 
 # Numbers that functions may hold in fp32 between two loops, once or more for each logit.
@@ -34,7 +35,6 @@ _HELD_NUMBERS = 2**22
 
 # Gradients of so many logits wait to be put where they belong, if they cannot be written there.
 _ROOM_LOGITS = 2**22
-
 
 # A call of a function costs as much as to copy the gradients of about so many logits.
 _WORTH_A_CALL = 2**20
@@ -250,14 +250,16 @@ def _fisher_product(
     peak, rows_t = z.amax(-1, keepdim=True), _column(temperature)
     sums = _sums_in_parts(_fisher_moments, (peak, rows_t), z, u)
     total, moment, _ = (x.unsqueeze(-1) for x in _added(sums))
-    out.copy_(reference.fisher_product_of_sums(z, u, peak, rows_t, total, moment)[0])
+    weight = reference.fisher_weight(z, peak, rows_t)
+    out.copy_(reference.fisher_product_of_sums(weight, u, rows_t, total, moment)[0])
     return peak.view(-1), *sums
 
 
 def _fisher_moments(
     z: Tensor, u: Tensor, peak: Tensor, rows_t: float | Tensor
 ) -> tuple[Tensor, ...]:
-    weight, moment = reference.fisher_terms(z, u, peak, rows_t)
+    weight = reference.fisher_weight(z, peak, rows_t)
+    moment = reference.fisher_moment(weight, u)
     return weight, moment, moment * torch.where(weight == 0, 0.0, u)
 
 
@@ -276,8 +278,16 @@ def _fisher_quadratic(
     return _sums_in_parts(_fisher_squares, of_rows, z, u)
 
 
-def _fisher_squares(*arguments: Any) -> tuple[Tensor]:
-    product, centred = reference.fisher_product_of_sums(*arguments)
+def _fisher_squares(
+    z: Tensor,
+    u: Tensor,
+    peak: Tensor,
+    rows_t: float | Tensor,
+    total: Tensor,
+    moment: Tensor,
+) -> tuple[Tensor]:
+    weight = reference.fisher_weight(z, peak, rows_t)
+    product, centred = reference.fisher_product_of_sums(weight, u, rows_t, total, moment)
     return (product * centred,)
 
 
@@ -473,7 +483,7 @@ def write_fisher_product(
     """Write the products of `reference.fisher_product` of some rows to where they are in out_rows,
     and return the quadratic forms (n,).
 
-    That is E[u²] - E[u]², unless too much of it cancels: then it takes a second pass.
+    Those are (E[u²] - E[u]²)/T², unless too much of it cancels: then it takes a second pass.
     """
     quadratic: list[Tensor] = []
 
@@ -484,7 +494,8 @@ def write_fisher_product(
         total, moment, squares = _added(sums)
         mean = moment / total
         found = squares / total - mean.square()
-        unsure = (~(found > mean.square())).nonzero().squeeze(1)
+        sure = (found > mean.square()) & (found != torch.inf)  # squares may be too large to add up
+        unsure = (~sure).nonzero().squeeze(1)
         if scaled.temperature is not None:
             found /= scaled.temperature.square()
         if len(unsure):

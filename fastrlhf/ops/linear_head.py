@@ -7,9 +7,11 @@ are then as wide as all blocks. A low-rank adapter is one more block, since W·h
 Precision: logits, and sums over the vocabulary or over tokens, are fp32 (fp64 for fp64 inputs),
 whatever the inputs are. On CUDA, bf16 and fp16 operands stay as they are and cuBLAS adds up in
 fp32, so that only the gradient of the logits is rounded, once, to the operands' dtype. Elsewhere
-operands are converted to fp32, the weight in slices; a quantized weight likewise. But where a CPU
-has instructions for bf16, its matmuls of bf16 take half of the time or less, and return bf16: which
-is what becomes of most gradients anyway, and would be too few places for logits.
+operands are converted to fp32, the weight in slices; a quantized weight likewise.
+
+There is one exception. A CPU with instructions for bf16 multiplies it in half of the time or less,
+but returns bf16: too few places for logits, and for what is added up. A gradient that ends in bf16
+as it comes out of one matmul is made so, and the gradient of its logits is rounded as on CUDA.
 
 Dims: n rows of a block, K width of the hidden states, V vocabulary.
 """
@@ -130,39 +132,38 @@ class Head:
         """Make room for the gradient of so many rows of logits, as operands."""
         return padded_rows(rows, self.vocab, self.operands, self.device)
 
-    def pull_back(self, d_logits: LogitGradient, dtype: torch.dtype | None = None) -> Tensor:
-        """Multiply (n, V) gradients of raw logits by the weight: (n, K), of hidden states, in
-        `dtype` or that of sums.
+    def pull_back(self, d_logits: LogitGradient, ends_in: torch.dtype | None = None) -> Tensor:
+        """Multiply (n, V) gradients of raw logits by the weight: (n, K), of hidden states, in the
+        precision of sums. `ends_in`: the dtype that they are rounded to, if nothing is added.
         """
         values, unit = d_logits
         width = self.columns[-1].stop
         d_hidden = values.new_empty((values.shape[0], width), dtype=self.sums)
         if self.vocab == 0:
             return d_hidden.zero_()
-        operands, slice_rows = self._operands_for(dtype), self.slice_rows
-        if operands != self.operands and self._are(operands):
-            slice_rows = self.vocab  # so that the sum over all of it is rounded once
+        operands = self._operands_for(ends_in)
+        slice_rows = self.slice_rows if operands == self.operands else self.vocab
         for rows, block, weight in self._slices(operands, slice_rows):
             _add_product(d_hidden[:, block], values[:, rows], weight, fresh=rows.start == 0)
-        return (d_hidden if unit is None else d_hidden.mul_(unit)).to(dtype or self.sums)
-
-    def _operands_for(self, dtype: torch.dtype | None) -> torch.dtype:
-        """What to multiply for a gradient that ends in that dtype."""
-        if self.device.type == "cpu" and dtype == self.dtype == torch.bfloat16 and _CPU_HAS_BF16:
-            return dtype
-        return self.operands
+        return d_hidden if unit is None else d_hidden.mul_(unit)
 
     def added(
-        self, total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+        self, total: Tensor | None, a: Tensor, b: Tensor, ends_in: torch.dtype | None = None
     ) -> Tensor:
-        """Do `total += a @ b` in the precision of sums, of which a gradient in `dtype` is to
-        become; without a total, make it.
+        """Do `total += a @ b` in the precision of sums; without a total, make it. `ends_in`: as
+        above.
         """
         fresh = total is None
         if total is None:
             total = a.new_empty((a.shape[0], b.shape[1]), dtype=self.sums)
-        _add_product(total, a, b.to(self._operands_for(dtype)), fresh)
+        _add_product(total, a, b.to(self._operands_for(ends_in)), fresh)
         return total
+
+    def _operands_for(self, ends_in: torch.dtype | None) -> torch.dtype:
+        """What to multiply for a gradient that is rounded to that dtype."""
+        if ends_in == torch.bfloat16 and self.device.type == "cpu" and _CPU_HAS_BF16:
+            return ends_in if self._are(ends_in) else self.operands
+        return self.operands
 
     def _slices(
         self, operands: torch.dtype, slice_rows: int
@@ -182,7 +183,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
     elif b.device.type != "cpu":  # bf16 or fp16: fp32 sums
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        rows = max(1, _ROUNDED_NUMBERS // max(1, a.shape[1]))
+        rows = max(1, _ROUNDED_NUMBERS // max(1, *b.shape))
         for part, of_a in zip(total.split(rows), a.split(rows), strict=True):
             product = of_a.to(b.dtype) @ b
             part.copy_(product) if fresh else part.add_(product)

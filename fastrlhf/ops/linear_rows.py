@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .row_spans import Span
 from .transform import Transform
 
 # Bytes of fp32 logits that are held at once. A GPU needs blocks of many rows to be busy; a CPU's
@@ -24,8 +25,6 @@ _GPU_WORKSPACE_BYTES = 2**29
 
 # A GPU's matmuls do so many rows at once, and waste the rest of the last of them.
 _WHOLE_ROWS = 128
-
-Span = tuple[int, int]  # first and last (exclusive) of the ordered rows
 
 
 class Block(NamedTuple):

@@ -50,6 +50,7 @@ from .transform import (
 # cache.
 _EAGER_CHUNK_LOGITS = 2**20
 
+# Spans of rows are zeroed one by one where they are no more than this.
 _FEW_SPANS = 256
 
 
@@ -695,8 +696,10 @@ def take_rows(rows: Tensor, index: Index) -> Tensor:
 
 
 def zero_inactive(rows: Tensor, active: Tensor) -> None:
-    """Put zeros into the rows (N, V), or (outer, inner, V), that are not active: into all, unless
-    they are few spans, for others take longer to find than to fill.
+    """Put zeros into the rows (N, V), or (outer, inner, V), that are not active.
+
+    All rows are zeroed, for the active ones to be written afterwards, where the others are many
+    spans, or rows have no single stride (outer > 1).
     """
     inactive = (~active).nonzero().squeeze(1)
     spans = few_spans(inactive, _FEW_SPANS)

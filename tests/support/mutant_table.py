@@ -796,6 +796,16 @@ MUTANTS = [
             "compiled_anew",
         ),
         (
+            "compiled: spans of the first rows",
+            "done += len(some)", "done += 0",
+            "spans_of_rows",
+        ),
+        (
+            "compiled: squares that are too large to add up",
+            " & (found != torch.inf)", "",
+            "all_columns",
+        ),
+        (
             "compiled: sums of whole runs alone",
             "*(x.sum(-1) for x in rest),", "*(0 * x.sum(-1) for x in rest),",
             "all_columns",
@@ -808,7 +818,7 @@ MUTANTS = [
         ),
         (
             "compiled: a variance from moments that cancel",
-            "(~(found > mean.square()))", "(found != found)",
+            "sure = (found > mean.square())", "sure = (found == found)",
             "all_columns",
         ),
     ),
@@ -851,6 +861,12 @@ MUTANTS = [
         "_LARGE_DIVERGENCE = 0.5", "_LARGE_DIVERGENCE = -1.0",
         "test_divergence.py", "nearly_equal and compiled and reverse",
     ),
+    Mutant(
+        "foreseen: rounded as if nothing were taken back",
+        "fastrlhf/ops/foreseen_stats.py",
+        "bench.head.sums, final=False", "bench.head.sums",
+        "test_foreseen_stats.py", "taken_back",
+    ),
     *_mutants(
         "fastrlhf/ops/linear_head.py", "test_linear_token_stats.py",
         (
@@ -877,18 +893,19 @@ MUTANTS = [
         ),
         (
             "head: the weight of the last block",
-            "b.to(self._operands_for(dtype)), fresh)", "b.to(self._operands_for(dtype)), True)",
+            "b.to(self._operands_for(ends_in)), fresh)", "b.to(self._operands_for(ends_in)), True)",
             "values_and_gradients and eager",
         ),
         (
-            "head: bf16 sums of blocks",
-            "part.copy_(product) if fresh else part.add_(product)",
-            "part.copy_(product if fresh else (part + product).bfloat16())",
+            "head: logits in bf16 where a CPU has it",
+            "self._slices(self.operands, self.slice_rows)",
+            "self._slices(self._operands_for(self.dtype), self.slice_rows)",
             "as_accurate_as_the_plain_formula",
         ),
         (
-            "head: rounded rows of the last block",
-            "part.copy_(product) if fresh else part.add_(product)", "part.copy_(product)",
+            "head: bf16 sums of slices",
+            "slice_rows = self.slice_rows if operands == self.operands else self.vocab",
+            "slice_rows = 1",
             "as_accurate_as_the_plain_formula",
         ),
     ),
