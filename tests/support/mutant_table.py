@@ -855,8 +855,8 @@ MUTANTS = [
         "fastrlhf/ops/compiled_rows.py",
         "_WHOLE_VECTORS = 32", "_WHOLE_VECTORS = 1",
         "test_batch_invariance.py", "compiled and jsd and 5-",
-        equivalent="today's compiler makes no such loop of sums, and that of gradients has the same "
-        "bits at its end: it is for one that does otherwise",
+        equivalent="today's compiler makes no such loop of sums, and that of gradients has the "
+        "same bits at its end: it is for one that does otherwise",
     ),
     Mutant(
         "compiled: a KL of small numbers from one pass",
