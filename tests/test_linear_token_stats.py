@@ -3,16 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.compare import assert_as_accurate, budget, relative_error
+from support.compare import assert_as_accurate, relative_error
 from support.matmuls import MatmulAudit
 from support.oracle import token_stats_oracle
 from torch import Tensor, autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 from fastrlhf import QuantizedWeight, linear_token_logprobs, linear_token_stats, reference
-from fastrlhf.ops import linear_head
 
 TOKENS, WIDTH, VOCAB = 11, 6, 37
 # What needs a gradient: hidden, weight, bias.
@@ -401,60 +399,6 @@ def test_a_weight_in_slices_gives_the_same(needs, monkeypatch) -> None:
         results.append((logprob, *autograd.grad(logprob.sum(), wanted)))
     for whole, sliced in zip(*results, strict=True):
         torch.testing.assert_close(sliced, whole)
-
-
-class _Matmuls(TorchDispatchMode):
-    """Notes the dtypes of matmuls."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes: list[torch.dtype] = []
-
-    @property
-    def rounded(self) -> bool:
-        return torch.bfloat16 in self.dtypes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            self.dtypes.append(args[-1].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("instructions", [False, True])
-@pytest.mark.parametrize("cancels", [False, True])
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_gradients_of_bf16_are_as_accurate_as_the_plain_formula(
-    blocks, trained, cancels, instructions, monkeypatch
-) -> None:
-    tokens, width, vocab = 48, 64, 700
-    monkeypatch.setattr(linear_head, "_CPU_HAS_BF16", instructions)
-    monkeypatch.setattr(linear_head, "_ROUNDED_NUMBERS", 5 * vocab)
-    hidden, weight = torch.randn(tokens, width), torch.randn(vocab, width) / 4
-    targets, g = torch.randint(vocab, (tokens,)), torch.randn(tokens)
-    if cancels:  # what one half adds to the gradient of a weight, the other takes away
-        half = tokens // 2
-        hidden[half:], targets[half:], g[half:] = hidden[:half], targets[:half], -0.999 * g[:half]
-    leaves = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_(trained)
-    wanted = leaves if trained else leaves[:1]
-    with _Matmuls() as matmuls:
-        logprob = linear_token_logprobs(*leaves, targets, chunk_size=tokens // blocks)
-        found = autograd.grad(logprob, wanted, g)
-    of_weight = int(trained) * blocks
-    rounded = blocks + (of_weight if blocks == 1 else 0) if instructions else 0
-    assert matmuls.dtypes.count(torch.float32) == (2 + 2 * trained) * blocks - rounded
-    assert (matmuls.dtypes.count(torch.bfloat16) >= rounded) and (rounded or not matmuls.rounded)
-
-    def plain(dtype):
-        logits = leaves[0].to(dtype) @ leaves[1].to(dtype).T
-        wide = torch.promote_types(dtype, torch.float32)
-        log_p = logits.to(wide).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        return log_p, autograd.grad(log_p, wanted, g.to(wide))
-
-    of_plain, exactly = plain(torch.bfloat16), plain(torch.float64)
-    assert_as_accurate(logprob, plain(torch.float32)[0], exactly[0])
-    for a, b, c in zip(found, of_plain[1], exactly[1], strict=True):
-        assert relative_error(a, c) <= budget(relative_error(b, c), torch.float32)
 
 
 @pytest.mark.parametrize("needs", NEEDS)

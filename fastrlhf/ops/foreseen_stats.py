@@ -157,7 +157,7 @@ def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ..
         put(found, block, stats)
         unit = Slopes(torch.ones_like(stats.logprob))
         dz = bench.d_logits(block, logits, stats, unit, room=bench.head.room)
-        slope[block.place] = bench.head.pull_back(dz, slope.dtype).to(slope.dtype)
+        slope[block.place] = bench.head.pull_back(dz).to(slope.dtype)
     return found, slope
 
 
@@ -179,7 +179,7 @@ def _with_foreseen_gradient(
     """Statistics, and the gradient for the slopes that are foreseen: P2 with a guess."""
     found = room_for_all_tokens(bench)
     slopes = torch.zeros_like(found[0])
-    gradients = bench.gradients(needs, bench.head.sums, final=False)
+    gradients = bench.gradients(needs, bench.head.sums)
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
@@ -269,7 +269,7 @@ def _made_again(
     """
     with exact(problem.hidden):
         bench = problem.workbench(order)
-        gradients = bench.gradients(needs, hidden_dtype, final=hidden_dtype is None)
+        gradients = bench.gradients(needs, hidden_dtype)
         spans = even_spans(bench.rows.size, problem.options.chunk)
         recomputed_gradients(bench, spans[:-1] if last_block else spans, slopes, gradients)
         if last_block:

@@ -108,12 +108,8 @@ class Gradients:
         weights: list[bool],
         bias: bool,
         group: Group | None = None,
-        *,
-        final: bool = True,
     ):
-        """`final`: whether nothing else is going to be added to what is found."""
         self.head, self.rows = head, rows  # how many of them there will be
-        self.ends_in = head.dtype if final and group is None else None
         self.hidden = hidden  # zeros to write into
         self.over_ranks = None if group is None or hidden is None else SumsOnTheirWay(group, hidden)
         self.wants_weights, self.wants_bias = weights, bias
@@ -143,8 +139,7 @@ class Gradients:
         if self.over_ranks is not None:
             self.over_ranks.send(place, self.head.pull_back(d_logits))
         elif self.hidden is not None:
-            d_hidden = self.head.pull_back(d_logits, self.ends_in)
-            self.hidden[place] = d_hidden.to(self.hidden.dtype)
+            self.hidden[place] = self.head.pull_back(d_logits).to(self.hidden.dtype)
         if any(self.wants_weights) or self.wants_bias:
             self._waiting.append((hidden, d_logits))
             in_place_of_logits = self._room is None
@@ -188,12 +183,9 @@ class Gradients:
         if units:
             hidden, unit = _carrying(hidden, _joined(units), self.unit)
             self._move_to(unit)
-        ends_in = self.ends_in if len(hidden) == self.rows else None
         for i, block in enumerate(self.head.columns):
             if self.wants_weights[i]:
-                self.weights[i] = self.head.added(
-                    self.weights[i], values.T, hidden[:, block], ends_in
-                )
+                self.weights[i] = self.head.added(self.weights[i], values.T, hidden[:, block])
         self._waiting = []
 
     def _sum(self, values: Tensor, units: Tensor | None) -> Tensor:

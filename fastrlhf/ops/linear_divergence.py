@@ -68,10 +68,8 @@ class _Side(NamedTuple):
     def trained(self) -> bool:
         return self.wants.head
 
-    def gradients(self, rows: int, hidden: Tensor | None, *, final: bool) -> Gradients:
-        return Gradients(
-            self.head, rows, hidden, self.wants.weights, self.wants.bias, self.group, final=final
-        )
+    def gradients(self, rows: int, hidden: Tensor | None) -> Gradients:
+        return Gradients(self.head, rows, hidden, self.wants.weights, self.wants.bias, self.group)
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.head.logits(self.hidden[rows].to(self.head.operands))
@@ -293,9 +291,7 @@ class _LinearDivergence(torch.autograd.Function):
             for side in sides
         ]
         summed = [
-            side.gradients(order.shape[0], None, final=False)
-            if side.trained and options.sum_expected
-            else None
+            side.gradients(order.shape[0], None) if side.trained and options.sum_expected else None
             for side in sides
         ]
         sums = torch.promote_types(sides[0].head.sums, sides[1].head.sums)
@@ -317,7 +313,7 @@ class _LinearDivergence(torch.autograd.Function):
                     room = side.head.room if found is None else found.room
                     d_logits = block.d_logits(i, torch.ones_like(block.values), room)
                     if slope is not None:
-                        slope[rows] = side.head.pull_back(d_logits, slope.dtype).to(slope.dtype)
+                        slope[rows] = side.head.pull_back(d_logits).to(slope.dtype)
                     if found is not None:
                         found.add(rows, side.hidden[rows].to(side.head.operands), d_logits)
             known = [
@@ -385,7 +381,7 @@ def _recomputed(
         for side in sides
     ]
     found = [
-        side.gradients(order.shape[0], hidden, final=True)
+        side.gradients(order.shape[0], hidden)
         for side, hidden in zip(sides, rows_of_hidden, strict=True)
     ]
     if any(side.trained for side in sides):

@@ -9,10 +9,6 @@ whatever the inputs are. On CUDA, bf16 and fp16 operands stay as they are and cu
 fp32, so that only the gradient of the logits is rounded, once, to the operands' dtype. Elsewhere
 operands are converted to fp32, the weight in slices; a quantized weight likewise.
 
-There is one exception. A CPU with instructions for bf16 multiplies it in half of the time or less,
-but returns bf16: too few places for logits, and for what is added up. A gradient that ends in bf16
-as it comes out of one matmul is made so, and the gradient of its logits is rounded as on CUDA.
-
 Dims: n rows of a block, K width of the hidden states, V vocabulary.
 """
 
@@ -26,12 +22,6 @@ from torch import Tensor
 from fastrlhf.reference import accumulation_dtype
 
 from .head_gradients import LogitGradient, padded_rows
-
-# Instructions that multiply bf16. Without them, a CPU is slower at that than at fp32.
-_CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-# Numbers of a block that are rounded to bf16 at a time.
-_ROUNDED_NUMBERS = 2**22
 
 # Elements of a weight that are converted, or on a CPU multiplied, at a time. A slice of 8 MiB in
 # fp32 stays in a CPU's last cache while a block of rows passes over it; a GPU needs matmuls that
@@ -107,7 +97,9 @@ class Head:
         self.vocab = weights[0].shape[0]
         ends = list(accumulate(weight.shape[1] for weight in weights))
         self.columns = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        as_they_are = self._are(self.operands)
+        as_they_are = all(
+            isinstance(weight, Tensor) and weight.dtype == self.operands for weight in weights
+        )
         on_cpu = device.type == "cpu"
         elements = _SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS
         whole = as_they_are and not on_cpu
@@ -117,14 +109,10 @@ class Head:
         # At least 1, for a rank may have no rows of a vocabulary that several share.
         self.slice_rows = max(1, self.vocab if whole else rows)
 
-    def _are(self, dtype: torch.dtype) -> bool:
-        """Whether all weights are of that dtype, and not in codes."""
-        return all(isinstance(weight, Tensor) and weight.dtype == dtype for weight in self.weights)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (n, K) to raw logits (n, V)."""
         logits = padded_rows(hidden.shape[0], self.vocab, self.sums, self.device)
-        for rows, block, weight in self._slices(self.operands, self.slice_rows):
+        for rows, block, weight in self._slices():
             _add_product(logits[:, rows], hidden[:, block], weight.T, fresh=block.start == 0)
         return logits if self.bias is None else logits.add_(self.bias)
 
@@ -132,58 +120,37 @@ class Head:
         """Make room for the gradient of so many rows of logits, as operands."""
         return padded_rows(rows, self.vocab, self.operands, self.device)
 
-    def pull_back(self, d_logits: LogitGradient, ends_in: torch.dtype | None = None) -> Tensor:
-        """Multiply (n, V) gradients of raw logits by the weight: (n, K), of hidden states, in the
-        precision of sums. `ends_in`: the dtype that they are rounded to, if nothing is added.
-        """
+    def pull_back(self, d_logits: LogitGradient) -> Tensor:
+        """Multiply (n, V) gradients of raw logits by the weight: (n, K), of hidden states."""
         values, unit = d_logits
         width = self.columns[-1].stop
         d_hidden = values.new_empty((values.shape[0], width), dtype=self.sums)
         if self.vocab == 0:
             return d_hidden.zero_()
-        operands = self._operands_for(ends_in)
-        slice_rows = self.slice_rows if operands == self.operands else self.vocab
-        for rows, block, weight in self._slices(operands, slice_rows):
+        for rows, block, weight in self._slices():
             _add_product(d_hidden[:, block], values[:, rows], weight, fresh=rows.start == 0)
         return d_hidden if unit is None else d_hidden.mul_(unit)
 
-    def added(
-        self, total: Tensor | None, a: Tensor, b: Tensor, ends_in: torch.dtype | None = None
-    ) -> Tensor:
-        """Do `total += a @ b` in the precision of sums; without a total, make it. `ends_in`: as
-        above.
-        """
+    def added(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """Do `total += a @ b` in the precision of sums; without a total, make it."""
         fresh = total is None
         if total is None:
             total = a.new_empty((a.shape[0], b.shape[1]), dtype=self.sums)
-        _add_product(total, a, b.to(self._operands_for(ends_in)), fresh)
+        _add_product(total, a, b, fresh)
         return total
 
-    def _operands_for(self, ends_in: torch.dtype | None) -> torch.dtype:
-        """What to multiply for a gradient that is rounded to that dtype."""
-        if ends_in == torch.bfloat16 and self.device.type == "cpu" and _CPU_HAS_BF16:
-            return ends_in if self._are(ends_in) else self.operands
-        return self.operands
-
-    def _slices(
-        self, operands: torch.dtype, slice_rows: int
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _slices(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows and columns of the weight, and the weight there, as operands."""
-        for first in range(0, self.vocab, slice_rows):
-            rows = slice(first, min(first + slice_rows, self.vocab))
+        for first in range(0, self.vocab, self.slice_rows):
+            rows = slice(first, min(first + self.slice_rows, self.vocab))
             for block, weight in zip(self.columns, self.weights, strict=True):
-                yield rows, block, weight[rows].to(self.dtype).to(operands)
+                yield rows, block, weight[rows].to(self.dtype).to(self.operands)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
     """Do `total += a @ b`, or `total = a @ b` if fresh, in the precision of the total."""
     beta = 0 if fresh else 1
-    if b.dtype == total.dtype:
+    if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
-    elif b.device.type != "cpu":  # bf16 or fp16: fp32 sums
+    else:  # bf16 or fp16 on CUDA: fp32 sums
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    else:
-        rows = max(1, _ROUNDED_NUMBERS // max(1, *b.shape))
-        for part, of_a in zip(total.split(rows), a.split(rows), strict=True):
-            product = of_a.to(b.dtype) @ b
-            part.copy_(product) if fresh else part.add_(product)

@@ -120,17 +120,11 @@ class Workbench(NamedTuple):
     impl: str
     part: VocabularyPart | None = None  # of a vocabulary that ranks share
 
-    def gradients(
-        self, needs: Needs, dtype: torch.dtype | None = None, *, final: bool = True
-    ) -> Gradients:
-        """Make room for what is needed, for the hidden states in their dtype or another; `final`:
-        see `Gradients`.
-        """
+    def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
+        """Make room for what is needed, for the hidden states in their dtype or another."""
         hidden = torch.zeros_like(self.rows.hidden, dtype=dtype) if needs.hidden else None
         group = None if self.part is None else self.part.group
-        return Gradients(
-            self.head, self.rows.size, hidden, needs.weights, needs.bias, group, final=final
-        )
+        return Gradients(self.head, self.rows.size, hidden, needs.weights, needs.bias, group)
 
     def score(self, block: Block) -> tuple[Tensor, Statistics]:
         """Make the logits of a block, and read their statistics: G."""
@@ -237,10 +231,10 @@ def _slopes_of_block(
     if bench.entropy_grad:
         slopes = Slopes(zero, one)
         dz = bench.d_logits(block, logits, stats, slopes, room=bench.head.room, overwrite=False)
-        u_entropy[block.place] = bench.head.pull_back(dz, u_entropy.dtype).to(u_entropy.dtype)
+        u_entropy[block.place] = bench.head.pull_back(dz).to(u_entropy.dtype)
         del dz
     dz = bench.d_logits(block, logits, stats, Slopes(one), room=bench.head.room)
-    u_logprob[block.place] = bench.head.pull_back(dz, u_logprob.dtype).to(u_logprob.dtype)
+    u_logprob[block.place] = bench.head.pull_back(dz).to(u_logprob.dtype)
 
 
 def recomputed_gradients(

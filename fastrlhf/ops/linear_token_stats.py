@@ -89,11 +89,9 @@ def linear_token_stats(
     with that of the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the
     gradient of a weight. Logits are fp32, and so are all sums; on CUDA, where inputs are bf16 or
     fp16, the gradient of the logits is rounded to that dtype for its matmuls: in fp16 relative to a
-    power of two of each token, so that a small loss loses nothing. A CPU with instructions for bf16
-    does so too, a piece at a time, where the gradient of a bf16 tensor comes out of one matmul. On
-    CUDA, these gradients are another chunk in 16 bits, and as many chunks as fill 512 MiB where the
-    weight's is asked for. Results are the same bits from run to run. On a GPU, the count of tokens
-    with a target is awaited once.
+    power of two of each token, so that a small loss loses nothing. These gradients are another
+    chunk in 16 bits, and as many chunks as fill 512 MiB where the weight's is asked for. Results
+    are the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
     With a group, statistics are in the same bits on every rank; gradients of weight and bias are
     those of this rank's rows, that of hidden is complete on every rank. Sent are the numbers that
