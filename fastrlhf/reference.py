@@ -1179,7 +1179,7 @@ def fisher_weight(z: Tensor, peak: Tensor, rows_t: float | Tensor) -> Tensor:
 
 def fisher_moment(weight: Tensor, u: Tensor) -> Tensor:
     """Compute what E_p[u] is the sum of, but for the norm of p."""
-    return weight * _where_likely(weight, u)
+    return weight * where_likely(weight, u)
 
 
 def fisher_product_of_sums(
@@ -1189,12 +1189,12 @@ def fisher_product_of_sums(
     the quadratic form is the sum of the product of both.
     """
     share = 1 / torch.where(total == 0, 1.0, total)
-    centred = _where_likely(weight, u) - moment * share
+    centred = where_likely(weight, u) - moment * share
     product = weight * share * centred
     product = product if _is_one(rows_t) else product / rows_t**2
     return product, centred
 
 
-def _where_likely(weight: Tensor, u: Tensor) -> Tensor:
+def where_likely(weight: Tensor, u: Tensor) -> Tensor:
     """A token without probability takes no part, whatever its tangent is."""
     return torch.where(weight == 0, 0.0, u)

@@ -30,7 +30,7 @@ _CHUNK_LOGITS = 2**24
 # goes to one, get a hundred or so each.
 _RUN = 1024
 
-# Numbers that functions may hold in fp32 between two loops, once or more for each logit.
+# Numbers that functions may hold in fp32 between two loops, one for each logit.
 _HELD_NUMBERS = 2**22
 
 # Gradients of so many logits wait to be put where they belong, if they cannot be written there.
@@ -260,7 +260,7 @@ def _fisher_moments(
 ) -> tuple[Tensor, ...]:
     weight = reference.fisher_weight(z, peak, rows_t)
     moment = reference.fisher_moment(weight, u)
-    return weight, moment, moment * torch.where(weight == 0, 0.0, u)
+    return weight, moment, moment * reference.where_likely(weight, u)
 
 
 def _fisher_quadratic(
@@ -324,13 +324,13 @@ FISHER_QUADRATIC = RowFunction(_fisher_quadratic, "mv n mv n n n n n")
 
 
 def chunks(
-    selected: Tensor, vocab: int, *, held: int = 0, mixed: bool = False
+    selected: Tensor, vocab: int, *, held: bool = False, mixed: bool = False
 ) -> tuple[Tensor, ...]:
     """Indices of the selected rows (N,), in pieces of a bounded number of logits: fewer where a
-    function has to hold so many numbers for each. For mixtures, see `_whole_vectors`.
+    function may have to hold a number for each. For mixtures, see `_whole_vectors`.
     """
     found = selected.nonzero().squeeze(1)
-    return _pieces(found, vocab, _HELD_NUMBERS // held if held else _CHUNK_LOGITS, mixed=mixed)
+    return _pieces(found, vocab, _HELD_NUMBERS if held else _CHUNK_LOGITS, mixed=mixed)
 
 
 def _pieces(index: Tensor, vocab: int, logits: int, *, mixed: bool = False) -> tuple[Tensor, ...]:

@@ -218,7 +218,7 @@ def _compiled(
     with contextlib.suppress(NotCompiled):
         sides = rows_of(logits_p), rows_of(logits_q)
         mixed = options["share"] is not None
-        for rows in compiled_rows.chunks(keep, logits_p.shape[-1], held=1, mixed=mixed):
+        for rows in compiled_rows.chunks(keep, logits_p.shape[-1], held=True, mixed=mixed):
             of_chunk = compiled_rows.divergence(*sides, rows, temperature=temperatures, **options)
             found[:, rows] = torch.stack(of_chunk)
         return True
@@ -300,7 +300,7 @@ def divergence_backward_into(
         with contextlib.suppress(NotCompiled):
             sides = rows_of(own), rows_of(other)
             mixed = share is not None
-            for rows in compiled_rows.chunks(active, d_own.shape[-1], held=1, mixed=mixed):
+            for rows in compiled_rows.chunks(active, d_own.shape[-1], held=True, mixed=mixed):
                 compiled_rows.write_divergence_gradient(
                     d_rows.unsqueeze(0), *sides, rows, d_values, stats,
                     temperature=temperatures, **options,

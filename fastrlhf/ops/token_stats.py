@@ -345,11 +345,11 @@ class Question(NamedTuple):
         return True, True, True, self.entropy, *(name in self.with_stats for name in FURTHER_STATS)
 
     @property
-    def held(self) -> int:
-        """Numbers that a compiled function has to hold for each logit: what more than one sum is
-        made of.
+    def held(self) -> bool:
+        """Whether a compiled function may have to hold a number for each logit: what more than one
+        loop takes.
         """
-        return int(self.entropy or bool(self.with_stats) or self.softcap is not None)
+        return self.entropy or bool(self.with_stats) or self.softcap is not None
 
     def of_rows(self, index: Index) -> tuple[Tensor, dict[str, Any]]:
         """Targets and options of some rows, as the formulas take them."""
