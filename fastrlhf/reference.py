@@ -3,8 +3,7 @@
 `token_stats` and `preference_loss` are definitions: plain tensor code that autograd differentiates,
 as often as wanted. Tests evaluate them in fp64. `token_stats_forward` and `token_stats_backward`
 compute the numbers of `token_stats` and their gradient in closed form, as the kernels do, for a few
-rows at a
-time: they are what runs where Triton does not.
+rows at a time: they are what runs where Triton does not.
 
 Dims: N rows, V vocabulary, B sequences, T tokens, P pairs, ... any leading shape. Imports only
 torch.
@@ -145,7 +144,7 @@ def row_sums(x: Tensor) -> Tensor:
 
 
 def _compiles_for_cpu(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
+    return torch.compiler.is_dynamo_compiling() and x.device.type == "cpu"
 
 
 def token_stats(

@@ -15,6 +15,7 @@ from fastrlhf.ops.checks import (
 )
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group, check_group
+from fastrlhf.ops.tracing import being_traced
 from fastrlhf.reference import ROWS, Layout
 
 
@@ -77,7 +78,7 @@ def check_pair_indices(
         if index.ndim != 1:
             raise ValueError(f"{index_name}: expected shape (P,), got {tuple(index.shape)}")
         check_same_device(index_name, index, name, tokens)
-        if not torch.compiler.is_compiling():
+        if not being_traced():
             sequences = layout.sequences(tokens)
             check_indices_on_host(index_name, index, sequences, f"sequences of {name}")
     check_shape("yl_idxs", yl_idxs, tuple(yw_idxs.shape), "the shape of yw_idxs")

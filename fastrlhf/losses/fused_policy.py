@@ -39,6 +39,7 @@ from fastrlhf.ops.scorer import Scorer, linear_scorer
 from fastrlhf.ops.sharded import is_dtensor, replicated
 from fastrlhf.ops.targets import MASKED_OUT
 from fastrlhf.ops.token_stats import checked_logits
+from fastrlhf.ops.tracing import being_traced
 from fastrlhf.ops.transform import temperatures_of_layout
 
 
@@ -269,7 +270,7 @@ def policy_loss_of(
 
 def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int | None) -> Tensor:
     """Targets (B, T) of the active tokens, all others ignored."""
-    hidden_from_us = torch.compiler.is_compiling() or is_batched(targets, batch.mask)
+    hidden_from_us = being_traced() or is_batched(targets, batch.mask)
     if vocab is not None and not hidden_from_us:
         wanted = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"

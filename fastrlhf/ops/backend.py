@@ -13,6 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .compiled import compiler_is_there
+from .tracing import being_traced
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -78,7 +79,7 @@ def backend_of(impl: str, tensor: Tensor, numbers: int) -> str:
     if impl in ("auto", "triton"):  # by set_backend, for devices on which it runs
         worth_it = tensor.device.type == "cpu" and numbers >= _WORTH_COMPILING
         # A graph that is being compiled asks when it runs.
-        there = torch.compiler.is_compiling() or compiler_is_there()
+        there = being_traced() or compiler_is_there()
         return "compiled" if worth_it and there else "eager"
     return impl
 
@@ -129,7 +130,7 @@ def under_transform(*upstream: Tensor | None) -> bool:
     """
     if torch._C._are_functorch_transforms_active():  # known to the compiler
         return True
-    if torch.compiler.is_compiling():
+    if being_traced():
         return False
     if forward_ad._current_level >= 0:
         return True
@@ -142,7 +143,7 @@ def is_batched(*tensors: Tensor | None) -> bool:
 
 
 def _is_batched(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():
+    if being_traced():
         return False
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):

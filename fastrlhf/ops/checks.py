@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import is_batched
+from .tracing import being_traced
 
 FLOATING_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -17,7 +18,7 @@ def known_on_host(*tensors: Tensor) -> bool:
     """Whether looking at what tensors hold is free: on the CPU, and not while a graph is traced or
     torch.func.vmap hides it. On a GPU it would wait for the device.
     """
-    if torch.compiler.is_compiling() or is_batched(*tensors):
+    if being_traced() or is_batched(*tensors):
         return False
     return all(x.device.type == "cpu" for x in tensors)
 

@@ -23,6 +23,7 @@ from .checks import (
 )
 from .compiled import NotCompiled
 from .layout import layout_of
+from .tracing import being_traced
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def gae(
 def _of_rows(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if backend == "compiled" and rewards.numel() and not torch.compiler.is_compiling():
+    if backend == "compiled" and rewards.numel() and not being_traced():
         with contextlib.suppress(NotCompiled):
             return compiled_rows.gae(rewards, values, mask, gamma=gamma, lam=lam)
     return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)

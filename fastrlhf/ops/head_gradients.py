@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .ranks import Group, SumsOnTheirWay
+from .tracing import being_traced
 
 if TYPE_CHECKING:
     from .linear_head import Head, Weight
@@ -43,7 +44,7 @@ def padded_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device)
     load at once.
     """
     alignment = _ROW_ALIGNMENT.get(device.type, _GPU_ROW_ALIGNMENT)
-    if torch.compiler.is_compiling():
+    if being_traced():
         alignment = 1  # the compiler takes no `out=` with gaps
     width = -(-vocab // alignment) * alignment
     return torch.empty((rows, width), dtype=dtype, device=device)[:, :vocab]

@@ -24,6 +24,7 @@ from .linear_head import Head, QuantizedWeight, Weight
 from .linear_plans import Workbench
 from .linear_rows import Rows, default_chunk
 from .token_stats import check_values_on_host
+from .tracing import being_traced
 from .transform import Transform, check_temperatures_on_host, checked_transform
 from .vocabulary_part import IGNORED, VocabularyPart, agreed_part, numbered
 
@@ -137,7 +138,7 @@ def checked_problem(
         outside_of_graphs(agreed_part)(part.group, part.size, scored, asked, part, tokens)
         check_temperatures_on_host(tokens, targets != ignore_index)
         targets, ignore_index = part.own_targets(targets, ignore_index), IGNORED
-    elif not torch.compiler.is_compiling():  # the operator on logits checks again
+    elif not being_traced():  # the operator on logits checks again
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     # Of all blocks, the last and smallest included.
     impl = backend_of(impl, hidden, targets.numel() * vocab)

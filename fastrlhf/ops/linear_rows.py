@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .row_spans import Span
+from .tracing import being_traced
 from .transform import Transform
 
 # Bytes of fp32 logits that are held at once. A GPU needs blocks of many rows to be busy; a CPU's
@@ -78,7 +79,7 @@ def live_rows(targets: Tensor, ignore_index: int) -> Tensor:
 def live_rows_if_known(targets: Tensor, ignore_index: int) -> Tensor | None:
     """Find them too; None while a graph is compiled or captured, when they cannot be counted."""
     capturing = targets.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if being_traced() or capturing:
         return None
     return live_rows(targets, ignore_index)
 

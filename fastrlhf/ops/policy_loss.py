@@ -13,6 +13,7 @@ from fastrlhf import reference
 
 from .backend import refuse_second_derivative, refuse_transforms
 from .token_stats import can_overwrite, check_values_on_host, flat_rows
+from .tracing import being_traced
 from .transform import Transform
 
 
@@ -50,7 +51,7 @@ def policy_loss(
     entropies are 0 unless asked for.
     """
     plain, spent = logits.detach(), logits
-    overwrite = inplace and not torch.compiler.is_compiling() and can_overwrite(plain)
+    overwrite = inplace and not being_traced() and can_overwrite(plain)
     d_logits = plain
     if not overwrite:
         d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -143,7 +144,7 @@ class _PolicyLoss(torch.autograd.Function):
         refuse_transforms("logits_policy_loss's backward", "policy_loss of token_logprobs", d_loss)
         (d_logits,) = ctx.saved_tensors
         gradient = _scaled(d_logits, d_loss)
-        if not torch.compiler.is_compiling():
+        if not being_traced():
             ctx.handed_out[:] = [_identity(gradient)]
         return gradient, None, None, None
 
@@ -179,7 +180,7 @@ def _scaled(d_logits: Tensor, factor: Tensor) -> Tensor:
 
     In place, unless the graph is kept for another backward, which will want the values as they are.
     """
-    if torch.compiler.is_compiling():
+    if being_traced():
         return (d_logits * factor).to(d_logits.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return (d_logits * factor).to(d_logits.dtype)

@@ -39,6 +39,7 @@ from .compiled import NotCompiled
 from .ranks import Group
 from .row_spans import few_spans
 from .sharded import logits_part, replicated
+from .tracing import being_traced
 from .transform import (
     Transform,
     check_temperatures_on_host,
@@ -123,10 +124,9 @@ def token_stats(
     The kernels read the logits once forward; backward they read them and write the gradient once.
     Nothing else of that size is allocated but the gradient, and not even that with
     inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32; the compiled one
-    2^22 numbers of the gradient with inplace_backward, and of what it computes if more than the
-    log-prob is asked for. A row has the same bits whatever batch
-    surrounds it, on one backend: "auto" may choose another for another size. The log-prob is
-    accurate where the probability is nearly 1, and so is ln Σ p².
+    2^22 numbers of what it computes if more than the log-prob is asked for. A row has the same bits
+    whatever batch surrounds it, on one backend: "auto" may choose another for another size. The
+    log-prob is accurate where the probability is nearly 1, and so is ln Σ p².
 
     With a group, statistics are those of the whole vocabulary, in the same bits on every rank, and
     the gradient is that of this rank's columns. One all-gather brings 12 bytes a token from each
@@ -664,7 +664,7 @@ def check_values_on_host(
 ) -> None:
     """Check what the tensors hold, where that costs no synchronisation."""
     per_token = temperature if isinstance(temperature, Tensor) else None
-    unknown = torch.compiler.is_compiling() or is_batched(targets, per_token)
+    unknown = being_traced() or is_batched(targets, per_token)
     if targets.device.type != "cpu" or unknown:
         return
     live = targets != ignore_index

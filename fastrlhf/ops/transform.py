@@ -9,6 +9,7 @@ from fastrlhf.reference import ROWS, Layout
 
 from .backend import is_batched
 from .checks import check_floating, check_positive, check_same_device
+from .tracing import being_traced
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -66,7 +67,7 @@ def check_temperatures_on_host(tokens: Tensor | None, live: Tensor) -> None:
     CPU only:
     elsewhere it would synchronise.
     """
-    unknown = torch.compiler.is_compiling() or is_batched(tokens, live)
+    unknown = being_traced() or is_batched(tokens, live)
     if tokens is None or live.device.type != "cpu" or unknown:
         return
     wanted = tokens[live]
