@@ -389,8 +389,8 @@ def test_compiled_in_one_graph(needs) -> None:
 
 
 @pytest.mark.parametrize("needs", NEEDS)
-def test_a_weight_in_slices_gives_the_same(needs, monkeypatch) -> None:
-    tensors, targets = inputs(NEEDS[needs])
+def test_a_weight_that_is_converted_in_slices_gives_the_same(needs, monkeypatch) -> None:
+    tensors, targets = inputs(NEEDS[needs], torch.bfloat16)
     wanted = [x for x in tensors if x.requires_grad]
     results = []
     for rows in (VOCAB, 5):

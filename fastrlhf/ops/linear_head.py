@@ -23,9 +23,8 @@ from fastrlhf.reference import accumulation_dtype
 
 from .head_gradients import LogitGradient, padded_rows
 
-# Elements of a weight that are converted, or on a CPU multiplied, at a time. A slice of 8 MiB in
-# fp32 stays in a CPU's last cache while a block of rows passes over it; a GPU needs matmuls that
-# keep it busy.
+# Elements of a weight that are converted at a time. A slice of 8 MiB in fp32 stays in a CPU's last
+# cache until it is multiplied; a GPU needs matmuls that keep it busy.
 _SLICE_ELEMENTS = 2**21
 _GPU_SLICE_ELEMENTS = 2**26
 
@@ -102,12 +101,11 @@ class Head:
         )
         on_cpu = device.type == "cpu"
         elements = _SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS
-        whole = as_they_are and not on_cpu
         rows = elements // ends[-1]
         if not on_cpu:  # slices begin where rows of logits do, at 16 bytes
             rows = rows // 64 * 64 or rows
         # At least 1, for a rank may have no rows of a vocabulary that several share.
-        self.slice_rows = max(1, self.vocab if whole else rows)
+        self.slice_rows = max(1, self.vocab if as_they_are else rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (n, K) to raw logits (n, V)."""
