@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from importlib import import_module
 
 import pytest
@@ -197,6 +198,21 @@ def test_gradients_of_spans_of_rows_are_where_they_belong(mask, monkeypatch) -> 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("distance", [0.1, 0.3, 0.6])
+def test_small_divergences_are_more_accurate_than_the_plain_formula(distance) -> None:
+    p = 2 * torch.randn(16, 32000)
+    q = p + distance * torch.randn(16, 32000)
+
+    def plainly(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    exact = plainly(p.double(), q.double())
+    plain = relative_error(plainly(p, q), exact)
+    found = relative_error(fastrlhf.kl_divergence(p, q, impl="compiled"), exact)
+    assert found <= plain / 4
+
+
 def test_rows_without_a_target_are_not_asked_for(calls) -> None:
     logits, targets = batch(8)
     targets[::3] = -100
@@ -337,6 +353,135 @@ def test_a_compiler_that_is_turned_off_is_none(monkeypatch, caplog) -> None:
     assert torch.equal(logprobs, fastrlhf.token_logprobs(logits, targets, impl="eager"))
     assert told(caplog) == ["row_parts is not compiled, and runs eagerly: PyTorch's compiler is "
                             "turned off"]  # fmt: skip
+
+
+def test_a_compiler_that_was_turned_off_is_asked_again(monkeypatch) -> None:
+    monkeypatch.setattr(compiled_rows, "NORM", uncompiled(compiled_rows.NORM))
+    rows = torch.randn(3, 50), torch.arange(3), None, None, None
+    for off in (
+        lambda: torch.compiler.set_stance("force_eager"),
+        lambda: torch.compiler.set_stance("default", force_backend="eager"),
+        lambda: torch._dynamo.config.patch(disable=True),
+    ):
+        with off(), pytest.raises(compiled.NotCompiled):
+            compiled_rows.NORM(*rows, dtype=torch.float32)
+    peak, log_norm = compiled_rows.NORM(*rows, dtype=torch.float32)
+    torch.testing.assert_close(peak + log_norm, rows[0].logsumexp(-1))
+
+
+def test_warming_up_fails_where_the_compiler_does(monkeypatch) -> None:
+    def broken(*arguments, **options):
+        raise RuntimeError("C++ compile error\n\nOutput:\nx.cpp:1: fatal error: no Python.h")
+
+    for name in ("ROW_PARTS", "LOGITS_GRADIENT"):
+        monkeypatch.setattr(compiled_rows, name, uncompiled(getattr(compiled_rows, name)))
+    turned_off = r"^row_parts cannot be compiled: PyTorch's compiler is turned off$"
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=turned_off):
+        fastrlhf.warm_up()
+    monkeypatch.setattr(torch, "compile", broken)
+    fastrlhf.token_logprobs(*batch(4), impl="compiled")  # eagerly
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"compiled: C.. compile error; .*no Python.h$"):
+            fastrlhf.warm_up()
+
+
+def test_warming_up_is_of_fp32_and_of_backwards_whatever_the_state(monkeypatch) -> None:
+    for name in ("ROW_PARTS", "LOGITS_GRADIENT", "ADVANTAGES"):
+        monkeypatch.setattr(compiled_rows, name, uncompiled(getattr(compiled_rows, name)))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            fastrlhf.warm_up(operations=("token_stats", "gae"), impl="auto")
+    finally:
+        torch.set_default_dtype(default)
+    before = graphs()
+    step(*batch(3), impl="compiled")
+    zeros = torch.zeros(2, 5)
+    fastrlhf.gae(zeros, zeros, torch.ones(2, 5), impl="compiled")
+    assert graphs() == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads in /proc")
+def test_as_many_threads_work_as_there_are_when_it_runs() -> None:
+    script = """
+import os, torch
+from fastrlhf.ops.compiled_rows import NORM
+
+def threads(many):
+    torch.set_num_threads(many)
+    NORM(torch.zeros(8, 50), torch.arange(8), None, None, None, dtype=torch.float32)
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(1)
+NORM(torch.zeros(8, 50), torch.arange(8), None, None, None, dtype=torch.float32)
+one, three = threads(1), threads(3)
+assert three == one + 2, (one, three)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_while_another_thread_compiles_this_one_checks_and_computes_as_ever() -> None:
+    started, done = threading.Event(), threading.Event()
+
+    def slow(graph, example):
+        started.set()
+        assert done.wait(60)
+        return graph
+
+    def compile_slowly() -> None:
+        torch.compile(lambda x: x + 1, backend=slow)(torch.zeros(3))
+
+    logits, targets = batch(1)
+    expected = step(logits, targets, impl="eager")
+    thread = threading.Thread(target=compile_slowly)
+    thread.start()
+    try:
+        assert started.wait(60)
+        with pytest.raises(ValueError, match=r"^targets"):
+            fastrlhf.token_logprobs(logits, targets + VOCAB)
+        found = step(logits, targets, impl="eager")
+    finally:
+        done.set()
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_traced_call_runs_eagerly() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    logits, targets = torch.randn(4, VOCAB), torch.arange(4)
+    expected = fastrlhf.token_logprobs(logits, targets, impl="compiled")
+    traced = make_fx(lambda x: fastrlhf.token_logprobs(x, targets, impl="compiled"))(logits)
+    assert torch.equal(traced(logits), expected)
+
+
+def test_code_for_other_vectors_is_kept_apart(monkeypatch) -> None:
+    from torch.compiler import config
+
+    tags = {config.cache_key_tag}
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda is_=capability: is_)
+        with compiled._plainly():
+            tags.add(config.cache_key_tag)
+    assert len(tags) == 3
+
+
+def test_gradients_find_columns_at_any_distance() -> None:
+    logits, targets = torch.randn(4, 50), torch.arange(4)
+    stats = torch.ops.fastrlhf.token_stats(
+        logits, targets, None, 1.0, None, 1.0, -100, False, False, "eager"
+    )
+    written = []
+    for impl in ("eager", "compiled"):
+        out = torch.full((50, 4), torch.nan).t()
+        torch.ops.fastrlhf.token_stats_backward_into(
+            out, logits, targets, stats[0], stats[1], *stats[3:], torch.ones(4), None, None,
+            1.0, None, 1.0, impl,
+        )  # fmt: skip
+        written.append(out)
+    torch.testing.assert_close(*written)
 
 
 def test_a_graph_of_hidden_states_is_whole_where_it_pays(calls, monkeypatch) -> None:

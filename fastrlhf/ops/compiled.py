@@ -9,6 +9,7 @@ without it.
 """
 
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -23,14 +24,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 _LOG = logging.getLogger("fastrlhf")
 
-# Sizes of the examples: larger than any number of threads, so that rows are what these share; no
-# two alike, and none that a loop divides by, so that nothing follows from them; and of columns some
-# runs (see `compiled_rows`) and a rest. But a loop over
-# tokens is unrolled, so many at a time.
+# A loop over tokens is unrolled, so many at a time.
 STEPS = 32
+
+# Sizes of the examples. The compiler takes equal sizes for one, a size of 1 for a constant, and one
+# that is a multiple of a vector or of a run (see `compiled_rows`) for always such: here are none.
+# There are some runs of columns, so that loops over runs are made, and a rest.
 _EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 5147, "s": STEPS}
 
 _OPTIONS: dict[str, Any] = {
@@ -40,13 +43,27 @@ _OPTIONS: dict[str, Any] = {
     # The numbers of rows are made here, and never outside of a matrix.
     "assert_indirect_indexing": False,
     "cpp.use_decompose_tanh": False,  # which is wrong of small numbers
+    # Threads share rows, however many threads there are when a function runs.
+    "cpp.threads": 2,
+    "cpp.dynamic_threads": True,
 }
 
 _compiling = threading.RLock()
+_required = contextvars.ContextVar("_required", default=False)
 
 
 class NotCompiled(Exception):
     """There is no compiled function here; eager PyTorch can do it."""
+
+
+@contextlib.contextmanager
+def required() -> Iterator[None]:
+    """Raise RuntimeError where a function cannot be compiled, with the reason."""
+    token = _required.set(True)
+    try:
+        yield
+    finally:
+        _required.reset(token)
 
 
 @functools.cache
@@ -79,40 +96,46 @@ class _Variant(NamedTuple):
     """A function compiled for tensors of some kinds."""
 
     call: Compiled
-    code: CodeType | None
+    code: CodeType | None  # None where the compiler failed
+    in_place: bool  # whether its result may take the place of the matrix that it reads
 
-    def is_kept(self) -> bool:
-        """Whether the compiler still has it, which `torch.compiler.reset` makes it forget."""
-        return self.code is None or _is_compiled(self.code)
+    def is_settled(self) -> bool:
+        """Whether there is nothing to compile: the compiler failed, or still has the function,
+        which `torch.compiler.reset` makes it forget.
+        """
+        return not _required.get() if self.code is None else _is_compiled(self.code)
 
 
 class RowFunction:
     """A function of tensors with named dimensions, compiled when it is first used.
 
     Its results have the rows that are asked for as their first dimension, and it may write into
-    tensors whose dimensions are in capitals.
+    tensors whose dimensions are in capitals; such a tensor may be one of those that it reads.
     """
 
     def __init__(self, function: Compiled, dimensions: str):
         """`dimensions` of each argument, a word each: `m` rows of a matrix and `n` of them that
-        are asked for, `v` columns, `s` steps of a loop, of which there are always as many;
-            "." for a number.
+        are asked for, `v` columns, `s` steps of a loop, of which there are always as many; "." for
+        a number.
         """
         self.function = function
         self.dimensions = dimensions.split()
         self._variants: dict[Hashable, _Variant] = {}
+        self._said_off = False
 
     def __call__(self, *tensors: Tensor | None, **options: Hashable) -> tuple[Tensor, ...]:
         """Call it. Raise `NotCompiled` where that cannot be."""
         watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        if watched or torch.jit.is_tracing():
+        if watched or torch.jit.is_tracing() or is_fx_symbolic_tracing():
             raise NotCompiled  # the compiler does not look into what modes and tracers do
-        # Of no graph, as the example was.
+        # The example needed no gradient, and what was compiled for it knows of none.
         plain = (None if x is None else x.detach() for x in tensors)
         copies = [_at_least_two(x, of) for x, of in zip(plain, self.dimensions, strict=True)]
-        compiled = self._variant(tuple(None if x is None else _kind(x) for x in copies), options)
+        variant = self._variant(tuple(None if x is None else _kind(x) for x in copies), options)
+        if self._reads_what_it_writes(tensors) and not variant.in_place:
+            raise NotCompiled
         with torch.no_grad():
-            found = compiled(*copies)
+            found = variant.call(*copies)
         for x, copy, of in zip(tensors, copies, self.dimensions, strict=True):
             if of.isupper() and x is not None and copy is not None and len(copy) != len(x):
                 x.detach().copy_(copy[:1])
@@ -120,24 +143,27 @@ class RowFunction:
         assert numbers is not None
         return tuple(x[:1] for x in found) if len(numbers) == 1 else found
 
-    def _variant(self, kinds: Kinds, options: dict[str, Hashable]) -> Compiled:
-        key = kinds, tuple(options.items())
+    def _reads_what_it_writes(self, tensors: Sequence[object]) -> bool:
+        into = [x for x, of in zip(tensors, self.dimensions, strict=True) if of.isupper()]
+        return any(sum(x is y for y in tensors) > 1 for x in into)
+
+    def _variant(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
+        key = kinds, tuple(options.items()), torch.are_deterministic_algorithms_enabled()
         variant = self._variants.get(key)
-        if variant is None or not variant.is_kept():
+        if variant is None or not variant.is_settled():
             with _compiling:
                 variant = self._variants.get(key)
-                if variant is None or not variant.is_kept():
+                if variant is None or not variant.is_settled():
                     variant = self._variants[key] = self._compiled(kinds, options)
-        return variant.call
+        return variant
 
     def _compiled(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
         if not compiler_is_there():
             raise NotCompiled
+        if _is_turned_off():  # for a while
+            self._say_off()
+            raise NotCompiled
         start = time.perf_counter()
-        example = [
-            None if kind is None else _example(of, kind)
-            for kind, of in zip(kinds, self.dimensions, strict=True)
-        ]
         name, function = self.function.__name__.strip("_"), _copied(self.function, options)
         try:
             compiled = torch.compile(
@@ -145,15 +171,43 @@ class RowFunction:
                 options={**_OPTIONS, "guard_filter_fn": _unguarded},
             )  # fmt: skip
             with _plainly():
-                compiled(*example)
-            if not _is_compiled(function.__code__):
-                raise RuntimeError("PyTorch's compiler is turned off")
+                compiled(*map(_example, self.dimensions, kinds))
         except Exception as error:  # whatever a compiler can fail of
-            reason = str(error).strip().partition("\n")[0]
-            _LOG.warning("%s is not compiled, and runs eagerly: %s", name, reason)
-            return _Variant(_not_compiled, None)
+            if _required.get():
+                raise RuntimeError(f"{name} cannot be compiled: {_reason(error)}") from error
+            _LOG.warning("%s is not compiled, and runs eagerly: %s", name, _reason(error))
+            return _Variant(_not_compiled, None, False)
+        if not _is_compiled(function.__code__):
+            self._say_off()
+            raise NotCompiled
         _LOG.info("compiled %s in %.1f s", name, time.perf_counter() - start)
-        return _Variant(compiled, function.__code__)
+        return _Variant(compiled, function.__code__, self._is_one_loop(compiled, kinds))
+
+    def _is_one_loop(self, compiled: Compiled, kinds: Kinds) -> bool:
+        """Whether a matrix that it reads may be where its result belongs: of a formula without sums
+        the compiler makes one loop, which reads a number before it writes one there, but it does
+        not promise that.
+        """
+        if self.dimensions[0] != "MV" or kinds[0] != kinds[self.dimensions.index("mv")]:
+            return False
+        apart = [_probe(of, kind) for of, kind in zip(self.dimensions, kinds, strict=True)]
+        in_place = _probe("MV", kinds[0])  # of the same numbers as the matrix that is read
+        with _plainly():
+            compiled(*apart)
+            compiled(*(
+                in_place if of.lower() == "mv" else x
+                for x, of in zip(apart, self.dimensions, strict=True)
+            ))  # fmt: skip
+        assert in_place is not None and apart[0] is not None
+        return torch.equal(in_place, apart[0])
+
+    def _say_off(self) -> None:
+        name, reason = self.function.__name__.strip("_"), "PyTorch's compiler is turned off"
+        if _required.get():
+            raise RuntimeError(f"{name} cannot be compiled: {reason}")
+        if not self._said_off:
+            _LOG.warning("%s is not compiled, and runs eagerly: %s", name, reason)
+        self._said_off = True
 
 
 def _unguarded(guards: Sequence[Any]) -> list[bool]:
@@ -164,6 +218,23 @@ def _unguarded(guards: Sequence[Any]) -> list[bool]:
     it compile anew, with the sizes of the call at hand.
     """
     return [False for _ in guards]
+
+
+def _reason(error: Exception) -> str:
+    """What is said first, and what the C++ compiler complained of first."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return "; ".join([first, *[line.strip() for line in more if "error:" in line][:1]])
+
+
+def _is_turned_off() -> bool:
+    """Whether `torch.compiler.set_stance` or the compiler's configuration says so, or has something
+    else make the code.
+    """
+    import torch._dynamo.config as config
+    import torch._dynamo.eval_frame as eval_frame
+
+    stance = eval_frame._stance
+    return bool(config.disable) or stance.stance != "default" or stance.backend is not None
 
 
 def _is_compiled(code: CodeType) -> bool:
@@ -188,8 +259,10 @@ def _kind(x: Tensor) -> _Kind:
     return _Kind(x.dtype, x.device, x.ndim == 2 and x.stride(0) != x.shape[1])
 
 
-def _example(dimensions: str, kind: _Kind) -> Tensor:
+def _example(dimensions: str, kind: _Kind | None) -> Tensor | None:
     """A tensor of that kind: ones, which are numbers of rows and columns too."""
+    if kind is None:
+        return None
     if dimensions == ".":
         return torch.ones((), dtype=kind.dtype, device=kind.device)
     sizes = [_EXAMPLE_SIZES[letter] for letter in dimensions.lower()]
@@ -197,6 +270,17 @@ def _example(dimensions: str, kind: _Kind) -> Tensor:
         wider = torch.ones(sizes[0], sizes[1] + 17, dtype=kind.dtype, device=kind.device)
         return wider[:, : sizes[1]]
     return torch.ones(sizes, dtype=kind.dtype, device=kind.device)
+
+
+def _probe(dimensions: str, kind: _Kind | None) -> Tensor | None:
+    """An example in which numbers differ, between 1 and 2, and each row is asked for once."""
+    x = _example(dimensions, kind)
+    if x is None:
+        return None
+    if not x.is_floating_point():
+        return torch.arange(x.numel(), dtype=x.dtype, device=x.device)
+    values = torch.arange(x.numel(), dtype=torch.float32, device=x.device)
+    return x.copy_(1.5 + 0.5 * values.view(x.shape).cos())
 
 
 def _at_least_two(x: Tensor | None, dimensions: str) -> Tensor | None:
@@ -208,12 +292,18 @@ def _at_least_two(x: Tensor | None, dimensions: str) -> Tensor | None:
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    """Compile in the same state whenever that is; and without sizes that are equal by chance."""
-    import torch.fx.experimental._config as config
+    """Compile in the same state whenever that is; without sizes that are equal by chance; and keep
+    on disk apart what is made for vectors of another width, which processors share in vain.
+    """
+    import torch.compiler.config as of_compiler
+    import torch.fx.experimental._config as of_sizes
 
+    tag = f"{of_compiler.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"
     with (
+        torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
-        config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        of_sizes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        of_compiler.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
     ):
         yield

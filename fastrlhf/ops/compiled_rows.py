@@ -1,9 +1,9 @@
 """The row functions of `fastrlhf.reference`, compiled: one for each pass over the vocabulary.
 
 Each takes a matrix of logits and the numbers of the rows that count. The others are neither read
-nor computed, and they are not gathered, unless strides are out of the common: a row is found by its
-number. Temperature, softcap and scale
-are tensors, so that no value of theirs is compiled in, or absent.
+nor computed. A row is found by its number, so that none is copied, unless strides are out of the
+common. Temperature, softcap and scale are tensors, so that no value of theirs is compiled in, or
+absent.
 
 Dims: N rows, of which n count, V columns.
 """
@@ -42,8 +42,9 @@ _WORTH_A_CALL = 2**20
 # No loop takes more numbers at a time than this: two registers of 16.
 _WHOLE_VECTORS = 32
 
-# In nats. Above it, a divergence need not be computed as a sum of what is never negative.
-_LARGE_DIVERGENCE = 0.5
+# In nats. Above it, a divergence need not be computed as a sum of what is never negative: a mean of
+# log-ratios, about √(2·KL) from each other, is then right to 2⁻¹⁹ of itself.
+_LARGE_DIVERGENCE = 2**-5
 
 
 class Scaling(NamedTuple):
@@ -376,21 +377,20 @@ def write_gradient(
     """Write `reference.logits_gradient` of some rows to where they are in d_rows."""
     columns = _columns(rows)
 
-    def write(out: Tensor, places: Tensor, some: Tensor) -> None:
+    def write(out: Tensor, places: Tensor, where: tuple[Tensor, Tensor], some: Tensor) -> None:
         of_rows = (None if x is None else x[some] for x in (*stats, *slopes))
         scaled = _scaling(temperature, softcap, scale, some, stats[1].dtype)
-        where = _found_by_number(rows, some)
         LOGITS_GRADIENT(out, places, *where, targets[some], columns, *of_rows, *scaled)
 
-    if d_rows is not rows:
-        write(*_found_by_number(d_rows, index), index)  # d_rows, which is new, is no copy here
-        return
-    # What is read would be overwritten under its eyes.
-    _by_way_of_room(
-        d_rows,
-        index,
-        lambda out, some: write(out, torch.arange(len(some), device=rows.device), some),
-    )
+    def write_apart(out: Tensor, some: Tensor) -> None:
+        places = torch.arange(len(some), device=rows.device)
+        write(out, places, _found_by_number(rows, some), some)
+
+    places = _view_by_number(d_rows, index)
+    if places is None:
+        _by_way_of_room(d_rows, index, write_apart)
+    else:
+        write(*places, places if d_rows is rows else _found_by_number(rows, index), index)
 
 
 def divergence(
@@ -418,9 +418,12 @@ def divergence(
         sums = DIVERGENCE_SUMS(*p, *q, *both, *shares, *scaled)
         found = reference.divergence_of_sums(sums, both, share)
         return tuple(x[: len(index)] for x in found)
-    *peaks, a, b, c, d, e, f = LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
-    *norms, value = reference.log_ratio_of_sums(*peaks, *_added((a, b, c, d, e, f)))
-    # Those without a number too, and infinite ones: e^(z - peak) may be a number where p is 0.
+    peak_p, peak_q, a, b, c, d, e, f = LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
+    # In fp64, since ln V is large beside the divergence.
+    in_fp64 = reference.log_ratio_of_sums(peak_p, peak_q, a + d, b + e, c + f)
+    *norms, value = (x.to(dtype) for x in in_fp64)
+    # NaN and infinity take the second pass too: the first adds up e^(z - peak) times a log-ratio,
+    # and where that ratio is infinite, the exponential may not have come to 0, as p does.
     sure = (value > _LARGE_DIVERGENCE) & (value != torch.inf)
     small = (~sure).nonzero().squeeze(1)
     found = value, *norms, value, value
@@ -431,7 +434,7 @@ def divergence(
             *of_some, *scaled[1:],
         )  # fmt: skip
         exactly = reference.divergence_of_sums(sums, tuple(x[small] for x in norms), None)
-        found = tuple(x.index_copy(0, small, some) for x, some in zip(found, exactly, strict=True))
+        found = tuple(x.index_copy(0, small, y) for x, y in zip(found, exactly, strict=True))
     return found
 
 
@@ -516,7 +519,7 @@ def gae(
     keep = mask != 0
     rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
     steps = -(-rewards.shape[1] // STEPS)
-    # What does not count may as well follow.
+    # Whole blocks of steps: tokens after the end, which do not count, change nothing.
     missing = steps * STEPS - rewards.shape[1]
     padded = (F.pad(x, (0, missing)).split(STEPS, dim=1) for x in (rewards, values, keep))
     padded = ([x.contiguous() for x in blocks] for blocks in padded)
@@ -542,9 +545,9 @@ def _whole_vectors(index: Tensor) -> Tensor:
 
 
 def _into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
-    """Let a function write what belongs to some rows of an (outer, inner, V) view: right there
-    where many follow each other, by which the compiler makes better loops than of places here and
-    there.
+    """Let a function write what belongs to some rows of an (outer, inner, V) view: right there,
+    a span of rows at a time, where they are few spans. Of rows that follow each other the compiler
+    makes better loops than of those that each have a place of their own.
     """
     worth_it = max(1, len(index) * rows.shape[2] // _WORTH_A_CALL)
     spans = few_spans(index, worth_it) if rows.shape[0] == 1 else None
@@ -580,6 +583,16 @@ def _found_by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """View (outer, inner, V) as a matrix, in which the rows of that index have the numbers that are
     returned with it; where strides do not allow it, copy them. Raise `NotCompiled` for V < 2.
     """
+    found = _view_by_number(rows, index)
+    if found is not None:
+        return found
+    inner = rows.shape[1]
+    copies = rows[index // inner, index % inner]
+    return copies, torch.arange(len(index), device=index.device)
+
+
+def _view_by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same without a copy; None where strides do not allow it."""
     outer, inner, vocab = rows.shape
     across, down, along = rows.stride()
     if vocab < 2:
@@ -594,8 +607,7 @@ def _found_by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         step = across // down
         matrix = rows.as_strided((step * (outer - 1) + inner, vocab), (down, 1))
         return matrix, index if step == inner else index // inner * step + index % inner
-    copies = rows[index // inner, index % inner]
-    return copies, torch.arange(len(index), device=index.device)
+    return None
 
 
 def _scaling(

@@ -1,5 +1,6 @@
 """Compile ahead what a training run will use."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .backend import backend_of
 from .checks import check_bool, check_names
-from .compiled import compiler_is_there
+from .compiled import compiler_is_there, required
 from .divergence import kl_divergence
 from .fisher import softmax_fisher_product
 from .gae import gae
@@ -21,6 +22,8 @@ OPERATIONS = ("token_stats", "kl_divergence", "softmax_fisher_product", "gae")
 _ROWS, _VOCAB = 4, 64
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def warm_up(
     dtype: torch.dtype = torch.float32,
     *,
@@ -53,17 +56,20 @@ def warm_up(
         entropy: prepare the entropy and its gradient too.
         temperature, softcap, scale: as `token_stats`; the two last also of the divergence, the
             temperature of all.
-        impl: "compiled", or another backend, whose first calls are then made.
+        impl: "compiled", which is what "auto" stands for on a CPU, or another backend, whose first
+            calls are then made.
 
     Raises:
         TypeError, ValueError: an unknown operation, or an option as `token_stats`.
-        RuntimeError: there is no C++ compiler, or no vector instructions.
+        RuntimeError: there is no C++ compiler, or no vector instructions; PyTorch's compiler failed
+            or is turned off.
     """
     names = check_names("operations", operations, OPERATIONS)
     check_bool("entropy", entropy)
     device = torch.device(device)
     logits = torch.zeros(_ROWS, _VOCAB, dtype=dtype, device=device)
-    if backend_of(impl, logits, 0) == "compiled" and not compiler_is_there():
+    impl = backend_of(impl, logits, sys.maxsize)  # of a call that is large enough
+    if impl == "compiled" and not compiler_is_there():
         raise RuntimeError(
             "warm_up: found no C++ compiler (the environment variable CXX names one), or no vector "
             "instructions of this processor"
@@ -86,13 +92,13 @@ def warm_up(
         softmax_fisher_product(logits, logits, temperature=temperature, impl=impl)
 
     def of_advantages() -> None:
-        tokens = torch.zeros(_ROWS, _VOCAB, device=device)
+        tokens = torch.zeros(_ROWS, _VOCAB, dtype=torch.float32, device=device)
         gae(tokens, tokens, torch.ones_like(tokens), impl=impl)
 
     calls: dict[str, Callable[[], None]] = dict(
         zip(OPERATIONS, (of_tokens, of_divergence, of_product, of_advantages), strict=True)
     )
-    with torch.enable_grad():
+    with required():
         for name in names:
             calls[name]()
     return time.perf_counter() - start

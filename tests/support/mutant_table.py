@@ -817,15 +817,65 @@ MUTANTS = [
             "all_columns",
         ),
         (
+            "compiled: ln V, in fp32, beside a small divergence",
+            "peak_q, a + d, b + e, c + f)", "peak_q, *_added((a, b, c, d, e, f)))",
+            "small_divergences",
+        ),
+        (
+            "compiled: a gradient that is written into a copy",
+            "    places = _view_by_number(d_rows, index)\n",
+            "    places = _found_by_number(d_rows, index)\n",
+            "columns_at_any_distance",
+        ),
+        (
             "compiled: a variance from moments that cancel",
             "sure = (found > mean.square())", "sure = (found == found)",
             "all_columns",
         ),
     ),
+    *_mutants(
+        "fastrlhf/ops/compiled.py", "test_compiled.py",
+        (
+            "compiled: for the threads that there were when it was compiled",
+            '"cpp.dynamic_threads": True', '"cpp.dynamic_threads": False',
+            "as_many_threads",
+        ),
+        (
+            "compiled: no compiler again once it was turned off",
+            "        if _is_turned_off():  # for a while\n            self._say_off()\n"
+            "            raise NotCompiled\n",
+            "        if _is_turned_off():\n"
+            "            return _Variant(_not_compiled, None, False)\n",
+            "asked_again",
+        ),
+        (
+            "compiled: on disk with what is made for other vectors",
+            'f"{of_compiler.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"',
+            "of_compiler.cache_key_tag",
+            "kept_apart",
+        ),
+        (
+            "compiled: under fx tracing",
+            "or torch.jit.is_tracing() or is_fx_symbolic_tracing()", "or torch.jit.is_tracing()",
+            "traced_call",
+        ),
+        (
+            "compiled: warming up without the compiler's failures",
+            'if _required.get():\n                raise RuntimeError(f"{name} cannot be',
+            'if False:\n                raise RuntimeError(f"{name} cannot be',
+            "warming_up_fails",
+        ),
+    ),
+    Mutant(
+        "tracing: what another thread compiles",
+        "fastrlhf/ops/tracing.py",
+        "return TracingContext.try_get() is not None", "return True",
+        "test_compiled.py", "another_thread",
+    ),
     Mutant(
         "compiled: sizes that are equal by chance",
         "fastrlhf/ops/compiled.py",
-        "config.patch(use_duck_shape=False)", "config.patch(use_duck_shape=True)",
+        "of_sizes.patch(use_duck_shape=False)", "of_sizes.patch(use_duck_shape=True)",
         "test_compiled.py", "compiled_anew or survives",
         equivalent="no sizes of the example are equal: it is for what compiles after a reset",
     ),
@@ -861,7 +911,7 @@ MUTANTS = [
     Mutant(
         "compiled: a KL of small numbers from one pass",
         "fastrlhf/ops/compiled_rows.py",
-        "_LARGE_DIVERGENCE = 0.5", "_LARGE_DIVERGENCE = -1.0",
+        "_LARGE_DIVERGENCE = 2**-5", "_LARGE_DIVERGENCE = -1.0",
         "test_divergence.py", "nearly_equal and compiled and reverse",
     ),
     *_mutants(
@@ -945,7 +995,7 @@ MUTANTS = [
         ),
         (
             "head gradients: gaps while a graph is compiled",
-            "if torch.compiler.is_compiling():", "if False:",
+            "if being_traced():", "if False:",
             "one_graph",
         ),
         (
