@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ _LOG = logging.getLogger("fastrlhf")
 # A loop over tokens is unrolled, so many at a time.
 STEPS = 32
 
-# Sizes of the examples. The compiler takes equal sizes for one, a size of 1 for a constant, and one
-# that is a multiple of a vector or of a run (see `compiled_rows`) for always such: here are none.
-# There are some runs of columns, so that loops over runs are made, and a rest.
+# Sizes of the examples. The compiler takes equal sizes for one, a size of 1 for a constant, and a
+# number of rows or columns that a loop divides by for always a multiple: here are none. There are
+# some runs of columns (see `compiled_rows`), so that loops over runs are made, and a rest.
 _EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 5147, "s": STEPS}
 
 _OPTIONS: dict[str, Any] = {
@@ -43,7 +43,8 @@ _OPTIONS: dict[str, Any] = {
     # The numbers of rows are made here, and never outside of a matrix.
     "assert_indirect_indexing": False,
     "cpp.use_decompose_tanh": False,  # which is wrong of small numbers
-    # Threads share rows, however many threads there are when a function runs.
+    # As many threads share the rows as there are when a function runs; with the number of this
+    # moment, columns might be shared too, or the number be compiled in.
     "cpp.threads": 2,
     "cpp.dynamic_threads": True,
 }
@@ -54,6 +55,10 @@ _required = contextvars.ContextVar("_required", default=False)
 
 class NotCompiled(Exception):
     """There is no compiled function here; eager PyTorch can do it."""
+
+
+class NotInPlace(Exception):
+    """A function would read what it has written; it can write elsewhere."""
 
 
 @contextlib.contextmanager
@@ -110,7 +115,7 @@ class RowFunction:
     """A function of tensors with named dimensions, compiled when it is first used.
 
     Its results have the rows that are asked for as their first dimension, and it may write into
-    tensors whose dimensions are in capitals; such a tensor may be one of those that it reads.
+    tensors whose dimensions are in capitals. It may be given one tensor to read and to write.
     """
 
     def __init__(self, function: Compiled, dimensions: str):
@@ -121,26 +126,28 @@ class RowFunction:
         self.function = function
         self.dimensions = dimensions.split()
         self._variants: dict[Hashable, _Variant] = {}
-        self._said_off = False
+        self._said: set[str] = set()
 
     def __call__(self, *tensors: Tensor | None, **options: Hashable) -> tuple[Tensor, ...]:
-        """Call it. Raise `NotCompiled` where that cannot be."""
+        """Call it. Raise `NotCompiled` or `NotInPlace` where that cannot be."""
         watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
         if watched or torch.jit.is_tracing() or is_fx_symbolic_tracing():
-            raise NotCompiled  # the compiler does not look into what modes and tracers do
+            # The compiler does not look into what they do.
+            self._refuse("a mode or a tracer is at work")
         # The example needed no gradient, and what was compiled for it knows of none.
         plain = (None if x is None else x.detach() for x in tensors)
         copies = [_at_least_two(x, of) for x, of in zip(plain, self.dimensions, strict=True)]
         variant = self._variant(tuple(None if x is None else _kind(x) for x in copies), options)
-        if self._reads_what_it_writes(tensors) and not variant.in_place:
-            raise NotCompiled
+        numbers = tensors[self.dimensions.index("n")]
+        assert numbers is not None
+        # A lone row, which comes twice, would be written, read and written again.
+        if self._reads_what_it_writes(tensors) and not (variant.in_place and len(numbers) > 1):
+            raise NotInPlace
         with torch.no_grad():
             found = variant.call(*copies)
         for x, copy, of in zip(tensors, copies, self.dimensions, strict=True):
             if of.isupper() and x is not None and copy is not None and len(copy) != len(x):
                 x.detach().copy_(copy[:1])
-        numbers = tensors[self.dimensions.index("n")]
-        assert numbers is not None
         return tuple(x[:1] for x in found) if len(numbers) == 1 else found
 
     def _reads_what_it_writes(self, tensors: Sequence[object]) -> bool:
@@ -148,6 +155,10 @@ class RowFunction:
         return any(sum(x is y for y in tensors) > 1 for x in into)
 
     def _variant(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
+        if not compiler_is_there():
+            raise NotCompiled
+        if _is_turned_off():  # for a while
+            self._refuse("PyTorch's compiler is turned off")
         key = kinds, tuple(options.items()), torch.are_deterministic_algorithms_enabled()
         variant = self._variants.get(key)
         if variant is None or not variant.is_settled():
@@ -158,11 +169,6 @@ class RowFunction:
         return variant
 
     def _compiled(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
-        if not compiler_is_there():
-            raise NotCompiled
-        if _is_turned_off():  # for a while
-            self._say_off()
-            raise NotCompiled
         start = time.perf_counter()
         name, function = self.function.__name__.strip("_"), _copied(self.function, options)
         try:
@@ -172,16 +178,16 @@ class RowFunction:
             )  # fmt: skip
             with _plainly():
                 compiled(*map(_example, self.dimensions, kinds))
+                in_place = self._is_one_loop(compiled, kinds)
+            if not _is_compiled(function.__code__):
+                raise RuntimeError("PyTorch's compiler is turned off")
         except Exception as error:  # whatever a compiler can fail of
             if _required.get():
                 raise RuntimeError(f"{name} cannot be compiled: {_reason(error)}") from error
             _LOG.warning("%s is not compiled, and runs eagerly: %s", name, _reason(error))
             return _Variant(_not_compiled, None, False)
-        if not _is_compiled(function.__code__):
-            self._say_off()
-            raise NotCompiled
         _LOG.info("compiled %s in %.1f s", name, time.perf_counter() - start)
-        return _Variant(compiled, function.__code__, self._is_one_loop(compiled, kinds))
+        return _Variant(compiled, function.__code__, in_place)
 
     def _is_one_loop(self, compiled: Compiled, kinds: Kinds) -> bool:
         """Whether a matrix that it reads may be where its result belongs: of a formula without sums
@@ -192,22 +198,23 @@ class RowFunction:
             return False
         apart = [_probe(of, kind) for of, kind in zip(self.dimensions, kinds, strict=True)]
         in_place = _probe("MV", kinds[0])  # of the same numbers as the matrix that is read
-        with _plainly():
-            compiled(*apart)
-            compiled(*(
-                in_place if of.lower() == "mv" else x
-                for x, of in zip(apart, self.dimensions, strict=True)
-            ))  # fmt: skip
+        compiled(*apart)
+        compiled(*(
+            in_place if of.lower() == "mv" else x
+            for x, of in zip(apart, self.dimensions, strict=True)
+        ))  # fmt: skip
         assert in_place is not None and apart[0] is not None
         return torch.equal(in_place, apart[0])
 
-    def _say_off(self) -> None:
-        name, reason = self.function.__name__.strip("_"), "PyTorch's compiler is turned off"
+    def _refuse(self, reason: str) -> NoReturn:
+        """Do without for now, and say so once."""
+        name = self.function.__name__.strip("_")
         if _required.get():
             raise RuntimeError(f"{name} cannot be compiled: {reason}")
-        if not self._said_off:
+        if reason not in self._said:
             _LOG.warning("%s is not compiled, and runs eagerly: %s", name, reason)
-        self._said_off = True
+        self._said.add(reason)
+        raise NotCompiled
 
 
 def _unguarded(guards: Sequence[Any]) -> list[bool]:

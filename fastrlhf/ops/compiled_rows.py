@@ -8,6 +8,7 @@ absent.
 Dims: N rows, of which n count, V columns.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastrlhf import reference
 from fastrlhf.reference import RowParts, RowSlopes, Shares
 
-from .compiled import STEPS, NotCompiled, RowFunction
+from .compiled import STEPS, NotCompiled, NotInPlace, RowFunction
 from .row_spans import few_spans
 
 # Logits that a function is given at once (at least one row). Few large loops lose less to threads
@@ -42,8 +43,8 @@ _WORTH_A_CALL = 2**20
 # No loop takes more numbers at a time than this: two registers of 16.
 _WHOLE_VECTORS = 32
 
-# In nats. Above it, a divergence need not be computed as a sum of what is never negative: a mean of
-# log-ratios, about √(2·KL) from each other, is then right to 2⁻¹⁹ of itself.
+# In nats. Above it, a divergence need not be computed as a sum of what is never negative: what a
+# mean of log-ratios is wrong by, 2⁻²⁰ nats at most and 2⁻²⁴ as a rule, is little beside it.
 _LARGE_DIVERGENCE = 2**-5
 
 
@@ -383,14 +384,15 @@ def write_gradient(
         LOGITS_GRADIENT(out, places, *where, targets[some], columns, *of_rows, *scaled)
 
     def write_apart(out: Tensor, some: Tensor) -> None:
-        places = torch.arange(len(some), device=rows.device)
-        write(out, places, _found_by_number(rows, some), some)
+        in_order = torch.arange(len(some), device=rows.device)
+        write(out, in_order, _found_by_number(rows, some), some)
 
-    places = _view_by_number(d_rows, index)
-    if places is None:
-        _by_way_of_room(d_rows, index, write_apart)
-    else:
-        write(*places, places if d_rows is rows else _found_by_number(rows, index), index)
+    there = _view_by_number(d_rows, index)
+    if there is not None:
+        with contextlib.suppress(NotInPlace):
+            write(*there, there if d_rows is rows else _found_by_number(rows, index), index)
+            return
+    _by_way_of_room(d_rows, index, write_apart)
 
 
 def divergence(

@@ -96,7 +96,7 @@ class Head:
         self.vocab = weights[0].shape[0]
         ends = list(accumulate(weight.shape[1] for weight in weights))
         self.columns = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        as_they_are = all(
+        as_they_are = dtype == self.operands and all(
             isinstance(weight, Tensor) and weight.dtype == self.operands for weight in weights
         )
         on_cpu = device.type == "cpu"

@@ -495,22 +495,23 @@ def _write_gradient(
     options: dict[str, Any] = {
         "temperature": row_temperature, "softcap": softcap, "scale": scale
     }  # fmt: skip
-    if backend != "compiled" or not _written_by_compiled(
-        d_rows, rows, targets, stats, (d_logprob, *others), active, options
-    ):
-        for index in eager_chunks(active, rows):
-            gradient = reference.token_stats_backward(
-                take_rows(rows, index), targets[index],
-                tuple(value[index] if value.numel() else value for value in stats),
-                d_logprob[index], *(None if slope is None else slope[index] for slope in others),
-                **options | {"temperature": take(row_temperature, index)},
-            )  # fmt: skip
-            _put_rows(d_rows, index, gradient.to(d_rows.dtype))
+    left = active
+    if backend == "compiled":
+        upstream = d_logprob, *others
+        left = _left_by_compiled(d_rows, rows, targets, stats, upstream, active, options)
+    for index in eager_chunks(left, rows):
+        gradient = reference.token_stats_backward(
+            take_rows(rows, index), targets[index],
+            tuple(value[index] if value.numel() else value for value in stats),
+            d_logprob[index], *(None if slope is None else slope[index] for slope in others),
+            **options | {"temperature": take(row_temperature, index)},
+        )  # fmt: skip
+        _put_rows(d_rows, index, gradient.to(d_rows.dtype))
     if in_place:
         _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)
 
 
-def _written_by_compiled(
+def _left_by_compiled(
     d_rows: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -518,18 +519,17 @@ def _written_by_compiled(
     upstream: tuple[Any, ...],
     active: Tensor,
     options: dict[str, Any],
-) -> bool:
-    """Write the gradients of active rows; return False, and nothing is written, where no function
-    is compiled.
-    """
+) -> Tensor:
+    """Write the gradients of active rows while functions are compiled; return which are left."""
     logprob, entropy, peak, log_norm = stats
     slopes = reference.row_slopes(logprob, *upstream, columns=rows.shape[2])
     of_rows = (None if slopes.entropy is None else entropy, peak, log_norm)
+    left = active.clone()
     with contextlib.suppress(NotCompiled):
         for index in compiled_rows.chunks(active, rows.shape[2]):
             compiled_rows.write_gradient(d_rows, rows, index, targets, of_rows, slopes, **options)
-        return True
-    return False
+            left[index] = False
+    return left
 
 
 # Of three operators, each of which writes the gradient elsewhere.
@@ -682,7 +682,8 @@ def eager_chunks(selected: Tensor, rows: Tensor) -> Iterator[Index]:
     if rows.shape[0] == 1 and bool(selected.all()):
         yield from (slice(first, first + size) for first in range(0, len(selected), size))
     else:
-        yield from selected.nonzero().squeeze(1).split(size)
+        found = selected.nonzero().squeeze(1)
+        yield from found.split(size) if len(found) else ()
 
 
 def take_rows(rows: Tensor, index: Index) -> Tensor:

@@ -40,9 +40,10 @@ def warm_up(
     Without it, the first call of an operation compiles what it uses, once for each combination of
     dtypes and options, and never again for another size. The value of a temperature, softcap or
     scale makes no difference, but whether there is one does; so does whether the gradient of the
-    entropy is asked for beside that of the log-prob, and whether rows of logits have gaps between
-    them. What is compiled is kept on disk, where PyTorch's compiler keeps all it makes, so that the
-    next process loads it. The log of "fastrlhf" says what was compiled, and in how many seconds.
+    entropy is asked for beside that of the log-prob, whether rows of logits have gaps between them,
+    and `torch.use_deterministic_algorithms`. What is compiled is kept on disk, where PyTorch's
+    compiler keeps all it makes, so that the next process loads it. The log of "fastrlhf" says what
+    was compiled, and in how many seconds.
 
     It does not prepare the jsd, what `with_stats` names, or a divergence of two dtypes.
 
@@ -56,13 +57,13 @@ def warm_up(
         entropy: prepare the entropy and its gradient too.
         temperature, softcap, scale: as `token_stats`; the two last also of the divergence, the
             temperature of all.
-        impl: "compiled", which is what "auto" stands for on a CPU, or another backend, whose first
-            calls are then made.
+        impl: "compiled", or another backend, whose first calls are then made; "auto" is what it is
+            for large calls.
 
     Raises:
         TypeError, ValueError: an unknown operation, or an option as `token_stats`.
-        RuntimeError: there is no C++ compiler, or no vector instructions; PyTorch's compiler failed
-            or is turned off.
+        RuntimeError: of "compiled", there is no C++ compiler, or no vector instructions; PyTorch's
+            compiler failed, is turned off, or cannot work under a mode or a tracer.
     """
     names = check_names("operations", operations, OPERATIONS)
     check_bool("entropy", entropy)

@@ -841,23 +841,32 @@ MUTANTS = [
             "as_many_threads",
         ),
         (
-            "compiled: no compiler again once it was turned off",
-            "        if _is_turned_off():  # for a while\n            self._say_off()\n"
-            "            raise NotCompiled\n",
-            "        if _is_turned_off():\n"
-            "            return _Variant(_not_compiled, None, False)\n",
+            "compiled: a compiler that is turned off is taken for one that failed",
+            '            self._refuse("PyTorch\'s compiler is turned off")\n',
+            "            return self._variants.setdefault((kinds, tuple(options.items()), False),\n"
+            "                _Variant(_not_compiled, None, False))\n",
             "asked_again",
+        ),
+        (
+            "compiled: a lone row, which comes twice, in place",
+            "not (variant.in_place and len(numbers) > 1)", "not variant.in_place",
+            "takes_the_place",
+        ),
+        (
+            "compiled: what it has written is read",
+            "not (variant.in_place and len(numbers) > 1)", "len(numbers) == 1",
+            "reads_what_it_has_written",
+        ),
+        (
+            "compiled: under fx tracing",
+            "or torch.jit.is_tracing() or is_fx_symbolic_tracing()", "or torch.jit.is_tracing()",
+            "traced_call",
         ),
         (
             "compiled: on disk with what is made for other vectors",
             'f"{of_compiler.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"',
             "of_compiler.cache_key_tag",
             "kept_apart",
-        ),
-        (
-            "compiled: under fx tracing",
-            "or torch.jit.is_tracing() or is_fx_symbolic_tracing()", "or torch.jit.is_tracing()",
-            "traced_call",
         ),
         (
             "compiled: warming up without the compiler's failures",
