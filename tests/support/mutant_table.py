@@ -823,8 +823,8 @@ MUTANTS = [
         ),
         (
             "compiled: a gradient that is written into a copy",
-            "    places = _view_by_number(d_rows, index)\n",
-            "    places = _found_by_number(d_rows, index)\n",
+            "    there = _view_by_number(d_rows, index)\n",
+            "    there = _found_by_number(d_rows, index)\n",
             "columns_at_any_distance",
         ),
         (
