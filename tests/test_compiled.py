@@ -2,6 +2,7 @@
 on. That its numbers are right is tested where those of the other backends are.
 """
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -224,7 +225,7 @@ def test_rows_without_a_target_are_not_asked_for(calls) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_what_is_held_is_the_gradient_and_a_bounded_rest(inplace, monkeypatch) -> None:
+def test_what_is_held_is_the_gradient_and_a_bounded_rest(inplace) -> None:
     logits, targets = batch(1200, 20000, torch.bfloat16)
     targets[::7] = -100
     options = {"impl": "compiled", "inplace_backward": inplace}
@@ -241,7 +242,14 @@ def test_what_is_held_is_the_gradient_and_a_bounded_rest(inplace, monkeypatch) -
 @pytest.mark.parametrize("one_loop", [True, False])
 @pytest.mark.parametrize("live", [0, 1, 2, 5, 7])
 def test_a_gradient_takes_the_place_of_its_logits(live, one_loop, monkeypatch) -> None:
-    monkeypatch.setattr(compiled_rows, "_CHUNK_LOGITS", 3 * VOCAB)  # the last chunk a lone row
+    room, by_way_of_room = [], compiled_rows._by_way_of_room
+
+    def recorded(*given) -> None:
+        room.append(given)
+        by_way_of_room(*given)
+
+    monkeypatch.setattr(compiled_rows, "_by_way_of_room", recorded)
+    monkeypatch.setattr(compiled_rows, "_CHUNK_LOGITS", 3 * VOCAB)
     if not one_loop:
         function = uncompiled(compiled_rows.LOGITS_GRADIENT)
         monkeypatch.setattr(compiled_rows, "LOGITS_GRADIENT", function)
@@ -254,15 +262,54 @@ def test_a_gradient_takes_the_place_of_its_logits(live, one_loop, monkeypatch) -
     logprobs = fastrlhf.token_logprobs(copies, targets, inplace_backward=True, impl="compiled")
     (found,) = torch.autograd.grad(logprobs.sum(), copies)
     assert torch.equal(found, expected) and found.data_ptr() == copies.data_ptr()
+    lone_chunks, chunks = int(live % 3 == 1), -(-live // 3)
+    assert len(room) == (lone_chunks if one_loop else chunks)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_what_is_left_when_a_function_is_there_no_longer_is_done_eagerly(
+    after, inplace, monkeypatch
+) -> None:
+    logits, targets = batch(8)
+    expected = step(logits, targets, impl="eager")[1]
+    monkeypatch.setattr(compiled_rows, "_CHUNK_LOGITS", 3 * VOCAB)
+    function, calls = compiled_rows.LOGITS_GRADIENT, []
+
+    def for_a_while(*given, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise compiled.NotCompiled
+        return function(*given, **options)
+
+    monkeypatch.setattr(compiled_rows, "LOGITS_GRADIENT", for_a_while)
+    copies = 1.0 * logits
+    logprobs = fastrlhf.token_logprobs(copies, targets, inplace_backward=inplace, impl="compiled")
+    torch.testing.assert_close(torch.autograd.grad(logprobs.sum(), copies)[0], expected)
+    assert len(calls) == after + 1
+
+
+def test_what_cannot_be_done_twice_is_not(monkeypatch) -> None:
+    monkeypatch.setattr(compiled_rows, "_ROOM_LOGITS", VOCAB)
+    rows, calls = torch.zeros(1, 3, VOCAB), []
+
+    def write(out: Tensor, some: Tensor) -> None:
+        calls.append(some)
+        if len(calls) == 2:
+            raise compiled.NotCompiled
+        out.fill_(1.0)
+
+    with pytest.raises(RuntimeError, match=r"turned off during a call$"):
+        compiled_rows._by_way_of_room(rows, torch.arange(3), write)
 
 
 def test_a_function_that_reads_what_it_has_written_writes_elsewhere() -> None:
-    def centred(out: Tensor, places: Tensor, matrix: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+    def mixed(out: Tensor, places: Tensor, matrix: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         rows = matrix[numbers]
         out[places] = rows - rows.mean(-1, keepdim=True) + rows.flip(-1)
         return ()
 
-    function = compiled.RowFunction(centred, "MV n mv n")
+    function = compiled.RowFunction(mixed, "MV n mv n")
     matrix, numbers = torch.randn(5, 300), torch.arange(5)
     with pytest.raises(compiled.NotInPlace):
         function(matrix, numbers, matrix, numbers)
@@ -396,8 +443,32 @@ def test_a_compiler_that_was_turned_off_is_asked_again(monkeypatch) -> None:
     ):
         with off(), pytest.raises(compiled.NotCompiled):
             compiled_rows.NORM(*rows, dtype=torch.float32)
-    peak, log_norm = compiled_rows.NORM(*rows, dtype=torch.float32)
-    torch.testing.assert_close(peak + log_norm, rows[0].logsumexp(-1))
+    for stance in ("default", "fail_on_recompile"):
+        with torch.compiler.set_stance(stance):
+            peak, log_norm = compiled_rows.NORM(*rows, dtype=torch.float32)
+        torch.testing.assert_close(peak + log_norm, rows[0].logsumexp(-1))
+    for off in (
+        lambda: torch.compiler.set_stance("force_eager"),
+        lambda: torch.compiler.set_stance("default", force_backend="eager"),
+    ):
+        with off(), pytest.raises(compiled.NotCompiled):
+            compiled_rows.NORM(*rows, dtype=torch.float32)
+
+
+def test_a_compiler_that_was_turned_off_meanwhile_is_asked_again(monkeypatch) -> None:
+    monkeypatch.setattr(compiled_rows, "NORM", uncompiled(compiled_rows.NORM))
+    rows = torch.randn(3, 50), torch.arange(3), None, None, None
+    compile_it = torch.compile
+
+    def turned_off(*arguments, **options):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        return compile_it(*arguments, **options)
+
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", turned_off)
+        with pytest.raises(compiled.NotCompiled):
+            compiled_rows.NORM(*rows, dtype=torch.float32)
+    compiled_rows.NORM(*rows, dtype=torch.float32)
 
 
 def test_warming_up_fails_where_the_compiler_does(monkeypatch) -> None:
@@ -409,6 +480,8 @@ def test_warming_up_fails_where_the_compiler_does(monkeypatch) -> None:
     turned_off = r"^row_parts cannot be compiled: PyTorch's compiler is turned off$"
     with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=turned_off):
         fastrlhf.warm_up()
+    with torch.device("cpu"), pytest.raises(RuntimeError, match=r"^advantages cannot .* at work$"):
+        fastrlhf.warm_up(operations=("gae",))
     monkeypatch.setattr(torch, "compile", broken)
     fastrlhf.token_logprobs(*batch(4), impl="compiled")  # eagerly
     for _ in range(2):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 from fastrlhf import QuantizedWeight, linear_token_logprobs, linear_token_stats, reference
+from fastrlhf.ops.linear_head import Head
 
 TOKENS, WIDTH, VOCAB = 11, 6, 37
 # What needs a gradient: hidden, weight, bias.
@@ -399,6 +400,13 @@ def test_a_weight_that_is_converted_in_slices_gives_the_same(needs, monkeypatch)
         results.append((logprob, *autograd.grad(logprob.sum(), wanted)))
     for whole, sliced in zip(*results, strict=True):
         torch.testing.assert_close(sliced, whole)
+
+
+def test_a_weight_that_is_rounded_first_is_converted_in_slices(monkeypatch) -> None:
+    monkeypatch.setattr("fastrlhf.ops.linear_head._SLICE_ELEMENTS", 5 * WIDTH)
+    weight = torch.randn(VOCAB, WIDTH)
+    assert Head([weight], None, torch.float32).slice_rows == VOCAB
+    assert Head([weight], None, torch.bfloat16).slice_rows == 5  # as under autocast
 
 
 @pytest.mark.parametrize("needs", NEEDS)

@@ -31,9 +31,9 @@ _LOG = logging.getLogger("fastrlhf")
 # A loop over tokens is unrolled, so many at a time.
 STEPS = 32
 
-# Sizes of the examples. The compiler takes equal sizes for one, a size of 1 for a constant, and a
-# number of rows or columns that a loop divides by for always a multiple: here are none. There are
-# some runs of columns (see `compiled_rows`), so that loops over runs are made, and a rest.
+# Sizes of the examples. Of equal sizes the compiler could assume that they always are equal, of a
+# size of 1 that it always is 1, and of whole vectors of rows or columns that nothing is ever left
+# over: there are none of these. Of columns there are some runs (see `compiled_rows`), and a rest.
 _EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 5147, "s": STEPS}
 
 _OPTIONS: dict[str, Any] = {
@@ -43,11 +43,13 @@ _OPTIONS: dict[str, Any] = {
     # The numbers of rows are made here, and never outside of a matrix.
     "assert_indirect_indexing": False,
     "cpp.use_decompose_tanh": False,  # which is wrong of small numbers
-    # As many threads share the rows as there are when a function runs; with the number of this
-    # moment, columns might be shared too, or the number be compiled in.
+    # Threads share the rows, as many as there are when a function runs. The number here only
+    # keeps the compiler from the number that there are now, which it would make code for.
     "cpp.threads": 2,
     "cpp.dynamic_threads": True,
 }
+
+_OFF = "PyTorch's compiler is turned off"
 
 _compiling = threading.RLock()
 _required = contextvars.ContextVar("_required", default=False)
@@ -115,7 +117,8 @@ class RowFunction:
     """A function of tensors with named dimensions, compiled when it is first used.
 
     Its results have the rows that are asked for as their first dimension, and it may write into
-    tensors whose dimensions are in capitals. It may be given one tensor to read and to write.
+    tensors whose dimensions are in capitals. The same tensor may be given to be written and to be
+    read, which raises `NotInPlace` where that would go wrong.
     """
 
     def __init__(self, function: Compiled, dimensions: str):
@@ -132,7 +135,7 @@ class RowFunction:
         """Call it. Raise `NotCompiled` or `NotInPlace` where that cannot be."""
         watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
         if watched or torch.jit.is_tracing() or is_fx_symbolic_tracing():
-            # The compiler does not look into what they do.
+            # Modes and tracers would not be told what compiled code does.
             self._refuse("a mode or a tracer is at work")
         # The example needed no gradient, and what was compiled for it knows of none.
         plain = (None if x is None else x.detach() for x in tensors)
@@ -155,10 +158,6 @@ class RowFunction:
         return any(sum(x is y for y in tensors) > 1 for x in into)
 
     def _variant(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
-        if not compiler_is_there():
-            raise NotCompiled
-        if _is_turned_off():  # for a while
-            self._refuse("PyTorch's compiler is turned off")
         key = kinds, tuple(options.items()), torch.are_deterministic_algorithms_enabled()
         variant = self._variants.get(key)
         if variant is None or not variant.is_settled():
@@ -166,9 +165,15 @@ class RowFunction:
                 variant = self._variants.get(key)
                 if variant is None or not variant.is_settled():
                     variant = self._variants[key] = self._compiled(kinds, options)
+        elif _runs_otherwise():
+            self._refuse(_OFF)
         return variant
 
     def _compiled(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
+        if not compiler_is_there():
+            raise NotCompiled
+        if _is_off():  # for a while
+            self._refuse(_OFF)
         start = time.perf_counter()
         name, function = self.function.__name__.strip("_"), _copied(self.function, options)
         try:
@@ -180,8 +185,10 @@ class RowFunction:
                 compiled(*map(_example, self.dimensions, kinds))
                 in_place = self._is_one_loop(compiled, kinds)
             if not _is_compiled(function.__code__):
-                raise RuntimeError("PyTorch's compiler is turned off")
+                raise RuntimeError("nothing came of it")
         except Exception as error:  # whatever a compiler can fail of
+            if _is_off():  # meanwhile
+                self._refuse(_OFF)
             if _required.get():
                 raise RuntimeError(f"{name} cannot be compiled: {_reason(error)}") from error
             _LOG.warning("%s is not compiled, and runs eagerly: %s", name, _reason(error))
@@ -233,15 +240,20 @@ def _reason(error: Exception) -> str:
     return "; ".join([first, *[line.strip() for line in more if "error:" in line][:1]])
 
 
-def _is_turned_off() -> bool:
-    """Whether `torch.compiler.set_stance` or the compiler's configuration says so, or has something
-    else make the code.
+def _is_off() -> bool:
+    """Whether `torch.compiler.set_stance` or the compiler's configuration keeps it from compiling,
+    or has something else make the code.
     """
-    import torch._dynamo.config as config
-    import torch._dynamo.eval_frame as eval_frame
+    import torch._dynamo
 
-    stance = eval_frame._stance
-    return bool(config.disable) or stance.stance != "default" or stance.backend is not None
+    stance = torch._dynamo.eval_frame._stance.stance
+    return bool(torch._dynamo.config.disable) or stance != "default" or _runs_otherwise()
+
+
+def _runs_otherwise() -> bool:
+    """Whether `torch.compiler.set_stance` has something else run than what was compiled."""
+    stance = torch._dynamo.eval_frame._stance
+    return stance.stance == "force_eager" or stance.backend is not None
 
 
 def _is_compiled(code: CodeType) -> bool:

@@ -388,7 +388,8 @@ def write_gradient(
         write(out, in_order, _found_by_number(rows, some), some)
 
     there = _view_by_number(d_rows, index)
-    if there is not None:
+    lone_in_place = d_rows is rows and len(index) == 1
+    if there is not None and not lone_in_place:
         with contextlib.suppress(NotInPlace):
             write(*there, there if d_rows is rows else _found_by_number(rows, index), index)
             return
@@ -572,9 +573,16 @@ def _by_way_of_room(
 ) -> None:
     """Let it write elsewhere, a few rows at a time, and put them where they belong."""
     outer, inner, vocab = rows.shape
-    for some in _pieces(index, vocab, _ROOM_LOGITS, mixed=mixed):
+    first, *more = _pieces(index, vocab, _ROOM_LOGITS, mixed=mixed)
+    for some in (first, *more):
         out = rows.new_empty(len(some), vocab)
-        write(out, some)
+        try:
+            write(out, some)
+        except NotCompiled as error:
+            if some is first:
+                raise
+            # Those before it are written, perhaps over what they were computed from.
+            raise RuntimeError("PyTorch's compiler was turned off during a call") from error
         if outer == 1:
             rows[0].index_copy_(0, some, out)
         else:

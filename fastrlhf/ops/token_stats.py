@@ -380,8 +380,8 @@ def parts_of_rows(
     """Compute, of columns of the selected rows, what `_statistics_of_rows` finishes."""
     if backend == "compiled":
         with contextlib.suppress(NotCompiled):
-            for index in compiled_rows.chunks(selected, rows.shape[2], held=question.held):
-                yield compiled_rows.row_parts(rows, index, *question)
+            chunks = compiled_rows.chunks(selected, rows.shape[2], held=question.held)
+            yield from [compiled_rows.row_parts(rows, index, *question) for index in chunks]
             return
     for some in eager_chunks(selected, rows):
         targets, options = question.of_rows(some)

@@ -57,8 +57,8 @@ def warm_up(
         entropy: prepare the entropy and its gradient too.
         temperature, softcap, scale: as `token_stats`; the two last also of the divergence, the
             temperature of all.
-        impl: "compiled", or another backend, whose first calls are then made; "auto" is what it is
-            for large calls.
+        impl: "compiled", or another backend, whose first calls are then made. "auto" stands for
+            the backend that it takes for large calls.
 
     Raises:
         TypeError, ValueError: an unknown operation, or an option as `token_stats`.

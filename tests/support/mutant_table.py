@@ -842,9 +842,17 @@ MUTANTS = [
         ),
         (
             "compiled: a compiler that is turned off is taken for one that failed",
-            '            self._refuse("PyTorch\'s compiler is turned off")\n',
-            "            return self._variants.setdefault((kinds, tuple(options.items()), False),\n"
-            "                _Variant(_not_compiled, None, False))\n",
+            "            if _is_off():  # meanwhile\n                self._refuse(_OFF)\n", "",
+            "was_turned_off_meanwhile",
+        ),
+        (
+            "compiled: what was compiled runs whatever is to run instead",
+            "        elif _runs_otherwise():\n            self._refuse(_OFF)\n", "",
+            "asked_again",
+        ),
+        (
+            "compiled: while the compiler is off",
+            "        if _is_off():  # for a while\n            self._refuse(_OFF)\n", "",
             "asked_again",
         ),
         (
@@ -952,6 +960,12 @@ MUTANTS = [
             "_add_product(total, a, b, fresh)", "_add_product(total, a, b, True)",
             "values_and_gradients and eager",
         ),
+    ),
+    Mutant(
+        "head: a weight that is rounded first as it is",
+        "fastrlhf/ops/linear_head.py",
+        "dtype == self.operands and all(", "all(",
+        "test_linear_token_stats.py", "rounded_first",
     ),
     Mutant(
         "head: small slices on a GPU too",
