@@ -199,7 +199,7 @@ def test_gradients_of_spans_of_rows_are_where_they_belong(mask, monkeypatch) -> 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("distance", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("distance", [0.1, 0.5, 1.2])  # KL 0.005, 0.12, 0.7
 def test_small_divergences_are_more_accurate_than_the_plain_formula(distance) -> None:
     p = 2 * torch.randn(16, 32000)
     q = p + distance * torch.randn(16, 32000)

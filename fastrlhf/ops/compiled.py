@@ -121,12 +121,13 @@ class RowFunction:
     read, which raises `NotInPlace` where that would go wrong.
     """
 
-    def __init__(self, function: Compiled, dimensions: str):
+    def __init__(self, function: Compiled, dimensions: str, **compiler_options: Any):
         """`dimensions` of each argument, a word each: `m` rows of a matrix and `n` of them that
         are asked for, `v` columns, `s` steps of a loop, of which there are always as many; "." for
-        a number.
+        a number. The compiler's options are those of all functions, and these.
         """
         self.function = function
+        self.compiler_options = compiler_options
         self.dimensions = dimensions.split()
         self._variants: dict[Hashable, _Variant] = {}
         self._said: set[str] = set()
@@ -179,7 +180,7 @@ class RowFunction:
         try:
             compiled = torch.compile(
                 function, dynamic=True, fullgraph=True,
-                options={**_OPTIONS, "guard_filter_fn": _unguarded},
+                options={**_OPTIONS, **self.compiler_options, "guard_filter_fn": _unguarded},
             )  # fmt: skip
             with _plainly():
                 compiled(*map(_example, self.dimensions, kinds))

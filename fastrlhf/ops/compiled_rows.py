@@ -43,9 +43,9 @@ _WORTH_A_CALL = 2**20
 # No loop takes more numbers at a time than this: two registers of 16.
 _WHOLE_VECTORS = 32
 
-# In nats. Above it, a divergence need not be computed as a sum of what is never negative: what a
-# mean of log-ratios is wrong by, 2⁻²⁰ nats at most and 2⁻²⁴ as a rule, is little beside it.
-_LARGE_DIVERGENCE = 2**-5
+# In nats. Above it, a divergence need not be computed as a sum of what is never negative. Values
+# would have their places from 0.03 on, but not the small entries of gradients, p·(ln p/q - KL).
+_LARGE_DIVERGENCE = 0.5
 
 
 class Scaling(NamedTuple):
@@ -318,7 +318,11 @@ ROW_PARTS = RowFunction(_row_parts, "mv n n v n . .")
 LOGITS_GRADIENT = RowFunction(_logits_gradient, "MV n mv n n v n n n n n n n n . .")
 NORM = RowFunction(_norm, "mv n n . .")
 LOG_RATIO_MOMENTS = RowFunction(_log_ratio_moments, "mv n mv n n . .")
-DIVERGENCE_SUMS = RowFunction(_divergence_sums, "mv n mv n n n n n . . n . .")
+# Long formulas, of which several sums are made: computed anew for each sum, not held, they took the
+# compiler five times as long.
+DIVERGENCE_SUMS = RowFunction(
+    _divergence_sums, "mv n mv n n n n n . . n . .", realize_reads_threshold=4
+)
 DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . . n . .")
 ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
