@@ -392,8 +392,7 @@ def write_gradient(
         write(out, in_order, _found_by_number(rows, some), some)
 
     there = _view_by_number(d_rows, index)
-    lone_in_place = d_rows is rows and len(index) == 1
-    if there is not None and not lone_in_place:
+    if there is not None:
         with contextlib.suppress(NotInPlace):
             write(*there, there if d_rows is rows else _found_by_number(rows, index), index)
             return

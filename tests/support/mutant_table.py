@@ -788,7 +788,7 @@ MUTANTS = [
         (
             "compiled: room for all gradients at once",
             "_pieces(index, vocab, _ROOM_LOGITS, mixed=mixed)", "(index,)",
-            "bounded_rest",
+            "cannot_be_done_twice",
         ),
         (
             "compiled: a softcap is compiled in",
