@@ -40,6 +40,25 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     look_up_the_language_once()
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks are read
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep down the time that PyTorch's compiler takes, longer than tests take what it makes.
+
+    One worker runs what a file has for the compiled backend, since each would compile for itself.
+    Where a test has each transform of logits in each dtype, `make test` takes all dtypes and all
+    transforms, and `make test-all` every pair.
+    """
+    for item in items:
+        chosen = getattr(item, "callspec", None) and item.callspec.params
+        if not chosen or "compiled" not in chosen.values():
+            continue
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}, compiled"))
+        dtypes = chosen.get("dtypes", (chosen.get("dtype"),))
+        if chosen.get("kind") in ("plain", "scaled", "capped") and {*dtypes} != {torch.float32}:
+            item.add_marker(pytest.mark.exhaustive)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device on which impl="triton" runs the kernels."""

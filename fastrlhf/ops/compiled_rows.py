@@ -318,12 +318,14 @@ ROW_PARTS = RowFunction(_row_parts, "mv n n v n . .")
 LOGITS_GRADIENT = RowFunction(_logits_gradient, "MV n mv n n v n n n n n n n n . .")
 NORM = RowFunction(_norm, "mv n n . .")
 LOG_RATIO_MOMENTS = RowFunction(_log_ratio_moments, "mv n mv n n . .")
-# Long formulas, of which several sums are made: computed anew for each sum, not held, they took the
-# compiler five times as long.
+# Long formulas, parts of which are used several times: computed anew for each use, not held, they
+# took the compiler two to five times as long.
 DIVERGENCE_SUMS = RowFunction(
     _divergence_sums, "mv n mv n n n n n . . n . .", realize_reads_threshold=4
 )
-DIVERGENCE_GRADIENT = RowFunction(_divergence_gradient, "NV mv n mv n n n n n n n n . . n . .")
+DIVERGENCE_GRADIENT = RowFunction(
+    _divergence_gradient, "NV mv n mv n n n n n n n n . . n . .", realize_reads_threshold=4
+)
 ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 FISHER_QUADRATIC = RowFunction(_fisher_quadratic, "mv n mv n n n n n")
