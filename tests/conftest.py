@@ -1,5 +1,6 @@
 """Where the tests run: real kernels on a GPU if there is one, else interpreted on the CPU."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -57,6 +58,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         dtypes = chosen.get("dtypes", (chosen.get("dtype"),))
         if chosen.get("kind") in ("plain", "scaled", "capped") and {*dtypes} != {torch.float32}:
             item.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_collection_finish() -> None:
+    """Trainers and compilers have Python look for garbage time and again: not among the modules and
+    the tests themselves, some millions of objects, which takes most of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
