@@ -1,0 +1,53 @@
+"""What a call costs on a CPU beside its loops over logits: the time of so small a batch that these
+take next to nothing.
+
+Usage: python benchmarks/call_overhead.py [FILE]. Medians in microseconds, of calls that follow each
+other and of calls between which other work has emptied the processor's caches, go to standard
+output as JSON, and to FILE.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from environment import describe
+
+import fastrlhf
+
+ROUNDS, ROWS, VOCAB = 200, 64, 64
+OTHER_WORK_BYTES = 2**26
+
+
+def microseconds(impl: str, *, cold: bool) -> float:
+    logits, targets = torch.randn(ROWS, VOCAB), torch.randint(VOCAB, (ROWS,))
+    others = torch.zeros(OTHER_WORK_BYTES, dtype=torch.uint8)
+    taken = []
+    for _ in range(ROUNDS):
+        if cold:
+            others.add_(1)
+        begin = time.perf_counter()
+        fastrlhf.token_logprobs(logits, targets, impl=impl)
+        taken.append(time.perf_counter() - begin)
+    return round(1e6 * statistics.median(taken[ROUNDS // 10 :]))
+
+
+def main() -> None:
+    record = {
+        "environment": describe(torch.device("cpu"), [torch.float32]),
+        "sizes": {"rows": ROWS, "vocab": VOCAB},
+        "microseconds": {
+            impl: {"warm": microseconds(impl, cold=False), "cold": microseconds(impl, cold=True)}
+            for impl in ("compiled", "eager")
+        },
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
