@@ -54,7 +54,7 @@ types: $(VENV)/.test ## mypy on fastrlhf/
 pytest: $(VENV)/.test ## the test suite: on a GPU if there is one, else interpreted on the CPU
 	OMP_NUM_THREADS=1 $(PYTEST)
 
-test-all: lint types $(VENV)/.test ## the same with what takes many minutes: every kernel at every launch, for every GPU
+test-all: lint types $(VENV)/.test ## the same with what takes many minutes: every kernel at every launch, for every GPU; every dtype with every transform, compiled
 	OMP_NUM_THREADS=1 $(PYTEST) -m ''
 
 # `default` is what a processor without AVX2 runs; the last has what this one has.
