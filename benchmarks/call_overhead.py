@@ -6,14 +6,11 @@ other and of calls between which other work has emptied the processor's caches, 
 output as JSON, and to FILE.
 """
 
-import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-from environment import describe
+from environment import publish
 
 import fastrlhf
 
@@ -35,18 +32,11 @@ def microseconds(impl: str, *, cold: bool) -> float:
 
 
 def main() -> None:
-    record = {
-        "environment": describe(torch.device("cpu"), [torch.float32]),
-        "sizes": {"rows": ROWS, "vocab": VOCAB},
-        "microseconds": {
-            impl: {"warm": microseconds(impl, cold=False), "cold": microseconds(impl, cold=True)}
-            for impl in ("compiled", "eager")
-        },
+    taken = {
+        impl: {"warm": microseconds(impl, cold=False), "cold": microseconds(impl, cold=True)}
+        for impl in ("compiled", "eager")
     }
-    text = json.dumps(record, indent=1) + "\n"
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text)
-    print(text)
+    publish({"sizes": {"rows": ROWS, "vocab": VOCAB}, "microseconds": taken})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,17 @@ def describe(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
             for dtype in dtypes
         },
     }
+
+
+def publish(figures: dict[str, Any]) -> None:
+    """Write figures of the CPU, and what they were measured with, to standard output as JSON, and
+    to the file that the command line names.
+    """
+    record = {"environment": describe(torch.device("cpu"), [torch.float32]), **figures}
+    text = json.dumps(record, indent=1) + "\n"
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(text)
+    print(text)
 
 
 def _processor() -> str:

@@ -12,7 +12,6 @@ Dims: N tokens, H hidden, V vocabulary, W ranks.
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from environment import describe
+from environment import publish
 from torch import Tensor
 
 import fastrlhf
@@ -182,16 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(measure, (folder,), nprocs=RANKS)
         found = json.loads(Path(folder, "found.json").read_text())
-    record = {
-        "environment": describe(torch.device("cpu"), [torch.float32]),
-        "ranks": RANKS,
-        "sizes": SIZES,
-        **found,
-    }
-    text = json.dumps(record, indent=1) + "\n"
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text)
-    print(text)
+    publish({"ranks": RANKS, "sizes": SIZES, **found})
 
 
 if __name__ == "__main__":
