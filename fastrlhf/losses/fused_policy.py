@@ -196,7 +196,8 @@ def linear_policy_loss(
 
     Cost, in matmuls G of the active tokens: G without gradients, 2G where hidden or the head alone
     needs one, 3G for both, with an entropy bonus too. Active are the tokens of the mask, without
-    those that have no advantage, unless there is a reference or an entropy to look at. Memory: as
+    those that have no advantage, unless there is a reference or an entropy to look at. Tokens that
+    have no gradient, as where the ratio is clipped, cost the first G alone. Memory: as
     `linear_loss`, by which it is computed; with a ratio of sequences, those are its groups.
 
     Raises:

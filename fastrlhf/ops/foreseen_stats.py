@@ -268,12 +268,14 @@ def _made_again(
     where they are left; that of hidden states in their dtype or another.
     """
     with exact(problem.hidden):
-        bench = problem.workbench(order)
+        whole = problem.workbench(order)
+        made_again = order[: last_block.span[0]] if last_block else order
+        bench = problem.workbench(made_again).with_gradient_alone(slopes)
         gradients = bench.gradients(needs, hidden_dtype)
         spans = even_spans(bench.rows.size, problem.options.chunk)
-        recomputed_gradients(bench, spans[:-1] if last_block else spans, slopes, gradients)
+        recomputed_gradients(bench, spans, slopes, gradients)
         if last_block:
-            block = bench.rows.block(last_block.span)
+            block = whole.rows.block(last_block.span)
             of_block = slopes.at(block.place)
             bench.differentiate(block, last_block.logits, last_block.stats, of_block, gradients)
         return gradients.totals(problem.hidden, problem.bias, problem.weights)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Bytes of gradients of logits that wait to be added to that of a weight; one block at least.
 _WAITING_BYTES = 2**29
+# Rows are moved to the front of a block in so many parts, each of which is copied.
+_MOVES = 8
 # Rows start at multiples of so many numbers.
 _ROW_ALIGNMENT = {"cpu": 1}
 _GPU_ROW_ALIGNMENT = 64
@@ -55,6 +57,19 @@ class LogitGradient(NamedTuple):
 
     values: Tensor  # (n, V)
     unit: Tensor | None  # (n, 1) powers of two that the values are relative to; None: 1
+
+    def leading(self, some: Tensor) -> LogitGradient:
+        """Move some rows, by increasing indices, to the front, and leave out the others.
+
+        A row never moves behind its place, so that a few at a time overwrite none that is still to
+        be moved.
+        """
+        count = some.shape[0]
+        at_a_time = max(1, len(self.values) // _MOVES)
+        for first in range(0, count, at_a_time):
+            rows = some[first : first + at_a_time]
+            self.values[first : first + len(rows)] = self.values[rows]
+        return LogitGradient(self.values[:count], None if self.unit is None else self.unit[some])
 
 
 def as_operands(d_logits: Tensor, operands: torch.dtype, room: Tensor | None) -> LogitGradient:

@@ -90,10 +90,13 @@ def linear_loss(
     gets is applied to the gradients that were computed with the loss.
 
     Cost, in matmuls G of the tokens with a target: G without gradients, 2G for hidden or the head
-    alone, 3G for both; G more for the tokens of groups larger than chunk_size. Memory:
+    alone, 3G for both; G more for the tokens of groups larger than chunk_size. All but the first G
+    are of the tokens alone on which the loss of a chunk depends (whose derivative is not 0), where
+    at least one in eight is not of them. Memory:
     chunk_size·V logits, on CUDA their gradient in 16 bits as with `linear_token_stats`, and from
     forward to backward a gradient of hidden and of weight in fp32.
-    On a GPU, counts of tokens and groups are awaited once. Under torch.compile it runs as it is;
+    On a GPU, counts of tokens and groups are awaited once, and those of tokens with a gradient once
+    a chunk. Under torch.compile it runs as it is;
     `torch.func` transforms are refused.
 
     Raises:

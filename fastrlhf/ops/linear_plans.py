@@ -20,10 +20,14 @@ entropy, if its gradient is asked for, is a second such vector, and one G more. 
 loss's derivative while the logits are still there. P4 must make the logits again. A group that is
 larger than a block is scored block by block, and its logits are made again once its loss is known:
 G more, in bounded memory.
+
+Only tokens that have a gradient are multiplied backward: after clipping, masks and advantages of
+zero, often a fraction f of them. P2 and P3 then cost G + 2G·f, P4 G + 3G·f.
 """
 
 from collections.abc import Callable, Iterable
 from enum import Enum
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -33,7 +37,7 @@ from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_head import Head
-from .linear_rows import Block, Rows, Span
+from .linear_rows import Block, Rows, Span, even_spans
 from .stats_over_ranks import statistics_over_ranks
 from .token_stats import all_statistics
 from .vocabulary_part import VocabularyPart
@@ -98,6 +102,26 @@ class Slopes(NamedTuple):
         """Take those of some tokens."""
         others = (None if slope is None else slope[place] for slope in self[1:])
         return Slopes(self.logprob[place], *others)
+
+    def counting(self) -> Tensor:
+        """Tell which tokens have a gradient at all: (n,) bool."""
+        nonzero = [slope != 0 for slope in self if slope is not None]
+        return reduce(torch.logical_or, nonzero)
+
+
+# Rows are left out of a matmul where so many can be, and at least one in so many: below that, what
+# is launched and moved for it costs as much.
+_FEWEST = 8
+_ONE_IN = 8
+
+
+def few_enough(wanted: Tensor) -> Tensor | None:
+    """Find the indices of the wanted rows (n,), where so many are not that it is worth leaving them
+    out; else None. A GPU is awaited.
+    """
+    index = wanted.nonzero().squeeze(1)
+    left_out = wanted.shape[0] - index.shape[0]
+    return index if left_out >= max(_FEWEST, wanted.shape[0] / _ONE_IN) else None
 
 
 Found = tuple[Tensor, ...]  # what `token_stats` returns, of all N tokens; empty unless asked for
@@ -175,11 +199,31 @@ class Workbench(NamedTuple):
     def differentiate(
         self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes, gradients: Gradients
     ) -> None:
-        """Turn the logits into their gradient and hand it on: G each for hidden states and
-        weight.
+        """Turn the logits into their gradient and hand it on: G each for hidden states and weight,
+        of the tokens that have a gradient.
         """
         dz = self.d_logits(block, logits, stats, slopes, room=gradients.room)
+        some = self.with_gradient(slopes)
+        if some is not None:
+            block, dz = block.at(some), dz.leading(some)
         gradients.add(block.place, block.hidden.to(self.head.operands), dz)
+
+    def with_gradient(self, slopes: Slopes) -> Tensor | None:
+        """Find the rows that have a gradient, if it is worth leaving out the others; None too where
+        they cannot be counted, and where ranks share the vocabulary, which add up blocks of one
+        shape.
+        """
+        if self.rows.order is None or self.part is not None:
+            return None
+        return few_enough(slopes.counting())
+
+    def with_gradient_alone(self, slopes: Slopes) -> "Workbench":
+        """Leave out the rows that have no gradient, given the slopes (N,) of all tokens."""
+        order = self.rows.order
+        some = None if order is None else self.with_gradient(slopes.at(order))
+        if order is None or some is None:
+            return self
+        return self._replace(rows=self.rows._replace(order=order[some]))
 
 
 def statistics(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Kept]:
@@ -285,13 +329,23 @@ def loss_and_gradients(
             bench.differentiate(block, logits, stats, loss(spans[0], stats), gradients)
             del logits  # before the next block makes its own
             continue
-        whole = _whole(spans)
-        slopes = loss(whole, _statistics_of(bench, spans))
-        for first, last in spans:
-            block = bench.rows.block((first, last))
-            part = slice(first - whole[0], last - whole[0])
-            again = bench._replace(with_stats=())
-            bench.differentiate(block, *again.score(block), slopes.at(part), gradients)
+        slopes = loss(_whole(spans), _statistics_of(bench, spans))
+        _differentiate_again(bench, spans, slopes, gradients)
+
+
+def _differentiate_again(
+    bench: Workbench, spans: list[Span], slopes: Slopes, gradients: Gradients
+) -> None:
+    """Make the logits of consecutive spans again, given the slopes of all their rows."""
+    order = None if bench.rows.order is None else bench.rows.order[slice(*_whole(spans))]
+    some = bench.with_gradient(slopes)
+    if order is not None and some is not None:
+        order, slopes = order[some], slopes.at(some)
+    again = bench._replace(rows=bench.rows._replace(order=order), with_stats=())
+    size = max(last - first for first, last in spans)
+    for span in even_spans(again.rows.size, size):
+        block = again.rows.block(span)
+        again.differentiate(block, *again.score(block), slopes.at(slice(*span)), gradients)
 
 
 def _whole(spans: list[Span]) -> Span:

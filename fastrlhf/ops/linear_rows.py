@@ -36,6 +36,15 @@ class Block(NamedTuple):
     targets: Tensor  # (n,)
     transform: Transform
 
+    def at(self, some: Tensor) -> "Block":
+        """Take some of the rows, by increasing indices."""
+        place, transform = self.place, self.transform
+        if isinstance(place, slice):
+            place = torch.arange(place.start, place.stop, device=some.device)
+        if transform.token_temperature is not None:
+            transform = transform._replace(token_temperature=transform.token_temperature[some])
+        return Block(place[some], self.hidden[some], self.targets[some], transform)
+
 
 class Rows(NamedTuple):
     """All N tokens, flattened, and the order of those that count."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.reference import TokenStats
+from fastrlhf.reference import TokenStats, accumulation_dtype
 
 from .backend import outside_of_graphs, under_transform, wanted_or_detached
 from .linear_arguments import (
@@ -84,7 +84,8 @@ def linear_token_stats(
     G where nothing needs a gradient; 2G in all where hidden alone does, as with LoRA; 4G where the
     weight does too (3G where it alone does): `linear_loss` needs 3G there. The entropy adds 1G
     where hidden alone needs a gradient, and nothing with entropy_grad=False; what with_stats names
-    is read off the logits in the same pass. Memory: chunk_size·V logits; where hidden alone needs a
+    is read off the logits in the same pass. Where logits are made again, it is of those tokens
+    whose upstream gradient is not 0: of 4G, 3G. Memory: chunk_size·V logits; where hidden alone needs a
     gradient, a (..., H) tensor kept for the backward in the dtype of hidden, but fp32 for fp16;
     with that of the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the
     gradient of a weight. Logits are fp32, and so are all sums; on CUDA, where inputs are bf16 or
@@ -265,14 +266,14 @@ def _recomputed(
 ) -> list[Tensor | None]:
     """Gradients of hidden states, bias and weights from logits that are made again."""
     with exact(problem.hidden):
-        bench = problem.workbench(order)
         if d_logprob is None:
-            d_logprob = bench.rows.hidden.new_zeros(bench.rows.targets.shape, dtype=bench.head.sums)
-        if not problem.options.entropy:
-            d_entropy = None
+            sums = accumulation_dtype(problem.options.dtype)
+            d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
+        slopes = Slopes(d_logprob, d_entropy if problem.options.entropy else None)
+        bench = problem.workbench(order).with_gradient_alone(slopes)
         gradients = bench.gradients(needs)
         spans = even_spans(bench.rows.size, problem.options.chunk)
-        recomputed_gradients(bench, spans, Slopes(d_logprob, d_entropy), gradients, kept)
+        recomputed_gradients(bench, spans, slopes, gradients, kept)
         totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
     return [
         None if total is None or x is None else total.to(x.dtype)
