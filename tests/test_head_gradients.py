@@ -296,3 +296,30 @@ def test_a_gpu_takes_a_weight_in_large_slices() -> None:
             rows = Head([torch.empty(128256, width, device="cuda")], None, BF16).slice_rows
             assert rows % 64 == 0 and (rows + 64) * width > 2**26
         assert Head([weight.to(BF16)], None, BF16).slice_rows == 128256
+
+
+@pytest.mark.parametrize("waiting", [0, 30, 1000])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_rows_without_a_gradient_are_not_multiplied(
+    dtype, waiting, like_a_gpu, monkeypatch
+) -> None:
+    monkeypatch.setattr(head_gradients, "_WAITING_BYTES", 2 * VOCAB * waiting)
+    hidden, weight, bias, targets = inputs(dtype)
+    counts = torch.rand(targets.shape) < 0.5
+    counts[1, 10:] = False
+
+    def found(targets: Tensor, sizes: Tensor) -> list[Tensor]:
+        like_a_gpu.shapes.clear()
+        loss, _ = fastrlhf.linear_loss(
+            lambda stats, size: -(size * stats.logprob).sum(), hidden, weight, targets, sizes,
+            bias=bias, chunk_size=20,
+        )  # fmt: skip
+        return list(autograd.grad(loss, (hidden, weight, bias)))
+
+    usual = found(targets.masked_fill(~counts, -100), torch.full(targets.shape, 1e-4))
+    some = found(targets, counts * 1e-4)
+    rows = sum(a[0] for a, b in like_a_gpu.shapes if b == (VOCAB, WIDTH))
+    assert rows == int((counts & (targets != -100)).sum())
+    for a, b in zip(some, usual, strict=True):
+        assert errors(a, b.double()).max() < torch.finfo(dtype).eps
+    assert torch.equal(some[0] == 0, usual[0] == 0)

@@ -85,9 +85,9 @@ def linear_token_stats(
     weight does too (3G where it alone does): `linear_loss` needs 3G there. The entropy adds 1G
     where hidden alone needs a gradient, and nothing with entropy_grad=False; what with_stats names
     is read off the logits in the same pass. Where logits are made again, it is of those tokens
-    whose upstream gradient is not 0: of 4G, 3G. Memory: chunk_size·V logits; where hidden alone needs a
-    gradient, a (..., H) tensor kept for the backward in the dtype of hidden, but fp32 for fp16;
-    with that of the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the
+    whose upstream gradient is not 0: of 4G, 3G. Memory: chunk_size·V logits; where hidden alone
+    needs a gradient, a (..., H) tensor kept for the backward in the dtype of hidden, but fp32 for
+    fp16; with that of the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the
     gradient of a weight. Logits are fp32, and so are all sums; on CUDA, where inputs are bf16 or
     fp16, the gradient of the logits is rounded to that dtype for its matmuls: in fp16 relative to a
     power of two of each token, so that a small loss loses nothing. These gradients are another
