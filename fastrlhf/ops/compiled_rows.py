@@ -78,18 +78,18 @@ def _row_parts(
     index, peak = targets.unsqueeze(-1), capped.amax(-1, keepdim=True)
     rows_t = _column(temperature)
     terms = functools.partial(reference.row_terms, entropy=entropy, with_stats=with_stats)
-    sums = _sums_in_parts(terms, (peak, index, rows_t), capped, columns)
+    sums = sums_in_parts(terms, (peak, index, rows_t), capped, columns)
     return peak.view(-1), *reference.target_parts(capped, peak, index, with_stats), *sums
 
 
-def _sums_in_parts(
+def sums_in_parts(
     terms: Callable[..., Iterable[Tensor]],
     of_rows: Sequence[Tensor | float],
     *rows: Tensor,
 ) -> tuple[Tensor, ...]:
     """Sum what a function makes of rows (n, V), of which some are the same for all (V,), and of
     what there is of each row, (n, 1): in two parts each, (n,) and (n,), first those of whole runs,
-    for `_added`.
+    for `added`.
 
     The compiler adds up thousands of numbers one after the other, where PyTorch adds up sums of
     parts. The function is applied to the parts, because its results would have to be in memory to
@@ -115,7 +115,7 @@ def _column(temperature: Tensor | None) -> Tensor | float:
     return 1.0 if temperature is None else temperature.unsqueeze(-1)
 
 
-def _added(parts: Sequence[Tensor]) -> list[Tensor]:
+def added(parts: Sequence[Tensor]) -> list[Tensor]:
     """Add up the parts of sums."""
     half = len(parts) // 2
     return [(a + b).to(b.dtype) for a, b in zip(parts[:half], parts[half:], strict=True)]
@@ -179,7 +179,7 @@ def _log_ratio_moments(
         for rows in (matrix_p[numbers_p], matrix_q[numbers_q])
     )
     peaks = p.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
-    sums = _sums_in_parts(reference.log_ratio_terms, (*peaks, _column(temperature)), p, q)
+    sums = sums_in_parts(reference.log_ratio_terms, (*peaks, _column(temperature)), p, q)
     return *(x.view(-1) for x in peaks), *sums
 
 
@@ -250,8 +250,8 @@ def _fisher_product(
 ) -> tuple[Tensor, ...]:
     z, u = _sides(logits, numbers, tangent, numbers_of_tangent)
     peak, rows_t = z.amax(-1, keepdim=True), _column(temperature)
-    sums = _sums_in_parts(_fisher_moments, (peak, rows_t), z, u)
-    total, moment, _ = (x.unsqueeze(-1) for x in _added(sums))
+    sums = sums_in_parts(_fisher_moments, (peak, rows_t), z, u)
+    total, moment, _ = (x.unsqueeze(-1) for x in added(sums))
     weight = reference.fisher_weight(z, peak, rows_t)
     out.copy_(reference.fisher_product_of_sums(weight, u, rows_t, total, moment)[0])
     return peak.view(-1), *sums
@@ -277,7 +277,7 @@ def _fisher_quadratic(
 ) -> tuple[Tensor, ...]:
     z, u = _sides(logits, numbers, tangent, numbers_of_tangent)
     of_rows = peak.unsqueeze(-1), _column(temperature), total.unsqueeze(-1), moment.unsqueeze(-1)
-    return _sums_in_parts(_fisher_squares, of_rows, z, u)
+    return sums_in_parts(_fisher_squares, of_rows, z, u)
 
 
 def _fisher_squares(
@@ -366,7 +366,7 @@ def row_parts(
         *_found_by_number(rows, index), targets[index], _columns(rows), *scaled,
         entropy=entropy, with_stats=with_stats,
     )  # fmt: skip
-    return reference.named_parts(peak, target, before, _added(sums), entropy, with_stats)
+    return reference.named_parts(peak, target, before, added(sums), entropy, with_stats)
 
 
 def write_gradient(
@@ -502,7 +502,7 @@ def write_fisher_product(
         scaled = _scaling(temperature, None, 1.0, some, dtype)
         (z, numbers), (u, numbers_of_u) = (_found_by_number(x, some) for x in (logits, tangent))
         peak, *sums = FISHER_PRODUCT(out, z, numbers, u, numbers_of_u, scaled.temperature)
-        total, moment, squares = _added(sums)
+        total, moment, squares = added(sums)
         mean = moment / total
         found = squares / total - mean.square()
         sure = (found > mean.square()) & (found != torch.inf)  # squares may be too large to add up
@@ -512,7 +512,7 @@ def write_fisher_product(
         if len(unsure):
             of_rows = (None if x is None else x[unsure] for x in (peak, total, moment, *scaled[:1]))
             exactly = FISHER_QUADRATIC(z, numbers[unsure], u, numbers_of_u[unsure], *of_rows)
-            found[unsure] = _added(exactly)[0]
+            found[unsure] = added(exactly)[0]
         quadratic.append(found)
 
     _into_rows(out_rows, index, write)

@@ -8,21 +8,25 @@ from torch import Tensor
 
 from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
-from .backend import backend_of, check_impl, outside_of_graphs, use_triton
+from .backend import backend_of, check_impl, outside_of_graphs, under_transform, use_triton
 from .checks import (
+    assert_on_device,
     check_bool,
     check_floating,
     check_ignore_index,
+    check_indices_on_host,
     check_integer,
     check_names,
     check_same_device,
     check_shape,
     check_whole,
+    known_on_host,
     wide_integers,
 )
+from .kept_ids import KeptIds, Support, checked_support, refuse_support_of_ranks
 from .linear_head import Head, QuantizedWeight, Weight
 from .linear_plans import Workbench
-from .linear_rows import Rows, default_chunk
+from .linear_rows import Rows, counts_are_unknown, default_chunk
 from .token_stats import check_values_on_host
 from .tracing import being_traced
 from .transform import Transform, check_temperatures_on_host, checked_transform
@@ -43,6 +47,7 @@ class LinearOptions(NamedTuple):
     impl: str
     dtype: torch.dtype  # of the matmuls: that of the hidden states, or of autocast
     part: VocabularyPart | None = None  # of a vocabulary that ranks share
+    lse: bool = True  # whether anybody looks at it
 
 
 class LinearProblem(NamedTuple):
@@ -54,6 +59,8 @@ class LinearProblem(NamedTuple):
     targets: Tensor  # (...)
     token_temperature: Tensor | None  # (...)
     options: LinearOptions
+    rows: Tensor | None = None  # (N,) which hidden state predicts each token; None: its own
+    kept: KeptIds | None = None  # the ids that tokens may be; None: all
 
     @property
     def temperature(self) -> float | Tensor:
@@ -61,17 +68,21 @@ class LinearProblem(NamedTuple):
         tokens = self.token_temperature
         return self.options.temperature if tokens is None else tokens
 
+    @property
+    def transform(self) -> Transform:
+        """What happens to the logits, of flattened tokens."""
+        options = self.options
+        return Transform(
+            self.token_temperature, options.temperature, options.softcap, options.scale
+        ).flat(options.dtype)
+
     def workbench(self, order: Tensor | None) -> Workbench:
         """Lay out the rows in an order: see `Rows`."""
         options = self.options
-        temperature = self.token_temperature
         head = Head(self.weights, self.bias, options.dtype)
-        if temperature is not None:
-            temperature = temperature.reshape(-1).to(head.sums)
-        transform = Transform(temperature, options.temperature, options.softcap, options.scale)
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         targets = self.targets.reshape(-1)
-        rows = Rows(hidden, targets, transform, options.ignore_index, order)
+        rows = Rows(hidden, targets, self.transform, options.ignore_index, order)
         asked = (options.entropy, options.entropy_grad, options.with_stats)
         return Workbench(head, rows, *asked, options.impl, options.part)
 
@@ -98,12 +109,16 @@ def checked_problem(
     with_stats: Iterable[str] = (),
     dtype: torch.dtype | None = None,
     part: VocabularyPart | None = None,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    lse: bool = True,
 ) -> LinearProblem:
     """Check everything and convert the hidden states to the dtype of the matmuls.
 
     `dtype`: of the matmuls, to which weights of any dtype are converted a slice at a time; None: as
     `F.linear`, that of the hidden states and weights, or of autocast. `part`: of the vocabulary,
-    that the weights are; the problem's targets are then the part's own.
+    that the weights are; the problem's targets are then the part's own. `lse`: whether anybody will
+    look at it, without which kept ids need not be read where there is one.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by its public name.
@@ -111,7 +126,9 @@ def checked_problem(
     check_head(hidden, weights, bias, any_dtype=dtype is not None, part=part)
     vocab = weights[0].shape[0]
     check_integer("targets", targets)
-    check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden without its last dimension")
+    if rows is None:
+        without_width = "hidden without its last dimension"
+        check_shape("targets", targets, tuple(hidden.shape[:-1]), without_width)
     check_same_device("targets", targets, "hidden", hidden)
     check_impl(impl)
     check_bool("entropy", entropy)
@@ -119,12 +136,18 @@ def checked_problem(
     with_stats = check_names("with_stats", with_stats, FURTHER_STATS)
     ignore_index = check_ignore_index(ignore_index)
     targets = wide_integers(targets)
+    if rows is not None:
+        rows = checked_rows(rows, hidden, targets, ignore_index)
+        if part is not None or under_transform() or counts_are_unknown(targets):
+            hidden, rows = hidden[rows].view(*targets.shape, -1), None
     transform = checked_transform(temperature, softcap, scale, targets)
     tokens = transform.token_temperature
     # Of the rank that has the most of a vocabulary that several share, so that all cut the same.
     columns = vocab if part is None or part.largest is None else part.largest
     chunk = checked_chunk(chunk_size, columns, hidden.device)
+    kept = None
     if part is not None:
+        refuse_support_of_ranks(support)
         question = (
             use_triton(impl, hidden),
             entropy,
@@ -140,15 +163,49 @@ def checked_problem(
         targets, ignore_index = part.own_targets(targets, ignore_index), IGNORED
     elif not being_traced():  # the operator on logits checks again
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
+    numbers = targets.numel() * vocab
+    if support is not None:
+        kept = checked_support(support, targets, vocab, ignore_index)
+        numbers = kept.ids.numel() * hidden.shape[-1]
+        chunk = checked_chunk(chunk_size or max(1, targets.numel()), columns, hidden.device)
     # Of all blocks, the last and smallest included.
-    impl = backend_of(impl, hidden, targets.numel() * vocab)
+    impl = backend_of(impl, hidden, numbers)
     options = LinearOptions(
         *transform[1:], ignore_index, entropy, entropy and entropy_grad, with_stats,
-        chunk, impl, dtype or matmul_dtype(hidden), part,
+        chunk, impl, dtype or matmul_dtype(hidden), part, lse,
     )  # fmt: skip
     return LinearProblem(
-        hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options
+        hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options,
+        rows, kept,
+    )  # fmt: skip
+
+
+def checked_rows(rows: Tensor, hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Return the rows of hidden states (U, K) that predict targets (...), flattened; those of
+    ignored targets, which may be anything, as 0.
+
+    Raises:
+        TypeError, ValueError: rows that are not integer, of another shape or device than the
+            targets, or outside [0, U); hidden states that are not (U, K).
+    """
+    check_integer("rows", rows)
+    check_shape("rows", rows, tuple(targets.shape), "the shape of targets")
+    check_same_device("rows", rows, "hidden", hidden)
+    if hidden.ndim != 2:
+        raise ValueError(
+            f"hidden: expected shape (U, H), whose rows are numbered, got {tuple(hidden.shape)}"
+        )
+    live = (targets != ignore_index).reshape(-1)
+    flat = torch.where(live, wide_integers(rows).reshape(-1), 0)
+    check_indices_on_host(
+        "rows", flat[live] if known_on_host(live) else flat, len(hidden), "rows of hidden"
     )
+    if not known_on_host(live) and not being_traced():
+        assert_on_device(
+            ((flat >= 0) & (flat < len(hidden)) | ~live).all(),
+            "rows: outside of the rows of hidden",
+        )
+    return flat
 
 
 def wanted_gradients(

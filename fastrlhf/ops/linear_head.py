@@ -58,15 +58,8 @@ class QuantizedWeight:
         return self.codes.device
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Dequantize some rows."""
-        codes = self.codes[rows]
-        if self.table is None:
-            values = codes.float()
-        else:
-            table = self.table.float()
-            # Both weights of each byte.
-            pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=-1)
-            values = pairs[codes.int()].flatten(1)
+        """Dequantize consecutive rows."""
+        values = self._values(self.codes[rows])
         first, last = (bound * values.shape[1] for bound in (rows.start, rows.stop))
         runs = slice(first // self.run, -(-last // self.run))
         sizes = torch.full((runs.stop - runs.start,), self.run, device=self.device)
@@ -75,6 +68,22 @@ class QuantizedWeight:
         of_runs = self.scales[runs].to(values.dtype)
         scales = of_runs.repeat_interleave(sizes, output_size=values.numel())
         return values.mul_(scales.view(values.shape)).to(self.dtype)
+
+    def rows_at(self, index: Tensor) -> Tensor:
+        """Dequantize some rows, by their numbers."""
+        values = self._values(self.codes[index])
+        column = torch.arange(values.shape[1], device=self.device)
+        run = (index.unsqueeze(1) * values.shape[1] + column) // self.run
+        return values.mul_(self.scales[run].to(values.dtype)).to(self.dtype)
+
+    def _values(self, codes: Tensor) -> Tensor:
+        """What codes of rows stand for, but for the scales."""
+        if self.table is None:
+            return codes.float()
+        table = self.table.float()
+        # Both weights of each byte.
+        pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=-1)
+        return pairs[codes.int()].flatten(1)
 
 
 Weight = Tensor | QuantizedWeight

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .backend import outside_of_graphs, refuse_second_derivative, refuse_transforms
 from .checks import check_dense, check_integer, check_same_device, check_shape
+from .kept_ids import Support
 from .linear_arguments import LinearProblem, checked_problem, exact
 from .linear_head import Weight
+from .linear_kept import kept_stats_of
 from .linear_plans import (
     Needs,
     Plan,
@@ -18,6 +20,7 @@ from .linear_plans import (
     choose_plan,
     loss_alone,
     loss_and_gradients,
+    whole,
 )
 from .linear_rows import Span, even_spans, live_rows, order_by_group, pack_groups
 from .ranks import Group
@@ -53,6 +56,8 @@ def linear_loss(
     scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
@@ -108,7 +113,8 @@ def linear_loss(
     problem = checked_problem(
         head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
         temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
-        entropy=entropy, chunk_size=chunk_size, impl=impl, part=head.part,
+        entropy=entropy, chunk_size=chunk_size, impl=impl, part=head.part, support=support,
+        rows=rows,
     )  # fmt: skip
     return loss_of(problem, loss_fn, side_inputs, groups)
 
@@ -130,7 +136,25 @@ def loss_of(
     for name, x in named.items():
         check_shape(name, x, shape, "the shape of targets")
         check_same_device(name, x, "hidden", hidden)
-    return outside_of_graphs(_loss_and_known_gradient)(problem, loss_fn, side_inputs, groups)
+    compute = _loss_and_known_gradient if problem.kept is None else _loss_of_kept_ids
+    return outside_of_graphs(compute)(problem, loss_fn, side_inputs, groups)
+
+
+def _loss_of_kept_ids(
+    problem: LinearProblem,
+    loss_fn: LossFunction,
+    side_inputs: tuple[Tensor, ...],
+    groups: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss over kept ids, whose logits are few: all at once, and the gradient by autograd."""
+    order, segments = _segments(problem, groups)
+    chunks = _ChunkLosses(loss_fn, order, side_inputs, groups, with_slopes=False)
+    stats = kept_stats_of(problem)
+    for spans in segments:
+        index = order[slice(*whole(spans))]
+        chunk = {name: None if x is None else x[index] for name, x in stats._asdict().items()}
+        chunks.show(index, ChunkStats(**chunk, groups=None))
+    return chunks.total(stats.logprob[:0].sum())  # a zero with a graph, where there are no tokens
 
 
 def _loss_and_known_gradient(
@@ -202,14 +226,19 @@ class _ChunkLosses:
         )
         others = (x if x.numel() else None for x in (found.is_top1, found.log_sum_sq_probs))
         assert logprob is not None and lse is not None
+        stats = ChunkStats(logprob, entropy, lse, None, mean_logit, *others)
+        return self._slopes(self.show(index, stats), stats)
+
+    def show(self, index: Tensor, stats: ChunkStats) -> Tensor:
+        """Call the loss on some tokens, given their statistics."""
         groups = None if self.groups is None else self.groups[index]
         with torch.set_grad_enabled(self.grad):
-            stats = ChunkStats(logprob, entropy, lse, groups, mean_logit, *others)
-            result = self.loss_fn(stats, *(x[index] for x in self.side_inputs))
+            sides = (x[index] for x in self.side_inputs)
+            result = self.loss_fn(stats._replace(groups=groups), *sides)
             loss, aux = check_loss(result, self.aux[0] if self.aux else None)
         self.losses.append(loss)
         self.aux.append({name: value.detach() for name, value in aux.items()})
-        return self._slopes(loss, stats)
+        return loss
 
     def _slopes(self, loss: Tensor, stats: ChunkStats) -> Slopes:
         """Differentiate a chunk's loss; its graph stays, for what else it depends on."""

@@ -312,7 +312,7 @@ Loss = Callable[[Span, Statistics], Slopes]
 def loss_alone(bench: Workbench, segments: Iterable[list[Span]], loss: Loss) -> None:
     """Show each segment's statistics to the loss: P0 where there is a loss."""
     for spans in segments:
-        loss(_whole(spans), _statistics_of(bench, spans))
+        loss(whole(spans), _statistics_of(bench, spans))
 
 
 def loss_and_gradients(
@@ -329,7 +329,7 @@ def loss_and_gradients(
             bench.differentiate(block, logits, stats, loss(spans[0], stats), gradients)
             del logits  # before the next block makes its own
             continue
-        slopes = loss(_whole(spans), _statistics_of(bench, spans))
+        slopes = loss(whole(spans), _statistics_of(bench, spans))
         _differentiate_again(bench, spans, slopes, gradients)
 
 
@@ -337,7 +337,7 @@ def _differentiate_again(
     bench: Workbench, spans: list[Span], slopes: Slopes, gradients: Gradients
 ) -> None:
     """Make the logits of consecutive spans again, given the slopes of all their rows."""
-    order = None if bench.rows.order is None else bench.rows.order[slice(*_whole(spans))]
+    order = None if bench.rows.order is None else bench.rows.order[slice(*whole(spans))]
     some = bench.with_gradient(slopes)
     if order is not None and some is not None:
         order, slopes = order[some], slopes.at(some)
@@ -348,7 +348,7 @@ def _differentiate_again(
         again.differentiate(block, *again.score(block), slopes.at(slice(*span)), gradients)
 
 
-def _whole(spans: list[Span]) -> Span:
+def whole(spans: list[Span]) -> Span:
     return spans[0][0], spans[-1][1]
 
 

@@ -86,11 +86,13 @@ def live_rows(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 def live_rows_if_known(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Find them too; None while a graph is compiled or captured, when they cannot be counted."""
-    capturing = targets.is_cuda and torch.cuda.is_current_stream_capturing()
-    if being_traced() or capturing:
-        return None
-    return live_rows(targets, ignore_index)
+    """Find them too; None where they cannot be counted."""
+    return None if counts_are_unknown(targets) else live_rows(targets, ignore_index)
+
+
+def counts_are_unknown(targets: Tensor) -> bool:
+    """Whether a graph is compiled or captured, so that nothing can be counted."""
+    return being_traced() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def even_spans(rows: int, chunk: int) -> list[Span]:

@@ -10,6 +10,7 @@ from fastrlhf import reference
 from fastrlhf.reference import TokenStats, accumulation_dtype
 
 from .backend import outside_of_graphs, under_transform, wanted_or_detached
+from .kept_ids import Support
 from .linear_arguments import (
     LinearProblem,
     checked_problem,
@@ -17,6 +18,7 @@ from .linear_arguments import (
     full_logits,
 )
 from .linear_head import Weight
+from .linear_kept import kept_stats_of
 from .linear_plans import (
     Kept,
     Needs,
@@ -46,6 +48,8 @@ def linear_token_stats(
     entropy: bool = False,
     entropy_grad: bool = True,
     with_stats: Iterable[str] = (),
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
@@ -114,7 +118,7 @@ def linear_token_stats(
         head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
         temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
         entropy=entropy, chunk_size=chunk_size, impl=impl, entropy_grad=entropy_grad,
-        with_stats=with_stats, part=head.part,
+        with_stats=with_stats, part=head.part, support=support, rows=rows,
     )  # fmt: skip
     return token_stats_of(problem)
 
@@ -129,6 +133,8 @@ def linear_token_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
     ignore_index: int = -100,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
@@ -139,14 +145,22 @@ def linear_token_logprobs(
     Eager equivalent: `F.linear(hidden, weight, bias).float().log_softmax(-1).gather(-1,
     targets[..., None])[..., 0]`.
     """
-    return linear_token_stats(
-        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale,
-        ignore_index=ignore_index, chunk_size=chunk_size, impl=impl, group=group,
-    ).logprob  # fmt: skip
+    head = head_part(hidden, [weight], bias, group)
+    problem = checked_problem(
+        head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
+        temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
+        entropy=False, chunk_size=chunk_size, impl=impl, part=head.part, support=support, rows=rows,
+        lse=False,
+    )  # fmt: skip
+    return token_stats_of(problem).logprob
 
 
 def token_stats_of(problem: LinearProblem) -> TokenStats:
     """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
+    if problem.kept is not None:
+        stats = outside_of_graphs(kept_stats_of)(problem)
+        grad = problem.options.entropy_grad
+        return stats.shaped(problem.targets.shape, entropy_grad=grad)
     over_ranks = problem.options.part is not None
     if over_ranks:
         refuse_transforms_of_ranks("linear_token_stats")

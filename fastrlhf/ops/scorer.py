@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
 
 from .backend import under_transform
+from .kept_ids import Support
 from .linear_arguments import LinearProblem, check_head, checked_problem, exact, matmul_dtype
 from .linear_head import Weight
 from .linear_loss import LossFunction, loss_of
@@ -52,17 +53,17 @@ class Scorer(Protocol):
 
     def stats(
         self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
-        entropy_grad: bool = True, with_stats: Iterable[str] = (),
+        entropy_grad: bool = True, with_stats: Iterable[str] = (), lse: bool = True,
     ) -> TokenStats:  # fmt: skip
-        """As `linear_token_stats`."""
+        """As `linear_token_stats`. `lse`: whether anybody looks at it."""
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
-        with_stats: Iterable[str] = (),
+        with_stats: Iterable[str] = (), lse: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """As `linear_loss`. `with_stats`: what else the loss sees, of which `mean_logit` is
-        differentiable.
+        differentiable; `lse`: whether it looks at that.
         """
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -84,6 +85,8 @@ class LinearScorer(NamedTuple):
     impl: str = "auto"
     dtype: torch.dtype | None = None  # of the matmuls
     part: VocabularyPart | None = None  # of a vocabulary that ranks share
+    support: Support | None = None  # the ids that tokens may be
+    rows: Tensor | None = None  # (...) which of hidden states (U, K) predicts each token
 
     @property
     def vocab(self) -> int:
@@ -97,33 +100,34 @@ class LinearScorer(NamedTuple):
 
     def problem(
         self, targets: Tensor, *, ignore_index: int, entropy: bool, entropy_grad: bool = True,
-        with_stats: Iterable[str] = (),
+        with_stats: Iterable[str] = (), lse: bool = True,
     ) -> LinearProblem:  # fmt: skip
         return checked_problem(
             self.hidden, self.weights, targets, bias=self.bias, temperature=self.temperature,
             softcap=self.softcap, scale=self.scale, ignore_index=ignore_index, entropy=entropy,
             chunk_size=self.chunk_size, impl=self.impl, entropy_grad=entropy_grad,
-            with_stats=with_stats, dtype=self.dtype, part=self.part,
+            with_stats=with_stats, dtype=self.dtype, part=self.part, support=self.support,
+            rows=self.rows, lse=lse,
         )  # fmt: skip
 
     def stats(
         self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
-        entropy_grad: bool = True, with_stats: Iterable[str] = (),
+        entropy_grad: bool = True, with_stats: Iterable[str] = (), lse: bool = True,
     ) -> TokenStats:  # fmt: skip
         return token_stats_of(
             self.problem(
                 targets, ignore_index=ignore_index, entropy=entropy, entropy_grad=entropy_grad,
-                with_stats=with_stats,
+                with_stats=with_stats, lse=lse,
             )
         )  # fmt: skip
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
-        with_stats: Iterable[str] = (),
+        with_stats: Iterable[str] = (), lse: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         problem = self.problem(
-            targets, ignore_index=ignore_index, entropy=entropy, with_stats=with_stats
+            targets, ignore_index=ignore_index, entropy=entropy, with_stats=with_stats, lse=lse
         )
         return loss_of(problem, loss_fn, side_inputs, groups)
 
@@ -159,6 +163,8 @@ def linear_scorer(
     chunk_size: int | None,
     impl: str,
     group: Group | None,
+    support: Support | None = None,
+    rows: Tensor | None = None,
 ) -> LinearScorer:
     """Check a head and the group that shares its vocabulary, if any, and make a scorer of it.
 
@@ -169,7 +175,7 @@ def linear_scorer(
     check_head(head.hidden, head.weights, head.bias, part=head.part)
     return LinearScorer(
         head.hidden, head.weights, head.bias, temperature, softcap, scale, chunk_size, impl,
-        part=head.part,
+        part=head.part, support=support, rows=rows,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from .checks import (
     wide_integers,
 )
 from .compiled import NotCompiled
+from .kept_ids import Support, refuse_support_of_ranks
 from .ranks import Group
 from .row_spans import few_spans
 from .sharded import logits_part, replicated
@@ -67,6 +68,7 @@ def token_stats(
     entropy_grad: bool = True,
     with_stats: Iterable[str] = (),
     inplace_backward: bool = False,
+    support: Support | None = None,
     impl: str = "auto",
     group: Group | None = None,
 ) -> TokenStats:
@@ -100,6 +102,12 @@ def token_stats(
         inplace_backward: let the backward overwrite the logits with their gradient, where their
             memory does not overlap itself. Autograd then refuses any later use of a graph that
             saved the logits.
+        support: ids (M,) and offsets (N + 1,), int32 or int64, of the N tokens flattened: token i
+            keeps `ids[offsets[i]:offsets[i + 1]]`, and its distribution is over these ids alone, as
+            that of a sampler with top-p or top-k is. Each once, in any order, the target among
+            them; tokens that are ignored may keep anything. The entropy, and all else, is then that
+            of the kept ids; for that of the whole vocabulary, call again without. Where a token
+            keeps one id, its log-prob is exactly 0, without gradient, whatever the logit.
         impl: "triton" (kernels, on a GPU; on CPU tensors under TRITON_INTERPRET=1), "compiled" (the
             formulas as PyTorch's compiler builds them: seconds at the first use, see `warm_up`),
             "eager", or "auto": Triton on a GPU; on a CPU compiled, where there is a C++ compiler
@@ -123,10 +131,11 @@ def token_stats(
 
     The kernels read the logits once forward; backward they read them and write the gradient once.
     Nothing else of that size is allocated but the gradient, and not even that with
-    inplace_backward. The eager backend also holds a few chunks of 4 MiB in fp32; the compiled one
-    2^22 numbers of what it computes if more than the log-prob is asked for. A row has the same bits
-    whatever batch surrounds it, on one backend: "auto" may choose another for another size. The
-    log-prob is accurate where the probability is nearly 1, and so is ln Σ p².
+    inplace_backward. With a support, kept logits alone are read, and the gradient is 0 elsewhere.
+    The eager backend also holds a few chunks of 4 MiB in fp32; the compiled one 2^22 numbers of
+    what it computes if more than the log-prob is asked for. A row has the same bits whatever batch
+    surrounds it, on one backend: "auto" may choose another for another size. The log-prob is
+    accurate where the probability is nearly 1, and so is ln Σ p².
 
     With a group, statistics are those of the whole vocabulary, in the same bits on every rank, and
     the gradient is that of this rank's columns. One all-gather brings 12 bytes a token from each
@@ -155,6 +164,7 @@ def token_stats(
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)
     if shared:
+        refuse_support_of_ranks(support)
         from .stats_over_ranks import token_stats_over_ranks  # which imports this module
 
         # A DTensor has a version of its own, which would not tell that its memory was overwritten.
@@ -162,6 +172,11 @@ def token_stats(
         return outside_of_graphs(token_stats_over_ranks)(
             own, targets, transform, ignore_index=ignore_index, entropy=entropy,
             entropy_grad=entropy_grad, with_stats=with_stats, inplace=inplace, impl=impl,
+        )  # fmt: skip
+    if support is not None:
+        return _over_kept_ids(
+            logits, targets, transform, support, ignore_index=ignore_index, entropy=entropy,
+            entropy_grad=entropy_grad, with_stats=with_stats, inplace=inplace_backward, impl=impl,
         )  # fmt: skip
     if under_transform():
         return _definition(
@@ -174,6 +189,12 @@ def token_stats(
         row_entropy = row_entropy.detach()
     found = (logprob, row_entropy, lse.detach(), *(x.detach() for x in further))
     return shaped_stats(found, targets.shape, entropy, with_stats)
+
+
+def _over_kept_ids(*arguments: Any, **options: Any) -> TokenStats:
+    from .taken_logits import kept_token_stats  # which imports this module
+
+    return kept_token_stats(*arguments, **options)
 
 
 def all_statistics(
@@ -262,6 +283,7 @@ def token_logprobs(
     scale: float = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    support: Support | None = None,
     impl: str = "auto",
     group: Group | None = None,
 ) -> Tensor:
@@ -278,6 +300,7 @@ def token_logprobs(
         scale=scale,
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
+        support=support,
         impl=impl,
         group=group,
     ).logprob

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import ROWS, Layout
+from fastrlhf.reference import ROWS, Layout, accumulation_dtype
 
 from .backend import is_batched
 from .checks import check_floating, check_positive, check_same_device
@@ -29,6 +29,14 @@ class Transform(NamedTuple):
     def of_rows(self) -> float | Tensor:
         """The temperature of all tokens, or that of each."""
         return self.temperature if self.token_temperature is None else self.token_temperature
+
+    def flat(self, dtype: torch.dtype) -> "Transform":
+        """With temperatures (N,) of the dtype in which logits of that dtype are computed."""
+        tokens = self.token_temperature
+        if tokens is None:
+            return self
+        flat = tokens.reshape(-1).to(accumulation_dtype(dtype)).contiguous()
+        return self._replace(token_temperature=flat)
 
 
 def checked_transform(

@@ -818,7 +818,7 @@ MUTANTS = [
         ),
         (
             "compiled: ln V, in fp32, beside a small divergence",
-            "peak_q, a + d, b + e, c + f)", "peak_q, *_added((a, b, c, d, e, f)))",
+            "peak_q, a + d, b + e, c + f)", "peak_q, *added((a, b, c, d, e, f)))",
             "small_divergences",
         ),
         (

@@ -1,0 +1,190 @@
+"""The ids that a token may be: a distribution over the few that a sampler kept.
+
+With top-p or top-k sampling whose choice is kept for training, the policy is a softmax over the
+kept ids alone: half of the tokens keep one, most a few, some a hundred. They come as rows of ids of
+any lengths, one after the other, and the offsets at which they begin. What is computed of them
+costs what they are, not the vocabulary.
+
+Dims: N tokens, M kept ids of all of them, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    assert_on_device,
+    check_dense,
+    check_indices_on_host,
+    check_same_device,
+    check_shape,
+    known_on_host,
+)
+
+Support = tuple[Tensor, Tensor]  # ids (M,), and the offsets (N + 1,) of those of each token
+
+
+class KeptIds(NamedTuple):
+    """A support that was checked, and what is computed of it once.
+
+    What ignored tokens keep is never looked at: their ids are 0 here, and not live.
+    """
+
+    ids: Tensor  # (M,) int64
+    offsets: Tensor  # (N + 1,) int64
+    token: Tensor  # (M,) that keeps the id
+    live: Tensor  # (M,) whether that has a target
+    live_tokens: Tensor  # (N,) whether a token has a target
+    targets: Tensor  # (N,), 0 for ignored tokens
+    own: Tensor  # (N,) where among the M its target is; 0 for ignored tokens
+    alone: Tensor  # (N,) whether a target is the only id that is kept: there is nothing to choose
+
+    @property
+    def counts(self) -> Tensor:
+        """How many ids each token keeps: (N,)."""
+        return self.offsets.diff()
+
+    @property
+    def with_choice(self) -> Tensor:
+        """The ids (M,) of live tokens that keep others too."""
+        return self.live & ~self.alone[self.token]
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sum (M,) over the ids of each token: (N,). In fp64, since it is done one by one."""
+        found = torch.segment_reduce(
+            values.double(), "sum", offsets=self.offsets, initial=0, unsafe=True
+        )
+        return found.to(values.dtype)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest (N,) of the values (M,) of each token; -inf of none."""
+        return torch.segment_reduce(
+            values, "max", offsets=self.offsets, initial=-torch.inf, unsafe=True
+        )
+
+
+def checked_support(
+    support: Support, targets: Tensor, vocab: int, ignore_index: int
+) -> KeptIds:  # fmt: skip
+    """Check a support of tokens (...) with these targets.
+
+    What the tensors hold is checked here on the CPU; on a GPU, by an assertion when the device gets
+    there.
+
+    Raises:
+        TypeError: anything but two tensors of int32 or int64.
+        ValueError: shapes or devices that do not fit; offsets that do not start at 0, that
+            decrease, or do not end at M; of a token with a target, an id outside [0, V) or twice,
+            or a target that is not among its ids.
+    """
+    if not isinstance(support, (tuple, list)) or len(support) != 2:
+        raise TypeError(
+            "support: expected a tuple of ids (M,) and offsets (N + 1,), got "
+            f"{type(support).__name__}"
+        )
+    ids, offsets = support
+    flat = targets.reshape(-1)
+    tokens = flat.shape[0]
+    for i, x in enumerate((ids, offsets)):
+        name = f"support[{i}]"
+        check_dense(name, x)
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
+        check_same_device(name, x, "targets", targets)
+    if ids.ndim != 1:
+        raise ValueError(f"support[0]: expected ids of shape (M,), got {tuple(ids.shape)}")
+    check_shape("support[1]", offsets, (tokens + 1,), "one for each token, flattened, and the end")
+    ids, offsets = ids.long(), offsets.long()
+    _check_offsets(offsets, ids.shape[0])
+    live_tokens = flat != ignore_index
+    flat = torch.where(live_tokens, flat, 0)
+    place = torch.arange(ids.shape[0], device=ids.device)
+    token = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
+    token = token.clamp(max=max(0, tokens - 1))
+    live = live_tokens[token] if tokens else ids.bool()
+    check_indices_on_host("support[0]", ids[live] if known_on_host(ids) else ids, vocab, "ids")
+    ids = torch.where(live, ids, 0)
+    # One cell more, for the ids that are no target.
+    is_own = live & (ids == (flat[token] if tokens else ids))
+    cell = torch.where(is_own, token, tokens)
+    own = torch.zeros(tokens + 1, dtype=torch.int64, device=ids.device)
+    found = own.scatter_add(0, cell, torch.ones_like(cell))[:tokens]
+    own = own.scatter(0, cell, place)[:tokens]
+    alone = live_tokens & (offsets.diff() == 1)
+    kept = KeptIds(ids, offsets, token, live, live_tokens, flat, own, alone)
+    _check_ids(kept, found, vocab)
+    return kept
+
+
+def refuse_support_of_ranks(support: Support | None) -> None:
+    """Raise where ranks share the vocabulary, of which kept ids cost next to nothing."""
+    if support is not None:
+        raise ValueError(
+            "support: expected None where ranks share the vocabulary; gather the logits, or the "
+            "rows of the weight, of the kept ids"
+        )
+
+
+def _check_offsets(offsets: Tensor, end: int) -> None:
+    if not known_on_host(offsets):
+        fits = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == end)
+        assert_on_device(
+            fits, "support[1]: expected to start at 0, not to decrease and to end at M"
+        )
+        return
+    first, last, falls = int(offsets[0]), int(offsets[-1]), offsets.diff() < 0
+    if first != 0:
+        raise ValueError(f"support[1]: expected offsets that start at 0, got {first}")
+    if falls.any():
+        place = int(falls.nonzero()[0])
+        raise ValueError(
+            f"support[1]: expected offsets that do not decrease, got {int(offsets[place + 1])} "
+            f"after {int(offsets[place])}"
+        )
+    if last != end:
+        raise ValueError(
+            f"support[1]: expected offsets that end at {end}, the number of ids, got {last}"
+        )
+
+
+def _check_ids(kept: KeptIds, found: Tensor, vocab: int) -> None:
+    """Check that each target is kept, and no id is twice, which would count it twice."""
+    keeps_target = ~kept.live_tokens | (found >= 1)
+    twice = _stands_before(kept)
+    if not known_on_host(kept.ids):
+        assert_on_device(
+            keeps_target.all(), "support: a target is not among the ids that its token keeps"
+        )
+        inside = ~kept.live | ((kept.ids >= 0) & (kept.ids < vocab))
+        assert_on_device(inside.all(), "support[0]: an id is outside [0, vocabulary)")
+        assert_on_device(~twice.any(), "support[0]: a token keeps an id twice")
+        return
+    if not keeps_target.all():
+        token = int((~keeps_target).nonzero()[0])
+        raise ValueError(
+            f"support: expected the target of each token among its ids, got target "
+            f"{int(kept.targets[token])} of token {token}, which keeps "
+            f"{int(kept.counts[token])} others"
+        )
+    if twice.any():
+        place = int(twice.nonzero()[0])
+        raise ValueError(
+            f"support[0]: expected each id of a token once, got {int(kept.ids[place])} twice for "
+            f"token {int(kept.token[place])}"
+        )
+
+
+def _stands_before(kept: KeptIds) -> Tensor:
+    """Which ids (M,) of live tokens stand among those of the same token before."""
+    by_id = by_id_then_token(kept.ids)
+    ids, token = kept.ids[by_id], kept.token[by_id]
+    same = (ids[1:] == ids[:-1]) & (token[1:] == token[:-1]) & kept.live[by_id][1:]
+    twice = torch.zeros_like(kept.live)
+    twice[by_id[1:]] = same
+    return twice
+
+
+def by_id_then_token(ids: Tensor) -> Tensor:
+    """The order (M,) of ids that puts equal ones next to each other, in the order of tokens."""
+    return ids.argsort(stable=True)

@@ -1,0 +1,243 @@
+"""Logits of kept ids alone: products of a hidden state with the few rows of a head's weight that
+its token keeps.
+
+Backward, a hidden state's gradient is a sum of these rows, and that of a row of the weight a sum of
+the hidden states whose tokens keep it: both are sums of rows that are found by number, in an order
+that depends on nothing else, so that a sum has the same bits at each run and in each batch. What
+has a gradient of exactly 0 is not read.
+
+Dims: M kept ids of all tokens, U hidden states, K their width, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf.reference import accumulation_dtype, row_sums
+
+from . import compiled_kept
+from .backend import backend_of, under_transform
+from .compiled import NotCompiled
+from .kept_ids import by_id_then_token
+from .linear_head import QuantizedWeight, Weight
+
+# Numbers of rows that are gathered at a time.
+_GATHERED = {"cpu": 2**21}
+_GPU_GATHERED = 2**26
+
+
+class KeptRows(NamedTuple):
+    """Which hidden state meets which row of the weight."""
+
+    state: Tensor  # (M,) numbers of hidden states
+    ids: Tensor  # (M,) numbers of rows of the weight
+    wanted: Tensor  # (M,) bool: whose logit is looked at
+
+
+def kept_logits(
+    hidden: Tensor, weights: list[Weight], bias: Tensor | None, rows: KeptRows, impl: str
+) -> Tensor:
+    """Multiply hidden states (U, K) by kept rows of a weight in column blocks: (M,) in fp32 or
+    fp64; 0 where they are not wanted.
+    """
+    if under_transform(hidden):
+        return _definition(hidden, weights, bias, rows)
+    return _KeptLogits.apply(hidden, bias, rows, impl, *weights)
+
+
+class _KeptLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, bias, rows, impl, *weights):
+        ctx.rows, ctx.impl = rows, impl
+        ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
+        dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
+        ctx.save_for_backward(hidden, bias, *dense)
+        return _products(hidden, weights, bias, rows, impl)
+
+    @staticmethod
+    def backward(ctx, d_logits):
+        hidden, bias, *dense = ctx.saved_tensors
+        weights = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
+        wanted = ctx.needs_input_grad
+        wants = (wanted[0], wanted[1], *wanted[4:])
+        if torch.is_grad_enabled() or under_transform(d_logits):
+            found = _differentiable_gradients(hidden, bias, weights, ctx.rows, d_logits, wants)
+        else:
+            found = _gradients(hidden, bias, weights, ctx.rows, d_logits, wants, ctx.impl)
+        d_hidden, d_bias, *d_weights = found
+        return d_hidden, d_bias, None, None, *d_weights
+
+
+def _products(
+    hidden: Tensor, weights: list[Weight], bias: Tensor | None, rows: KeptRows, impl: str
+) -> Tensor:
+    dtype = accumulation_dtype(hidden.dtype)
+    logits = torch.zeros(rows.ids.shape, dtype=dtype, device=hidden.device)
+    first = 0
+    for weight in weights:
+        block = hidden[:, first : first + weight.shape[1]]
+        first += weight.shape[1]
+        if _by_kernel(weight, block, rows, impl):
+            from fastrlhf.kernels.kept_ids import add_kept_products
+
+            add_kept_products(logits, block, weight, *rows)
+            continue
+        wanted = rows.wanted.nonzero().squeeze(1)
+        for some, products in _products_of(block, weight, rows, wanted, impl):
+            logits[some] += products
+    if bias is not None:
+        logits += torch.where(rows.wanted, bias[rows.ids], 0.0)
+    return logits
+
+
+def _by_kernel(weight: Weight, hidden: Tensor, rows: KeptRows, impl: str) -> bool:
+    """Whether a kernel does it: of a quantized weight, rows are dequantized a few at a time."""
+    backend = backend_of(impl, hidden, rows.ids.numel() * hidden.shape[1])
+    return backend == "triton" and isinstance(weight, Tensor) and rows.ids.numel() > 0
+
+
+def _products_of(
+    hidden: Tensor, weight: Weight, rows: KeptRows, wanted: Tensor, impl: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Products of the wanted ones of M pairs of rows, some at a time."""
+    backend = backend_of(impl, hidden, wanted.numel() * hidden.shape[1])
+    if backend == "compiled" and isinstance(weight, Tensor) and wanted.numel():
+        with contextlib.suppress(NotCompiled):
+            yield wanted, compiled_kept.dots(hidden, rows.state[wanted], weight, rows.ids[wanted])
+            return
+    dtype = accumulation_dtype(hidden.dtype)
+    for some in wanted.split(_at_a_time(hidden)) if wanted.numel() else ():
+        ours = hidden[rows.state[some]].to(dtype)
+        yield some, row_sums(ours.mul_(_rows_of(weight, rows.ids[some]).to(dtype))).view(-1)
+
+
+def _at_a_time(matrix: Tensor) -> int:
+    numbers = _GATHERED.get(matrix.device.type, _GPU_GATHERED)
+    return max(1, numbers // max(1, matrix.shape[1]))
+
+
+def _rows_of(weight: Weight, ids: Tensor) -> Tensor:
+    return weight.rows_at(ids) if isinstance(weight, QuantizedWeight) else weight[ids]
+
+
+def _gradients(
+    hidden: Tensor,
+    bias: Tensor | None,
+    weights: list[Weight],
+    rows: KeptRows,
+    d_logits: Tensor,
+    wants: tuple[bool, ...],
+    impl: str,
+) -> list[Tensor | None]:
+    """Gradients of hidden states, bias and weights; None for those that are not wanted."""
+    d_logits = torch.where(rows.wanted, d_logits, 0.0).contiguous()
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    found: list[Tensor | None] = [d_hidden if wants[0] else None, None]
+    if wants[1]:
+        assert bias is not None
+        totals = d_logits.new_zeros(bias.shape)
+        found[1] = add_at(totals, rows.ids, d_logits).to(bias.dtype)
+    first = 0
+    by_state = sorted_sums(rows.state, rows.ids, len(hidden))
+    for weight, wanted in zip(weights, wants[2:], strict=True):
+        columns = slice(first, first + weight.shape[1])
+        first = columns.stop
+        if wants[0]:
+            add_weighted_rows(d_hidden[:, columns], d_logits, weight, by_state, impl)
+        found.append(None)
+        if wanted:
+            assert isinstance(weight, Tensor)
+            by_id = sorted_sums(rows.ids, rows.state, len(weight))
+            found[-1] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            add_weighted_rows(found[-1], d_logits, hidden[:, columns], by_id, impl)
+    return found
+
+
+class SortedSums(NamedTuple):
+    """Which rows of a source are added up to which row of the result, of M pairs."""
+
+    order: Tensor  # (M,) the pairs, by the row of the result, and as they come
+    into: Tensor  # (M,) rows of the result, of the pairs as they come
+    source: Tensor  # (M,) rows of the source, of the pairs as they come
+    size: int  # rows of the result
+
+    @property
+    def bounds(self) -> Tensor:
+        """Where in the order the pairs of each row of the result begin and end: (size + 1,)."""
+        every = torch.arange(self.size + 1, device=self.into.device)
+        return torch.searchsorted(self.into[self.order], every)
+
+
+def sorted_sums(into: Tensor, source: Tensor, size: int) -> SortedSums:
+    return SortedSums(by_id_then_token(into), into, source, size)
+
+
+def add_weighted_rows(
+    out: Tensor, factors: Tensor, source: Weight, sums: SortedSums, impl: str
+) -> None:
+    """Write into rows of zeros `out` (size, K) the sums of factor·row of the source, of M pairs,
+    rounded once; factors (M,) of 0 cost nothing.
+    """
+    if _by_kernel(source, out, KeptRows(sums.into, sums.source, factors), impl):
+        from fastrlhf.kernels.kept_ids import sum_weighted_rows
+
+        sum_weighted_rows(out, factors, source, sums.order, sums.bounds, sums.source)
+        return
+    order = sums.order[factors[sums.order] != 0]
+    # Only the rows that get something, in the precision of sums.
+    rows, place = sums.into[order].unique_consecutive(return_inverse=True)
+    total = factors.new_zeros((len(rows), out.shape[1]))
+    backend = backend_of(impl, out, order.numel() * out.shape[1])
+    at_a_time = _at_a_time(out)
+    for first in range(0, len(order), at_a_time):
+        some = order[first : first + at_a_time]
+        products = _weighted_rows(source, sums.source[some], factors[some], backend)
+        add_at(total, place[first : first + at_a_time], products)
+    out[rows] = total.to(out.dtype)
+
+
+def _weighted_rows(source: Weight, numbers: Tensor, factors: Tensor, backend: str) -> Tensor:
+    if backend == "compiled" and isinstance(source, Tensor):
+        with contextlib.suppress(NotCompiled):
+            return compiled_kept.weighted(source, numbers, factors)
+    return _rows_of(source, numbers).to(factors.dtype).mul_(factors.unsqueeze(1))
+
+
+def add_at(total: Tensor, place: Tensor, values: Tensor) -> Tensor:
+    """Add values (n, ...) to rows of a total, in their order: to one row perhaps several."""
+    if total.device.type == "cpu":
+        return total.index_add_(0, place, values)
+    return total.index_put_((place,), values, accumulate=True)  # sorts, and takes no atomics
+
+
+def _definition(
+    hidden: Tensor, weights: list[Weight], bias: Tensor | None, rows: KeptRows
+) -> Tensor:
+    """Compute the logits in plain PyTorch, which torch.func can differentiate and batch."""
+    dtype = accumulation_dtype(hidden.dtype)
+    kept = torch.cat([_rows_of(weight, rows.ids) for weight in weights], dim=1).to(dtype)
+    ours = torch.where(rows.wanted.unsqueeze(1), hidden[rows.state], 0.0).to(dtype)
+    logits = (ours * kept).sum(-1)
+    return logits if bias is None else logits + torch.where(rows.wanted, bias[rows.ids], 0.0)
+
+
+def _differentiable_gradients(
+    hidden: Tensor,
+    bias: Tensor | None,
+    weights: list[Any],
+    rows: KeptRows,
+    d_logits: Tensor,
+    wants: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients that can themselves be differentiated, or batched: by autograd."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a path from one input to another is not walked here.
+        inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in (hidden, bias, *weights)]
+        logits = _definition(inputs[0], inputs[2:], inputs[1], rows)
+    leaves = [x for x, want in zip(inputs, wants, strict=True) if want]
+    found = iter(torch.autograd.grad(logits, leaves, d_logits, create_graph=again))
+    return [next(found) if want else None for want in wants]

@@ -1,0 +1,266 @@
+"""Statistics of tokens over the ids that they keep, from the logits of these ids.
+
+The formulas are those of whole rows (`fastrlhf.reference`), with each kept id as a row of one
+column: what is summed over a row is summed over the ids of a token. Whatever makes the logits, from
+hidden states or out of a tensor of them, hands over a vector and gets back its gradient.
+
+Where a token keeps its target alone, log-prob and entropy are 0, and have no gradient, whatever the
+logit is: it need not be read.
+
+Dims: N tokens, M kept ids of all of them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf import reference
+from fastrlhf.reference import FURTHER_STATS, RowSlopes, TokenStats
+
+from .backend import backend_of, under_transform
+from .kept_ids import KeptIds
+from .transform import Transform
+
+
+class KeptQuestion(NamedTuple):
+    """What is asked about kept logits."""
+
+    transform: Transform  # its temperatures (N,) in the dtype of the logits
+    entropy: bool
+    with_stats: tuple[str, ...]
+    impl: str
+
+    def of_ids(self, kept: KeptIds) -> dict[str, Any]:
+        """The transform as the formulas take it, of each id."""
+        options = self.of_tokens
+        if isinstance(options["temperature"], Tensor):
+            options["temperature"] = options["temperature"][kept.token]
+        return options
+
+    @property
+    def asked(self) -> tuple[bool, ...]:
+        """Which fields of `KeptStats` there are."""
+        return True, self.entropy, True, *(name in self.with_stats for name in FURTHER_STATS)
+
+    @property
+    def of_tokens(self) -> dict[str, Any]:
+        return {
+            "temperature": self.transform.of_rows, "softcap": self.transform.softcap,
+            "scale": self.transform.scale,
+        }  # fmt: skip
+
+    def wanted(self, kept: KeptIds, *, lse: bool) -> Tensor:
+        """The ids (M,) whose logits are looked at, given whether the lse is."""
+        return kept.live if lse or "mean_logit" in self.with_stats else kept.with_choice
+
+
+class KeptStats(NamedTuple):
+    """`TokenStats` (N,) of all tokens, 0 for ignored ones; differentiable are the log-prob, the
+    entropy, the lse and the mean logit. What was not asked for is None.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    is_top1: Tensor | None
+    mean_logit: Tensor | None
+    log_sum_sq_probs: Tensor | None
+
+    def shaped(self, shape: torch.Size, *, entropy_grad: bool = True) -> TokenStats:
+        """Give them the shape of the targets, and a gradient to log-prob and entropy alone."""
+        named = {name: x.view(shape) for name, x in self._asdict().items() if x is not None}
+        entropy = named.get("entropy")
+        if entropy is not None and not entropy_grad:
+            entropy = entropy.detach()
+        further = {name: named[name].detach() for name in FURTHER_STATS if name in named}
+        return reference.stats_tuple(named["logprob"], entropy, named["lse"].detach(), further)
+
+
+def kept_stats(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptStats:
+    """Compute the statistics from the logits (M,) of kept ids, in fp32 or fp64. That of a token's
+    only id may be anything, unless the lse or the mean logit is looked at.
+    """
+    if under_transform(logits):
+        return _definition(logits, kept, question)
+    found = _KeptStats.apply(logits, kept, question)
+    return KeptStats(*(x if want else None for x, want in zip(found, question.asked, strict=True)))
+
+
+class _KeptStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, kept, question):
+        found, (peak, log_norm) = _forward(logits.detach(), kept, question)
+        ctx.question, ctx.kept = question, kept
+        ctx.save_for_backward(logits, found.logprob, found.entropy, peak, log_norm)
+        ctx.set_materialize_grads(False)
+        nothing = logits.new_empty(0)
+        found = tuple(nothing.clone() if x is None else x for x in found)
+        ctx.mark_non_differentiable(found[3], found[5])
+        return found
+
+    @staticmethod
+    def backward(ctx, d_logprob, d_entropy, d_lse, _, d_mean, __):
+        logits, logprob, entropy, peak, log_norm = ctx.saved_tensors
+        kept, question = ctx.kept, ctx.question
+        asked = question.asked
+        upstream = (d_logprob, d_entropy if asked[1] else None, d_lse, d_mean if asked[4] else None)
+        if torch.is_grad_enabled() or under_transform(*upstream):
+            return _differentiable_gradient(logits, kept, question, upstream), None, None
+        stats = (logprob, entropy, peak, log_norm)
+        return _backward(logits, kept, question, stats, upstream), None, None
+
+
+def _forward(
+    logits: Tensor, kept: KeptIds, question: KeptQuestion
+) -> tuple[KeptStats, tuple[Tensor, Tensor]]:
+    """Compute the statistics, and peak and log_norm, which the gradient takes."""
+    if backend_of(question.impl, logits, logits.numel()) == "triton" and len(kept.targets):
+        from fastrlhf.kernels.kept_ids import kept_stats_forward
+
+        found = kept_stats_forward(
+            logits, kept.ids, kept.offsets, kept.targets, kept.own, **question.of_tokens,
+            entropy=question.entropy, with_stats=question.with_stats,
+        )  # fmt: skip
+    else:
+        parts = _row_parts(logits, kept, question)
+        temperature = question.transform.of_rows
+        found = reference.statistics_of_parts(parts, kept.counts, temperature)
+    logprob, entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares = found
+    every = KeptStats(logprob, entropy, lse, is_top1, mean_logit, log_squares)
+    live = kept.live_tokens
+    of_tokens = [
+        torch.where(live, x, 0) if want else None
+        for x, want in zip(every, question.asked, strict=True)
+    ]
+    for i, certain in ((0, 0.0), (1, 0.0), (3, True), (5, 0.0)):
+        x = of_tokens[i]
+        of_tokens[i] = None if x is None else torch.where(kept.alone, certain, x)
+    return KeptStats(*of_tokens), (torch.where(live, peak, -torch.inf), log_norm)
+
+
+def _row_parts(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> reference.RowParts:
+    options = question.of_ids(kept)
+    capped = reference.capped_logits(logits, options["softcap"], options["scale"])
+    peak, targets = kept.largest(capped), kept.targets[kept.token]
+    column = _columns(options["temperature"])
+    terms = reference.row_terms(
+        capped.unsqueeze(1), kept.ids.unsqueeze(1), peak[kept.token].unsqueeze(1),
+        targets.unsqueeze(1), column, entropy=question.entropy, with_stats=question.with_stats,
+    )  # fmt: skip
+    sums = [kept.sums(x.view(-1)) for x in terms]
+    before = peak[:0]
+    if "is_top1" in question.with_stats:
+        before = kept.largest(torch.where(kept.ids < targets, capped, -torch.inf))
+    own = capped[kept.own] if len(capped) else peak  # of ignored tokens alone
+    return reference.named_parts(
+        peak, own, before, sums, question.entropy, question.with_stats
+    )  # fmt: skip
+
+
+def _columns(temperature: float | Tensor) -> float | Tensor:
+    return temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+
+
+def _backward(
+    logits: Tensor,
+    kept: KeptIds,
+    question: KeptQuestion,
+    stats: tuple[Tensor | None, ...],
+    upstream: tuple[Tensor | None, ...],
+) -> Tensor:
+    """Compute the gradient (M,) of the logits; exactly 0 where nothing comes from upstream."""
+    logprob, entropy, peak, log_norm = stats
+    assert logprob is not None and peak is not None and log_norm is not None
+    slopes = _with_choice(kept, peak, upstream)
+    active = torch.zeros_like(kept.alone)
+    for slope in slopes:
+        if slope is not None:
+            active |= slope != 0
+    if slopes[0] is None:
+        slopes = (torch.zeros_like(logprob), *slopes[1:])
+    if backend_of(question.impl, logits, logits.numel()) == "triton" and len(kept.targets):
+        from fastrlhf.kernels.kept_ids import kept_stats_backward
+
+        return kept_stats_backward(
+            logits, kept.ids, kept.token, kept.targets, kept.counts, active,
+            (logprob, entropy, peak, log_norm), slopes, **question.of_tokens,
+        )  # fmt: skip
+    of_rows = reference.row_slopes(logprob, *slopes, columns=kept.counts)
+
+    def of_ids(x: Any) -> Any:
+        return None if x is None else x[kept.token]
+
+    gradient = reference.logits_gradient(
+        logits.unsqueeze(1), of_ids(kept.targets), tuple(map(of_ids, (entropy, peak, log_norm))),
+        RowSlopes(*map(of_ids, of_rows)), columns=kept.ids.unsqueeze(1), **question.of_ids(kept),
+    ).view(-1)  # fmt: skip
+    return torch.where(of_ids(active), gradient, 0.0)
+
+
+def _with_choice(
+    kept: KeptIds, peak: Tensor, upstream: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What comes from upstream to tokens that have a distribution; to log-prob and entropy of those
+    alone that have a choice.
+    """
+    nowhere = ~kept.live_tokens | (peak == -torch.inf)
+    no_choice = nowhere | kept.alone
+    where = (no_choice, no_choice, nowhere, nowhere)
+    return tuple(
+        None if x is None else torch.where(hidden, 0.0, x)
+        for x, hidden in zip(upstream, where, strict=True)
+    )
+
+
+def _differentiable_gradient(
+    logits: Tensor, kept: KeptIds, question: KeptQuestion, upstream: tuple[Tensor | None, ...]
+) -> Tensor:
+    """A gradient that can itself be differentiated, or batched: by autograd."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        view = logits.view_as(logits)
+        found = _definition(view, kept, question)
+    of = found.logprob, found.entropy, found.lse, found.mean_logit
+    pairs = [(a, b) for a, b in zip(of, upstream, strict=True) if a is not None and b is not None]
+    outputs, gradients = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, view, gradients, create_graph=again)[0]
+
+
+def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptStats:
+    """Compute the statistics by rows (N, W), as wide as the longest, in what torch.func can
+    differentiate and batch. A GPU is awaited for W.
+    """
+    options, live = question.of_tokens, kept.live_tokens
+    temperature, softcap, scale = options.values()
+    if not len(kept.ids):  # of ignored tokens alone
+        zeros = logits.sum() + logits.new_zeros(live.shape)
+        return KeptStats(*(zeros if want else None for want in question.asked))
+    column = torch.arange(max(1, int(kept.counts.max())), device=logits.device)
+    inside = column < kept.counts.unsqueeze(1)
+    place = (kept.offsets[:-1].unsqueeze(1) + column).clamp(max=len(kept.ids) - 1)
+
+    def rows(values: Tensor, outside: float | int) -> Tensor:
+        return torch.where(inside, values[place], outside)
+
+    # A token without a choice is computed from a 0, whatever its logit is.
+    chosen = torch.where(kept.with_choice, logits, 0.0)
+    found = reference.token_stats(
+        rows(reference.capped_logits(chosen, softcap, scale), -torch.inf),
+        torch.where(live, kept.own - kept.offsets[:-1], -100), temperature=temperature,
+        entropy=question.entropy, with_stats=[x for x in question.with_stats if "sq" in x],
+    )  # fmt: skip
+    capped = reference.capped_logits(logits, softcap, scale)
+    z = rows(capped, -torch.inf) / _columns(temperature)
+    empty = (z == -torch.inf).all(1)
+    lse = torch.where(empty, -torch.inf, torch.where(empty.unsqueeze(1), 0.0, z).logsumexp(1))
+    mean = (rows(capped, 0.0) / _columns(temperature)).sum(1) / kept.counts.clamp(min=1)
+    first = torch.where(
+        capped.detach() == kept.largest(capped.detach())[kept.token], kept.ids, 2**62
+    )
+    is_top1 = kept.alone | (rows(first, 2**62).amin(1) == kept.targets)
+    values = (found.logprob, found.entropy, lse, is_top1, mean, found.log_sum_sq_probs)
+    return KeptStats(
+        *(torch.where(live, x, 0) if want and x is not None else None
+          for x, want in zip(values, question.asked, strict=True))
+    )  # fmt: skip
