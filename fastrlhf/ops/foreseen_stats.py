@@ -66,7 +66,8 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
     slope is another than was foreseen, or whose entropy has a gradient, costs 3G more (2G where the
     head is frozen). On a GPU, backward waits once for how many those are.
     """
-    if under_transform() or problem.options.part is not None:
+    elsewhere = problem.options.part, problem.options.shared, problem.kept
+    if under_transform() or any(x is not None for x in elsewhere):
         return token_stats_of(problem)
     found = _ForeseenStats.apply(
         problem.options,

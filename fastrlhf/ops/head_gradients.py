@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .add_at import add_at
 from .ranks import Group, SumsOnTheirWay
 from .tracing import being_traced
 
@@ -124,9 +125,11 @@ class Gradients:
         weights: list[bool],
         bias: bool,
         group: Group | None = None,
+        shared: bool = False,
     ):
         self.head, self.rows = head, rows  # how many of them there will be
         self.hidden = hidden  # zeros to write into
+        self.shared = shared  # whether a hidden state may come several times
         self.over_ranks = None if group is None or hidden is None else SumsOnTheirWay(group, hidden)
         self.wants_weights, self.wants_bias = weights, bias
         self.weights: list[Tensor | None] = [None] * len(weights)
@@ -154,6 +157,8 @@ class Gradients:
         """Take in a block of rows, given their hidden states as operands, and where they belong."""
         if self.over_ranks is not None:
             self.over_ranks.send(place, self.head.pull_back(d_logits))
+        elif self.hidden is not None and self.shared:
+            add_at(self.hidden, place, self.head.pull_back(d_logits).to(self.hidden.dtype))
         elif self.hidden is not None:
             self.hidden[place] = self.head.pull_back(d_logits).to(self.hidden.dtype)
         if any(self.wants_weights) or self.wants_bias:

@@ -19,14 +19,17 @@ from torch import Tensor
 from fastrlhf.reference import accumulation_dtype, row_sums
 
 from . import compiled_kept
+from .add_at import add_at
 from .backend import backend_of, under_transform
 from .compiled import NotCompiled
-from .kept_ids import by_id_then_token
-from .linear_head import QuantizedWeight, Weight
-
-# Numbers of rows that are gathered at a time.
-_GATHERED = {"cpu": 2**21}
-_GPU_GATHERED = 2**26
+from .linear_head import Weight
+from .weighted_rows import (
+    add_weighted_rows,
+    by_kernel,
+    rows_at_a_time,
+    rows_of_weight,
+    sorted_sums,
+)
 
 
 class KeptRows(NamedTuple):
@@ -80,7 +83,7 @@ def _products(
     for weight in weights:
         block = hidden[:, first : first + weight.shape[1]]
         first += weight.shape[1]
-        if _by_kernel(weight, block, rows, impl):
+        if by_kernel(weight, rows.ids.numel(), impl):
             from fastrlhf.kernels.kept_ids import add_kept_products
 
             add_kept_products(logits, block, weight, *rows)
@@ -93,12 +96,6 @@ def _products(
     return logits
 
 
-def _by_kernel(weight: Weight, hidden: Tensor, rows: KeptRows, impl: str) -> bool:
-    """Whether a kernel does it: of a quantized weight, rows are dequantized a few at a time."""
-    backend = backend_of(impl, hidden, rows.ids.numel() * hidden.shape[1])
-    return backend == "triton" and isinstance(weight, Tensor) and rows.ids.numel() > 0
-
-
 def _products_of(
     hidden: Tensor, weight: Weight, rows: KeptRows, wanted: Tensor, impl: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -109,18 +106,9 @@ def _products_of(
             yield wanted, compiled_kept.dots(hidden, rows.state[wanted], weight, rows.ids[wanted])
             return
     dtype = accumulation_dtype(hidden.dtype)
-    for some in wanted.split(_at_a_time(hidden)) if wanted.numel() else ():
+    for some in wanted.split(rows_at_a_time(hidden)) if wanted.numel() else ():
         ours = hidden[rows.state[some]].to(dtype)
-        yield some, row_sums(ours.mul_(_rows_of(weight, rows.ids[some]).to(dtype))).view(-1)
-
-
-def _at_a_time(matrix: Tensor) -> int:
-    numbers = _GATHERED.get(matrix.device.type, _GPU_GATHERED)
-    return max(1, numbers // max(1, matrix.shape[1]))
-
-
-def _rows_of(weight: Weight, ids: Tensor) -> Tensor:
-    return weight.rows_at(ids) if isinstance(weight, QuantizedWeight) else weight[ids]
+        yield some, row_sums(ours.mul_(rows_of_weight(weight, rows.ids[some]).to(dtype))).view(-1)
 
 
 def _gradients(
@@ -156,69 +144,12 @@ def _gradients(
     return found
 
 
-class SortedSums(NamedTuple):
-    """Which rows of a source are added up to which row of the result, of M pairs."""
-
-    order: Tensor  # (M,) the pairs, by the row of the result, and as they come
-    into: Tensor  # (M,) rows of the result, of the pairs as they come
-    source: Tensor  # (M,) rows of the source, of the pairs as they come
-    size: int  # rows of the result
-
-    @property
-    def bounds(self) -> Tensor:
-        """Where in the order the pairs of each row of the result begin and end: (size + 1,)."""
-        every = torch.arange(self.size + 1, device=self.into.device)
-        return torch.searchsorted(self.into[self.order], every)
-
-
-def sorted_sums(into: Tensor, source: Tensor, size: int) -> SortedSums:
-    return SortedSums(by_id_then_token(into), into, source, size)
-
-
-def add_weighted_rows(
-    out: Tensor, factors: Tensor, source: Weight, sums: SortedSums, impl: str
-) -> None:
-    """Write into rows of zeros `out` (size, K) the sums of factor·row of the source, of M pairs,
-    rounded once; factors (M,) of 0 cost nothing.
-    """
-    if _by_kernel(source, out, KeptRows(sums.into, sums.source, factors), impl):
-        from fastrlhf.kernels.kept_ids import sum_weighted_rows
-
-        sum_weighted_rows(out, factors, source, sums.order, sums.bounds, sums.source)
-        return
-    order = sums.order[factors[sums.order] != 0]
-    # Only the rows that get something, in the precision of sums.
-    rows, place = sums.into[order].unique_consecutive(return_inverse=True)
-    total = factors.new_zeros((len(rows), out.shape[1]))
-    backend = backend_of(impl, out, order.numel() * out.shape[1])
-    at_a_time = _at_a_time(out)
-    for first in range(0, len(order), at_a_time):
-        some = order[first : first + at_a_time]
-        products = _weighted_rows(source, sums.source[some], factors[some], backend)
-        add_at(total, place[first : first + at_a_time], products)
-    out[rows] = total.to(out.dtype)
-
-
-def _weighted_rows(source: Weight, numbers: Tensor, factors: Tensor, backend: str) -> Tensor:
-    if backend == "compiled" and isinstance(source, Tensor):
-        with contextlib.suppress(NotCompiled):
-            return compiled_kept.weighted(source, numbers, factors)
-    return _rows_of(source, numbers).to(factors.dtype).mul_(factors.unsqueeze(1))
-
-
-def add_at(total: Tensor, place: Tensor, values: Tensor) -> Tensor:
-    """Add values (n, ...) to rows of a total, in their order: to one row perhaps several."""
-    if total.device.type == "cpu":
-        return total.index_add_(0, place, values)
-    return total.index_put_((place,), values, accumulate=True)  # sorts, and takes no atomics
-
-
 def _definition(
     hidden: Tensor, weights: list[Weight], bias: Tensor | None, rows: KeptRows
 ) -> Tensor:
     """Compute the logits in plain PyTorch, which torch.func can differentiate and batch."""
     dtype = accumulation_dtype(hidden.dtype)
-    kept = torch.cat([_rows_of(weight, rows.ids) for weight in weights], dim=1).to(dtype)
+    kept = torch.cat([rows_of_weight(weight, rows.ids) for weight in weights], dim=1).to(dtype)
     ours = torch.where(rows.wanted.unsqueeze(1), hidden[rows.state], 0.0).to(dtype)
     logits = (ours * kept).sum(-1)
     return logits if bias is None else logits + torch.where(rows.wanted, bias[rows.ids], 0.0)

@@ -26,7 +26,14 @@ from .checks import (
 from .kept_ids import KeptIds, Support, checked_support, refuse_support_of_ranks
 from .linear_head import Head, QuantizedWeight, Weight
 from .linear_plans import Workbench
-from .linear_rows import Rows, counts_are_unknown, default_chunk
+from .linear_rows import (
+    Rows,
+    SharedRows,
+    counts_are_unknown,
+    default_chunk,
+    live_rows_if_known,
+    shared_rows,
+)
 from .token_stats import check_values_on_host
 from .tracing import being_traced
 from .transform import Transform, check_temperatures_on_host, checked_transform
@@ -48,6 +55,7 @@ class LinearOptions(NamedTuple):
     dtype: torch.dtype  # of the matmuls: that of the hidden states, or of autocast
     part: VocabularyPart | None = None  # of a vocabulary that ranks share
     lse: bool = True  # whether anybody looks at it
+    shared: SharedRows | None = None  # where tokens share hidden states
 
 
 class LinearProblem(NamedTuple):
@@ -59,7 +67,6 @@ class LinearProblem(NamedTuple):
     targets: Tensor  # (...)
     token_temperature: Tensor | None  # (...)
     options: LinearOptions
-    rows: Tensor | None = None  # (N,) which hidden state predicts each token; None: its own
     kept: KeptIds | None = None  # the ids that tokens may be; None: all
 
     @property
@@ -76,13 +83,22 @@ class LinearProblem(NamedTuple):
             self.token_temperature, options.temperature, options.softcap, options.scale
         ).flat(options.dtype)
 
+    def order(self) -> Tensor | None:
+        """The tokens with a target, those that share a hidden state together; None where they
+        cannot be counted.
+        """
+        order = live_rows_if_known(self.targets.reshape(-1), self.options.ignore_index)
+        if order is None or self.options.shared is None:
+            return order
+        return order[self.options.shared.state[order].argsort(stable=True)]
+
     def workbench(self, order: Tensor | None) -> Workbench:
         """Lay out the rows in an order: see `Rows`."""
         options = self.options
         head = Head(self.weights, self.bias, options.dtype)
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         targets = self.targets.reshape(-1)
-        rows = Rows(hidden, targets, self.transform, options.ignore_index, order)
+        rows = Rows(hidden, targets, self.transform, options.ignore_index, order, options.shared)
         asked = (options.entropy, options.entropy_grad, options.with_stats)
         return Workbench(head, rows, *asked, options.impl, options.part)
 
@@ -173,11 +189,11 @@ def checked_problem(
     options = LinearOptions(
         *transform[1:], ignore_index, entropy, entropy and entropy_grad, with_stats,
         chunk, impl, dtype or matmul_dtype(hidden), part, lse,
+        None if rows is None else shared_rows(rows, transform.flat(hidden.dtype)[0], len(hidden)),
     )  # fmt: skip
     return LinearProblem(
-        hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options,
-        rows, kept,
-    )  # fmt: skip
+        hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options, kept
+    )
 
 
 def checked_rows(rows: Tensor, hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

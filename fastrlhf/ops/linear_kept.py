@@ -11,13 +11,13 @@ from .linear_arguments import LinearProblem, exact
 
 def kept_stats_of(problem: LinearProblem) -> KeptStats:
     """Compute the statistics (N,) of a problem with a support."""
-    kept, options, rows = problem.kept, problem.options, problem.rows
+    kept, options = problem.kept, problem.options
     assert kept is not None
     question = KeptQuestion(
         problem.transform, options.entropy, options.with_stats, options.impl
     )  # fmt: skip
-    state = kept.token if rows is None else rows[kept.token]
-    pairs = KeptRows(state, kept.ids, question.wanted(kept, lse=options.lse))
+    row = kept.token if options.shared is None else options.shared.row[kept.token]
+    pairs = KeptRows(row, kept.ids, question.wanted(kept, lse=options.lse))
     hidden = problem.hidden.reshape(-1, problem.hidden.shape[-1])
     with exact(hidden):
         logits = kept_logits(hidden, problem.weights, problem.bias, pairs, options.impl)

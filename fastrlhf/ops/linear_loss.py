@@ -190,9 +190,11 @@ def _loss_and_known_gradient(
 def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, list[list[Span]]]:
     """Order the live tokens, and cut them into what the loss must see at once, block by block."""
     chunk = problem.options.chunk
-    order = live_rows(problem.targets.reshape(-1), problem.options.ignore_index)
     if groups is None:
-        return order, [[span] for span in even_spans(order.shape[0], chunk)]
+        rows = problem.workbench(problem.order()).rows
+        assert rows.order is not None
+        return rows.order, [[span] for span in rows.spans(chunk)]
+    order = live_rows(problem.targets.reshape(-1), problem.options.ignore_index)
     order, sizes = order_by_group(order, groups.reshape(-1))
     return order, [
         [(first + a, first + b) for a, b in even_spans(last - first, chunk)]

@@ -37,9 +37,11 @@ from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_head import Head
-from .linear_rows import Block, Rows, Span, even_spans
+from .linear_rows import Block, Rows, Span, at, even_spans
+from .shared_targets import SharedTargets, shared_statistics
 from .stats_over_ranks import statistics_over_ranks
 from .token_stats import all_statistics
+from .transform import Transform
 from .vocabulary_part import VocabularyPart
 
 
@@ -86,6 +88,17 @@ class Statistics(NamedTuple):
     log_sum_sq_probs: Tensor
     peak: Tensor
     log_norm: Tensor
+    shared: SharedTargets | None = None  # where tokens share rows of logits
+
+    def of_leaders(self) -> "Statistics":
+        """Of the m rows that the tokens share, with the target of each that leads it; what the
+        gradient does not take is empty.
+        """
+        assert self.shared is not None
+        logprob, entropy, peak, log_norm = self.shared[-4:]
+        nothing = logprob.new_empty(0)
+        others = (nothing,) * 4
+        return Statistics(logprob, entropy, *others, peak, log_norm)
 
 
 class Slopes(NamedTuple):
@@ -130,6 +143,8 @@ Found = tuple[Tensor, ...]  # what `token_stats` returns, of all N tokens; empty
 Kept = tuple[Tensor, ...]
 
 
+_NO_TARGET = -(2**31)  # no row is ignored where it leads
+
 Room = Callable[[int], Tensor]  # makes room for gradients of so many rows of logits
 
 
@@ -146,14 +161,28 @@ class Workbench(NamedTuple):
 
     def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
         """Make room for what is needed, for the hidden states in their dtype or another."""
+        if self.rows.shared is not None:  # several states may add to that of one hidden state
+            dtype = self.head.sums
         hidden = torch.zeros_like(self.rows.hidden, dtype=dtype) if needs.hidden else None
         group = None if self.part is None else self.part.group
-        return Gradients(self.head, self.rows.size, hidden, needs.weights, needs.bias, group)
+        return Gradients(
+            self.head, self.rows.size, hidden, needs.weights, needs.bias, group,
+            shared=self.rows.shared is not None,
+        )  # fmt: skip
 
     def score(self, block: Block) -> tuple[Tensor, Statistics]:
         """Make the logits of a block, and read their statistics: G."""
         logits = self.head.logits(block.hidden.to(self.head.operands))
         asked = self.entropy, self.with_stats
+        if block.states is not None:
+
+            def of_leaders(leader: Tensor, transform: Transform) -> tuple[Tensor, ...]:
+                return all_statistics(
+                    logits, leader, transform, _NO_TARGET, *asked, False, self.impl
+                )
+
+            found, shared = shared_statistics(logits, block, block.states, of_leaders)
+            return logits, Statistics(*found, shared)
         if self.part is None:
             found = all_statistics(
                 logits, block.targets, block.transform, self.rows.ignore_index, *asked, False,
@@ -183,17 +212,25 @@ class Workbench(NamedTuple):
         # fp16 is rounded to once the size of each row is known.
         exact = self.head.sums if operands == torch.float16 else operands
         there = room(len(logits)) if operands != logits.dtype else None
-        saved = (logits, block.targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm)
-        upstream = (slopes.logprob, slopes.entropy)
-        others = (slopes.lse, slopes.mean_logit)
-        arguments = (*saved, *upstream, *block.transform, self.impl, *others)
+        shared, of_tokens, targets, transform = stats.shared, slopes, block.targets, block.transform
+        if shared is not None and block.states is not None:
+            targets, transform = shared.leader, block.states.transform
+            stats = stats.of_leaders()
+            slopes = Slopes(*(None if x is None else shared.sums(x) for x in of_tokens))
+        arguments = (
+            logits, targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm,
+            slopes.logprob, slopes.entropy, *transform, self.impl, slopes.lse, slopes.mean_logit,
+        )  # fmt: skip
         if overwrite and logits.dtype == exact:
             torch.ops.fastrlhf.token_stats_backward_(*arguments)
-            return as_operands(logits, operands, there)
-        out = there
-        if out is None or exact != operands:
-            out = padded_rows(len(logits), self.head.vocab, exact, logits.device)
-        torch.ops.fastrlhf.token_stats_backward_into(out, *arguments)
+            out = logits
+        else:
+            out = there
+            if out is None or exact != operands:
+                out = padded_rows(len(logits), self.head.vocab, exact, logits.device)
+            torch.ops.fastrlhf.token_stats_backward_into(out, *arguments)
+        if shared is not None:
+            shared.add_targets(out, of_tokens.logprob)
         return as_operands(out, operands, there)
 
     def differentiate(
@@ -203,24 +240,28 @@ class Workbench(NamedTuple):
         of the tokens that have a gradient.
         """
         dz = self.d_logits(block, logits, stats, slopes, room=gradients.room)
-        some = self.with_gradient(slopes)
+        counting, place = slopes.counting(), block.place
+        if block.states is not None:
+            place = block.states.rows
+            counting = block.states.any(counting)
+        some = self.few_enough(counting)
+        hidden = block.hidden
         if some is not None:
-            block, dz = block.at(some), dz.leading(some)
-        gradients.add(block.place, block.hidden.to(self.head.operands), dz)
+            place, hidden, dz = at(place, some), hidden[some], dz.leading(some)
+        gradients.add(place, hidden.to(self.head.operands), dz)
 
-    def with_gradient(self, slopes: Slopes) -> Tensor | None:
-        """Find the rows that have a gradient, if it is worth leaving out the others; None too where
-        they cannot be counted, and where ranks share the vocabulary, which add up blocks of one
-        shape.
+    def few_enough(self, wanted: Tensor) -> Tensor | None:
+        """Find the wanted rows, if it is worth leaving out the others; None too where they cannot
+        be counted, and where ranks share the vocabulary, which add up blocks of one shape.
         """
         if self.rows.order is None or self.part is not None:
             return None
-        return few_enough(slopes.counting())
+        return few_enough(wanted)
 
     def with_gradient_alone(self, slopes: Slopes) -> "Workbench":
         """Leave out the rows that have no gradient, given the slopes (N,) of all tokens."""
         order = self.rows.order
-        some = None if order is None else self.with_gradient(slopes.at(order))
+        some = None if order is None else self.few_enough(slopes.at(order).counting())
         if order is None or some is None:
             return self
         return self._replace(rows=self.rows._replace(order=order[some]))
@@ -338,7 +379,7 @@ def _differentiate_again(
 ) -> None:
     """Make the logits of consecutive spans again, given the slopes of all their rows."""
     order = None if bench.rows.order is None else bench.rows.order[slice(*whole(spans))]
-    some = bench.with_gradient(slopes)
+    some = bench.few_enough(slopes.counting())
     if order is not None and some is not None:
         order, slopes = order[some], slopes.at(some)
     again = bench._replace(rows=bench.rows._replace(order=order), with_stats=())
@@ -355,7 +396,8 @@ def whole(spans: list[Span]) -> Span:
 def _statistics_of(bench: Workbench, spans: list[Span]) -> Statistics:
     """Read the statistics of some spans, one after the other."""
     parts = [bench.score(bench.rows.block(span))[1] for span in spans]
-    return Statistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    columns = zip(*(part[:-1] for part in parts), strict=True)
+    return Statistics(*(torch.cat(values) for values in columns))
 
 
 def room_for_all_tokens(bench: Workbench) -> Found:

@@ -28,32 +28,51 @@ _GPU_WORKSPACE_BYTES = 2**29
 _WHOLE_ROWS = 128
 
 
+class SharedRows(NamedTuple):
+    """Which hidden state predicts each of N tokens: of a tree of sequences, one may predict
+    several.
+
+    A *state* is a row of logits after the transform: a hidden state, at one temperature.
+    """
+
+    row: Tensor  # (N,) numbers of hidden states
+    state: Tensor  # (N,) numbers of states
+    row_of_state: Tensor  # (S,)
+
+
+class BlockStates(NamedTuple):
+    """The states of a block of tokens."""
+
+    of_token: Tensor  # (n,) which of them predicts each token
+    numbers: Tensor  # (m,) among all states
+    rows: Tensor  # (m,) of hidden states
+    transform: Transform  # its temperatures (m,)
+
+    def any(self, of_tokens: Tensor) -> Tensor:
+        """Tell for which states something holds of any token: (m,)."""
+        found = torch.zeros_like(self.numbers, dtype=torch.bool)
+        return found.index_fill(0, self.of_token[of_tokens], True)
+
+
 class Block(NamedTuple):
     """Consecutive rows of the order: where they belong, and what they hold."""
 
     place: Tensor | slice
-    hidden: Tensor  # (n, K)
+    hidden: Tensor  # (n, K); where tokens share hidden states (m, K)
     targets: Tensor  # (n,)
     transform: Transform
-
-    def at(self, some: Tensor) -> "Block":
-        """Take some of the rows, by increasing indices."""
-        place, transform = self.place, self.transform
-        if isinstance(place, slice):
-            place = torch.arange(place.start, place.stop, device=some.device)
-        if transform.token_temperature is not None:
-            transform = transform._replace(token_temperature=transform.token_temperature[some])
-        return Block(place[some], self.hidden[some], self.targets[some], transform)
+    states: BlockStates | None = None  # where tokens share hidden states
 
 
 class Rows(NamedTuple):
     """All N tokens, flattened, and the order of those that count."""
 
-    hidden: Tensor  # (N, K)
+    hidden: Tensor  # (N, K); where tokens share them (U, K)
     targets: Tensor  # (N,)
     transform: Transform  # its temperatures (N,)
     ignore_index: int
     order: Tensor | None  # (n,) indices of the tokens with a target; None: all N as they come
+    shared: SharedRows | None = None
 
     @property
     def size(self) -> int:
@@ -65,6 +84,9 @@ class Rows(NamedTuple):
         first, last = span
         temperature = self.transform.token_temperature
         index = slice(first, last) if self.order is None else self.order[first:last]
+        if self.shared is not None:
+            assert isinstance(index, Tensor)
+            return self._block_of_shared(self.shared, index)
         hidden, targets = self.hidden[index], self.targets[index]
         if self.order is None:
             # Whatever ignored rows hold, they must not spoil the sums over rows.
@@ -72,6 +94,32 @@ class Rows(NamedTuple):
         if temperature is not None:
             temperature = temperature[index]
         return Block(index, hidden, targets, self.transform._replace(token_temperature=temperature))
+
+    def _block_of_shared(self, shared: SharedRows, index: Tensor) -> Block:
+        numbers, of_token = shared.state[index].unique(return_inverse=True)
+        rows, of_states, of_tokens = shared.row_of_state[numbers], self.transform, self.transform
+        if self.transform.token_temperature is not None:
+            temperature = self.transform.token_temperature[index]
+            of_tokens = of_tokens._replace(token_temperature=temperature)
+            one_each = temperature.new_empty(len(numbers)).scatter(0, of_token, temperature)
+            of_states = of_states._replace(token_temperature=one_each)
+        states = BlockStates(of_token, numbers, rows, of_states)
+        return Block(index, self.hidden[rows], self.targets[index], of_tokens, states)
+
+    def spans(self, chunk: int) -> list[Span]:
+        """Cut the order into blocks of at most `chunk` rows of logits; tokens that share a state
+        stand together, and stay so.
+        """
+        if self.shared is None or self.order is None:
+            return even_spans(self.size, chunk)
+        of_states = self.shared.state[self.order].unique_consecutive(return_counts=True)[1]
+        ends = [0, *of_states.cumsum(0).tolist()]
+        return [(ends[first], ends[last]) for first, last in even_spans(len(ends) - 1, chunk)]
+
+
+def at(place: Tensor | slice, some: Tensor) -> Tensor:
+    """Where some of the rows of a place are."""
+    return some + place.start if isinstance(place, slice) else place[some]
 
 
 def default_chunk(vocab: int, device: torch.device) -> int:
@@ -124,3 +172,12 @@ def pack_groups(sizes: list[int], chunk: int) -> Iterator[Span]:
         last += size
     if last > first:
         yield first, last
+
+
+def shared_rows(rows: Tensor, temperature: Tensor | None, hidden_states: int) -> SharedRows:
+    """Number the states of tokens (N,), given their hidden states and temperatures (N,)."""
+    if temperature is None:
+        return SharedRows(rows, rows, torch.arange(hidden_states, device=rows.device))
+    pairs = torch.stack((rows.double(), temperature.double()), dim=1)
+    states, number = pairs.unique(dim=0, return_inverse=True)
+    return SharedRows(rows, number, states[:, 0].long())

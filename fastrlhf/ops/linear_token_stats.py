@@ -29,9 +29,9 @@ from .linear_plans import (
     statistics,
     statistics_and_slopes,
 )
-from .linear_rows import even_spans, live_rows_if_known
 from .ranks import Group, all_reduced_rows, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
 from .sharded import head_part, replicated
+from .shared_slopes import statistics_and_shared_slopes, times_shared_slopes
 from .token_stats import shaped_stats
 
 
@@ -167,7 +167,8 @@ def token_stats_of(problem: LinearProblem) -> TokenStats:
     if under_transform():
         return _definition(problem, problem.hidden, problem.bias, problem.weights)
     apply = _LinearTokenStats.apply
-    found = (outside_of_graphs(apply) if over_ranks else apply)(
+    in_graphs = not over_ranks and problem.options.shared is None
+    found = (apply if in_graphs else outside_of_graphs(apply))(
         problem.options,
         *wanted_or_detached(
             problem.hidden, problem.bias, problem.targets, problem.token_temperature,
@@ -192,12 +193,14 @@ class _LinearTokenStats(torch.autograd.Function):
         needs = Needs(wanted[1], list(wanted[5:]), wanted[2])
         plan = choose_plan(needs, loss_known=False)
         problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
-        order = live_rows_if_known(targets.reshape(-1), options.ignore_index)
+        order = problem.order()
         others: tuple[Tensor, ...]
         with exact(hidden):
             bench = problem.workbench(order)
-            spans = even_spans(bench.rows.size, options.chunk)
-            if plan is Plan.P1:
+            spans = bench.rows.spans(options.chunk)
+            if plan is Plan.P1 and options.shared is not None:
+                found, others = statistics_and_shared_slopes(bench, spans)
+            elif plan is Plan.P1:
                 found, *slopes = statistics_and_slopes(bench, spans)
                 others = tuple(slopes)
             else:
@@ -219,6 +222,11 @@ class _LinearTokenStats(torch.autograd.Function):
             d_hidden, d_bias, *d_weights = differentiable_gradients(
                 problem, ctx.needs, d_logprob, d_entropy
             )
+        elif ctx.keeps_slopes and problem.options.shared is not None:
+            if not problem.options.entropy:
+                d_entropy = None
+            d_hidden = times_shared_slopes(problem, others, d_logprob, d_entropy)
+            d_bias, d_weights = None, [None] * len(problem.weights)
         elif ctx.keeps_slopes:
             d_hidden = _times_slopes(problem, order, others, d_logprob, d_entropy)
             d_bias, d_weights = None, [None] * len(problem.weights)
@@ -233,7 +241,7 @@ def keep_problem(
     ctx: Any, problem: LinearProblem, order: Tensor | None, others: Sequence[Tensor | None]
 ) -> None:
     """Keep what a backward needs."""
-    hidden, weights, bias, targets, token_temperature, ctx.options = problem
+    hidden, weights, bias, targets, token_temperature, ctx.options, _ = problem
     ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
     dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
     ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *others)
@@ -286,7 +294,7 @@ def _recomputed(
         slopes = Slopes(d_logprob, d_entropy if problem.options.entropy else None)
         bench = problem.workbench(order).with_gradient_alone(slopes)
         gradients = bench.gradients(needs)
-        spans = even_spans(bench.rows.size, problem.options.chunk)
+        spans = bench.rows.spans(problem.options.chunk)
         recomputed_gradients(bench, spans, slopes, gradients, kept)
         totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
     return [
@@ -328,6 +336,8 @@ def _definition(
     options, targets = problem.options, problem.targets
     weight = torch.cat([weight[0 : weight.shape[0]] for weight in weights], dim=1)
     live = targets != options.ignore_index
+    if options.shared is not None:
+        hidden = hidden[options.shared.row].view(*targets.shape, -1)
     with exact(hidden):
         return reference.token_stats(
             full_logits(hidden, weight, bias, live, options.dtype), targets,

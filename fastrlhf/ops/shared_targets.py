@@ -1,0 +1,117 @@
+"""Several targets of one row of logits, as where sequences of a tree part.
+
+What tokens share is computed once: the norm of their row, and the gradient p of all columns, whose
+coefficient is the sum of theirs. Each has a target of its own, which is one number of the row.
+
+The row's *leader* is the target with the largest logit. It is the one whose statistics are computed
+with the row, so that its log-prob is accurate where p → 1, which cannot be another target's; and
+where g·(1 - p) would cancel.
+
+Dims: n tokens of a block, m rows of logits, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf.reference import cap_slope, capped_logits
+
+from .add_at import add_at
+from .linear_rows import Block, BlockStates
+from .transform import Transform
+
+# Given a target of each row, and the transform of the rows: what `all_statistics` returns.
+StatisticsOf = Callable[[Tensor, Transform], tuple[Tensor, ...]]
+
+
+class SharedTargets(NamedTuple):
+    """The targets of a block of tokens among the rows of logits that they share."""
+
+    of_token: Tensor  # (n,) the row of each
+    targets: Tensor  # (n,)
+    leader: Tensor  # (m,) a target of each row
+    leads: Tensor  # (n,) whether a token's target is the leader of its row
+    factor: Tensor  # (n,) derivative of a target's effective logit with respect to its logit
+    logprob: Tensor  # (m,) of leaders, as are all below; what their gradient takes
+    entropy: Tensor
+    peak: Tensor
+    log_norm: Tensor
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """By what to multiply the gradient (n,) of a log-prob, for the logit of its target, and for
+        that of the leader of its row: 0 for leaders, and where there is no distribution.
+        """
+        rows = torch.where(self.leads, self.of_token, len(self.leader))
+        of_leaders = self.factor.new_zeros(len(self.leader) + 1).scatter(0, rows, self.factor)
+        follows = ~self.leads & (self.peak != -torch.inf)[self.of_token]
+        both = self.factor, of_leaders[self.of_token]
+        own, of_leader = (torch.where(follows, x, 0.0) for x in both)
+        return own, of_leader
+
+    def sums(self, of_tokens: Tensor) -> Tensor:
+        """Add up what the tokens (n,) of each row have: (m,)."""
+        return add_at(of_tokens.new_zeros(len(self.leader)), self.of_token, of_tokens)
+
+    def add_targets(self, d_logits: Tensor, d_logprob: Tensor) -> None:
+        """Complete gradients (m, V) that were computed as if all targets were leaders."""
+        own, of_leader = self.factors
+        rows = self.of_token.repeat(2)
+        columns = torch.cat((self.targets, self.leader[self.of_token]))
+        values = torch.cat((d_logprob * own, -d_logprob * of_leader)).to(d_logits.dtype)
+        if d_logits.device.type == "cpu" and d_logits.is_contiguous():
+            d_logits.view(-1).index_add_(0, rows * d_logits.shape[1] + columns, values)
+        else:
+            d_logits.index_put_((rows, columns), values, accumulate=True)
+
+
+def shared_statistics(
+    logits: Tensor, block: Block, states: BlockStates, statistics_of: StatisticsOf
+) -> tuple[tuple[Tensor, ...], SharedTargets]:
+    """Compute the statistics (n,) of tokens from the rows (m, V) that they share, in the order of
+    `Statistics`, and what their gradient takes.
+    """
+    of_token, targets, transform = states.of_token, block.targets, block.transform
+    own = logits[of_token, targets]
+    leader = _leaders(own, of_token, targets, len(logits))
+    leads = targets == leader[of_token]
+    logprob, entropy, lse, peak, log_norm, top1, mean, squares = statistics_of(
+        leader, states.transform
+    )
+    shared = SharedTargets(
+        of_token, targets, leader, leads, _factor(own, transform), logprob, entropy, peak, log_norm
+    )
+
+    def of_tokens(x: Tensor) -> Tensor:
+        return x[of_token] if x.numel() else x
+
+    peaks, norms = of_tokens(peak), of_tokens(log_norm)
+    capped = capped_logits(own, transform.softcap, transform.scale)
+    of_followers = (capped - peaks) / transform.of_rows - norms
+    as_leader = leads | (peaks == -torch.inf)
+    logprobs = torch.where(as_leader, of_tokens(logprob), of_followers)
+    tops = of_tokens(top1) & leads if top1.numel() else top1
+    others = (of_tokens(x) for x in (mean, squares))
+    return (logprobs, of_tokens(entropy), of_tokens(lse), tops, *others, peaks, norms), shared
+
+
+def _factor(logits: Tensor, transform: Transform) -> Tensor:
+    """The derivative of effective logits with respect to logits (n,)."""
+    slope = torch.full_like(logits, transform.scale)
+    if transform.softcap is not None:
+        slope *= cap_slope(logits, transform.softcap, transform.scale)
+    return slope / transform.of_rows
+
+
+def _leaders(own: Tensor, of_token: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """The target (m,) of each row with the largest logit; of equal ones the first. NaN is larger
+    than any.
+    """
+    lowest = own.new_full((rows,), -torch.inf)
+    largest = lowest.scatter_reduce(0, of_token, own, "amax")
+    ahead = (own == largest[of_token]) | own.isnan()
+    beyond = torch.iinfo(targets.dtype).max
+    candidates = torch.where(ahead, targets, beyond)
+    return targets.new_full((rows,), beyond).scatter_reduce(0, of_token, candidates, "amin")

@@ -1,0 +1,89 @@
+"""Sums of rows that are found by number, each times a factor: in an order that depends on the sum
+alone, so that it has the same bits at each run and in each batch. No atomics.
+
+Dims: M rows that are added up, K their width.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import compiled_kept
+from .add_at import add_at
+from .backend import backend_of
+from .compiled import NotCompiled
+from .linear_head import QuantizedWeight, Weight
+
+# Numbers of rows that are gathered at a time.
+_GATHERED = {"cpu": 2**21}
+_GPU_GATHERED = 2**26
+
+
+class SortedSums(NamedTuple):
+    """Which rows of a source are added up to which row of the result, of M pairs."""
+
+    order: Tensor  # (M,) the pairs, by the row of the result, and as they come
+    into: Tensor  # (M,) rows of the result, of the pairs as they come
+    source: Tensor  # (M,) rows of the source, of the pairs as they come
+    size: int  # rows of the result
+
+    @property
+    def bounds(self) -> Tensor:
+        """Where in the order the pairs of each row of the result begin and end: (size + 1,)."""
+        every = torch.arange(self.size + 1, device=self.into.device)
+        return torch.searchsorted(self.into[self.order], every)
+
+
+def sorted_sums(into: Tensor, source: Tensor, size: int) -> SortedSums:
+    return SortedSums(into.argsort(stable=True), into, source, size)
+
+
+def add_weighted_rows(
+    out: Tensor, factors: Tensor, source: Weight, sums: SortedSums, impl: str
+) -> None:
+    """Write into rows of zeros `out` (size, K) the sums of factor·row of the source, of M pairs,
+    rounded once; factors (M,) of 0 cost nothing.
+    """
+    if by_kernel(source, len(factors), impl):
+        from fastrlhf.kernels.kept_ids import sum_weighted_rows
+
+        sum_weighted_rows(out, factors, source, sums.order, sums.bounds, sums.source)
+        return
+    order = sums.order[factors[sums.order] != 0]
+    # Only the rows that get something, in the precision of sums.
+    rows, place = sums.into[order].unique_consecutive(return_inverse=True)
+    total = factors.new_zeros((len(rows), out.shape[1]))
+    backend = backend_of(impl, out, order.numel() * out.shape[1])
+    at_a_time = rows_at_a_time(out)
+    for first in range(0, len(order), at_a_time):
+        some = order[first : first + at_a_time]
+        products = _weighted_rows(source, sums.source[some], factors[some], backend)
+        add_at(total, place[first : first + at_a_time], products)
+    out[rows] = total.to(out.dtype)
+
+
+def _weighted_rows(source: Weight, numbers: Tensor, factors: Tensor, backend: str) -> Tensor:
+    if backend == "compiled" and isinstance(source, Tensor):
+        with contextlib.suppress(NotCompiled):
+            return compiled_kept.weighted(source, numbers, factors)
+    return rows_of_weight(source, numbers).to(factors.dtype).mul_(factors.unsqueeze(1))
+
+
+def by_kernel(source: Weight, pairs: int, impl: str) -> bool:
+    """Whether a kernel works on so many rows: of a quantized weight, they are dequantized, a few at
+    a time.
+    """
+    if not isinstance(source, Tensor) or pairs == 0:
+        return False
+    return backend_of(impl, source, pairs * source.shape[1]) == "triton"
+
+
+def rows_at_a_time(matrix: Tensor) -> int:
+    numbers = _GATHERED.get(matrix.device.type, _GPU_GATHERED)
+    return max(1, numbers // max(1, matrix.shape[1]))
+
+
+def rows_of_weight(weight: Weight, ids: Tensor) -> Tensor:
+    return weight.rows_at(ids) if isinstance(weight, QuantizedWeight) else weight[ids]
