@@ -115,11 +115,12 @@ def _forward(
     logits: Tensor, kept: KeptIds, question: KeptQuestion
 ) -> tuple[KeptStats, tuple[Tensor, Tensor]]:
     """Compute the statistics, and peak and log_norm, which the gradient takes."""
-    if backend_of(question.impl, logits, logits.numel()) == "triton" and len(kept.targets):
+    if _by_kernel(logits, question):
         from fastrlhf.kernels.kept_ids import kept_stats_forward
 
         found = kept_stats_forward(
-            logits, kept.ids, kept.offsets, kept.targets, kept.own, **question.of_tokens,
+            logits, kept.ids, kept.offsets, kept.live_tokens, kept.targets, kept.own,
+            **question.of_tokens,
             entropy=question.entropy, with_stats=question.with_stats,
         )  # fmt: skip
     else:
@@ -137,6 +138,11 @@ def _forward(
         x = of_tokens[i]
         of_tokens[i] = None if x is None else torch.where(kept.alone, certain, x)
     return KeptStats(*of_tokens), (torch.where(live, peak, -torch.inf), log_norm)
+
+
+def _by_kernel(logits: Tensor, question: KeptQuestion) -> bool:
+    there = logits.numel() > 0
+    return there and backend_of(question.impl, logits, logits.numel()) == "triton"
 
 
 def _row_parts(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> reference.RowParts:
@@ -179,7 +185,7 @@ def _backward(
             active |= slope != 0
     if slopes[0] is None:
         slopes = (torch.zeros_like(logprob), *slopes[1:])
-    if backend_of(question.impl, logits, logits.numel()) == "triton" and len(kept.targets):
+    if _by_kernel(logits, question):
         from fastrlhf.kernels.kept_ids import kept_stats_backward
 
         return kept_stats_backward(

@@ -20,6 +20,7 @@ import torch
 from fastrlhf.kernels import (
     divergence,
     fisher,
+    kept_ids,
     policy_loss,
     preference_loss,
     scan,
@@ -161,6 +162,30 @@ def launch_scan(dtype: torch.dtype, packed: bool = False) -> None:
     scan.gae(tokens, tokens, mask, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens)
 
 
+def launch_kept_ids(width: int, dtype: torch.dtype, everything: bool) -> None:
+    """Products with rows of a weight, statistics of them, and gradients."""
+    acc = torch.promote_types(dtype, torch.float32)
+    hidden, weight = meta(ROWS, width, dtype=dtype), meta(1000, width, dtype=dtype)
+    ids, tokens = meta(1001, dtype=torch.int64), meta(ROWS, dtype=torch.int64)
+    live, offsets = meta(ROWS, dtype=torch.bool), meta(ROWS + 1, dtype=torch.int64)
+    logits, rows = meta(1001, dtype=acc), meta(ROWS, dtype=acc)
+    kept_ids.add_kept_products(logits, hidden, weight, ids, ids, meta(1001, dtype=torch.bool))
+    kept_ids.sum_weighted_rows(hidden, logits, weight, ids, offsets, ids)
+    transform = {
+        "temperature": rows if everything else 1.0,
+        "softcap": 30.0 if everything else None,
+        "scale": 1.0,
+    }
+    kept_ids.kept_stats_forward(
+        logits, ids, offsets, live, tokens, tokens, entropy=everything,
+        with_stats=FURTHER_STATS if everything else (), **transform,
+    )  # fmt: skip
+    slopes = (rows,) * 4 if everything else (rows, None, None, None)
+    kept_ids.kept_stats_backward(
+        logits, ids, ids, tokens, tokens, live, (rows,) * 4, slopes, **transform
+    )
+
+
 def launches_of(which: str) -> dict:
     """Distinct launches, with the vocabulary that each is for (0 for those without)."""
     found: dict = {}
@@ -194,6 +219,8 @@ def launches_of(which: str) -> dict:
         record(0, launch_preference_loss, formula, dtype, *layout)
     for dtype, packed in product(dtypes, (False, True)):
         record(0, launch_scan, dtype, packed)
+    for dtype, (width, everything) in product(dtypes, ((4096, True), (4099, False))):
+        record(width, launch_kept_ids, width, dtype, everything)
     return found
 
 
