@@ -133,6 +133,7 @@ def test_an_out_of_range_index_traps_on_the_gpu(binaries) -> None:
             "_token_stats_combine_kernel",
             "_preference_loss_fwd_kernel",
             "_policy_loss_kernel",
+            "_kept_stats_fwd_kernel",
         )
         assert report["asserts"] == (report["kernel"] in checked), report
 

@@ -42,7 +42,9 @@ from .model_inputs import (
     check_model,
     given_inputs,
     scored_tokens,
+    support_of_positions,
     with_positions,
+    with_rows_of_positions,
 )
 from .packing import check_restarts, packed_inputs
 from .stand_in import StandIn, logits_of
@@ -83,14 +85,21 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     check_keywords(base, batch.inputs)
     batch = batch._replace(inputs=given_inputs(batch.inputs))
     check_causal(base)
-    scored = scored_tokens(ids, attention_mask, batch.mask, batch.inputs.get("position_ids"))
-    if batch.cu_seqlens is None:
+    # Where tokens of a tree start again is told by what predicts them.
+    positions = batch.inputs.get("position_ids") if batch.rows is None else None
+    scored = scored_tokens(ids, attention_mask, batch.mask, positions)
+    if batch.rows is not None:
+        batch = with_rows_of_positions(batch, scored)
+    elif batch.cu_seqlens is None:
         check_restarts(model, base, batch)
+    if batch.cu_seqlens is None:
         inputs = with_positions(base, attention_mask, batch.inputs, model)
     else:
         inputs = packed_inputs(model, base, batch)
     inputs = {"use_cache": False, **inputs}
     targets = shift_targets(ids, scored, cu_seqlens=batch.cu_seqlens, ignore_index=IGNORED)
+    if batch.support is not None:
+        batch = batch._replace(support=support_of_positions(batch.support, ids))
     batch = batch._replace(temperature=_of_positions(batch, targets))
 
     def forward(_: StandIn) -> tuple[Any, Tensor]:
@@ -138,6 +147,13 @@ def _of_positions(batch: TokenBatch, targets: Tensor) -> float | Tensor:
     last = temperature.new_ones(())  # of the position that predicts nothing
     expanded = token_temperatures(temperature, targets[:, 1:])
     return torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)
+
+
+def _there(x: Any, hidden: Tensor) -> Any:
+    """Bring a tensor, or a tuple of them, to where hidden states are."""
+    if isinstance(x, tuple):
+        return tuple(part.to(hidden.device) for part in x)
+    return None if x is None else x.to(hidden.device)
 
 
 def _without_logits(output: Any) -> Any:
@@ -200,7 +216,7 @@ class _Worker:
             chunk_size = max(1, self.targets.numel())
         return head_scorer(
             hidden, own, self.parts, self.map, temperature=temperature, chunk_size=chunk_size,
-            impl=batch.impl,
+            impl=batch.impl, support=_there(batch.support, hidden), rows=_there(batch.rows, hidden),
         )  # fmt: skip
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.linear_head import Weight
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.sharded import is_dtensor
@@ -24,6 +25,8 @@ def head_scorer(
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
     impl: str = "auto",
+    support: Support | None = None,
+    rows: Tensor | None = None,
 ) -> Scorer:
     """Score hidden states (B, T, H) by the parts of a head, or, where they cannot be told or no
     linear map follows them, by the head's own forward.
@@ -36,11 +39,15 @@ def head_scorer(
             )
         with torch.no_grad():
             vocab = own(hidden[:1, :1]).shape[-1]
-        return ModuleScorer(hidden, own, found, vocab, temperature, chunk_size, impl)
+        return ModuleScorer(
+            hidden, own, found, vocab, temperature, chunk_size, impl, support, rows
+        )  # fmt: skip
     wide, weights = with_adapters(parts, hidden)
+    if rows is not None:
+        wide = wide.flatten(0, -2)
     return LinearScorer(
         wide, weights, found.of_columns(parts.part).folded_bias(parts.bias), temperature,
-        found.softcap, found.scale, chunk_size, impl, part=parts.part,
+        found.softcap, found.scale, chunk_size, impl, part=parts.part, support=support, rows=rows,
     )  # fmt: skip
 
 

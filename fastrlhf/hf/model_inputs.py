@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.ops.checks import check_dense, check_integer, check_mask, check_shape
+from fastrlhf.ops.checks import (
+    check_dense,
+    check_indices_on_host,
+    check_integer,
+    check_mask,
+    check_same_device,
+    check_shape,
+    wide_integers,
+)
+from fastrlhf.ops.kept_ids import Support, dense_support
 
 from .head_parts import text_config, virtual_tokens
 
@@ -30,6 +39,8 @@ class TokenBatch(NamedTuple):
     temperature: float | Tensor = 1.0
     chunk_size: int | None = None
     impl: str = "auto"
+    support: Support | None = None  # of the tokens (B, T-1) after the first
+    rows: Tensor | None = None  # (B, T-1) the positions that predict these tokens
 
 
 # Keywords that forwards of transformers take, and what to do instead of giving them.
@@ -37,6 +48,8 @@ _REFUSED = {
     "labels": "since there are no logits to take a loss of; the tokens to score are those of "
     "`mask`: labels != -100",
     "num_items_in_batch": "since there is no loss of labels; the losses take it as `normalizer`",
+    "support": "since a divergence is of the whole vocabulary, whatever a sampler kept of it",
+    "rows": "since a divergence is taken where each position predicts the token after it",
     "is_causal": "since a token is predicted from those before it",
     "logits_to_keep": "since `mask` says which tokens are scored",
     "num_logits_to_keep": "since `mask` says which tokens are scored",
@@ -135,6 +148,59 @@ def of_positions(name: str, x: Tensor, input_ids: Tensor) -> Tensor:
             f"model_token_stats returns them, got {tuple(x.shape)}{hint}"
         )
     return torch.cat((x, x.new_zeros((sequences, 1))), dim=1)
+
+
+def support_of_positions(support: Support, input_ids: Tensor) -> Support:
+    """Give each of T positions the ids that the token after it may be, and the last one none.
+
+    Raises:
+        TypeError, ValueError: offsets that are not those of the tokens input_ids[:, 1:].
+    """
+    sequences, tokens = input_ids.shape
+    like = "one for each of the tokens input_ids[:, 1:], flattened, and the end"
+    ids, offsets = dense_support(support, sequences * (tokens - 1), like)
+    place = torch.arange(tokens, device=offsets.device)
+    first = torch.arange(sequences, device=offsets.device).unsqueeze(1) * (tokens - 1)
+    return ids, torch.cat((offsets[(first + place).reshape(-1)], offsets[-1:]))
+
+
+def rows_of_positions(rows: Tensor, scored: Tensor) -> Tensor:
+    """Number the positions (B, T-1) that predict the tokens after the first as if flat, (B, T)
+    with the last, which predict nothing; 0 for tokens that are not scored.
+
+    Raises:
+        TypeError, ValueError: rows that are not integer, of another shape or device, or of a token
+            that is scored outside of [0, T).
+    """
+    check_integer("rows", rows)
+    sequences, tokens = scored.shape
+    check_shape(
+        "rows", rows, (sequences, tokens - 1), "one for each of the tokens input_ids[:, 1:]"
+    )
+    check_same_device("rows", rows, "input_ids", scored)
+    wanted, rows = scored[:, 1:], wide_integers(rows)
+    of_scored = torch.where(wanted, rows, 0)
+    check_indices_on_host("rows", of_scored, tokens, "positions in a row of input_ids")
+    # Not into another sequence, on a GPU, where nothing was checked yet.
+    inside = (of_scored >= 0) & (of_scored < tokens)
+    first = torch.arange(sequences, device=rows.device).unsqueeze(1) * tokens
+    flat = torch.where(inside, first + of_scored, -1)
+    return torch.cat((flat, flat.new_zeros((sequences, 1))), dim=1)
+
+
+def with_rows_of_positions(batch: TokenBatch, scored: Tensor) -> TokenBatch:
+    """Check a batch whose tokens say which positions predict them, as in a tree of sequences.
+
+    Raises:
+        TypeError, ValueError: rows that do not fit; cu_seqlens, whose sequences share nothing.
+    """
+    assert batch.rows is not None
+    if batch.cu_seqlens is not None:
+        raise ValueError(
+            "rows: expected None with cu_seqlens, whose sequences share no positions; give "
+            "position_ids and an attention_mask (B, 1, T, T) that says what each token sees"
+        )
+    return batch._replace(rows=rows_of_positions(batch.rows, scored))
 
 
 def scored_tokens(

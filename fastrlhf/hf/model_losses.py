@@ -17,6 +17,7 @@ from fastrlhf.losses.policy_arguments import PolicyOptions, policy_batch
 from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_bool, check_mask
+from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_loss import LossFunction
 from fastrlhf.ops.scorer import Scorer
@@ -36,6 +37,8 @@ def model_linear_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     return_outputs: bool = False,
@@ -88,8 +91,9 @@ def model_linear_loss(
         )
 
     batch = TokenBatch(
-        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
-    )
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
+        support, rows,
+    )  # fmt: skip
     return _returned(at_head(model, batch, work), return_outputs)
 
 
@@ -104,6 +108,8 @@ def model_cross_entropy(
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     return_outputs: bool = False,
@@ -156,8 +162,9 @@ def model_cross_entropy(
         return total / by, metrics
 
     batch = TokenBatch(
-        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
-    )
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
+        support, rows,
+    )  # fmt: skip
     return _returned(at_head(model, batch, work), return_outputs)
 
 
@@ -178,6 +185,8 @@ def model_dpo_loss(
     alpha: float = 1.0,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     return_outputs: bool = False,
@@ -238,8 +247,9 @@ def model_dpo_loss(
         return preference_loss_of(scorer, targets, pair_loss, ignore_index=IGNORED)
 
     batch = TokenBatch(
-        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
-    )
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
+        support, rows,
+    )  # fmt: skip
     return _returned(at_head(model, batch, work), return_outputs)
 
 
@@ -256,6 +266,8 @@ def model_policy_loss(
     entropy: bool = False,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     return_outputs: bool = False,
@@ -323,8 +335,9 @@ def model_policy_loss(
         return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
 
     batch = TokenBatch(
-        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
-    )
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
+        support, rows,
+    )  # fmt: skip
     return _returned(at_head(model, batch, work), return_outputs)
 
 

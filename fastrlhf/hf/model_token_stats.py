@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.checks import check_bool, check_names
+from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.scorer import Scorer
 from fastrlhf.reference import FURTHER_STATS, TokenStats, stats_tuple
 
@@ -48,6 +49,8 @@ def model_token_stats(
     entropy: bool = False,
     entropy_grad: bool = True,
     with_stats: Iterable[str] = (),
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     return_outputs: bool = False,
@@ -120,8 +123,9 @@ def model_token_stats(
             is no scale, softcap or offset; a forward that does not call the head once.
     """
     batch = TokenBatch(
-        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
-    )
+        input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
+        support, rows,
+    )  # fmt: skip
     check_bool("entropy_grad", entropy_grad)
     with_stats = check_names("with_stats", with_stats, FURTHER_STATS)
     names = ("logprob", "entropy") if entropy and entropy_grad else ("logprob",)

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.ops.kept_ids import Support, some_of_support
 from fastrlhf.ops.linear_arguments import checked_chunk, exact
 from fastrlhf.ops.linear_loss import ChunkStats, LossFunction, check_loss
 from fastrlhf.ops.linear_rows import live_rows, order_by_group
 from fastrlhf.ops.scorer import in_chunks
+from fastrlhf.ops.taken_logits import kept_stats_of_logits
 from fastrlhf.ops.token_stats import token_stats
+from fastrlhf.ops.transform import checked_transform
 from fastrlhf.reference import TokenStats, accumulation_dtype, stats_tuple
 
 from .logit_map import LogitMap
@@ -30,10 +33,12 @@ class ModuleScorer(NamedTuple):
     temperature: float | Tensor
     chunk_size: int | None
     impl: str
+    support: Support | None = None  # the ids that tokens may be
+    rows: Tensor | None = None  # (B, T) which of all hidden states, flattened, predicts each token
 
     def stats(
         self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
-        entropy_grad: bool = True, with_stats: Iterable[str] = (),
+        entropy_grad: bool = True, with_stats: Iterable[str] = (), lse: bool = True,
     ) -> TokenStats:  # fmt: skip
         with_stats = tuple(with_stats)
         rows = live_rows(targets.reshape(-1), ignore_index)
@@ -47,13 +52,19 @@ class ModuleScorer(NamedTuple):
             zeros = values.new_zeros(targets.numel())
             return zeros.index_put((rows,), values).view(targets.shape)
 
+        entropies = found.entropy
+        if entropies is not None and not entropy_grad:
+            entropies = entropies.detach()
         further = {name: of_all(getattr(found, name)) for name in with_stats}
-        return stats_tuple(of_all(found.logprob), of_all(found.entropy), of_all(found.lse), further)
+        further = {name: x.detach() for name, x in further.items()}
+        return stats_tuple(
+            of_all(found.logprob), of_all(entropies), of_all(found.lse).detach(), further
+        )  # fmt: skip
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
-        with_stats: Iterable[str] = (),
+        with_stats: Iterable[str] = (), lse: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """All tokens in one chunk, of which only the statistics are held."""
         order = live_rows(targets.reshape(-1), ignore_index)
@@ -88,8 +99,16 @@ class ModuleScorer(NamedTuple):
             temperatures = self.temperature.expand(targets.shape).reshape(-1)
 
         def score(some: Tensor) -> ChunkStats:
-            logits = self.logits(some)
+            logits = self.logits(some if self.rows is None else self.rows.reshape(-1)[some])
             temperature = self.temperature if temperatures is None else temperatures[some]
+            if self.support is not None:
+                transform = checked_transform(temperature, None, 1.0, flat[some])
+                stats = kept_stats_of_logits(
+                    logits, flat[some], some_of_support(self.support, some), transform,
+                    ignore_index=ignore_index, entropy=entropy, with_stats=with_stats,
+                    impl=self.impl,
+                )  # fmt: skip
+                return ChunkStats(**stats._asdict(), groups=None)
             stats = token_stats(
                 logits, flat[some], entropy=entropy, entropy_grad=entropy_grad,
                 with_stats=with_stats, impl=self.impl, ignore_index=ignore_index,

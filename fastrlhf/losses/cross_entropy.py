@@ -12,6 +12,7 @@ from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops import ChunkStats, Weight
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_at_least, check_between, check_ignore_index, check_one_of
+from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
 from fastrlhf.ops.sharded import replicated
@@ -63,6 +64,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     ignore_index: int = -100,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
@@ -79,9 +82,9 @@ def linear_cross_entropy(
         loss += z_loss * logits.logsumexp(-1)[targets != ignore_index].square().mean()
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, chunk_size, impl,
-            group: as `linear_token_stats`; where ranks share the vocabulary, the loss is the same
-            on every rank.
+        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, support, rows,
+            chunk_size, impl, group: as `linear_token_stats`; where ranks share the vocabulary, the
+            loss is the same on every rank. With a support, label smoothing is over the kept ids.
         label_smoothing: share ε in [0, 1] of the label that all words have alike.
         z_loss: factor ζ ≥ 0 of the squared log-sum-exp of each token, which keeps logits from
             drifting (1e-4 in 2204.02311).
@@ -115,8 +118,8 @@ def linear_cross_entropy(
     ignore_index = check_ignore_index(ignore_index)
     refuse_transforms("linear_cross_entropy", "F.cross_entropy of the logits")
     scorer = linear_scorer(
-        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
-    )  # fmt: skip
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
+    )
     targets = replicated("targets", targets)
     total, found = summed_cross_entropy(scorer, targets, options, ignore_index=ignore_index)
     if reduction == "sum":
@@ -169,4 +172,5 @@ def summed_cross_entropy(
     return scorer.loss(
         of_chunk, targets, *sides.values(),
         ignore_index=ignore_index, with_stats=("mean_logit",) if options.label_smoothing else (),
+        lse=options.label_smoothing > 0 or options.z_loss > 0,
     )  # fmt: skip

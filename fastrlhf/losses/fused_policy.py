@@ -33,6 +33,7 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
 )
+from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import Scorer, linear_scorer
@@ -58,6 +59,7 @@ def logits_policy_loss(
     softcap: float | None = None,
     scale: float = 1.0,
     inplace_backward: bool = False,
+    support: Support | None = None,
     impl: str = "auto",
     group: Group | None = None,
     **policy_options: Any,
@@ -81,8 +83,8 @@ def logits_policy_loss(
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, what is (B, T) is (N,) or (1, N), and logits are (N, V) or (1, N, V).
         entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
-        temperature, softcap, scale, impl, group: as `token_stats`, with a vocabulary that ranks
-            share, or logits that are a DTensor; the loss is the same on every rank.
+        temperature, softcap, scale, support, impl, group: as `token_stats`, with a vocabulary that
+            ranks share, or logits that are a DTensor; the loss is the same on every rank.
         inplace_backward: let the gradient overwrite the logits, where their memory does not overlap
             itself. It is computed along with the loss, so the logits are spent once this function
             returns (on a GPU; the eager backend spends them backward): whatever else needs them has
@@ -130,7 +132,7 @@ def logits_policy_loss(
     one_launch = (
         torch.is_grad_enabled() and logits.requires_grad and options.ratio_level == "token"
         # The scale that keeps fp16 gradients from vanishing comes with the backward.
-        and logits.dtype != torch.float16 and not shared
+        and logits.dtype != torch.float16 and not shared and support is None
     )  # fmt: skip
     if use_triton(impl, logits) and one_launch and not under_transform():
         loss, logprobs, entropies = policy_loss(
@@ -142,7 +144,7 @@ def logits_policy_loss(
     stats = token_stats(
         logits, targets, temperature=temperature, softcap=softcap, scale=scale,
         ignore_index=MASKED_OUT, entropy=with_entropy, inplace_backward=inplace_backward, impl=impl,
-        group=group,
+        support=support, group=group,
     )  # fmt: skip
     loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
     return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
@@ -164,6 +166,8 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
@@ -185,8 +189,9 @@ def linear_policy_loss(
         targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, entropy,
             **policy_options: as `logits_policy_loss`.
         cu_seqlens: as `logits_policy_loss`, with hidden states (N, H) or (1, N, H).
-        bias, temperature, softcap, scale, chunk_size, impl, group: as `linear_token_stats`; where
-            ranks share the vocabulary, the loss is the same on every rank.
+        bias, temperature, softcap, scale, support, rows, chunk_size, impl, group: as
+            `linear_token_stats`; where ranks share the vocabulary, the loss is the same on every
+            rank. With rows, which are of the shape of targets, hidden is (U, H).
 
     Returns:
         loss and metrics, as `policy_loss`.
@@ -206,8 +211,8 @@ def linear_policy_loss(
     options = PolicyOptions.parse("linear_policy_loss", policy_options)
     check_bool("entropy", entropy)
     scorer = linear_scorer(
-        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
-    )  # fmt: skip
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
+    )
     targets = replicated("targets", targets)
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
@@ -233,7 +238,9 @@ def policy_loss_of(
     mask, by_sequence = batch.mask, options.ratio_level == "sequence"
     targets = _active_targets(targets, batch, scorer.vocab)
     if under_transform():
-        stats = scorer.stats(targets, ignore_index=MASKED_OUT, entropy=with_entropy)
+        stats = scorer.stats(
+            targets, ignore_index=MASKED_OUT, entropy=with_entropy, lse=False
+        )  # fmt: skip
         loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
         return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
     names, sides = zip(
@@ -258,7 +265,7 @@ def policy_loss_of(
     token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
     loss, aux = scorer.loss(
         of_chunk, targets, token, *sides, groups=batch.layout.ids(mask) if by_sequence else None,
-        ignore_index=MASKED_OUT, entropy=with_entropy,
+        ignore_index=MASKED_OUT, entropy=with_entropy, lse=False,
     )  # fmt: skip
 
     def of_all(name: str) -> Tensor:

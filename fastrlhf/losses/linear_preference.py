@@ -24,6 +24,7 @@ from fastrlhf.ops.checks import (
     check_positive,
     wide_integers,
 )
+from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
@@ -69,6 +70,8 @@ def linear_dpo_loss(
     scale: float = 1.0,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    support: Support | None = None,
+    rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
@@ -95,9 +98,9 @@ def linear_dpo_loss(
         label_smoothing, discopop_tau: as `dpo_loss`; cpo takes label_smoothing too.
         gamma: target margin of simpo.
         alpha: weight of the likelihood in cpo.
-        bias, temperature, softcap, scale, ignore_index, chunk_size, impl, group: as
+        bias, temperature, softcap, scale, ignore_index, support, rows, chunk_size, impl, group: as
             `linear_token_stats`; where ranks share the vocabulary, losses are the same on every
-            rank.
+            rank. With rows, which are (B, T), hidden is (U, H).
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, what is (B, T) is (N,) or (1, N), and hidden (N, H) or (1, N, H). A ref_logps of
             the shape of targets is of tokens.
@@ -122,8 +125,8 @@ def linear_dpo_loss(
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
     """
     scorer = linear_scorer(
-        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group
-    )  # fmt: skip
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
+    )
     targets = replicated("targets", targets)
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
@@ -141,12 +144,14 @@ def preference_loss_of(
 ) -> tuple[Tensor, Tensor]:
     """Compute losses (P,) and rewards (B,) of whatever scores the targets (B, T)."""
     grouped = pair_loss.one_by_one and not under_transform()
-    if grouped and isinstance(scorer, LinearScorer) and scorer.head_is_trained:
+    # The logits of kept ids are few enough to wait for any loss.
+    all_ids = isinstance(scorer, LinearScorer) and scorer.support is None
+    if grouped and all_ids and scorer.head_is_trained:
         pairs = pair_loss.chosen, pair_loss.rejected
         check_pair_indices("targets", targets, *pairs, pair_loss.layout)
         return outside_of_graphs(_grouped_losses)(scorer, targets, pair_loss, ignore_index)
     # All log-probs, then the loss: right for any loss.
-    logprobs = scorer.stats(targets, ignore_index=ignore_index).logprob
+    logprobs = scorer.stats(targets, ignore_index=ignore_index, lse=False).logprob
     return pair_loss.of_tokens(logprobs, targets != ignore_index)
 
 
@@ -173,7 +178,7 @@ def _grouped_losses(
     token = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
     total, aux = scorer.loss(
         of_chunk, targets, token,
-        groups=groups[layout.ids(targets)], ignore_index=ignore_index,
+        groups=groups[layout.ids(targets)], ignore_index=ignore_index, lse=False,
     )  # fmt: skip
     logprobs = total.new_zeros(targets.numel())
     if aux:
@@ -182,7 +187,7 @@ def _grouped_losses(
         losses, rewards = pair_loss.of_tokens(logprobs.view(targets.shape), mask)
 
     def weighted_sum(scorer: LinearScorer, weights: Tensor) -> Tensor:
-        stats = scorer.stats(targets, ignore_index=ignore_index)
+        stats = scorer.stats(targets, ignore_index=ignore_index, lse=False)
         return (pair_loss.of_tokens(stats.logprob, mask)[0] * weights).sum()
 
     losses = with_summed_gradient(

@@ -78,24 +78,12 @@ def checked_support(
             decrease, or do not end at M; of a token with a target, an id outside [0, V) or twice,
             or a target that is not among its ids.
     """
-    if not isinstance(support, (tuple, list)) or len(support) != 2:
-        raise TypeError(
-            "support: expected a tuple of ids (M,) and offsets (N + 1,), got "
-            f"{type(support).__name__}"
-        )
-    ids, offsets = support
     flat = targets.reshape(-1)
     tokens = flat.shape[0]
+    like = "one for each token, flattened, and the end"
+    ids, offsets = dense_support(support, tokens, like)
     for i, x in enumerate((ids, offsets)):
-        name = f"support[{i}]"
-        check_dense(name, x)
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
-        check_same_device(name, x, "targets", targets)
-    if ids.ndim != 1:
-        raise ValueError(f"support[0]: expected ids of shape (M,), got {tuple(ids.shape)}")
-    check_shape("support[1]", offsets, (tokens + 1,), "one for each token, flattened, and the end")
-    ids, offsets = ids.long(), offsets.long()
+        check_same_device(f"support[{i}]", x, "targets", targets)
     _check_offsets(offsets, ids.shape[0])
     live_tokens = flat != ignore_index
     flat = torch.where(live_tokens, flat, 0)
@@ -117,6 +105,15 @@ def checked_support(
     return kept
 
 
+def some_of_support(support: Support, some: Tensor) -> Support:
+    """The support of some tokens, by their numbers. A GPU is awaited for how many ids they keep."""
+    ids, offsets = support
+    first, counts = offsets[:-1][some], offsets.diff()[some]
+    ends = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    within = torch.arange(int(ends[-1]), device=ids.device)
+    return ids[within + (first - ends[:-1]).repeat_interleave(counts)], ends
+
+
 def refuse_support_of_ranks(support: Support | None) -> None:
     """Raise where ranks share the vocabulary, of which kept ids cost next to nothing."""
     if support is not None:
@@ -124,6 +121,26 @@ def refuse_support_of_ranks(support: Support | None) -> None:
             "support: expected None where ranks share the vocabulary; gather the logits, or the "
             "rows of the weight, of the kept ids"
         )
+
+
+def dense_support(support: Support, tokens: int, like: str) -> Support:
+    """Return ids and offsets as int64, checked but for what they hold. `like` says what offsets
+    there should be.
+    """
+    if not isinstance(support, (tuple, list)) or len(support) != 2:
+        raise TypeError(
+            "support: expected a tuple of ids (M,) and offsets (N + 1,), got "
+            f"{type(support).__name__}"
+        )
+    for i, x in enumerate(support):
+        check_dense(f"support[{i}]", x)
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"support[{i}]: expected int32 or int64, got {x.dtype}")
+    ids, offsets = support
+    if ids.ndim != 1:
+        raise ValueError(f"support[0]: expected ids of shape (M,), got {tuple(ids.shape)}")
+    check_shape("support[1]", offsets, (tokens + 1,), like)
+    return ids.long(), offsets.long()
 
 
 def _check_offsets(offsets: Tensor, end: int) -> None:

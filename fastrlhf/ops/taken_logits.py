@@ -3,6 +3,8 @@
 Dims: N tokens, M kept ids of all of them, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,33 +29,43 @@ def kept_token_stats(
     with_stats: tuple[str, ...],
     inplace: bool,
     impl: str,
-    lse: bool = True,
 ) -> TokenStats:
-    """Compute `token_stats` over kept ids; without the lse, tokens that keep one are not read."""
-    question = KeptQuestion(transform.flat(logits.dtype), entropy, with_stats, impl)
-    options = {"ignore_index": ignore_index, "inplace": inplace, "lse": lse}
-    stats = outside_of_graphs(_stats)(logits, targets, support, question, **options)
+    """Compute `token_stats` over kept ids."""
+    stats = kept_stats_of_logits(
+        logits, targets, support, transform, ignore_index=ignore_index, entropy=entropy,
+        with_stats=with_stats, inplace=inplace, impl=impl,
+    )  # fmt: skip
     return stats.shaped(targets.shape, entropy_grad=entropy_grad)
+
+
+def kept_stats_of_logits(*arguments: Any, **options: Any) -> KeptStats:
+    """Compute statistics of which the lse and the mean logit are differentiable too: see `_stats`.
+
+    What tokens keep must be looked at, which cannot be compiled.
+    """
+    return outside_of_graphs(_stats)(*arguments, **options)
 
 
 def _stats(
     logits: Tensor,
     targets: Tensor,
     support: Support,
-    question: KeptQuestion,
+    transform: Transform,
     *,
     ignore_index: int,
-    inplace: bool,
-    lse: bool,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+    impl: str,
+    inplace: bool = False,
 ) -> KeptStats:
-    vocab = logits.shape[-1]
-    check_values_on_host(targets.reshape(-1), question.transform.of_rows, vocab, ignore_index)
+    vocab, transform = logits.shape[-1], transform.flat(logits.dtype)
+    check_values_on_host(targets.reshape(-1), transform.of_rows, vocab, ignore_index)
     kept = checked_support(support, targets, vocab, ignore_index)
-    wanted = question.wanted(kept, lse=lse)
+    question = KeptQuestion(transform, entropy, with_stats, impl)
     if under_transform(logits):
-        taken = _definition(logits, kept, wanted)
+        taken = _definition(logits, kept, kept.live)
     else:
-        taken = _TakenLogits.apply(logits, kept, wanted, inplace)
+        taken = _TakenLogits.apply(logits, kept, kept.live, inplace)
     return kept_stats(taken, kept, question)
 
 
@@ -80,7 +92,7 @@ class _TakenLogits(torch.autograd.Function):
         else:
             d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
         rows = rows_of(d_logits)
-        # Each id of a token is there once.
+        # Each id of a token is there once; of an ignored one perhaps several times, all with 0.
         place = _place(kept, rows)
         rows.index_put_(place, torch.where(wanted, d_taken, 0.0).to(rows.dtype))
         return d_logits.detach(), None, None, None
