@@ -58,8 +58,8 @@ def model_linear_loss(
         loss_fn: as `linear_loss`, where it is explained; called once for each chunk of the scored
             tokens, and for all of them once more where the model is run once more (see
             `model_token_stats`).
-        model, input_ids, attention_mask, mask, cu_seqlens, temperature, entropy, chunk_size, impl,
-            inputs: as `model_token_stats`.
+        model, input_ids, attention_mask, mask, cu_seqlens, temperature, entropy, support, rows,
+            chunk_size, impl, inputs: as `model_token_stats`.
         side_inputs: (B, T-1) tensors, aligned with input_ids[:, 1:], cut like the tokens.
         groups: (B, T-1) integer ids of tokens that loss_fn must see together; see `linear_loss`.
         return_outputs: return the model's outputs too, without its logits.
@@ -124,8 +124,8 @@ def model_cross_entropy(
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     Args:
-        model, input_ids, attention_mask, cu_seqlens, temperature, chunk_size, impl, inputs: as
-            `model_token_stats`.
+        model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl,
+            inputs: as `model_token_stats`.
         mask: (B, T) bool or 0/1, the tokens to learn: those of the answer, not of the prompt. None:
             all that attention_mask has, and that follow one that it has.
         label_smoothing, z_loss: as `linear_cross_entropy`.
@@ -202,8 +202,9 @@ def model_dpo_loss(
         )
 
     Args:
-        model, input_ids, attention_mask, cu_seqlens, temperature, chunk_size, impl, inputs: as
-            `model_token_stats`; chosen and rejected sequences in one batch, in any order.
+        model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl,
+            inputs: as `model_token_stats`; chosen and rejected sequences in one batch, in any
+            order.
         ref_logps: (B,) log-probs of whole sequences under the reference model, in nats, or
             (B, T-1) of their tokens, as `model_token_stats` returns them; None for the
             reference-free types.
@@ -283,8 +284,8 @@ def model_policy_loss(
         )
 
     Args:
-        model, input_ids, attention_mask, cu_seqlens, temperature, chunk_size, impl: as
-            `model_token_stats`. With packed sequences, what is (B, T) is (1, N).
+        model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl:
+            as `model_token_stats`. With packed sequences, what is (B, T) is (1, N).
         old_logprobs: (B, T-1), aligned with input_ids[:, 1:], as `model_token_stats` returns
             them; None for the policy itself (ratio 1).
         advantages: (B,) one for each sequence, or (B, T-1).

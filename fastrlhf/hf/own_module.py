@@ -103,12 +103,12 @@ class ModuleScorer(NamedTuple):
             temperature = self.temperature if temperatures is None else temperatures[some]
             if self.support is not None:
                 transform = checked_transform(temperature, None, 1.0, flat[some])
-                stats = kept_stats_of_logits(
+                kept = kept_stats_of_logits(
                     logits, flat[some], some_of_support(self.support, some), transform,
                     ignore_index=ignore_index, entropy=entropy, with_stats=with_stats,
                     impl=self.impl,
                 )  # fmt: skip
-                return ChunkStats(**stats._asdict(), groups=None)
+                return ChunkStats(**kept._asdict(), groups=None)
             stats = token_stats(
                 logits, flat[some], entropy=entropy, entropy_grad=entropy_grad,
                 with_stats=with_stats, impl=self.impl, ignore_index=ignore_index,

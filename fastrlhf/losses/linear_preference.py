@@ -145,8 +145,8 @@ def preference_loss_of(
     """Compute losses (P,) and rewards (B,) of whatever scores the targets (B, T)."""
     grouped = pair_loss.one_by_one and not under_transform()
     # The logits of kept ids are few enough to wait for any loss.
-    all_ids = isinstance(scorer, LinearScorer) and scorer.support is None
-    if grouped and all_ids and scorer.head_is_trained:
+    grouped &= getattr(scorer, "support", None) is None
+    if grouped and isinstance(scorer, LinearScorer) and scorer.head_is_trained:
         pairs = pair_loss.chosen, pair_loss.rejected
         check_pair_indices("targets", targets, *pairs, pair_loss.layout)
         return outside_of_graphs(_grouped_losses)(scorer, targets, pair_loss, ignore_index)

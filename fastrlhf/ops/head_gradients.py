@@ -158,6 +158,7 @@ class Gradients:
         if self.over_ranks is not None:
             self.over_ranks.send(place, self.head.pull_back(d_logits))
         elif self.hidden is not None and self.shared:
+            assert isinstance(place, Tensor)
             add_at(self.hidden, place, self.head.pull_back(d_logits).to(self.hidden.dtype))
         elif self.hidden is not None:
             self.hidden[place] = self.head.pull_back(d_logits).to(self.hidden.dtype)

@@ -58,7 +58,7 @@ class _KeptLogits(torch.autograd.Function):
         ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
         dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
         ctx.save_for_backward(hidden, bias, *dense)
-        return _products(hidden, weights, bias, rows, impl)
+        return _products(hidden, list(weights), bias, rows, impl)
 
     @staticmethod
     def backward(ctx, d_logits):
@@ -83,7 +83,7 @@ def _products(
     for weight in weights:
         block = hidden[:, first : first + weight.shape[1]]
         first += weight.shape[1]
-        if by_kernel(weight, rows.ids.numel(), impl):
+        if isinstance(weight, Tensor) and by_kernel(weight, rows.ids.numel(), impl):
             from fastrlhf.kernels.kept_ids import add_kept_products
 
             add_kept_products(logits, block, weight, *rows)
@@ -139,8 +139,9 @@ def _gradients(
         if wanted:
             assert isinstance(weight, Tensor)
             by_id = sorted_sums(rows.ids, rows.state, len(weight))
-            found[-1] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-            add_weighted_rows(found[-1], d_logits, hidden[:, columns], by_id, impl)
+            d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            add_weighted_rows(d_weight, d_logits, hidden[:, columns], by_id, impl)
+            found[-1] = d_weight
     return found
 
 

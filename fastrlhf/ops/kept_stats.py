@@ -10,6 +10,7 @@ logit is: it need not be read.
 Dims: N tokens, M kept ids of all of them.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,13 @@ class KeptQuestion(NamedTuple):
     def asked(self) -> tuple[bool, ...]:
         """Which fields of `KeptStats` there are."""
         return True, self.entropy, True, *(name in self.with_stats for name in FURTHER_STATS)
+
+    def answer(self, every: Iterable[Any]) -> "KeptStats":
+        """Those of all statistics that are asked for."""
+        found: list[Any] = [
+            x if want else None for x, want in zip(every, self.asked, strict=True)
+        ]  # fmt: skip
+        return KeptStats(*found)
 
     @property
     def of_tokens(self) -> dict[str, Any]:
@@ -83,8 +91,7 @@ def kept_stats(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSta
     """
     if under_transform(logits):
         return _definition(logits, kept, question)
-    found = _KeptStats.apply(logits, kept, question)
-    return KeptStats(*(x if want else None for x, want in zip(found, question.asked, strict=True)))
+    return question.answer(_KeptStats.apply(logits, kept, question))
 
 
 class _KeptStats(torch.autograd.Function):
@@ -94,10 +101,9 @@ class _KeptStats(torch.autograd.Function):
         ctx.question, ctx.kept = question, kept
         ctx.save_for_backward(logits, found.logprob, found.entropy, peak, log_norm)
         ctx.set_materialize_grads(False)
-        nothing = logits.new_empty(0)
-        found = tuple(nothing.clone() if x is None else x for x in found)
-        ctx.mark_non_differentiable(found[3], found[5])
-        return found
+        every = tuple(logits.new_empty(0) if x is None else x for x in found)
+        ctx.mark_non_differentiable(every[3], every[5])
+        return every
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, d_lse, _, d_mean, __):
@@ -128,16 +134,16 @@ def _forward(
         temperature = question.transform.of_rows
         found = reference.statistics_of_parts(parts, kept.counts, temperature)
     logprob, entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares = found
-    every = KeptStats(logprob, entropy, lse, is_top1, mean_logit, log_squares)
-    live = kept.live_tokens
-    of_tokens = [
-        torch.where(live, x, 0) if want else None
-        for x, want in zip(every, question.asked, strict=True)
-    ]
-    for i, certain in ((0, 0.0), (1, 0.0), (3, True), (5, 0.0)):
-        x = of_tokens[i]
-        of_tokens[i] = None if x is None else torch.where(kept.alone, certain, x)
-    return KeptStats(*of_tokens), (torch.where(live, peak, -torch.inf), log_norm)
+    alone, live = kept.alone, kept.live_tokens
+    certain = (0.0, 0.0, None, True, None, 0.0)  # of a token's only id, if nothing else is known
+    every = (
+        torch.where(alone, value, x) if value is not None and len(x) else x
+        for x, value in zip(
+            (logprob, entropy, lse, is_top1, mean_logit, log_squares), certain, strict=True
+        )
+    )
+    answer = question.answer(torch.where(live, x, 0) if len(x) else x for x in every)
+    return answer, (torch.where(live, peak, -torch.inf), log_norm)
 
 
 def _by_kernel(logits: Tensor, question: KeptQuestion) -> bool:
@@ -183,16 +189,17 @@ def _backward(
     for slope in slopes:
         if slope is not None:
             active |= slope != 0
-    if slopes[0] is None:
-        slopes = (torch.zeros_like(logprob), *slopes[1:])
+    d_logprob, *others = slopes
+    if d_logprob is None:
+        d_logprob = torch.zeros_like(logprob)
     if _by_kernel(logits, question):
         from fastrlhf.kernels.kept_ids import kept_stats_backward
 
         return kept_stats_backward(
             logits, kept.ids, kept.token, kept.targets, kept.counts, active,
-            (logprob, entropy, peak, log_norm), slopes, **question.of_tokens,
+            stats, (d_logprob, *others), **question.of_tokens,
         )  # fmt: skip
-    of_rows = reference.row_slopes(logprob, *slopes, columns=kept.counts)
+    of_rows = reference.row_slopes(logprob, d_logprob, *others, columns=kept.counts)
 
     def of_ids(x: Any) -> Any:
         return None if x is None else x[kept.token]
@@ -241,7 +248,7 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
     temperature, softcap, scale = options.values()
     if not len(kept.ids):  # of ignored tokens alone
         zeros = logits.sum() + logits.new_zeros(live.shape)
-        return KeptStats(*(zeros if want else None for want in question.asked))
+        return question.answer([zeros] * len(question.asked))
     column = torch.arange(max(1, int(kept.counts.max())), device=logits.device)
     inside = column < kept.counts.unsqueeze(1)
     place = (kept.offsets[:-1].unsqueeze(1) + column).clamp(max=len(kept.ids) - 1)
@@ -265,8 +272,5 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
         capped.detach() == kept.largest(capped.detach())[kept.token], kept.ids, 2**62
     )
     is_top1 = kept.alone | (rows(first, 2**62).amin(1) == kept.targets)
-    values = (found.logprob, found.entropy, lse, is_top1, mean, found.log_sum_sq_probs)
-    return KeptStats(
-        *(torch.where(live, x, 0) if want and x is not None else None
-          for x, want in zip(values, question.asked, strict=True))
-    )  # fmt: skip
+    every = (found.logprob, found.entropy, lse, is_top1, mean, found.log_sum_sq_probs)
+    return question.answer(None if x is None else torch.where(live, x, 0) for x in every)

@@ -77,9 +77,11 @@ def linear_loss(
             on the first three: `1e-4 * stats.lse.square().sum()` is PaLM's z-loss. The losses of
             all chunks are added up: a mean has to divide by a count of its own. Called once for
             each chunk; tokens that are ignored never reach it, and if all are, it is not called.
-        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, entropy,
-            chunk_size, impl, group: as `linear_token_stats`. Where ranks share the vocabulary,
-            loss_fn sees the same on every rank, and must return the same.
+        hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, entropy, support,
+            rows, chunk_size, impl, group: as `linear_token_stats`. Where ranks share the
+            vocabulary, loss_fn sees the same on every rank, and must return the same. With rows and
+            no groups, tokens reach it in the order of their rows; with a support and no chunk_size,
+            all in one chunk.
         side_inputs: (...) tensors, cut like the tokens.
         groups: (...) integer ids. The tokens of a group reach loss_fn together and in their order,
             groups in ascending order, wherever in memory they are; None: each token stands alone.
@@ -152,7 +154,9 @@ def _loss_of_kept_ids(
     stats = kept_stats_of(problem)
     for spans in segments:
         index = order[slice(*whole(spans))]
-        chunk = {name: None if x is None else x[index] for name, x in stats._asdict().items()}
+        chunk: dict[str, Any] = {
+            name: None if x is None else x[index] for name, x in stats._asdict().items()
+        }
         chunks.show(index, ChunkStats(**chunk, groups=None))
     return chunks.total(stats.logprob[:0].sum())  # a zero with a graph, where there are no tokens
 

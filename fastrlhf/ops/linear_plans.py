@@ -28,7 +28,7 @@ zero, often a fraction f of them. P2 and P3 then cost G + 2G·f, P4 G + 3G·f.
 from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,10 @@ class Statistics(NamedTuple):
     log_norm: Tensor
     shared: SharedTargets | None = None  # where tokens share rows of logits
 
+    @staticmethod
+    def of(values: Iterable[Any], shared: SharedTargets | None = None) -> "Statistics":
+        return Statistics(*values)._replace(shared=shared)
+
     def of_leaders(self) -> "Statistics":
         """Of the m rows that the tokens share, with the target of each that leads it; what the
         gradient does not take is empty.
@@ -110,6 +114,10 @@ class Slopes(NamedTuple):
     entropy: Tensor | None = None
     lse: Tensor | None = None
     mean_logit: Tensor | None = None
+
+    @staticmethod
+    def of(values: Iterable[Any]) -> "Slopes":
+        return Slopes(*values)
 
     def at(self, place: slice | Tensor) -> "Slopes":
         """Take those of some tokens."""
@@ -182,7 +190,7 @@ class Workbench(NamedTuple):
                 )
 
             found, shared = shared_statistics(logits, block, block.states, of_leaders)
-            return logits, Statistics(*found, shared)
+            return logits, Statistics.of(found, shared)
         if self.part is None:
             found = all_statistics(
                 logits, block.targets, block.transform, self.rows.ignore_index, *asked, False,
@@ -216,7 +224,7 @@ class Workbench(NamedTuple):
         if shared is not None and block.states is not None:
             targets, transform = shared.leader, block.states.transform
             stats = stats.of_leaders()
-            slopes = Slopes(*(None if x is None else shared.sums(x) for x in of_tokens))
+            slopes = Slopes.of(None if x is None else shared.sums(x) for x in of_tokens)
         arguments = (
             logits, targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm,
             slopes.logprob, slopes.entropy, *transform, self.impl, slopes.lse, slopes.mean_logit,
@@ -225,9 +233,10 @@ class Workbench(NamedTuple):
             torch.ops.fastrlhf.token_stats_backward_(*arguments)
             out = logits
         else:
-            out = there
-            if out is None or exact != operands:
+            if there is None or exact != operands:
                 out = padded_rows(len(logits), self.head.vocab, exact, logits.device)
+            else:
+                out = there
             torch.ops.fastrlhf.token_stats_backward_into(out, *arguments)
         if shared is not None:
             shared.add_targets(out, of_tokens.logprob)
@@ -397,7 +406,7 @@ def _statistics_of(bench: Workbench, spans: list[Span]) -> Statistics:
     """Read the statistics of some spans, one after the other."""
     parts = [bench.score(bench.rows.block(span))[1] for span in spans]
     columns = zip(*(part[:-1] for part in parts), strict=True)
-    return Statistics(*(torch.cat(values) for values in columns))
+    return Statistics.of(torch.cat(values) for values in columns)
 
 
 def room_for_all_tokens(bench: Workbench) -> Found:
@@ -416,6 +425,7 @@ def room_for_all_tokens(bench: Workbench) -> Found:
 
 
 def put(found: Found, block: Block, stats: Statistics) -> None:
-    for whole, part in zip(found, stats[: len(found)], strict=True):
+    values: tuple[Any, ...] = stats[: len(found)]
+    for whole, part in zip(found, values, strict=True):
         if whole.numel():
             whole[block.place] = part

@@ -65,8 +65,12 @@ def linear_token_stats(
         targets: (...) integer, aligned with the hidden states that predict them: see
             `shift_targets`.
         bias: (V,) floating, or None.
-        temperature, softcap, scale, ignore_index, entropy, entropy_grad, with_stats, impl: as
-            `token_stats`.
+        temperature, softcap, scale, ignore_index, entropy, entropy_grad, with_stats, support, impl:
+            as `token_stats`.
+        rows: (...) integer: token i is predicted from `hidden[rows[i]]`, with hidden (U, H) and
+            targets of any shape. Where sequences of a tree part, or share a prefix, one hidden
+            state predicts several targets, and its logits are made once. Those of ignored tokens
+            may be anything. None: each token has a hidden state of its own.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             (64 MiB on a CPU), on a GPU a multiple of 128 of them.
         group: torch.distributed ProcessGroup whose ranks share the vocabulary: weight (V/W, H) and
@@ -98,18 +102,28 @@ def linear_token_stats(
     chunk in 16 bits, and as many chunks as fill 512 MiB where the weight's is asked for. Results
     are the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
+    With rows, G is of the hidden states that predict a target, not of the tokens (of those at two
+    temperatures, twice); where hidden alone needs a gradient, two fp32 (U, H) tensors are kept.
+    With a support there are no such matmuls, whatever needs a gradient: forward reads the rows of
+    the weight that tokens keep, ids of tokens that keep one only for the lse; backward reads them
+    for the gradient of hidden, and hidden states for that of the weight, where an upstream gradient
+    is not 0. Memory: a few numbers for each kept id, and the gradients. With either, a GPU is
+    awaited for counts; under torch.compile it runs as it is.
+
     With a group, statistics are in the same bits on every rank; gradients of weight and bias are
     those of this rank's rows, that of hidden is complete on every rank. Sent are the numbers that
     `token_stats` names, of tokens with a target; and backward one all-reduce of the gradient of
     their hidden states in fp32, where the weight is trained of one chunk while the next is
     computed. The (..., H) tensor that is kept for the backward is fp32. Where each rank computes
-    the same loss from the statistics, gradients are right as they are. The second derivative and
-    `torch.func` are refused. On a GPU, the sizes of the parts are awaited too (not of a DTensor).
+    the same loss from the statistics, gradients are right as they are. The second derivative,
+    `torch.func` and a support are refused; shared hidden states cost as much as if each token had
+    its own. On a GPU, the sizes of the parts are awaited too (not of a DTensor).
 
     Raises:
         TypeError: hidden, weight or bias that are not floating; hidden and weight of two dtypes;
             targets that are not integer.
-        ValueError: shapes or devices that do not match, chunk_size < 1, and as `token_stats`.
+        ValueError: shapes or devices that do not match, chunk_size < 1, rows outside [0, U), and as
+            `token_stats`.
 
     The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.
     """

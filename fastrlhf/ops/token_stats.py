@@ -146,10 +146,11 @@ def token_stats(
 
     Raises:
         TypeError: logits that are not floating (or fp8), targets that are not integer.
-        ValueError: shapes or devices that do not match, an empty vocabulary, a temperature, softcap
-            or scale that is not positive, a temperature that requires a gradient, a target outside
-            [0, V) that is not ignore_index, an unknown name in with_stats. What tensors hold is
-            checked here on the CPU; on a GPU, by an assertion in the kernel.
+        ValueError: shapes or devices that do not match, a support that does not fit (a target that
+            is not kept, an id twice), an empty vocabulary, a temperature, softcap or scale that is
+            not positive, a temperature that requires a gradient, a target outside [0, V) that is
+            not ignore_index, an unknown name in with_stats. What tensors hold is checked here on
+            the CPU; on a GPU, by an assertion in the kernel.
 
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.

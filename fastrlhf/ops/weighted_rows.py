@@ -44,9 +44,10 @@ def add_weighted_rows(
     out: Tensor, factors: Tensor, source: Weight, sums: SortedSums, impl: str
 ) -> None:
     """Write into rows of zeros `out` (size, K) the sums of factor·row of the source, of M pairs,
-    rounded once; factors (M,) of 0 cost nothing.
+    rounded once; factors (M,) of 0 cost nothing. A quantized source is dequantized a few rows at a
+    time.
     """
-    if by_kernel(source, len(factors), impl):
+    if isinstance(source, Tensor) and by_kernel(source, len(factors), impl):
         from fastrlhf.kernels.kept_ids import sum_weighted_rows
 
         sum_weighted_rows(out, factors, source, sums.order, sums.bounds, sums.source)
@@ -71,13 +72,9 @@ def _weighted_rows(source: Weight, numbers: Tensor, factors: Tensor, backend: st
     return rows_of_weight(source, numbers).to(factors.dtype).mul_(factors.unsqueeze(1))
 
 
-def by_kernel(source: Weight, pairs: int, impl: str) -> bool:
-    """Whether a kernel works on so many rows: of a quantized weight, they are dequantized, a few at
-    a time.
-    """
-    if not isinstance(source, Tensor) or pairs == 0:
-        return False
-    return backend_of(impl, source, pairs * source.shape[1]) == "triton"
+def by_kernel(source: Tensor, pairs: int, impl: str) -> bool:
+    """Whether a kernel works on so many rows of a source."""
+    return pairs > 0 and backend_of(impl, source, pairs * source.shape[1]) == "triton"
 
 
 def rows_at_a_time(matrix: Tensor) -> int:
