@@ -197,6 +197,49 @@ def token_stats(
     return stats_tuple(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf), further)
 
 
+def kept_token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    support: tuple[Tensor, Tensor],
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    with_stats: Iterable[str] = (),
+) -> TokenStats:
+    """Define `fastrlhf.token_stats` over kept ids by logits that are -inf everywhere else.
+
+    Where a token keeps its target alone, log-prob and entropy are 0, whatever its logit is.
+    """
+    live = targets != ignore_index
+    ids, offsets = support
+    token = torch.repeat_interleave(offsets.diff())
+    of_live = live.reshape(-1)[token]
+    kept = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).view(
+        -1, logits.shape[-1]
+    )
+    kept[token[of_live], ids[of_live].long()] = True
+    kept = kept.view(logits.shape)
+    counts = kept.sum(-1)
+    x = torch.where(kept, logits, 0.0).to(accumulation_dtype(logits.dtype))
+    capped = torch.where(kept, capped_logits(x, softcap, scale), -torch.inf)
+    certain = (counts == 1).unsqueeze(-1)
+    options: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index}
+    names = [name for name in with_stats if name != "mean_logit"]
+    found = token_stats(
+        torch.where(certain, torch.where(kept, 0.0, -torch.inf), capped), targets,
+        entropy=entropy, with_stats=names, **options,
+    )  # fmt: skip
+    lse = torch.where(certain.squeeze(-1), token_stats(capped, targets, **options).lse, found.lse)
+    further = {name: getattr(found, name) for name in names}
+    if "mean_logit" in with_stats:
+        total = torch.where(kept, capped, 0.0).sum(-1).detach()
+        further["mean_logit"] = torch.where(live, total / counts.clamp(min=1) / temperature, 0.0)
+    return stats_tuple(found.logprob, found.entropy, lse, further)
+
+
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,

@@ -20,6 +20,7 @@ from .checks import (
     check_same_device,
     check_shape,
     known_on_host,
+    wide_integers,
 )
 
 Support = tuple[Tensor, Tensor]  # ids (M,), and the offsets (N + 1,) of those of each token
@@ -78,7 +79,7 @@ def checked_support(
             decrease, or do not end at M; of a token with a target, an id outside [0, V) or twice,
             or a target that is not among its ids.
     """
-    flat = targets.reshape(-1)
+    flat = wide_integers(targets).reshape(-1)
     tokens = flat.shape[0]
     like = "one for each token, flattened, and the end"
     ids, offsets = dense_support(support, tokens, like)

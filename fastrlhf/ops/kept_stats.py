@@ -23,6 +23,8 @@ from .backend import backend_of, under_transform
 from .kept_ids import KeptIds
 from .transform import Transform
 
+_NO_ID = 2**62  # larger than any
+
 
 class KeptQuestion(NamedTuple):
     """What is asked about kept logits."""
@@ -142,7 +144,9 @@ def _forward(
             (logprob, entropy, lse, is_top1, mean_logit, log_squares), certain, strict=True
         )
     )
-    answer = question.answer(torch.where(live, x, 0) if len(x) else x for x in every)
+    answer = question.answer(
+        torch.where(live, x, torch.zeros_like(x)) if len(x) else x for x in every
+    )
     return answer, (torch.where(live, peak, -torch.inf), log_norm)
 
 
@@ -268,9 +272,10 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
     empty = (z == -torch.inf).all(1)
     lse = torch.where(empty, -torch.inf, torch.where(empty.unsqueeze(1), 0.0, z).logsumexp(1))
     mean = (rows(capped, 0.0) / _columns(temperature)).sum(1) / kept.counts.clamp(min=1)
-    first = torch.where(
-        capped.detach() == kept.largest(capped.detach())[kept.token], kept.ids, 2**62
-    )
-    is_top1 = kept.alone | (rows(first, 2**62).amin(1) == kept.targets)
+    on_top = z.detach() == z.detach().amax(1, keepdim=True)
+    first = torch.where(on_top, rows(kept.ids, _NO_ID), _NO_ID).amin(1)
+    is_top1 = kept.alone | ((first == kept.targets) & ~empty & ~lse.isnan())
     every = (found.logprob, found.entropy, lse, is_top1, mean, found.log_sum_sq_probs)
-    return question.answer(None if x is None else torch.where(live, x, 0) for x in every)
+    return question.answer(
+        None if x is None else torch.where(live, x, torch.zeros_like(x)) for x in every
+    )
