@@ -50,13 +50,14 @@ class Problem:
 
     def exact(self) -> tuple[Tensor, list[Tensor]]:
         """Logits in fp64, and what they are made of."""
-        inputs = [
-            x.detach().cpu().double().nan_to_num() for x in (self.hidden, self.weight, self.bias)
-        ]
-        for x, of in zip(inputs, (self.hidden, self.weight, self.bias), strict=True):
+        inputs = [x.detach().cpu().double().nan_to_num() for x in self.head]
+        for x, of in zip(inputs, self.head, strict=True):
             x.requires_grad_(of.requires_grad)
-        hidden, weight, bias = inputs
-        return F.linear(hidden, weight, bias), [x for x in inputs if x.requires_grad]
+        return F.linear(*inputs), [x for x in inputs if x.requires_grad]
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.bias
 
     def stats(self, **options):
         return linear_token_stats(
@@ -87,14 +88,12 @@ def test_it_is_that_of_the_logits(impl, dtype, trained, kind, device) -> None:
     defined = problem.defined(logits, entropy=True, with_stats=NAMES, **options)
     # What a loop would do in this precision: the products of each token with its ids.
     sums = torch.promote_types(dtype, torch.float32)
-    plain_logits = F.linear(
-        *(x.detach().cpu().to(sums) for x in (problem.hidden, problem.weight, problem.bias))
-    )
-    plain = problem.defined(plain_logits.nan_to_num(), entropy=True, with_stats=NAMES, **options)
+    in_sums = F.linear(*(x.detach().cpu().to(sums) for x in problem.head)).nan_to_num()
+    plain = problem.defined(in_sums, entropy=True, with_stats=NAMES, **options)
     assert torch.equal(stats.is_top1.cpu(), defined.is_top1)
     for name, x, y, z in zip(stats._fields, stats, plain, defined, strict=True):
         if name != "is_top1":
-            assert_as_accurate(x, y, z, size=max(1.0, float(logits.abs().max())), of=name)
+            assert_as_accurate(x, y, z, size=float(in_sums.abs().max()), of=name)
     g, h = upstream(stats.logprob)
     found = autograd.grad((stats.logprob, stats.entropy), problem.wanted, (g, h))
     slopes = [x.cpu().double() for x in (g, h)]
@@ -255,9 +254,7 @@ def test_a_loss_of_ones_own(impl, chunk, grouped, device) -> None:
     found = autograd.grad(3 * loss, (*problem.wanted, coefficient))
     logits, leaves = problem.exact()
     stats = problem.defined(logits, entropy=True)
-    kept = problem.defined(torch.zeros_like(logits), entropy=True)
-    masked = torch.where(kept.entropy.unsqueeze(-1) >= 0, logits, logits)
-    lse = lse_of(problem, masked)
+    lse = lse_of(problem, logits)
     c = coefficient.detach().cpu().requires_grad_()
     exact = torch.where(live.cpu(), c * (stats.logprob + 0.3 * stats.entropy) + 0.01 * lse**2, 0.0)
     torch.testing.assert_close(loss.cpu(), exact.sum())
@@ -270,12 +267,10 @@ def test_a_loss_of_ones_own(impl, chunk, grouped, device) -> None:
 
 def lse_of(problem: Problem, logits: Tensor) -> Tensor:
     """The log-sum-exp of kept logits, differentiable; 0 for ignored tokens."""
-    rows = logits.view(-1, VOCAB)
+    rows, live = logits.view(-1, VOCAB), (problem.targets >= 0).view(-1).tolist()
     values = [
-        rows[i, ids_of(problem.support, i).cpu()].logsumexp(0)
-        if target >= 0
-        else rows.new_zeros(())
-        for i, target in enumerate(problem.targets.view(-1).tolist())
+        rows[i, ids_of(problem.support, i).cpu()].logsumexp(0) if live[i] else rows.new_zeros(())
+        for i in range(len(rows))
     ]
     return torch.stack(values).view(SHAPE)
 

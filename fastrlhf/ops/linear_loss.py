@@ -22,7 +22,7 @@ from .linear_plans import (
     loss_and_gradients,
     whole,
 )
-from .linear_rows import Span, even_spans, live_rows, order_by_group, pack_groups
+from .linear_rows import Span, live_rows, order_by_group, pack_groups, states_of_groups
 from .ranks import Group
 from .sharded import head_part, replicated
 
@@ -200,10 +200,9 @@ def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, li
         return rows.order, [[span] for span in rows.spans(chunk)]
     order = live_rows(problem.targets.reshape(-1), problem.options.ignore_index)
     order, sizes = order_by_group(order, groups.reshape(-1))
-    return order, [
-        [(first + a, first + b) for a, b in even_spans(last - first, chunk)]
-        for first, last in pack_groups(sizes, chunk)
-    ]
+    shared = problem.options.shared
+    states = None if shared is None else states_of_groups(shared.state[order], sizes)
+    return order, list(pack_groups(sizes, chunk, states))
 
 
 class _ChunkLosses:

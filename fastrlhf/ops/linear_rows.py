@@ -162,16 +162,31 @@ def order_by_group(order: Tensor, groups: Tensor) -> tuple[Tensor, list[int]]:
     return order[by_group], sizes.tolist()
 
 
-def pack_groups(sizes: list[int], chunk: int) -> Iterator[Span]:
-    """Cut rows into spans of whole groups: at most `chunk` rows, or a single larger group."""
-    first = last = 0
-    for size in sizes:
-        if last > first and last + size - first > chunk:
-            yield first, last
-            first = last
-        last += size
+def states_of_groups(states: Tensor, sizes: list[int]) -> list[int]:
+    """How many different states there are in each run of tokens (n,) of these sizes."""
+    group = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(states.device)
+    pairs = torch.stack((group, states)).unique(dim=1)
+    return pairs[0].bincount(minlength=len(sizes)).tolist()
+
+
+def pack_groups(
+    sizes: list[int], chunk: int, states: list[int] | None = None
+) -> Iterator[list[Span]]:
+    """Cut rows into segments of whole groups: at most `chunk` rows of logits, or a single larger
+    group, which is cut into spans. `states` are how many rows of logits there are of each group;
+    None: one of each token.
+    """
+    first = last = held = 0
+    for size, rows in zip(sizes, sizes if states is None else states, strict=True):
+        if held and held + rows > chunk:
+            yield [(first, last)]
+            first, held = last, 0
+        last, held = last + size, held + rows
+        if rows > chunk:
+            yield [(first + a, first + b) for a, b in even_spans(size, chunk)]
+            first, held = last, 0
     if last > first:
-        yield first, last
+        yield [(first, last)]
 
 
 def shared_rows(rows: Tensor, temperature: Tensor | None, hidden_states: int) -> SharedRows:
