@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="needs triton")
 if torch.cuda.is_available():
     pytest.skip("the interpreter counts bytes on machines without a GPU", allow_module_level=True)
 
+from support.kept import support_of
 from support.traffic import counted_traffic
 
 VOCABS = [1000, 4096, 20000]
@@ -241,3 +242,48 @@ def test_the_packed_scan_reads_and_writes_each_token_once_in_one_launch(monkeypa
     assert traffic.loaded(rewards) == rewards.nbytes
     assert traffic.loaded(values) <= 2 * values.nbytes
     assert traffic.stored(advantages) == traffic.stored(returns) == rewards.nbytes
+
+
+def kept_problem(dtype=torch.bfloat16):
+    """Tokens of which two keep one id, one is ignored; and how many ids there is a choice of."""
+    hidden = torch.randn(5, 300).to(dtype).requires_grad_()
+    weight = torch.randn(50, 300).to(dtype).requires_grad_()
+    targets = torch.tensor([7, 3, -100, 49, 0])
+    kept = [[7], [1, 3, 4, 9], [-5, 99], [49], [8, 0]]
+    return hidden, weight, targets, support_of([torch.tensor(x) for x in kept]), 4 + 2
+
+
+def test_rows_of_kept_ids_are_read_once_and_no_others(monkeypatch) -> None:
+    hidden, weight, targets, support, choices = kept_problem()
+    row = 300 * 2
+    with counted_traffic(monkeypatch) as forward:
+        logprobs = fastrlhf.linear_token_logprobs(
+            hidden, weight, targets, support=support, impl="triton"
+        )
+    # A token that keeps one id is certain of it: neither is read.
+    assert forward.loaded(weight) == forward.loaded(hidden) == choices * row
+    with counted_traffic(monkeypatch) as backward:
+        gradients = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    assert backward.loaded(weight) == backward.loaded(hidden) == choices * row
+    assert [backward.stored(x) for x in gradients] == [x.nbytes for x in gradients]
+    small = 80 * 16 + 16 * 51  # of numbers for each id and token, and bounds for each row
+    assert backward.loaded() <= 2 * choices * row + small + 12 * 50 * 2
+    # The lse is that of the only id, which is then read.
+    with counted_traffic(monkeypatch) as forward:
+        stats = fastrlhf.linear_token_stats(hidden, weight, targets, support=support, impl="triton")
+    assert forward.loaded(weight) == (choices + 2) * row
+    with counted_traffic(monkeypatch) as backward:
+        (stats.logprob * torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0])).sum().backward()
+    # Of the tokens with a choice, one has a gradient.
+    assert backward.loaded(weight) == backward.loaded(hidden) == 2 * row
+
+
+def test_kept_logits_are_written_into_zeros(monkeypatch) -> None:
+    hidden, weight, targets, support, _ = kept_problem(torch.float32)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    with counted_traffic(monkeypatch) as traffic:
+        logprobs = fastrlhf.token_logprobs(logits, targets, support=support, impl="triton")
+        (gradient,) = torch.autograd.grad(logprobs.sum(), logits)
+    # Taken and put by PyTorch, a number for each kept id.
+    assert traffic.loaded(logits) == traffic.stored(gradient) == 0
+    assert int((gradient != 0).sum()) == 6

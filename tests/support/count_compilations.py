@@ -1,8 +1,10 @@
-"""Count how often Triton would compile the fused policy loss over many batches and settings.
+"""Count how often Triton would compile the fused policy loss over many batches and settings, and
+the kernels of kept ids over many lengths.
 
 Usage: python count_compilations.py (with tests/ on PYTHONPATH and without TRITON_INTERPRET). Prints
-a line of JSON: compilations by surrogate, dtype and model. Nothing is compiled and no kernel runs:
-launches are recorded, and Triton's own key of its cache says which of them would share a binary.
+a line of JSON: compilations by surrogate, dtype and model, or by kernel. Nothing is compiled and no
+kernel runs: launches are recorded, and Triton's own key of its cache says which of them would share
+a binary.
 """
 
 import json
@@ -14,6 +16,7 @@ import torch
 import fastrlhf
 from fastrlhf.losses import fused_policy
 from support.compile_lint import cache_key, captured_launches
+from support.lint_kernels import launch_kept_ids
 
 SURROGATES = ["clip", "cispo", "sapo", "plain"]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -44,6 +47,16 @@ def step(surrogate: str, dtype: torch.dtype, vocab: int, batch: int, tokens: int
     )  # fmt: skip
 
 
+def compilations_of_kept_ids() -> dict[str, int]:
+    keys: dict[str, set] = {}
+    for i in range(20):
+        with captured_launches(pytest.MonkeyPatch()) as launches:
+            launch_kept_ids(64, torch.bfloat16, True, tokens=1 + 3 * i, kept=1 + 17 * i)
+        for launch in launches:
+            keys.setdefault(launch.kernel.__name__, set()).add(cache_key(launch))
+    return {name: len(of_kernel) for name, of_kernel in keys.items()}
+
+
 def main() -> None:
     fused_policy.use_triton = lambda *_: True  # no GPU, and no interpreter
     found, keys_of = {}, {}
@@ -59,7 +72,7 @@ def main() -> None:
                 found[f"{surrogate}, {dtype}, {vocab}"] = len(keys)
     both = set.union(*(keys_of["clip", torch.bfloat16, vocab] for vocab in VOCABS))
     found["both vocabularies"] = len(both)
-    print(json.dumps(found))
+    print(json.dumps(found | compilations_of_kept_ids()))
 
 
 if __name__ == "__main__":

@@ -162,14 +162,16 @@ def launch_scan(dtype: torch.dtype, packed: bool = False) -> None:
     scan.gae(tokens, tokens, mask, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens)
 
 
-def launch_kept_ids(width: int, dtype: torch.dtype, everything: bool) -> None:
+def launch_kept_ids(
+    width: int, dtype: torch.dtype, everything: bool, *, tokens: int = ROWS, kept: int = 1001
+) -> None:
     """Products with rows of a weight, statistics of them, and gradients."""
     acc = torch.promote_types(dtype, torch.float32)
-    hidden, weight = meta(ROWS, width, dtype=dtype), meta(1000, width, dtype=dtype)
-    ids, tokens = meta(1001, dtype=torch.int64), meta(ROWS, dtype=torch.int64)
-    live, offsets = meta(ROWS, dtype=torch.bool), meta(ROWS + 1, dtype=torch.int64)
-    logits, rows = meta(1001, dtype=acc), meta(ROWS, dtype=acc)
-    kept_ids.add_kept_products(logits, hidden, weight, ids, ids, meta(1001, dtype=torch.bool))
+    hidden, weight = meta(tokens, width, dtype=dtype), meta(1000, width, dtype=dtype)
+    ids, targets = meta(kept, dtype=torch.int64), meta(tokens, dtype=torch.int64)
+    live, offsets = meta(tokens, dtype=torch.bool), meta(tokens + 1, dtype=torch.int64)
+    logits, rows = meta(kept, dtype=acc), meta(tokens, dtype=acc)
+    kept_ids.add_kept_products(logits, hidden, weight, ids, ids, meta(kept, dtype=torch.bool))
     kept_ids.sum_weighted_rows(hidden, logits, weight, ids, offsets, ids)
     transform = {
         "temperature": rows if everything else 1.0,
@@ -177,12 +179,12 @@ def launch_kept_ids(width: int, dtype: torch.dtype, everything: bool) -> None:
         "scale": 1.0,
     }
     kept_ids.kept_stats_forward(
-        logits, ids, offsets, live, tokens, tokens, entropy=everything,
+        logits, ids, offsets, live, targets, targets, entropy=everything,
         with_stats=FURTHER_STATS if everything else (), **transform,
     )  # fmt: skip
     slopes = (rows,) * 4 if everything else (rows, None, None, None)
     kept_ids.kept_stats_backward(
-        logits, ids, ids, tokens, tokens, live, (rows,) * 4, slopes, **transform
+        logits, ids, ids, targets, targets, live, (rows,) * 4, slopes, **transform
     )
 
 
