@@ -96,6 +96,17 @@ def test_further_statistics_are_of_the_kept_ids(impl, kind, device) -> None:
 
 
 @BACKENDS
+def test_of_equal_logits_the_smallest_id_is_on_top(impl, device) -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 5.0], [1.0, 3.0, 3.0, 0.0]], device=device)
+    logits = logits.repeat_interleave(2, 0)
+    targets = torch.tensor([1, 2, 1, 2], device=device)
+    for order in ([0, 1, 2], [2, 1, 0]):
+        support = support_of([torch.tensor(order)] * 4, device)
+        stats = token_stats(logits, targets, support=support, with_stats=NAMES, impl=impl)
+        assert stats.is_top1.tolist() == [True, False, True, False]
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_all_ids_it_is_the_dense_result(impl, dtype, device) -> None:
     logits, targets, _, g, h = random_tokens(100, device, dtype)

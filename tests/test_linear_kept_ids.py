@@ -125,6 +125,23 @@ def test_of_all_ids_it_is_the_dense_result(impl, device) -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize("width", [127, 129, 1024, 2500])
+def test_wide_hidden_states(impl, width, device) -> None:
+    hidden = torch.randn(6, width, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(9, width, dtype=torch.float64, device=device, requires_grad=True)
+    targets = torch.randint(9, (6,), device=device)
+    support = tuple(x.to(device) for x in random_support(targets, 9, alone=0.0))
+    stats = linear_token_stats(hidden, weight, targets, support=support, impl=impl)
+    defined = fastrlhf.token_stats(hidden @ weight.T, targets, support=support)
+    torch.testing.assert_close(tuple(stats)[::2], tuple(defined)[::2])
+    g = torch.randn(6, dtype=torch.float64, device=device)
+    torch.testing.assert_close(
+        autograd.grad(stats.logprob, (hidden, weight), g),
+        autograd.grad(defined.logprob, (hidden, weight), g),
+    )
+
+
+@BACKENDS
 def test_column_blocks_of_a_head(impl, device) -> None:
     """As with a low-rank adapter, whose weight is another block; one of them is frozen."""
     problem = Problem(torch.float32, device)

@@ -198,6 +198,17 @@ def test_a_tree_is_its_sequences(name, with_support, frozen) -> None:
     assert_same_gradients(loss, exact, model)
 
 
+def test_several_trees() -> None:
+    model, tree, other = make("Llama"), Tree(), Tree()
+    inputs = {name: torch.cat((x, x)) for name, x in tree.inputs.items()}
+    ids, rows = torch.cat((tree.ids, other.ids)), torch.cat((tree.rows, tree.rows))
+    both = fastrlhf.model_token_stats(model, ids, **inputs, rows=rows).logprob
+    for one, values in zip((tree, other), both, strict=True):
+        logits, targets = one.apart(model)
+        expected = fastrlhf.token_logprobs(logits, targets)
+        torch.testing.assert_close(values[None], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_tree_makes_the_logits_of_what_predicts_something_once() -> None:
     model, tree = make("Llama"), Tree()
     call = partial(fastrlhf.model_token_stats, model, tree.ids, **tree.inputs, rows=tree.rows)

@@ -250,6 +250,18 @@ def test_frozen_heads_of_other_kinds(name) -> None:
 
 
 @BACKENDS
+def test_the_leader_of_equal_logits_is_the_first(impl, device) -> None:
+    """So that it alone is on top, as it is where the tokens do not share their row."""
+    hidden = torch.ones(1, 1, device=device)
+    weight = torch.tensor([[1.0], [2.0], [2.0], [0.0]], device=device)
+    targets, rows = torch.tensor([2, 1, 0, 1], device=device), torch.zeros(4, dtype=torch.int64)
+    stats = linear_token_stats(
+        hidden, weight, targets, rows=rows.to(device), with_stats=NAMES, impl=impl
+    )
+    assert stats.is_top1.tolist() == [False, True, False, True]
+
+
+@BACKENDS
 def test_the_same_bits_at_each_run(impl, device) -> None:
     problem = Problem(torch.float32, device)
     runs = []

@@ -83,6 +83,29 @@ def test_statistics_whose_loss_comes_later(share, chunk) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_slope_of_any_statistic_counts() -> None:
+    """Of the log-prob for some tokens, of the entropy or the lse for others."""
+    hidden, weight, bias, targets = inputs(trained=True)
+    place = torch.arange(TOKENS) % 8
+    sides = [(place == i).double() for i in range(3)]
+
+    def loss_fn(stats: ChunkStats, c: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        return (c * stats.logprob + d * stats.entropy + e * stats.lse).sum()
+
+    with MatmulAudit(VOCAB) as audit:
+        loss, _ = linear_loss(
+            loss_fn, hidden, weight, targets, *sides, bias=bias, entropy=True, chunk_size=48
+        )
+        found = autograd.grad(loss, (hidden, weight, bias))
+    assert audit.operations == G * (1 + 2 * 3 / 8)
+    logits = F.linear(hidden, weight, bias)
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    of_all = sides[0] * log_p[range(TOKENS), targets], sides[1] * entropy
+    exact = sum(x.sum() for x in of_all) + (sides[2] * logits.logsumexp(-1)).sum()
+    torch.testing.assert_close(found, autograd.grad(exact, (hidden, weight, bias)))
+
+
 def test_clipped_tokens_of_a_policy_loss() -> None:
     """With a reference to look at, tokens without an advantage are scored, and no more."""
     hidden, weight, bias, targets = inputs(trained=True)

@@ -1142,8 +1142,7 @@ MUTANTS = [
         ),
         (
             "groups: more than a chunk at once",
-            "if last > first and last + size - first > chunk:",
-            "if last > first and last - first > chunk:",
+            "if held and held + rows > chunk:", "if held and held > chunk:",
             "groups_reach or larger_than",
         ),
     ),
@@ -1151,12 +1150,13 @@ MUTANTS = [
         "fastrlhf/ops/linear_plans.py", "test_linear_loss.py",
         (
             "plans: slopes of another block of the group",
-            "part = slice(first - whole[0], last - whole[0])", "part = slice(0, last - first)",
+            "slopes.at(slice(*span)), gradients)",
+            "slopes.at(slice(span[1] - span[0])), gradients)",
             "groups_reach",
         ),
         (
             "plans: the slope of the lse is lost",
-            "others = (slopes.lse, slopes.mean_logit)", "others = (None, slopes.mean_logit)",
+            "self.impl, slopes.lse, slopes.mean_logit,", "self.impl, None, slopes.mean_logit,",
             "lse_is_differentiable and eager",
         ),
         (
@@ -1466,7 +1466,8 @@ MUTANTS = [
         ),
         (
             "plans: what is further asked for stays as it was made",
-            "stats[: len(found)], strict=True", "stats[:3], strict=False",
+            "= stats[: len(found)]\n    for whole, part in zip(found, values, strict=True)",
+            "= stats[:3]\n    for whole, part in zip(found, values, strict=False)",
             "those_of_the_logits",
         ),
     ),
@@ -2138,7 +2139,8 @@ MUTANTS = [
         ),
         (
             "foreseen: logits that are left stand for other tokens",
-            "spans[:-1] if last_block else spans", "spans[1:] if last_block else spans",
+            "order[: last_block.span[0]] if last_block",
+            "order[last_block.span[0] :] if last_block",
             "right_whatever_is_guessed and head and none",
         ),
         (
@@ -3038,6 +3040,315 @@ MUTANTS = [
             "whole = hidden.redistribute(placements=everywhere).to_local(",
             "whole = hidden.to_local(",
             "whole_model and sequence",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_plans.py", "test_zero_coefficients.py",
+        (
+            "no gradient: that of the entropy does not count",
+            "nonzero = [slope != 0 for slope in self if slope is not None]",
+            "nonzero = [self.logprob != 0]",
+            "any_statistic",
+        ),
+        (
+            "no gradient: all rows are multiplied",
+            "return index if left_out >= max(_FEWEST, wanted.shape[0] / _ONE_IN) else None",
+            "return None",
+            "ones_own and few",
+        ),
+        (
+            "no gradient: rows are moved where there is nothing to gain",
+            "max(_FEWEST, wanted.shape[0] / _ONE_IN)", "1",
+            "not_worth",
+        ),
+        (
+            "no gradient: hidden states of other rows",
+            "at(place, some), hidden[some], dz.leading(some)",
+            "at(place, some), hidden[: len(some)], dz.leading(some)",
+            "ones_own and few",
+        ),
+        (
+            "no gradient: all logits are made again",
+            "some = None if order is None else self.few_enough(slopes.at(order).counting())",
+            "some = None",
+            "comes_later and few",
+        ),
+        (
+            "no gradient: slopes in the order of all tokens of a group",
+            "order, slopes = order[some], slopes.at(some)", "order = order[some]",
+            "ones_own and True-16",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/head_gradients.py", "test_zero_coefficients.py",
+        (
+            "no gradient: rows that are moved overwrite each other",
+            "self.values[first : first + len(rows)] = self.values[rows]",
+            "self.values[: len(rows)] = self.values[rows]",
+            "in_parts",
+        ),
+        (
+            "no gradient: units of the first rows",
+            "None if self.unit is None else self.unit[some])",
+            "None if self.unit is None else self.unit[:count])",
+            "in_parts",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_rows.py", "test_shared_rows.py",
+        (
+            "shared rows: blocks of half of the states",
+            "first, last in even_spans(len(ends) - 1, chunk)]",
+            "first, last in even_spans(len(ends) - 1, chunk // 2 or 1)]",
+            "what_the_states_cost",
+        ),
+        (
+            "shared rows: one temperature of a hidden state",
+            "    if temperature is None:\n        return SharedRows",
+            "    if True:\n        return SharedRows",
+            "its_own and all",
+        ),
+        (
+            "shared rows: groups by their tokens",
+            "sizes if states is None else states, strict=True", "sizes, strict=True",
+            "what_the_states_cost",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/shared_targets.py", "test_shared_rows.py",
+        (
+            "shared rows: the smallest logit leads",
+            'largest = lowest.scatter_reduce(0, of_token, own, "amax")',
+            'largest = (-lowest).scatter_reduce(0, of_token, own, "amin")',
+            "nearly_one",
+        ),
+        (
+            "shared rows: of equal logits the last leads",
+            'beyond).scatter_reduce(0, of_token, candidates, "amin")',
+            '-1).scatter_reduce(0, of_token, torch.where(ahead, targets, -1), "amax")',
+            "leader_of_equal",
+        ),
+        (
+            "shared rows: the leader keeps what is of others",
+            "values = torch.cat((d_logprob * own, -d_logprob * of_leader))",
+            "values = torch.cat((d_logprob * own, 0 * of_leader))",
+            "its_own and eager and plain",
+        ),
+        (
+            "shared rows: targets without their gradient",
+            "values = torch.cat((d_logprob * own, -d_logprob * of_leader))",
+            "values = torch.cat((0 * own, -d_logprob * of_leader))",
+            "its_own and eager and plain",
+        ),
+        (
+            "shared rows: the slope of the cap is 1",
+            "slope *= cap_slope(logits, transform.softcap, transform.scale)", "pass",
+            "its_own and eager and capped",
+        ),
+        (
+            "shared rows: targets of a row without a distribution",
+            "follows = ~self.leads & (self.peak != -torch.inf)[self.of_token]",
+            "follows = ~self.leads",
+            "without_a_distribution",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/shared_slopes.py", "test_shared_rows.py",
+        (
+            "shared rows: all targets are the leader's",
+            "g = torch.cat((g * own_factor, -g * leader_factor))",
+            "g = torch.cat((g * own_factor, g * leader_factor)) * 0",
+            "its_own and eager and plain and False",
+        ),
+        (
+            "shared rows: u of states by the numbers of hidden states",
+            "add_at(u_logprob.new_zeros(hidden.shape), shared.row_of_state, d_states)",
+            "d_states[: len(hidden)]",
+            "its_own and eager and all and False",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/kept_ids.py", "test_kept_ids.py",
+        (
+            "kept ids: ids of ignored tokens are looked at",
+            "ids = torch.where(live, ids, 0)", "ids = ids",
+            "all_ignored or oracle",
+        ),
+        (
+            "kept ids: an id twice counts twice",
+            "    if twice.any():", "    if False:",
+            "is_named and twice",
+        ),
+        (
+            "kept ids: sums in fp32",
+            'values.double(), "sum"', 'values.float(), "sum"',
+            "oracle and eager and dtype0",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/kept_stats.py", "test_kept_ids.py",
+        (
+            "kept ids: a lone id by its logit",
+            "torch.where(alone, value, x) if value is not None and len(x) else x", "x",
+            "lone",
+        ),
+        (
+            "kept ids: the gradient of a lone id",
+            "no_choice = nowhere | kept.alone", "no_choice = nowhere",
+            "lone",
+        ),
+        (
+            "kept ids: the mean over the vocabulary",
+            "reference.statistics_of_parts(parts, kept.counts, temperature)",
+            "reference.statistics_of_parts(parts, 40, temperature)",
+            "further and eager",
+        ),
+        (
+            "kept ids: of equal logits the first in memory is on top",
+            "torch.where(kept.ids < targets, capped, -torch.inf)",
+            "torch.where(torch.arange(len(capped)) < kept.own[kept.token], capped, -torch.inf)",
+            "equal_logits",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/taken_logits.py", "test_kept_ids.py",
+        (
+            "kept ids: a gradient where nothing is kept",
+            "d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)",
+            "d_logits = torch.ones_like(logits, memory_format=torch.contiguous_format)",
+            "oracle and eager and dtype0",
+        ),
+        (
+            "kept ids: the logits stay in the gradient's place",
+            "d_logits = logits.zero_()", "d_logits = logits.mul_(1)",
+            "place_of_the_logits",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/kept_logits.py", "test_linear_kept_ids.py",
+        (
+            "kept ids: the bias of all ids",
+            "logits += torch.where(rows.wanted, bias[rows.ids], 0.0)", "logits += bias[rows.ids]",
+            "lone",
+        ),
+        (
+            "kept ids: the first column block alone",
+            "        first += weight.shape[1]\n", "",
+            "column_blocks",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/weighted_rows.py", "test_linear_kept_ids.py",
+        (
+            "kept ids: rows whose factor is 0 are read",
+            "order = sums.order[factors[sums.order] != 0]", "order = sums.order",
+            "lone and eager",
+        ),
+        (
+            "kept ids: sums of a gathered part alone",
+            "place[first : first + at_a_time], products", "place[: len(products)], products",
+            "quantized",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_head.py", "test_linear_kept_ids.py",
+        (
+            "kept ids: quantized rows by the scales of the first ones",
+            "run = (index.unsqueeze(1) * values.shape[1] + column) // self.run",
+            "run = (0 * index.unsqueeze(1) + column) // self.run",
+            "quantized",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/compiled_kept.py", "test_linear_kept_ids.py",
+        (
+            "kept ids, compiled: products without the runs",
+            "return added(_DOTS(_rows(matrix), numbers, _rows(other), others))[0]",
+            "return _DOTS(_rows(matrix), numbers, _rows(other), others)[-1]",
+            "wide_hidden",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_loss.py", "test_linear_kept_ids.py",
+        (
+            "kept ids: a loss of all tokens in one chunk",
+            "index = order[slice(*whole(spans))]", "index = order",
+            "ones_own and eager and 4",
+        ),
+    ),
+    *_mutants(
+        "kernels/kept_ids.py", "test_linear_kept_ids.py",
+        (
+            "kept ids, kernel: ids that nobody looks at are read",
+            "inside &= tl.load(wanted + pair, mask=inside, other=0) != 0", "pass",
+            "lone and triton",
+        ),
+        (
+            "kept ids, kernel: the last columns are missing",
+            "for first in range(0, width, COLUMNS):",
+            "for first in range(0, width - COLUMNS, COLUMNS):",
+            "wide_hidden and triton",
+        ),
+        (
+            "kept ids, kernel: rows whose factor is 0 are read",
+            "inside &= factor != 0.0", "pass",
+            "lone and triton",
+        ),
+        (
+            "kept ids, kernel: the first summands alone",
+            "range(start, stop, BLOCK):\n        place = first + tl.arange(0, BLOCK)\n",
+            "range(start, start + 1, BLOCK):\n        place = first + tl.arange(0, BLOCK)\n",
+            "all_ids and triton",
+        ),
+    ),
+    *_mutants(
+        "kernels/kept_ids.py", "test_kept_ids.py",
+        (
+            "kept ids, kernel: the first block of a token's ids alone",
+            "range(start, stop, BLOCK):\n        place = first + tl.arange(0, BLOCK)[:, None]",
+            "range(start, start + 1, BLOCK):\n        place = first + tl.arange(0, BLOCK)[:, None]",
+            "long_rows and triton",
+        ),
+        (
+            "kept ids, kernel: the mean over a block",
+            "tl.sum(total, axis=0) / (stop - start) / row_t",
+            "tl.sum(total, axis=0) / BLOCK / row_t",
+            "further and triton",
+        ),
+        (
+            "kept ids, kernel: tokens without a gradient",
+            "tl.where(counting, dx, 0.0)", "dx",
+            "lone and triton",
+        ),
+        (
+            "kept ids, kernel: ids that are not there have a logit of 0",
+            'x = tl.load(logits + place, mask=inside, other=-float("inf"))',
+            "x = tl.load(logits + place, mask=inside, other=0.0)",
+            "oracle and triton and plain and dtype1",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/model_inputs.py", "test_model_kept_ids.py",
+        (
+            "kept ids: of positions, not of the tokens that they predict",
+            "first = torch.arange(sequences, device=offsets.device).unsqueeze(1) * (tokens - 1)",
+            "first = torch.arange(sequences, device=offsets.device).unsqueeze(1) * 0",
+            "scale_or_cap and Llama",
+        ),
+        (
+            "shared rows: parents in the first row of ids",
+            "flat = torch.where(inside, first + of_scored, -1)",
+            "flat = torch.where(inside, of_scored, -1)",
+            "several_trees",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/at_head.py", "test_model_kept_ids.py",
+        (
+            "shared rows: a tree's branches are documents",
+            'positions = batch.inputs.get("position_ids") if batch.rows is None else None',
+            'positions = batch.inputs.get("position_ids")',
+            "its_sequences",
         ),
     ),
 ]  # fmt: skip
