@@ -3097,9 +3097,9 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/ops/linear_rows.py", "test_shared_rows.py",
         (
-            "shared rows: blocks of half of the states",
-            "first, last in even_spans(len(ends) - 1, chunk)]",
-            "first, last in even_spans(len(ends) - 1, chunk // 2 or 1)]",
+            "shared rows: tokens of one state in two blocks",
+            "        of_states = self.shared.state[self.order]",
+            "        return even_spans(self.size, chunk)\n        of_states = self.shared.state[self.order]",
             "what_the_states_cost",
         ),
         (
