@@ -206,7 +206,7 @@ def test_opposite_gradients_of_one_state(impl, device) -> None:
 @BACKENDS
 def test_masked_logits_and_states_without_a_distribution(impl, device) -> None:
     hidden = torch.ones(2, 1, dtype=torch.float64, device=device, requires_grad=True)
-    weight = torch.ones(4, 1, dtype=torch.float64, device=device)
+    weight = torch.arange(1.0, 5.0, dtype=torch.float64, device=device).view(4, 1)
     bias = torch.tensor([0.0, -torch.inf, 1.0, 2.0], dtype=torch.float64, device=device)
     targets = torch.tensor([1, 0, 3, 2], device=device)
     rows = torch.tensor([0, 0, 0, 1], device=device)

@@ -3099,7 +3099,8 @@ MUTANTS = [
         (
             "shared rows: tokens of one state in two blocks",
             "        of_states = self.shared.state[self.order]",
-            "        return even_spans(self.size, chunk)\n        of_states = self.shared.state[self.order]",
+            "        return even_spans(self.size, chunk)\n"
+            "        of_states = self.shared.state[self.order]",
             "what_the_states_cost",
         ),
         (
