@@ -3228,11 +3228,6 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/ops/kept_logits.py", "test_linear_kept_ids.py",
         (
-            "kept ids: the bias of all ids",
-            "logits += torch.where(rows.wanted, bias[rows.ids], 0.0)", "logits += bias[rows.ids]",
-            "lone",
-        ),
-        (
             "kept ids: the first column block alone",
             "        first += weight.shape[1]\n", "",
             "column_blocks",
@@ -3280,11 +3275,6 @@ MUTANTS = [
     *_mutants(
         "kernels/kept_ids.py", "test_linear_kept_ids.py",
         (
-            "kept ids, kernel: ids that nobody looks at are read",
-            "inside &= tl.load(wanted + pair, mask=inside, other=0) != 0", "pass",
-            "lone and triton",
-        ),
-        (
             "kept ids, kernel: the last columns are missing",
             "for first in range(0, width, COLUMNS):",
             "for first in range(0, width - COLUMNS, COLUMNS):",
@@ -3317,15 +3307,18 @@ MUTANTS = [
             "further and triton",
         ),
         (
-            "kept ids, kernel: tokens without a gradient",
-            "tl.where(counting, dx, 0.0)", "dx",
-            "lone and triton",
-        ),
-        (
             "kept ids, kernel: ids that are not there have a logit of 0",
             'x = tl.load(logits + place, mask=inside, other=-float("inf"))',
             "x = tl.load(logits + place, mask=inside, other=0.0)",
             "oracle and triton and plain and dtype1",
+        ),
+    ),
+    *_mutants(
+        "kernels/kept_ids.py", "test_traffic.py",
+        (
+            "kept ids, kernel: ids that nobody looks at are read",
+            "inside &= tl.load(wanted + pair, mask=inside, other=0) != 0", "pass",
+            "kept_ids",
         ),
     ),
     *_mutants(
