@@ -84,6 +84,49 @@ def _plain_logprobs(x: Leaves, s: Tokens) -> dict:
     return {"logprob": plain.logprobs(_log_p(x), s)}
 
 
+def _few_ids(s: Tokens, vocab: int) -> Tensor:
+    """Three ids of each token, (B, T, 3): the target and others."""
+    target = s.picked[..., 0]
+    return torch.stack((target, (target + 1) % vocab, (target + vocab // 2) % vocab), dim=-1)
+
+
+def _over_kept_ids(x: Leaves, s: Tokens) -> dict:
+    ids = _few_ids(s, len(x["weight"]))[s.live].flatten()
+    lengths = torch.where(s.live, 3, 0).flatten()
+    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    stats = fastrlhf.linear_token_stats(
+        *_head(x), s.targets, entropy=True, support=(ids, offsets), impl="triton"
+    )
+    return {"logprob": stats.logprob, "entropy": stats.entropy}
+
+
+def _plain_over_kept_ids(x: Leaves, s: Tokens) -> dict:
+    logits = x["hidden"] @ x["weight"].T
+    log_p = plain.log_softmax(logits.gather(-1, _few_ids(s, len(x["weight"]))))
+    return {"logprob": log_p[..., 0] * s.live, "entropy": plain.entropy(log_p) * s.live}
+
+
+def _pairs(s: Tokens) -> Tensor:
+    """Of each two neighbours among the tokens with a target the first, by its number."""
+    live = s.live.flatten().nonzero()[:, 0]
+    rows = torch.zeros_like(s.targets).flatten()
+    rows[live] = live[torch.arange(len(live), device=live.device) // 2 * 2]
+    return rows.view(s.targets.shape)
+
+
+def _shared(x: Leaves, s: Tokens) -> dict:
+    hidden, weight = _head(x)
+    stats = fastrlhf.linear_token_stats(
+        hidden.flatten(0, 1), weight, s.targets, rows=_pairs(s), entropy=True, **_options(x)
+    )
+    return {"logprob": stats.logprob, "entropy": stats.entropy}
+
+
+def _plain_shared(x: Leaves, s: Tokens) -> dict:
+    log_p = plain.log_softmax(x["hidden"].flatten(0, 1)[_pairs(s)] @ x["weight"].T)
+    return {"logprob": plain.logprobs(log_p, s), "entropy": plain.entropy(log_p) * s.live}
+
+
 def _loss(x: Leaves, s: Tokens) -> dict:
     count = s.live.sum()
 
@@ -151,6 +194,8 @@ def _divergence(direction: str) -> Operation:
 OPERATIONS = {
     "linear_token_logprobs": Operation(_logprobs, _plain_logprobs),
     "linear_token_stats": Operation(_stats, _plain_stats),
+    "linear_token_stats over kept ids": Operation(_over_kept_ids, _plain_over_kept_ids),
+    "linear_token_stats of shared rows": Operation(_shared, _plain_shared),
     "linear_loss": Operation(_loss, _plain_loss),
     "linear_cross_entropy": Operation(_cross_entropy, _plain_cross_entropy),
     "linear_dpo_loss": Operation(_dpo, _plain_dpo),

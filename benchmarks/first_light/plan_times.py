@@ -110,6 +110,60 @@ def _plans(bench: Bench) -> dict[str, tuple[Callable[[], Any], int]]:
     }
 
 
+def _support(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of half of the tokens the target alone, of the others fifteen ids: eight on average."""
+    targets, vocab = batch.targets.flatten(), batch.weight.shape[0]
+    step = torch.arange(15, device=targets.device) * (vocab // 15)
+    ids = (targets.unsqueeze(1) + step) % vocab
+    lengths = torch.where(torch.arange(len(targets), device=targets.device) % 2 == 0, 1, 15)
+    kept = torch.arange(15, device=targets.device) < lengths.unsqueeze(1)
+    return ids[kept], torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+
+
+def time_fewer_rows(report: Reporter, machine: Machine) -> None:
+    """Where not every token meets every word: kept ids, a third of the tokens with a gradient, two
+    targets of each hidden state.
+    """
+    bench = Bench(report, machine)
+    batch, width = bench.batch, bench.width
+    support, options = _support(batch), {"impl": "triton"}
+    rate = report.rates.get("copy_bytes_per_second")
+    counts = support[1].diff()
+    pass_bytes = int(counts[counts > 1].sum()) * width * batch.weight.element_size()
+
+    def kept() -> Tensor:
+        return _logprobs(batch, trained=True, support=support, **options)
+
+    def time(name: str, work: Callable[[], Any], passes: int, more_bytes: int = 0) -> None:
+        floor = (passes * pass_bytes + more_bytes) / rate if rate else None
+        report.attempt(name, lambda: report.timing(name, machine.seconds(work), floor))
+
+    with torch.no_grad():
+        time("kept ids, forward", kept, 1)
+    gradients = batch.weight.nbytes + batch.hidden.nbytes
+    time("kept ids, trained head", lambda: bench.gradients(kept()), 3, gradients)
+    third = (torch.arange(batch.targets.numel(), device=machine.device) % 3 == 0).float()
+
+    def sparse() -> Tensor:
+        def loss(stats: fastrlhf.ChunkStats, weight: Tensor) -> Tensor:
+            return -(stats.logprob * weight).mean()
+
+        head = (batch.hidden, batch.weight, batch.targets, third.view(batch.targets.shape))
+        return fastrlhf.linear_loss(loss, *head, **options)[0]
+
+    bench.time("P2, a third has a gradient, 1.67G", lambda: bench.gradients(sparse()), 1 + 2 / 3)
+    rows = torch.arange(batch.targets.numel(), device=machine.device) // 2 * 2
+
+    def shared() -> Tensor:
+        def loss(stats: fastrlhf.ChunkStats) -> Tensor:
+            return -stats.logprob.mean()
+
+        head = (batch.hidden.flatten(0, 1), batch.weight, batch.targets)
+        return fastrlhf.linear_loss(loss, *head, rows=rows.view(batch.targets.shape), **options)[0]
+
+    bench.time("P2, two targets a state, 1.5G", lambda: bench.gradients(shared()), 1.5)
+
+
 def compile_plans(report: Reporter, machine: Machine) -> None:
     """Run each plan on a few rows, so that Triton's cache has its kernels when it is timed."""
     bench = Bench(report, machine, min(machine.sizes.plan_rows, 16 * _SEQUENCES))

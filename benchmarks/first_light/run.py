@@ -119,6 +119,7 @@ def timing_sections(machine: Machine, seconds: float) -> list[Section]:
     return [
         section("kernels {} × {}".format(*central), 0.2, kernels, *central),
         section("plans", 0.2, plan_times.time_plans),
+        section("fewer rows", 0.05, plan_times.time_fewer_rows),
         section("matmuls of a chunk", 0.1, plan_times.time_chunk_matmuls),
         section("matmuls at an odd vocabulary", 0.1, plan_times.time_odd_matmuls),
         section("small kernels", 0.1, kernel_times.time_small_kernels),

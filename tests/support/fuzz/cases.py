@@ -153,6 +153,91 @@ def linear_token_stats(d: Draw) -> Case:
                 grad_size=4.0, terms=head_terms(x, live, o), twice=d.chance(0.2))  # fmt: skip
 
 
+def support(d: Draw, targets: Tensor, live: Tensor, vocab: int) -> tuple[Any, Tensor]:
+    """Kept ids in some order, and where they are (..., V); rubbish for ignored tokens."""
+    kept = d.bits(*targets.shape, vocab) != 0
+    index = torch.where(live, targets, 0).long()[..., None]
+    kept = kept.scatter(-1, index, torch.ones_like(index, dtype=torch.bool))
+    rows = [row.nonzero()[:, 0] for row in kept.reshape(-1, vocab)]
+    backwards, rubbish = d.chance(0.5), d.of([], [-7, 10**9, -7])
+    rows = [
+        (row.flip(0) if backwards else row) if counts else torch.tensor(rubbish, dtype=torch.int64)
+        for row, counts in zip(rows, live.reshape(-1).tolist(), strict=True)
+    ]
+    ids = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    dtype = d.of(torch.int64, torch.int32)
+    return (ids.to(dtype), offsets.to(dtype)), kept
+
+
+def kept_token_stats(d: Draw) -> Case:
+    shape, vocab, dtype = tokens(d), vocabulary(d), d.of(*DTYPES)
+    targets, _ = targets_of(d, shape, vocab, -100)
+    live = targets != -100
+    ids, kept = support(d, targets, live, vocab)
+    logits = d.laid_out(d.hidden(d.logits(*shape, vocab, dtype=dtype), live), repeated=False)
+    o, options = d.transform(*shape), {"support": ids, "impl": d.of("eager", "triton")}
+
+    def call(x: dict[str, Tensor]) -> tuple:
+        return fastrlhf.token_stats(x["logits"], targets, entropy=True, **o, **options)[:2]
+
+    def formula(x: dict[str, Tensor]) -> tuple:
+        return f.kept_stats(x["logits"], targets, o, kept)
+
+    size = reach(f.where_kept(logits, live), o)
+    return Case("kept_token_stats", {"logits": logits}, call, formula, subset(d, "logits"), size,
+                terms=steepness(o), twice=d.chance(0.2))  # fmt: skip
+
+
+def fewer_rows(d: Draw) -> Case:
+    """Tokens that share hidden states, over kept ids or all; statistics, or a loss of groups, in
+    which some tokens have no gradient.
+    """
+    shape, vocab, dtype = tokens(d), vocabulary(d), d.of(*DTYPES)
+    targets, _ = targets_of(d, shape, vocab, -100)
+    live = targets != -100
+    states = d.size(6, least=1)
+    rows = d.integers(states, shape)
+    used = torch.zeros(states, dtype=torch.bool)
+    used[rows[live].long()] = True
+    x = head(d, (states,), vocab, used, dtype)
+    ids, kept = support(d, targets, live, vocab) if d.chance(0.5) else (None, None)
+    o, side = d.transform(*shape), d.normal(*shape) * d.of(1.0, d.bits(*shape).double())
+    options = {"rows": torch.where(live, rows, 10**6), "support": ids, "entropy": True,
+               "chunk_size": d.of(None, 1, 2), "impl": d.of("eager", "triton")}  # fmt: skip
+    groups = d.integers(3, shape) if d.chance(0.5) else None
+    of_loss = d.chance(0.5)
+
+    def loss_fn(stats: Any, side: Tensor) -> Tensor:
+        return (side.to(stats.logprob.dtype) * (stats.logprob - stats.entropy)).sum()
+
+    def call(x: dict[str, Tensor]) -> tuple:
+        given = (x["hidden"], x["weight"], targets)
+        more = {**o, **options, "bias": x.get("bias")}
+        if of_loss:
+            return (fastrlhf.linear_loss(loss_fn, *given, side, groups=groups, **more)[0],)
+        stats = fastrlhf.linear_token_stats(*given, **more)
+        here = side.to(stats.logprob.dtype)
+        return (f.where_kept(here * (stats.logprob - stats.entropy), live).sum(),)
+
+    def formula(x: dict[str, Tensor]) -> tuple:
+        hidden = f.where_kept(x["hidden"], used)[torch.where(live, rows, 0).long()]
+        logits = f.head_logits(hidden, x["weight"], x.get("bias"), live)
+        if kept is None:
+            logprob, h = f.token_stats(logits, targets, o)
+        else:
+            logprob, h = f.kept_stats(logits, targets, o, kept)
+        return (f.where_kept(side.to(h.dtype) * (logprob - h), live).sum(),)
+
+    size = (
+        head_reach(x, used, o)
+        * max(1, targets.numel())
+        * (1 + float(side.abs().max() if side.numel() else 0))
+    )
+    return Case("fewer_rows", x, call, formula, subset(d, *x), size,
+                terms=5 * (1 + targets.numel()) * head_terms(x, used, o))  # fmt: skip
+
+
 def linear_loss(d: Draw) -> Case:
     shape, vocab, dtype = tokens(d), vocabulary(d), d.of(*DTYPES)
     targets, _ = targets_of(d, shape, vocab, -100)
@@ -842,6 +927,7 @@ def conjugate_gradient(d: Draw) -> Case:
 
 MAKERS: tuple[Maker, ...] = (
     token_stats, token_stats, linear_token_stats, linear_token_stats, linear_loss,
+    kept_token_stats, fewer_rows,
     linear_cross_entropy, kl_divergence, kl_divergence, linear_kl_divergence,
     softmax_fisher_product, dpo_loss, dpo_loss, reference_free, kto_loss, policy_loss, policy_loss,
     logits_policy_loss, logits_policy_loss, linear_policy_loss, linear_dpo_loss, value_loss, gae,

@@ -70,6 +70,18 @@ def token_stats(logits: Tensor, targets: Tensor, o: dict[str, Any]) -> tuple[Ten
     return where_kept(torch.where(empty, none, logprob), live), where_kept(entropy, live)
 
 
+def kept_stats(
+    logits: Tensor, targets: Tensor, o: dict[str, Any], kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy over kept columns (..., V) alone: 0 where there is one of them."""
+    live = targets != o.get("ignore_index", -100)
+    z = effective(where_kept(logits, live), o)
+    zero, none = (torch.full((), x, dtype=z.dtype) for x in (0.0, -torch.inf))
+    z = torch.where(kept, torch.where((kept.sum(-1) == 1)[..., None], zero, z), none)
+    plain = {"ignore_index": o.get("ignore_index", -100)}
+    return token_stats(z, targets, plain)
+
+
 FURTHER = ("is_top1", "mean_logit", "log_sum_sq_probs")
 
 
