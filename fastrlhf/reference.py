@@ -189,7 +189,7 @@ def token_stats(
     further = {}
     if "is_top1" in with_stats:
         top = capped.detach().argmax(-1)
-        further["is_top1"] = (top == index) & ~lse.isnan() & live & ~empty
+        further["is_top1"] = (top == index) & (lse < torch.inf) & live & ~empty
     if "mean_logit" in with_stats:
         further["mean_logit"] = of_row((capped.detach() / rows_t).mean(-1), -torch.inf)
     if "log_sum_sq_probs" in with_stats:

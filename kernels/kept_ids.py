@@ -66,8 +66,8 @@ def _kept_products_kernel(
         column = first + tl.arange(0, COLUMNS)
         there = inside[:, None] & (column < width)[None, :]
         a = tl.load(ours[:, None] + column[None, :], mask=there, other=0.0).to(acc)
-        b = tl.load(theirs[:, None] + column[None, :], mask=there, other=0.0).to(acc)
-        total += a * b
+        b = tl.load(theirs[:, None] + column[None, :], mask=there, other=0.0)
+        total += a * stored(b, hidden.dtype.element_ty).to(acc)
     before = tl.load(logits + pair, mask=inside, other=0.0)
     tl.store(logits + pair, before + tl.sum(total, axis=1), mask=inside)
 
@@ -84,6 +84,7 @@ def _weighted_sums_kernel(
     out_stride,
     source_stride,
     blocks,  # of columns
+    OPERANDS: tl.constexpr,  # the dtype that rows of the source are rounded to
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -103,8 +104,8 @@ def _weighted_sums_kernel(
         inside &= factor != 0.0
         rows = source + tl.load(numbers + pair, mask=inside, other=0) * source_stride
         there = inside[:, None] & within[None, :]
-        x = tl.load(rows[:, None] + column[None, :], mask=there, other=0.0).to(acc)
-        total += x * factor[:, None]
+        x = tl.load(rows[:, None] + column[None, :], mask=there, other=0.0)
+        total += stored(x, OPERANDS).to(acc) * factor[:, None]
     dtype: tl.constexpr = out.dtype.element_ty
     tl.store(out + row * out_stride + column, stored(tl.sum(total, axis=0), dtype), mask=within)
 
@@ -263,8 +264,9 @@ def add_kept_products(
     ids: torch.Tensor,
     wanted: torch.Tensor,
 ) -> None:
-    """Add products of rows of hidden (U, K) and of the weight (V, K) to logits (M,), which are fp32
-    or fp64; which rows is in state and ids (M,). Those that are not wanted are not read.
+    """Add products of rows of hidden (U, K) and of the weight (V, K), rounded to the same dtype, to
+    logits (M,), which are fp32 or fp64; which rows is in state and ids (M,). Those that are not
+    wanted are not read.
     """
     hidden, weight = _rows(hidden), _rows(weight)
     pairs, width = logits.shape[0], hidden.shape[1]
@@ -283,9 +285,12 @@ def sum_weighted_rows(
     order: torch.Tensor,
     bounds: torch.Tensor,
     numbers: torch.Tensor,
+    *,
+    operands: torch.dtype,
 ) -> None:
-    """Write into out (S, K) the sums of rows of a source (., K), each times a factor (M,) in fp32
-    or fp64: see the kernel. Rows of the result have neighbours in memory, at any distance.
+    """Write into out (S, K) the sums of rows of a source (., K), each rounded to a dtype, and times
+    a factor (M,) in fp32 or fp64: see the kernel. Numbers of a row of the result are neighbours in
+    memory.
     """
     source = _rows(source)
     blocks = triton.cdiv(source.shape[1], _SUM_COLUMNS)
@@ -294,6 +299,7 @@ def sum_weighted_rows(
     _weighted_sums_kernel[(out.shape[0] * blocks,)](
         out, factors, source, order, bounds, numbers,
         source.shape[1], out.stride(0), source.stride(0), blocks,
+        OPERANDS=getattr(tl, str(operands).removeprefix("torch.")),
         BLOCK=_SUMMANDS, COLUMNS=_SUM_COLUMNS, num_warps=4,
     )  # fmt: skip
 

@@ -298,6 +298,24 @@ def test_a_gpu_takes_a_weight_in_large_slices() -> None:
         assert Head([weight.to(BF16)], None, BF16).slice_rows == 128256
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("first", [0, 20, 40])
+def test_blocks_without_any_gradient(dtype, first, like_a_gpu) -> None:
+    """None has one, the first of two does, or both."""
+    hidden, weight, bias, targets = inputs(dtype)
+    counts = (torch.arange(TOKENS) < first).view(targets.shape)
+
+    def found(targets: Tensor) -> tuple[Tensor, ...]:
+        loss, _ = fastrlhf.linear_loss(
+            lambda stats, counts: (counts * stats.logprob).sum(), hidden, weight, targets, counts,
+            bias=bias, chunk_size=20,
+        )  # fmt: skip
+        return autograd.grad(loss, (hidden, weight, bias))
+
+    for a, b in zip(found(targets), found(targets.masked_fill(~counts, -100)), strict=True):
+        assert errors(a, b.double()).max() < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("waiting", [0, 30, 1000])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_rows_without_a_gradient_are_not_multiplied(

@@ -358,8 +358,8 @@ def test_under_the_compiler_it_runs_as_it_is() -> None:
 
 
 BAD = {
-    "no tuple": (lambda i, o: i, TypeError, r"^support: expected a tuple of ids"),
-    "three": (lambda i, o: (i, o, o), TypeError, r"^support: expected a tuple of ids"),
+    "no tuple": (lambda i, o: i, TypeError, r"^support: expected a tuple of two"),
+    "three": (lambda i, o: (i, o, o), TypeError, r"^support: expected a tuple of two"),
     "lists": (lambda i, o: (i.tolist(), o), TypeError, r"^support\[0\]: expected a tensor"),
     "floats": (lambda i, o: (i.float(), o), TypeError, r"^support\[0\]: expected int32 or int64"),
     "small offsets": (lambda i, o: (i, o.to(torch.int16)), TypeError, r"^support\[1\]: .*int32"),

@@ -482,14 +482,65 @@ def test_a_group_is_refused() -> None:
         problem.stats(group="no group")
 
 
-def test_autocast_multiplies_what_it_is_given() -> None:
+@pytest.mark.parametrize("impl", ["eager", "compiled"])
+def test_autocast_rounds_hidden_states_and_weight_alike(impl) -> None:
     problem = Problem(torch.float32)
-    plain = problem.stats()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = problem.stats()
-    assert found.logprob.dtype == torch.float32
-    torch.testing.assert_close(found.logprob, plain.logprob, rtol=0.1, atol=0.1)
-    assert all(x.dtype == torch.float32 for x in autograd.grad(found.logprob.sum(), problem.wanted))
+        found = problem.stats(impl=impl)
+    of_found = autograd.grad(found.logprob.sum(), problem.wanted)
+    for x in (problem.hidden, problem.weight):
+        x.data = x.data.bfloat16().float()
+    rounded = problem.stats(impl=impl)
+    assert torch.equal(found.logprob, rounded.logprob)
+    of_rounded = autograd.grad(rounded.logprob.sum(), problem.wanted)
+    for a, b in zip(of_found, of_rounded, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+        assert a.dtype == torch.float32
+
+
+def test_a_loss_runs_without_autocast_and_must_be_one() -> None:
+    problem, seen = Problem(torch.float32), []
+
+    def loss_fn(stats: ChunkStats) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return stats.logprob.sum()
+
+    given = problem.hidden, problem.weight, problem.targets
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear_loss(loss_fn, *given, support=problem.support)
+    assert seen == [False]
+    with pytest.raises(TypeError, match=r"^loss_fn: expected a function, got int"):
+        linear_loss(3, *given, support=problem.support)
+
+
+def test_tokens_that_are_batched_too() -> None:
+    problem = Problem(alone=0.0, garbage=False)
+    problem.targets[0, 2] = int(problem.targets[0, 1])
+    targets = torch.stack((problem.targets, (problem.targets + 1) % VOCAB))
+    support = everything(SEQUENCES * TOKENS, VOCAB)
+    hidden = torch.stack((problem.hidden, 2 * problem.hidden)).detach().nan_to_num()
+    ids = torch.stack((support[0], support[0].flip(0)))
+
+    def stats(hidden, targets, ids):
+        return linear_token_stats(
+            hidden, problem.weight, targets, bias=problem.bias, support=(ids, support[1]),
+            entropy=True,
+        )  # fmt: skip
+
+    both = torch.func.vmap(stats)(hidden, targets, ids)
+    logits = F.linear(hidden, problem.weight, problem.bias)
+    of_logits = torch.func.vmap(
+        lambda x, t, i: fastrlhf.token_stats(x, t, support=(i, support[1]), entropy=True)
+    )(logits, targets, ids)
+    for i in (0, 1):
+        one = stats(hidden[i], targets[i], ids[i])
+        for a, b, c in zip(both, of_logits, one, strict=True):
+            torch.testing.assert_close(a[i], c)
+            torch.testing.assert_close(b[i], c)
+    with pytest.raises(ValueError, match=r"^support\[1\]: expected offsets that are the same"):
+        torch.func.vmap(
+            lambda o: linear_token_stats(hidden[0], problem.weight, targets[0], support=(ids[0], o))
+        )(torch.stack((support[1], support[1])))
 
 
 @settings(max_examples=40, deadline=None)

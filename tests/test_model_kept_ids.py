@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.kept import random_support
+from support.kept import random_support, support_of
 from support.matmuls import MatmulAudit
 from support.tiny_models import VOCAB, batch, make, with_lora
 from torch import Tensor, nn
@@ -209,6 +209,14 @@ def test_several_trees() -> None:
         torch.testing.assert_close(values[None], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_token_is_scored_where_its_parent_is_there() -> None:
+    model, ids = make("Llama"), torch.randint(1, VOCAB, (2, 6))
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    rows = torch.tensor([[0, 1, 2, 3, 3], [0, 1, 1, 3, 4]])  # the last two, and the third, part
+    found = fastrlhf.model_token_stats(model, ids, attention_mask, rows=rows).logprob != 0
+    assert found.tolist() == [[False, False, True, True, True], [True, True, True, False, False]]
+
+
 def test_a_tree_makes_the_logits_of_what_predicts_something_once() -> None:
     model, tree = make("Llama"), Tree()
     call = partial(fastrlhf.model_token_stats, model, tree.ids, **tree.inputs, rows=tree.rows)
@@ -227,6 +235,15 @@ def test_what_does_not_fit_is_named() -> None:
         call(**tree.inputs, rows=Tree.parents[None])
     with pytest.raises(ValueError, match=r"^rows: expected indices in \[0, 10\).*got 10"):
         call(**tree.inputs, rows=tree.rows + 2)
+    with pytest.raises(ValueError, match=r"^rows: .*got that of the token itself, 1$"):
+        call(**tree.inputs, rows=torch.arange(1, 10)[None])
+    kept = [token.view(1) for token in tree.ids[0, 1:]]
+    kept[6] = torch.tensor([(int(kept[6]) + 1) % VOCAB])
+    with pytest.raises(ValueError, match=r"^support: .* of token 6, which"):
+        call(support=support_of(kept))
+    kept[6] = torch.tensor([int(tree.ids[0, 7]), VOCAB])
+    with pytest.raises(ValueError, match=rf"^support\[0\]: .*\[0, {VOCAB}\)"):
+        call(support=support_of(kept))
     with pytest.raises(ValueError, match=r"^rows: expected None with cu_seqlens"):
         call(cu_seqlens=torch.tensor([0, 10]), rows=tree.rows)
     with pytest.raises(ValueError, match=r"^support\[1\]: expected shape \(10,\)"):

@@ -337,6 +337,55 @@ def test_transforms_of_functions() -> None:
     torch.testing.assert_close(derivative, sum(x.square().sum() for x in expected))
 
 
+def test_no_tokens_and_no_states() -> None:
+    weight, nothing = torch.randn(9, 4), torch.zeros(2, 0, dtype=torch.int64)
+    ignored, zeros = torch.full((3,), -100), torch.zeros(3, dtype=torch.int64)
+    for hidden, targets, rows in (
+        (torch.randn(3, 4), nothing, nothing),
+        (torch.randn(0, 4), nothing, nothing),
+        (torch.randn(0, 4), ignored, zeros),
+    ):
+
+        def total(x, targets=targets, rows=rows):
+            return fastrlhf.linear_token_logprobs(x, weight, targets, rows=rows).sum()
+
+        x = hidden.clone().requires_grad_()
+        for found in (
+            *autograd.grad(total(x), x), *autograd.grad(total(x), x, create_graph=True),
+            torch.func.grad(total)(hidden),
+        ):  # fmt: skip
+            assert found.shape == hidden.shape and not found.any()
+
+
+def test_targets_that_are_batched() -> None:
+    problem = Problem()
+    hidden, weight, bias = (x.detach().nan_to_num() for x in problem.head)
+    targets = torch.stack((problem.targets, problem.targets.flip(0)))
+    rows = torch.where(problem.targets < 0, 0, problem.rows)
+
+    def stats(targets):
+        return fastrlhf.linear_token_logprobs(hidden, weight, targets, bias=bias, rows=rows)
+
+    both = torch.func.vmap(stats)(targets)
+    torch.testing.assert_close(both[1], stats(targets[1]))
+
+
+def test_ignored_tokens_make_no_states() -> None:
+    """Whatever their temperatures are."""
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3)
+    targets = torch.randint(7, (50,))
+    targets[10:] = -100
+    temperature = torch.where(targets < 0, torch.rand(50), 1.0)
+    temperature[20:30] = torch.nan
+    with MatmulAudit() as audit:
+        stats = linear_token_stats(
+            hidden, weight, targets, rows=torch.arange(50) % 4, temperature=temperature
+        )
+        (gradient,) = autograd.grad(stats.logprob.sum(), hidden)
+    assert gradient.isfinite().all()
+    assert audit.operations == 2 * 2 * 4 * 3 * 7
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 def test_under_the_compiler_it_runs_as_it_is() -> None:
     problem = Problem(torch.float32)

@@ -148,6 +148,20 @@ def test_what_tokens_without_a_gradient_hold_does_not_matter(dtype) -> None:
         assert of_weight.isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_that_is_so_of_few_tokens_too(tokens) -> None:
+    hidden, weight, _, targets = inputs(trained=True)
+    hidden, targets = hidden[:tokens], targets[:tokens]
+    with torch.no_grad():
+        hidden[0] = torch.inf
+    upstream = torch.ones(tokens, dtype=torch.float64)
+    upstream[0] = 0.0
+    logprobs = fastrlhf.linear_token_logprobs(hidden, weight, targets)
+    (found,) = autograd.grad(logprobs, weight, upstream)
+    of_others = fastrlhf.linear_token_logprobs(hidden[1:], weight, targets[1:])
+    torch.testing.assert_close(found, autograd.grad(of_others.sum(), weight)[0])
+
+
 def test_rows_move_to_the_front_in_parts() -> None:
     rows = torch.randn(100, 3)
     units = torch.rand(100, 1)

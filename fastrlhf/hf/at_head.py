@@ -87,7 +87,7 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     check_causal(base)
     # Where tokens of a tree start again is told by what predicts them.
     positions = batch.inputs.get("position_ids") if batch.rows is None else None
-    scored = scored_tokens(ids, attention_mask, batch.mask, positions)
+    scored = scored_tokens(ids, attention_mask, batch.mask, positions, batch.rows)
     if batch.rows is not None:
         batch = with_rows_of_positions(batch, scored)
     elif batch.cu_seqlens is None:
@@ -99,7 +99,8 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     inputs = {"use_cache": False, **inputs}
     targets = shift_targets(ids, scored, cu_seqlens=batch.cu_seqlens, ignore_index=IGNORED)
     if batch.support is not None:
-        batch = batch._replace(support=support_of_positions(batch.support, ids))
+        support = support_of_positions(batch.support, targets, IGNORED)
+        batch = batch._replace(support=support)
     batch = batch._replace(temperature=_of_positions(batch, targets))
 
     def forward(_: StandIn) -> tuple[Any, Tensor]:

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.checks import (
+    assert_on_device,
     check_dense,
     check_indices_on_host,
     check_integer,
     check_mask,
     check_same_device,
     check_shape,
+    known_on_host,
     wide_integers,
 )
-from fastrlhf.ops.kept_ids import Support, dense_support
+from fastrlhf.ops.kept_ids import Support, checked_support
 
 from .head_parts import text_config, virtual_tokens
+
+_ANY_VOCABULARY = 2**62
 
 # Keywords that transformers' models pass on from **kwargs, whatever the model.
 _PASSED_ON = {
@@ -150,15 +154,19 @@ def of_positions(name: str, x: Tensor, input_ids: Tensor) -> Tensor:
     return torch.cat((x, x.new_zeros((sequences, 1))), dim=1)
 
 
-def support_of_positions(support: Support, input_ids: Tensor) -> Support:
-    """Give each of T positions the ids that the token after it may be, and the last one none.
+def support_of_positions(support: Support, targets: Tensor, ignored: int) -> Support:
+    """Give each of T positions, whose targets are (B, T), the ids that the token after it may be,
+    and the last one none.
 
     Raises:
-        TypeError, ValueError: offsets that are not those of the tokens input_ids[:, 1:].
+        TypeError, ValueError: a support that is not one of the tokens input_ids[:, 1:], by their
+            numbers.
     """
-    sequences, tokens = input_ids.shape
+    sequences, tokens = targets.shape
     like = "one for each of the tokens input_ids[:, 1:], flattened, and the end"
-    ids, offsets = dense_support(support, sequences * (tokens - 1), like)
+    # Whether its ids are of the vocabulary is known where the logits are made.
+    kept = checked_support(support, targets[:, :-1], _ANY_VOCABULARY, ignored, like=like)
+    ids, offsets = support[0], kept.offsets
     place = torch.arange(tokens, device=offsets.device)
     first = torch.arange(sequences, device=offsets.device).unsqueeze(1) * (tokens - 1)
     return ids, torch.cat((offsets[(first + place).reshape(-1)], offsets[-1:]))
@@ -166,11 +174,11 @@ def support_of_positions(support: Support, input_ids: Tensor) -> Support:
 
 def rows_of_positions(rows: Tensor, scored: Tensor) -> Tensor:
     """Number the positions (B, T-1) that predict the tokens after the first as if flat, (B, T)
-    with the last, which predict nothing; 0 for tokens that are not scored.
+    with those of the last ones, which predict nothing; anything for tokens that are not scored.
 
     Raises:
-        TypeError, ValueError: rows that are not integer, of another shape or device, or of a token
-            that is scored outside of [0, T).
+        TypeError, ValueError: rows that are not integer, of another shape or device; of a token
+            that is scored, outside of [0, T) or the token's own position.
     """
     check_integer("rows", rows)
     sequences, tokens = scored.shape
@@ -181,10 +189,17 @@ def rows_of_positions(rows: Tensor, scored: Tensor) -> Tensor:
     wanted, rows = scored[:, 1:], wide_integers(rows)
     of_scored = torch.where(wanted, rows, 0)
     check_indices_on_host("rows", of_scored, tokens, "positions in a row of input_ids")
-    # Not into another sequence, on a GPU, where nothing was checked yet.
+    own = wanted & (rows == torch.arange(1, tokens, device=rows.device))
+    if known_on_host(own) and own.any():
+        raise ValueError(
+            "rows: expected the position that predicts each of the tokens input_ids[:, 1:], got "
+            f"that of the token itself, {int(rows[own][0])}"
+        )
+    # On a GPU, where nothing was checked yet.
     inside = (of_scored >= 0) & (of_scored < tokens)
+    assert_on_device((inside & ~own).all(), "rows: outside of the tokens, or the token's own")
     first = torch.arange(sequences, device=rows.device).unsqueeze(1) * tokens
-    flat = torch.where(inside, first + of_scored, -1)
+    flat = first + of_scored.clamp(0, tokens - 1)
     return torch.cat((flat, flat.new_zeros((sequences, 1))), dim=1)
 
 
@@ -208,9 +223,12 @@ def scored_tokens(
     attention_mask: Tensor | None,
     mask: Tensor | None,
     position_ids: Tensor | None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Decide which of the tokens (B, T) are scored, and check what says so."""
-    scored = _wanted_tokens(input_ids, attention_mask, mask)
+    """Decide which of the tokens (B, T) are scored, and check what says so. `rows`: the positions
+    (B, T-1) that predict them, where those are not the ones before.
+    """
+    scored = _wanted_tokens(input_ids, attention_mask, mask, rows)
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
         # Where positions start again, another document does.
         scored = scored.expand(input_ids.shape).clone()
@@ -218,7 +236,9 @@ def scored_tokens(
     return scored
 
 
-def _wanted_tokens(input_ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None) -> Tensor:
+def _wanted_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None, rows: Tensor | None
+) -> Tensor:
     if mask is not None:
         check_mask("mask", mask)
         _check_mask_of_tokens(mask, input_ids)
@@ -235,7 +255,10 @@ def _wanted_tokens(input_ids: Tensor, attention_mask: Tensor | None, mask: Tenso
     attended = attention_mask != 0
     scored = attended.clone()
     # What predicts the first token after padding on the left is padding.
-    scored[:, 1:] &= attended[:, :-1]
+    if rows is None or rows.shape != (len(attended), attended.shape[1] - 1):
+        scored[:, 1:] &= attended[:, :-1]
+    else:
+        scored[:, 1:] &= attended.gather(1, rows.long().clamp(0, attended.shape[1] - 1))
     return scored
 
 

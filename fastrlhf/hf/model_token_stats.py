@@ -81,7 +81,8 @@ def model_token_stats(
         support: as `token_stats`, of the tokens input_ids[:, 1:], flattened: B·(T-1) + 1 offsets.
         rows: (B, T-1) integer, for the tokens input_ids[:, 1:] of a tree: the position in [0, T) of
             the same row of input_ids that predicts each, its parent. Several may have one parent,
-            whose logits are made once. None: the position before it. Give position_ids and an
+            whose logits are made once. None: the position before it. Unless mask says so, a token
+            is scored if attention_mask (B, T) has it and its parent. Give position_ids and an
             attention_mask (B, 1, T, T), which say what each token sees; where position_ids start
             again is then no matter.
         return_outputs: return (stats, outputs), the outputs of the model without its logits: the

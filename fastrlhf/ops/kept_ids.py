@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backend import is_batched
 from .checks import (
     assert_on_device,
     check_dense,
@@ -66,8 +67,13 @@ class KeptIds(NamedTuple):
 
 
 def checked_support(
-    support: Support, targets: Tensor, vocab: int, ignore_index: int
-) -> KeptIds:  # fmt: skip
+    support: Support,
+    targets: Tensor,
+    vocab: int,
+    ignore_index: int,
+    *,
+    like: str = "one for each token, flattened, and the end",
+) -> KeptIds:
     """Check a support of tokens (...) with these targets.
 
     What the tensors hold is checked here on the CPU; on a GPU, by an assertion when the device gets
@@ -81,8 +87,9 @@ def checked_support(
     """
     flat = wide_integers(targets).reshape(-1)
     tokens = flat.shape[0]
-    like = "one for each token, flattened, and the end"
-    ids, offsets = dense_support(support, tokens, like)
+    ids, offsets = _dense_support(support, tokens, like)
+    if is_batched(offsets):
+        raise ValueError("support[1]: expected offsets that are the same for all of a vmap")
     for i, x in enumerate((ids, offsets)):
         check_same_device(f"support[{i}]", x, "targets", targets)
     _check_offsets(offsets, ids.shape[0])
@@ -92,7 +99,8 @@ def checked_support(
     token = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
     token = token.clamp(max=max(0, tokens - 1))
     live = live_tokens[token] if tokens else ids.bool()
-    check_indices_on_host("support[0]", ids[live] if known_on_host(ids) else ids, vocab, "ids")
+    known = known_on_host(ids, flat)
+    check_indices_on_host("support[0]", ids[live] if known else ids, vocab, "ids")
     ids = torch.where(live, ids, 0)
     # One cell more, for the ids that are no target.
     is_own = live & (ids == (flat[token] if tokens else ids))
@@ -102,7 +110,8 @@ def checked_support(
     own = own.scatter(0, cell, place)[:tokens]
     alone = live_tokens & (offsets.diff() == 1)
     kept = KeptIds(ids, offsets, token, live, live_tokens, flat, own, alone)
-    _check_ids(kept, found, vocab)
+    if not is_batched(ids, flat):
+        _check_ids(kept, found, vocab)
     return kept
 
 
@@ -124,14 +133,16 @@ def refuse_support_of_ranks(support: Support | None) -> None:
         )
 
 
-def dense_support(support: Support, tokens: int, like: str) -> Support:
+def _dense_support(support: Support, tokens: int, like: str) -> Support:
     """Return ids and offsets as int64, checked but for what they hold. `like` says what offsets
     there should be.
     """
     if not isinstance(support, (tuple, list)) or len(support) != 2:
+        got = type(support).__name__
+        if isinstance(support, (tuple, list)):
+            got = f"{len(support)} of them"
         raise TypeError(
-            "support: expected a tuple of ids (M,) and offsets (N + 1,), got "
-            f"{type(support).__name__}"
+            f"support: expected a tuple of two tensors, ids (M,) and offsets (N + 1,), got {got}"
         )
     for i, x in enumerate(support):
         check_dense(f"support[{i}]", x)

@@ -86,7 +86,7 @@ def _products(
         if isinstance(weight, Tensor) and by_kernel(weight, rows.ids.numel(), impl):
             from fastrlhf.kernels.kept_ids import add_kept_products
 
-            add_kept_products(logits, block, weight, *rows)
+            add_kept_products(logits, block, weight, *rows)  # rounds as below
             continue
         wanted = rows.wanted.nonzero().squeeze(1)
         for some, products in _products_of(block, weight, rows, wanted, impl):
@@ -101,14 +101,19 @@ def _products_of(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Products of the wanted ones of M pairs of rows, some at a time."""
     backend = backend_of(impl, hidden, wanted.numel() * hidden.shape[1])
-    if backend == "compiled" and isinstance(weight, Tensor) and wanted.numel():
+    # The compiler would leave out a rounding to the dtype of hidden states (autocast).
+    alike = isinstance(weight, Tensor) and weight.dtype == hidden.dtype
+    if backend == "compiled" and alike and wanted.numel():
+        assert isinstance(weight, Tensor)
         with contextlib.suppress(NotCompiled):
             yield wanted, compiled_kept.dots(hidden, rows.state[wanted], weight, rows.ids[wanted])
             return
     dtype = accumulation_dtype(hidden.dtype)
     for some in wanted.split(rows_at_a_time(hidden)) if wanted.numel() else ():
         ours = hidden[rows.state[some]].to(dtype)
-        yield some, row_sums(ours.mul_(rows_of_weight(weight, rows.ids[some]).to(dtype))).view(-1)
+        # The weight in the dtype of the matmul that this stands for, which autocast may decide.
+        theirs = rows_of_weight(weight, rows.ids[some]).to(hidden.dtype).to(dtype)
+        yield some, row_sums(ours.mul_(theirs)).view(-1)
 
 
 def _gradients(
@@ -122,25 +127,31 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients of hidden states, bias and weights; None for those that are not wanted."""
     d_logits = torch.where(rows.wanted, d_logits, 0.0).contiguous()
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    found: list[Tensor | None] = [d_hidden if wants[0] else None, None]
+    found: list[Tensor | None] = [None, None]
+    if wants[0]:
+        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        by_state, found[0] = sorted_sums(rows.state, rows.ids, len(hidden)), d_hidden
     if wants[1]:
         assert bias is not None
         totals = d_logits.new_zeros(bias.shape)
         found[1] = add_at(totals, rows.ids, d_logits).to(bias.dtype)
+    by_id = None
     first = 0
-    by_state = sorted_sums(rows.state, rows.ids, len(hidden))
     for weight, wanted in zip(weights, wants[2:], strict=True):
         columns = slice(first, first + weight.shape[1])
         first = columns.stop
         if wants[0]:
-            add_weighted_rows(d_hidden[:, columns], d_logits, weight, by_state, impl)
+            add_weighted_rows(
+                d_hidden[:, columns], d_logits, weight, by_state, impl, operands=hidden.dtype
+            )
         found.append(None)
         if wanted:
             assert isinstance(weight, Tensor)
-            by_id = sorted_sums(rows.ids, rows.state, len(weight))
+            if by_id is None:
+                by_id = sorted_sums(rows.ids, rows.state, len(weight))
             d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-            add_weighted_rows(d_weight, d_logits, hidden[:, columns], by_id, impl)
+            ours = hidden[:, columns]
+            add_weighted_rows(d_weight, d_logits, ours, by_id, impl, operands=hidden.dtype)
             found[-1] = d_weight
     return found
 
@@ -150,7 +161,8 @@ def _definition(
 ) -> Tensor:
     """Compute the logits in plain PyTorch, which torch.func can differentiate and batch."""
     dtype = accumulation_dtype(hidden.dtype)
-    kept = torch.cat([rows_of_weight(weight, rows.ids) for weight in weights], dim=1).to(dtype)
+    kept = torch.cat([rows_of_weight(weight, rows.ids) for weight in weights], dim=1)
+    kept = kept.to(hidden.dtype).to(dtype)
     ours = torch.where(rows.wanted.unsqueeze(1), hidden[rows.state], 0.0).to(dtype)
     logits = (ours * kept).sum(-1)
     return logits if bias is None else logits + torch.where(rows.wanted, bias[rows.ids], 0.0)

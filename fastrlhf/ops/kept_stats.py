@@ -274,7 +274,7 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
     mean = (rows(capped, 0.0) / _columns(temperature)).sum(1) / kept.counts.clamp(min=1)
     on_top = z.detach() == z.detach().amax(1, keepdim=True)
     first = torch.where(on_top, rows(kept.ids, _NO_ID), _NO_ID).amin(1)
-    is_top1 = kept.alone | ((first == kept.targets) & ~empty & ~lse.isnan())
+    is_top1 = kept.alone | ((first == kept.targets) & ~empty & (lse < torch.inf))
     every = (found.logprob, found.entropy, lse, is_top1, mean, found.log_sum_sq_probs)
     return question.answer(
         None if x is None else torch.where(live, x, torch.zeros_like(x)) for x in every

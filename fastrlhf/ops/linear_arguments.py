@@ -8,7 +8,14 @@ from torch import Tensor
 
 from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
-from .backend import backend_of, check_impl, outside_of_graphs, under_transform, use_triton
+from .backend import (
+    backend_of,
+    check_impl,
+    is_batched,
+    outside_of_graphs,
+    under_transform,
+    use_triton,
+)
 from .checks import (
     assert_on_device,
     check_bool,
@@ -155,7 +162,7 @@ def checked_problem(
     if rows is not None:
         rows = checked_rows(rows, hidden, targets, ignore_index)
         if part is not None or under_transform() or counts_are_unknown(targets):
-            hidden, rows = hidden[rows].view(*targets.shape, -1), None
+            hidden, rows = written_out(hidden, rows, targets), None
     transform = checked_transform(temperature, softcap, scale, targets)
     tokens = transform.token_temperature
     # Of the rank that has the most of a vocabulary that several share, so that all cut the same.
@@ -189,7 +196,7 @@ def checked_problem(
     options = LinearOptions(
         *transform[1:], ignore_index, entropy, entropy and entropy_grad, with_stats,
         chunk, impl, dtype or matmul_dtype(hidden), part, lse,
-        None if rows is None else shared_rows(rows, transform.flat(hidden.dtype)[0], len(hidden)),
+        None if rows is None else _shared_rows(rows, hidden, targets, transform, ignore_index),
     )  # fmt: skip
     return LinearProblem(
         hidden.to(options.dtype), weights, bias, targets, transform.token_temperature, options, kept
@@ -216,12 +223,29 @@ def checked_rows(rows: Tensor, hidden: Tensor, targets: Tensor, ignore_index: in
     check_indices_on_host(
         "rows", flat[live] if known_on_host(live) else flat, len(hidden), "rows of hidden"
     )
-    if not known_on_host(live) and not being_traced():
+    if not known_on_host(live) and not being_traced() and not is_batched(flat):
         assert_on_device(
             ((flat >= 0) & (flat < len(hidden)) | ~live).all(),
             "rows: outside of the rows of hidden",
         )
     return flat
+
+
+def _shared_rows(
+    rows: Tensor, hidden: Tensor, targets: Tensor, transform: Transform, ignore_index: int
+) -> SharedRows:
+    """Number the states of tokens; ignored ones, which may have any temperature, make none."""
+    temperature = transform.flat(hidden.dtype).token_temperature
+    if temperature is not None:
+        temperature = torch.where(targets.reshape(-1) == ignore_index, 1.0, temperature)
+    return shared_rows(rows, temperature, len(hidden))
+
+
+def written_out(hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """A hidden state (..., K) for each target, of those (U, K) that they share."""
+    if len(hidden) == 0:  # of ignored tokens alone, which are all of the first one
+        hidden = torch.cat((hidden, hidden.new_zeros(1, hidden.shape[1])))
+    return hidden[rows].view(*targets.shape, hidden.shape[1])
 
 
 def wanted_gradients(

@@ -157,7 +157,8 @@ def _loss_of_kept_ids(
         chunk: dict[str, Any] = {
             name: None if x is None else x[index] for name, x in stats._asdict().items()
         }
-        chunks.show(index, ChunkStats(**chunk, groups=None))
+        with exact(problem.hidden):
+            chunks.show(index, ChunkStats(**chunk, groups=None))
     return chunks.total(stats.logprob[:0].sum())  # a zero with a graph, where there are no tokens
 
 
@@ -173,8 +174,6 @@ def _loss_and_known_gradient(
     needs = Needs(wanted[0], wanted[2:], wanted[1])
     plan = choose_plan(needs, loss_known=True, grouped=groups is not None)
     order, segments = _segments(problem, groups)
-    if order.shape[0] and not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     chunks = _ChunkLosses(loss_fn, order, side_inputs, groups, with_slopes=plan is not Plan.P0)
     with torch.no_grad(), exact(problem.hidden):
         bench = problem.workbench(order)
@@ -216,6 +215,8 @@ class _ChunkLosses:
         groups: Tensor | None,
         with_slopes: bool,
     ):
+        if order.shape[0] and not callable(loss_fn):
+            raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
         self.loss_fn, self.order, self.with_slopes = loss_fn, order, with_slopes
         self.side_inputs = [x.reshape(-1) for x in side_inputs]
         self.groups = None if groups is None else groups.reshape(-1)

@@ -254,9 +254,13 @@ class Workbench(NamedTuple):
             place = block.states.rows
             counting = block.states.any(counting)
         some = self.few_enough(counting)
-        hidden = block.hidden
-        if some is not None:
-            place, hidden, dz = at(place, some), hidden[some], dz.leading(some)
+        if some is None:
+            # Whatever they hold, they must not spoil the sums over rows.
+            hidden = torch.where(counting.unsqueeze(1), block.hidden, 0.0)
+        elif len(some) == 0:
+            return
+        else:
+            place, hidden, dz = at(place, some), block.hidden[some], dz.leading(some)
         gradients.add(place, hidden.to(self.head.operands), dz)
 
     def few_enough(self, wanted: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from .linear_arguments import (
     checked_problem,
     exact,
     full_logits,
+    written_out,
 )
 from .linear_head import Weight
 from .linear_kept import kept_stats_of
@@ -59,7 +60,7 @@ def linear_token_stats(
     Eager equivalent: `token_stats(F.linear(hidden, weight, bias).float(), targets, ...)`.
 
     Args:
-        hidden: (..., H) bf16, fp16, fp32 or fp64.
+        hidden: (..., H) bf16, fp16, fp32 or fp64; with rows (U, H).
         weight: (V, H) of the same dtype (any floating dtype under autocast, which decides the dtype
             of the matmuls as for `F.linear`); or a QuantizedWeight, which is frozen.
         targets: (...) integer, aligned with the hidden states that predict them: see
@@ -103,12 +104,13 @@ def linear_token_stats(
     are the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
 
     With rows, G is of the hidden states that predict a target, not of the tokens (of those at two
-    temperatures, twice); where hidden alone needs a gradient, two fp32 (U, H) tensors are kept.
-    With a support there are no such matmuls, whatever needs a gradient: forward reads the rows of
-    the weight that tokens keep, ids of tokens that keep one only for the lse; backward reads them
-    for the gradient of hidden, and hidden states for that of the weight, where an upstream gradient
-    is not 0. Memory: a few numbers for each kept id, and the gradients. With either, a GPU is
-    awaited for counts; under torch.compile it runs as it is.
+    temperatures, twice); where hidden alone needs a gradient, an fp32 (U, H) tensor is kept, two
+    with the entropy's. With a support there are no such matmuls, whatever needs a gradient: forward
+    reads the rows of the weight that tokens keep, ids of tokens that keep one only for the lse;
+    backward reads them for the gradient of hidden, and hidden states for that of the weight, where
+    an upstream gradient is not 0. Memory: a few numbers for each kept id, and the gradients. With
+    either, a GPU is awaited for counts. Under torch.compile, a support runs as it is, and shared
+    hidden states cost as much as if each token had its own, as they do under torch.func.
 
     With a group, statistics are in the same bits on every rank; gradients of weight and bias are
     those of this rank's rows, that of hidden is complete on every rank. Sent are the numbers that
@@ -351,7 +353,7 @@ def _definition(
     weight = torch.cat([weight[0 : weight.shape[0]] for weight in weights], dim=1)
     live = targets != options.ignore_index
     if options.shared is not None:
-        hidden = hidden[options.shared.row].view(*targets.shape, -1)
+        hidden = written_out(hidden, options.shared.row, targets)
     with exact(hidden):
         return reference.token_stats(
             full_logits(hidden, weight, bias, live, options.dtype), targets,

@@ -99,5 +99,6 @@ def _add_rows_of_weight(
         columns = slice(first, first + weight.shape[1])
         first = columns.stop
         part = torch.zeros_like(d_hidden[:, columns], memory_format=torch.contiguous_format)
-        add_weighted_rows(part, factors, weight, sums, problem.options.impl)
+        options = problem.options
+        add_weighted_rows(part, factors, weight, sums, options.impl, operands=options.dtype)
         d_hidden[:, columns] += part

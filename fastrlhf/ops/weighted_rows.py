@@ -41,16 +41,24 @@ def sorted_sums(into: Tensor, source: Tensor, size: int) -> SortedSums:
 
 
 def add_weighted_rows(
-    out: Tensor, factors: Tensor, source: Weight, sums: SortedSums, impl: str
+    out: Tensor,
+    factors: Tensor,
+    source: Weight,
+    sums: SortedSums,
+    impl: str,
+    *,
+    operands: torch.dtype,
 ) -> None:
     """Write into rows of zeros `out` (size, K) the sums of factor·row of the source, of M pairs,
-    rounded once; factors (M,) of 0 cost nothing. A quantized source is dequantized a few rows at a
-    time.
+    rounded once; factors (M,) of 0 cost nothing. Rows are first rounded to the dtype of the matmul
+    that this stands for; those of a quantized source are dequantized, a few at a time.
     """
     if isinstance(source, Tensor) and by_kernel(source, len(factors), impl):
         from fastrlhf.kernels.kept_ids import sum_weighted_rows
 
-        sum_weighted_rows(out, factors, source, sums.order, sums.bounds, sums.source)
+        sum_weighted_rows(
+            out, factors, source, sums.order, sums.bounds, sums.source, operands=operands
+        )  # fmt: skip
         return
     order = sums.order[factors[sums.order] != 0]
     # Only the rows that get something, in the precision of sums.
@@ -60,16 +68,20 @@ def add_weighted_rows(
     at_a_time = rows_at_a_time(out)
     for first in range(0, len(order), at_a_time):
         some = order[first : first + at_a_time]
-        products = _weighted_rows(source, sums.source[some], factors[some], backend)
+        products = _weighted_rows(source, sums.source[some], factors[some], operands, backend)
         add_at(total, place[first : first + at_a_time], products)
     out[rows] = total.to(out.dtype)
 
 
-def _weighted_rows(source: Weight, numbers: Tensor, factors: Tensor, backend: str) -> Tensor:
-    if backend == "compiled" and isinstance(source, Tensor):
+def _weighted_rows(
+    source: Weight, numbers: Tensor, factors: Tensor, operands: torch.dtype, backend: str
+) -> Tensor:
+    # The compiler would leave out a rounding.
+    if backend == "compiled" and isinstance(source, Tensor) and source.dtype == operands:
         with contextlib.suppress(NotCompiled):
             return compiled_kept.weighted(source, numbers, factors)
-    return rows_of_weight(source, numbers).to(factors.dtype).mul_(factors.unsqueeze(1))
+    rows = rows_of_weight(source, numbers).to(operands)
+    return rows.to(factors.dtype).mul(factors.unsqueeze(1))
 
 
 def by_kernel(source: Tensor, pairs: int, impl: str) -> bool:
