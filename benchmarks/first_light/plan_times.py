@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 from fastrlhf.ops import head_gradients
+from fastrlhf.ops.linear_plans import Workbench
 
 from .machine import Machine
 from .sections import Reporter
@@ -152,6 +153,13 @@ def time_fewer_rows(report: Reporter, machine: Machine) -> None:
         return fastrlhf.linear_loss(loss, *head, **options)[0]
 
     bench.time("P2, a third has a gradient, 1.67G", lambda: bench.gradients(sparse()), 1 + 2 / 3)
+
+    def unasked() -> tuple[Tensor, ...]:
+        """Without waiting for how many tokens of a chunk have a gradient."""
+        with mock.patch.object(Workbench, "few_enough", lambda *_: None):
+            return bench.gradients(_loss(batch, **options))
+
+    bench.time("P2, all rows unasked, 3G", unasked, 3)
     rows = torch.arange(batch.targets.numel(), device=machine.device) // 2 * 2
 
     def shared() -> Tensor:
