@@ -569,3 +569,38 @@ def test_any_support_of_any_shape(data) -> None:
         autograd.grad((stats.logprob, stats.entropy), leaves, (g, h)),
         autograd.grad((defined.logprob, defined.entropy), leaves, (g, h)),
     )
+
+
+@pytest.mark.parametrize("loss", ["policy", "dpo"])
+def test_packed_sequences_are_those_in_rows(loss) -> None:
+    problem = Problem(garbage=False)
+    live = problem.targets >= 0
+    borders = F.pad(live.sum(1).cumsum(0), (1, 0))
+    old = torch.randn(SHAPE, dtype=torch.float64) - 3
+    gain, pairs = torch.tensor([1.0, -2.0, 0.0]), (torch.tensor([0, 2]), torch.tensor([1, 1]))
+    ref = torch.randn(SEQUENCES, dtype=torch.float64)
+
+    def value(hidden, targets, old, rows=None, **layout) -> Tensor:
+        head = {"bias": problem.bias, "support": problem.support, "rows": rows, **layout}
+        if loss == "dpo":
+            return fastrlhf.linear_dpo_loss(
+                hidden, problem.weight, targets, ref, *pairs, **head
+            )[0].sum()  # fmt: skip
+        return fastrlhf.linear_policy_loss(
+            hidden, problem.weight, targets, old, gain, targets >= 0, **head
+        )[0]
+
+    in_rows = value(problem.hidden, problem.targets, old)
+    expected = autograd.grad(in_rows, problem.wanted)
+    # The ignored token, which keeps none, is left out; hidden states are numbered or in order.
+    ids, offsets = problem.support
+    problem.support = ids, torch.cat((offsets[:-1][live.view(-1)], offsets[-1:]))
+    given = problem.targets[live], old[live]
+    for hidden, rows in (
+        (problem.hidden[live], None),
+        (problem.hidden.flatten(0, 1), live.view(-1).nonzero()[:, 0]),
+    ):
+        packed = value(hidden, *given, rows, cu_seqlens=borders)
+        torch.testing.assert_close(packed, in_rows)
+        for a, b in zip(autograd.grad(packed, problem.wanted), expected, strict=True):
+            torch.testing.assert_close(a.nan_to_num(), b.nan_to_num())
