@@ -341,3 +341,34 @@ def test_rows_without_a_gradient_are_not_multiplied(
     for a, b in zip(some, usual, strict=True):
         assert errors(a, b.double()).max() < torch.finfo(dtype).eps
     assert torch.equal(some[0] == 0, usual[0] == 0)
+
+
+# The loss of a chunk may be small, and made large again afterwards.
+@pytest.mark.parametrize(("later", "size"), [(False, 1.0), (False, 1e-6), (True, 1.0)])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_tokens_that_share_hidden_states(dtype, later, trained, size, like_a_gpu) -> None:
+    """Several targets of a row whose gradient has 16 bits and begins at 16 bytes."""
+    hidden, weight, bias, targets = inputs(dtype)
+    weight, bias = (x.requires_grad_(trained) for x in (weight, bias))
+    rows = torch.arange(TOKENS).view(targets.shape) // 2
+    wanted = [hidden, weight, bias] if trained else [hidden]
+    g = size * torch.randn(targets.shape)
+
+    def gradients(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> Tensor:
+        options = {"bias": bias, "rows": rows, "chunk_size": 8}
+        if later:
+            logprobs = fastrlhf.linear_token_logprobs(hidden, weight, targets, **options)
+            return (g.to(logprobs.dtype) * logprobs).sum()
+        return fastrlhf.linear_loss(
+            lambda stats, g: (g.to(stats.logprob.dtype) * stats.logprob).sum(), hidden, weight,
+            targets, g, **options,
+        )[0]  # fmt: skip
+
+    loss = gradients(hidden.flatten(0, 1), weight, bias, rows)
+    found = autograd.grad(loss, wanted, torch.tensor(1 / size))
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight, bias)]
+    loss = gradients(exact[0].flatten(0, 1)[rows], exact[1], exact[2], None)
+    of_exact = autograd.grad(loss / size, [x for x in exact if x.requires_grad])
+    for a, b in zip(found, of_exact, strict=True):
+        assert (a.double() - b).norm() < 4 * torch.finfo(dtype).eps * b.norm()
