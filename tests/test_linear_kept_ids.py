@@ -476,12 +476,6 @@ def test_transforms_of_functions() -> None:
     torch.testing.assert_close(derivative, sum(x.square().sum() for x in expected))
 
 
-def test_a_group_is_refused() -> None:
-    problem = Problem()
-    with pytest.raises((ValueError, TypeError), match=r"^(support|group)"):
-        problem.stats(group="no group")
-
-
 @pytest.mark.parametrize("impl", ["eager", "compiled"])
 def test_autocast_rounds_hidden_states_and_weight_alike(impl) -> None:
     problem = Problem(torch.float32)

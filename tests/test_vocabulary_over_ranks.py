@@ -18,8 +18,17 @@ from support.compare import (
     assert_gradient_close,
     relative_error,
 )
+from support.kept import random_support
 from support.rank_pool import RankPool
-from support.vocabulary_over_ranks import CUT, OF_LOGITS, OPERATIONS, Outcome, Problem, outcome
+from support.vocabulary_over_ranks import (
+    CUT,
+    OF_LOGITS,
+    OPERATIONS,
+    Outcome,
+    Problem,
+    error_of_another_support,
+    outcome,
+)
 from torch import Tensor
 
 import fastrlhf
@@ -146,6 +155,30 @@ def test_values_and_gradients_are_those_of_the_whole(pool, operation, impl, cut)
         options["entropy"] = True
     whole = check(pool, Problem(operation, CUTS[cut], options, bias=len(CUTS[cut]) == 3))
     assert any(name.startswith("d_") and x.any() for name, x in whole.items())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("impl, cut", [("eager", "2, none first"), ("triton", "3 uneven")])
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if "kl" not in name])
+def test_kept_ids_and_shared_rows(pool, operation, impl, cut, shared) -> None:
+    """Each rank has the logits of its own of the kept ids, and what all say of a token is one."""
+    options: dict[str, Any] = {"impl": impl}
+    if "stats" in operation or "policy" in operation or operation == "linear_loss":
+        options["entropy"] = True
+    shared &= operation not in OF_LOGITS
+    problem = Problem(operation, CUTS[cut], options, bias=len(CUTS[cut]) == 3)
+    targets = own_targets(problem)
+    options["support"] = random_support(targets, sum(CUTS[cut]))
+    if shared:
+        options["rows"] = torch.arange(B * T).view(B, T) // 2
+    whole = check(pool, problem)
+    assert any(name.startswith("d_") and x.any() for name, x in whole.items())
+
+
+def test_ranks_that_keep_other_ids_say_so(pool) -> None:
+    found = pool.run(error_of_another_support, Problem("linear_token_stats", (5, 6)), ranks=2)
+    for text in found:
+        assert "group: expected the same tokens to score" in text
 
 
 STATS = [

@@ -15,6 +15,7 @@ from fastrlhf.ops.linear_arguments import checked_chunk, exact
 from fastrlhf.ops.linear_loss import ChunkStats, LossFunction, check_loss
 from fastrlhf.ops.linear_rows import live_rows, order_by_group
 from fastrlhf.ops.scorer import in_chunks
+from fastrlhf.ops.sharded import LogitsPart
 from fastrlhf.ops.taken_logits import kept_stats_of_logits
 from fastrlhf.ops.token_stats import token_stats
 from fastrlhf.ops.transform import checked_transform
@@ -104,9 +105,9 @@ class ModuleScorer(NamedTuple):
             if self.support is not None:
                 transform = checked_transform(temperature, None, 1.0, flat[some])
                 kept = kept_stats_of_logits(
-                    logits, flat[some], some_of_support(self.support, some), transform,
-                    ignore_index=ignore_index, entropy=entropy, with_stats=with_stats,
-                    impl=self.impl,
+                    LogitsPart(logits, None, None), flat[some],
+                    some_of_support(self.support, some), transform, ignore_index=ignore_index,
+                    entropy=entropy, with_stats=with_stats, impl=self.impl,
                 )  # fmt: skip
                 return ChunkStats(**kept._asdict(), groups=None)
             stats = token_stats(

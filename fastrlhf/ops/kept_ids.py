@@ -23,8 +23,11 @@ from .checks import (
     known_on_host,
     wide_integers,
 )
+from .vocabulary_part import VocabularyPart, fingerprint
 
 Support = tuple[Tensor, Tensor]  # ids (M,), and the offsets (N + 1,) of those of each token
+
+_LIKE = "one for each token, flattened, and the end"
 
 
 class KeptIds(NamedTuple):
@@ -69,10 +72,10 @@ class KeptIds(NamedTuple):
 def checked_support(
     support: Support,
     targets: Tensor,
-    vocab: int,
+    vocab: int | Tensor,
     ignore_index: int,
     *,
-    like: str = "one for each token, flattened, and the end",
+    like: str = _LIKE,
 ) -> KeptIds:
     """Check a support of tokens (...) with these targets.
 
@@ -100,7 +103,8 @@ def checked_support(
     token = token.clamp(max=max(0, tokens - 1))
     live = live_tokens[token] if tokens else ids.bool()
     known = known_on_host(ids, flat)
-    check_indices_on_host("support[0]", ids[live] if known else ids, vocab, "ids")
+    if isinstance(vocab, int):
+        check_indices_on_host("support[0]", ids[live] if known else ids, vocab, "ids")
     ids = torch.where(live, ids, 0)
     # One cell more, for the ids that are no target.
     is_own = live & (ids == (flat[token] if tokens else ids))
@@ -115,6 +119,16 @@ def checked_support(
     return kept
 
 
+def of_part(kept: KeptIds, part: VocabularyPart | None) -> tuple[Tensor, Tensor | None]:
+    """Number the kept ids (M,) from the first column of this rank's part of the vocabulary, and
+    tell which are there; None: all.
+    """
+    if part is None:
+        return kept.ids, None
+    own = (kept.ids >= part.start) & (kept.ids < part.start + part.size)
+    return torch.where(own, kept.ids - part.start, 0), own
+
+
 def some_of_support(support: Support, some: Tensor) -> Support:
     """The support of some tokens, by their numbers. A GPU is awaited for how many ids they keep."""
     ids, offsets = support
@@ -124,13 +138,14 @@ def some_of_support(support: Support, some: Tensor) -> Support:
     return ids[within + (first - ends[:-1]).repeat_interleave(counts)], ends
 
 
-def refuse_support_of_ranks(support: Support | None) -> None:
-    """Raise where ranks share the vocabulary, of which kept ids cost next to nothing."""
-    if support is not None:
-        raise ValueError(
-            "support: expected None where ranks share the vocabulary; gather the logits, or the "
-            "rows of the weight, of the kept ids"
-        )
+def said_with_support(scored: Tensor, support: Support | None, tokens: int) -> Tensor:
+    """What ranks that share a vocabulary say of the tokens to score: of those with another support,
+    something else.
+    """
+    if support is None:
+        return scored
+    ids, offsets = _dense_support(support, tokens, _LIKE)
+    return scored + fingerprint(ids, None) + 3 * fingerprint(offsets, None)
 
 
 def _dense_support(support: Support, tokens: int, like: str) -> Support:
@@ -177,7 +192,7 @@ def _check_offsets(offsets: Tensor, end: int) -> None:
         )
 
 
-def _check_ids(kept: KeptIds, found: Tensor, vocab: int) -> None:
+def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor) -> None:
     """Check that each target is kept, and no id is twice, which would count it twice."""
     keeps_target = ~kept.live_tokens | (found >= 1)
     twice = _stands_before(kept)

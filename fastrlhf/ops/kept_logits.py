@@ -91,7 +91,7 @@ def _products(
         wanted = rows.wanted.nonzero().squeeze(1)
         for some, products in _products_of(block, weight, rows, wanted, impl):
             logits[some] += products
-    if bias is not None:
+    if bias is not None and len(bias):  # a rank may have nothing of a vocabulary
         logits += torch.where(rows.wanted, bias[rows.ids], 0.0)
     return logits
 

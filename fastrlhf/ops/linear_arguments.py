@@ -30,7 +30,7 @@ from .checks import (
     known_on_host,
     wide_integers,
 )
-from .kept_ids import KeptIds, Support, checked_support, refuse_support_of_ranks
+from .kept_ids import KeptIds, Support, checked_support, said_with_support
 from .linear_head import Head, QuantizedWeight, Weight
 from .linear_plans import Workbench
 from .linear_rows import (
@@ -169,8 +169,8 @@ def checked_problem(
     columns = vocab if part is None or part.largest is None else part.largest
     chunk = checked_chunk(chunk_size, columns, hidden.device)
     kept = None
+    numbered_by_all: tuple[Tensor, int | Tensor, int] = targets, vocab, ignore_index
     if part is not None:
-        refuse_support_of_ranks(support)
         question = (
             use_triton(impl, hidden),
             entropy,
@@ -181,14 +181,16 @@ def checked_problem(
         dtype_of_logits = dtype or matmul_dtype(hidden)
         asked = {"chunk_size": chunk, **numbered(question, dtype_of_logits, *transform[1:])}
         scored = torch.where(targets == ignore_index, IGNORED, targets)
+        scored = said_with_support(scored, support, targets.numel())
         outside_of_graphs(agreed_part)(part.group, part.size, scored, asked, part, tokens)
         check_temperatures_on_host(tokens, targets != ignore_index)
+        numbered_by_all = targets, part.vocab, ignore_index
         targets, ignore_index = part.own_targets(targets, ignore_index), IGNORED
     elif not being_traced():  # the operator on logits checks again
         check_values_on_host(targets, 1.0 if tokens is None else tokens, vocab, ignore_index)
     numbers = targets.numel() * vocab
     if support is not None:
-        kept = checked_support(support, targets, vocab, ignore_index)
+        kept = checked_support(support, *numbered_by_all)
         numbers = kept.ids.numel() * hidden.shape[-1]
         chunk = checked_chunk(chunk_size or max(1, targets.numel()), columns, hidden.device)
     # Of all blocks, the last and smallest included.

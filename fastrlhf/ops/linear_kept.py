@@ -4,9 +4,11 @@ The logits of kept ids are few enough to be held until the loss is known, so tha
 to choose, and nothing to make again.
 """
 
+from .kept_ids import of_part
 from .kept_logits import KeptRows, kept_logits
 from .kept_stats import KeptQuestion, KeptStats, kept_stats
 from .linear_arguments import LinearProblem, exact
+from .ranks import refuse_transforms_of_ranks, shared_by_ranks, sum_over_ranks
 
 
 def kept_stats_of(problem: LinearProblem) -> KeptStats:
@@ -17,8 +19,14 @@ def kept_stats_of(problem: LinearProblem) -> KeptStats:
         problem.transform, options.entropy, options.with_stats, options.impl
     )  # fmt: skip
     row = kept.token if options.shared is None else options.shared.row[kept.token]
-    pairs = KeptRows(row, kept.ids, question.wanted(kept, lse=options.lse))
-    hidden = problem.hidden.reshape(-1, problem.hidden.shape[-1])
+    wanted = question.wanted(kept, lse=options.lse)
+    ids, own = of_part(kept, options.part)
+    group = None if options.part is None else options.part.group
+    if group is not None:
+        refuse_transforms_of_ranks("linear_token_stats")
+    pairs = KeptRows(row, ids, wanted if own is None else wanted & own)
+    hidden = shared_by_ranks(problem.hidden.reshape(-1, problem.hidden.shape[-1]), group)
     with exact(hidden):
         logits = kept_logits(hidden, problem.weights, problem.bias, pairs, options.impl)
-        return kept_stats(logits, kept, question)
+        # Where ranks share the vocabulary, each has the logits of its ids, and zeros.
+        return kept_stats(sum_over_ranks(logits, group), kept, question)

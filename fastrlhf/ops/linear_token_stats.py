@@ -117,9 +117,10 @@ def linear_token_stats(
     `token_stats` names, of tokens with a target; and backward one all-reduce of the gradient of
     their hidden states in fp32, where the weight is trained of one chunk while the next is
     computed. The (..., H) tensor that is kept for the backward is fp32. Where each rank computes
-    the same loss from the statistics, gradients are right as they are. The second derivative,
-    `torch.func` and a support are refused; shared hidden states cost as much as if each token had
-    its own. On a GPU, the sizes of the parts are awaited too (not of a DTensor).
+    the same loss from the statistics, gradients are right as they are. The second derivative and
+    `torch.func` are refused; shared hidden states cost as much as if each token had its own. With a
+    support, sent are a number for each kept id forward, and the gradient of the hidden states
+    backward. On a GPU, the sizes of the parts are awaited too (not of a DTensor).
 
     Raises:
         TypeError: hidden, weight or bias that are not floating; hidden and weight of two dtypes;

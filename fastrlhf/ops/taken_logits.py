@@ -3,22 +3,26 @@
 Dims: N tokens, M kept ids of all of them, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import TokenStats, accumulation_dtype
+from fastrlhf.reference import FURTHER_STATS, TokenStats, accumulation_dtype
 
-from .backend import outside_of_graphs, under_transform
-from .kept_ids import KeptIds, Support, checked_support
+from .backend import outside_of_graphs, under_transform, use_triton
+from .checks import wide_integers
+from .kept_ids import Support, checked_support, of_part, said_with_support
 from .kept_stats import KeptQuestion, KeptStats, kept_stats
+from .ranks import refuse_transforms_of_ranks, sum_over_ranks
+from .sharded import LogitsPart
 from .token_stats import can_overwrite, check_values_on_host, rows_of
 from .transform import Transform
+from .vocabulary_part import IGNORED, VocabularyPart, numbered
 
 
 def kept_token_stats(
-    logits: Tensor,
+    own: LogitsPart,
     targets: Tensor,
     transform: Transform,
     support: Support,
@@ -32,7 +36,7 @@ def kept_token_stats(
 ) -> TokenStats:
     """Compute `token_stats` over kept ids."""
     stats = kept_stats_of_logits(
-        logits, targets, support, transform, ignore_index=ignore_index, entropy=entropy,
+        own, targets, support, transform, ignore_index=ignore_index, entropy=entropy,
         with_stats=with_stats, inplace=inplace, impl=impl,
     )  # fmt: skip
     return stats.shaped(targets.shape, entropy_grad=entropy_grad)
@@ -47,7 +51,7 @@ def kept_stats_of_logits(*arguments: Any, **options: Any) -> KeptStats:
 
 
 def _stats(
-    logits: Tensor,
+    own: LogitsPart,
     targets: Tensor,
     support: Support,
     transform: Transform,
@@ -58,61 +62,104 @@ def _stats(
     impl: str,
     inplace: bool = False,
 ) -> KeptStats:
-    vocab, transform = logits.shape[-1], transform.flat(logits.dtype)
-    check_values_on_host(targets.reshape(-1), transform.of_rows, vocab, ignore_index)
+    logits, transform = own.logits, transform.flat(own.logits.dtype)
+    part = _agreed(own, targets, support, transform, ignore_index, entropy, with_stats, impl)
+    vocab = logits.shape[-1] if part is None else part.vocab
+    if isinstance(vocab, int):
+        check_values_on_host(targets.reshape(-1), transform.of_rows, vocab, ignore_index)
     kept = checked_support(support, targets, vocab, ignore_index)
     question = KeptQuestion(transform, entropy, with_stats, impl)
+    ids, here = of_part(kept, part)
+    pairs = _Taken(kept.token, ids, kept.live if here is None else kept.live & here)
     if under_transform(logits):
-        taken = _definition(logits, kept, kept.live)
+        taken = _definition(logits, pairs)
     else:
-        taken = _TakenLogits.apply(logits, kept, kept.live, inplace)
-    return kept_stats(taken, kept, question)
+        taken = _TakenLogits.apply(logits, pairs, inplace)
+    # Where ranks share the vocabulary, each has the logits of its ids, and zeros.
+    return kept_stats(sum_over_ranks(taken, own.group), kept, question)
+
+
+def _agreed(
+    own: LogitsPart,
+    targets: Tensor,
+    support: Support,
+    transform: Transform,
+    ignore_index: int,
+    entropy: bool,
+    with_stats: tuple[str, ...],
+    impl: str,
+) -> VocabularyPart | None:
+    """Which part of the vocabulary this is, once all ranks agree on what is asked."""
+    if own.group is None:
+        return None
+    refuse_transforms_of_ranks("token_stats")
+    asked_for = (entropy, *(name in with_stats for name in FURTHER_STATS))
+    question = (use_triton(impl, own.logits), *asked_for)
+    asked = numbered(question, own.logits.dtype, *transform[1:])
+    targets = wide_integers(targets)
+    scored = torch.where(targets == ignore_index, IGNORED, targets)
+    scored = said_with_support(scored, support, targets.numel())
+    part = own.agreed(scored, asked, transform.token_temperature)
+    assert part is not None
+    part.own_targets(targets, ignore_index)  # which are of the whole vocabulary
+    return part
+
+
+class _Taken(NamedTuple):
+    """Which logits are taken: the row and the column of each, and whether it is looked at."""
+
+    token: Tensor  # (M,)
+    ids: Tensor  # (M,)
+    wanted: Tensor  # (M,) bool
 
 
 class _TakenLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, kept, wanted, inplace):
-        ctx.kept, ctx.wanted, ctx.inplace = kept, wanted, inplace
+    def forward(ctx, logits, pairs, inplace):
+        ctx.pairs, ctx.inplace = pairs, inplace
         ctx.save_for_backward(logits)
-        return _taken(logits, kept, wanted)
+        return _taken(logits, pairs)
 
     @staticmethod
     def backward(ctx, d_taken):
         (logits,) = ctx.saved_tensors
-        kept, wanted = ctx.kept, ctx.wanted
+        pairs = ctx.pairs
         if torch.is_grad_enabled() or under_transform(d_taken):
             with torch.enable_grad():
                 view = logits.view_as(logits)
-                taken = _definition(view, kept, wanted)
+                taken = _definition(view, pairs)
             again = torch.is_grad_enabled()
             d_logits = torch.autograd.grad(taken, view, d_taken, create_graph=again)[0]
-            return d_logits, None, None, None
+            return d_logits, None, None
         if ctx.inplace and can_overwrite(logits):
             d_logits = logits.zero_()
         else:
             d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        rows = rows_of(d_logits)
-        # Each id of a token is there once; of an ignored one perhaps several times, all with 0.
-        place = _place(kept, rows)
-        rows.index_put_(place, torch.where(wanted, d_taken, 0.0).to(rows.dtype))
-        return d_logits.detach(), None, None, None
+        if logits.shape[-1]:  # a rank may have nothing of a vocabulary
+            rows = rows_of(d_logits)
+            values = torch.where(pairs.wanted, d_taken, 0.0).to(rows.dtype)
+            # Each id of a token is there once; what is not wanted, perhaps often, adds 0.
+            rows.index_put_(_place(pairs, rows), values, accumulate=True)
+        return d_logits.detach(), None, None
 
 
-def _place(kept: KeptIds, rows: Tensor) -> tuple[Tensor, ...]:
-    """Where in logits (outer, inner, V) the kept ids are."""
+def _place(pairs: _Taken, rows: Tensor) -> tuple[Tensor, ...]:
+    """Where in logits (outer, inner, V) those that are taken are."""
     inner = max(1, rows.shape[1])
-    return kept.token // inner, kept.token % inner, kept.ids
+    return pairs.token // inner, pairs.token % inner, pairs.ids
 
 
-def _taken(logits: Tensor, kept: KeptIds, wanted: Tensor) -> Tensor:
+def _taken(logits: Tensor, pairs: _Taken) -> Tensor:
     dtype = accumulation_dtype(logits.dtype)
-    if not len(kept.ids):
-        return logits.new_zeros(0, dtype=dtype)
+    if logits.numel() == 0:
+        return logits.new_zeros(pairs.ids.shape, dtype=dtype)
     rows = rows_of(logits)
-    return torch.where(wanted, rows[_place(kept, rows)].to(dtype), 0.0)
+    return torch.where(pairs.wanted, rows[_place(pairs, rows)].to(dtype), 0.0)
 
 
-def _definition(logits: Tensor, kept: KeptIds, wanted: Tensor) -> Tensor:
-    rows = logits.reshape(-1, logits.shape[-1])
-    taken = rows[kept.token, kept.ids].to(accumulation_dtype(logits.dtype))
-    return torch.where(wanted, taken, 0.0)
+def _definition(logits: Tensor, pairs: _Taken) -> Tensor:
+    dtype = accumulation_dtype(logits.dtype)
+    if logits.numel() == 0:
+        return logits.sum(dtype=dtype) + logits.new_zeros(pairs.ids.shape, dtype=dtype)
+    taken = logits.reshape(-1, logits.shape[-1])[pairs.token, pairs.ids]
+    return torch.where(pairs.wanted, taken.to(dtype), 0.0)

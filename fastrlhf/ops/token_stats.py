@@ -36,7 +36,7 @@ from .checks import (
     wide_integers,
 )
 from .compiled import NotCompiled
-from .kept_ids import Support, refuse_support_of_ranks
+from .kept_ids import Support
 from .ranks import Group
 from .row_spans import few_spans
 from .sharded import logits_part, replicated
@@ -141,8 +141,9 @@ def token_stats(
     the gradient is that of this rank's columns. One all-gather brings 12 bytes a token from each
     rank (16 with the entropy, 8 more for is_top1 and 4 for each of the others; twice that in fp64),
     after one of 48 bytes in all, by which ranks learn who has which columns and whether all ask the
-    same of the same tokens. Backward sends nothing. Each rank computes the same loss from the
-    statistics; the gradient is then right as it is, and not to be added up over ranks.
+    same of the same tokens. With a support, a number for each kept id instead of those of tokens.
+    Backward sends nothing. Each rank computes the same loss from the statistics; the gradient is
+    then right as it is, and not to be added up over ranks.
 
     Raises:
         TypeError: logits that are not floating (or fp8), targets that are not integer.
@@ -164,20 +165,19 @@ def token_stats(
     with_stats = check_names("with_stats", with_stats, FURTHER_STATS)
     check_bool("inplace_backward", inplace_backward)
     check_impl(impl)
+    # A DTensor has a version of its own, which would not tell that its memory was overwritten.
+    inplace = inplace_backward and not own.of_dtensor
+    if support is not None:
+        return _over_kept_ids(
+            own, targets, transform, support, ignore_index=ignore_index, entropy=entropy,
+            entropy_grad=entropy_grad, with_stats=with_stats, inplace=inplace, impl=impl,
+        )  # fmt: skip
     if shared:
-        refuse_support_of_ranks(support)
         from .stats_over_ranks import token_stats_over_ranks  # which imports this module
 
-        # A DTensor has a version of its own, which would not tell that its memory was overwritten.
-        inplace = inplace_backward and not own.of_dtensor
         return outside_of_graphs(token_stats_over_ranks)(
             own, targets, transform, ignore_index=ignore_index, entropy=entropy,
             entropy_grad=entropy_grad, with_stats=with_stats, inplace=inplace, impl=impl,
-        )  # fmt: skip
-    if support is not None:
-        return _over_kept_ids(
-            logits, targets, transform, support, ignore_index=ignore_index, entropy=entropy,
-            entropy_grad=entropy_grad, with_stats=with_stats, inplace=inplace_backward, impl=impl,
         )  # fmt: skip
     if under_transform():
         return _definition(

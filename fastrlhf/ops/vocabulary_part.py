@@ -97,7 +97,7 @@ def agreed_part(
         return known
     numbers = torch.tensor([size, tokens.numel(), *asked.values()])
     numbers = numbers.to(tokens.device, non_blocking=True)
-    own = torch.cat((numbers, _fingerprint(tokens, temperature)))
+    own = torch.cat((numbers, fingerprint(tokens, temperature)))
     of_ranks = gathered(own, group)
     sizes, others = of_ranks[:, 0], of_ranks[:, 1:]
     alike = (others == others[0]).all(0)
@@ -116,7 +116,7 @@ def agreed_part(
     return known or _among(group, size, sizes.tolist())
 
 
-def _fingerprint(tokens: Tensor, temperature: Tensor | None) -> Tensor:
+def fingerprint(tokens: Tensor, temperature: Tensor | None) -> Tensor:
     """A number (1,) that is hardly ever that of other tokens, or temperatures of tokens, or of the
     same in another order.
     """

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import fastrlhf
 from fastrlhf.ops import linear_rows
 
+from .kept import support_of
 from .matmuls import MatmulAudit
 
 IGNORED = -100
@@ -333,6 +334,8 @@ def outcome(
         elif trained:
             leaves[name] = given[name] = x.requires_grad_()
     options = problem.options if group is None else {**problem.options, "group": group}
+    if "rows" in options:
+        given["hidden"] = given["hidden"].flatten(0, 1)
     with forward or nullcontext():
         found = OPERATIONS[problem.operation](given, options)
     with backward or nullcontext():
@@ -446,6 +449,16 @@ def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def error_of_another_support(group: Any, problem: Problem) -> str:
+    """What a rank says whose tokens keep other ids than those of the first rank."""
+    targets = problem.tensors()["targets"].flatten()
+    more = [[int(target), dist.get_rank(group)] for target in targets]
+    support = support_of([torch.tensor(ids).unique() for ids in more])
+    return error_of(
+        outcome, group, replace(problem, options={"support": support}, spoils=("none_ignored",))
+    )
 
 
 def raises(group: Any, problems: list[Problem], changed: dict[int, dict[str, Any]]) -> list[str]:
