@@ -52,6 +52,7 @@ def _kept_products_kernel(
     width,
     hidden_stride,
     weight_stride,
+    OPERANDS: tl.constexpr,  # the dtype that rows of the weight are rounded to
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -67,7 +68,7 @@ def _kept_products_kernel(
         there = inside[:, None] & (column < width)[None, :]
         a = tl.load(ours[:, None] + column[None, :], mask=there, other=0.0).to(acc)
         b = tl.load(theirs[:, None] + column[None, :], mask=there, other=0.0)
-        total += a * stored(b, hidden.dtype.element_ty).to(acc)
+        total += a * stored(b, OPERANDS).to(acc)
     before = tl.load(logits + pair, mask=inside, other=0.0)
     tl.store(logits + pair, before + tl.sum(total, axis=1), mask=inside)
 
@@ -263,16 +264,18 @@ def add_kept_products(
     state: torch.Tensor,
     ids: torch.Tensor,
     wanted: torch.Tensor,
+    *,
+    operands: torch.dtype,
 ) -> None:
-    """Add products of rows of hidden (U, K) and of the weight (V, K), rounded to the same dtype, to
-    logits (M,), which are fp32 or fp64; which rows is in state and ids (M,). Those that are not
-    wanted are not read.
+    """Add products of rows of hidden (U, K) and of the weight (V, K), rounded to a dtype, to logits
+    (M,), which are fp32 or fp64; which rows is in state and ids (M,). Those that are not wanted are
+    not read.
     """
     hidden, weight = _rows(hidden), _rows(weight)
     pairs, width = logits.shape[0], hidden.shape[1]
     _kept_products_kernel[(triton.cdiv(pairs, _PRODUCTS),)](
         logits, hidden, weight, state, ids, wanted,
-        pairs, width, hidden.stride(0), weight.stride(0),
+        pairs, width, hidden.stride(0), weight.stride(0), OPERANDS=_triton_dtype(operands),
         BLOCK=_PRODUCTS, COLUMNS=_PRODUCT_COLUMNS, num_warps=4,
     )  # fmt: skip
 
@@ -299,9 +302,13 @@ def sum_weighted_rows(
     _weighted_sums_kernel[(out.shape[0] * blocks,)](
         out, factors, source, order, bounds, numbers,
         source.shape[1], out.stride(0), source.stride(0), blocks,
-        OPERANDS=getattr(tl, str(operands).removeprefix("torch.")),
+        OPERANDS=_triton_dtype(operands),
         BLOCK=_SUMMANDS, COLUMNS=_SUM_COLUMNS, num_warps=4,
     )  # fmt: skip
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _rows(matrix: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,9 @@ class KeptRows(NamedTuple):
     state: Tensor  # (M,) numbers of hidden states
     ids: Tensor  # (M,) numbers of rows of the weight
     wanted: Tensor  # (M,) bool: whose logit is looked at
+    # Of the matmul that this stands for, to which rows of the weight are rounded; autocast may
+    # decide it.
+    operands: torch.dtype
 
 
 def kept_logits(
@@ -86,7 +89,9 @@ def _products(
         if isinstance(weight, Tensor) and by_kernel(weight, rows.ids.numel(), impl):
             from fastrlhf.kernels.kept_ids import add_kept_products
 
-            add_kept_products(logits, block, weight, *rows)  # rounds as below
+            add_kept_products(
+                logits, block, weight, rows.state, rows.ids, rows.wanted, operands=rows.operands
+            )
             continue
         wanted = rows.wanted.nonzero().squeeze(1)
         for some, products in _products_of(block, weight, rows, wanted, impl):
@@ -101,9 +106,9 @@ def _products_of(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Products of the wanted ones of M pairs of rows, some at a time."""
     backend = backend_of(impl, hidden, wanted.numel() * hidden.shape[1])
-    # The compiler would leave out a rounding to the dtype of hidden states (autocast).
-    alike = isinstance(weight, Tensor) and weight.dtype == hidden.dtype
-    if backend == "compiled" and alike and wanted.numel():
+    compiled = backend == "compiled" and isinstance(weight, Tensor) and wanted.numel() > 0
+    # The compiler would leave out a rounding.
+    if compiled and weight.dtype == rows.operands:
         assert isinstance(weight, Tensor)
         with contextlib.suppress(NotCompiled):
             yield wanted, compiled_kept.dots(hidden, rows.state[wanted], weight, rows.ids[wanted])
@@ -111,8 +116,7 @@ def _products_of(
     dtype = accumulation_dtype(hidden.dtype)
     for some in wanted.split(rows_at_a_time(hidden)) if wanted.numel() else ():
         ours = hidden[rows.state[some]].to(dtype)
-        # The weight in the dtype of the matmul that this stands for, which autocast may decide.
-        theirs = rows_of_weight(weight, rows.ids[some]).to(hidden.dtype).to(dtype)
+        theirs = rows_of_weight(weight, rows.ids[some]).to(rows.operands).to(dtype)
         yield some, row_sums(ours.mul_(theirs)).view(-1)
 
 
@@ -142,7 +146,7 @@ def _gradients(
         first = columns.stop
         if wants[0]:
             add_weighted_rows(
-                d_hidden[:, columns], d_logits, weight, by_state, impl, operands=hidden.dtype
+                d_hidden[:, columns], d_logits, weight, by_state, impl, operands=rows.operands
             )
         found.append(None)
         if wanted:
@@ -162,7 +166,7 @@ def _definition(
     """Compute the logits in plain PyTorch, which torch.func can differentiate and batch."""
     dtype = accumulation_dtype(hidden.dtype)
     kept = torch.cat([rows_of_weight(weight, rows.ids) for weight in weights], dim=1)
-    kept = kept.to(hidden.dtype).to(dtype)
+    kept = kept.to(rows.operands).to(dtype)
     ours = torch.where(rows.wanted.unsqueeze(1), hidden[rows.state], 0.0).to(dtype)
     logits = (ours * kept).sum(-1)
     return logits if bias is None else logits + torch.where(rows.wanted, bias[rows.ids], 0.0)

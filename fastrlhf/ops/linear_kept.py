@@ -4,6 +4,8 @@ The logits of kept ids are few enough to be held until the loss is known, so tha
 to choose, and nothing to make again.
 """
 
+from fastrlhf.reference import accumulation_dtype
+
 from .kept_ids import of_part
 from .kept_logits import KeptRows, kept_logits
 from .kept_stats import KeptQuestion, KeptStats, kept_stats
@@ -24,8 +26,11 @@ def kept_stats_of(problem: LinearProblem) -> KeptStats:
     group = None if options.part is None else options.part.group
     if group is not None:
         refuse_transforms_of_ranks("linear_token_stats")
-    pairs = KeptRows(row, ids, wanted if own is None else wanted & own)
-    hidden = shared_by_ranks(problem.hidden.reshape(-1, problem.hidden.shape[-1]), group)
+    pairs = KeptRows(row, ids, wanted if own is None else wanted & own, options.dtype)
+    hidden = problem.hidden.reshape(-1, problem.hidden.shape[-1])
+    if group is not None:
+        # Each rank's part of the gradient is rounded once they are added up.
+        hidden = shared_by_ranks(hidden.to(accumulation_dtype(hidden.dtype)), group)
     with exact(hidden):
         logits = kept_logits(hidden, problem.weights, problem.bias, pairs, options.impl)
         # Where ranks share the vocabulary, each has the logits of its ids, and zeros.

@@ -171,7 +171,8 @@ def launch_kept_ids(
     ids, targets = meta(kept, dtype=torch.int64), meta(tokens, dtype=torch.int64)
     live, offsets = meta(tokens, dtype=torch.bool), meta(tokens + 1, dtype=torch.int64)
     logits, rows = meta(kept, dtype=acc), meta(tokens, dtype=acc)
-    kept_ids.add_kept_products(logits, hidden, weight, ids, ids, meta(kept, dtype=torch.bool))
+    wanted = meta(kept, dtype=torch.bool)
+    kept_ids.add_kept_products(logits, hidden, weight, ids, ids, wanted, operands=dtype)
     kept_ids.sum_weighted_rows(hidden, logits, weight, ids, offsets, ids, operands=dtype)
     transform = {
         "temperature": rows if everything else 1.0,
