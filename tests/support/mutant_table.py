@@ -1685,7 +1685,7 @@ MUTANTS = [
         ),
         (
             "definition: an ignored token on top",
-            "& ~lse.isnan() & live & ~empty", "& ~lse.isnan() & ~empty",
+            "& (lse < torch.inf) & live & ~empty", "& (lse < torch.inf) & ~empty",
             "under_transforms",
         ),
     ),
@@ -3063,8 +3063,8 @@ MUTANTS = [
         ),
         (
             "no gradient: hidden states of other rows",
-            "at(place, some), hidden[some], dz.leading(some)",
-            "at(place, some), hidden[: len(some)], dz.leading(some)",
+            "at(place, some), block.hidden[some], dz.leading(some)",
+            "at(place, some), block.hidden[: len(some)], dz.leading(some)",
             "ones_own and few",
         ),
         (
@@ -3331,8 +3331,8 @@ MUTANTS = [
         ),
         (
             "shared rows: parents in the first row of ids",
-            "flat = torch.where(inside, first + of_scored, -1)",
-            "flat = torch.where(inside, of_scored, -1)",
+            "flat = first + of_scored.clamp(0, tokens - 1)",
+            "flat = of_scored.clamp(0, tokens - 1)",
             "several_trees",
         ),
     ),
@@ -3343,6 +3343,53 @@ MUTANTS = [
             'positions = batch.inputs.get("position_ids") if batch.rows is None else None',
             'positions = batch.inputs.get("position_ids")',
             "its_sequences",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/kept_ids.py", "test_vocabulary_over_ranks.py",
+        (
+            "kept ids: over ranks, by their numbers in the whole vocabulary",
+            "return torch.where(own, kept.ids - part.start, 0), own",
+            "return torch.where(own, kept.ids.clamp(max=part.size - 1), 0), own",
+            "kept_ids and eager and linear_token_stats",
+        ),
+        (
+            "kept ids: ranks that keep others do not say so",
+            "return scored + fingerprint(ids, None) + 3 * fingerprint(offsets, None)",
+            "return scored",
+            "other_ids",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_kept.py", "test_vocabulary_over_ranks.py",
+        (
+            "kept ids: each rank's part of a gradient is rounded",
+            "hidden = shared_by_ranks(hidden.to(accumulation_dtype(hidden.dtype)), group)",
+            "hidden = shared_by_ranks(hidden, group)",
+            "cancel and True",
+        ),
+        (
+            "kept ids: the gradient of a rank's own part alone",
+            "hidden = shared_by_ranks(hidden.to(accumulation_dtype(hidden.dtype)), group)",
+            "hidden = hidden.to(accumulation_dtype(hidden.dtype))",
+            "kept_ids and eager and linear_token_stats",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_plans.py", "test_zero_coefficients.py",
+        (
+            "no gradient: 0 times what is infinite",
+            "hidden = torch.where(counting.unsqueeze(1), block.hidden, 0.0)",
+            "hidden = block.hidden",
+            "few_tokens_too",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_plans.py", "test_head_gradients.py",
+        (
+            "no gradient: blocks of no rows are multiplied",
+            "        elif len(some) == 0:\n            return\n", "",
+            "without_any_gradient",
         ),
     ),
 ]  # fmt: skip
