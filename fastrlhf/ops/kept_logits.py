@@ -96,7 +96,7 @@ def _products(
         wanted = rows.wanted.nonzero().squeeze(1)
         for some, products in _products_of(block, weight, rows, wanted, impl):
             logits[some] += products
-    if bias is not None and len(bias):  # a rank may have nothing of a vocabulary
+    if bias is not None and len(bias):
         logits += torch.where(rows.wanted, bias[rows.ids], 0.0)
     return logits
 
@@ -138,7 +138,9 @@ def _gradients(
     if wants[1]:
         assert bias is not None
         totals = d_logits.new_zeros(bias.shape)
-        found[1] = add_at(totals, rows.ids, d_logits).to(bias.dtype)
+        if len(bias):  # a rank may have nothing of a vocabulary
+            add_at(totals, rows.ids, d_logits)
+        found[1] = totals.to(bias.dtype)
     by_id = None
     first = 0
     for weight, wanted in zip(weights, wants[2:], strict=True):
