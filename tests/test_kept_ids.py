@@ -378,7 +378,7 @@ BAD = {
     ),
     "without the target": (
         lambda i, o: (torch.tensor([0, 1, 2, 3, 4, 0]), o), ValueError,
-        r"^support: .*target 4 of token 1, which keeps 2 others",
+        r"^support: .*target 4 of token 1 \(as if flat\), which keeps 2 others",
     ),
     "twice": (
         lambda i, o: (torch.tensor([0, 0, 4, 3, 1, 0]), o), ValueError,

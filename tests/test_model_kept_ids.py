@@ -235,15 +235,20 @@ def test_what_does_not_fit_is_named() -> None:
         call(**tree.inputs, rows=Tree.parents[None])
     with pytest.raises(ValueError, match=r"^rows: expected indices in \[0, 10\).*got 10"):
         call(**tree.inputs, rows=tree.rows + 2)
-    with pytest.raises(ValueError, match=r"^rows: .*got that of the token itself, 1$"):
+    with pytest.raises(ValueError, match=r"^rows: .*before .*got 1 for the token at 1$"):
         call(**tree.inputs, rows=torch.arange(1, 10)[None])
     kept = [token.view(1) for token in tree.ids[0, 1:]]
     kept[6] = torch.tensor([(int(kept[6]) + 1) % VOCAB])
-    with pytest.raises(ValueError, match=r"^support: .* of token 6, which"):
+    with pytest.raises(ValueError, match=r"^support: .* of token 6 \(as if flat\), which"):
         call(support=support_of(kept))
     kept[6] = torch.tensor([int(tree.ids[0, 7]), VOCAB])
     with pytest.raises(ValueError, match=rf"^support\[0\]: .*\[0, {VOCAB}\)"):
         call(support=support_of(kept))
+    with pytest.raises(ValueError, match=r"^rows: expected None for a ratio of sequences"):
+        fastrlhf.model_policy_loss(
+            model, tree.ids, None, None, torch.ones(1), mask=torch.ones_like(tree.ids),
+            rows=tree.rows, ratio_level="sequence",
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"^rows: expected None with cu_seqlens"):
         call(cu_seqlens=torch.tensor([0, 10]), rows=tree.rows)
     with pytest.raises(ValueError, match=r"^support\[1\]: expected shape \(10,\)"):

@@ -237,6 +237,39 @@ def test_the_trpo_example_is_short_and_keeps_its_bound() -> None:
     assert info.accepted and 0 < info.kl <= 0.01 and info.surrogate > 0
 
 
+def test_the_example_of_scores_is_the_support_of_what_was_generated() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def support_of_scores(" in text]
+    model = tiny_llama(transformers, "AutoModelForCausalLM").eval()
+    prompt = torch.randint(3, 60, (2, 4))
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_p=0.7, temperature=0.8,
+        max_new_tokens=5, min_new_tokens=5, output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    support = run_example(example)["support_of_scores"](output.scores, prompt.shape[1])
+    mask = torch.zeros_like(output.sequences)
+    mask[:, 4:] = 1
+    stats = fastrlhf.model_token_stats(
+        model, output.sequences, mask=mask, support=support, temperature=0.8
+    )
+    sampled = torch.stack(output.scores, 1).log_softmax(-1)
+    expected = sampled.gather(-1, output.sequences[:, 4:, None])[..., 0]
+    torch.testing.assert_close(stats.logprob[:, 3:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_of_a_tree_is_its_branches() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    (example,) = [text for text in EXAMPLES if "def stats_of_tree(" in text]
+    model = tiny_llama(transformers, "AutoModelForCausalLM").eval()
+    ids = torch.tensor([[5, 6, 11, 12, 13, 14, 15]])  # 5 6 11, and then 12 13 or 14 15
+    stats = run_example(example)["stats_of_tree"](model, ids, [-1, 0, 1, 2, 3, 2, 5])
+    branches = torch.tensor([[5, 6, 11, 12, 13], [5, 6, 11, 14, 15]])
+    apart = fastrlhf.model_token_stats(model, branches, entropy=True)
+    for found, expected in zip(stats[:2], apart[:2], strict=True):
+        together = torch.cat((expected[0], expected[1, 2:]))
+        torch.testing.assert_close(found[0], together, rtol=1e-4, atol=1e-5)
+
+
 def test_the_benchmarks_are_those_of_the_results() -> None:
     results = (ROOT / "benchmarks" / "results" / "cpu" / "tables.md").read_text()
     summary = results.split("## Summary\n")[1].split("\n## ")[0].strip()

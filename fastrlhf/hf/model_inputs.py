@@ -22,8 +22,6 @@ from fastrlhf.ops.kept_ids import Support, checked_support
 
 from .head_parts import text_config, virtual_tokens
 
-_ANY_VOCABULARY = 2**62
-
 # Keywords that transformers' models pass on from **kwargs, whatever the model.
 _PASSED_ON = {
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
@@ -165,7 +163,7 @@ def support_of_positions(support: Support, targets: Tensor, ignored: int) -> Sup
     sequences, tokens = targets.shape
     like = "one for each of the tokens input_ids[:, 1:], flattened, and the end"
     # Whether its ids are of the vocabulary is known where the logits are made.
-    kept = checked_support(support, targets[:, :-1], _ANY_VOCABULARY, ignored, like=like)
+    kept = checked_support(support, targets[:, :-1], None, ignored, like=like)
     ids, offsets = support[0], kept.offsets
     place = torch.arange(tokens, device=offsets.device)
     first = torch.arange(sequences, device=offsets.device).unsqueeze(1) * (tokens - 1)
@@ -178,7 +176,7 @@ def rows_of_positions(rows: Tensor, scored: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: rows that are not integer, of another shape or device; of a token
-            that is scored, outside of [0, T) or the token's own position.
+            that is scored, outside of [0, T) or not before the token.
     """
     check_integer("rows", rows)
     sequences, tokens = scored.shape
@@ -189,15 +187,16 @@ def rows_of_positions(rows: Tensor, scored: Tensor) -> Tensor:
     wanted, rows = scored[:, 1:], wide_integers(rows)
     of_scored = torch.where(wanted, rows, 0)
     check_indices_on_host("rows", of_scored, tokens, "positions in a row of input_ids")
-    own = wanted & (rows == torch.arange(1, tokens, device=rows.device))
-    if known_on_host(own) and own.any():
+    position = torch.arange(1, tokens, device=rows.device).expand(rows.shape)
+    late = wanted & (rows >= position)
+    if known_on_host(late) and late.any():
         raise ValueError(
-            "rows: expected the position that predicts each of the tokens input_ids[:, 1:], got "
-            f"that of the token itself, {int(rows[own][0])}"
+            "rows: expected a position before that of the token which it predicts, got "
+            f"{int(rows[late][0])} for the token at {int(position[late][0])}"
         )
     # On a GPU, where nothing was checked yet.
     inside = (of_scored >= 0) & (of_scored < tokens)
-    assert_on_device((inside & ~own).all(), "rows: outside of the tokens, or the token's own")
+    assert_on_device((inside & ~late).all(), "rows: outside of the tokens, or not before one's own")
     first = torch.arange(sequences, device=rows.device).unsqueeze(1) * tokens
     flat = first + of_scored.clamp(0, tokens - 1)
     return torch.cat((flat, flat.new_zeros((sequences, 1))), dim=1)

@@ -204,7 +204,7 @@ def model_dpo_loss(
     Args:
         model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl,
             inputs: as `model_token_stats`; chosen and rejected sequences in one batch, in any
-            order.
+            order. With rows, a row of input_ids is still one sequence.
         ref_logps: (B,) log-probs of whole sequences under the reference model, in nats, or
             (B, T-1) of their tokens, as `model_token_stats` returns them; None for the
             reference-free types.
@@ -285,7 +285,12 @@ def model_policy_loss(
 
     Args:
         model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl:
-            as `model_token_stats`. With packed sequences, what is (B, T) is (1, N).
+            as `model_token_stats`. With packed sequences, what is (B, T) is (1, N). With rows, a
+            token of a tree counts once, and a row of input_ids is one sequence: give advantages
+            (B, T-1), for a token of several branches the sum of theirs, and as normalizer the
+            number of tokens of all branches. A loss of each branch (a ratio of sequences, a KL that
+            counts a token in each of its branches) is `linear_policy_loss` on the hidden states of
+            `head_inputs`, with rows (branches, T).
         old_logprobs: (B, T-1), aligned with input_ids[:, 1:], as `model_token_stats` returns
             them; None for the policy itself (ratio 1).
         advantages: (B,) one for each sequence, or (B, T-1).
@@ -306,7 +311,8 @@ def model_policy_loss(
     at): G without gradients, 2G where the head is frozen, 3G where it is trained.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `model_token_stats` and `policy_loss`.
+        TypeError, ValueError, RuntimeError: as `model_token_stats` and `policy_loss`; rows with a
+            ratio of sequences.
     """
     known = PolicyOptions._fields
     given = policy_options_and_inputs
@@ -315,6 +321,11 @@ def model_policy_loss(
     check_bool("entropy", entropy)
     check_ids(input_ids)
     check_mask("mask", mask)
+    if rows is not None and options.ratio_level == "sequence":
+        raise ValueError(
+            "rows: expected None for a ratio of sequences, of which a tree has several; use "
+            "linear_policy_loss on the hidden states, with rows of each sequence"
+        )
     tokens = {
         "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
         "rollout_weights": rollout_weights,

@@ -80,11 +80,14 @@ def model_token_stats(
         entropy, entropy_grad, with_stats, chunk_size, impl: as `linear_token_stats`.
         support: as `token_stats`, of the tokens input_ids[:, 1:], flattened: B·(T-1) + 1 offsets.
         rows: (B, T-1) integer, for the tokens input_ids[:, 1:] of a tree: the position in [0, T) of
-            the same row of input_ids that predicts each, its parent. Several may have one parent,
-            whose logits are made once. None: the position before it. Unless mask says so, a token
-            is scored if attention_mask (B, T) has it and its parent. Give position_ids and an
-            attention_mask (B, 1, T, T), which say what each token sees; where position_ids start
-            again is then no matter.
+            the same row of input_ids that predicts each, its parent, which comes before it. Several
+            may have one parent, whose logits are made once. None: the position before. What each
+            token sees is up to position_ids and an attention_mask (B, 1, T, T), of the model's
+            dtype, 0 where a token sees another and the smallest number elsewhere; that they are
+            those of the tree is not checked. Where position_ids start again is then no matter.
+            Unless mask says so, all tokens after the first are scored, or, with attention_mask (B,
+            T), those that it has and whose parents it has. A token counts once, whatever number of
+            branches goes through it.
         return_outputs: return (stats, outputs), the outputs of the model without its logits: the
             auxiliary loss of a mixture of experts, hidden states for a value head.
         inputs: what else the model's forward names (position_ids, pixel_values, ...), but labels.

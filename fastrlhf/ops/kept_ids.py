@@ -72,7 +72,7 @@ class KeptIds(NamedTuple):
 def checked_support(
     support: Support,
     targets: Tensor,
-    vocab: int | Tensor,
+    vocab: int | Tensor | None,
     ignore_index: int,
     *,
     like: str = _LIKE,
@@ -80,7 +80,7 @@ def checked_support(
     """Check a support of tokens (...) with these targets.
 
     What the tensors hold is checked here on the CPU; on a GPU, by an assertion when the device gets
-    there.
+    there. Ids may be anything where the vocabulary is None.
 
     Raises:
         TypeError: anything but two tensors of int32 or int64.
@@ -192,7 +192,7 @@ def _check_offsets(offsets: Tensor, end: int) -> None:
         )
 
 
-def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor) -> None:
+def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor | None) -> None:
     """Check that each target is kept, and no id is twice, which would count it twice."""
     keeps_target = ~kept.live_tokens | (found >= 1)
     twice = _stands_before(kept)
@@ -200,16 +200,18 @@ def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor) -> None:
         assert_on_device(
             keeps_target.all(), "support: a target is not among the ids that its token keeps"
         )
-        inside = ~kept.live | ((kept.ids >= 0) & (kept.ids < vocab))
-        assert_on_device(inside.all(), "support[0]: an id is outside [0, vocabulary)")
+        if vocab is not None:
+            inside = ~kept.live | ((kept.ids >= 0) & (kept.ids < vocab))
+            assert_on_device(inside.all(), "support[0]: an id is outside [0, vocabulary)")
         assert_on_device(~twice.any(), "support[0]: a token keeps an id twice")
         return
     if not keeps_target.all():
         token = int((~keeps_target).nonzero()[0])
+        others = int(kept.counts[token])
         raise ValueError(
-            f"support: expected the target of each token among its ids, got target "
-            f"{int(kept.targets[token])} of token {token}, which keeps "
-            f"{int(kept.counts[token])} others"
+            "support: expected the target of each token among its ids, got target "
+            f"{int(kept.targets[token])} of token {token} (as if flat), which keeps "
+            + (f"{others} others" if others else "none; is it one to ignore?")
         )
     if twice.any():
         place = int(twice.nonzero()[0])
