@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops.kept_ids import Support, some_of_support
+from fastrlhf.ops.kept_stats import KeptQuestion
 from fastrlhf.ops.linear_arguments import checked_chunk, exact
 from fastrlhf.ops.linear_loss import ChunkStats, LossFunction, check_loss
 from fastrlhf.ops.linear_rows import live_rows, order_by_group
@@ -104,10 +105,12 @@ class ModuleScorer(NamedTuple):
             temperature = self.temperature if temperatures is None else temperatures[some]
             if self.support is not None:
                 transform = checked_transform(temperature, None, 1.0, flat[some])
+                question = KeptQuestion(
+                    transform.flat(logits.dtype), entropy, with_stats, self.impl
+                )
                 kept = kept_stats_of_logits(
                     LogitsPart(logits, None, None), flat[some],
-                    some_of_support(self.support, some), transform, ignore_index=ignore_index,
-                    entropy=entropy, with_stats=with_stats, impl=self.impl,
+                    some_of_support(self.support, some), question, ignore_index=ignore_index,
                 )  # fmt: skip
                 return ChunkStats(**kept._asdict(), groups=None)
             stats = token_stats(

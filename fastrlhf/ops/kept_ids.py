@@ -223,14 +223,9 @@ def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor | None) -> None
 
 def _stands_before(kept: KeptIds) -> Tensor:
     """Which ids (M,) of live tokens stand among those of the same token before."""
-    by_id = by_id_then_token(kept.ids)
+    by_id = kept.ids.argsort(stable=True)
     ids, token = kept.ids[by_id], kept.token[by_id]
     same = (ids[1:] == ids[:-1]) & (token[1:] == token[:-1]) & kept.live[by_id][1:]
     twice = torch.zeros_like(kept.live)
     twice[by_id[1:]] = same
     return twice
-
-
-def by_id_then_token(ids: Tensor) -> Tensor:
-    """The order (M,) of ids that puts equal ones next to each other, in the order of tokens."""
-    return ids.argsort(stable=True)

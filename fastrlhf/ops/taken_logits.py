@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import FURTHER_STATS, TokenStats, accumulation_dtype
+from fastrlhf.reference import TokenStats, accumulation_dtype
 
 from .backend import outside_of_graphs, under_transform, use_triton
 from .checks import wide_integers
@@ -35,10 +35,10 @@ def kept_token_stats(
     impl: str,
 ) -> TokenStats:
     """Compute `token_stats` over kept ids."""
+    question = KeptQuestion(transform.flat(own.logits.dtype), entropy, with_stats, impl)
     stats = kept_stats_of_logits(
-        own, targets, support, transform, ignore_index=ignore_index, entropy=entropy,
-        with_stats=with_stats, inplace=inplace, impl=impl,
-    )  # fmt: skip
+        own, targets, support, question, ignore_index=ignore_index, inplace=inplace
+    )
     return stats.shaped(targets.shape, entropy_grad=entropy_grad)
 
 
@@ -54,21 +54,18 @@ def _stats(
     own: LogitsPart,
     targets: Tensor,
     support: Support,
-    transform: Transform,
+    question: KeptQuestion,
     *,
     ignore_index: int,
-    entropy: bool,
-    with_stats: tuple[str, ...],
-    impl: str,
     inplace: bool = False,
 ) -> KeptStats:
-    logits, transform = own.logits, transform.flat(own.logits.dtype)
-    part = _agreed(own, targets, support, transform, ignore_index, entropy, with_stats, impl)
+    logits = own.logits
+    part = _agreed(own, targets, support, question, ignore_index)
     vocab = logits.shape[-1] if part is None else part.vocab
     if isinstance(vocab, int):
-        check_values_on_host(targets.reshape(-1), transform.of_rows, vocab, ignore_index)
+        temperature = question.transform.of_rows
+        check_values_on_host(targets.reshape(-1), temperature, vocab, ignore_index)
     kept = checked_support(support, targets, vocab, ignore_index)
-    question = KeptQuestion(transform, entropy, with_stats, impl)
     ids, here = of_part(kept, part)
     pairs = _Taken(kept.token, ids, kept.live if here is None else kept.live & here)
     if under_transform(logits):
@@ -80,22 +77,14 @@ def _stats(
 
 
 def _agreed(
-    own: LogitsPart,
-    targets: Tensor,
-    support: Support,
-    transform: Transform,
-    ignore_index: int,
-    entropy: bool,
-    with_stats: tuple[str, ...],
-    impl: str,
+    own: LogitsPart, targets: Tensor, support: Support, question: KeptQuestion, ignore_index: int
 ) -> VocabularyPart | None:
     """Which part of the vocabulary this is, once all ranks agree on what is asked."""
     if own.group is None:
         return None
     refuse_transforms_of_ranks("token_stats")
-    asked_for = (entropy, *(name in with_stats for name in FURTHER_STATS))
-    question = (use_triton(impl, own.logits), *asked_for)
-    asked = numbered(question, own.logits.dtype, *transform[1:])
+    by_kernels, transform = use_triton(question.impl, own.logits), question.transform
+    asked = numbered((by_kernels, *question.asked), own.logits.dtype, *transform[1:])
     targets = wide_integers(targets)
     scored = torch.where(targets == ignore_index, IGNORED, targets)
     scored = said_with_support(scored, support, targets.numel())
