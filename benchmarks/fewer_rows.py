@@ -4,8 +4,8 @@ states that predict several tokens; each of them, and all together.
 Usage: python benchmarks/fewer_rows.py [FILE]. Medians of the seconds of forward and backward, which
 take turns, and peak memory, go to standard output as JSON, and to FILE.
 
-How many ids tokens keep is drawn to be as with top-p sampling: nearly half of the tokens keep one,
-the median is 2, the mean 8, and one in a hundred keeps 82 or more.
+How many ids tokens keep is drawn to be as with top-p sampling, from a distribution in which 47% of
+the tokens keep one, the median is 2, the mean 8, and the 99th percentile 82.
 """
 
 import statistics

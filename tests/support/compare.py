@@ -13,6 +13,7 @@ what that rejects.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +69,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     scale = expected.norm()
     error = (actual - expected).norm()
     return float(error / scale) if scale > 0 else float(error)
+
+
+def assert_gradients_as_accurate(
+    found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    """Assert that the L2 error of each whole gradient is within the budget, relative to it."""
+    for a, b, c in zip(found, plain, exact, strict=True):
+        error, bound = relative_error(a, c), budget(relative_error(b, c), a.dtype)
+        assert error <= bound, f"error of a gradient: {error:.2e}, not {bound:.2e}"
 
 
 def gradient_errors(actual: Tensor, expected: Tensor, targets: Tensor) -> tuple[float, float]:
