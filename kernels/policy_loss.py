@@ -49,8 +49,8 @@ from .tiles import (
 class PolicySettings(NamedTuple):
     """The numbers of a policy loss, as the kernel's arguments of the same names."""
 
-    ratio_low: float  # 1 - clip_low
-    ratio_high: float  # 1 + clip_high
+    low: float  # bounds, in the measure of the surrogate
+    high: float
     dual_clip: float  # inf for none
     tau_positive: float
     tau_negative: float
@@ -90,7 +90,8 @@ def _likelihood(weight, logprob):
 @triton.jit
 def _cispo(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
     ratio = exp(_saturated(log_ratio)[0])
-    return _likelihood(tl.where(ratio > high, high, ratio) * advantage, logprob)
+    bounded = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
+    return _likelihood(bounded * advantage, logprob)
 
 
 @triton.jit
@@ -107,7 +108,47 @@ def _plain(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_neg
     return _likelihood(advantage, logprob)
 
 
+@triton.jit
+def _unless_too_far(log_ratio, advantage, dual, too_low, too_high):
+    """-r·A where the advantage does not lead further away; beyond `dual`, r stays what it is there,
+    in the derivative too.
+    """
+    log_ratio, ended = _saturated(log_ratio)
+    ratio = exp(log_ratio)
+    ended = ended & (dual == float("inf"))
+    loss = -tl.where(ratio > dual, dual, ratio) * advantage
+    gone = tl.where(advantage > 0, too_high, too_low)
+    return tl.where(gone, 0.0, loss), tl.where(gone | ended, 0.0, loss)
+
+
+@triton.jit
+def _dppo_tv(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+    # Of the larger probability, a share that needs no difference of nearly equal numbers.
+    grown = log_ratio > 0
+    larger = exp(tl.where(grown, logprob, logprob - log_ratio))
+    moved = larger * tl.where(grown, -expm1(-log_ratio), expm1(log_ratio))
+    return _unless_too_far(log_ratio, advantage, dual, moved < low, moved > high)
+
+
+@triton.jit
+def _log_of_others(logprob):
+    """ln(1 - p), of a probability below 1 by the least that there is."""
+    tiny: tl.constexpr = 2.2250738585072014e-308 if logprob.dtype == tl.float64 else 1.1754944e-38
+    return tl.log(-expm1(tl.where(logprob > -tiny, -tiny, logprob)))
+
+
+@triton.jit
+def _dppo_kl(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+    old = logprob - log_ratio
+    of_token = tl.where(old == -float("inf"), 0.0, -exp(old) * log_ratio)
+    divergence = of_token - expm1(old) * (_log_of_others(old) - _log_of_others(logprob))
+    too_low = (divergence > -low) & (log_ratio < 0)
+    too_high = (divergence > high) & (log_ratio > 0)
+    return _unless_too_far(log_ratio, advantage, dual, too_low, too_high)
+
+
 SURROGATES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "plain": _plain}
+SURROGATES |= {"dppo_tv": _dppo_tv, "dppo_kl": _dppo_kl}
 
 
 # Of x = ln ref - ln p; the derivative is with respect to ln p.
@@ -132,9 +173,56 @@ def _abs(x):
     return tl.abs(x), tl.where(x > 0, -1.0, tl.where(x < 0, 1.0, x * 0.0))
 
 
-KL_ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3, "abs": _abs}
+@triton.jit
+def _k1_plus(x):
+    return -x, -x
 
-_VECTORS = ["targets", "old_logprobs", "ref_logprobs", "advantages", "weights"]
+
+@triton.jit
+def _k3_plus(x):
+    # Where k2 is infinite, there is no number that has its derivative.
+    return expm1_minus(_saturated(x)[0]) + (x - x), -x
+
+
+KL_ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3, "abs": _abs, "k1+": _k1_plus, "k3+": _k3_plus}
+
+
+@triton.jit
+def _as_it_is(KL: tl.constexpr, x, log_ratio):
+    return KL(x)
+
+
+@triton.jit
+def _corrected(KL: tl.constexpr, x, log_ratio):
+    """The ratio times an estimate."""
+    kl, slope = KL(x)
+    log_ratio, ended = _saturated(log_ratio)
+    ratio = exp(log_ratio)
+    return ratio * kl, ratio * tl.where(ended, slope, kl + slope)
+
+
+@triton.jit
+def _corrected_k3(KL: tl.constexpr, x, log_ratio):
+    """r·k3 = e^(x + ln r) - r·(1 + x), whose first term, ref/p_old, is a constant."""
+    log_ratio, ended = _saturated(log_ratio)
+    ratio = exp(log_ratio)
+    # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
+    x = tl.where(x == float("inf"), 0.0, x)
+    constant, constant_ended = _saturated(x + log_ratio)
+    near = tl.abs(x) < 1
+    kl = tl.where(near, ratio * expm1_minus(x), exp(constant) - ratio * (1 + x))
+    if_ended = tl.where(constant_ended & (near == 0), ratio, -ratio * expm1(x))
+    return kl, tl.where(ended, if_ended, -ratio * x)
+
+
+def _penalty(kl_estimator: str, bias_correction: bool):
+    """What makes a penalty of an estimator and the ratio."""
+    if not bias_correction:
+        return _as_it_is
+    return _corrected_k3 if kl_estimator == "k3" else _corrected
+
+
+_VECTORS = ["targets", "old_logprobs", "ref_logprobs", "advantages", "weights", "kl_weights"]
 _VECTORS += ["token_temperature", "losses", "logprobs", "entropies"]
 
 
@@ -147,7 +235,7 @@ def _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE: tl.constexp
 
 
 @triton.jit(
-    do_not_specialize=["inner", "ignore_index", "on_policy", "with_entropy"],
+    do_not_specialize=["inner", "ignore_index", "on_policy", "weighs_kl", "with_entropy"],
     do_not_specialize_on_alignment=_VECTORS,
 )
 def _policy_loss_kernel(
@@ -159,6 +247,7 @@ def _policy_loss_kernel(
     ref_logprobs,  # (N,), of no effect where kl_coef is 0
     advantages,  # (N,)
     weights,  # (N,) of each token's loss in the loss that the gradient is of
+    kl_weights,  # (N,) of each token's penalty, of no effect unless weighs_kl is 1
     losses,  # (N,) out, as are all below
     logprobs,
     entropies,
@@ -171,13 +260,14 @@ def _policy_loss_kernel(
     stride_vocab,
     vocab,
     ignore_index,
-    on_policy,  # 0 or 1, as is the next
+    on_policy,  # 0 or 1, as are the next two
+    weighs_kl,
     with_entropy,
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
-    ratio_low: tl.float64,
-    ratio_high: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
     dual_clip: tl.float64,
     tau_positive: tl.float64,
     tau_negative: tl.float64,
@@ -185,6 +275,7 @@ def _policy_loss_kernel(
     entropy_coef: tl.float64,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    PENALTY: tl.constexpr,
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
@@ -242,16 +333,20 @@ def _policy_loss_kernel(
     to_itself = tl.where(logprob == logprob, 0.0, logprob)
     log_ratio = tl.where(on_policy != 0, to_itself, logprob - tl.load(old_logprobs + row))
     # Without an advantage, what the token was sampled with must not matter.
-    log_ratio = tl.where(advantage == 0, 0.0, log_ratio)
     loss, slope = SURROGATE(
-        log_ratio, logprob, advantage,
-        tl.full((), ratio_low, acc), tl.full((), ratio_high, acc), tl.full((), dual_clip, acc),
+        tl.where(advantage == 0, 0.0, log_ratio), logprob, advantage,
+        tl.full((), low, acc), tl.full((), high, acc), tl.full((), dual_clip, acc),
         tl.full((), tau_positive, acc), tl.full((), tau_negative, acc),
     )  # fmt: skip
     if kl_coef != 0:
-        kl, kl_slope = KL(tl.load(ref_logprobs + row) - logprob)
-        loss += tl.full((), kl_coef, acc) * kl
-        slope += tl.full((), kl_coef, acc) * kl_slope
+        kl, kl_slope = PENALTY(KL, tl.load(ref_logprobs + row) - logprob, log_ratio)
+        factor = tl.full((), kl_coef, acc)
+        if weighs_kl != 0:
+            factor *= tl.load(kl_weights + row)
+            # Of a penalty that does not count, not even what is infinite.
+            kl, kl_slope = tl.where(factor == 0, 0.0, kl), tl.where(factor == 0, 0.0, kl_slope)
+        loss += factor * kl
+        slope += factor * kl_slope
     loss -= tl.full((), entropy_coef, acc) * entropy
     tl.store(losses + row, tl.where(live, loss, 0.0))
     tl.store(logprobs + row, tl.where(live, logprob, 0.0))
@@ -311,9 +406,11 @@ def policy_loss(
     ref_logprobs: torch.Tensor | None,
     advantages: torch.Tensor,
     weights: torch.Tensor,
+    kl_weights: torch.Tensor | None,
     *,
     surrogate: str,
     kl_estimator: str,
+    kl_bias_correction: bool,
     settings: PolicySettings,
     entropy: bool,
     temperature: float | torch.Tensor,
@@ -340,6 +437,7 @@ def policy_loss(
         weights if ref_logprobs is None else ref_logprobs,
         advantages,
         weights,
+        weights if kl_weights is None else kl_weights,
         losses,
         logprobs,
         entropies,
@@ -349,11 +447,13 @@ def policy_loss(
         vocab,
         ignore_index,
         int(old_logprobs is None),
+        int(kl_weights is not None),
         int(entropy),
         **transform,
         **settings._asdict(),
         SURROGATE=SURROGATES[surrogate],
         KL=KL_ESTIMATORS[kl_estimator],
+        PENALTY=_penalty(kl_estimator, kl_bias_correction),
         **row_plan("policy_loss", vocab, logits.dtype).sweep_options(),
         **ASSERTING,
     )

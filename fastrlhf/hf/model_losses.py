@@ -13,7 +13,7 @@ from fastrlhf.losses.arguments import check_pair_indices
 from fastrlhf.losses.cross_entropy import CrossEntropy, summed_cross_entropy
 from fastrlhf.losses.fused_policy import policy_loss_of
 from fastrlhf.losses.linear_preference import checked_pair_loss, preference_loss_of
-from fastrlhf.losses.policy_arguments import PolicyOptions, policy_batch
+from fastrlhf.losses.policy_arguments import PER_SEQUENCE, PolicyOptions, policy_batch
 from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_bool, check_mask
@@ -264,6 +264,7 @@ def model_policy_loss(
     mask: Tensor,
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     entropy: bool = False,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -296,12 +297,11 @@ def model_policy_loss(
         advantages: (B,) one for each sequence, or (B, T-1).
         mask: (B, T) bool or 0/1, the tokens that were sampled.
         ref_logprobs: (B, T-1), see `policy_loss`.
-        rollout_weights: (B,), (B, 1) or (B, T-1), see `policy_loss`.
+        rollout_weights, kl_weights: (B,), (B, 1) or (B, T-1), see `policy_loss`.
         entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
         return_outputs: return the model's outputs too, without its logits.
-        **policy_options_and_inputs: surrogate, ratio_level, clip_low, clip_high, dual_clip,
-            kl_coef, kl_estimator, entropy_coef, reduction, normalizer and sapo_temperatures of
-            `policy_loss`, or `**grpo_options(...)`; and what else the model's forward names.
+        **policy_options_and_inputs: the options of `policy_loss`, or `**grpo_options(...)`; and
+            what else the model's forward names.
 
     Returns:
         (loss, metrics), as `policy_loss`; with return_outputs (loss, metrics, outputs).
@@ -312,7 +312,7 @@ def model_policy_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `policy_loss`; rows with a
-            ratio of sequences.
+            ratio, or an off-policy mask, of sequences.
     """
     known = PolicyOptions._fields
     given = policy_options_and_inputs
@@ -321,27 +321,26 @@ def model_policy_loss(
     check_bool("entropy", entropy)
     check_ids(input_ids)
     check_mask("mask", mask)
-    if rows is not None and options.ratio_level == "sequence":
+    if rows is not None and options.needs_sequences:
         raise ValueError(
             "rows: expected None for a ratio of sequences, of which a tree has several; use "
             "linear_policy_loss on the hidden states, with rows of each sequence"
         )
     tokens = {
         "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
-        "rollout_weights": rollout_weights,
+        "rollout_weights": rollout_weights, "kl_weights": kl_weights,
     }  # fmt: skip
     sequences = layout_of("input_ids", input_ids, cu_seqlens).sequences(input_ids)
     for name, x in tokens.items():
-        per_sequence = name in ("advantages", "rollout_weights")
-        shapes = ((sequences,), (sequences, 1)) if per_sequence else ()
+        shapes = ((sequences,), (sequences, 1)) if name in PER_SEQUENCE else ()
         if x is not None and getattr(x, "shape", None) not in shapes:
             tokens[name] = of_positions(name, x, input_ids)
     with_entropy = entropy or options.entropy_coef != 0
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        old, gain, ref, rollout, borders = _beside(targets, *tokens.values(), cu_seqlens)
+        *beside, borders = _beside(targets, *tokens.values(), cu_seqlens)
         batch = policy_batch(
-            options, scorer.hidden.dtype, targets != IGNORED, old, gain, ref, rollout,
+            options, scorer.hidden.dtype, targets != IGNORED, *beside,
             with_entropy=with_entropy, layout=layout_of("input_ids", targets, borders),
         )  # fmt: skip
         return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)

@@ -3,9 +3,10 @@
 from .advantages import group_advantages, shaped_rewards, whiten
 from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
+from .grpo import grpo_loss, grpo_options
 from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
-from .policy import grpo_loss, grpo_options, policy_loss, ppo_loss
+from .policy import policy_loss, ppo_loss
 from .preference import dpo_loss
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss

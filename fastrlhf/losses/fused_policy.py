@@ -3,20 +3,19 @@
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fastrlhf.losses.policy import (
-    Metrics,
-    policy_metrics,
-    reduced_loss,
-    token_log_ratio,
-    token_losses,
+from fastrlhf.losses.policy import Metrics, policy_metrics, reduced_loss, token_losses
+from fastrlhf.losses.policy_arguments import (
+    PolicyBatch,
+    PolicyKeywords,
+    PolicyOptions,
+    policy_batch,
 )
-from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyOptions, policy_batch
 from fastrlhf.losses.segments import segment_sums
+from fastrlhf.losses.signatures import showing
 from fastrlhf.ops import (
     ChunkStats,
     PolicyFormula,
@@ -44,6 +43,7 @@ from fastrlhf.ops.tracing import being_traced
 from fastrlhf.ops.transform import temperatures_of_layout
 
 
+@showing(PolicyKeywords, PolicyOptions()._asdict())
 def logits_policy_loss(
     logits: Tensor,
     targets: Tensor,
@@ -53,6 +53,7 @@ def logits_policy_loss(
     *,
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     entropy: bool = False,
     temperature: float | Tensor = 1.0,
@@ -62,7 +63,7 @@ def logits_policy_loss(
     support: Support | None = None,
     impl: str = "auto",
     group: Group | None = None,
-    **policy_options: Any,
+    **policy_options: Unpack[PolicyKeywords],
 ) -> tuple[Tensor, Metrics]:
     """Compute `policy_loss` and its gradient from logits, in one launch.
 
@@ -79,7 +80,7 @@ def logits_policy_loss(
             them: `shift_targets(input_ids, completion_mask)` and the mask `targets != -100`, or
             logits[:, :-1], input_ids[:, 1:] and completion_mask[:, 1:]. Outside of the mask they
             can hold anything.
-        old_logprobs, advantages, mask, ref_logprobs, rollout_weights: as `policy_loss`.
+        old_logprobs, advantages, mask, ref_logprobs, rollout_weights, kl_weights: as `policy_loss`.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, what is (B, T) is (N,) or (1, N), and logits are (N, V) or (1, N, V).
         entropy: report the mean entropy, as a metric; an entropy_coef does so anyway.
@@ -90,9 +91,7 @@ def logits_policy_loss(
             returns (on a GPU; the eager backend spends them backward): whatever else needs them has
             to come before. Autograd refuses the backward of graphs that had saved them, and of
             those that use them later, unless the logits are a view.
-        **policy_options: surrogate, ratio_level, clip_low, clip_high, dual_clip, kl_coef,
-            kl_estimator, entropy_coef, reduction, normalizer and sapo_temperatures of
-            `policy_loss`; or `**grpo_options(...)`.
+        **policy_options: the options of `policy_loss`; or `**grpo_options(...)`.
 
     Returns:
         loss and metrics, as `policy_loss`.
@@ -104,10 +103,11 @@ def logits_policy_loss(
     gradient once. Tokens outside of the mask are not read, nor are those without an advantage,
     unless there is a reference or an entropy to look at; a token whose ratio is clipped is read
     once. Backward hands the gradient on if its upstream is 1, and otherwise scales it: a factor for
-    gradient accumulation costs less as a normalizer. Without gradients, the logits are read once. A
-    ratio of sequences needs all log-probs before the first gradient: it takes `token_stats` and its
-    backward, as do fp16 logits, whose gradient must be scaled before it is rounded, a vocabulary
-    that ranks share, and the eager backend.
+    gradient accumulation costs less as a normalizer. Without gradients, the logits are read once.
+    What is of sequences (their ratios, the off-policy mask) needs all log-probs before the first
+    gradient: it takes `token_stats` and its backward, as do losses that are not reduced, fp16
+    logits, whose gradient must be scaled before it is rounded, a vocabulary that ranks share, and
+    the eager backend.
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
@@ -126,11 +126,12 @@ def logits_policy_loss(
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=with_entropy, layout=layout,
+        kl_weights, with_entropy=with_entropy, layout=layout,
     )  # fmt: skip
     targets = _active_targets(targets, batch, None if shared else logits.shape[-1])
     one_launch = (
-        torch.is_grad_enabled() and logits.requires_grad and options.ratio_level == "token"
+        torch.is_grad_enabled() and logits.requires_grad
+        and not options.needs_sequences and options.reduction != "none"
         # The scale that keeps fp16 gradients from vanishing comes with the backward.
         and logits.dtype != torch.float16 and not shared and support is None
     )  # fmt: skip
@@ -150,6 +151,7 @@ def logits_policy_loss(
     return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
 
 
+@showing(PolicyKeywords, PolicyOptions()._asdict())
 def linear_policy_loss(
     hidden: Tensor,
     weight: Weight,
@@ -160,6 +162,7 @@ def linear_policy_loss(
     *,
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     entropy: bool = False,
     bias: Tensor | None = None,
@@ -171,7 +174,7 @@ def linear_policy_loss(
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
-    **policy_options: Any,
+    **policy_options: Unpack[PolicyKeywords],
 ) -> tuple[Tensor, Metrics]:
     """Compute `policy_loss` from hidden states and the weight of the head: no logits are built.
 
@@ -186,8 +189,8 @@ def linear_policy_loss(
         hidden: (B, T, H).
         weight: (V, H); of a model, `head = lm_head(model)` gives `weight=head.weight` and, as
             important, `**head.options()`.
-        targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, entropy,
-            **policy_options: as `logits_policy_loss`.
+        targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, kl_weights,
+            entropy, **policy_options: as `logits_policy_loss`.
         cu_seqlens: as `logits_policy_loss`, with hidden states (N, H) or (1, N, H).
         bias, temperature, softcap, scale, support, rows, chunk_size, impl, group: as
             `linear_token_stats`; where ranks share the vocabulary, the loss is the same on every
@@ -203,7 +206,8 @@ def linear_policy_loss(
     needs one, 3G for both, with an entropy bonus too. Active are the tokens of the mask, without
     those that have no advantage, unless there is a reference or an entropy to look at. Tokens that
     have no gradient, as where the ratio is clipped, cost the first G alone. Memory: as
-    `linear_loss`, by which it is computed; with a ratio of sequences, those are its groups.
+    `linear_loss`, by which it is computed; for what is of sequences (their ratios, the off-policy
+    mask), those are its groups. Losses that are not reduced cost what `linear_token_stats` does.
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
@@ -221,7 +225,7 @@ def linear_policy_loss(
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
         options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        with_entropy=with_entropy, layout=layout,
+        kl_weights, with_entropy=with_entropy, layout=layout,
     )  # fmt: skip
     return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
 
@@ -235,9 +239,9 @@ def policy_loss_of(
     with_entropy: bool,
 ) -> tuple[Tensor, Metrics]:
     """Compute the loss and its metrics of whatever scores the targets (B, T)."""
-    mask, by_sequence = batch.mask, options.ratio_level == "sequence"
+    mask = batch.mask
     targets = _active_targets(targets, batch, scorer.vocab)
-    if under_transform():
+    if under_transform() or options.reduction == "none":
         stats = scorer.stats(
             targets, ignore_index=MASKED_OUT, entropy=with_entropy, lse=False
         )  # fmt: skip
@@ -251,12 +255,12 @@ def policy_loss_of(
         stats: ChunkStats, token: Tensor, *chunk: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = batch.tokens._replace(**dict(zip(names, chunk, strict=True)))
-        log_ratio = token_log_ratio(tokens, stats.logprob)
-        if by_sequence:
+
+        def sums(x: Tensor) -> Tensor:
             assert stats.groups is not None
-            count = segment_sums(torch.ones_like(log_ratio), stats.groups)
-            log_ratio = segment_sums(log_ratio, stats.groups) / count
-        losses = token_losses(options, tokens, stats.logprob, stats.entropy, log_ratio)
+            return segment_sums(x, stats.groups)
+
+        losses = token_losses(options, tokens, stats.logprob, stats.entropy, sums)
         found = {"token": token, "logprob": stats.logprob}
         if stats.entropy is not None:
             found["entropy"] = stats.entropy
@@ -264,7 +268,8 @@ def policy_loss_of(
 
     token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
     loss, aux = scorer.loss(
-        of_chunk, targets, token, *sides, groups=batch.layout.ids(mask) if by_sequence else None,
+        of_chunk, targets, token, *sides,
+        groups=batch.layout.ids(mask) if options.needs_sequences else None,
         ignore_index=MASKED_OUT, entropy=with_entropy, lse=False,
     )  # fmt: skip
 
@@ -293,9 +298,12 @@ def _check_mask(mask: Tensor, targets: Tensor) -> None:
 
 
 def _formula(options: PolicyOptions) -> PolicyFormula:
-    dual_clip = torch.inf if options.dual_clip is None else options.dual_clip
+    bounds = options.bounds
+    dual_clip = torch.inf if bounds.dual_clip is None else bounds.dual_clip
     settings = (
-        1 - options.clip_low, 1 + options.clip_high, dual_clip, *options.sapo_temperatures,
+        bounds.low, bounds.high, dual_clip, bounds.tau_positive, bounds.tau_negative,
         options.kl_coef, options.entropy_coef,
     )  # fmt: skip
-    return PolicyFormula(options.surrogate, options.kl_estimator, settings)
+    return PolicyFormula(
+        options.surrogate, options.kl_estimator, options.kl_bias_correction, settings
+    )

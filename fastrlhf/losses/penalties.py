@@ -2,11 +2,17 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from fastrlhf.losses.ratios import saturated
 from fastrlhf.ops.checks import check_floating, check_one_of, check_same_device, check_shape
 from fastrlhf.reference import accumulation_dtype, expm1_minus
+
+
+def _with_gradient_of_k2(value: Tensor, x: Tensor) -> Tensor:
+    return value.detach() + (x.square() - x.detach().square()) / 2
+
 
 # Of x = ln ref - ln π.
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -14,6 +20,8 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda x: x.square() / 2,
     "k3": lambda x: expm1_minus(saturated(x)),
     "abs": lambda x: x.abs(),
+    "k1+": lambda x: _with_gradient_of_k2(-x, x),
+    "k3+": lambda x: _with_gradient_of_k2(expm1_minus(saturated(x)), x),
 }
 
 
@@ -23,6 +31,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
     Eager equivalent, with x = ref_logprobs - logprobs::
 
         {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - 1 - x, "abs": x.abs()}[estimator]
+
+    and "k1+" and "k3+", which have the value of k1 and k3 and the gradient of k2.
 
     Args:
         logprobs: (B, T), or any shape, log-probs under the policy, in nats.
@@ -37,6 +47,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
             k2    KL(π‖ref), to second order    that of KL(π‖ref)
             k3    KL(π‖ref)                     that of KL(ref‖π)
             abs   the mean of |ln π - ln ref|   that of Σ|π - ref|, the total variation
+            k1+   KL(π‖ref)                     that of KL(π‖ref)
+            k3+   KL(π‖ref)                     that of KL(π‖ref)
             ====  ============================  ==================================
 
             (These gradients take the samples as given, as autograd does. In a reward, which no
@@ -65,3 +77,21 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
 def check_estimator(name: str, estimator: str) -> None:
     """Raise TypeError or ValueError unless it is the name of an estimator."""
     check_one_of(name, estimator, KL_ESTIMATORS)
+
+
+def importance_corrected(estimator: str, x: Tensor, log_ratio: Tensor) -> Tensor:
+    """Multiply an estimate of x = ln ref - ln π by the ratio r = π/π_old, which the gradient goes
+    through too: the expected value over samples of π_old is KL(π‖ref), and for k3 so is the
+    gradient its gradient.
+    """
+    log_ratio = saturated(log_ratio)
+    ratio = log_ratio.exp()
+    if estimator != "k3":
+        return ratio * KL_ESTIMATORS[estimator](x)
+    # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
+    x = torch.where(x == torch.inf, 0.0, x)
+    near = x.abs() < 1
+    close = ratio * expm1_minus(torch.where(near, x, 0.0))
+    # r·e^x = ref/π_old is a constant, which must not leave its rounding in the gradient, -r·x.
+    far = saturated(x + log_ratio).exp() - ratio * (1 + x)
+    return torch.where(near, close, far)

@@ -3,10 +3,12 @@
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastrlhf.losses.penalties import check_estimator
 from fastrlhf.losses.reduce import check_reduction, token_weights
@@ -14,6 +16,7 @@ from fastrlhf.losses.surrogates import SURROGATES, Bounds
 from fastrlhf.ops import PolicyTokens
 from fastrlhf.ops.checks import (
     check_at_least,
+    check_bool,
     check_finite,
     check_floating,
     check_mask,
@@ -24,7 +27,50 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.layout import layout_of
+from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import ROWS, Layout, accumulation_dtype
+
+SurrogateName = Literal["clip", "cispo", "sapo", "plain", "dppo_tv", "dppo_kl", "gmpo", "vespo"]
+RatioLevel = Literal["token", "sequence", "sequence-token", "product"]
+EstimatorName = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
+Reduction = Literal["token-mean", "sequence-mean", "sequence-sum", "constant", "none"]
+
+
+class PolicyKeywords(TypedDict, total=False):
+    """The options that every form of the policy loss takes as keywords; see `policy_loss`."""
+
+    surrogate: SurrogateName
+    ratio_level: RatioLevel
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl_coef: float
+    kl_estimator: EstimatorName
+    entropy_coef: float
+    reduction: Reduction
+    normalizer: float | Tensor | None
+    sapo_temperatures: tuple[float, float]
+    ratio_floor: float
+    vespo_shape: tuple[float, float, float, float]
+    kl_reference: Literal["ref", "old"]
+    kl_bias_correction: bool
+    off_policy_mask_threshold: float | None
+
+
+class PolicyArguments(PolicyKeywords, total=False):
+    """The options of `policy_loss`, and the tensors that it takes as keywords."""
+
+    ref_logprobs: Tensor | None
+    entropy: Tensor | None
+    rollout_weights: Tensor | None
+    kl_weights: Tensor | None
+    cu_seqlens: Tensor | None
+    group: Group | None
+
+
+OPTIONAL_TENSORS = dict.fromkeys(
+    ("ref_logprobs", "entropy", "rollout_weights", "kl_weights", "cu_seqlens", "group")
+)
 
 
 class PolicyOptions(NamedTuple):
@@ -41,39 +87,67 @@ class PolicyOptions(NamedTuple):
     reduction: str = "token-mean"
     normalizer: float | Tensor | None = None
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    ratio_floor: float = 0.0
+    vespo_shape: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0)
+    kl_reference: str = "ref"
+    kl_bias_correction: bool = False
+    off_policy_mask_threshold: float | None = None
 
     def checked(self) -> "PolicyOptions":
         """Return the options, numbers as floats.
 
         Raises:
-            TypeError, ValueError: one that is not what it should be.
+            TypeError, ValueError: one that is not what it should be, or does not go with another.
         """
         check_one_of("surrogate", self.surrogate, SURROGATES)
-        check_one_of("ratio_level", self.ratio_level, ("token", "sequence"))
+        check_one_of("ratio_level", self.ratio_level, get_args(RatioLevel))
+        levels = SURROGATES[self.surrogate].ratio_levels
+        if self.ratio_level not in levels:
+            raise ValueError(
+                f"ratio_level: expected {' or '.join(map(repr, levels))} for surrogate "
+                f"{self.surrogate!r}, got {self.ratio_level!r}"
+            )
         dual_clip = self.dual_clip
         if dual_clip is not None:
             dual_clip = check_at_least("dual_clip", dual_clip, 1)
             if not dual_clip > 1:
                 raise ValueError(f"dual_clip: expected more than 1, got {self.dual_clip}")
-        if not isinstance(self.sapo_temperatures, tuple) or len(self.sapo_temperatures) != 2:
-            raise ValueError(
-                "sapo_temperatures: expected two numbers, for A > 0 and for the rest, got "
-                f"{self.sapo_temperatures!r}"
-            )
-        first, second = (check_positive("sapo_temperatures", x) for x in self.sapo_temperatures)
+        two, four = "two numbers, for A > 0 and for the rest", "four numbers, k and λ for each"
+        first, second = _positive("sapo_temperatures", self.sapo_temperatures, 2, two)
+        shape = _positive("vespo_shape", self.vespo_shape, 4, four)
         check_estimator("kl_estimator", self.kl_estimator)
+        check_one_of("kl_reference", self.kl_reference, ("ref", "old"))
+        check_bool("kl_bias_correction", self.kl_bias_correction)
+        threshold = self.off_policy_mask_threshold
+        if threshold is not None:
+            threshold = check_finite("off_policy_mask_threshold", threshold)
         return self._replace(
             clip_low=check_at_least("clip_low", self.clip_low, 0),
-            clip_high=check_at_least("clip_high", self.clip_high, 0),
+            clip_high=self._checked_clip_high(),
             dual_clip=dual_clip,
             kl_coef=check_finite("kl_coef", self.kl_coef),
             entropy_coef=check_finite("entropy_coef", self.entropy_coef),
-            normalizer=check_reduction(self.reduction, self.normalizer),
+            normalizer=check_reduction(self.reduction, self.normalizer, may_be_none=True),
             sapo_temperatures=(first, second),
+            ratio_floor=check_at_least("ratio_floor", self.ratio_floor, 0),
+            vespo_shape=(shape[0], shape[1], shape[2], shape[3]),
+            off_policy_mask_threshold=threshold,
         )
 
+    def _checked_clip_high(self) -> float:
+        """A bound of cispo may be below 1, down to where nothing is left of the ratio."""
+        if self.surrogate != "cispo":
+            return check_at_least("clip_high", self.clip_high, 0)
+        clip_high = check_at_least("clip_high", self.clip_high, -1)
+        if not 1 + clip_high > self.ratio_floor:
+            raise ValueError(
+                f"clip_high: expected a bound 1 + clip_high above ratio_floor {self.ratio_floor}, "
+                f"got {clip_high}"
+            )
+        return clip_high
+
     @classmethod
-    def parse(cls, function: str, given: dict[str, Any]) -> "PolicyOptions":
+    def parse(cls, function: str, given: Mapping[str, Any]) -> "PolicyOptions":
         """Make options from the keywords of a function, to which an unknown one is a TypeError."""
         for name in given:
             if name not in cls._fields:
@@ -83,7 +157,31 @@ class PolicyOptions(NamedTuple):
 
     @property
     def bounds(self) -> Bounds:
-        return Bounds(self.clip_low, self.clip_high, self.dual_clip, *self.sapo_temperatures)
+        """The numbers of the surrogate, in its own measure."""
+        around = SURROGATES[self.surrogate].around
+        low = self.ratio_floor if self.surrogate == "cispo" else around - self.clip_low
+        return Bounds(
+            low, around + self.clip_high, self.dual_clip, *self.sapo_temperatures, self.vespo_shape
+        )
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the loss of a token depends on the log-probs of its whole sequence."""
+        return self.ratio_level != "token" or self.off_policy_mask_threshold is not None
+
+
+def _positive(name: str, values: Any, count: int, what: str) -> list[float]:
+    """Return that many positive numbers as floats."""
+    if not isinstance(values, tuple) or len(values) != count:
+        raise ValueError(f"{name}: expected {what}, got {values!r}")
+    return [check_positive(name, x) for x in values]
+
+
+# Gives each token the sum over the tokens of its sequence.
+Sums = Callable[[Tensor], Tensor]
+
+# What may be one number for each sequence.
+PER_SEQUENCE = ("advantages", "rollout_weights", "kl_weights")
 
 
 class PolicyBatch(NamedTuple):
@@ -100,6 +198,11 @@ class PolicyBatch(NamedTuple):
     tokens: PolicyTokens  # (B, T) each
     layout: Layout = ROWS
 
+    def sums(self, x: Tensor) -> Tensor:
+        """Give each token the sum over the tokens of its sequence."""
+        of_sequences = self.layout.sums(torch.where(self.mask, x, 0.0))
+        return self.layout.spread(of_sequences).expand(x.shape)
+
 
 def policy_batch(
     options: PolicyOptions,
@@ -109,6 +212,7 @@ def policy_batch(
     advantages: Tensor,
     ref_logprobs: Tensor | None,
     rollout_weights: Tensor | None,
+    kl_weights: Tensor | None = None,
     *,
     with_entropy: bool,
     layout: Layout | None = None,
@@ -121,15 +225,16 @@ def policy_batch(
     """
     check_mask("mask", mask)
     layout = layout_of("mask", mask) if layout is None else layout
-    if options.kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
+    ref_logprobs = _reference(options, old_logprobs, ref_logprobs)
+    if kl_weights is not None and ref_logprobs is None:
+        raise ValueError("kl_weights: expected None without ref_logprobs to be measured against")
     check_real("advantages", advantages)
     shape, sequences, inside = tuple(mask.shape), layout.sequences(mask), mask != 0
 
     def cleared(name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        per_sequence = name in ("advantages", "rollout_weights")
+        per_sequence = name in PER_SEQUENCE
         (check_real if per_sequence else check_floating)(name, x)
         check_same_device(name, x, "mask", mask)
         of_sequences = tuple(x.shape) in ((sequences,), (sequences, 1))
@@ -150,9 +255,27 @@ def policy_batch(
         # A token without an advantage has none, whatever its weight: one that overflowed included.
         gain = torch.where(gain == 0, 0.0, gain * rollout)
     scored = inside & (gain != 0)
-    if options.ratio_level == "sequence":  # its tokens share a ratio
+    if options.needs_sequences:  # its tokens have a part in each other's loss
         scored = inside & layout.spread(layout.counts(scored) > 0)
     active = scored if ref_logprobs is None and not with_entropy else inside
     weights = token_weights(inside, options.reduction, options.normalizer, gain.dtype, layout)
     old, ref = cleared("old_logprobs", old_logprobs), cleared("ref_logprobs", ref_logprobs)
-    return PolicyBatch(inside, scored, active, PolicyTokens(old, ref, gain, weights), layout)
+    of_kl = cleared("kl_weights", kl_weights)
+    return PolicyBatch(inside, scored, active, PolicyTokens(old, ref, gain, weights, of_kl), layout)
+
+
+def _reference(
+    options: PolicyOptions, old_logprobs: Tensor | None, ref_logprobs: Tensor | None
+) -> Tensor | None:
+    """The log-probs that the penalty is measured against."""
+    if options.kl_reference == "old":
+        if ref_logprobs is not None:
+            raise ValueError(
+                "ref_logprobs: expected None for kl_reference 'old', which takes old_logprobs"
+            )
+        if old_logprobs is None:
+            raise ValueError("old_logprobs: expected a tensor for kl_reference 'old', got None")
+        return old_logprobs
+    if options.kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
+    return ref_logprobs

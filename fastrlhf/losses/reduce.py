@@ -12,11 +12,15 @@ from fastrlhf.reference import ROWS, Layout
 REDUCTIONS = ("token-mean", "sequence-mean", "sequence-sum", "constant")
 
 
-def check_reduction(reduction: str, normalizer: float | Tensor | None) -> float | Tensor | None:
+def check_reduction(
+    reduction: str, normalizer: float | Tensor | None, *, may_be_none: bool = False
+) -> float | Tensor | None:
     """Return the normalizer, a number as float. Raise unless the reduction exists and the
-    normalizer is a positive number, or 0-d tensor.
+    normalizer is a positive number, or 0-d tensor; "none", where it may be, has none.
     """
-    check_one_of("reduction", reduction, REDUCTIONS)
+    check_one_of("reduction", reduction, (*REDUCTIONS, *(("none",) if may_be_none else ())))
+    if reduction == "none" and normalizer is not None:
+        raise ValueError("normalizer: expected None for reduction 'none', which divides nothing")
     if normalizer is None:
         if reduction == "constant":
             raise ValueError(
@@ -42,6 +46,8 @@ def token_weights(
     layout: Layout = ROWS,
 ) -> Tensor:
     """Give each token of the mask its weight in the reduced loss; 0 outside of the mask."""
+    if reduction == "none":
+        return mask.to(dtype)
     if isinstance(normalizer, Tensor):
         denominator = normalizer.detach().to(mask.device, dtype)
     elif normalizer is None and reduction == "token-mean":

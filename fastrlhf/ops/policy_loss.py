@@ -24,6 +24,7 @@ class PolicyTokens(NamedTuple):
     ref_logprobs: Tensor | None
     advantages: Tensor
     weights: Tensor  # of the token's loss in the sum
+    kl_weights: Tensor | None = None  # of its penalty; None: 1
 
 
 class PolicyFormula(NamedTuple):
@@ -31,6 +32,7 @@ class PolicyFormula(NamedTuple):
 
     surrogate: str
     kl_estimator: str
+    kl_bias_correction: bool
     settings: tuple[float, ...]
 
 
@@ -57,7 +59,7 @@ def policy_loss(
         d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss(
         d_logits, plain, targets, *tokens, *transform, formula.surrogate, formula.kl_estimator,
-        list(formula.settings), ignore_index, entropy,
+        formula.kl_bias_correction, list(formula.settings), ignore_index, entropy,
     )  # fmt: skip
     handed_out: list[tuple[int, int]] = []
     if overwrite and not logits.is_leaf and not logits._is_view():  # autograd takes neither
@@ -76,12 +78,14 @@ def _launch(
     ref_logprobs: Tensor | None,
     advantages: Tensor,
     weights: Tensor,
+    kl_weights: Tensor | None,
     token_temperature: Tensor | None,
     temperature: float,
     softcap: float | None,
     scale: float,
     surrogate: str,
     kl_estimator: str,
+    kl_bias_correction: bool,
     settings: list[float],
     ignore_index: int,
     entropy: bool,
@@ -99,11 +103,13 @@ def _launch(
     def flat(x: Tensor) -> Tensor:
         return x.reshape(-1).to(acc).contiguous()
 
-    old, ref = (None if x is None else flat(x) for x in (old_logprobs, ref_logprobs))
+    optional = (old_logprobs, ref_logprobs, kl_weights)
+    old, ref, of_kl = (None if x is None else flat(x) for x in optional)
     return launch(
-        d_rows, rows, targets, old, ref, flat(advantages), flat(weights),
-        surrogate=surrogate, kl_estimator=kl_estimator, settings=PolicySettings(*settings),
-        entropy=entropy, temperature=row_temperature, softcap=softcap, scale=scale,
+        d_rows, rows, targets, old, ref, flat(advantages), flat(weights), of_kl,
+        surrogate=surrogate, kl_estimator=kl_estimator, kl_bias_correction=kl_bias_correction,
+        settings=PolicySettings(*settings), entropy=entropy, temperature=row_temperature,
+        softcap=softcap, scale=scale,
         ignore_index=ignore_index,
     )  # fmt: skip
 

@@ -87,7 +87,7 @@ def grpo_loss(
     run: Run, model: nn.Module, batch: Rollout, advantages: Tensor, options: GRPOOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss inside the model's own forward."""
-    choice: dict[str, Any] = grpo_options(options.loss_type, kl_coef=options.kl_coef)
+    choice = grpo_options(options.loss_type, kl_coef=options.kl_coef)
     if options.loss_type == "dr_grpo":
         choice["normalizer"] = float(len(advantages) * options.new_tokens)
     elif choice["reduction"] == "token-mean":
