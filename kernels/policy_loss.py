@@ -204,15 +204,14 @@ def _corrected(KL: tl.constexpr, x, log_ratio):
 @triton.jit
 def _corrected_k3(KL: tl.constexpr, x, log_ratio):
     """r·k3 = e^(x + ln r) - r·(1 + x), whose first term, ref/p_old, is a constant."""
+    constant = exp(_saturated(x + log_ratio)[0])
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
     # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
     x = tl.where(x == float("inf"), 0.0, x)
-    constant, constant_ended = _saturated(x + log_ratio)
     near = tl.abs(x) < 1
-    kl = tl.where(near, ratio * expm1_minus(x), exp(constant) - ratio * (1 + x))
-    if_ended = tl.where(constant_ended & (near == 0), ratio, -ratio * expm1(x))
-    return kl, tl.where(ended, if_ended, -ratio * x)
+    kl = tl.where(near, ratio * expm1_minus(x), constant - ratio * (1 + x))
+    return kl, ratio * tl.where(ended, tl.where(near, -expm1(x), 1.0), -x)
 
 
 def _penalty(kl_estimator: str, bias_correction: bool):

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import replace
-from itertools import product
+from functools import partial
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compare import assert_as_accurate
 from support.plain import plain_policy_loss
-from support.policy_formulas import PolicyCase, expected_policy
+from support.policy_formulas import ESTIMATORS, FORMS, PolicyCase, expected_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,9 +20,8 @@ import fastrlhf
 from fastrlhf import grpo_loss, grpo_options, kl_penalty, policy_loss, ppo_loss
 
 SURROGATES = ["clip", "cispo", "sapo", "plain"]
-LEVELS = ["token", "sequence"]
+LEVELS = ["token", "sequence", "sequence-token", "product"]
 REDUCTIONS = ["token-mean", "sequence-mean", "sequence-sum", "constant"]
-ESTIMATORS = ["k1", "k2", "k3", "abs"]
 GARBAGE = [math.nan, math.inf, -math.inf, -1e9, 1e30]
 FINE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 
@@ -29,7 +29,8 @@ FINE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp
 def batch(dtype: torch.dtype = torch.float64, spread: float = 0.4) -> dict[str, Tensor]:
     """Four sequences of up to five tokens, one of them empty; ratios beyond both bounds."""
     logprobs = -5 * torch.rand(4, 5, dtype=torch.float64)
-    old, ref = (logprobs + spread * torch.randn(4, 5) for _ in range(2))
+    # No log-prob is above 0, which DPPO's probabilities depend on.
+    old, ref = ((logprobs + spread * torch.randn(4, 5)).clamp(max=-1e-3) for _ in range(2))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
     tensors = {
         "logprobs": logprobs, "old_logprobs": old, "advantages": torch.randn(4, 5),
@@ -63,17 +64,18 @@ def assert_right(found: tuple[Tensor, Tensor], case: PolicyCase) -> None:
 
 
 @FINE
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
 def test_loss_and_gradient_are_those_of_the_papers(
     surrogate: str, level: str, dtype: torch.dtype
 ) -> None:
-    for reduction, estimator in zip(REDUCTIONS, ESTIMATORS, strict=True):
+    choices = zip(cycle(REDUCTIONS), product(ESTIMATORS, [False, True]), strict=False)
+    for reduction, (estimator, corrected) in choices:
         arguments = batch(dtype) | {
             "surrogate": surrogate, "ratio_level": level, "clip_low": 0.15, "clip_high": 0.28,
             "kl_coef": 0.3, "kl_estimator": estimator, "entropy_coef": 0.1, "reduction": reduction,
             "normalizer": 7.0 if reduction == "constant" else None,
-            "sapo_temperatures": (0.8, 1.3),
+            "sapo_temperatures": (0.8, 1.3), "kl_bias_correction": corrected,
+            "ratio_floor": 0.9, "vespo_shape": (1.5, 2.5, 2.0, 1.5),
         }  # fmt: skip
         loss, gradient, _ = evaluate(arguments)
         assert loss.dtype == gradient.dtype == dtype
@@ -146,8 +148,7 @@ def test_a_normalizer_replaces_the_denominator(reduction: str, as_tensor: bool) 
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
 def test_what_the_mask_hides_changes_no_bit(level: str, surrogate: str, garbage: float) -> None:
     options = {
         "surrogate": surrogate, "ratio_level": level, "kl_coef": 0.3, "entropy_coef": 0.1,
@@ -183,13 +184,12 @@ def test_a_batch_without_tokens_has_loss_and_gradient_zero(level: str, reduction
 
 
 @FINE
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
 def test_an_old_policy_a_hundred_nats_away_gives_the_clipped_answer(
     level: str, surrogate: str, dtype: torch.dtype
 ) -> None:
-    logprobs = torch.full((2, 3), -2.0, dtype=dtype)
     for offset, sign in product((-100.0, 100.0, -1e4, 1e4), (1.0, -1.0, 0.0)):
+        logprobs = torch.full((2, 3), -2.0 - max(offset, 0.0), dtype=dtype)
         arguments = {
             "logprobs": logprobs, "old_logprobs": logprobs + offset,
             "advantages": torch.full((2,), sign, dtype=dtype), "mask": torch.ones(2, 3),
@@ -198,8 +198,8 @@ def test_an_old_policy_a_hundred_nats_away_gives_the_clipped_answer(
         loss, gradient, metrics = evaluate(arguments)
         assert loss.isfinite() and gradient.isfinite().all(), (offset, sign)
         assert all(value.isfinite() for value in metrics.values())
-        if abs(offset) == 100.0:
-            case = PolicyCase(**arguments)
+        case = PolicyCase(**arguments)
+        if abs(offset) == 100.0 and abs(expected_policy(case).loss) < torch.finfo(dtype).max:
             assert_right((loss, gradient), case)
 
 
@@ -245,8 +245,7 @@ def test_a_token_that_the_policy_forbids_makes_no_nan_without_an_advantage(surro
     assert all(value.isfinite() for value in metrics.values())
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
 def test_without_old_log_probs_the_ratio_is_one_and_has_a_gradient(
     level: str, surrogate: str
 ) -> None:
@@ -430,7 +429,8 @@ def test_penalties_keep_their_relative_accuracy(
     found = kl_penalty(logprobs, ref, estimator)
     for value, given_ref in zip(found.tolist(), ref.tolist(), strict=True):
         x = mpmath.mpf(given_ref)
-        exact = {"k1": -x, "k2": x**2 / 2, "k3": mpmath.exp(x) - 1 - x, "abs": abs(x)}[estimator]
+        kinds = {"k1": -x, "k2": x**2 / 2, "k3": mpmath.exp(x) - 1 - x, "abs": abs(x)}
+        exact = kinds[estimator.rstrip("+")]
         bound = {torch.float32: 2e-6, torch.float64: 3e-13}[dtype]
         assert abs(value - exact) <= bound * abs(exact)
 
@@ -454,8 +454,9 @@ def divergences(policy: Tensor, ref: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("estimator", "of"),
-    [("k1", "none"), ("k2", "reverse"), ("k3", "forward"), ("abs", "variation")],
-)
+    [("k1", "none"), ("k2", "reverse"), ("k3", "forward"), ("abs", "variation"),
+     ("k1+", "reverse"), ("k3+", "reverse")],
+)  # fmt: skip
 def test_the_expected_gradient_is_that_of_the_divergence_in_the_docstring(
     estimator: str, of: str
 ) -> None:
@@ -473,7 +474,10 @@ def test_the_expected_gradient_is_that_of_the_divergence_in_the_docstring(
         assert close == (name == of), name
 
 
-@pytest.mark.parametrize(("estimator", "exact"), [("k1", True), ("k3", True), ("k2", False)])
+@pytest.mark.parametrize(
+    ("estimator", "exact"),
+    [("k1", True), ("k3", True), ("k2", False), ("k1+", True), ("k3+", True)],
+)
 def test_the_expected_value_is_the_divergence(estimator: str, exact: bool) -> None:
     for distance in (1.0, 0.01):
         policy = torch.randn(7, dtype=torch.float64)
@@ -484,9 +488,180 @@ def test_the_expected_value_is_the_divergence(estimator: str, exact: bool) -> No
         assert error <= (1e-9 if exact else 2 * distance)
 
 
+def of_one_token(estimator: str, policy: Tensor, old: Tensor, ref: Tensor) -> Tensor:
+    """The corrected penalty, in expectation over the old policy."""
+    log_p, log_old, log_q = (x.log_softmax(-1) for x in (policy, old, ref))
+    losses = policy_loss(
+        log_p[:, None], log_old[:, None], torch.zeros(len(policy)), torch.ones(len(policy), 1),
+        ref_logprobs=log_q[:, None], kl_coef=1.0, kl_estimator=estimator, kl_bias_correction=True,
+        reduction="none",
+    )[0]  # fmt: skip
+    return (log_old.exp() * losses[:, 0]).sum()
+
+
+def test_the_corrected_k3_and_its_gradient_are_those_of_the_divergence() -> None:
+    policy, old, ref = torch.randn(3, 7, dtype=torch.float64)
+    policy.requires_grad_()
+    found, exact = of_one_token("k3", policy, old, ref), divergences(policy, ref)["reverse"]
+    torch.testing.assert_close(found, exact)
+    found_slope, slope = (
+        torch.autograd.grad(x, policy, retain_graph=True)[0] for x in (found, exact)
+    )
+    torch.testing.assert_close(found_slope, slope)
+    # k1 has the value and, corrected, the gradient too; k2 has neither.
+    assert not torch.isclose(of_one_token("k2", policy, old, ref), exact, rtol=1e-3)
+
+
+@FINE
+@pytest.mark.parametrize("x", [1e-4, -1e-4, 0.9, 1.1, -3.0, 30.0])
+def test_the_slope_of_the_corrected_k3_keeps_its_relative_accuracy(
+    x: float, dtype: torch.dtype
+) -> None:
+    # -r·x, in which r·e^x, far larger or nearly the same, must leave no rounding.
+    lp = torch.tensor([[-30.5]], dtype=dtype)
+    old, ref = lp + 0.25, lp + x
+    arguments = {
+        "logprobs": lp, "old_logprobs": old, "advantages": torch.zeros(1), "mask": torch.ones(1, 1),
+        "ref_logprobs": ref, "kl_coef": 1.0, "kl_bias_correction": True,
+    }  # fmt: skip
+    found = evaluate(arguments)[1].double()
+    exact = -math.exp(float((lp - old).double())) * (ref - lp).double()
+    assert abs(float(found / exact) - 1) <= 8 * torch.finfo(dtype).eps
+
+
+def test_a_token_that_the_policy_forbids_has_no_corrected_penalty() -> None:
+    arguments = batch(torch.float32) | {"kl_coef": 0.1, "kl_bias_correction": True}
+    arguments["logprobs"][0, 1] = -math.inf
+    loss, gradient, _ = evaluate(arguments)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", ["(B, T)", "(B,)", "(B, 1)"])
+def test_kl_weights_weigh_the_penalty_alone(shape: str) -> None:
+    arguments = batch() | {"kl_coef": 0.7, "kl_estimator": "abs", "entropy_coef": 0.1}
+    weights = torch.tensor([[1.0, 0.0, 2.0, 0.5, 0.0]], dtype=torch.float64).expand(4, 5).clone()
+    if shape != "(B, T)":
+        weights = torch.tensor([0.0, 2.0, 1.0, 0.5], dtype=torch.float64)[:, None].expand(4, 5)
+    case = PolicyCase(**arguments, kl_weights=weights)
+    given = {"(B, T)": weights, "(B,)": weights[:, 0], "(B, 1)": weights[:, :1]}[shape]
+    assert_right(evaluate(arguments | {"kl_weights": given})[:2], case)
+
+
+def test_a_penalty_of_weight_zero_can_be_infinite() -> None:
+    arguments = batch() | {"kl_coef": 0.7, "kl_estimator": "k1", "kl_weights": torch.ones(4, 5)}
+    arguments["kl_weights"][0, 1], arguments["ref_logprobs"][0, 1] = 0.0, -math.inf
+    loss, gradient, _ = evaluate(arguments)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_penalty_can_be_measured_against_the_old_policy(corrected: bool) -> None:
+    arguments = batch() | {
+        "kl_coef": 0.2, "kl_estimator": "k2", "kl_reference": "old", "ref_logprobs": None,
+        "kl_bias_correction": corrected,
+    }  # fmt: skip
+    found = evaluate(arguments)
+    assert_right(found[:2], PolicyCase(**arguments))
+    mask, log_ratio = arguments["mask"], arguments["logprobs"] - arguments["old_logprobs"]
+    torch.testing.assert_close(found[2]["kl"], log_ratio[mask].square().mean() / 2)
+
+
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
+def test_the_off_policy_mask_leaves_out_sequences_that_have_drifted(
+    surrogate: str, level: str
+) -> None:
+    arguments = batch() | {"surrogate": surrogate, "ratio_level": level, "kl_coef": 0.1}
+    arguments |= {"off_policy_mask_threshold": 0.05, "advantages": -torch.ones(4)}
+    shift = torch.tensor([[0.1], [-0.1], [0.0], [0.2]], dtype=torch.float64)
+    arguments["old_logprobs"] = (arguments["logprobs"] + shift).clamp(max=-1e-9)
+    loss, gradient, metrics = evaluate(arguments)
+    assert_right((loss, gradient), PolicyCase(**arguments))
+    # 5 and 2 of the 10 tokens that count.
+    assert float(metrics["off_policy_mask/masked_mean"]) == pytest.approx(0.7)
+    good = evaluate(arguments | {"advantages": torch.ones(4)})
+    assert good[2]["off_policy_mask/masked_mean"] == 0
+
+
+def test_gspo_token_has_the_value_of_gspo_and_with_one_advantage_its_gradient() -> None:
+    arguments = batch() | {"advantages": torch.tensor([1.0, -1.0, 1.0, 0.5])}
+    arguments |= {"rollout_weights": None, "clip_low": 0.5, "clip_high": 0.5}
+    whole = evaluate(arguments, partial(grpo_loss, loss_type="gspo"))
+    tokens = evaluate(arguments, partial(grpo_loss, loss_type="gspo_token"))
+    torch.testing.assert_close(tokens[:2], whole[:2])
+    own = arguments | {"advantages": torch.randn(4, 5, dtype=torch.float64)}
+    whole = evaluate(own, partial(grpo_loss, loss_type="gspo"))
+    tokens = evaluate(own, partial(grpo_loss, loss_type="gspo_token"))
+    assert not torch.allclose(tokens[1], whole[1])
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.8])
+@pytest.mark.parametrize("high", [-0.1, 0.5])
+def test_the_bounds_of_cispo_can_be_below_1(floor: float, high: float) -> None:
+    arguments = batch(spread=1.0) | {
+        "surrogate": "cispo", "clip_high": high, "ratio_floor": floor,
+    }  # fmt: skip
+    loss, gradient, metrics = evaluate(arguments)
+    assert_right((loss, gradient), PolicyCase(**arguments))
+    assert (metrics["clip_ratio/low_mean"] > 0) == (floor > 0)
+
+
+@pytest.mark.parametrize("surrogate", ["dppo_tv", "dppo_kl"])
+def test_dppo_counts_the_tokens_that_it_leaves_out(surrogate: str) -> None:
+    arguments = batch(spread=1.0) | {"surrogate": surrogate, "clip_low": 0.01, "clip_high": 0.01}
+    losses, _ = policy_loss(**arguments | {"reduction": "none"})
+    metrics = evaluate(arguments)[2]
+    mask, counts = arguments["mask"], arguments["advantages"] != 0
+    gone = (losses == 0)[mask & counts].double().mean()
+    assert gone > 0
+    torch.testing.assert_close(metrics["clip_ratio/region_mean"], gone)
+
+
+def test_dppo_takes_certain_tokens() -> None:
+    # Both policies certain, one of them, and the other.
+    logprobs = torch.tensor([[0.0, 0.0, -3.0]], dtype=torch.float32)
+    old = torch.tensor([[0.0, -3.0, 0.0]], dtype=torch.float32)
+    for surrogate, sign in product(("dppo_tv", "dppo_kl"), (1.0, -1.0)):
+        arguments = {"logprobs": logprobs, "old_logprobs": old, "mask": torch.ones(1, 3)}
+        arguments |= {"advantages": torch.tensor([sign]), "surrogate": surrogate}
+        gradient = evaluate(arguments)[1][0].tolist()
+        ratio = [1.0, math.exp(3), math.exp(-3)]
+        gone = [False, sign > 0, sign < 0]
+        expected = [0.0 if g else -sign * r / 3 for g, r in zip(gone, ratio, strict=True)]
+        assert gradient == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
+def test_losses_that_are_not_reduced_add_up_to_the_sum(surrogate: str, level: str) -> None:
+    arguments = batch() | {"surrogate": surrogate, "ratio_level": level, "kl_coef": 0.1}
+    losses, metrics = policy_loss(**arguments | {"reduction": "none"})
+    total, of_total = policy_loss(**arguments | {"reduction": "constant", "normalizer": 1.0})
+    assert losses.shape == (4, 5) and not losses[~arguments["mask"]].any()
+    torch.testing.assert_close(losses.sum(), total)
+    assert metrics == of_total
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"surrogate": "gmpo"}, ValueError, "ratio_level: expected 'sequence' for surrogate"),
+        ({"surrogate": "dppo_tv", "ratio_level": "product"}, ValueError, "ratio_level: .*'token'"),
+        ({"vespo_shape": (1.0, 2.0)}, ValueError, "vespo_shape: expected four"),
+        ({"kl_reference": "both"}, ValueError, "kl_reference: expected one of ref, old"),
+        ({"kl_reference": "old"}, ValueError, "ref_logprobs: expected None for kl_reference"),
+        (
+            {"kl_reference": "old", "old_logprobs": None, "ref_logprobs": None},
+            ValueError,
+            "old_logprobs: expected a tensor for kl_reference",
+        ),
+        ({"kl_weights": torch.ones(4), "ref_logprobs": None}, ValueError, "kl_weights: .*None"),
+        ({"kl_weights": torch.ones(3)}, ValueError, "kl_weights: expected shape"),
+        ({"kl_bias_correction": 1}, TypeError, "kl_bias_correction: "),
+        ({"surrogate": "cispo", "clip_high": -0.5, "ratio_floor": 0.6}, ValueError, "clip_high: "),
+        ({"clip_high": -0.5}, ValueError, "clip_high: expected .*at least 0"),
+        ({"ratio_floor": -1.0}, ValueError, "ratio_floor: expected"),
+        ({"off_policy_mask_threshold": math.nan}, ValueError, "off_policy_mask_threshold: "),
+        ({"reduction": "none", "normalizer": 3.0}, ValueError, "normalizer: .*'none'"),
+        ({"surrogat": "clip"}, TypeError, "policy_loss: unexpected option 'surrogat'"),
         ({"surrogate": "ppo"}, ValueError, "surrogate: expected one of clip, .*'ppo'"),
         ({"ratio_level": "batch"}, ValueError, "ratio_level: .*'batch'"),
         ({"clip_low": -0.1}, ValueError, "clip_low: expected .*at least 0"),
@@ -549,8 +724,7 @@ class _NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
 def test_nothing_waits_for_the_device(surrogate: str, level: str) -> None:
     arguments = batch(torch.float32) | {
         "surrogate": surrogate, "ratio_level": level, "kl_coef": 0.1, "entropy_coef": 0.1,

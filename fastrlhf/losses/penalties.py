@@ -79,19 +79,23 @@ def check_estimator(name: str, estimator: str) -> None:
     check_one_of(name, estimator, KL_ESTIMATORS)
 
 
-def importance_corrected(estimator: str, x: Tensor, log_ratio: Tensor) -> Tensor:
+def importance_corrected(
+    estimator: str, x: Tensor, log_ratio: Tensor, log_product: Tensor
+) -> Tensor:
     """Multiply an estimate of x = ln ref - ln π by the ratio r = π/π_old, which the gradient goes
     through too: the expected value over samples of π_old is KL(π‖ref), and for k3 so is the
     gradient its gradient.
+
+    log_product is x + ln r, without a gradient where that is a constant, ln ref - ln π_old.
     """
-    log_ratio = saturated(log_ratio)
-    ratio = log_ratio.exp()
+    ratio = saturated(log_ratio).exp()
     if estimator != "k3":
         return ratio * KL_ESTIMATORS[estimator](x)
     # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
-    x = torch.where(x == torch.inf, 0.0, x)
+    forbidden = x == torch.inf
+    x, log_product = (torch.where(forbidden, 0.0, y) for y in (x, log_product))
     near = x.abs() < 1
     close = ratio * expm1_minus(torch.where(near, x, 0.0))
-    # r·e^x = ref/π_old is a constant, which must not leave its rounding in the gradient, -r·x.
-    far = saturated(x + log_ratio).exp() - ratio * (1 + x)
+    # r·e^x, a large constant, must not leave its rounding in the gradient, -r·x.
+    far = saturated(log_product).exp() - ratio * (1 + x)
     return torch.where(near, close, far)

@@ -229,7 +229,10 @@ def _penalty(
     assert tokens.ref_logprobs is not None
     x = tokens.ref_logprobs - logprobs
     if options.kl_bias_correction:
-        kl = importance_corrected(options.kl_estimator, x, log_ratio)
+        log_product = x + log_ratio
+        if options.ratio_level == "token":
+            log_product = log_product.detach()
+        kl = importance_corrected(options.kl_estimator, x, log_ratio, log_product)
     else:
         kl = KL_ESTIMATORS[options.kl_estimator](x)
     if tokens.kl_weights is None:

@@ -34,6 +34,12 @@ def plain_policy_loss(
     reduction: str = "token-mean",
     normalizer: float | None = None,
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    ratio_floor: float = 0.0,
+    vespo_shape: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0),
+    kl_reference: str = "ref",
+    kl_bias_correction: bool = False,
+    kl_weights: Tensor | None = None,
+    off_policy_mask_threshold: float | None = None,
 ) -> Tensor:
     """`policy_loss`, by its arguments' names."""
     live = mask.bool()
@@ -42,30 +48,61 @@ def plain_policy_loss(
         x = x if x.ndim == 2 else x[:, None].expand(live.shape)
         return torch.where(live, x, 0.0).to(logprobs.dtype)
 
-    lp, a = clean(logprobs), clean(advantages)
+    lp, a, old = clean(logprobs), clean(advantages), clean(old_logprobs)
     counts = live.sum(-1).clamp(min=1)
-    log_ratio = lp - clean(old_logprobs)
-    if ratio_level == "sequence":
-        log_ratio = (log_ratio.sum(-1) / counts)[:, None].expand(live.shape)
-    ratio, low, high = log_ratio.exp(), 1 - clip_low, 1 + clip_high
+    own, low, high = lp - old, 1 - clip_low, 1 + clip_high
+    drift = -(own.sum(-1) / counts)[:, None].detach()
+    if surrogate == "gmpo":
+        log_low, log_high = math.log(low), math.log(high)
+        own = torch.where(a < 0, own.clamp(min=log_low), own.clamp(max=log_high))
+    mean = (own.sum(-1) / counts)[:, None].expand(live.shape)
+    log_ratio = {
+        "token": own, "sequence": mean, "product": mean * counts[:, None],
+        "sequence-token": mean.detach() + lp - lp.detach(),
+    }[ratio_level]  # fmt: skip
+    ratio = log_ratio.exp()
     if surrogate == "clip":
         objective = torch.min(ratio * a, ratio.clamp(low, high) * a)
         if dual_clip is not None:
             objective = torch.where(a < 0, torch.max(objective, dual_clip * a), objective)
         losses = -objective
     elif surrogate == "cispo":
-        losses = -ratio.detach().clamp(max=high) * a * lp
+        losses = -ratio.detach().clamp(ratio_floor, high) * a * lp
     elif surrogate == "sapo":
         tau = torch.where(a > 0, *(torch.tensor(t, dtype=a.dtype) for t in sapo_temperatures))
         losses = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a
+    elif surrogate in ("dppo_tv", "dppo_kl"):
+        p, q = lp.exp(), old.exp()
+        distance = (p - q).abs()
+        if surrogate == "dppo_kl":
+            distance = q * (old - lp) + (1 - q) * ((1 - q) / (1 - p)).log()
+        up = (p > q) & (distance > clip_high)
+        gone = torch.where(a > 0, up, (p < q) & (distance > clip_low))
+        weight = ratio if dual_clip is None else ratio.clamp(max=dual_clip)
+        losses = torch.where(gone, 0.0, -a * weight.detach() * (own - own.detach()).exp())
+    elif surrogate == "gmpo":
+        losses = -ratio * a
+    elif surrogate == "vespo":
+        k, rate = (
+            torch.where(a > 0, *(torch.tensor(vespo_shape[i], dtype=a.dtype) for i in pair))
+            for pair in ((0, 2), (1, 3))
+        )
+        losses = -(ratio**k * (rate * (1 - ratio)).exp()).detach() * a * lp
     else:
         losses = -a * lp
+    if off_policy_mask_threshold is not None:
+        losses = torch.where((a < 0) & (drift > off_policy_mask_threshold), 0.0, losses)
     if rollout_weights is not None:
         losses = losses * clean(rollout_weights)
     if kl_coef:
-        x = clean(ref_logprobs) - lp
-        penalty = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - 1 - x, "abs": x.abs()}[kl_estimator]
-        losses = losses + kl_coef * penalty
+        x = (old if kl_reference == "old" else clean(ref_logprobs)) - lp
+        kinds = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - 1 - x, "abs": x.abs()}
+        penalty = kinds[kl_estimator.rstrip("+")]
+        if kl_estimator.endswith("+"):
+            penalty = penalty.detach() + kinds["k2"] - kinds["k2"].detach()
+        if kl_bias_correction:
+            penalty = penalty * ratio
+        losses = losses + kl_coef * penalty * (1.0 if kl_weights is None else clean(kl_weights))
     if entropy_coef:
         losses = losses - entropy_coef * clean(entropy)
     of_sequences = torch.where(live, losses, 0.0).sum(-1)

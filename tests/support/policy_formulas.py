@@ -9,6 +9,7 @@ Dims: B sequences, T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from mpmath import mp, mpf
@@ -42,6 +43,21 @@ class PolicyCase:
     reduction: str = "token-mean"
     normalizer: float | None = None
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    ratio_floor: float = 0.0
+    vespo_shape: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0)
+    kl_reference: str = "ref"
+    kl_bias_correction: bool = False
+    kl_weights: Tensor | None = None
+    off_policy_mask_threshold: float | None = None
+
+
+# The surrogates with the ratios that each is defined for.
+_LEVELS = ("token", "sequence", "sequence-token", "product")
+FORMS = [
+    *product(("clip", "cispo", "sapo", "plain"), _LEVELS),
+    ("dppo_tv", "token"), ("dppo_kl", "token"), ("gmpo", "sequence"), ("vespo", "product"),
+]  # fmt: skip
+ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,21 @@ class PolicyExpectation:
     d_entropy: Tensor
 
 
-def _surrogate(case: PolicyCase, ratio: mpf, held_ratio: mpf, lp: mpf, advantage: mpf) -> mpf:
+@dataclass(frozen=True)
+class _Token:
+    """What the loss of a token is made of; `held` is what no derivative is taken of."""
+
+    ratio: mpf
+    held_ratio: mpf
+    lp: mpf
+    held_lp: mpf
+    old: mpf
+    advantage: mpf
+
+
+def _surrogate(case: PolicyCase, token: _Token) -> mpf:
     """The loss of one token, without penalties."""
+    ratio, held_ratio, advantage = token.ratio, token.held_ratio, token.advantage
     low, high = 1 - mpf(case.clip_low), 1 + mpf(case.clip_high)
     if case.surrogate == "clip":
         objective = min(ratio * advantage, min(max(ratio, low), high) * advantage)
@@ -65,44 +94,90 @@ def _surrogate(case: PolicyCase, ratio: mpf, held_ratio: mpf, lp: mpf, advantage
             objective = max(objective, mpf(case.dual_clip) * advantage)
         return -objective
     if case.surrogate == "cispo":
-        return -min(held_ratio, high) * advantage * lp
+        return -max(min(held_ratio, high), mpf(case.ratio_floor)) * advantage * token.lp
     if case.surrogate == "sapo":
         tau = mpf(case.sapo_temperatures[0 if advantage > 0 else 1])
         return -(4 / tau) / (1 + mp.exp(-tau * (ratio - 1))) * advantage
+    if case.surrogate in ("dppo_tv", "dppo_kl"):
+        if _moved_too_far(case, token):
+            return mpf(0)
+        most = mp.inf if case.dual_clip is None else mpf(case.dual_clip)
+        return -min(held_ratio, most) * (ratio / held_ratio) * advantage
+    if case.surrogate == "gmpo":
+        return -ratio * advantage
+    if case.surrogate == "vespo":
+        k, rate = case.vespo_shape[:2] if advantage > 0 else case.vespo_shape[2:]
+        weight = held_ratio ** mpf(k) * mp.exp(mpf(rate) * (1 - held_ratio))
+        return -weight * advantage * token.lp
     assert case.surrogate == "plain"
-    return -advantage * lp
+    return -advantage * token.lp
 
 
-def _penalty(estimator: str, lp: mpf, ref: mpf) -> mpf:
-    x = ref - lp
-    return {"k1": -x, "k2": x * x / 2, "k3": mp.exp(x) - 1 - x, "abs": abs(x)}[estimator]
+def _moved_too_far(case: PolicyCase, token: _Token) -> bool:
+    """Whether the advantage drives a token further from the old policy than DPPO allows."""
+    p, q = mp.exp(token.held_lp), mp.exp(token.old)
+    if case.surrogate == "dppo_tv":
+        distance = abs(p - q)
+    else:
+        distance = q * mp.log(q / p) + (1 - q) * mp.log((1 - q) / (1 - p))
+    if token.advantage > 0:
+        return p > q and distance > mpf(case.clip_high)
+    return p < q and distance > mpf(case.clip_low)
+
+
+def _estimate(kind: str, x: mpf) -> mpf:
+    return {"k1": -x, "k2": x * x / 2, "k3": mp.exp(x) - 1 - x, "abs": abs(x)}[kind]
+
+
+def _penalty(case: PolicyCase, token: _Token, ref: mpf) -> mpf:
+    x, held_x, kind = ref - token.lp, ref - token.held_lp, case.kl_estimator
+    if kind.endswith("+"):
+        value = _estimate(kind[:-1], held_x) + _estimate("k2", x) - _estimate("k2", held_x)
+    else:
+        value = _estimate(kind, x)
+    return value * token.ratio if case.kl_bias_correction else value
 
 
 def _at(x: Tensor, b: int, t: int) -> mpf:
     return mpf(float(x[b, t] if x.ndim == 2 else x[b]))
 
 
+def _log_ratios(case: PolicyCase, b: int, kept: list[int], lps: Sequence, held: Sequence) -> list:
+    """The log-ratio that the loss of each token of a sequence is of."""
+    own = [lps[t] - _at(case.old_logprobs, b, t) for t in kept]
+    if case.ratio_level == "token":
+        return own
+    if case.surrogate == "gmpo":
+        low, high = mp.log(1 - mpf(case.clip_low)), mp.log(1 + mpf(case.clip_high))
+        good = [_at(case.advantages, b, t) >= 0 for t in kept]
+        own = [min(x, high) if up else max(x, low) for x, up in zip(own, good, strict=True)]
+    if case.ratio_level == "product":
+        return [sum(own)] * len(own)
+    if case.ratio_level == "sequence":
+        return [sum(own) / len(own)] * len(own)
+    mean = sum(held[t] - _at(case.old_logprobs, b, t) for t in kept) / len(own)
+    return [mean + lps[t] - held[t] for t in kept]
+
+
 def _sequence_losses(case: PolicyCase, b: int, lps: Sequence[mpf], held: Sequence[mpf]) -> list:
     """Losses of the tokens of one sequence that count, by their positions."""
     kept = [t for t in range(case.mask.shape[1]) if case.mask[b, t]]
-    mean = held_mean = mpf(0)
-    if kept:
-        old = [_at(case.old_logprobs, b, t) for t in kept]
-        mean = sum(lps[t] - o for t, o in zip(kept, old, strict=True)) / len(kept)
-        held_mean = sum(held[t] - o for t, o in zip(kept, old, strict=True)) / len(kept)
+    log_ratios = _log_ratios(case, b, kept, lps, held) if kept else []
+    held_log_ratios = _log_ratios(case, b, kept, held, held) if kept else []
+    drift = sum(_at(case.old_logprobs, b, t) - held[t] for t in kept) / max(len(kept), 1)
     losses = []
-    for t in kept:
-        old = _at(case.old_logprobs, b, t)
-        by_token = case.ratio_level == "token"
-        ratio = mp.exp(lps[t] - old if by_token else mean)
-        held_ratio = mp.exp(held[t] - old if by_token else held_mean)
-        loss = _surrogate(case, ratio, held_ratio, lps[t], _at(case.advantages, b, t))
+    for t, log_ratio, held_log_ratio in zip(kept, log_ratios, held_log_ratios, strict=True):
+        old, advantage = _at(case.old_logprobs, b, t), _at(case.advantages, b, t)
+        token = _Token(mp.exp(log_ratio), mp.exp(held_log_ratio), lps[t], held[t], old, advantage)
+        loss = _surrogate(case, token)
+        if case.off_policy_mask_threshold is not None and advantage < 0:
+            loss = mpf(0) if drift > mpf(case.off_policy_mask_threshold) else loss
         if case.rollout_weights is not None:
             loss *= _at(case.rollout_weights, b, t)
         if case.kl_coef:
-            loss += mpf(case.kl_coef) * _penalty(
-                case.kl_estimator, lps[t], _at(case.ref_logprobs, b, t)
-            )
+            ref = old if case.kl_reference == "old" else _at(case.ref_logprobs, b, t)
+            weight = mpf(1) if case.kl_weights is None else _at(case.kl_weights, b, t)
+            loss += mpf(case.kl_coef) * weight * _penalty(case, token, ref)
         if case.entropy_coef:
             loss -= mpf(case.entropy_coef) * _at(case.entropy, b, t)
         losses.append(loss)
