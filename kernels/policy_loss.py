@@ -49,8 +49,8 @@ from .tiles import (
 class PolicySettings(NamedTuple):
     """The numbers of a policy loss, as the kernel's arguments of the same names."""
 
-    low: float  # bounds, in the measure of the surrogate
-    high: float
+    ratio_low: float  # 1 - clip_low, or what the surrogate bounds for a ratio
+    ratio_high: float
     dual_clip: float  # inf for none
     tau_positive: float
     tau_negative: float
@@ -265,8 +265,8 @@ def _policy_loss_kernel(
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
-    low: tl.float64,
-    high: tl.float64,
+    ratio_low: tl.float64,
+    ratio_high: tl.float64,
     dual_clip: tl.float64,
     tau_positive: tl.float64,
     tau_negative: tl.float64,
@@ -334,7 +334,7 @@ def _policy_loss_kernel(
     # Without an advantage, what the token was sampled with must not matter.
     loss, slope = SURROGATE(
         tl.where(advantage == 0, 0.0, log_ratio), logprob, advantage,
-        tl.full((), low, acc), tl.full((), high, acc), tl.full((), dual_clip, acc),
+        tl.full((), ratio_low, acc), tl.full((), ratio_high, acc), tl.full((), dual_clip, acc),
         tl.full((), tau_positive, acc), tl.full((), tau_negative, acc),
     )  # fmt: skip
     if kl_coef != 0:
@@ -405,11 +405,11 @@ def policy_loss(
     ref_logprobs: torch.Tensor | None,
     advantages: torch.Tensor,
     weights: torch.Tensor,
-    kl_weights: torch.Tensor | None,
+    kl_weights: torch.Tensor | None = None,
     *,
     surrogate: str,
     kl_estimator: str,
-    kl_bias_correction: bool,
+    kl_bias_correction: bool = False,
     settings: PolicySettings,
     entropy: bool,
     temperature: float | torch.Tensor,

@@ -2,6 +2,8 @@
 fp64.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from torch import autograd
@@ -252,9 +254,13 @@ def test_linear_dpo_loss(trained, loss_type, device) -> None:
     gradcheck(losses, (hidden, weight))
 
 
-SURROGATES = ["clip", "cispo", "sapo", "plain"]
+# Those whose gradient is that of their value: no ratio, or share of it, is held constant.
+FORMS = [
+    *product(("clip", "cispo", "sapo", "plain"), ("token", "sequence", "product")),
+    ("dppo_tv", "token"), ("dppo_kl", "token"), ("gmpo", "sequence"),
+]  # fmt: skip
 POLICY_OPTIONS = {
-    "kl_coef": 0.3, "entropy_coef": 0.2, "dual_clip": 1.5, "clip_low": 0.1, "clip_high": 0.15,
+    "kl_coef": 0.3, "entropy_coef": 0.2, "clip_low": 0.1, "clip_high": 0.15,
 }  # fmt: skip
 
 
@@ -272,13 +278,15 @@ def policy_batch(logprobs, surrogate: str) -> dict:
         "advantages": torch.randn_like(logprobs),
         "mask": (torch.arange(logprobs.shape[1], device=logprobs.device) != 1).expand_as(logprobs),
         "surrogate": surrogate,
+        # Beyond it DPPO's weight of the gradient is held constant.
+        "dual_clip": None if surrogate.startswith("dppo") else 1.5,
     }
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_policy_loss(surrogate, estimator, level, device) -> None:
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_policy_loss(corrected, surrogate, estimator, level, device) -> None:
     logprobs, entropy = (
         (torch.rand(3, 5, dtype=torch.float64, device=device) * 2).neg().requires_grad_()
         for _ in range(2)
@@ -288,7 +296,7 @@ def test_policy_loss(surrogate, estimator, level, device) -> None:
     def loss(logprobs, entropy):
         return fastrlhf.policy_loss(
             logprobs, **given, entropy=entropy, kl_estimator=estimator, ratio_level=level,
-            reduction="sequence-mean",
+            reduction="sequence-mean", kl_bias_correction=corrected,
         )[0]  # fmt: skip
 
     gradcheck(loss, (logprobs, entropy))
@@ -297,9 +305,10 @@ def test_policy_loss(surrogate, estimator, level, device) -> None:
 
 # The kernels of token_stats, which a ratio of sequences takes, are tested above.
 @pytest.mark.parametrize(
-    ("level", "impl"), [("token", "triton"), ("token", "eager"), ("sequence", "eager")]
+    ("surrogate", "level", "impl"),
+    [(*form, "eager") for form in FORMS]
+    + [(name, "token", "triton") for name, level in FORMS if level == "token"],
 )
-@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_logits_policy_loss(surrogate, level, impl, device) -> None:
     logits = torch.randn(2, 2, 7, dtype=torch.float64, device=device, requires_grad=True)
     targets = torch.randint(7, (2, 2), device=device)
@@ -316,8 +325,7 @@ def test_logits_policy_loss(surrogate, level, impl, device) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
 def test_linear_policy_loss(surrogate, level, trained, device) -> None:
     hidden, weight, targets = linear_inputs(device, trained)
     targets = targets.clamp(min=0)

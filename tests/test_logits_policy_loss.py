@@ -6,7 +6,7 @@ the policy losses, and the gradient with respect to the logits from the first on
 
 import math
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from support.compare import (
 )
 from support.oracle import token_stats_oracle
 from support.plain import plain_policy_loss, plain_token_stats
-from support.policy_formulas import PolicyCase, expected_policy
+from support.policy_formulas import ESTIMATORS, FORMS, PolicyCase, expected_policy
 from torch import Tensor
 
 import fastrlhf
@@ -28,8 +28,7 @@ from fastrlhf import grpo_options, logits_policy_loss, policy_loss, token_stats
 
 IMPLS = ["eager", "triton"]
 BACKENDS = pytest.mark.parametrize("impl", IMPLS)
-SURROGATES = ["clip", "cispo", "sapo", "plain"]
-ESTIMATORS = ["k1", "k2", "k3", "abs"]
+SURROGATES = ["clip", "cispo", "sapo", "plain", "dppo_tv", "dppo_kl"]
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # A log-prob rounds by several eps of a nat, and so does a ratio, relatively.
@@ -65,7 +64,7 @@ def problem(
     shift = torch.tensor([[0.5, -0.5, 0.0, 0.1], [-0.4, 0.4, -0.02, 0.0]])
     acc = torch.promote_types(dtype, torch.float32)
     tensors = {
-        "old_logprobs": logprob - shift,
+        "old_logprobs": (logprob - shift).clamp(max=-1e-3),  # of probabilities
         "advantages": torch.tensor([[1.0, -2.0, 1.0, 0.5], [0.7, -0.3, 1.1, -1.0]]),
         "ref_logprobs": logprob + torch.randn(2, 4) * 0.3,
     }
@@ -141,13 +140,99 @@ FULL = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_loss_and_gradient_match_the_oracles(impl, surrogate, dtype, device) -> None:
-    for estimator, level in zip(ESTIMATORS, ["token", "sequence"] * 2, strict=True):
+    levels = cycle(level for level in ("token", "sequence") if (surrogate, level) in FORMS)
+    for i, (estimator, level) in enumerate(zip(ESTIMATORS, levels, strict=False)):
         options = FULL | {
             "surrogate": surrogate, "kl_estimator": estimator, "ratio_level": level,
+            "ratio_floor": 0.9, "kl_bias_correction": i in (1, 2, 5),
         }  # fmt: skip
+        if surrogate.startswith("dppo"):
+            options |= {"clip_low": 0.01, "clip_high": 0.02}
         assert_right(problem(50, dtype, device), impl, options)
         # Without penalties other branches are taken.
         assert_right(problem(33, dtype, device), impl, {"surrogate": surrogate})
+
+
+@BACKENDS
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_penalties_times_the_ratio(level, estimator, impl, device) -> None:
+    options = FULL | {"kl_estimator": estimator, "kl_bias_correction": True, "ratio_level": level}
+    given = problem(50, torch.float32, device)
+    assert_right(given, impl, options)
+    # The reference far from the policy, on either side.
+    given.tensors["ref_logprobs"] += torch.tensor([[9.0], [-5.0]], device=device)
+    assert_right(given, impl, options)
+
+
+@BACKENDS
+def test_penalties_that_are_weighed(impl, device) -> None:
+    given = problem(50, torch.float64, device)
+    weights = torch.tensor([[0.0, 1.0, 2.0, 0.5], [1.0, 0.0, 1.0, 1.0]], device=device).double()
+    options = FULL | {"kl_weights": weights}
+    assert_right(given, impl, options)
+    # One that does not count can be infinite.
+    given.tensors["ref_logprobs"][0, 0] = -math.inf
+    loss, gradient, _ = evaluate(given, impl=impl, **options, kl_estimator="k1")
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("surrogate", ["dppo_tv", "dppo_kl"])
+@pytest.mark.parametrize("dual_clip", [None, 1.1])
+def test_dppo_leaves_tokens_out(dual_clip, surrogate, impl, device) -> None:
+    given = problem(50, torch.float64, device)
+    options = {"surrogate": surrogate, "clip_low": 1e-6, "clip_high": 1e-6, "dual_clip": dual_clip}
+    assert_right(given, impl, options)
+    _, gradient, metrics = evaluate(given, impl=impl, **options)
+    assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
+    assert 0 < gradient.any(-1).sum() < given.mask.sum()
+
+
+@BACKENDS
+@pytest.mark.parametrize("surrogate", ["dppo_tv", "dppo_kl"])
+def test_dppo_of_tokens_that_one_policy_forbids_or_is_sure_of(surrogate, impl, device) -> None:
+    given = problem(30, torch.float32, device)
+    logits = given.logits.nan_to_num()
+    logits[0, 0], logits[0, 0, given.targets[0, 0]] = -torch.inf, 1.0  # sure of it
+    logits[0, 1, given.targets[0, 1]] = -torch.inf
+    given.tensors["old_logprobs"][1, 0] = -torch.inf
+    given.tensors["old_logprobs"][0, 3] = 0.0
+    given = Problem(logits, given.targets, given.mask, given.tensors)
+    for sign in (1.0, -1.0):
+        given.tensors["advantages"] = torch.full((2, 4), sign, device=device)
+        loss, gradient, metrics = evaluate(given, impl=impl, surrogate=surrogate)
+        other = evaluate(given, impl="eager", surrogate=surrogate)
+        assert loss.isfinite() and gradient.isfinite().all()
+        torch.testing.assert_close(gradient, other[1])
+        torch.testing.assert_close(metrics, other[2])
+
+
+@BACKENDS
+@pytest.mark.parametrize(("surrogate", "level"), [("gmpo", "sequence"), ("vespo", "product"),
+                                                   ("clip", "sequence-token")])  # fmt: skip
+def test_losses_of_sequences(surrogate, level, impl, device) -> None:
+    options = FULL | {"surrogate": surrogate, "ratio_level": level, "reduction": "sequence-mean"}
+    for more in ({}, {"off_policy_mask_threshold": -0.01, "kl_bias_correction": True}):
+        assert_right(problem(50, torch.float32, device), impl, options | more)
+
+
+@BACKENDS
+def test_losses_that_are_not_reduced_have_gradients_of_their_own(impl, device) -> None:
+    given = problem(40, torch.float64, device)
+    logits = given.logits.detach().clone().requires_grad_()
+    losses, metrics = logits_policy_loss(logits, **given.arguments(), impl=impl, reduction="none")
+    assert losses.shape == (2, 4) and not losses[~given.mask].any()
+    weights = torch.rand(2, 4, device=device).double()
+    (found,) = torch.autograd.grad((losses * weights).sum(), logits)
+    stats = token_stats(logits.nan_to_num(), torch.where(given.mask, given.targets, 0))
+    by_hand, expected = policy_loss(
+        stats.logprob, **given.tensors, mask=given.mask, reduction="none"
+    )
+    torch.testing.assert_close(losses, by_hand)
+    (right,) = torch.autograd.grad((by_hand * weights).sum(), logits)
+    torch.testing.assert_close(found, torch.where(given.mask[..., None], right, 0.0))
+    torch.testing.assert_close(metrics, expected)
 
 
 @BACKENDS

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import losses_over_ranks as over
 from support.compare import assert_as_accurate, relative_error
+from support.policy_formulas import FORMS
 from support.rank_pool import RankPool
 from torch import Tensor
 
@@ -82,9 +83,10 @@ def policy_call(function: str = "policy_loss", dtype=torch.float64, **options: A
 def policy_calls(**more: Any) -> list[Call]:
     """Each surrogate with each ratio and reduction; advantages of tokens and of sequences."""
     calls = []
-    choices = product(["clip", "cispo", "sapo", "plain"], ["token", "sequence"], REDUCTIONS)
-    for i, (surrogate, level, reduction) in enumerate(choices):
+    for i, ((surrogate, level), reduction) in enumerate(product(FORMS, REDUCTIONS)):
         options = {"surrogate": surrogate, "ratio_level": level, "reduction": reduction, **more}
+        if i % 4 == 0:
+            options |= {"kl_bias_correction": True, "off_policy_mask_threshold": 0.0}
         if reduction == "constant" or i % 3 == 0:
             options["normalizer"] = 7.0
         if i % 2:

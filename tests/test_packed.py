@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compare import assert_as_accurate
+from support.policy_formulas import FORMS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
@@ -310,11 +311,13 @@ def test_policy_losses_of_any_lengths(level, lengths, dtype) -> None:
     check(policy(pack, **options), pack, dtype, ())
 
 
-@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo", "plain"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
 def test_policy_losses_of_every_surrogate(level, surrogate) -> None:
     pack = packing(LENGTHS)
-    check(policy(pack, surrogate=surrogate, ratio_level=level), pack, torch.float64, ())
+    options = {"surrogate": surrogate, "ratio_level": level, "kl_bias_correction": True}
+    for threshold in (None, 0.0):
+        case = policy(pack, **options, off_policy_mask_threshold=threshold)
+        check(case, pack, torch.float64, ())
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo", "cispo"])

@@ -163,7 +163,7 @@ def policy_step(logits, monkeypatch, *, advantages=None, mask=None, shift=0.0, *
 
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo", "plain"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo", "plain", "dppo_tv", "dppo_kl"])
 def test_k3_reads_the_logits_twice_and_writes_the_gradient_once_in_one_launch(
     vocab, dtype, surrogate, monkeypatch
 ) -> None:

@@ -58,8 +58,9 @@ def policy_loss(
     if not overwrite:
         d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     losses, logprobs, entropies = torch.ops.fastrlhf.policy_loss(
-        d_logits, plain, targets, *tokens, *transform, formula.surrogate, formula.kl_estimator,
-        formula.kl_bias_correction, list(formula.settings), ignore_index, entropy,
+        d_logits, plain, targets, *tokens[:4], *transform, formula.surrogate, formula.kl_estimator,
+        list(formula.settings), ignore_index, entropy, tokens.kl_weights,
+        formula.kl_bias_correction,
     )  # fmt: skip
     handed_out: list[tuple[int, int]] = []
     if overwrite and not logits.is_leaf and not logits._is_view():  # autograd takes neither
@@ -78,17 +79,17 @@ def _launch(
     ref_logprobs: Tensor | None,
     advantages: Tensor,
     weights: Tensor,
-    kl_weights: Tensor | None,
     token_temperature: Tensor | None,
     temperature: float,
     softcap: float | None,
     scale: float,
     surrogate: str,
     kl_estimator: str,
-    kl_bias_correction: bool,
     settings: list[float],
     ignore_index: int,
     entropy: bool,
+    kl_weights: Tensor | None = None,
+    kl_bias_correction: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastrlhf.kernels.policy_loss import PolicySettings
     from fastrlhf.kernels.policy_loss import policy_loss as launch

@@ -18,7 +18,7 @@ from fastrlhf.losses import fused_policy
 from support.compile_lint import cache_key, captured_launches
 from support.lint_kernels import launch_kept_ids
 
-SURROGATES = ["clip", "cispo", "sapo", "plain"]
+SURROGATES = ["clip", "cispo", "sapo", "plain", "dppo_tv", "dppo_kl"]
 DTYPES = [torch.bfloat16, torch.float32]
 # One whose rows all start at 16 bytes, and one whose rows do not.
 VOCABS = [128, 131]
@@ -43,7 +43,8 @@ def step(surrogate: str, dtype: torch.dtype, vocab: int, batch: int, tokens: int
     rows = torch.zeros(batch, tokens + 1)[:, 1:]
     fastrlhf.logits_policy_loss(
         logits, targets, None if tokens % 7 == 0 else rows, torch.ones(batch),
-        torch.ones(batch, tokens), surrogate=surrogate, ref_logprobs=rows, **given,
+        torch.ones(batch, tokens), surrogate=surrogate, ref_logprobs=rows,
+        kl_weights=rows if tokens % 3 == 0 else None, **given,
     )  # fmt: skip
 
 

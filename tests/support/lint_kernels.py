@@ -116,8 +116,8 @@ def launch_policy_loss(
     logits = meta(1, ROWS, vocab, dtype=dtype)
     rows = meta(ROWS, dtype=acc)
     policy_loss.policy_loss(
-        logits, logits, meta(ROWS, dtype=torch.int64), rows, rows, rows, rows,
-        surrogate=surrogate, kl_estimator=kl_estimator,
+        logits, logits, meta(ROWS, dtype=torch.int64), rows, rows, rows, rows, rows,
+        surrogate=surrogate, kl_estimator=kl_estimator, kl_bias_correction=everything,
         settings=policy_loss.PolicySettings(0.8, 1.2, 3.0, 1.0, 1.05, 0.1, 0.01),
         entropy=everything, temperature=rows if everything else 1.0,
         softcap=30.0 if everything else None, scale=1.0, ignore_index=-100,
@@ -204,7 +204,7 @@ def launches_of(which: str) -> dict:
     for vocab, dtype, everything in settings:
         for with_stats in ((), FURTHER_STATS):
             record(vocab, launch_token_stats, vocab, dtype, everything, with_stats)
-        # Surrogates and penalties are a few numbers per row: one stands for the four.
+        # Surrogates and penalties are a few numbers per row: one stands for them all.
         record(vocab, launch_policy_loss, vocab, dtype, "clip", "k3", everything)
         # Vocabularies matter by their residue alone, which two show.
         if vocab in VOCABS[:2]:
