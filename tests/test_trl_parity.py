@@ -59,6 +59,15 @@ FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # TRL's epsilon_high is the bound of the ratio itself here; our clip_high, 4.0, its offset from
     # 1, as it is for every other member in TRL too.
     "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, {"normalizer": TOKENS}),
+    "luspo": (
+        {
+            "loss_type": "luspo",
+            "importance_sampling_level": "sequence",
+            "epsilon": 2e-3,
+            "epsilon_high": 2.5e-3,
+        },
+        {},
+    ),
     # TRL has temperatures in fp32 even for fp64, which ours keeps: 1.05 would not be the same.
     "sapo": ({"loss_type": "sapo", "sapo_temperature_neg": TAU}, {"sapo_temperatures": (1.0, TAU)}),
 }
@@ -73,6 +82,7 @@ METRICS = {
     "cispo_clip_ratio": "clip_ratio/high_mean",
 }
 ONLY_IN_TRL = {"clip_ratio/low_min", "clip_ratio/high_max", "policy_loss", "entropy_coef"}
+ONLY_IN_TRL |= {"vespo/phi_seq_mean"}
 
 
 def from_trl(name: str) -> tuple[Any, Any]:
@@ -187,6 +197,9 @@ def of_trl(
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
         batch.logprobs, batch.entropy, None,
     )  # fmt: skip
+    for static in ("get_off_policy_mask", "get_gamma_weights"):
+        if hasattr(from_trl(name)[0], static):
+            setattr(trainer, static, getattr(from_trl(name)[0], static))
     inputs = batch.for_trl() | (inputs or {})
     loss = from_trl(name)[0]._compute_loss(trainer, None, inputs)
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
@@ -253,7 +266,7 @@ def test_each_member_of_the_family_has_trls_loss_gradient_and_metrics(
     found, theirs = both(member, weights=rollout_weights(kind), beta=beta)
     assert_clips(theirs)
     # For the shares of sequences, see test_shares_of_clipped_sequences_count_no_empty_one.
-    assert_same(found, theirs, shares=member != "gspo")
+    assert_same(found, theirs, shares=member not in ("gspo", "luspo"))
     assert ("kl" in theirs.metrics) == (beta != 0)
 
 
@@ -339,7 +352,7 @@ def test_with_accumulation_the_denominator_is_that_of_all_steps(
     theirs = of_trl(batch, **given, gradient_accumulation_steps=4)
     options = {**options, "normalizer": 4 * (batch.mask.sum() if whole is None else whole)}
     found = of_ours(batch, grpo_loss, loss_type=member, **options)
-    assert_same(found, theirs, shares=member != "gspo")
+    assert_same(found, theirs, shares=member not in ("gspo", "luspo"))
 
 
 # Two-sided clipping.
@@ -376,24 +389,52 @@ def test_a_smaller_delta_trades_places_with_the_bound(delta: float) -> None:
 # The penalty.
 
 
+@pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_trls_default_penalty_is_weighted_by_the_ratio(level: str) -> None:
-    # use_bias_correction_kl, from DeepSeek-V3.2: samples of π_old then estimate KL(π‖ref), with a
-    # gradient through the ratio as well. policy_loss has no such option, but its parts make it.
+def test_trls_default_penalty_is_weighted_by_the_ratio(level: str, on_policy: bool) -> None:
+    # use_bias_correction_kl, from DeepSeek-V3.2.
     batch = Batch()
     given = {"loss_type": "bnpo", "importance_sampling_level": level, "beta": 0.04}
-    theirs = of_trl(batch, **given, use_bias_correction_kl=True)
-    log_ratio = batch.logprobs - batch.old
-    if level == "sequence":
-        mean = (log_ratio * batch.mask).sum(-1) / batch.mask.sum(-1).clamp(min=1)
-        log_ratio = mean[:, None].expand(B, T)
-    penalty = (log_ratio.exp() * kl_penalty(batch.logprobs, batch.ref, "k3"))[batch.mask].mean()
-    loss, metrics = policy_loss(
-        batch.logprobs, batch.old, batch.advantages, batch.mask,
-        ratio_level=level, entropy=batch.entropy,
+    inputs: Any = {"old_per_token_logps": None} if on_policy else {}
+    theirs = of_trl(batch, inputs, **given, use_bias_correction_kl=True)
+    options = {"old_logprobs": None} if on_policy else {}
+    found = of_ours(
+        batch, ratio_level=level, kl_coef=0.04, kl_bias_correction=True, **options
     )  # fmt: skip
-    found = outcome(batch, loss + 0.04 * penalty, {**metrics, "kl": penalty.detach()})
     assert_same(found, theirs, shares=level == "token")
+
+
+@pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.5])
+@pytest.mark.parametrize("member", ["grpo", "cispo", "gspo"])
+def test_the_off_policy_mask_is_trls(member: str, threshold: float) -> None:
+    batch, (given, options) = Batch(), FAMILY[member]
+    named = {"off_policy_mask_threshold": threshold}
+    theirs = of_trl(batch, **given, **named, beta=0.04)
+    found = of_ours(batch, grpo_loss, loss_type=member, kl_coef=0.04, **options, **named)
+    # Its clipped shares still count what the mask leaves out, as ours do.
+    assert_same(found, theirs, shares=member != "gspo")
+    without = of_trl(batch, **given, beta=0.04)
+    assert found.loss != without.loss
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_vespo_is_trls(weighed: bool) -> None:
+    batch = Batch(log_ratio=SHIFTS[:, None] / 10 + noise(0.1))
+    weights = torch.rand(B, T, dtype=torch.float64) + 0.5 if weighed else None
+    inputs: Any = {}
+    old = batch.old
+    if weights is not None:
+        # TRL's ratio has the sampler's part, of all positions; ours has it in old_logprobs.
+        weights = torch.where(batch.mask, weights, 1.0)
+        inputs, old = {"importance_sampling_ratio": weights}, batch.old - weights.log()
+    else:
+        inputs = {"importance_sampling_ratio": None}
+    theirs = of_trl(batch, inputs, loss_type="vespo", beta=0.04)
+    found = of_ours(
+        batch, grpo_loss, loss_type="vespo", old_logprobs=old, kl_coef=0.04, normalizer=TOKENS
+    )
+    assert_same(found, theirs)
+    assert theirs.d_logprobs.any()
 
 
 def test_on_policy_trls_default_penalty_has_the_gradient_of_k2() -> None:
@@ -429,7 +470,7 @@ def test_trls_entropy_bonus_is_averaged_over_tokens_whatever_the_loss(member: st
     )
     mean = batch.entropy[batch.mask].mean()
     found = outcome(batch, loss - 0.01 * mean, {**metrics, "entropy": mean.detach()})
-    assert_same(found, theirs, shares=member != "gspo")
+    assert_same(found, theirs, shares=member not in ("gspo", "luspo"))
     as_reduced = of_ours(batch, grpo_loss, loss_type=member, entropy_coef=0.01, **options)
     assert not torch.allclose(as_reduced.d_entropy, theirs.d_entropy)
 
@@ -449,7 +490,7 @@ def test_shares_of_clipped_sequences_count_no_empty_one() -> None:
     assert_same(of_ours(batch, grpo_loss, loss_type="gspo"), theirs)
 
 
-@pytest.mark.parametrize("member", [member for member in FAMILY if member != "gspo"])
+@pytest.mark.parametrize("member", [name for name in FAMILY if name not in ("gspo", "luspo")])
 def test_a_token_of_weight_zero_counts_as_one_without_advantage(member: str) -> None:
     # Fused losses do not even look at it. TRL's default, sequence_mask, makes such weights, and
     # its metrics count what they hide: give it the product as the advantage to see ours.

@@ -129,7 +129,8 @@ def policy_loss(
             either, A with its rollout weight (for DPPO, that are left out; for gmpo, of tokens by
             their own ratios); "policy/approxkl_avg": mean of (ln π - ln π_old)²/2 over the tokens
             with a nonzero advantage (for the sequence ratio, of sequences that have one); "kl" and
-            "entropy": means over all tokens, where their tensors are given; with a threshold,
+            "entropy": means over all tokens, where their tensors are given, "kl" of the estimates,
+            times the ratio if they are corrected, and without their weights; with a threshold,
             "off_policy_mask/masked_mean": share of tokens that it leaves out.
 
     Differentiable, twice if need be, with respect to logprobs and entropy; everything else counts
@@ -283,12 +284,9 @@ def policy_metrics(
     mask, scored, active, tokens, layout = batch
     logprobs = torch.where(active, logprobs, 0.0)
     own_log_ratio = token_log_ratio(tokens, logprobs)
-    one_by_one = options.surrogate == "gmpo"
-    log_ratio = own_log_ratio
-    if not one_by_one:
-        log_ratio = shared_log_ratio(options, own_log_ratio, tokens.advantages, batch.sums)
-    limits = SURROGATES[options.surrogate].limits
-    too_low, too_high = limits(log_ratio, logprobs, options.bounds)
+    log_ratio = shared_log_ratio(options, own_log_ratio, tokens.advantages, batch.sums)
+    limits, one_by_one = SURROGATES[options.surrogate].limits, options.surrogate == "gmpo"
+    too_low, too_high = limits(own_log_ratio if one_by_one else log_ratio, logprobs, options.bounds)
     low = scored & too_low & (tokens.advantages < 0)
     high = scored & too_high & (tokens.advantages > 0)
     of_sequences = options.ratio_level != "token" and not one_by_one
@@ -306,7 +304,7 @@ def policy_metrics(
         "policy/approxkl_avg": masked_mean(own_log_ratio.square() / 2, scored, layout),
     }
     if tokens.ref_logprobs is not None:
-        kl = KL_ESTIMATORS[options.kl_estimator](tokens.ref_logprobs - logprobs)
+        kl = _penalty(options, tokens._replace(kl_weights=None), logprobs, log_ratio)
         metrics["kl"] = masked_mean(kl, mask, layout)
     if entropy is not None:
         metrics["entropy"] = masked_mean(entropy, mask, layout)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import fastrlhf
+from support.policy_formulas import ESTIMATORS, FORMS
 
 from . import formulas as f
 from .draw import DTYPES, Draw
@@ -533,13 +534,16 @@ def policy_options(d: Draw, shape: tuple[int, int], mask: Tensor) -> dict[str, A
     reduction = d.of("token-mean", "sequence-mean", "sequence-sum", "constant")
     kl = d.of(0.0, 0.0, 0.1)
     rollout = (d.normal(*shape).float() / 3).exp() if d.chance(0.3) else None
+    surrogate, level = d.of(*(("clip", "token") for _ in range(8)), *FORMS)
+    of_kl = d.hidden(d.bits(*shape).float(), mask) if kl and d.chance(0.3) else None
     return {
         "advantages": advantages if per_sequence else d.hidden(advantages, mask),
         "rollout_weights": rollout, "reduction": reduction, "kl_coef": kl,
-        "surrogate": d.of("clip", "clip", "cispo", "sapo", "plain"),
-        "ratio_level": d.of("token", "token", "sequence"),
+        "surrogate": surrogate, "ratio_level": level, "kl_weights": of_kl,
+        "kl_bias_correction": d.chance(0.3), "off_policy_mask_threshold": d.of(None, None, 0.1),
+        "ratio_floor": d.of(0.0, 0.9), "vespo_shape": (2.0, 3.0, 3.0, 2.0),
         "clip_low": d.of(0.2, 3e-4), "clip_high": d.of(0.2, 4.0), "dual_clip": d.of(None, 3.0),
-        "kl_estimator": d.of("k1", "k2", "k3", "abs"), "entropy_coef": d.of(0.0, 0.0, 0.01),
+        "kl_estimator": d.of(*ESTIMATORS), "entropy_coef": d.of(0.0, 0.0, 0.01),
         "normalizer": d.of(None, 7.0) if reduction != "constant" else d.of(7.0, 3),
         "sapo_temperatures": (1.0, 1.05), "mask": mask,
     }  # fmt: skip
@@ -556,7 +560,7 @@ def policy_loss(d: Draw) -> Case:
     o = policy_options(d, shape, mask)
     acc = torch.promote_types(dtype, torch.float32)
     lp = d.logprobs(*shape, dtype=dtype)
-    near = (lp.double() + d.normal(*shape) * d.of(0.01, 0.3)).to(acc)
+    near = (lp.double() + d.normal(*shape) * d.of(0.01, 0.3)).clamp(max=-1e-3).to(acc)
     old = d.of(None, near, d.logprobs(*shape, dtype=acc))
     ref = (lp.double() + d.normal(*shape) * d.of(0.01, 1.0)).to(acc)
     x = {"logprobs": d.hidden(lp, mask)}
@@ -586,14 +590,19 @@ def policy_size(
     """Sizes of log-probs times those of the ratios and penalties that they become."""
     sizes = [largest(x, mask) for x in (lp, old, ref) if x is not None]
     far = 0.0 if old is None else float(finite_max(lp.double() - old.double(), mask))
+    if o["ratio_level"] == "product":
+        far *= mask.shape[1]
     penalty = float(finite_max(ref.double() - lp.double(), mask)) if o["kl_coef"] else 0.0
+    worst = max(far, penalty)
+    if o["kl_coef"] and o["kl_bias_correction"]:
+        worst = max(far, 0.0) + max(penalty, 0.0)
     weights = (
         1.0 if o["rollout_weights"] is None else float(finite_max(o["rollout_weights"], mask)) + 1
     )
     return (
         sum(sizes) ** 2
         * weights
-        * float(torch.tensor(min(max(far, penalty, 0.0), 80.0)).exp())
+        * float(torch.tensor(min(max(worst, 0.0), 80.0)).exp())
         * max(1, mask.numel())
     )
 
@@ -621,7 +630,7 @@ def logits_policy_loss(d: Draw) -> Case:
     clean = f.where_kept(x["logits"].double(), mask)
     lp = f.token_stats(clean, targets, {**transform, "ignore_index": -5})[0].detach()
     acc = torch.promote_types(dtype, torch.float32)
-    old = d.of(None, (lp + d.normal(*shape) * 0.3).to(acc))
+    old = d.of(None, (lp + d.normal(*shape) * 0.3).clamp(max=-1e-3).to(acc))
     ref = (lp + d.normal(*shape)).to(acc)
     advantages, _, options = split(o)
     options |= {"inplace_backward": inplace, "impl": impl, "entropy": d.of(True, False)}
@@ -649,7 +658,8 @@ def linear_policy_loss(d: Draw) -> Case:
                            x["bias"].double() if "bias" in x else None, mask)  # fmt: skip
     lp = f.token_stats(logits, targets, {**transform, "ignore_index": -5})[0]
     acc = torch.promote_types(dtype, torch.float32)
-    old, ref = d.of(None, (lp + 0.3 * d.normal(*shape)).to(acc)), (lp + d.normal(*shape)).to(acc)
+    old = d.of(None, (lp + 0.3 * d.normal(*shape)).clamp(max=-1e-3).to(acc))
+    ref = (lp + d.normal(*shape)).to(acc)
     advantages, _, options = split(o)
     options |= {"chunk_size": d.of(None, 1, 2), "impl": d.of("eager", "triton")}
 

@@ -23,6 +23,12 @@ def keep_off(x: Tensor, *bounds: float, margin: float = 1e-3) -> None:
             raise FragileError
 
 
+def keep_within(most: float, *values: Tensor) -> None:
+    """Refuse a case whose ratios end before those of another dtype do."""
+    if any(bool((x.detach() > most).any()) for x in values):
+        raise FragileError
+
+
 def where_kept(x: Tensor, mask: Tensor) -> Tensor:
     kept = (mask != 0).view(*mask.shape, *[1] * (x.ndim - mask.ndim))
     return torch.where(kept, x, torch.zeros((), dtype=x.dtype))
@@ -200,17 +206,48 @@ def surrogate(log_ratio: Tensor, lp: Tensor, a: Tensor, o: dict[str, Any]) -> Te
         positive, other = o["sapo_temperatures"]
         tau = torch.where(a > 0, a.new_full((), positive), a.new_full((), other))
         return -(4 / tau) * sigmoid(tau * (ratio - 1)) * a
-    keep_off(ratio, low, high, *(() if o["dual_clip"] is None else (o["dual_clip"],)))
+    if kind == "gmpo":
+        return -ratio * a
+    if kind == "vespo":
+        numbers = (a.new_full((), x) for x in o["vespo_shape"])
+        k_up, rate_up, k_down, rate_down = numbers
+        k, rate = torch.where(a > 0, k_up, k_down), torch.where(a > 0, rate_up, rate_down)
+        return -torch.exp(k * log_ratio - rate * torch.expm1(log_ratio)).detach() * a * lp
+    keep_off(ratio, *(() if o["dual_clip"] is None else (o["dual_clip"],)))
+    if kind.startswith("dppo"):
+        gone = moved_too_far(log_ratio.detach(), lp.detach(), a, o)
+        if o["dual_clip"] is not None:
+            held = log_ratio.detach()
+            ratio = ratio.clamp(max=o["dual_clip"]).detach() * torch.exp(log_ratio - held)
+        return torch.where(gone, torch.zeros_like(a), -ratio * a)
+    keep_off(ratio, low, high)
     if kind == "cispo":
-        return -ratio.clamp(max=high).detach() * a * lp
+        keep_off(ratio, o["ratio_floor"])
+        return -ratio.clamp(o["ratio_floor"], high).detach() * a * lp
     losses = -torch.minimum(ratio * a, ratio.clamp(low, high) * a)
     if o["dual_clip"] is not None:
         losses = torch.where(a < 0, torch.minimum(losses, -o["dual_clip"] * a), losses)
     return losses
 
 
+def moved_too_far(log_ratio: Tensor, lp: Tensor, a: Tensor, o: dict[str, Any]) -> Tensor:
+    """Whether DPPO leaves a token out."""
+    p, q = lp.exp(), (lp - log_ratio).exp()
+    distance = (p - q).abs()
+    if o["surrogate"] == "dppo_kl":
+        rest = (1 - q) * torch.log((1 - q) / (1 - p))
+        distance = torch.where(q == 1, torch.zeros_like(q), rest) - q * log_ratio
+    live = torch.where(a == 0, torch.zeros_like(a), distance)
+    keep_off(live, o["clip_low"], o["clip_high"])
+    up, down = (p > q) & (distance > o["clip_high"]), (p < q) & (distance > o["clip_low"])
+    return torch.where(a > 0, up, down)
+
+
 def penalty(x: Tensor, estimator: str, most: float = 80.0) -> Tensor:
     """Of x = ln ref - ln π, whose exponential ends at `most`: 700 in fp64."""
+    if estimator.endswith("+"):
+        value = penalty(x.detach(), estimator[:-1], most)
+        return value + (x * x - (x * x).detach()) / 2
     if estimator == "k3":
         keep_off(x, 80.0, 700.0)
         x = x.clamp(max=most)
@@ -221,6 +258,20 @@ def penalty(x: Tensor, estimator: str, most: float = 80.0) -> Tensor:
             series = 1 + small / k * series
         return torch.where(near, small**2 / 2 * series, torch.expm1(x) - x)
     return {"k1": -x, "k2": x * x / 2, "abs": x.abs()}[estimator]
+
+
+def of_level(log_ratio: Tensor, a: Tensor, lengths: Tensor, o: dict[str, Any]) -> Tensor:
+    """The log-ratio that the surrogate is of, from those of the tokens."""
+    if o["surrogate"] == "gmpo":
+        low, high = math.log1p(-o["clip_low"]), math.log1p(o["clip_high"])
+        keep_off(log_ratio, low, high)
+        log_ratio = torch.where(a < 0, log_ratio.clamp(min=low), log_ratio.clamp(max=high))
+    total = log_ratio.sum(-1, keepdim=True).expand(log_ratio.shape)
+    if o["ratio_level"] == "product":
+        keep_within(60.0, total)
+    if o["ratio_level"] == "sequence-token":
+        return (total / lengths).detach() + log_ratio - log_ratio.detach()
+    return {"token": log_ratio, "sequence": total / lengths, "product": total}[o["ratio_level"]]
 
 
 def policy(
@@ -240,11 +291,20 @@ def policy(
     lp = torch.where(mask, lp, zero)
     log_ratio = lp - (lp.detach() if old is None else clean(old.detach()))
     lengths = mask.sum(-1, keepdim=True).clamp(min=1).to(lp.dtype)
-    if o["ratio_level"] == "sequence":
-        log_ratio = (log_ratio.sum(-1, keepdim=True) / lengths).expand(mask.shape)
+    drift = -(log_ratio.detach().sum(-1, keepdim=True) / lengths)
+    log_ratio = of_level(log_ratio, a, lengths, o)
     losses = surrogate(log_ratio, lp, a, o)
+    if o["off_policy_mask_threshold"] is not None:
+        keep_off(torch.where(a < 0, drift, zero + 1e3), o["off_policy_mask_threshold"])
+        gone = (a < 0) & (drift > o["off_policy_mask_threshold"])
+        losses = torch.where(gone, zero, losses)
     if o["kl_coef"] != 0:
-        losses = losses + o["kl_coef"] * penalty(clean(ref.detach()) - lp, o["kl_estimator"])
+        kl = penalty(clean(ref.detach()) - lp, o["kl_estimator"])
+        if o["kl_bias_correction"]:
+            keep_within(60.0, log_ratio, clean(ref.detach()) - lp)
+            kl = kl * log_ratio.clamp(max=80.0).exp()
+        weights = 1.0 if o["kl_weights"] is None else clean(o["kl_weights"])
+        losses = losses + o["kl_coef"] * weights * kl
     if o["entropy_coef"] != 0:
         losses = losses - o["entropy_coef"] * torch.where(mask, entropy, zero)
     losses = torch.where(mask, losses, zero)
