@@ -108,7 +108,7 @@ def vespo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds)
     k = torch.where(good, number((), k_positive), k_negative)
     rate = torch.where(good, number((), rate_positive), rate_negative)
     held = saturated(log_ratio).detach()
-    weight = torch.where(held == -torch.inf, 0.0, (k * held - rate * expm1(held)).exp())
+    weight = (k * held - rate * expm1(held)).exp()
     return _likelihood(weight * advantage, logprob)
 
 

@@ -692,8 +692,62 @@ MUTANTS = [
         ),
         (
             "K3: the ratio of cispo without its bound",
-            "tl.where(ratio > high, high, ratio) * advantage", "ratio * advantage",
+            "bounded = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))",
+            "bounded = tl.where(ratio < low, low, ratio)",
             "match_the_oracles and cispo and triton",
+        ),
+        (
+            "K3: the ratio of cispo without its floor",
+            "bounded = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))",
+            "bounded = tl.where(ratio > high, high, ratio)",
+            "match_the_oracles and cispo and triton",
+        ),
+        (
+            "K3: DPPO leaves out what comes back",
+            "gone = tl.where(advantage > 0, too_high, too_low)",
+            "gone = tl.where(advantage > 0, too_low, too_high)",
+            "leaves_tokens_out and triton",
+        ),
+        (
+            "K3: DPPO's bound of the ratio ends the gradient",
+            "loss = -tl.where(ratio > dual, dual, ratio) * advantage",
+            "ended = ended | (ratio > dual)\n"
+            "    loss = -tl.where(ratio > dual, dual, ratio) * advantage",
+            "leaves_tokens_out and triton",
+        ),
+        (
+            "K3: DPPO's probabilities swapped",
+            "larger = exp(tl.where(grown, logprob, logprob - log_ratio))",
+            "larger = exp(tl.where(grown, logprob - log_ratio, logprob))",
+            "match_the_oracles and dppo_tv and triton and 64",
+        ),
+        (
+            "K3: DPPO's divergence without the other words",
+            "divergence = of_token - expm1(old) * (_log_of_others(old) - _log_of_others(logprob))",
+            "divergence = of_token",
+            "dppo and triton",
+        ),
+        (
+            "K3: the corrected penalty's gradient without that of the ratio",
+            "return ratio * kl, ratio * tl.where(ended, slope, kl + slope)",
+            "return ratio * kl, ratio * slope",
+            "times_the_ratio and triton and token",
+        ),
+        (
+            "K3: the corrected k3's gradient is that of k3",
+            "tl.where(near, -expm1(x), 1.0), -x)", "tl.where(near, -expm1(x), 1.0), -expm1(x))",
+            "times_the_ratio and triton and token",
+        ),
+        (
+            "K3: penalties have one weight",
+            "factor *= tl.load(kl_weights + row)", "factor *= 1.0",
+            "that_are_weighed and triton",
+        ),
+        (
+            "K3: infinity times the weight 0 of a penalty",
+            "kl, kl_slope = tl.where(factor == 0, 0.0, kl), tl.where(factor == 0, 0.0, kl_slope)",
+            "kl, kl_slope = kl + 0.0, kl_slope + 0.0",
+            "that_are_weighed and triton",
         ),
         (
             "K3: weight 0 of a forbidden token",
@@ -720,8 +774,8 @@ MUTANTS = [
         ),
         (
             "K3: the reference on the wrong side",
-            "KL(tl.load(ref_logprobs + row) - logprob)",
-            "KL(logprob - tl.load(ref_logprobs + row))",
+            "PENALTY(KL, tl.load(ref_logprobs + row) - logprob, log_ratio)",
+            "PENALTY(KL, logprob - tl.load(ref_logprobs + row), log_ratio)",
             "match_the_oracles and clip and triton",
         ),
     ),
@@ -1318,14 +1372,35 @@ MUTANTS = [
         "fastrlhf/losses/policy.py", "test_policy_loss.py",
         (
             "policy: the sum for the mean of a sequence's log-ratios",
-            "torch.where(batch.mask, of_tokens, 0.0)) / lengths",
-            "torch.where(batch.mask, of_tokens, 0.0))",
+            "mean = total / sums(torch.ones_like(log_ratio)).clamp(min=1)", "mean = total",
             "those_of_the_papers",
         ),
         (
-            "policy: a ratio on its bound counts as clipped",
-            "(ratio < 1 - options.clip_low)", "(ratio <= 1 - options.clip_low)",
-            "on_its_bound",
+            "policy: GSPO-token has the gradient of the whole sequence",
+            "return mean.detach() + own - own.detach()", "return mean",
+            "those_of_the_papers and sequence-token",
+        ),
+        (
+            "policy: the off-policy mask keeps what has drifted",
+            "(drift > threshold) & (tokens.advantages < 0)",
+            "(drift < threshold) & (tokens.advantages < 0)",
+            "off_policy_mask",
+        ),
+        (
+            "policy: the off-policy mask is of good tokens too",
+            "(drift > threshold) & (tokens.advantages < 0)", "drift > threshold",
+            "off_policy_mask",
+        ),
+        (
+            "policy: infinity times the weight 0 of a penalty",
+            "torch.where(tokens.kl_weights == 0, 0.0, tokens.kl_weights * kl)",
+            "tokens.kl_weights * kl",
+            "weight_zero_can_be_infinite",
+        ),
+        (
+            "policy: a constant leaves its rounding in the corrected gradient",
+            "            log_product = log_product.detach()", "            pass",
+            "corrected_k3_keeps",
         ),
         (
             "policy: clipped sequences counted by tokens",
@@ -1334,11 +1409,56 @@ MUTANTS = [
             "sequences_that_are_clipped",
         ),
     ),
+    *_mutants(
+        "fastrlhf/losses/surrogates.py", "test_policy_loss.py",
+        (
+            "policy: a ratio on its bound counts as clipped",
+            "return ratio < bounds.low,", "return ratio <= bounds.low,",
+            "on_its_bound",
+        ),
+        (
+            "policy: DPPO leaves out what comes back",
+            "gone = torch.where(advantage > 0, too_high, too_low)",
+            "gone = torch.where(advantage > 0, too_low, too_high)",
+            "those_of_the_papers and dppo or certain_tokens",
+        ),
+        (
+            "policy: GMPO bounds the other side",
+            "return torch.where(advantage < 0, from_below, from_above)",
+            "return torch.where(advantage < 0, from_above, from_below)",
+            "those_of_the_papers and gmpo",
+        ),
+        (
+            "policy: VESPO's weight has a gradient",
+            "held = saturated(log_ratio).detach()", "held = saturated(log_ratio)",
+            "those_of_the_papers and vespo",
+        ),
+    ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/penalties.py", "test_policy_loss.py",
+        (
+            "penalties: k3+ has the gradient of k3",
+            '"k3+": lambda x: _with_gradient_of_k2(expm1_minus(saturated(x)), x)',
+            '"k3+": lambda x: expm1_minus(saturated(x))',
+            "divergence_in_the_docstring",
+        ),
+        (
+            "penalties: the corrected k3 of a forbidden token",
+            "forbidden = x == torch.inf", "forbidden = x == torch.nan",
+            "has_no_corrected_penalty",
+        ),
+        (
+            "penalties: the corrected k3 loses its digits",
+            "return torch.where(near, close, far)", "return far",
+            "corrected_k3_keeps or those_of_the_papers",
+        ),
+    ),
     Mutant(
         "policy: the ratio of a sequence without tokens",
         "fastrlhf/losses/policy.py",
-        "lengths = batch.layout.counts(batch.mask).clamp(min=1)",
-        "lengths = batch.layout.counts(batch.mask)",
+        "mean = total / sums(torch.ones_like(log_ratio)).clamp(min=1)",
+        "mean = total / sums(torch.ones_like(log_ratio))",
         "test_policy_loss.py", "those_of_the_papers or without_tokens",
         "0/0 is the log-ratio of tokens outside of the mask alone, whose advantage is 0, which "
         "replaces it by 0; a where drops its gradient, and the metrics look at no such token",
@@ -2634,7 +2754,8 @@ MUTANTS = [
         "fastrlhf/losses/policy.py", "test_losses_over_ranks.py",
         (
             "ranks: the distance from the sampler is that of this rank's tokens",
-            "masked_mean(squares, scored, layout)", "masked_mean(squares, scored)",
+            "masked_mean(own_log_ratio.square() / 2, scored, layout)",
+            "masked_mean(own_log_ratio.square() / 2, scored)",
             "of_the_whole and policy_calls and 2-False",
         ),
         (
@@ -2649,7 +2770,7 @@ MUTANTS = [
         ),
         (
             "ranks: shares of clipped tokens are those of this rank",
-            "masked_mean(clipped.to(dtype), batch.mask, batch.layout)",
+            "masked_mean(of.to(dtype), mask, layout)",
             "masked_mean(clipped.to(dtype), batch.mask)",
             "of_the_whole and policy_calls and 2-False",
         ),
