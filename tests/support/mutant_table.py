@@ -1434,7 +1434,6 @@ MUTANTS = [
             "those_of_the_papers and vespo",
         ),
     ),
-    ),
     *_mutants(
         "fastrlhf/losses/penalties.py", "test_policy_loss.py",
         (
@@ -2771,7 +2770,7 @@ MUTANTS = [
         (
             "ranks: shares of clipped tokens are those of this rank",
             "masked_mean(of.to(dtype), mask, layout)",
-            "masked_mean(clipped.to(dtype), batch.mask)",
+            "masked_mean(of.to(dtype), mask)",
             "of_the_whole and policy_calls and 2-False",
         ),
     ),
