@@ -6,11 +6,12 @@ The ranks are processes that talk by gloo. Dims: W ranks, B sequences, T tokens,
 import math
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from support import losses_over_ranks as over
+from support import rollouts_over_ranks
 from support.compare import assert_as_accurate, relative_error
 from support.policy_formulas import FORMS
 from support.rank_pool import RankPool
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import fastrlhf
 from fastrlhf import global_normalizer
+from fastrlhf.losses import rejection, rollout
 from fastrlhf.losses.preference import LOSS_TYPES
 
 pytestmark = [
@@ -418,3 +420,31 @@ def test_a_trust_region_step_of_ranks_with_unequal_parts_is_that_of_the_whole(po
         torch.testing.assert_close(table, expected[1])
         torch.testing.assert_close(fisher, expected[2], rtol=1e-10, atol=1e-14)
         assert torch.equal(table, found[0][1])
+
+
+# Corrections for what an engine samples by.
+
+
+@PACKED
+def test_rollout_weights_and_their_metrics_are_those_of_the_whole(pool, packed) -> None:
+    x, owner = tokens(), owners(3, idle=True)
+    arguments = {"logprobs": x["logprobs"], "rollout_logprobs": x["old"], "mask": x["mask"]}
+    options = {"clip_max": 1.2, "clip_min": 0.8, "batch_normalize": True}
+    modes = get_args(rollout.RolloutMode)
+    levels = get_args(rejection.RejectionLevel)
+    calls = [("rollout_correction", {"mode": mode, **options}) for mode in modes]
+    calls += [
+        ("rollout_rejection", {"level": level, "estimator": "k3", "upper": 0.08})
+        for level in levels
+    ]
+    found = pool.run(
+        rollouts_over_ranks.corrections_of_part, arguments, calls, owner, packed, ranks=3
+    )
+    for i, (function, of_call) in enumerate(calls):
+        whole, metrics = getattr(fastrlhf, function)(**arguments, **of_call)
+        parts, of_ranks = zip(*(values[i] for values in found), strict=True)
+        together = over.put_back([part.double() for part in parts], owner, packed)
+        torch.testing.assert_close(together, whole.double(), rtol=TIGHT, atol=0)
+        for name, value in metrics.items():
+            assert all(torch.equal(one[name], of_ranks[0][name]) for one in of_ranks), name
+            torch.testing.assert_close(of_ranks[0][name], value, rtol=TIGHT, atol=1e-14, msg=name)

@@ -10,7 +10,10 @@ from .policy import policy_loss, ppo_loss
 from .preference import dpo_loss
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .rejection import rollout_rejection
 from .reward import plackett_luce_loss, reward_loss
+from .rollout import rollout_correction
+from .rollout_metrics import rollout_metrics
 from .sequences import sequence_logprobs
 from .unpaired import kto_loss
 from .value import value_loss
@@ -33,6 +36,9 @@ __all__ = [
     "policy_loss",
     "ppo_loss",
     "reward_loss",
+    "rollout_correction",
+    "rollout_metrics",
+    "rollout_rejection",
     "sequence_logprobs",
     "shaped_rewards",
     "simpo_loss",

@@ -1,0 +1,122 @@
+"""How far the policy that is trained is from the one that sampled, for each token and sequence.
+
+An inference engine does not compute the log-probs that the trainer does, even from the same
+weights, and often its weights are older. What corrects for that starts here.
+
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.ratios import saturated
+from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.ranks import Group, gathered
+from fastrlhf.reference import Layout, accumulation_dtype
+
+# In place of a log-ratio of inf, so that its sum with -inf is no NaN; its square is finite.
+_LARGEST = 1e18
+
+
+class RolloutTokens(NamedTuple):
+    """The tokens of a batch, as if there were none outside of the mask. Each (B, T), or as packed
+    as the mask.
+    """
+
+    inside: Tensor  # bool
+    logprobs: Tensor
+    rollout_logprobs: Tensor
+    # logprobs - rollout_logprobs, from -inf to 1e18; 0 where both are -inf.
+    log_ratio: Tensor
+    layout: Layout
+    group: Group | None
+
+
+class Units(NamedTuple):
+    """What numbers are of: every token, or every sequence, of which each rank has all."""
+
+    tokens: RolloutTokens
+    there: Tensor  # (B, T) or (B,) bool: which are in the mask, or have tokens in it
+    are_sequences: bool
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum all, over ranks."""
+        return x.sum() if self.are_sequences else self.tokens.layout.total(x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Average over those that are there; 0 if none are.
+
+        Divided before it is summed, so that the sum of the largest ratios is finite.
+        """
+        count = self.total(self.there).clamp(min=1)
+        return self.total(torch.where(self.there, x, 0.0) / count)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Find the largest of those that are there; 0 if none are."""
+        found = torch.where(self.there, x, -torch.inf).reshape(-1)
+        largest = torch.cat((found, found.new_full((1,), -torch.inf))).amax()
+        if self.tokens.group is not None and not self.are_sequences:
+            largest = gathered(largest, self.tokens.group).amax()
+        return torch.where(self.total(self.there) > 0, largest, 0.0)
+
+    def smallest(self, x: Tensor) -> Tensor:
+        """Find the smallest of those that are there; 0 if none are."""
+        return -self.largest(-x)
+
+    def on_tokens(self, x: Tensor) -> Tensor:
+        """Give each token its own, or that of its sequence: (B, T)."""
+        if not self.are_sequences:
+            return x
+        return self.tokens.layout.spread(x).expand_as(self.tokens.inside)
+
+
+def rollout_tokens(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    group: Group | None,
+) -> RolloutTokens:
+    """Check the log-probs that trainer and engine give to the same tokens, and compare them.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; a group that is none.
+    """
+    layout = check_tokens("logprobs", logprobs, mask, cu_seqlens, group)
+    check_floating("rollout_logprobs", rollout_logprobs)
+    check_shape(
+        "rollout_logprobs", rollout_logprobs, tuple(logprobs.shape), "the shape of logprobs"
+    )
+    check_same_device("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
+    dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, rollout_logprobs.dtype))
+    inside = mask != 0
+    own, engine = (torch.where(inside, x.to(dtype), 0.0) for x in (logprobs, rollout_logprobs))
+    log_ratio = torch.where(own == engine, 0.0, own - engine)
+    log_ratio = torch.where(log_ratio == torch.inf, _LARGEST, log_ratio)
+    return RolloutTokens(inside, own, engine, log_ratio, layout, group)
+
+
+def token_units(tokens: RolloutTokens) -> Units:
+    return Units(tokens, tokens.inside, are_sequences=False)
+
+
+def sequence_units(tokens: RolloutTokens) -> Units:
+    return Units(tokens, tokens.layout.counts(tokens.inside) > 0, are_sequences=True)
+
+
+def sequence_sums(tokens: RolloutTokens, x: Tensor) -> Tensor:
+    """Sum (B, T), which is 0 outside of the mask, to (B,)."""
+    return tokens.layout.sums(x)
+
+
+def sequence_means(tokens: RolloutTokens, x: Tensor) -> Tensor:
+    """Average (B, T), which is 0 outside of the mask, to (B,)."""
+    return tokens.layout.sums(x) / tokens.layout.counts(tokens.inside).clamp(min=1)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """Let logs of ratios end at ±80 (±700 in fp64), for metrics."""
+    return -saturated(-saturated(x))
