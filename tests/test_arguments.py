@@ -55,6 +55,12 @@ CALLS = {
     },
     "global_normalizer": {"mask": MASK},
     "group_advantages": {"rewards": SUMS, "groups": torch.tensor([0, 0])},
+    "rollout_correction": {"logprobs": LP, "rollout_logprobs": LP, "mask": MASK},
+    "rollout_metrics": {"logprobs": LP, "rollout_logprobs": LP, "mask": MASK},
+    "rollout_rejection": {"logprobs": LP, "rollout_logprobs": LP, "mask": MASK, "upper": 0.1},
+    "top_entropy_mask": {"entropy": -LP, "mask": MASK},
+    "clip_cov_mask": {"logprobs": LP, "advantages": torch.ones(B), "mask": MASK},
+    "kl_cov_mask": {"logprobs": LP, "advantages": torch.ones(B), "mask": MASK},
     "kl_penalty": {"logprobs": LP, "ref_logprobs": LP},
     "reward_loss": {"chosen_scores": SUMS, "rejected_scores": SUMS},
     "plackett_luce_loss": {

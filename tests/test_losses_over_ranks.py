@@ -448,3 +448,37 @@ def test_rollout_weights_and_their_metrics_are_those_of_the_whole(pool, packed) 
         for name, value in metrics.items():
             assert all(torch.equal(one[name], of_ranks[0][name]) for one in of_ranks), name
             torch.testing.assert_close(of_ranks[0][name], value, rtol=TIGHT, atol=1e-14, msg=name)
+
+
+@WORLDS
+def test_tokens_are_chosen_from_those_of_all_ranks(pool, ranks) -> None:
+    torch.manual_seed(7)
+    sizes = [3, 5, 0, 2][:ranks]
+    parts = [
+        {
+            "logprobs": -torch.rand(n, 6), "advantages": torch.randn(n),
+            "mask": torch.rand(n, 6) < 0.8, "entropy": torch.rand(n, 6),
+        }
+        for n in sizes
+    ]  # fmt: skip
+    parts = [
+        {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
+        for part in parts
+    ]
+    calls = [
+        ("top_entropy_mask", {"share": 0.3}),
+        ("kl_cov_mask", {"share": 0.2}),
+        # All candidates, for which of them is drawn at random.
+        ("clip_cov_mask", {"share": 1.0, "low": 0.1}),
+    ]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = pool.run(rollouts_over_ranks.selections_of_part, parts, calls, ranks=ranks)
+    expected = rollouts_over_ranks.selections(None, whole, calls)
+    for own, together in zip(zip(*found, strict=True), expected, strict=True):
+        assert [len(x) for x in own] == sizes
+        assert torch.equal(torch.cat(own), together) and 0 < together.sum() < whole["mask"].sum()
+    few = [("clip_cov_mask", {"share": 0.1, "low": 0.0, "high": 9.0})]
+    kept = torch.cat([own[0] for own in pool.run(
+        rollouts_over_ranks.selections_of_part, parts, few, ranks=ranks
+    )])  # fmt: skip
+    assert (whole["mask"] & ~kept).sum() == int(0.1 * whole["mask"].sum())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import rollout_formulas as formulas
 from support.compare import assert_as_accurate
+from support.no_waiting import NoWaiting
 from torch import Tensor
 
 from fastrlhf import policy_loss, rollout_correction, rollout_metrics, rollout_rejection
@@ -333,6 +334,15 @@ def test_they_are_constants_of_the_loss_and_are_compiled_whole() -> None:
     torch.testing.assert_close(found, step(logprobs, rollout, mask))
     of_samples = torch.func.vmap(step)(*(torch.stack((x, x)) for x in (logprobs, rollout, mask)))
     torch.testing.assert_close(of_samples[0][1], found[0])
+
+
+def test_nobody_waits_for_the_device() -> None:
+    x = batch()
+    with NoWaiting():
+        for mode in MODES:
+            rollout_correction(*x, mode=mode, clip_min=0.5, batch_normalize=True)
+        for level, estimator in product(LEVELS, ESTIMATORS):
+            rollout_rejection(*x, level=level, estimator=estimator, upper=0.1)
 
 
 def test_a_sequence_mask_with_token_weights_is_their_product() -> None:

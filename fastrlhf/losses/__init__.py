@@ -1,6 +1,8 @@
 """Losses as pure functions of log-probs: no vocabulary dimension, no device code."""
 
 from .advantages import group_advantages, shaped_rewards, whiten
+from .controllers import AdaptiveEntropyCoefficient, AdaptiveKLController, FixedKLController
+from .covariance import clip_cov_mask, kl_cov_mask
 from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
 from .grpo import grpo_loss, grpo_options
@@ -14,17 +16,23 @@ from .rejection import rollout_rejection
 from .reward import plackett_luce_loss, reward_loss
 from .rollout import rollout_correction
 from .rollout_metrics import rollout_metrics
+from .selection import top_entropy_mask
 from .sequences import sequence_logprobs
 from .unpaired import kto_loss
 from .value import value_loss
 
 __all__ = [
+    "AdaptiveEntropyCoefficient",
+    "AdaptiveKLController",
+    "FixedKLController",
+    "clip_cov_mask",
     "cpo_loss",
     "dpo_loss",
     "global_normalizer",
     "group_advantages",
     "grpo_loss",
     "grpo_options",
+    "kl_cov_mask",
     "kl_penalty",
     "kto_loss",
     "linear_cross_entropy",
@@ -42,6 +50,7 @@ __all__ = [
     "sequence_logprobs",
     "shaped_rewards",
     "simpo_loss",
+    "top_entropy_mask",
     "value_loss",
     "whiten",
 ]

@@ -1,7 +1,6 @@
-"""What each process of a group computes from its part of a batch, for test_rollout_correction.py
-and test_selection.py.
-"""
+"""What each process of a group computes from its part of a batch, for test_losses_over_ranks.py."""
 
+from inspect import signature
 from typing import Any
 
 import torch.distributed as dist
@@ -29,13 +28,14 @@ def corrections_of_part(
 def selections_of_part(
     group: Any, parts: list[Arguments], calls: list[tuple[str, Arguments]]
 ) -> list[Tensor]:
-    """Call functions on the tensors of this rank, of which each takes those it has names for."""
-    part = parts[dist.get_rank(group)]
-    names = {"top_entropy_mask": ("entropy", "mask")}
-    return [
-        getattr(fastrlhf, function)(
-            **{k: part[k] for k in names.get(function, ("logprobs", "advantages", "mask"))},
-            **options, group=group,
-        )
-        for function, options in calls
-    ]  # fmt: skip
+    return selections(group, parts[dist.get_rank(group)], calls)
+
+
+def selections(group: Any, part: Arguments, calls: list[tuple[str, Arguments]]) -> list[Tensor]:
+    """Call functions, each of which takes of the tensors those that it has names for."""
+    found = []
+    for function, options in calls:
+        call = getattr(fastrlhf, function)
+        named = {name: x for name, x in part.items() if name in signature(call).parameters}
+        found.append(call(**named, **options, group=group))
+    return found

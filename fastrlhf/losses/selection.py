@@ -1,0 +1,80 @@
+"""Which tokens a policy loss is of: those at which the policy is unsure.
+
+A selection is a mask (B, T) of constants, to be used as `rollout_weights` of `policy_loss`, so that
+means go on to count all tokens.
+
+Dims: B sequences, T tokens of each, n tokens in the mask, M entries of all ranks.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops.checks import (
+    check_between,
+    check_floating,
+    check_mask,
+    check_same_device,
+    check_shape,
+)
+from fastrlhf.ops.ranks import Group, check_group, concatenated, sum_over_ranks
+from fastrlhf.reference import accumulation_dtype
+
+
+@torch.no_grad()
+def top_entropy_mask(
+    entropy: Tensor, mask: Tensor, *, share: float = 0.2, group: Group | None = None
+) -> Tensor:
+    """Choose the share of the tokens at which the policy has the highest entropy.
+
+    Eager equivalent: `mask & (entropy >= torch.quantile(entropy[mask], 1 - share))`.
+
+    Args:
+        entropy: (B, T), or any shape, in nats.
+        mask: the same shape, bool or 0/1; entries outside can hold anything.
+        share: from 0 to 1, of the n tokens of the mask. The lowest entropy that is chosen is the
+            (1 + ⌊share·(n - 1)⌋)-th, and tokens that equal it are chosen too: of equal entropies
+            all or none. A share of 0 leaves the highest.
+        group: torch.distributed group whose ranks have parts of the batch, of whatever shapes: the
+            share is that of all. The host waits for the sizes. None: of this batch alone.
+
+    Returns:
+        The shape of entropy, bool, False outside of the mask. An entropy of NaN is not chosen.
+
+    For a loss of these tokens alone, whose means count all (the paper's, and TRL's)::
+
+        policy_loss(..., rollout_weights=top_entropy_mask(entropy, mask))
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; a share that is none; a
+            group that is none.
+
+    Source: 2506.01939 ("Beyond the 80/20 rule").
+    """
+    check_floating("entropy", entropy)
+    check_mask("mask", mask)
+    check_shape("mask", mask, tuple(entropy.shape), "the shape of entropy")
+    check_same_device("mask", mask, "entropy", entropy)
+    share = check_between("share", share, 0, 1)
+    check_group(group)
+    inside = mask != 0
+    entropy = torch.where(inside, entropy, -torch.inf).to(accumulation_dtype(entropy.dtype))
+    all_of_them, _ = of_all_ranks(entropy, group)
+    # One more, for where there are none.
+    in_order = torch.cat((all_of_them, all_of_them.new_full((1,), -torch.inf)))
+    in_order = in_order.sort(descending=True).values
+    before = part_of(share, sum_over_ranks(inside.sum(), group) - 1).clamp(min=0)
+    # Not in_order[before], which would wait for the number.
+    return inside & (entropy >= in_order.gather(0, before.unsqueeze(0)))
+
+
+def part_of(share: float, count: Tensor) -> Tensor:
+    """⌊share·count⌋, but of 0.29 and 100 it is 29, which no float of 0.29 would give."""
+    return (count.double() * share * (1 + 1e-12)).floor().long()
+
+
+def of_all_ranks(x: Tensor, group: Group | None) -> tuple[Tensor, slice]:
+    """Every rank's entries, (M,), and where those of this rank stand."""
+    if group is None:
+        return x.reshape(-1), slice(None)
+    (everything,), own = concatenated([x.reshape(-1)], group)
+    return everything, own
