@@ -408,6 +408,29 @@ def test_metrics_alone_are_those_of_a_correction() -> None:
     assert not rollout_correction(*x, mode="token_mask")[1].keys() - more.keys()
 
 
+@pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4])
+def test_metrics_are_accurate_where_both_sides_nearly_agree(gap) -> None:
+    rollout = torch.linspace(-0.5, -0.25, 64).view(2, 32)
+    logprobs = rollout + gap * torch.linspace(-1, 1, 64).view(2, 32)
+    mask = torch.ones(2, 32)
+    found = rollout_metrics(logprobs, rollout, mask)
+    exact = rollout_metrics(logprobs.double(), rollout.double(), mask)
+    # Each of these is a sum of what was e^x - 1, and not of ones.
+    for name, size in (("k3_kl", gap**2), ("chi2_token", gap), ("chi2_seq", 32 * gap)):
+        value, truth = found[f"rollout_corr/{name}"], exact[f"rollout_corr/{name}"]
+        assert_as_accurate(value, truth.float(), truth, size=4 * size, of=name)
+
+
+def test_either_side_may_be_in_another_dtype() -> None:
+    logprobs, rollout, mask = batch()
+    both = rollout_correction(logprobs.float(), rollout, mask)[0]
+    assert both.dtype == torch.float64
+    torch.testing.assert_close(
+        both, rollout_correction(logprobs.float().double(), rollout, mask)[0]
+    )
+    assert rollout_correction(logprobs.bfloat16(), rollout.half(), mask)[0].dtype == torch.float32
+
+
 # Arguments
 
 

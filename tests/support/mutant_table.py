@@ -3512,4 +3512,147 @@ MUTANTS = [
             "without_any_gradient",
         ),
     ),
+    *_mutants(
+        "fastrlhf/losses/rollout_tokens.py", "test_rollout_correction.py",
+        (
+            "rollout: what both sides rule out is NaN",
+            "torch.where(own == engine, 0.0, own - engine)", "own - engine",
+            "rules_out",
+        ),
+        (
+            "rollout: one infinite ratio makes NaN of another that is 0",
+            "torch.where(log_ratio == torch.inf, _LARGEST, log_ratio)", "log_ratio",
+            "rules_out",
+        ),
+        (
+            "rollout: packed tokens pass for sequences",
+            "        if not self.are_sequences:\n            return x\n",
+            "        if x.shape == self.tokens.inside.shape:\n            return x\n",
+            "packed_tokens",
+        ),
+        (
+            "rollout: sequences without tokens count",
+            "tokens.layout.counts(tokens.inside) > 0", "tokens.layout.counts(tokens.inside) >= 0",
+            "definitions and float64",
+        ),
+        (
+            "rollout: the sum overflows before it is divided",
+            "self.total(torch.where(self.there, x, 0.0) / count)",
+            "self.total(torch.where(self.there, x, 0.0)) / count",
+            "far_apart and float32",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/rollout_tokens.py", "test_losses_over_ranks.py",
+        (
+            "rollout: the largest of this rank alone",
+            "largest = gathered(largest, self.tokens.group).amax()", "pass",
+            "rollout_weights",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/rollout.py", "test_rollout_correction.py",
+        (
+            "rollout: ratios that overflow",
+            "log_ratio = saturated(log_ratio)", "log_ratio = 1 * log_ratio",
+            "far_apart and float32",
+        ),
+        (
+            "rollout: a mask truncates",
+            '(0.0, 0.0)\n    weights', 'bounds\n    weights',
+            "definitions and float64",
+        ),
+        (
+            "rollout: metrics of what the weights were",
+            "of_weights = moments(ratio, units), moments(weights, units)",
+            "of_weights = moments(ratio, units), moments(ratio, units)",
+            "definitions and float64",
+        ),
+        (
+            "rollout: bounds in any order",
+            "if not 0 <= low <= high:", "if not 0 <= low:",
+            "does_not_fit_a_correction",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/rollout_metrics.py", "test_rollout_correction.py",
+        (
+            "rollout: k3 by subtraction", "expm1_minus(x)", "x.exp() - 1 - 1 * x", "nearly_agree",
+        ),
+        (
+            "rollout: squares of the largest ratios overflow",
+            "torch.where(largest > 0, largest, 1.0)", "torch.ones_like(largest)",
+            "far_apart and float32",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/rejection.py", "test_rollout_correction.py",
+        (
+            "rejection: a sequence stays for one token that is within",
+            "complete = tokens.layout.counts(tokens.inside & ~keep) == 0",
+            "complete = tokens.layout.counts(keep) > 0",
+            "within_the_bounds",
+        ),
+        (
+            "rejection: k1 has no lower bound of its own",
+            'return -check_positive("upper", upper), high', "return -math.inf, high",
+            "symmetric",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/selection.py", "test_selection.py",
+        (
+            "selection: one token less", "inside.sum(), group) - 1).clamp",
+            "inside.sum(), group)).clamp", "highest",
+        ),
+        (
+            "selection: a share of 0.29 is less",
+            " * (1 + 1e-12)", "", "highest or largest",
+        ),
+        (
+            "selection: the host waits",
+            "in_order.gather(0, before.unsqueeze(0))", "in_order[before]",
+            "nobody_waits",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/covariance.py", "test_selection.py",
+        (
+            "selection: advantages are not centred",
+            "return centred(advantages) * centred(logprobs), inside",
+            "return torch.where(inside, advantages, 0.0) * centred(logprobs), inside",
+            "largest_covariances",
+        ),
+        (
+            "selection: the first candidates, not random ones",
+            "torch.where(candidates, draws, -torch.inf)",
+            "torch.where(candidates, 1.0 + 0 * draws, -torch.inf)",
+            "as_likely",
+        ),
+        (
+            "selection: what is no candidate is dropped",
+            " & (scores > -torch.inf)", "", "as_many_as_wanted",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/controllers.py", "test_controllers.py",
+        (
+            "controllers: the error is not cut", "min(0.2, max(-0.2, kl / self.target - 1))",
+            "max(-0.2, kl / self.target - 1)", "paper",
+        ),
+        (
+            "controllers: a coefficient that turns negative",
+            "if steps >= 5 * self.horizon:", "if steps > 5 * self.horizon:", "no_number",
+        ),
+        (
+            "controllers: the bonus stays above the target",
+            "return self.coefficient if self.entropy <= self.target else 0.0",
+            "return self.coefficient", "trl or holds",
+        ),
+        (
+            "controllers: a resumed run has forgotten the entropy",
+            'self.coefficient, self.entropy = coefficient, _number("entropy", state["entropy"])',
+            'self.coefficient, _ = coefficient, _number("entropy", state["entropy"])', "resumes",
+        ),
+    ),
 ]  # fmt: skip
