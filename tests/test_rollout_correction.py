@@ -307,17 +307,29 @@ def test_nan_is_not_hidden(mode) -> None:
 
 
 def test_bounds_are_within_and_may_be_equal() -> None:
-    logprobs = torch.log(torch.tensor([[2.0, 0.5, 1.0]], dtype=torch.float64))
-    rollout, mask = torch.zeros(1, 3), torch.ones(1, 3)
+    logprobs, rollout = torch.tensor([[0.0, 0.5, -0.5]]), torch.zeros(1, 3)
+    options = {"clip_max": 1.0, "clip_min": 1.0}  # of which no exponential is away
     found, metrics = rollout_correction(
-        logprobs, rollout, mask, mode="token_mask", clip_max=2.0, clip_min=0.5
+        logprobs, rollout, torch.ones(1, 3), mode="token_mask", **options
     )
-    torch.testing.assert_close(found, logprobs.exp())
-    assert metrics["rollout_corr/rollout_is_ratio_fraction_high"] == 0
-    found, _ = rollout_correction(logprobs, rollout, mask, clip_max=1.0, clip_min=1.0)
-    assert torch.equal(found, torch.ones(1, 3, dtype=torch.float64))
-    keep, _ = rollout_rejection(logprobs, rollout, mask, upper=math.log(2.0))
+    assert found[0].tolist() == [1, 0, 0]
+    assert metrics["rollout_corr/rollout_is_ratio_fraction_high"].item() == pytest.approx(1 / 3)
+    assert metrics["rollout_corr/rollout_is_ratio_fraction_low"].item() == pytest.approx(1 / 3)
+    found, _ = rollout_correction(logprobs, rollout, torch.ones(1, 3), **options)
+    assert found[0].tolist() == [1, 1, 1]
+    keep, _ = rollout_rejection(logprobs, rollout, torch.ones(1, 3), upper=0.5)
     assert keep.all()
+
+
+def test_no_weight_is_above_its_bound_by_rounding() -> None:
+    bound = torch.linspace(1.01, 3.0, 2000)
+    logprobs = bound.log().unsqueeze(0)
+    for place in range(0, 2000, 50):
+        most = float(bound[place])
+        found, _ = rollout_correction(
+            logprobs, torch.zeros(1, 2000), torch.ones(1, 2000), clip_max=most
+        )
+        assert found.max() <= most
 
 
 def test_they_are_constants_of_the_loss_and_are_compiled_whole() -> None:

@@ -97,14 +97,13 @@ def rollout_correction(
     """
     check_one_of("mode", mode, get_args(RolloutMode))
     level, treatment = mode.split("_")
-    bounds = _checked_bounds(clip_min, clip_max)
+    least, most = _checked_bounds(clip_min, clip_max)
     check_bool("batch_normalize", batch_normalize)
     tokens = rollout_tokens(logprobs, rollout_logprobs, mask, cu_seqlens, group)
     log_ratio, units = _of_level(tokens, level)
-    log_ratio = saturated(log_ratio)
-    ratio = log_ratio.exp()
-    high, low = log_ratio > math.log(bounds[1]), log_ratio < _log(bounds[0])
-    if_low, if_high = bounds if treatment == "truncate" else (0.0, 0.0)
+    ratio = saturated(log_ratio).exp()
+    low, high = ratio < least, ratio > most
+    if_low, if_high = (least, most) if treatment == "truncate" else (0.0, 0.0)
     weights = torch.where(high, if_high, torch.where(low, if_low, ratio))
     metrics = metrics_of_tokens(tokens) | _weight_metrics(ratio, weights, low, high, units)
     if batch_normalize:
@@ -129,10 +128,6 @@ def _checked_bounds(clip_min: float | None, clip_max: float | None) -> tuple[flo
     if not 0 <= low <= high:
         raise ValueError(f"clip_min: expected a number in [0, clip_max], got {clip_min}")
     return low, high
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
 
 
 def _weight_metrics(

@@ -3554,12 +3554,12 @@ MUTANTS = [
         "fastrlhf/losses/rollout.py", "test_rollout_correction.py",
         (
             "rollout: ratios that overflow",
-            "log_ratio = saturated(log_ratio)", "log_ratio = 1 * log_ratio",
+            "ratio = saturated(log_ratio).exp()", "ratio = log_ratio.exp()",
             "far_apart and float32",
         ),
         (
             "rollout: a mask truncates",
-            '(0.0, 0.0)\n    weights', 'bounds\n    weights',
+            "else (0.0, 0.0)", "else (least, most)",
             "definitions and float64",
         ),
         (
