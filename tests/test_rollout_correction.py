@@ -181,7 +181,9 @@ def test_modes_of_trl_have_its_weights(mode, bounds) -> None:
 @ALL_MODES
 @pytest.mark.parametrize("leading", [(), (1,)], ids=["(N,)", "(1, N)"])
 @pytest.mark.parametrize(
-    "lengths", [[9, 3, 2, 0, 7, 0], [1] * B], ids=["unequal", "as many tokens as sequences"]
+    "lengths",
+    [[9, 3, 2, 0, 7, 0], [3, 0, 1, 2, 0, 0]],
+    ids=["unequal", "as many tokens as sequences"],
 )
 def test_packed_tokens_have_the_weights_of_rows(mode, leading, lengths) -> None:
     logprobs, rollout, mask = batch()

@@ -67,7 +67,7 @@ def clip_cov_mask(
     Returns:
         (B, T) bool: the tokens of the mask that keep their gradient.
 
-    As in the paper, those without one count in the means::
+    As in the paper, the others count in the means::
 
         policy_loss(..., rollout_weights=clip_cov_mask(logprobs.detach(), advantages, mask))
 
@@ -122,7 +122,7 @@ def kl_cov_mask(
 
     The paper's loss has no clip, and |ln π - ln π_old| as the penalty of these tokens: with
     `policy_loss`, ref_logprobs=old_logprobs, kl_estimator="abs", a kl_coef (1.0 in the paper's
-    code) and this mask as the weights of the penalty.
+    code) and this mask as kl_weights.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; a share that is none; a

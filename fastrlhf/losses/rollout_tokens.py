@@ -27,6 +27,7 @@ class RolloutTokens(NamedTuple):
     """
 
     inside: Tensor  # bool
+    lengths: Tensor  # (B,), of the tokens that are inside
     logprobs: Tensor
     rollout_logprobs: Tensor
     # logprobs - rollout_logprobs, from -inf to 1e18; 0 where both are -inf.
@@ -40,6 +41,7 @@ class Units(NamedTuple):
 
     tokens: RolloutTokens
     there: Tensor  # (B, T) or (B,) bool: which are in the mask, or have tokens in it
+    number: Tensor  # 0-d, of all ranks
     are_sequences: bool
 
     def total(self, x: Tensor) -> Tensor:
@@ -51,8 +53,7 @@ class Units(NamedTuple):
 
         Divided before it is summed, so that the sum of the largest ratios is finite.
         """
-        count = self.total(self.there).clamp(min=1)
-        return self.total(torch.where(self.there, x, 0.0) / count)
+        return self.total(torch.where(self.there, x, 0.0) / self.number.clamp(min=1))
 
     def largest(self, x: Tensor) -> Tensor:
         """Find the largest of those that are there; 0 if none are."""
@@ -60,7 +61,7 @@ class Units(NamedTuple):
         largest = torch.cat((found, found.new_full((1,), -torch.inf))).amax()
         if self.tokens.group is not None and not self.are_sequences:
             largest = gathered(largest, self.tokens.group).amax()
-        return torch.where(self.total(self.there) > 0, largest, 0.0)
+        return torch.where(self.number > 0, largest, 0.0)
 
     def smallest(self, x: Tensor) -> Tensor:
         """Find the smallest of those that are there; 0 if none are."""
@@ -96,15 +97,16 @@ def rollout_tokens(
     own, engine = (torch.where(inside, x.to(dtype), 0.0) for x in (logprobs, rollout_logprobs))
     log_ratio = torch.where(own == engine, 0.0, own - engine)
     log_ratio = torch.where(log_ratio == torch.inf, _LARGEST, log_ratio)
-    return RolloutTokens(inside, own, engine, log_ratio, layout, group)
+    return RolloutTokens(inside, layout.counts(inside), own, engine, log_ratio, layout, group)
 
 
 def token_units(tokens: RolloutTokens) -> Units:
-    return Units(tokens, tokens.inside, are_sequences=False)
+    return Units(tokens, tokens.inside, tokens.lengths.sum(), are_sequences=False)
 
 
 def sequence_units(tokens: RolloutTokens) -> Units:
-    return Units(tokens, tokens.layout.counts(tokens.inside) > 0, are_sequences=True)
+    there = tokens.lengths > 0
+    return Units(tokens, there, there.sum(), are_sequences=True)
 
 
 def sequence_sums(tokens: RolloutTokens, x: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def sequence_sums(tokens: RolloutTokens, x: Tensor) -> Tensor:
 
 def sequence_means(tokens: RolloutTokens, x: Tensor) -> Tensor:
     """Average (B, T), which is 0 outside of the mask, to (B,)."""
-    return tokens.layout.sums(x) / tokens.layout.counts(tokens.inside).clamp(min=1)
+    return tokens.layout.sums(x) / tokens.lengths.clamp(min=1)
 
 
 def bounded(x: Tensor) -> Tensor:

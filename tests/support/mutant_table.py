@@ -3515,37 +3515,37 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/losses/rollout_tokens.py", "test_rollout_correction.py",
         (
-            "rollout: what both sides rule out is NaN",
+            "rollouts: what both sides rule out is NaN",
             "torch.where(own == engine, 0.0, own - engine)", "own - engine",
             "rules_out",
         ),
         (
-            "rollout: one infinite ratio makes NaN of another that is 0",
+            "rollouts: one infinite ratio makes NaN of another that is 0",
             "torch.where(log_ratio == torch.inf, _LARGEST, log_ratio)", "log_ratio",
             "rules_out",
         ),
         (
-            "rollout: packed tokens pass for sequences",
+            "rollouts: packed tokens pass for sequences",
             "        if not self.are_sequences:\n            return x\n",
             "        if x.shape == self.tokens.inside.shape:\n            return x\n",
             "packed_tokens",
         ),
         (
-            "rollout: sequences without tokens count",
-            "tokens.layout.counts(tokens.inside) > 0", "tokens.layout.counts(tokens.inside) >= 0",
+            "rollouts: sequences without tokens count",
+            "there = tokens.lengths > 0", "there = tokens.lengths >= 0",
             "definitions and float64",
         ),
         (
-            "rollout: the sum overflows before it is divided",
-            "self.total(torch.where(self.there, x, 0.0) / count)",
-            "self.total(torch.where(self.there, x, 0.0)) / count",
+            "rollouts: the sum overflows before it is divided",
+            "self.total(torch.where(self.there, x, 0.0) / self.number.clamp(min=1))",
+            "self.total(torch.where(self.there, x, 0.0)) / self.number.clamp(min=1)",
             "far_apart and float32",
         ),
     ),
     *_mutants(
         "fastrlhf/losses/rollout_tokens.py", "test_losses_over_ranks.py",
         (
-            "rollout: the largest of this rank alone",
+            "rollouts: the largest of this rank alone",
             "largest = gathered(largest, self.tokens.group).amax()", "pass",
             "rollout_weights",
         ),
@@ -3553,23 +3553,23 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/losses/rollout.py", "test_rollout_correction.py",
         (
-            "rollout: ratios that overflow",
+            "rollouts: ratios that overflow",
             "ratio = saturated(log_ratio).exp()", "ratio = log_ratio.exp()",
             "far_apart and float32",
         ),
         (
-            "rollout: a mask truncates",
+            "rollouts: a mask truncates",
             "else (0.0, 0.0)", "else (least, most)",
             "definitions and float64",
         ),
         (
-            "rollout: metrics of what the weights were",
+            "rollouts: metrics of what the weights were",
             "of_weights = moments(ratio, units), moments(weights, units)",
             "of_weights = moments(ratio, units), moments(ratio, units)",
             "definitions and float64",
         ),
         (
-            "rollout: bounds in any order",
+            "rollouts: bounds in any order",
             "if not 0 <= low <= high:", "if not 0 <= low:",
             "does_not_fit_a_correction",
         ),
@@ -3577,10 +3577,10 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/losses/rollout_metrics.py", "test_rollout_correction.py",
         (
-            "rollout: k3 by subtraction", "expm1_minus(x)", "x.exp() - 1 - 1 * x", "nearly_agree",
+            "rollouts: k3 by subtraction", "expm1_minus(x)", "x.exp() - 1 - 1 * x", "nearly_agree",
         ),
         (
-            "rollout: squares of the largest ratios overflow",
+            "rollouts: squares of the largest ratios overflow",
             "torch.where(largest > 0, largest, 1.0)", "torch.ones_like(largest)",
             "far_apart and float32",
         ),
