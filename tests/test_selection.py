@@ -241,6 +241,9 @@ def test_they_are_compiled_whole_and_have_no_gradient() -> None:
     found = torch.compile(step, fullgraph=True, backend="aot_eager")(leaf, advantages, mask)
     assert all(map(torch.equal, found, step(leaf, advantages, mask)))
     assert clip_cov_mask(leaf, advantages, mask).dtype == torch.bool
+    pairs = (torch.stack((x, x.roll(1, 1))) for x in (logprobs, advantages, mask))
+    for of_two, own in zip(torch.func.vmap(step)(*pairs), found, strict=True):
+        assert torch.equal(of_two[0], own) and torch.equal(of_two[1], own.roll(1, 1))
 
 
 def test_nobody_waits_for_the_device() -> None:

@@ -49,7 +49,7 @@ def clip_cov_mask(
         dropped = candidates[torch.randperm(len(candidates))[: max(int(share * mask.sum()), 1)]]
 
     Args:
-        logprobs: (B, T) log-probs under the policy that is trained, in nats.
+        logprobs: (B, T) log-probs under the policy that is trained, in nats, finite in the mask.
         advantages: (B, T), or (B,) one for each sequence.
         mask: (B, T) bool or 0/1, the tokens that count; entries outside can hold anything.
         share: how many are dropped: ⌊share·n⌋ of the n tokens of the mask, but at least one, as far
@@ -190,5 +190,5 @@ def _first(scores: Tensor, inside: Tensor, share: float, group: Group | None) ->
     wanted = part_of(share, sum_over_ranks(inside.sum(), group)).clamp(min=1)
     order = everything.argsort(descending=True, stable=True)
     is_first = torch.arange(len(order), device=order.device) < wanted
-    chosen = torch.empty_like(is_first).scatter_(0, order, is_first)
+    chosen = torch.zeros_like(is_first).scatter(0, order, is_first)
     return chosen[own].view(scores.shape) & (scores > -torch.inf)
