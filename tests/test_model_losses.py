@@ -227,6 +227,34 @@ def test_virtual_tokens_are_no_tokens(loss) -> None:
     assert_same(ours(model, batch())[0], plain(Plain(Cut(), batch())), model)
 
 
+POLICIES = {
+    "gmpo": {"surrogate": "gmpo", "ratio_level": "sequence"},
+    "vespo": {"surrogate": "vespo", "ratio_level": "product"},
+    "dppo": {"surrogate": "dppo_tv", "kl_reference": "old", "kl_coef": 0.1, "kl_estimator": "k2"},
+    "weighed": {"kl_coef": 0.1, "kl_bias_correction": True, "off_policy_mask_threshold": 0.1},
+    "not reduced": {"reduction": "none"},
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("head", ["frozen", "trained", "DoRA"])
+def test_policy_losses_of_every_kind(head, name) -> None:
+    model = make("Llama").double() if head == "trained" else HEADS[head]()
+    options, s = dict(POLICIES[name]), dict(sides())
+    plain = Plain(model, batch())
+    s["old"] = (plain.logprob.detach() + 0.3 * torch.randn(B_T1)).clamp(max=-1e-3)
+    if options.get("kl_reference") == "old":
+        s["ref"] = None
+    if name == "weighed":
+        options["kl_weights"] = torch.rand(B_T1).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "sides", lambda: s)
+        found, expected = policy(model, batch(), **options)[0], plain.policy(**options)
+    assert found.shape == expected.shape
+    weights = torch.rand(found.shape).double()
+    assert_same((found * weights).sum(), (expected * weights).sum(), model)
+
+
 def test_an_own_module_sees_groups_together_and_in_order() -> None:
     model, inputs = HEADS["DoRA"](), batch()
     seen: list[Tensor] = []

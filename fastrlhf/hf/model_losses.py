@@ -304,7 +304,8 @@ def model_policy_loss(
             what else the model's forward names.
 
     Returns:
-        (loss, metrics), as `policy_loss`; with return_outputs (loss, metrics, outputs).
+        (loss, metrics), as `policy_loss`, for reduction "none" with losses (B, T-1); with
+        return_outputs (loss, metrics, outputs).
 
     Differentiable, once, with respect to all parameters. Cost, in matmuls G of the tokens of the
     mask (without those that have no advantage, unless there is a reference or an entropy to look
@@ -349,7 +350,10 @@ def model_policy_loss(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
         support, rows,
     )  # fmt: skip
-    return _returned(at_head(model, batch, work), return_outputs)
+    done = at_head(model, batch, work)
+    if options.reduction == "none":  # the last position predicts no token
+        done = done._replace(result=done.result[:, :-1])
+    return _returned(done, return_outputs)
 
 
 def _beside(targets: Tensor, *tensors: Tensor | None) -> list[Any]:
