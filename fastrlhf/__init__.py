@@ -13,6 +13,7 @@ from .hf import (
     model_token_stats,
 )
 from .losses import (
+    DPOOptions,
     cpo_loss,
     dpo_loss,
     global_normalizer,
@@ -35,6 +36,7 @@ from .losses import (
     simpo_loss,
     value_loss,
     whiten,
+    wpo_weights,
 )
 from .ops import (
     ChunkStats,
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChunkStats",
+    "DPOOptions",
     "FurtherTokenStats",
     "LMHead",
     "QuantizedWeight",
@@ -117,4 +120,5 @@ __all__ = [
     "value_loss",
     "warm_up",
     "whiten",
+    "wpo_weights",
 ]

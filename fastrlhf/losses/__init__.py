@@ -7,14 +7,17 @@ from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
 from .policy import grpo_loss, grpo_options, policy_loss, ppo_loss
 from .preference import dpo_loss
+from .preference_options import DPOOptions
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .reward import plackett_luce_loss, reward_loss
 from .sequences import sequence_logprobs
 from .unpaired import kto_loss
 from .value import value_loss
+from .wpo import wpo_weights
 
 __all__ = [
+    "DPOOptions",
     "cpo_loss",
     "dpo_loss",
     "global_normalizer",
@@ -37,4 +40,5 @@ __all__ = [
     "simpo_loss",
     "value_loss",
     "whiten",
+    "wpo_weights",
 ]

@@ -33,6 +33,8 @@ def simpo_loss(
     yl_idxs: Tensor,
     beta: float = 2.0,
     gamma: float = 0.5,
+    *,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute the SimPO loss: reference-free, of log-probs averaged over tokens, with a target
     margin.
@@ -46,6 +48,7 @@ def simpo_loss(
         yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
         beta: positive scale of the reward.
         gamma: target margin between the rewards of a pair.
+        label_smoothing: probability ε in [0, 0.5] that a label is flipped, as in cDPO.
 
     Returns:
         losses (P,), differentiable with respect to logps, and rewards (B,) = β·mean log-prob,
@@ -59,7 +62,9 @@ def simpo_loss(
     beta = check_positive("beta", beta)
     gamma = check_finite("gamma", gamma)
     mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs)
-    losses = -log_sigmoid(beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma)
+    label_smoothing = check_between("label_smoothing", label_smoothing, 0, 0.5)
+    margin = beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma
+    losses = sigmoid_loss(margin, 1.0, label_smoothing)
     return losses, (beta * mean).detach()
 
 

@@ -452,7 +452,7 @@ MUTANTS = [
         "fastrlhf/losses/preference.py", "test_packed.py",
         (
             "packed: a reference of tokens is taken for one of sequences",
-            "ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape", "ref_logps.ndim == 2",
+            "given.ndim == 2 or given.shape == pi_logps.shape", "given.ndim == 2",
             "every_type or tokens_shape",
         ),
     ),
@@ -586,6 +586,9 @@ MUTANTS = [
             "    return losses, (beta * scores).detach()\n", "    return losses, scores.detach()\n",
             "values_rewards",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/pair_losses.py", "test_preference.py",
         (
             "preference: aot sorts one side",
             "margin = policy.sort(0).values - ref.sort(0).values",
@@ -597,7 +600,7 @@ MUTANTS = [
         "fastrlhf/losses/reference_free.py", "test_reference_free.py",
         (
             "simpo: the target margin helps",
-            "mean[yl_idxs.long()]) - gamma)", "mean[yl_idxs.long()]) + gamma)",
+            "mean[yl_idxs.long()]) - gamma\n", "mean[yl_idxs.long()]) + gamma\n",
         ),
         (
             "cpo: the likelihood is not weighed",
@@ -1397,7 +1400,8 @@ MUTANTS = [
         "fastrlhf/losses/linear_preference.py", "test_linear_dpo_loss.py",
         (
             "linear dpo: a pair with an empty sequence is dropped",
-            "present[chosen] | present[rejected]", "present[chosen] & present[rejected]",
+            "present[yw_idxs.long()] | present[yl_idxs.long()]",
+            "present[yw_idxs.long()] & present[yl_idxs.long()]",
             "one_sequence_has_no",
         ),
     ),
