@@ -3,21 +3,26 @@
 from .advantages import group_advantages, shaped_rewards, whiten
 from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
-from .linear_preference import linear_dpo_loss
+from .linear_preference import LinearDPOOptions, linear_dpo_loss
+from .linear_unpaired import KTOOptions, linear_kto_loss
 from .penalties import kl_penalty
 from .policy import grpo_loss, grpo_options, policy_loss, ppo_loss
 from .preference import dpo_loss
 from .preference_options import DPOOptions
+from .rankings import plackett_luce_dpo_loss, ranked_pairs
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .reward import plackett_luce_loss, reward_loss
 from .sequences import sequence_logprobs
-from .unpaired import kto_loss
+from .triple import tpo_loss
+from .unpaired import kto_kl, kto_loss
 from .value import value_loss
 from .wpo import wpo_weights
 
 __all__ = [
     "DPOOptions",
+    "KTOOptions",
+    "LinearDPOOptions",
     "cpo_loss",
     "dpo_loss",
     "global_normalizer",
@@ -25,19 +30,24 @@ __all__ = [
     "grpo_loss",
     "grpo_options",
     "kl_penalty",
+    "kto_kl",
     "kto_loss",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kto_loss",
     "linear_policy_loss",
     "logits_policy_loss",
     "orpo_loss",
+    "plackett_luce_dpo_loss",
     "plackett_luce_loss",
     "policy_loss",
     "ppo_loss",
+    "ranked_pairs",
     "reward_loss",
     "sequence_logprobs",
     "shaped_rewards",
     "simpo_loss",
+    "tpo_loss",
     "value_loss",
     "whiten",
     "wpo_weights",

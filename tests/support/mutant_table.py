@@ -604,7 +604,7 @@ MUTANTS = [
         ),
         (
             "cpo: the likelihood is not weighed",
-            "losses + alpha * _chosen_nll", "losses + _chosen_nll",
+            "losses + alpha * chosen_nll", "losses + chosen_nll",
         ),
         ("orpo: probabilities for odds", "log_odds = mean - _log1mexp(mean)", "log_odds = mean"),
     ),

@@ -7,8 +7,9 @@ Nothing comes from the library or from torch; the losses themselves are those of
 from decimal import Decimal, localcontext
 from typing import Any
 
-from support.preference_formulas import _CONTEXT, _OF_PAIR, Expectation, Options, Pair, decimals
 from torch import Tensor
+
+from support.preference_formulas import _CONTEXT, _OF_PAIR, Expectation, Options, Pair, decimals
 
 ZERO, ONE = Decimal(0), Decimal(1)
 
@@ -72,12 +73,9 @@ def expected_losses(
         weights = [ONE] * len(counts)
         if options.get("use_weighting"):
             assert log_sum_sq_probs is not None
-            weights = [
-                (sum((Decimal(float(a)) - Decimal(float(b)) for a, b in zip(x, y, strict=True)), ZERO)
-                 / max(len(x), 1)).exp()
-                for x, y in ((p[m], q[m]) for p, q, m in zip(
-                    pi.detach().double(), log_sum_sq_probs.double(), mask, strict=True))
-            ]  # fmt: skip
+            for i, n in enumerate(counts):
+                policy, squares = (decimals(x[i][mask[i]]) for x in (pi, log_sum_sq_probs))
+                weights[i] = ((sum(policy) - sum(squares)) / max(n, 1)).exp()
 
     def sequences(x: list[Decimal]) -> list[_Sequence]:
         made, start, total = [], 0, sum(counts)
