@@ -597,6 +597,104 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "fastrlhf/losses/pair_scores.py", "test_preference_options.py",
+        (
+            "pair scores: DPOP's penalty is a bonus",
+            "chosen - options.dpop_lambda * torch.relu", "chosen + options.dpop_lambda * torch.relu",
+            "papers and DPOP",
+        ),
+        (
+            "pair scores: the likelihood of all pairs is divided by their tokens alone",
+            "nll * (chosen.shape[0] / counts[chosen]", "nll * (1 / counts[chosen]",
+            "papers and (MPO or sft)",
+        ),
+        (
+            "pair scores: a likelihood that is not averaged",
+            "* _nll(logps, pair[0]) / counts[0]", "* _nll(logps, pair[0])",
+            "papers and RPO",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/public_length.py", "test_preference_options.py",
+        (
+            "public length: that of the longer sequence",
+            "public = torch.minimum(", "public = torch.maximum(",
+            "papers and LD",
+        ),
+        (
+            "public length: one token more",
+            "before[i] + count) + 1 for", "before[i] + count + 1) + 1 for",
+            "papers and LD",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/f_divergence.py", "test_preference_options.py",
+        (
+            "f-divergence: a mixture of unlike shares",
+            "-log_to_mixture(-s, 0.5, 0.5)", "-log_to_mixture(-s, 0.4, 0.6)",
+            "papers and JS",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/wpo.py", "test_preference_options.py",
+        (
+            "wpo: tokens are not aligned",
+            "logprobs = logprobs - log_sum_sq_probs.detach()", "pass",
+            "papers and WPO",
+        ),
+        (
+            "wpo: sums for means",
+            "torch.exp(sums / sequence_lengths(mask, None, sums.dtype, layout))", "torch.exp(sums)",
+            "papers and WPO",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/fused_sequences.py", "test_linear_preference_options.py",
+        (
+            "fused sequences: the tokens of a group are all there are",
+            "losses, _ = loss.of_tokens(SequenceTokens(here, mask, **back))",
+            "losses, _ = loss.of_tokens(SequenceTokens(here, here, **back))",
+            "from_hidden_states and MPO and True",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/triple.py", "test_reference_free_options.py",
+        (
+            "tpo: the preferred sequence is the gold one",
+            "-sums[gold_idxs.long()]", "-sums[yw_idxs.long()]",
+            "types_of_tpo",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/rankings.py", "test_rankings.py",
+        (
+            "rankings: pairs across rankings",
+            "(groups[:, None] == groups) & (ranks[:, None] < ranks)", "ranks[:, None] < ranks",
+            "all_its_pairs",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/moving_reference.py", "test_moving_reference.py",
+        (
+            "moving reference: the shares change places",
+            "torch.lerp(before, policy, alpha)", "torch.lerp(policy, before, alpha)",
+            "is_the_mixture",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/unpaired.py", "test_unpaired_options.py",
+        (
+            "kto: a baseline of apo",
+            "return scores.new_zeros(())", "return scores.new_ones(())",
+            "apo_zero_of_single",
+        ),
+        (
+            "kto: a mean that may be negative",
+            "return (total / count.clamp(min=1)).clamp(min=0)", "return total / count.clamp(min=1)",
+            "not_negative",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/losses/reference_free.py", "test_reference_free.py",
         (
             "simpo: the target margin helps",
