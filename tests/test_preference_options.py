@@ -187,7 +187,9 @@ def test_it_compiles_whole(name: str) -> None:
     torch.testing.assert_close(compiled(x["pi"]), call(x, options)[0])
 
 
-@pytest.mark.parametrize("name", ["MPO", "RPO", "JS", "alpha", "LD", "WPO", "DPOP", "averaged"])
+@pytest.mark.parametrize(
+    "name", ["MPO", "RPO", "JS", "LD", "WPO", "DPOP", "averaged", "reference-free"]
+)
 def test_it_works_under_transforms(name: str) -> None:
     x, options = batch(torch.float64), OPTIONS[name]
     pi = torch.where(x["mask"], x["pi"], 0.0).detach()

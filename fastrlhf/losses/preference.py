@@ -26,7 +26,7 @@ from fastrlhf.ops.checks import (
 )
 from fastrlhf.ops.preference_loss import preference_loss
 from fastrlhf.ops.ranks import Group, check_group
-from fastrlhf.reference import ROWS, Layout, sequence_scores
+from fastrlhf.reference import ROWS, Layout
 
 
 def dpo_loss(
@@ -165,28 +165,41 @@ def dpo_loss_of(
         check_lengths(lengths, pi_logps, f"{options.averages} averages over tokens")
     elif lengths is not None:
         check_counts("lengths", lengths)  # though nothing looks at them
+        lengths = None
     if mask is not None:
         pi_logps, mask = layout.tokens(pi_logps), layout.tokens(mask)
-        log_sum_sq_probs = None if log_sum_sq_probs is None else layout.tokens(log_sum_sq_probs)
+    logps, pair = Logps(pi_logps, ref_logps, mask, lengths, layout), (yw_idxs, yl_idxs)
     if options.one_margin_loss is not None:
-        if mask is not None and group is not None:  # its tokens first: the rest is of sequences
-            lengths = layout.counts(mask)
-            pi_logps = sequence_scores(pi_logps, ref_logps, mask, layout)
-            ref_logps, mask, layout = torch.zeros_like(pi_logps), None, ROWS
-        return preference_loss(
-            pi_logps, ref_logps, yw_idxs, yl_idxs, mask, None if mask is not None else lengths,
-            loss_type=options.one_margin_loss, beta=beta, label_smoothing=options.label_smoothing,
-            impl=impl, layout=layout,
-        )  # fmt: skip
-    logps = Logps(pi_logps, ref_logps, mask, lengths if options.averages else None, layout)
+        return _margin_losses(logps, pair, beta, options, group, impl)
     pair = yw_idxs.long(), yl_idxs.long()
     losses = summed_losses(logps, pair, beta, options, mask if whole_mask is None else whole_mask)
     if options.use_weighting:
-        assert mask is not None
-        weights = weights_of(pi_logps, log_sum_sq_probs, mask, layout)
+        assert mask is not None and log_sum_sq_probs is not None
+        weights = weights_of(pi_logps, layout.tokens(log_sum_sq_probs), mask, layout)
         losses = losses * (weights[pair[0]] * weights[pair[1]])
     scores = f_score(logps.scores(options.average), options.f_divergence, options.f_alpha)
     return losses, (beta * scores).detach()
+
+
+def _margin_losses(
+    logps: Logps,
+    pair: tuple[Tensor, Tensor],
+    beta: float,
+    options: PreferenceOptions,
+    group: Group | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The losses of a type that has a kernel."""
+    assert options.one_margin_loss is not None
+    if logps.mask is not None and group is not None:  # its tokens first: the rest is of sequences
+        sums = logps.scores()
+        lengths = logps.layout.counts(logps.mask)
+        logps = Logps(sums, torch.zeros_like(sums), None, lengths, ROWS)
+    return preference_loss(
+        logps.policy, logps.ref, *pair, logps.mask, logps.lengths,
+        loss_type=options.one_margin_loss, beta=beta, label_smoothing=options.label_smoothing,
+        impl=impl, layout=logps.layout,
+    )  # fmt: skip
 
 
 def _checked_reference(
@@ -198,8 +211,8 @@ def _checked_reference(
 ) -> Tensor:
     """Check the log-probs of the reference; zeros (B,) where it is not to count."""
     sums = (layout.sequences(pi_logps),)
-    nothing = pi_logps.new_zeros(sums)
-    given = nothing if ref_logps is None and options.reference_free else ref_logps
+    nothing = pi_logps.new_zeros(sums) if options.reference_free else None
+    given = nothing if ref_logps is None else ref_logps
     check_floating("ref_logps", given)  # type: ignore[arg-type]  # not of None either
     assert given is not None
     check_same_device("ref_logps", given, "pi_logps", pi_logps)
@@ -208,7 +221,7 @@ def _checked_reference(
         given = layout.tokens(given)
     else:
         check_shape("ref_logps", given, sums, "one sum for each of B sequences")
-    return nothing if options.reference_free else given
+    return given if nothing is None else nothing
 
 
 def _check_tokens_known(

@@ -600,7 +600,7 @@ MUTANTS = [
         "fastrlhf/losses/pair_scores.py", "test_preference_options.py",
         (
             "pair scores: DPOP's penalty is a bonus",
-            "chosen - options.dpop_lambda * torch.relu", "chosen + options.dpop_lambda * torch.relu",
+            "chosen - options.dpop_lambda * torch", "chosen + options.dpop_lambda * torch",
             "papers and DPOP",
         ),
         (
@@ -2793,7 +2793,8 @@ MUTANTS = [
         "fastrlhf/losses/preference.py", "test_losses_over_ranks.py",
         (
             "ranks: pairs are averaged over this rank's tokens",
-            "lengths = layout.counts(mask)", "lengths = layout.here.counts(mask)",
+            "lengths = logps.layout.counts(logps.mask)",
+            "lengths = logps.layout.here.counts(logps.mask)",
             "of_the_whole and preference_calls and 2-False",
         ),
         (

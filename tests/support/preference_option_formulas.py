@@ -75,7 +75,7 @@ def expected_losses(
             assert log_sum_sq_probs is not None
             for i, n in enumerate(counts):
                 policy, squares = (decimals(x[i][mask[i]]) for x in (pi, log_sum_sq_probs))
-                weights[i] = ((sum(policy) - sum(squares)) / max(n, 1)).exp()
+                weights[i] = ((sum(policy, ZERO) - sum(squares, ZERO)) / max(n, 1)).exp()
 
     def sequences(x: list[Decimal]) -> list[_Sequence]:
         made, start, total = [], 0, sum(counts)
