@@ -130,6 +130,23 @@ def test_a_reference_that_needs_a_gradient_gets_it() -> None:
     assert torch.equal(found > 0, DESIRABLE)
 
 
+def test_a_second_derivative_is_right_or_an_error() -> None:
+    x = head(trained=True)
+    call = (x["hidden"], x["weight"], x["targets"], x["ref"], DESIRABLE, 0.1, 0.2)
+    losses, _ = fastrlhf.linear_kto_loss(*call, impl="eager")
+    with pytest.raises(RuntimeError, match=r"^linear_kto_loss: .*cannot be differentiated"):
+        torch.autograd.grad(losses.sum(), x["weight"], create_graph=True)
+    with torch.no_grad():
+        x["hidden"][x["targets"] == -100] = 0.0  # finite differences cannot step from NaN
+    weight = x["weight"].detach()
+
+    def losses_of(hidden: Tensor) -> Tensor:
+        return fastrlhf.linear_kto_loss(hidden, weight, *call[2:], impl="eager")[0]
+
+    assert torch.autograd.gradcheck(losses_of, (x["hidden"],), fast_mode=True)
+    assert torch.autograd.gradgradcheck(losses_of, (x["hidden"],), fast_mode=True)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_of_a_model(name: str) -> None:
     model, (kl, options) = make("Llama").double(), OPTIONS[name]
