@@ -41,6 +41,18 @@ CALLS = {
     "kto_loss": {
         "pi_logps": SUMS, "ref_logps": SUMS, "desirable": torch.tensor([True, False]), "kl": 0.1,
     },
+    "linear_kto_loss": {
+        "hidden": HIDDEN, "weight": WEIGHT, "targets": IDS, "ref_logps": SUMS,
+        "desirable": torch.tensor([True, False]), "kl": 0.1,
+    },
+    "kto_kl": {"pi_logps": SUMS, "ref_logps": SUMS},
+    "tpo_loss": {"logps": SUMS, **PAIRS, "gold_idxs": PAIR[0]},
+    "wpo_weights": {"logprobs": LP, "mask": MASK},
+    "plackett_luce_dpo_loss": {
+        "pi_logps": SUMS, "ref_logps": SUMS, "groups": torch.tensor([0, 0]),
+        "ranks": torch.tensor([0, 1]),
+    },
+    "ranked_pairs": {"groups": torch.tensor([0, 0]), "ranks": torch.tensor([0, 1])},
     "sequence_logprobs": {"token_logprobs": LP, "mask": MASK},
     "policy_loss": {"logprobs": LP, **POLICY},
     "ppo_loss": {"logprobs": LP, **POLICY},
@@ -83,6 +95,16 @@ POLICY_OPTIONS = {
     "dual_clip": None, "kl_coef": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0,
     "reduction": "token-mean", "normalizer": None,
 }  # fmt: skip
+DPO_OPTIONS = {
+    "loss_type": "sigmoid", "loss_weights": None, "label_smoothing": 0.0, "discopop_tau": 0.05,
+    "rpo_alpha": 0.0, "dpop_lambda": 0.0, "reference_free": False, "average": False,
+    "f_divergence": "reverse_kl", "f_alpha": 0.5, "ld_alpha": None, "use_weighting": False,
+}  # fmt: skip
+OPTIONS_OF = {
+    "dpo_loss": DPO_OPTIONS,
+    "linear_dpo_loss": {**DPO_OPTIONS, "gamma": 0.5, "alpha": 1.0},
+    "linear_kto_loss": {"loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0},
+}
 WRONG = {
     "text": "yes", "list": [0.5], "dict": {"a": 1}, "NaN": float("nan"), "object": object(),
     "sparse": torch.eye(3).to_sparse(), "complex": torch.ones(B, T, dtype=torch.complex64),
@@ -94,7 +116,9 @@ def _options(name: str) -> dict[str, object]:
     """The options of a function with their defaults."""
     parameters = inspect.signature(getattr(fastrlhf, name)).parameters.values()
     found = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    if name in OPTIONS_OF:
+        found |= OPTIONS_OF[name]
+    elif any(p.kind is p.VAR_KEYWORD for p in parameters):
         found |= {k: v for k, v in POLICY_OPTIONS.items() if (name, k) != ("ppo_loss", "surrogate")}
     return found
 
@@ -123,8 +147,8 @@ def test_what_is_wrong_is_named(name) -> None:
 
 
 def _harmless(name: str, argument: str) -> bool:
-    """Whether an option is not looked at, given the others."""
-    return (name, argument) == ("trpo_step", "head")
+    """Whether an option is not looked at, given the others, or one of the values is a right one."""
+    return (name, argument) == ("trpo_step", "head") or argument == "loss_weights"
 
 
 @pytest.mark.parametrize("name", CALLS)

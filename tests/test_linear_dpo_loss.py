@@ -56,7 +56,9 @@ def plain(tensors: list[Tensor], targets: Tensor, ref: Tensor, loss_type: str, *
         )  # fmt: skip
     sums, lengths = logprobs.sum(-1), live.sum(-1)
     if loss_type == "simpo":
-        return fastrlhf.simpo_loss(sums, lengths, CHOSEN, REJECTED, 0.3, gamma=0.7)
+        return fastrlhf.simpo_loss(
+            sums, lengths, CHOSEN, REJECTED, 0.3, gamma=0.7, label_smoothing=0.1
+        )
     if loss_type == "cpo":
         return fastrlhf.cpo_loss(sums, CHOSEN, REJECTED, 0.3, alpha=0.6, label_smoothing=0.1)
     return fastrlhf.orpo_loss(sums, lengths, CHOSEN, REJECTED, 0.3)

@@ -18,7 +18,7 @@ from support.rank_pool import RankPool
 from torch import Tensor
 
 import fastrlhf
-from fastrlhf import global_normalizer
+from fastrlhf import global_normalizer, kto_kl
 from fastrlhf.losses import rejection, rollout
 from fastrlhf.losses.preference import LOSS_TYPES
 
@@ -132,6 +132,29 @@ def preference_calls(dtype: torch.dtype = torch.float64) -> list[Call]:
     return calls
 
 
+PREFERENCE_OPTIONS: list[dict[str, Any]] = [
+    {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+    {"rpo_alpha": 0.7, "dpop_lambda": 2.0},
+    {"average": True, "f_divergence": "js"},
+    {"reference_free": True, "loss_type": "sigmoid_norm"},
+    {"use_weighting": True},
+]
+
+
+def preference_option_calls(dtype: torch.dtype = torch.float64) -> list[Call]:
+    """The options of dpo_loss that a group goes with."""
+    x = tokens(dtype)
+    shared = {
+        "pi_logps": x["logprobs"], "ref_logps": x["ref"], "mask": x["mask"], "beta": 0.3,
+        "yw_idxs": torch.tensor([0, 3, 1]), "yl_idxs": torch.tensor([1, 2, 3]),
+    }  # fmt: skip
+    weighed = {"log_sum_sq_probs": x["old"]}
+    return [
+        ("dpo_loss", shared | o | (weighed if "use_weighting" in o else {}), ("pi_logps",))
+        for o in PREFERENCE_OPTIONS
+    ]
+
+
 def put_together(found: list[over.Found], owner: Tensor, packed: bool) -> over.Found:
     """What the ranks found, as one: values are the same bits on each, gradients have parts."""
     for one in found[1:]:
@@ -161,7 +184,9 @@ def assert_same(found: over.Found, whole: over.Found, of: Any) -> None:
         (4, False, False), (4, True, True),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("calls", [policy_calls, other_calls, preference_calls])
+@pytest.mark.parametrize(
+    "calls", [policy_calls, other_calls, preference_calls, preference_option_calls]
+)
 def test_tokens_over_ranks_have_loss_metrics_and_gradient_of_the_whole(
     pool, calls, ranks, packed, idle
 ) -> None:
@@ -170,6 +195,14 @@ def test_tokens_over_ranks_have_loss_metrics_and_gradient_of_the_whole(
     for call, found in zip(made, zip(*of_ranks, strict=True), strict=True):
         together = put_together(list(found), owner, packed)
         assert_same(together, over.evaluate(*call), call[0])
+
+
+def test_the_baseline_of_kto_is_that_of_the_whole_batch(pool) -> None:
+    pi, ref = -60 * torch.rand(2, 5, dtype=torch.float64)
+    for low, high in ((pi, ref), (ref, pi)):
+        found = pool.run(over.kl_of_part, low, high, [0, 2, 2, 5], ranks=3)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        torch.testing.assert_close(found[0], kto_kl(low, high))
 
 
 @PACKED

@@ -3,6 +3,7 @@
 from .check import check
 from .lm_head import LMHead, head_inputs, lm_head
 from .model_divergence import model_kl_divergence
+from .model_kto import model_kto_loss
 from .model_losses import (
     model_cross_entropy,
     model_dpo_loss,
@@ -10,6 +11,7 @@ from .model_losses import (
     model_policy_loss,
 )
 from .model_token_stats import model_token_stats
+from .moving_reference import update_reference
 
 __all__ = [
     "LMHead",
@@ -19,7 +21,9 @@ __all__ = [
     "model_cross_entropy",
     "model_dpo_loss",
     "model_kl_divergence",
+    "model_kto_loss",
     "model_linear_loss",
     "model_policy_loss",
     "model_token_stats",
+    "update_reference",
 ]

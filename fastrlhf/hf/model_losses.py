@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastrlhf.losses.arguments import check_pair_indices
 from fastrlhf.losses.cross_entropy import CrossEntropy, summed_cross_entropy
 from fastrlhf.losses.fused_policy import policy_loss_of
-from fastrlhf.losses.linear_preference import checked_pair_loss, preference_loss_of
+from fastrlhf.losses.fused_sequences import sequence_loss_of
+from fastrlhf.losses.linear_preference import LinearDPOOptions, LinearOptions, pair_loss
 from fastrlhf.losses.policy_arguments import PER_SEQUENCE, PolicyOptions, policy_batch
 from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops.backend import refuse_transforms
@@ -178,11 +179,6 @@ def model_dpo_loss(
     beta: float = 0.1,
     *,
     mask: Tensor,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    discopop_tau: float = 0.05,
-    gamma: float = 0.5,
-    alpha: float = 1.0,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     support: Support | None = None,
@@ -190,7 +186,7 @@ def model_dpo_loss(
     chunk_size: int | None = None,
     impl: str = "auto",
     return_outputs: bool = False,
-    **inputs: Any,
+    **options_and_inputs: Any,
 ) -> tuple[Any, ...]:
     """Compute `dpo_loss`, or a reference-free loss, of a model.
 
@@ -202,16 +198,18 @@ def model_dpo_loss(
         )
 
     Args:
-        model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl,
-            inputs: as `model_token_stats`; chosen and rejected sequences in one batch, in any
+        model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl:
+            as `model_token_stats`; chosen and rejected sequences in one batch, in any
             order. With rows, a row of input_ids is still one sequence.
         ref_logps: (B,) log-probs of whole sequences under the reference model, in nats, or
             (B, T-1) of their tokens, as `model_token_stats` returns them; None for the
             reference-free types.
         yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
-        beta, loss_type, label_smoothing, discopop_tau, gamma, alpha: as `linear_dpo_loss`.
+        beta: as `linear_dpo_loss`.
         mask: (B, T) bool or 0/1, the tokens of the answers.
         return_outputs: return the model's outputs too, without its logits.
+        **options_and_inputs: the options of `linear_dpo_loss` (loss_type, loss_weights,
+            label_smoothing, ...); and what else the model's forward names.
 
     Returns:
         (losses, rewards), with return_outputs (losses, rewards, outputs). losses (P,), not reduced,
@@ -232,20 +230,19 @@ def model_dpo_loss(
     check_pair_indices("input_ids", input_ids, yw_idxs, yl_idxs, layout)
     if isinstance(ref_logps, Tensor) and ref_logps.ndim == 2:
         ref_logps = of_positions("ref_logps", ref_logps, input_ids)
-    pair_options: dict[str, Any] = {
-        "label_smoothing": label_smoothing, "discopop_tau": discopop_tau, "gamma": gamma,
-        "alpha": alpha, "impl": impl,
-    }  # fmt: skip
+    known, given = LinearDPOOptions.__annotations__, options_and_inputs
+    options = LinearOptions.parse(
+        "model_dpo_loss", {name: x for name, x in given.items() if name in known}
+    )
+    inputs = {name: x for name, x in given.items() if name not in known}
     # Here too, so that what is wrong with the options is found before the forward.
-    checked_pair_loss(loss_type, ref_logps, yw_idxs, yl_idxs, beta, layout, **pair_options)
+    pair_loss(options, ref_logps, yw_idxs, yl_idxs, beta, layout, impl)
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, Tensor]:
         ref, chosen, rejected, borders = _beside(targets, ref_logps, yw_idxs, yl_idxs, cu_seqlens)
         layout = layout_of("input_ids", targets, borders)
-        pair_loss = checked_pair_loss(
-            loss_type, ref, chosen, rejected, beta, layout, **pair_options
-        )
-        return preference_loss_of(scorer, targets, pair_loss, ignore_index=IGNORED)
+        loss = pair_loss(options, ref, chosen, rejected, beta, layout, impl)
+        return sequence_loss_of(scorer, targets, loss, ignore_index=IGNORED)
 
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,

@@ -6,10 +6,13 @@ from .covariance import clip_cov_mask, kl_cov_mask
 from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
 from .grpo import grpo_loss, grpo_options
-from .linear_preference import linear_dpo_loss
+from .linear_preference import LinearDPOOptions, linear_dpo_loss
+from .linear_unpaired import KTOOptions, linear_kto_loss
 from .penalties import kl_penalty
 from .policy import policy_loss, ppo_loss
 from .preference import dpo_loss
+from .preference_options import DPOOptions
+from .rankings import plackett_luce_dpo_loss, ranked_pairs
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .rejection import rollout_rejection
@@ -18,13 +21,18 @@ from .rollout import rollout_correction
 from .rollout_metrics import rollout_metrics
 from .selection import top_entropy_mask
 from .sequences import sequence_logprobs
-from .unpaired import kto_loss
+from .triple import tpo_loss
+from .unpaired import kto_kl, kto_loss
 from .value import value_loss
+from .wpo import wpo_weights
 
 __all__ = [
     "AdaptiveEntropyCoefficient",
     "AdaptiveKLController",
+    "DPOOptions",
     "FixedKLController",
+    "KTOOptions",
+    "LinearDPOOptions",
     "clip_cov_mask",
     "cpo_loss",
     "dpo_loss",
@@ -34,15 +42,19 @@ __all__ = [
     "grpo_options",
     "kl_cov_mask",
     "kl_penalty",
+    "kto_kl",
     "kto_loss",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kto_loss",
     "linear_policy_loss",
     "logits_policy_loss",
     "orpo_loss",
+    "plackett_luce_dpo_loss",
     "plackett_luce_loss",
     "policy_loss",
     "ppo_loss",
+    "ranked_pairs",
     "reward_loss",
     "rollout_correction",
     "rollout_metrics",
@@ -51,6 +63,8 @@ __all__ = [
     "shaped_rewards",
     "simpo_loss",
     "top_entropy_mask",
+    "tpo_loss",
     "value_loss",
     "whiten",
+    "wpo_weights",
 ]

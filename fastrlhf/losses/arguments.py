@@ -70,10 +70,15 @@ def check_pairs(
 
 
 def check_pair_indices(
-    name: str, tokens: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, layout: Layout = ROWS
+    name: str,
+    tokens: Tensor,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    layout: Layout = ROWS,
+    names: tuple[str, str] = ("yw_idxs", "yl_idxs"),
 ) -> None:
-    """Check the indices of pairs into the sequences of a tensor."""
-    for index_name, index in (("yw_idxs", yw_idxs), ("yl_idxs", yl_idxs)):
+    """Check the indices of pairs, of these names, into the sequences of a tensor."""
+    for index_name, index in zip(names, (yw_idxs, yl_idxs), strict=True):
         check_integer(index_name, index)
         if index.ndim != 1:
             raise ValueError(f"{index_name}: expected shape (P,), got {tuple(index.shape)}")
@@ -81,7 +86,7 @@ def check_pair_indices(
         if not being_traced():
             sequences = layout.sequences(tokens)
             check_indices_on_host(index_name, index, sequences, f"sequences of {name}")
-    check_shape("yl_idxs", yl_idxs, tuple(yw_idxs.shape), "the shape of yw_idxs")
+    check_shape(names[1], yl_idxs, tuple(yw_idxs.shape), f"the shape of {names[0]}")
 
 
 def every_token(name: str, logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:

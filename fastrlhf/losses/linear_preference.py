@@ -3,51 +3,51 @@
 Dims: B sequences, T tokens, P pairs, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastrlhf.losses.arguments import check_pair_indices
-from fastrlhf.losses.preference import LOSS_TYPES, dpo_loss
+from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
+from fastrlhf.losses.preference import LOSS_TYPES, dpo_loss_of
+from fastrlhf.losses.preference_options import (
+    OF_THE_BATCH,
+    PairLossType,
+    PreferenceOptions,
+    SharedDPOOptions,
+)
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
-from fastrlhf.ops import ChunkStats, Weight
-from fastrlhf.ops.backend import outside_of_graphs, under_transform
+from fastrlhf.ops import Weight
 from fastrlhf.ops.checks import (
-    check_between,
     check_finite,
     check_ignore_index,
     check_integer,
     check_one_of,
-    check_positive,
     wide_integers,
 )
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
-from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
+from fastrlhf.ops.scorer import linear_scorer
 from fastrlhf.ops.sharded import replicated
-from fastrlhf.ops.summed_gradient import with_summed_gradient
 from fastrlhf.ops.transform import temperatures_of_layout
 from fastrlhf.reference import Layout
 
-
-class PairLoss(NamedTuple):
-    """A loss of pairs with all of its options, and the pairs."""
-
-    # From token log-probs (B, T) and the mask of those that count: losses (P,), rewards (B,).
-    of_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    chosen: Tensor  # (P,)
-    rejected: Tensor  # (P,)
-    layout: Layout  # of the tokens
-    # Whether the loss of a pair is known from its own sequences, and nothing but their log-probs
-    # needs a gradient.
-    one_by_one: bool
+_FREE = ("simpo", "cpo", "orpo")
+# What the reference-free types take of the options.
+_OF_FREE = ("loss_type", "label_smoothing", "discopop_tau", "gamma", "alpha")
 
 
-_OF_THE_BATCH = ("aot", "aot_unpaired")
+class LinearDPOOptions(SharedDPOOptions, total=False):
+    """The options of `linear_dpo_loss`, for `**options: Unpack[LinearDPOOptions]`; see there."""
+
+    loss_type: PairLossType | Literal["simpo", "cpo", "orpo"] | Sequence[PairLossType]
+    gamma: float
+    alpha: float
 
 
 def linear_dpo_loss(
@@ -59,11 +59,6 @@ def linear_dpo_loss(
     yl_idxs: Tensor,
     beta: float = 0.1,
     *,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    discopop_tau: float = 0.05,
-    gamma: float = 0.5,
-    alpha: float = 1.0,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -75,6 +70,7 @@ def linear_dpo_loss(
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
+    **options: Unpack[LinearDPOOptions],
 ) -> tuple[Tensor, Tensor]:
     """Compute `dpo_loss`, or a reference-free loss, from hidden states and the weight of the head.
 
@@ -91,19 +87,25 @@ def linear_dpo_loss(
         targets: (B, T) integer, aligned with the hidden states that predict them (`shift_targets`);
             ignore_index for prompts and padding.
         ref_logps: (B,) log-probs of whole sequences under the reference model, in nats, or (B, T)
-            of their tokens; None for the reference-free types.
+            of their tokens; None for the reference-free types, and with reference_free.
         yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
         beta: positive; note that simpo's paper takes 2.0 to 10.
-        loss_type: any of `dpo_loss`; or "simpo", "cpo" and "orpo", which take ref_logps=None.
-        label_smoothing, discopop_tau: as `dpo_loss`; cpo takes label_smoothing too.
-        gamma: target margin of simpo.
-        alpha: weight of the likelihood in cpo.
         bias, temperature, softcap, scale, ignore_index, support, rows, chunk_size, impl, group: as
             `linear_token_stats`; where ranks share the vocabulary, losses are the same on every
             rank. With rows, which are (B, T), hidden is (U, H).
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
             them, what is (B, T) is (N,) or (1, N), and hidden (N, H) or (1, N, H). A ref_logps of
             the shape of targets is of tokens.
+
+    Options:
+        loss_type: any of `dpo_loss`, or a tuple of them; or "simpo", "cpo" or "orpo", which take
+            ref_logps=None.
+        gamma: target margin of simpo, 0.5 by default.
+        alpha: weight of the likelihood in cpo, 1.0 by default.
+        label_smoothing: as `dpo_loss`; simpo and cpo take it too.
+        discopop_tau, loss_weights, rpo_alpha, dpop_lambda, reference_free, average, f_divergence,
+            f_alpha, ld_alpha, use_weighting: as `dpo_loss`, the last without log_sum_sq_probs,
+            which are computed here. The reference-free types do not take those after the first.
 
     Returns:
         losses (P,), not reduced, and rewards (B,), detached; fp32 (fp64 for fp64 hidden states).
@@ -130,70 +132,108 @@ def linear_dpo_loss(
     targets = replicated("targets", targets)
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
-    pair_loss = checked_pair_loss(
-        loss_type, ref_logps, yw_idxs, yl_idxs, beta, layout, label_smoothing=label_smoothing,
-        discopop_tau=discopop_tau, gamma=gamma, alpha=alpha, impl=impl,
-    )  # fmt: skip
+    checked = LinearOptions.parse("linear_dpo_loss", options)
+    loss = pair_loss(checked, ref_logps, yw_idxs, yl_idxs, beta, layout, impl)
     scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
     ignore_index = check_ignore_index(ignore_index)
-    return preference_loss_of(scorer, wide_integers(targets), pair_loss, ignore_index=ignore_index)
+    return sequence_loss_of(scorer, wide_integers(targets), loss, ignore_index=ignore_index)
 
 
-def preference_loss_of(
-    scorer: Scorer, targets: Tensor, pair_loss: PairLoss, *, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Compute losses (P,) and rewards (B,) of whatever scores the targets (B, T)."""
-    grouped = pair_loss.one_by_one and not under_transform()
-    # The logits of kept ids are few enough to wait for any loss.
-    grouped &= getattr(scorer, "support", None) is None
-    if grouped and isinstance(scorer, LinearScorer) and scorer.head_is_trained:
-        pairs = pair_loss.chosen, pair_loss.rejected
-        check_pair_indices("targets", targets, *pairs, pair_loss.layout)
-        return outside_of_graphs(_grouped_losses)(scorer, targets, pair_loss, ignore_index)
-    # All log-probs, then the loss: right for any loss.
-    logprobs = scorer.stats(targets, ignore_index=ignore_index, lse=False).logprob
-    return pair_loss.of_tokens(logprobs, targets != ignore_index)
+class LinearOptions(NamedTuple):
+    """The options of `linear_dpo_loss`, checked: those of `dpo_loss`, or a type without reference
+    and those that it takes.
+    """
+
+    free_type: str | None
+    of_pairs: PreferenceOptions
+    gamma: float
+    alpha: float
+
+    @classmethod
+    def parse(cls, function: str, given: Mapping[str, Any]) -> "LinearOptions":
+        """Make options from the keywords of a function, to which an unknown one is a TypeError."""
+        names = (*PreferenceOptions._fields, "gamma", "alpha")
+        for name in given:
+            if name not in names:
+                known = ", ".join(names)
+                raise TypeError(f"{function}: unexpected option {name!r}; expected one of {known}")
+        loss_type = given.get("loss_type", "sigmoid")
+        free_type = None
+        if isinstance(loss_type, str):
+            check_one_of("loss_type", loss_type, (*LOSS_TYPES, *_FREE))
+            free_type = loss_type if loss_type in _FREE else None
+        # Also those that the type does not look at.
+        gamma = check_finite("gamma", given.get("gamma", 0.5))
+        alpha = check_finite("alpha", given.get("alpha", 1.0))
+        of_pairs = {name: x for name, x in given.items() if name not in ("gamma", "alpha")}
+        if free_type is not None:
+            del of_pairs["loss_type"]
+        found = PreferenceOptions.parse(function, of_pairs, LOSS_TYPES)
+        if free_type is not None:
+            default = PreferenceOptions().checked(LOSS_TYPES)
+            for name in found._fields:
+                if name not in _OF_FREE and getattr(found, name) != getattr(default, name):
+                    raise ValueError(f"{name}: loss_type {free_type!r} does not take it")
+        return cls(free_type, found, gamma, alpha)
 
 
-def _grouped_losses(
-    scorer: LinearScorer, targets: Tensor, pair_loss: PairLoss, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """The loss of the sequences that share pairs as soon as their log-probs are known."""
-    mask = targets != ignore_index
-    chosen, rejected = pair_loss.chosen.long(), pair_loss.rejected.long()
-    layout = pair_loss.layout
+def pair_loss(
+    options: LinearOptions,
+    ref_logps: Tensor | None,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    beta: float,
+    layout: Layout,
+    impl: str,
+) -> SequenceLoss:
+    """Bind everything but the token log-probs and their mask."""
+    of_pairs = options.of_pairs
+    without = options.free_type is not None
+    if without and ref_logps is not None:
+        raise ValueError(
+            f"ref_logps: expected None, loss_type {options.free_type!r} has no reference"
+        )
+    if not without and not of_pairs.reference_free and ref_logps is None:
+        raise ValueError(f"ref_logps: expected a tensor for loss_type {_named(of_pairs)}, got None")
+    # Some sort over the batch, so the loss of a pair is not known before all log-probs are.
+    one_by_one = not any(name in OF_THE_BATCH for name in of_pairs.loss_type)
 
-    def of_chunk(stats: ChunkStats, token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs = stats.logprob.new_zeros(targets.numel()).index_put((token,), stats.logprob)
-        here = mask.new_zeros(mask.numel()).index_fill(0, token, True).view(mask.shape)
-        losses, _ = pair_loss.of_tokens(logprobs.view(mask.shape), here)
-        present = layout.counts(here) > 0
-        of_pair_here = present[chosen] | present[rejected]
-        return torch.where(of_pair_here, losses, 0.0).sum(), {
-            "logprob": stats.logprob,
-            "token": token,
-        }
+    def with_reference(tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
+        return dpo_loss_of(
+            of_pairs, tokens.logprob, ref_logps, yw_idxs, yl_idxs, beta, mask=tokens.mask,
+            log_sum_sq_probs=tokens.log_sum_sq_probs, cu_seqlens=layout.cu_seqlens, impl=impl,
+            whole_mask=tokens.whole_mask,
+        )  # fmt: skip
 
-    groups = _sharing_pairs(layout.sequences(targets), chosen, rejected).to(targets.device)
-    token = torch.arange(targets.numel(), device=targets.device).view(targets.shape)
-    total, aux = scorer.loss(
-        of_chunk, targets, token,
-        groups=groups[layout.ids(targets)], ignore_index=ignore_index, lse=False,
+    def of_sequences(tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
+        sums = sequence_logprobs(tokens.logprob, tokens.mask, cu_seqlens=layout.cu_seqlens)
+        counts, smoothing = layout.counts(tokens.mask), of_pairs.label_smoothing
+        if options.free_type == "simpo":
+            return simpo_loss(
+                sums, counts, yw_idxs, yl_idxs, beta, options.gamma, label_smoothing=smoothing
+            )
+        if options.free_type == "cpo":
+            return cpo_loss(
+                sums, yw_idxs, yl_idxs, beta, alpha=options.alpha, label_smoothing=smoothing
+            )
+        return orpo_loss(sums, counts, yw_idxs, yl_idxs, beta)
+
+    def sets(targets: Tensor) -> Tensor:
+        check_pair_indices("targets", targets, yw_idxs, yl_idxs, layout)
+        return _sharing_pairs(layout.sequences(targets), yw_idxs.long(), yl_idxs.long())
+
+    return SequenceLoss(
+        "linear_dpo_loss", of_sequences if without else with_reference, layout,
+        one_by_one=one_by_one and not getattr(ref_logps, "requires_grad", False),
+        sets=sets,
+        present=lambda present: present[yw_idxs.long()] | present[yl_idxs.long()],
+        with_stats=("log_sum_sq_probs",) if of_pairs.use_weighting else (),
     )  # fmt: skip
-    logprobs = total.new_zeros(targets.numel())
-    if aux:
-        logprobs = logprobs.index_put((aux["token"],), aux["logprob"])
-    with torch.no_grad():
-        losses, rewards = pair_loss.of_tokens(logprobs.view(targets.shape), mask)
 
-    def weighted_sum(scorer: LinearScorer, weights: Tensor) -> Tensor:
-        stats = scorer.stats(targets, ignore_index=ignore_index, lse=False)
-        return (pair_loss.of_tokens(stats.logprob, mask)[0] * weights).sum()
 
-    losses = with_summed_gradient(
-        losses, total, weighted_sum, scorer, alternative=("linear_dpo_loss", "linear_token_stats")
-    )
-    return losses, rewards
+def _named(options: PreferenceOptions) -> str:
+    """The type, or types, as they were given."""
+    return repr(options.loss_type[0] if len(options.loss_type) == 1 else options.loss_type)
 
 
 def _sharing_pairs(sequences: int, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
@@ -208,61 +248,3 @@ def _sharing_pairs(sequences: int, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
     for chosen, rejected in torch.stack((yw_idxs, yl_idxs), dim=1).tolist():
         leader[lead(chosen)] = lead(rejected)
     return torch.tensor([lead(i) for i in range(sequences)], dtype=torch.int64)
-
-
-def checked_pair_loss(
-    loss_type: str,
-    ref_logps: Tensor | None,
-    yw_idxs: Tensor,
-    yl_idxs: Tensor,
-    beta: float,
-    layout: Layout,
-    *,
-    label_smoothing: float,
-    discopop_tau: float,
-    gamma: float,
-    alpha: float,
-    impl: str,
-) -> PairLoss:
-    """Check the options, and bind everything but the token log-probs and their mask."""
-    cu_seqlens = layout.cu_seqlens
-
-    def sums(logprobs: Tensor, mask: Tensor) -> Tensor:
-        return sequence_logprobs(logprobs, mask, cu_seqlens=cu_seqlens)
-
-    free: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-        "simpo": lambda logprobs, mask: simpo_loss(
-            sums(logprobs, mask), layout.counts(mask), yw_idxs, yl_idxs, beta, gamma
-        ),
-        "cpo": lambda logprobs, mask: cpo_loss(
-            sums(logprobs, mask), yw_idxs, yl_idxs, beta,
-            alpha=alpha, label_smoothing=label_smoothing,
-        ),
-        "orpo": lambda logprobs, mask: orpo_loss(
-            sums(logprobs, mask), layout.counts(mask), yw_idxs, yl_idxs, beta
-        ),
-    }  # fmt: skip
-    check_one_of("loss_type", loss_type, (*LOSS_TYPES, *free))
-    # Also those that the type does not look at.
-    check_finite("gamma", gamma)
-    check_finite("alpha", alpha)
-    check_positive("discopop_tau", discopop_tau)
-    check_between("label_smoothing", label_smoothing, 0, 0.5)
-    if loss_type in free:
-        if ref_logps is not None:
-            raise ValueError(f"ref_logps: expected None, loss_type {loss_type!r} has no reference")
-        return PairLoss(free[loss_type], yw_idxs, yl_idxs, layout, one_by_one=True)
-    if ref_logps is None:
-        raise ValueError(f"ref_logps: expected a tensor for loss_type {loss_type!r}, got None")
-    reference = ref_logps
-
-    def with_reference(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return dpo_loss(
-            logprobs, reference, yw_idxs, yl_idxs, beta, mask=mask, loss_type=loss_type,
-            label_smoothing=label_smoothing, discopop_tau=discopop_tau, cu_seqlens=cu_seqlens,
-            impl=impl,
-        )  # fmt: skip
-
-    # Some sort over the batch, so the loss of a pair is not known before all log-probs are.
-    one_by_one = loss_type not in _OF_THE_BATCH and not getattr(reference, "requires_grad", False)
-    return PairLoss(with_reference, yw_idxs, yl_idxs, layout, one_by_one)

@@ -4,6 +4,7 @@ Dims: B sequences, P pairs.
 """
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,19 +12,24 @@ from torch import Tensor
 from fastrlhf.losses.arguments import check_lengths, check_pairs
 from fastrlhf.ops.checks import (
     check_between,
+    check_counts,
     check_finite,
     check_floating,
+    check_one_of,
     check_positive,
     check_same_device,
     check_shape,
 )
 from fastrlhf.reference import (
+    MARGIN_LOSSES,
     accumulation_dtype,
     log_sigmoid,
     masked_sum,
     sequence_lengths,
     sigmoid_loss,
 )
+
+ContrastType = Literal["sigmoid", "hinge", "ipo"]
 
 
 def simpo_loss(
@@ -33,6 +39,8 @@ def simpo_loss(
     yl_idxs: Tensor,
     beta: float = 2.0,
     gamma: float = 0.5,
+    *,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute the SimPO loss: reference-free, of log-probs averaged over tokens, with a target
     margin.
@@ -46,6 +54,7 @@ def simpo_loss(
         yw_idxs, yl_idxs: (P,) integer indices of the preferred and the other sequences.
         beta: positive scale of the reward.
         gamma: target margin between the rewards of a pair.
+        label_smoothing: probability ε in [0, 0.5] that a label is flipped, as in cDPO.
 
     Returns:
         losses (P,), differentiable with respect to logps, and rewards (B,) = β·mean log-prob,
@@ -58,8 +67,10 @@ def simpo_loss(
     """
     beta = check_positive("beta", beta)
     gamma = check_finite("gamma", gamma)
-    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs)
-    losses = -log_sigmoid(beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma)
+    mean = mean_logps(logps, lengths, yw_idxs, yl_idxs)
+    label_smoothing = check_between("label_smoothing", label_smoothing, 0, 0.5)
+    margin = beta * (mean[yw_idxs.long()] - mean[yl_idxs.long()]) - gamma
+    losses = sigmoid_loss(margin, 1.0, label_smoothing)
     return losses, (beta * mean).detach()
 
 
@@ -72,6 +83,8 @@ def cpo_loss(
     nll: Tensor | None = None,
     alpha: float = 1.0,
     label_smoothing: float = 0.0,
+    loss_type: ContrastType = "sigmoid",
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the CPO loss: DPO against a uniform reference, plus the likelihood of the preferred
     sequences.
@@ -86,25 +99,43 @@ def cpo_loss(
         nll: (P,) or 0-d negative log-likelihood of the preferred sequences; None: their sums,
             -logps[yw_idxs].
         alpha: weight of nll, 0 for none.
-        label_smoothing: probability ε in [0, 0.5] that a label is flipped.
+        label_smoothing: probability ε in [0, 0.5] that a label is flipped, for sigmoid alone.
+        loss_type: "sigmoid"; "hinge", max(0, 1 - d) with d = β·(logps[yw_idxs] - logps[yl_idxs]);
+            or "ipo", (d/β - 1/(2β))² of log-probs averaged over tokens. nll is weighed alike.
+        lengths: (B,) tokens of each sequence, for ipo.
 
     Returns:
         losses (P,), differentiable with respect to logps and nll, and rewards (B,) = β·logps,
-        detached.
+        of averages for ipo, detached.
 
     Raises:
-        TypeError, ValueError: as `dpo_loss`.
+        TypeError, ValueError: as `dpo_loss`; label_smoothing with a type that has none.
 
-    Source: 2401.08417 Eq. 5 and 6.
+    Source: 2401.08417 Eq. 5 and 6; the types as TRL's CPOTrainer has them.
     """
     check_pairs("logps", logps, yw_idxs, yl_idxs, None)
     beta = check_positive("beta", beta)
     alpha = check_finite("alpha", alpha)
+    check_one_of("loss_type", loss_type, get_args(ContrastType))
+    sums = scores = masked_sum(logps, None)
+    if loss_type == "ipo":
+        scores = mean_logps(logps, lengths, yw_idxs, yl_idxs)
+    elif lengths is not None:
+        check_counts("lengths", lengths)  # though nothing looks at them
+    chosen = yw_idxs.long()
+    losses = contrast(scores[chosen] - scores[yl_idxs.long()], loss_type, beta, label_smoothing)
+    return losses + alpha * chosen_nll(nll, -sums[chosen]), (beta * scores).detach()
+
+
+def contrast(margin: Tensor, loss_type: str, beta: float, label_smoothing: float) -> Tensor:
+    """Compute the loss of a margin between log-probs without a reference."""
     label_smoothing = check_between("label_smoothing", label_smoothing, 0, 0.5)
-    sums = masked_sum(logps, None)
-    chosen, rejected = sums[yw_idxs.long()], sums[yl_idxs.long()]
-    losses = sigmoid_loss(chosen - rejected, beta, label_smoothing)
-    return losses + alpha * _chosen_nll(nll, -chosen), (beta * sums).detach()
+    loss = MARGIN_LOSSES[loss_type]
+    if label_smoothing > 0 and not loss.smoothed:
+        raise ValueError(
+            f"label_smoothing: expected 0 for loss_type {loss_type!r}, got {label_smoothing}"
+        )
+    return loss.formula(margin, beta, label_smoothing)
 
 
 def orpo_loss(
@@ -138,15 +169,15 @@ def orpo_loss(
     1 - e^m is taken without cancellation. Raises as `dpo_loss`. Source: 2403.07691 Eq. 6 and 7.
     """
     beta = check_positive("beta", beta)
-    mean = _mean_logps(logps, lengths, yw_idxs, yl_idxs)
+    mean = mean_logps(logps, lengths, yw_idxs, yl_idxs)
     log_odds = mean - _log1mexp(mean)
     chosen = yw_idxs.long()
     ratio = log_odds[chosen] - log_odds[yl_idxs.long()]
-    losses = _chosen_nll(nll, -mean[chosen]) - beta * log_sigmoid(ratio)
+    losses = chosen_nll(nll, -mean[chosen]) - beta * log_sigmoid(ratio)
     return losses, (beta * mean).detach()
 
 
-def _mean_logps(logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
+def mean_logps(logps: Tensor, lengths: Tensor | None, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
     """Check the arguments of a length-normalised loss and average its log-probs over tokens."""
     check_pairs("logps", logps, yw_idxs, yl_idxs, None)
     check_lengths(lengths, logps, "the loss averages over tokens")
@@ -154,7 +185,8 @@ def _mean_logps(logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor
     return sums / sequence_lengths(None, lengths, sums.dtype)
 
 
-def _chosen_nll(nll: Tensor | None, default: Tensor) -> Tensor:
+def chosen_nll(nll: Tensor | None, default: Tensor) -> Tensor:
+    """Check the negative log-likelihood that goes with each pair, if it is given."""
     if nll is None:
         return default
     check_floating("nll", nll)

@@ -307,3 +307,9 @@ def trust_region_step(group: Any, owner: Tensor) -> tuple[list, Tensor, Tensor]:
         lambda: table[ids], [table], targets, advantages, mask, damping=0.01, group=group
     )
     return list(info), table.detach().clone(), product
+
+
+def kl_of_part(group: Any, pi: Tensor, ref: Tensor, borders: list[int]) -> Tensor:
+    """The estimate of the whole batch, from the sequences between two borders."""
+    mine = slice(*borders[dist.get_rank(group) :][:2])
+    return fastrlhf.kto_kl(pi[mine], ref[mine], group=group)

@@ -452,7 +452,7 @@ MUTANTS = [
         "fastrlhf/losses/preference.py", "test_packed.py",
         (
             "packed: a reference of tokens is taken for one of sequences",
-            "ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape", "ref_logps.ndim == 2",
+            "given.ndim == 2 or given.shape == pi_logps.shape", "given.ndim == 2",
             "every_type or tokens_shape",
         ),
     ),
@@ -586,6 +586,9 @@ MUTANTS = [
             "    return losses, (beta * scores).detach()\n", "    return losses, scores.detach()\n",
             "values_rewards",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/pair_losses.py", "test_preference.py",
         (
             "preference: aot sorts one side",
             "margin = policy.sort(0).values - ref.sort(0).values",
@@ -594,14 +597,112 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "fastrlhf/losses/pair_scores.py", "test_preference_options.py",
+        (
+            "pair scores: DPOP's penalty is a bonus",
+            "chosen - options.dpop_lambda * torch", "chosen + options.dpop_lambda * torch",
+            "papers and DPOP",
+        ),
+        (
+            "pair scores: the likelihood of all pairs is divided by their tokens alone",
+            "nll * (chosen.shape[0] / counts[chosen]", "nll * (1 / counts[chosen]",
+            "papers and (MPO or sft)",
+        ),
+        (
+            "pair scores: a likelihood that is not averaged",
+            "* _nll(logps, pair[0]) / counts[0]", "* _nll(logps, pair[0])",
+            "papers and RPO",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/public_length.py", "test_preference_options.py",
+        (
+            "public length: that of the longer sequence",
+            "public = torch.minimum(", "public = torch.maximum(",
+            "papers and LD",
+        ),
+        (
+            "public length: one token more",
+            "before[i] + count) + 1 for", "before[i] + count + 1) + 1 for",
+            "papers and LD",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/f_divergence.py", "test_preference_options.py",
+        (
+            "f-divergence: a mixture of unlike shares",
+            "-log_to_mixture(-s, 0.5, 0.5)", "-log_to_mixture(-s, 0.4, 0.6)",
+            "papers and JS",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/wpo.py", "test_preference_options.py",
+        (
+            "wpo: tokens are not aligned",
+            "logprobs = logprobs - log_sum_sq_probs.detach()", "pass",
+            "papers and WPO",
+        ),
+        (
+            "wpo: sums for means",
+            "torch.exp(sums / sequence_lengths(mask, None, sums.dtype, layout))", "torch.exp(sums)",
+            "papers and WPO",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/fused_sequences.py", "test_linear_preference_options.py",
+        (
+            "fused sequences: the tokens of a group are all there are",
+            "losses, _ = loss.of_tokens(SequenceTokens(here, mask, **back))",
+            "losses, _ = loss.of_tokens(SequenceTokens(here, here, **back))",
+            "from_hidden_states and MPO and True",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/triple.py", "test_reference_free_options.py",
+        (
+            "tpo: the preferred sequence is the gold one",
+            "-sums[gold_idxs.long()]", "-sums[yw_idxs.long()]",
+            "types_of_tpo",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/rankings.py", "test_rankings.py",
+        (
+            "rankings: pairs across rankings",
+            "(groups[:, None] == groups) & (ranks[:, None] < ranks)", "ranks[:, None] < ranks",
+            "all_its_pairs",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/moving_reference.py", "test_moving_reference.py",
+        (
+            "moving reference: the shares change places",
+            "torch.lerp(before, policy, alpha)", "torch.lerp(policy, before, alpha)",
+            "is_the_mixture",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/unpaired.py", "test_unpaired_options.py",
+        (
+            "kto: a baseline of apo",
+            "return scores.new_zeros(())", "return scores.new_ones(())",
+            "apo_zero_of_single",
+        ),
+        (
+            "kto: a mean that may be negative",
+            "return (total / count.clamp(min=1)).clamp(min=0)", "return total / count.clamp(min=1)",
+            "not_negative",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/losses/reference_free.py", "test_reference_free.py",
         (
             "simpo: the target margin helps",
-            "mean[yl_idxs.long()]) - gamma)", "mean[yl_idxs.long()]) + gamma)",
+            "mean[yl_idxs.long()]) - gamma\n", "mean[yl_idxs.long()]) + gamma\n",
         ),
         (
             "cpo: the likelihood is not weighed",
-            "losses + alpha * _chosen_nll", "losses + _chosen_nll",
+            "losses + alpha * chosen_nll", "losses + chosen_nll",
         ),
         ("orpo: probabilities for odds", "log_odds = mean - _log1mexp(mean)", "log_odds = mean"),
     ),
@@ -1516,7 +1617,8 @@ MUTANTS = [
         "fastrlhf/losses/linear_preference.py", "test_linear_dpo_loss.py",
         (
             "linear dpo: a pair with an empty sequence is dropped",
-            "present[chosen] | present[rejected]", "present[chosen] & present[rejected]",
+            "present[yw_idxs.long()] | present[yl_idxs.long()]",
+            "present[yw_idxs.long()] & present[yl_idxs.long()]",
             "one_sequence_has_no",
         ),
     ),
@@ -2811,7 +2913,8 @@ MUTANTS = [
         "fastrlhf/losses/preference.py", "test_losses_over_ranks.py",
         (
             "ranks: pairs are averaged over this rank's tokens",
-            "lengths = layout.counts(mask)", "lengths = layout.here.counts(mask)",
+            "lengths = logps.layout.counts(logps.mask)",
+            "lengths = logps.layout.here.counts(logps.mask)",
             "of_the_whole and preference_calls and 2-False",
         ),
         (

@@ -1,0 +1,83 @@
+"""A reference model that follows the policy: TR-DPO."""
+
+import torch
+from torch import nn
+
+from fastrlhf.ops.checks import FLOATING_DTYPES, check_between
+from fastrlhf.reference import accumulation_dtype
+
+
+@torch.no_grad()
+def update_reference(reference_model: nn.Module, model: nn.Module, alpha: float = 0.6) -> None:
+    """Move the parameters of a reference model towards those of the policy, in place.
+
+    Eager equivalent: `reference = alpha * policy + (1 - alpha) * reference`, for each parameter.
+
+    TR-DPO's soft update is this every few steps with alpha below 1; its hard update, every τ steps
+    with alpha=1::
+
+        if step % tau == 0:
+            update_reference(reference_model, model, alpha=1.0)
+
+    Args:
+        reference_model: of the same architecture as model, with parameters of its own.
+        model: the policy, without wrappers that rename parameters (DDP's `module`).
+        alpha: share of the policy, in [0, 1].
+
+    Computed in fp32 for parameters of fewer bits, and rounded once: keep the reference in fp32
+    where alpha times a change is below what its dtype resolves. Buffers stay as they are. A
+    parameter goes to the dtype and device of the reference's. Log-probs of the reference that were
+    computed before belong to the reference before.
+
+    Raises:
+        TypeError: what is no module; a parameter that is not floating, as those of quantised
+            layers.
+        ValueError: alpha out of range; parameters that differ in name or shape, are shared by both
+            models, have no data (meta), or are cut into parts by DeepSpeed's ZeRO-3 (gather both
+            models' with `deepspeed.zero.GatheredParameters`). Nothing is written then.
+
+    Source: 2404.09656, section 3.
+    """
+    for name, module in (("reference_model", reference_model), ("model", model)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: expected a module, got {type(module).__name__}")
+    alpha = check_between("alpha", alpha, 0, 1)
+    own, others = dict(reference_model.named_parameters()), dict(model.named_parameters())
+    _check_names(own, others)
+    for name, parameter in own.items():
+        _check_pair(name, parameter, others[name])
+    for name, parameter in own.items():
+        dtype = accumulation_dtype(torch.promote_types(parameter.dtype, others[name].dtype))
+        before, policy = parameter.to(dtype), others[name].to(parameter.device, dtype)
+        parameter.copy_(torch.lerp(before, policy, alpha))
+
+
+def _check_names(own: dict[str, nn.Parameter], others: dict[str, nn.Parameter]) -> None:
+    for name in own:
+        if name not in others:
+            raise ValueError(f"model: expected parameter {name!r} of reference_model, got none")
+    for name in others:
+        if name not in own:
+            raise ValueError(f"reference_model: expected parameter {name!r} of model, got none")
+
+
+def _check_pair(name: str, own: nn.Parameter, other: nn.Parameter) -> None:
+    if own is other:
+        raise ValueError(
+            f"reference_model: expected parameters of its own, got {name!r} of model itself"
+        )
+    for owner, x in (("reference_model", own), ("model", other)):
+        if x.dtype not in FLOATING_DTYPES:
+            raise TypeError(f"{owner}: expected floating parameters, got {name!r} of {x.dtype}")
+        if x.is_meta:
+            raise ValueError(f"{owner}: expected parameters with data, got {name!r} on meta")
+        if hasattr(x, "ds_id") and x.numel() != getattr(x, "ds_numel", x.numel()):
+            raise ValueError(
+                f"{owner}: expected whole parameters, got a part of {name!r}; call this within "
+                "deepspeed.zero.GatheredParameters, which must write back what rank 0 has"
+            )
+    if own.shape != other.shape:
+        raise ValueError(
+            f"reference_model: expected {name!r} of shape {tuple(other.shape)}, as model's, got "
+            f"{tuple(own.shape)}"
+        )

@@ -1,0 +1,28 @@
+"""The score of a sequence where another divergence than the reverse KL keeps policy and reference
+together: f-DPO.
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from fastrlhf.reference import expm1, log_to_mixture
+
+FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+F_DIVERGENCES: tuple[str, ...] = get_args(FDivergence)
+
+
+def f_score(s: Tensor, divergence: str, alpha: float) -> Tensor:
+    """Compute f'(u) - f'(1), with u = e^s the ratio of policy and reference: 2309.16240.
+
+    The constant f'(1) makes the score of a ratio of 1 zero; the difference of two scores is free of
+    it. "reverse_kl" ln u, "forward_kl" 1 - 1/u, "js" ln(2u / (1 + u)), "alpha" (1 - u^-α)/α, which
+    goes from the reverse KL at α → 0 to the forward KL at 1. Beyond what the dtype holds (e^88 in
+    fp32), a score is -inf.
+    """
+    if divergence == "reverse_kl":
+        return s
+    if divergence == "js":
+        return -log_to_mixture(-s, 0.5, 0.5)  # of u and 1 in equal shares
+    rate = 1.0 if divergence == "forward_kl" else alpha
+    return -expm1(-rate * s) / rate

@@ -1,0 +1,149 @@
+"""KTO from hidden states: the logits are never built.
+
+Dims: B sequences, T tokens, H hidden, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
+from fastrlhf.losses.sequences import sequence_logprobs
+from fastrlhf.losses.unpaired import KTOLossType, check_labels, kto_loss
+from fastrlhf.ops import Weight
+from fastrlhf.ops.checks import (
+    check_floating,
+    check_ignore_index,
+    check_integer,
+    check_same_device,
+    check_shape,
+    wide_integers,
+)
+from fastrlhf.ops.kept_ids import Support
+from fastrlhf.ops.layout import layout_of
+from fastrlhf.ops.ranks import Group
+from fastrlhf.ops.scorer import linear_scorer
+from fastrlhf.ops.sharded import replicated
+from fastrlhf.ops.transform import temperatures_of_layout
+from fastrlhf.reference import Layout
+
+
+class KTOOptions(TypedDict, total=False):
+    """The options of `kto_loss`, for `**options: Unpack[KTOOptions]`; see there."""
+
+    loss_type: KTOLossType
+    desirable_weight: float
+    undesirable_weight: float
+
+
+def linear_kto_loss(
+    hidden: Tensor,
+    weight: Weight,
+    targets: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor | float | None,
+    beta: float = 0.1,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    group: Group | None = None,
+    **options: Unpack[KTOOptions],
+) -> tuple[Tensor, Tensor]:
+    """Compute `kto_loss` from hidden states and the weight of the head.
+
+    Eager equivalent::
+
+        logprobs = linear_token_logprobs(hidden, weight, targets, ...)  # (B, T)
+        logps = sequence_logprobs(logprobs, targets != ignore_index)
+        losses, rewards = kto_loss(logps, ref_logps, desirable, kl, beta, ...)
+
+    Args:
+        hidden: (B, T, H).
+        weight: (V, H).
+        targets: (B, T) integer, aligned with the hidden states that predict them (`shift_targets`);
+            ignore_index for prompts and padding.
+        ref_logps: (B,) log-probs of whole sequences under the reference model, in nats.
+        desirable, kl, beta: as `kto_loss`; for the completions of which `kto_kl` is made,
+            `linear_token_logprobs` without gradients serves.
+        bias, temperature, softcap, scale, ignore_index, support, rows, chunk_size, impl, group: as
+            `linear_token_stats`; where ranks share the vocabulary, losses are the same on every
+            rank. With rows, which are (B, T), hidden is (U, H).
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. With
+            them, what is (B, T) is (N,) or (1, N), and hidden (N, H) or (1, N, H).
+        **options: loss_type, desirable_weight and undesirable_weight of `kto_loss`.
+
+    Returns:
+        losses (B,), not reduced, and rewards (B,), detached; fp32 (fp64 for fp64 hidden states).
+
+    Differentiable with respect to hidden, weight, bias and ref_logps. Cost, in matmuls G of the
+    tokens with a target: G without gradients, 2G where hidden alone needs one, 3G where the weight
+    does too; then, and for reductions that do not weigh all losses alike, as `linear_dpo_loss`.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_stats` and `kto_loss`.
+
+    Source: as `kto_loss`.
+    """
+    scorer = linear_scorer(
+        hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
+    )
+    targets = replicated("targets", targets)
+    check_integer("targets", targets)
+    layout = layout_of("targets", targets, cu_seqlens)
+    check_kto_options("linear_kto_loss", options)
+    loss = unpaired_loss(targets, ref_logps, desirable, kl, beta, layout, options)
+    scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
+    ignore_index = check_ignore_index(ignore_index)
+    return sequence_loss_of(scorer, wide_integers(targets), loss, ignore_index=ignore_index)
+
+
+def check_kto_options(function: str, given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that is no option."""
+    names = tuple(KTOOptions.__annotations__)
+    for name in given:
+        if name not in names:
+            known = ", ".join(names)
+            raise TypeError(f"{function}: unexpected option {name!r}; expected one of {known}")
+
+
+def unpaired_loss(
+    tokens: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor | float | None,
+    beta: float,
+    layout: Layout,
+    options: KTOOptions,
+) -> SequenceLoss:
+    """Bind everything but the token log-probs and their mask; `tokens` are of their shape."""
+    sequences = layout.sequences(tokens)
+    check_floating("ref_logps", ref_logps)
+    check_shape("ref_logps", ref_logps, (sequences,), "one sum for each of B sequences")
+    check_same_device("ref_logps", ref_logps, "targets", tokens)
+    # What is wrong with the rest is found before any work is done.
+    nothing = torch.zeros_like(ref_logps)
+    check_labels(desirable, nothing)
+    kto_loss(nothing, nothing, desirable, kl, beta, **options)
+
+    def of_tokens(found: SequenceTokens) -> tuple[Tensor, Tensor]:
+        sums = sequence_logprobs(found.logprob, found.mask, cu_seqlens=layout.cu_seqlens)
+        return kto_loss(sums, ref_logps, desirable, kl, beta, **options)
+
+    return SequenceLoss(
+        "linear_kto_loss", of_tokens, layout,
+        one_by_one=not ref_logps.requires_grad,
+        sets=lambda targets: torch.arange(sequences),
+        present=lambda present: present,
+    )  # fmt: skip
