@@ -1,10 +1,13 @@
 """Losses as pure functions of log-probs: no vocabulary dimension, no device code."""
 
-from .advantages import group_advantages, shaped_rewards, whiten
+from .advantages import shaped_rewards, whiten
 from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
+from .gdpo import gdpo_advantages
+from .group_advantages import group_advantages
 from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
+from .pf_ppo import pf_ppo_weights
 from .policy import grpo_loss, grpo_options, policy_loss, ppo_loss
 from .preference import dpo_loss
 from .ranks import global_normalizer
@@ -17,6 +20,7 @@ from .value import value_loss
 __all__ = [
     "cpo_loss",
     "dpo_loss",
+    "gdpo_advantages",
     "global_normalizer",
     "group_advantages",
     "grpo_loss",
@@ -28,6 +32,7 @@ __all__ = [
     "linear_policy_loss",
     "logits_policy_loss",
     "orpo_loss",
+    "pf_ppo_weights",
     "plackett_luce_loss",
     "policy_loss",
     "ppo_loss",

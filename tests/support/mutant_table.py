@@ -1373,6 +1373,9 @@ MUTANTS = [
             "mean = mean + shared_by_ranks(rest, group)", "mean = mean * 1.0",
             "no_deviation",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/samples.py", "test_advantages.py",
         (
             "groups: equal rewards leave a trace",
             "values - values[torch.searchsorted(ids, ids)]", "values * 1.0",
@@ -1380,8 +1383,87 @@ MUTANTS = [
         ),
         (
             "groups: rewards of other samples",
-            "groups[order], rewards[order]", "groups[order], rewards",
+            "torch.where(counts, rewards[order], 0.0)", "torch.where(counts, rewards, 0.0)",
             "where_they_lie or of_the_papers",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/samples.py", "test_group_advantages.py",
+        (
+            "samples: the deviation of the batch divided by n",
+            "(squares / (number - 1).clamp(min=1)).sqrt()", "(squares / number).sqrt()",
+            "of_the_papers",
+        ),
+        (
+            "samples: what does not count is in the sums",
+            "segment_sums(torch.where(self.counts, x, 0.0), self.ids)", "segment_sums(x, self.ids)",
+            "counts_nowhere",
+        ),
+        (
+            "samples: the largest of those that do not count",
+            "x = torch.where(self.counts, x, -torch.inf)", "x = x * 1.0",
+            "counts_nowhere and passk",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/group_advantages.py", "test_group_advantages.py",
+        (
+            "advantages: the batch's deviation is that of what is centred",
+            "batch_deviation(samples.raw, samples.counts)",
+            "batch_deviation(samples.centred(), samples.counts)",
+            "of_the_papers and batch",
+        ),
+        (
+            "advantages: the floor is a constant",
+            "check_positive(\"eps\", eps)", "1e-4", "of_the_papers and eps",
+        ),
+        (
+            "opo: groups without tokens",
+            "torch.where(samples.sums(samples.lengths) > 0, samples.lengths, 1.0)",
+            "samples.lengths", "of_the_papers and opo",
+        ),
+        (
+            "gpg: samples of equal rewards count",
+            "(unequal & samples.counts).sum()", "samples.counts.sum()", "of_the_papers and gpg",
+        ),
+        (
+            "pass@k: with replacement",
+            "(number.unsqueeze(1) - drawn).clamp(min=1)", "(number.unsqueeze(1) - 0 * drawn)",
+            "pass_at_k",
+        ),
+        (
+            "pass@k: groups of fewer samples",
+            "& (right > 0) & (number >= samples.k)", "& (right > 0)", "pass_at_k_is_that",
+        ),
+        (
+            "pass@k: other rewards pass",
+            "torch.where(strange, torch.nan, found)", "found * 1.0", "zeros_and_ones",
+        ),
+        (
+            "grpo_passk: several best ones",
+            "torch.where(is_best & alone, samples", "torch.where(is_best, samples", "exactly_zero",
+        ),
+        (
+            "remax: the baseline is added",
+            "kept(rewards, counts) - kept(baselines, counts)",
+            "kept(rewards, counts) + kept(baselines, counts)", "of_the_papers and remax",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/gdpo.py", "test_group_advantages.py",
+        (
+            "gdpo: samples that no function has scored are of the batch",
+            "batch_deviation(total, counts.any(1))",
+            "batch_deviation(total, torch.ones_like(counts.any(1)))", "missing",
+        ),
+        (
+            "gdpo: unweighted",
+            "total = total + weight * (", "total = total + (", "gdpo_is_that",
+        ),
+        (
+            "gdpo: rewards are only centred",
+            "(samples.centred() / (samples.deviation() + eps))[places]",
+            "samples.centred()[places]", "gdpo_is_that",
         ),
     ),
     *_mutants(
@@ -2623,11 +2705,21 @@ MUTANTS = [
             "variance = over_batch(centred.square(), count - 1)",
             "whitened and 3",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/group_advantages.py", "test_losses_over_ranks.py",
         (
             "advantages: groups are what this rank has of them",
-            "(rewards, groups, counts), own = concatenated(parts, group)",
-            "rewards, groups, counts = parts",
+            "own = of_all_ranks(parts, group)", "own = parts, slice(None)",
             "several_ranks and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/gdpo.py", "test_losses_over_ranks.py",
+        (
+            "gdpo: groups are what this rank has of them",
+            "own = of_all_ranks(parts, group)", "own = parts, slice(None)",
+            "comparisons and 2",
         ),
     ),
     *_mutants(
