@@ -12,6 +12,7 @@ from .policy import grpo_loss, grpo_options, policy_loss, ppo_loss
 from .preference import dpo_loss
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .returns import length_adaptive_lambda, monte_carlo_returns, outcome_rewards
 from .reward import plackett_luce_loss, reward_loss
 from .sequences import sequence_logprobs
 from .unpaired import kto_loss
@@ -27,11 +28,14 @@ __all__ = [
     "grpo_options",
     "kl_penalty",
     "kto_loss",
+    "length_adaptive_lambda",
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_policy_loss",
     "logits_policy_loss",
+    "monte_carlo_returns",
     "orpo_loss",
+    "outcome_rewards",
     "pf_ppo_weights",
     "plackett_luce_loss",
     "policy_loss",

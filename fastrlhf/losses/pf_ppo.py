@@ -102,7 +102,8 @@ def _shares(scores: Tensor, counts: Tensor, method: str, power: float) -> Tensor
         smallest = torch.where(counts, scores, torch.inf).amin()
         shares = ((scores == largest) | (scores == smallest)).to(scores.dtype)
     else:
-        shares = torch.where(scores == largest, 1.0, _OF_OTHERS / _OF_BEST)
+        others = torch.full_like(scores, _OF_OTHERS / _OF_BEST)
+        shares = torch.where(scores == largest, 1.0, others)
     return torch.where(counts, shares, 0.0)
 
 

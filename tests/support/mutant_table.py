@@ -1450,6 +1450,116 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "fastrlhf/losses/pf_ppo.py", "test_pf_ppo.py",
+        (
+            "pf-ppo: signed scores",
+            "size = scores.abs()", "size = scores.clamp(min=0)", "shares_of",
+        ),
+        (
+            "pf-ppo: the largest score alone",
+            "(scores == largest) | (scores == smallest)", "(scores == largest)", "shares_of",
+        ),
+        (
+            "pf-ppo: the smallest of those that are not valid too",
+            "torch.where(counts, scores, torch.inf).amin()", "scores.amin()", "never_learnt",
+        ),
+        (
+            "pf-ppo: a sample without a share is drawn",
+            "torch.searchsorted(upto, place, right=True)", "torch.searchsorted(upto, place)",
+            "every_number",
+        ),
+        (
+            "pf-ppo: as many draws as there are samples",
+            "(torch.arange(size, device=device) < number)",
+            "(torch.arange(size, device=device) < size)", "never_learnt",
+        ),
+        (
+            "pf-ppo: a NaN is a weight like others",
+            "torch.where(scores.isfinite().all(), found, torch.nan)", "found.nan_to_num()",
+            "not_hidden",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/value.py", "test_value_reductions.py",
+        (
+            "value: tokens whatever the reduction",
+            "token_weights(inside, reduction,", "token_weights(inside, \"token-mean\",",
+            "of_the_formula",
+        ),
+        (
+            "value: losses of tokens without the half",
+            "return losses / 2, metrics", "return losses, metrics", "of_the_formula and none",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/returns.py", "test_returns.py",
+        (
+            "returns: one-step returns",
+            "gamma=gamma, lam=1.0", "gamma=gamma, lam=0.0", "what_follows and eager",
+        ),
+        (
+            "returns: nothing follows what was cut",
+            "lam=1.0, last_values=last_values", "lam=1.0, last_values=None",
+            "what_follows and eager",
+        ),
+        (
+            "outcome: the score of every token",
+            "inside if every_token else layout.last(inside)", "inside", "the_last_token",
+        ),
+        (
+            "length-adaptive: negative for the shortest",
+            "scaled.clamp(min=1)", "scaled", "grows_with",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/gae.py", "test_returns.py",
+        (
+            "gae: returns of the advantages' lambda",
+            "(advantages, _), (_, returns) = found[0], found[-1]",
+            "(advantages, _), (_, returns) = found[0], found[0]", "lambda_of_their_own and eager",
+        ),
+        (
+            "gae: a lambda of a sequence outside of its bounds",
+            "fits = (lam >= 0) & (lam <= 1)", "fits = lam == lam", "errors",
+        ),
+        (
+            "gae: strided numbers of sequences",
+            "return x.detach().contiguous()", "return x.detach()", "dtypes_and_strides and triton",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_returns.py",
+        (
+            "gae: the last value of rows follows nothing",
+            "after_the_end = nothing if last_values is None else last_values.to(dtype)\n",
+            "after_the_end = nothing\n", "each_sequence and eager",
+        ),
+        (
+            "gae: packed sequences have the last value of the first",
+            "last_values.to(dtype)[ids]", "last_values.to(dtype)[0 * ids]",
+            "packed_sequences and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/compiled_rows.py", "test_returns.py",
+        (
+            "gae, compiled: the last value follows nothing",
+            "[after if last_values is None else last_values.to(dtype), *following]",
+            "[after, *following]", "each_sequence and compiled and fp64",
+        ),
+    ),
+    *_mutants(
+        "kernels/scan.py", "test_returns.py",
+        (
+            "gae: the last value of the first sequence",
+            "tl.load(last_values + sequence)", "tl.load(last_values)", "each_sequence and triton",
+        ),
+        (
+            "gae: lambda of the first sequence",
+            "gamma * tl.load(lams + sequence)", "gamma * tl.load(lams)", "each_sequence and triton",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/losses/gdpo.py", "test_group_advantages.py",
         (
             "gdpo: samples that no function has scored are of the batch",
