@@ -427,8 +427,8 @@ MUTANTS = [
         ),
         (
             "packed: an eager scan takes the next sequence's value",
-            "torch.where(follows & found.roll(-1), nearest.roll(-1), 0.0)",
-            "torch.where(found.roll(-1), nearest.roll(-1), 0.0)",
+            "torch.where(follows & found.roll(-1), nearest.roll(-1), after",
+            "torch.where(found.roll(-1), nearest.roll(-1), after",
             "stop_at_the_borders and eager",
         ),
     ),
@@ -2873,8 +2873,8 @@ MUTANTS = [
         "fastrlhf/losses/value.py", "test_losses_over_ranks.py",
         (
             "ranks: the mean of the values' losses has this rank's count",
-            'token_weights(inside, "token-mean", normalizer, dtype, layout)',
-            'token_weights(inside, "token-mean", normalizer, dtype)',
+            "token_weights(inside, reduction, normalizer, dtype, layout)",
+            "token_weights(inside, reduction, normalizer, dtype)",
             "of_the_whole and other_calls and 2-False",
         ),
         (
@@ -2885,7 +2885,7 @@ MUTANTS = [
         ),
         (
             "values: the normalizer of a step is not looked at",
-            'check_reduction("token-mean", normalizer)', "None",
+            "normalizer = _check_reduction(reduction, normalizer)", "normalizer = None",
             "one_large_batch and value and 2",
         ),
     ),
