@@ -158,6 +158,13 @@ def test_what_is_not_valid_counts_nowhere(garbage: float, case: str) -> None:
     assert (nothing == 0).all()
 
 
+def test_what_is_not_valid_is_not_the_second_best() -> None:
+    # Relative to the first, the others are -2 and, if it counted, 0.
+    rewards, valid = torch.tensor([3.0, 1.0, math.nan]), torch.tensor([1, 1, 0])
+    found = group_advantages(rewards, torch.zeros(3).long(), kind="grpo_passk", valid=valid)
+    assert found.tolist() == pytest.approx([2 / (math.sqrt(2) + 1e-4), 0, 0])
+
+
 @pytest.mark.parametrize("case", ["group", "none", "opo", "gpg", "grpo_passk", "remax"])
 def test_a_broken_reward_taints_its_own_group_only(case: str) -> None:
     rewards = torch.randn(13)

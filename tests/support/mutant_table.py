@@ -1402,7 +1402,7 @@ MUTANTS = [
         (
             "samples: the largest of those that do not count",
             "x = torch.where(self.counts, x, -torch.inf)", "x = x * 1.0",
-            "counts_nowhere and passk",
+            "second_best",
         ),
     ),
     *_mutants(
