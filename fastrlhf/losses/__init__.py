@@ -4,7 +4,7 @@ from .advantages import shaped_rewards, whiten
 from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
 from .gdpo import gdpo_advantages
-from .group_advantages import group_advantages
+from .groups import group_advantages
 from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
 from .pf_ppo import pf_ppo_weights

@@ -1,6 +1,6 @@
 """From rewards to advantages: shaped rewards, and whitening.
 
-What compares the samples of a group is in `group_advantages`.
+What compares the samples of a group is in `groups.py`.
 
 Everything here is a constant of the training step: nothing is differentiable, but `whiten`.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import group_advantages
-from fastrlhf.losses.group_advantages import AdvantageKind
+from fastrlhf.losses.groups import AdvantageKind
 
 from .rewards import Scorer
 from .rollout import Rollout

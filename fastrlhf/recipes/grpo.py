@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 from fastrlhf import grpo_options, model_policy_loss
-from fastrlhf.losses.group_advantages import AdvantageKind
+from fastrlhf.losses.groups import AdvantageKind
 
 from .curves import Panel
 from .evaluation import Evaluation, conclude, evaluate

@@ -1406,16 +1406,12 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/losses/group_advantages.py", "test_group_advantages.py",
+        "fastrlhf/losses/advantage_kinds.py", "test_group_advantages.py",
         (
             "advantages: the batch's deviation is that of what is centred",
             "batch_deviation(samples.raw, samples.counts)",
             "batch_deviation(samples.centred(), samples.counts)",
             "of_the_papers and batch",
-        ),
-        (
-            "advantages: the floor is a constant",
-            "check_positive(\"eps\", eps)", "1e-4", "of_the_papers and eps",
         ),
         (
             "opo: groups without tokens",
@@ -1432,21 +1428,12 @@ MUTANTS = [
             "pass_at_k",
         ),
         (
-            "pass@k: groups of fewer samples",
-            "& (right > 0) & (number >= samples.k)", "& (right > 0)", "pass_at_k_is_that",
-        ),
-        (
             "pass@k: other rewards pass",
             "torch.where(strange, torch.nan, found)", "found * 1.0", "zeros_and_ones",
         ),
         (
             "grpo_passk: several best ones",
             "torch.where(is_best & alone, samples", "torch.where(is_best, samples", "exactly_zero",
-        ),
-        (
-            "remax: the baseline is added",
-            "kept(rewards, counts) - kept(baselines, counts)",
-            "kept(rewards, counts) + kept(baselines, counts)", "of_the_papers and remax",
         ),
     ),
     *_mutants(
@@ -1557,6 +1544,18 @@ MUTANTS = [
         (
             "gae: lambda of the first sequence",
             "gamma * tl.load(lams + sequence)", "gamma * tl.load(lams)", "each_sequence and triton",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/groups.py", "test_group_advantages.py",
+        (
+            "advantages: the floor is a constant",
+            "check_positive(\"eps\", eps)", "1e-4", "of_the_papers and eps",
+        ),
+        (
+            "remax: the baseline is added",
+            "kept(rewards, counts) - kept(baselines, counts)",
+            "kept(rewards, counts) + kept(baselines, counts)", "of_the_papers and remax",
         ),
     ),
     *_mutants(
@@ -2817,7 +2816,7 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/losses/group_advantages.py", "test_losses_over_ranks.py",
+        "fastrlhf/losses/groups.py", "test_losses_over_ranks.py",
         (
             "advantages: groups are what this rank has of them",
             "own = of_all_ranks(parts, group)", "own = parts, slice(None)",

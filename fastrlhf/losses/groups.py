@@ -5,15 +5,19 @@ Everything here is a constant of the training step: nothing is differentiable.
 Dims: B samples, each a sequence.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.advantage_kinds import (
+    FORMULAS,
+    SCALED,
+    Formula,
+    scaled_by_batch,
+    whitened,
+)
 from fastrlhf.losses.samples import (
-    Samples,
-    batch_deviation,
     check_batch_is_finite,
     check_groups,
     counting,
@@ -133,101 +137,23 @@ def group_advantages(
         _check_binary(rewards)
     if kind == "reinforce++":
         groups = torch.zeros_like(groups)
-    if kind == "reinforce++" or formula in (_scaled_by_batch, _whitened):
+    if kind == "reinforce++" or formula in (scaled_by_batch, whitened):
         check_batch_is_finite(rewards, _words(kind, scale_rewards))
     samples, places = in_groups(rewards, groups, counts, lengths, k)
     return formula(samples, eps)[places][own]
 
 
-def _centred(samples: Samples, eps: float) -> Tensor:
-    return samples.centred()
-
-
-def _standardised(samples: Samples, eps: float) -> Tensor:
-    return samples.centred() / (samples.deviation() + eps)
-
-
-def _scaled_by_batch(samples: Samples, eps: float) -> Tensor:
-    return samples.centred() / (batch_deviation(samples.raw, samples.counts) + eps)
-
-
-def _leave_one_out(samples: Samples, eps: float) -> Tensor:
-    number = samples.number()
-    return samples.centred() * number / (number - 1).clamp(min=1)
-
-
-def _whitened(samples: Samples, eps: float) -> Tensor:
-    # Centred groups have mean 0, and so has the batch: to subtract it would add its rounding.
-    centred = samples.centred()
-    return centred / (batch_deviation(centred, samples.counts) + eps)
-
-
-def _optimal_baseline(samples: Samples, eps: float) -> Tensor:
-    lengths = torch.where(samples.sums(samples.lengths) > 0, samples.lengths, 1.0)
-    baseline = samples.sums(lengths * samples.rewards) / samples.sums(lengths).clamp(min=1)
-    return torch.where(samples.counts, samples.rewards - baseline, 0.0)
-
-
-def _of_those_with_gradient(samples: Samples, eps: float) -> Tensor:
-    centred = samples.centred()
-    unequal = samples.sums((samples.rewards != 0).to(centred.dtype)) > 0
-    with_gradient = (unequal & samples.counts).sum().clamp(min=1)
-    return centred * (samples.counts.sum().to(centred.dtype) / with_gradient)
-
-
-def _best_of_k(samples: Samples, eps: float) -> Tensor:
-    # Of binomials as products of ratios, which neither overflow nor cancel; and of C(w - 1, k - 1)
-    # of the paper as w/n of them, so that nothing is left to be subtracted.
-    right, number = samples.sums(samples.raw).double(), samples.number().double()
-    drawn = torch.arange(samples.k, dtype=torch.float64, device=right.device)
-    remaining = (number.unsqueeze(1) - drawn).clamp(min=1)
-    log_q = torch.log1p(-(right.unsqueeze(1) / remaining).clamp(max=1)).sum(1)
-    of_right = torch.expm1(-log_q).rsqrt()
-    of_wrong = -right / (number - right).clamp(min=1) * of_right
-    found = torch.where(samples.raw == 1, of_right, of_wrong)
-    found = torch.where(samples.counts & (right > 0) & (number >= samples.k), found, 0.0)
-    strange = samples.sums(((samples.raw != 0) & (samples.raw != 1)).double()) > 0
-    return torch.where(strange, torch.nan, found).to(samples.raw.dtype)
-
-
-def _best_over_second(samples: Samples, eps: float) -> Tensor:
-    is_best = samples.counts & (samples.rewards == samples.largest(samples.rewards))
-    alone = (samples.sums(is_best.to(samples.rewards.dtype)) == 1) & (samples.number() > 1)
-    second = samples.largest(torch.where(is_best, -torch.inf, samples.rewards))
-    margin = torch.where(is_best & alone, samples.rewards - second, 0.0)
-    return torch.where(samples.counts, margin / (samples.deviation() + eps), 0.0)
-
-
-Formula = Callable[[Samples, float], Tensor]
-
-_FORMULAS: dict[str, Formula] = {
-    "grpo": _standardised,
-    "dr_grpo": _centred,
-    "rloo": _leave_one_out,
-    "reinforce++": _standardised,  # of one group
-    "reinforce++-baseline": _whitened,
-    "remax": _centred,  # if it had not its baselines
-    "opo": _optimal_baseline,
-    "gpg": _of_those_with_gradient,
-    "pass@k": _best_of_k,
-    "grpo_passk": _best_over_second,
-}
-_SCALED: dict[str, Formula] = {
-    "group": _standardised, "batch": _scaled_by_batch, "none": _centred,
-}  # fmt: skip
-
-
 def _formula(kind: str, scale_rewards: str | None) -> Formula:
-    check_one_of("kind", kind, _FORMULAS)
+    check_one_of("kind", kind, FORMULAS)
     if scale_rewards is None:
-        return _FORMULAS[kind]
-    check_one_of("scale_rewards", scale_rewards, _SCALED)
+        return FORMULAS[kind]
+    check_one_of("scale_rewards", scale_rewards, SCALED)
     if kind != "grpo":
         raise ValueError(
             f"scale_rewards: expected None for kind {kind!r}, of kind 'grpo' alone, got "
             f"{scale_rewards!r}"
         )
-    return _SCALED[scale_rewards]
+    return SCALED[scale_rewards]
 
 
 def _words(kind: str, scale_rewards: str | None) -> str:
