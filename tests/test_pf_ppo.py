@@ -107,6 +107,15 @@ def test_what_is_not_valid_is_never_learnt_from(garbage: float, method: str) -> 
         assert torch.equal(none, nothing)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_not_valid_is_neither_the_best_nor_the_worst(sign: int) -> None:
+    scores, valid = sign * torch.tensor([3.0, 1.0, 2.0, math.nan]), torch.tensor([1, 1, 1, 0])
+    found = pf_ppo_weights(scores, method="max_min", valid=valid)
+    assert found.tolist() == pytest.approx([1.5, 1.5, 0, 0])
+    best = pf_ppo_weights(scores, method="max_random", valid=valid)
+    assert best.argmax() == (0 if sign == 1 else 1)
+
+
 def test_scores_of_any_size_and_dtype() -> None:
     for size in (1e-30, 1e30):
         scores = SCORES.double() * size

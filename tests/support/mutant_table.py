@@ -1448,7 +1448,7 @@ MUTANTS = [
         ),
         (
             "pf-ppo: the smallest of those that are not valid too",
-            "torch.where(counts, scores, torch.inf).amin()", "scores.amin()", "never_learnt",
+            "torch.where(counts, scores, torch.inf).amin()", "scores.amin()", "nor_the_worst",
         ),
         (
             "pf-ppo: a sample without a share is drawn",
