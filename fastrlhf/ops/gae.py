@@ -59,9 +59,8 @@ def gae(
         gamma: discount in [0, 1].
         lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1). Or (B,) of each
             sequence, see `length_adaptive_lambda`.
-        returns_lam: λ of the returns, of which there are none of these advantages then, but those
-            of another pass: the decoupled form, where the value model learns Monte Carlo returns
-            (1.0). None: lam.
+        returns_lam: λ of the returns, a number or (B,), which then are of a pass of their own: the
+            decoupled form, where the value model learns Monte Carlo returns (1.0). None: lam.
         last_values: (B,) floating: the value after the last token, of a sequence that was cut
             there; it has to be 0 where the sequence ended. None: all ended.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last: nothing
