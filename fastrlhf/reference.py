@@ -733,20 +733,32 @@ def preference_loss(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute advantages and returns (B, T) of the tokens of the mask, 0 elsewhere: 1506.02438
-    Eq. 16.
+    Eq. 16. λ may be (B,), and so may be the values after the end, which are 0 otherwise.
     """
     dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
     keep = mask != 0
     rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
     nothing = values.new_zeros(values.shape[0])
+    after_the_end = nothing if last_values is None else last_values.to(dtype)
     everywhere, *_ = advantages_backwards(
-        rewards, values, keep, nothing, nothing, gamma=gamma, decay=gamma * lam
+        rewards, values, keep, after_the_end, nothing, gamma=gamma, decay=decay(gamma, lam, dtype)
     )
     advantages = torch.where(keep, everywhere, 0.0)
     return advantages, advantages + values
+
+
+def decay(gamma: float, lam: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Compute γλ, of all sequences or of each (B,)."""
+    return gamma * lam.to(dtype) if isinstance(lam, Tensor) else gamma * lam
 
 
 def advantages_backwards(
@@ -776,7 +788,14 @@ def advantages_backwards(
 
 
 def packed_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, ids: Tensor, *, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    ids: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `gae` does of sequences that follow each other, from vectors (N,) of tokens and
     the ids of their sequences.
@@ -790,10 +809,12 @@ def packed_gae(
     # Of the nearest token that counts, from each on; of one that does not, what follows it.
     found, nearest = suffix_scan(_nearest, (keep, values), ids)
     follows = torch.nn.functional.pad(ids[1:] == ids[:-1], (0, 1)) if len(ids) else keep
-    next_value = torch.where(follows & found.roll(-1), nearest.roll(-1), 0.0)
+    after_the_end = values.new_zeros(()) if last_values is None else last_values.to(dtype)[ids]
+    next_value = torch.where(follows & found.roll(-1), nearest.roll(-1), after_the_end)
     delta = torch.where(keep, rewards + gamma * next_value - values, 0.0)
-    decay = torch.where(keep, delta.new_full((), gamma * lam), 1.0)
-    everywhere = suffix_scan(_compose, (decay, delta), ids)[1]
+    factor = decay(gamma, lam, dtype)
+    factors = factor[ids] if isinstance(factor, Tensor) else delta.new_full((), factor)
+    everywhere = suffix_scan(_compose, (torch.where(keep, factors, 1.0), delta), ids)[1]
     advantages = torch.where(keep, everywhere, 0.0)
     return advantages, advantages + values
 

@@ -6,7 +6,9 @@ recurrence an associative scan. A token that does not count is the identity: it 
 likewise V_next. One program scans one sequence, a block at a time from its end, and carries A and V
 from block to block, so that a sequence can have any length.
 
-Packed sequences are (1, N), and cu_seqlens says where each begins and ends.
+Packed sequences are (1, N), and cu_seqlens says where each begins and ends. λ is one number, and
+the value after the end 0, or each sequence has its own: that is a variant of the kernel, as packed
+sequences are, so that no number is compiled in.
 
 Dims: B sequences, T tokens, N tokens of all packed sequences.
 """
@@ -38,7 +40,14 @@ def _compose(far_scale, far_shift, near_scale, near_shift):
 
 @triton.jit(
     do_not_specialize=["tokens", "rewards_stride", "values_stride", "mask_stride"],
-    do_not_specialize_on_alignment=["rewards", "values", "mask", "cu_seqlens"],
+    do_not_specialize_on_alignment=[
+        "rewards",
+        "values",
+        "mask",
+        "cu_seqlens",
+        "lams",
+        "last_values",
+    ],
 )
 def _gae_kernel(
     rewards,  # (B, T), neighbours in memory along T, as are all below
@@ -47,6 +56,8 @@ def _gae_kernel(
     advantages,  # (B, T) contiguous, out
     returns,  # (B, T) contiguous, out
     cu_seqlens,  # (B + 1,) int64, or unused
+    lams,  # (B,), or unused
+    last_values,  # (B,), or unused
     tokens,
     rewards_stride,
     values_stride,
@@ -54,13 +65,18 @@ def _gae_kernel(
     gamma: tl.float64,
     lam: tl.float64,
     PACKED: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     acc: tl.constexpr = advantages.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
     gamma = tl.full((), gamma, acc)
-    decay = gamma * tl.full((), lam, acc)
-    later_value = tl.zeros((), acc)
+    if PER_SEQUENCE:
+        decay = gamma * tl.load(lams + sequence)
+        later_value = tl.load(last_values + sequence)
+    else:
+        decay = gamma * tl.full((), lam, acc)
+        later_value = tl.zeros((), acc)
     later_advantage = tl.zeros((), acc)
     offsets = tl.arange(0, BLOCK)
     row, start, stop = extent(cu_seqlens, sequence, tokens, PACKED)
@@ -106,9 +122,11 @@ def gae(
     gamma: float,
     lam: float,
     cu_seqlens: torch.Tensor | None = None,
+    lams: torch.Tensor | None = None,
+    last_values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the scan on (B, T) tensors whose tokens are neighbours in memory; with cu_seqlens
-    (B + 1,), on (1, N).
+    (B + 1,), on (1, N). lams are used instead of lam, and they and last_values are contiguous (B,).
 
     Returns advantages and returns (B, T), 0 where the mask is, in the wider dtype of the inputs,
     fp32 at least.
@@ -119,6 +137,15 @@ def gae(
     advantages, returns = (
         torch.empty(rewards.shape, dtype=acc, device=rewards.device) for _ in range(2)
     )
+    per_sequence = lams is not None or last_values is not None
+    of_sequences = [rewards, rewards]
+    if per_sequence:
+        of_sequences = [
+            torch.full((sequences,), number, dtype=acc, device=rewards.device)
+            if x is None
+            else x.to(acc)
+            for x, number in ((lams, lam), (last_values, 0.0))
+        ]
     _gae_kernel[(sequences,)](
         rewards,
         values,
@@ -126,6 +153,7 @@ def gae(
         advantages,
         returns,
         cu_seqlens if packed else rewards,
+        *of_sequences,
         rewards.shape[1],
         rewards.stride(0),
         values.stride(0),
@@ -133,6 +161,7 @@ def gae(
         gamma,
         lam,
         PACKED=packed,
+        PER_SEQUENCE=per_sequence,
         BLOCK=_BLOCK.get(rewards.device.type, _GPU_BLOCK),
     )
     return advantages, returns

@@ -73,6 +73,11 @@ CALLS = {
     "top_entropy_mask": {"entropy": -LP, "mask": MASK},
     "clip_cov_mask": {"logprobs": LP, "advantages": torch.ones(B), "mask": MASK},
     "kl_cov_mask": {"logprobs": LP, "advantages": torch.ones(B), "mask": MASK},
+    "gdpo_advantages": {"rewards": LP, "groups": torch.tensor([0, 0])},
+    "pf_ppo_weights": {"scores": SUMS},
+    "monte_carlo_returns": {"rewards": LP, "mask": MASK},
+    "outcome_rewards": {"scores": SUMS, "mask": MASK},
+    "length_adaptive_lambda": {"lengths": torch.tensor([3, 3])},
     "kl_penalty": {"logprobs": LP, "ref_logprobs": LP},
     "reward_loss": {"chosen_scores": SUMS, "rejected_scores": SUMS},
     "plackett_luce_loss": {

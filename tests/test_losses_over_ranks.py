@@ -441,6 +441,25 @@ def test_advantages_of_a_group_that_is_on_several_ranks_are_those_of_one_process
 
 
 @WORLDS
+def test_comparisons_over_several_ranks_have_the_bits_of_one_process(pool, ranks) -> None:
+    torch.manual_seed(6)
+    sizes = [7, 3, 0, 4][:ranks]
+    parts = [
+        {
+            "rewards": torch.randn(n), "groups": torch.randint(3, (n,)),
+            "valid": torch.rand(n) < 0.8, "lengths": torch.randint(9, (n,)),
+        }
+        for n in sizes
+    ]  # fmt: skip
+    found = pool.run(over.comparisons_of_part, parts, ranks=ranks)
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    expected = over.comparisons_of_part(None, [whole])
+    for own, of_whole in zip(zip(*found, strict=True), expected, strict=True):
+        assert [len(x) for x in own] == sizes
+        assert torch.equal(torch.cat(own), of_whole) and of_whole.any()
+
+
+@WORLDS
 def test_a_trust_region_step_of_ranks_with_unequal_parts_is_that_of_the_whole(pool, ranks) -> None:
     owner = torch.tensor([0, 0, 0, 1, 0, 2, 0, 2, 0, 0, 0, 0])[:12].clamp(max=ranks - 1)
     owner[3] = 0 if ranks == 3 else owner[3]  # of three ranks, the second has nothing

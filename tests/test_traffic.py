@@ -244,6 +244,16 @@ def test_the_packed_scan_reads_and_writes_each_token_once_in_one_launch(monkeypa
     assert traffic.stored(advantages) == traffic.stored(returns) == rewards.nbytes
 
 
+def test_numbers_of_each_sequence_are_read_once_in_the_same_launch(monkeypatch) -> None:
+    rewards, values, mask = torch.randn(2, 70), torch.randn(2, 70), torch.ones(2, 70)
+    lam, last = torch.rand(2), torch.randn(2)
+    with counted_traffic(monkeypatch) as traffic:
+        fastrlhf.gae(rewards, values, mask, lam=lam, last_values=last, impl="triton")
+    assert traffic.launches.total() == 1
+    assert traffic.loaded(lam) == traffic.loaded(last) == lam.nbytes
+    assert traffic.loaded(rewards) == rewards.nbytes
+
+
 def kept_problem(dtype=torch.bfloat16):
     """Tokens of which two keep one id, one is ignored; and how many ids there is a choice of."""
     hidden = torch.randn(5, 300).to(dtype).requires_grad_()

@@ -3,7 +3,7 @@ their trainer, so that none of TRL's formulas is repeated here.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import (
+    gdpo_advantages,
     group_advantages,
     grpo_loss,
     kl_penalty,
@@ -510,9 +511,16 @@ def test_a_token_of_weight_zero_counts_as_one_without_advantage(member: str) -> 
 
 
 def scored(
-    name: str, rewards: Tensor, size: int, batch: Batch, **given: Any
+    name: str,
+    rewards: Tensor,
+    size: int,
+    batch: Batch,
+    weights: Sequence[float] = (1.0,),
+    **given: Any,
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Let a trainer score completions in groups of a size, and return the inputs of its loss."""
+    """Let a trainer score completions in groups of a size, and return the inputs of its loss.
+    Rewards are (B,), or (B, R) of as many functions as there are weights.
+    """
     trainer = stand_in(name, num_generations=size, **given)
     ids = [[1] * n for n in batch.completion_mask.sum(-1).tolist()]
     sampled = (batch.old - batch.log_ratio).tolist()
@@ -524,11 +532,12 @@ def scored(
     }
     vars(trainer).update(
         environment_factories=None, environments=None, tools=None, ref_model=object(),
-        reward_func_names=["reward"], reward_weights=torch.ones(1, dtype=torch.float64),
+        reward_func_names=[f"reward {i}" for i, _ in enumerate(weights)], reward_funcs=weights,
+        reward_weights=torch.tensor(weights, dtype=torch.float64),
         _tokenizer=SimpleNamespace(pad_token_id=0), _pending_extra_logs={}, _pending_metrics={},
         _logs=defaultdict(list, rewards=defaultdict(list)),
         _generate=lambda prompts: generated[name],
-        _calculate_rewards=lambda *_: rewards[:, None],
+        _calculate_rewards=lambda *_: rewards.view(B, -1),
         _get_per_token_logps_and_entropies=lambda model, *_, **__: (
             batch.ref if model is trainer.ref_model else batch.old, None, None,
         ),
@@ -564,11 +573,35 @@ def test_reinforce_plus_plus_is_a_group_of_the_whole_batch_in_trl() -> None:
     found = group_advantages(rewards, groups, kind="reinforce++")
     whole = scored("GRPO", rewards, B, Batch())[0]["advantages"]
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=0)
-    # scale_rewards="batch" is none of our kinds: it divides the difference from the group's mean
-    # by the standard deviation of the batch.
-    theirs = scored("GRPO", rewards, 3, Batch(), scale_rewards="batch")[0]["advantages"]
-    found = group_advantages(rewards, groups, kind="dr_grpo") / (rewards.std() + 1e-4)
-    torch.testing.assert_close(found, theirs, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_scales_of_rewards_are_trls(size: int) -> None:
+    rewards = torch.randn(B, dtype=torch.float64)
+    rewards[4] = torch.nan  # no function has scored it
+    # TRL divides n by n - 1 in fp32, whatever the rewards are in.
+    for scale in ("group", "batch", "none"):
+        theirs = scored("GRPO", rewards, size, Batch(), scale_rewards=scale)[0]["advantages"]
+        groups = torch.arange(B) // size
+        found = group_advantages(rewards, groups, scale_rewards=scale, valid=rewards.isfinite())
+        torch.testing.assert_close(found, theirs, rtol=1e-7, atol=1e-12)
+        assert size == 1 or found.any()
+
+
+@pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.parametrize("missing", [False, True])
+def test_several_rewards_are_those_that_trl_normalizes_before_their_sum(
+    missing: bool, size: int
+) -> None:
+    rewards, weights = torch.randn(B, 3, dtype=torch.float64), [1.0, 0.5, -2.0]
+    if missing:
+        rewards[4], rewards[7, 1] = torch.nan, torch.nan
+    given = {"multi_objective_aggregation": "normalize_then_sum", "weights": weights}
+    theirs = scored("GRPO", rewards, size, Batch(), **given)[0]["advantages"]
+    valid = rewards.isfinite() if missing else None
+    found = gdpo_advantages(rewards, torch.arange(B) // size, weights=weights, valid=valid)
+    torch.testing.assert_close(found, theirs, rtol=1e-7 if missing else 1e-12, atol=1e-12)
+    assert found.any()
 
 
 def test_rloo_has_its_penalty_in_the_rewards() -> None:

@@ -1,14 +1,17 @@
 """Losses as pure functions of log-probs: no vocabulary dimension, no device code."""
 
-from .advantages import group_advantages, shaped_rewards, whiten
+from .advantages import shaped_rewards, whiten
 from .controllers import AdaptiveEntropyCoefficient, AdaptiveKLController, FixedKLController
 from .covariance import clip_cov_mask, kl_cov_mask
 from .cross_entropy import linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
+from .gdpo import gdpo_advantages
+from .groups import group_advantages
 from .grpo import grpo_loss, grpo_options
 from .linear_preference import LinearDPOOptions, linear_dpo_loss
 from .linear_unpaired import KTOOptions, linear_kto_loss
 from .penalties import kl_penalty
+from .pf_ppo import pf_ppo_weights
 from .policy import policy_loss, ppo_loss
 from .preference import dpo_loss
 from .preference_options import DPOOptions
@@ -16,6 +19,7 @@ from .rankings import plackett_luce_dpo_loss, ranked_pairs
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .rejection import rollout_rejection
+from .returns import length_adaptive_lambda, monte_carlo_returns, outcome_rewards
 from .reward import plackett_luce_loss, reward_loss
 from .rollout import rollout_correction
 from .rollout_metrics import rollout_metrics
@@ -36,6 +40,7 @@ __all__ = [
     "clip_cov_mask",
     "cpo_loss",
     "dpo_loss",
+    "gdpo_advantages",
     "global_normalizer",
     "group_advantages",
     "grpo_loss",
@@ -44,12 +49,16 @@ __all__ = [
     "kl_penalty",
     "kto_kl",
     "kto_loss",
+    "length_adaptive_lambda",
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_kto_loss",
     "linear_policy_loss",
     "logits_policy_loss",
+    "monte_carlo_returns",
     "orpo_loss",
+    "outcome_rewards",
+    "pf_ppo_weights",
     "plackett_luce_dpo_loss",
     "plackett_luce_loss",
     "policy_loss",

@@ -1,4 +1,6 @@
-"""From rewards to advantages: shaped rewards, whitening, and baselines from groups of samples.
+"""From rewards to advantages: shaped rewards, and whitening.
+
+What compares the samples of a group is in `groups.py`.
 
 Everything here is a constant of the training step: nothing is differentiable, but `whiten`.
 
@@ -10,29 +12,22 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens
 from fastrlhf.losses.penalties import check_estimator, kl_penalty
-from fastrlhf.losses.segments import segment_sums
 from fastrlhf.ops.checks import (
     check_bool,
     check_finite,
     check_floating,
-    check_integer,
     check_mask,
-    check_one_of,
     check_real,
     check_same_device,
     check_shape,
-    known_on_host,
 )
 from fastrlhf.ops.ranks import (
     Group,
     check_group,
-    concatenated,
     shared_by_ranks,
     sum_over_ranks,
 )
 from fastrlhf.reference import accumulation_dtype
-
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce++")
 
 
 def whiten(
@@ -128,102 +123,3 @@ def shaped_rewards(
     rewards = torch.where(inside, -kl_coef * penalty, 0.0)
     with_score = rewards + layout.spread(scores)
     return torch.where(layout.last(inside), with_score, rewards).to(penalty.dtype)
-
-
-@torch.no_grad()
-def group_advantages(
-    rewards: Tensor,
-    groups: Tensor,
-    *,
-    kind: str = "grpo",
-    valid: Tensor | None = None,
-    group: Group | None = None,
-) -> Tensor:
-    """Compute the advantage of each sequence over the others that answer the same prompt.
-
-    Call it once on all that was sampled, with a `group` that of every rank, before that is cut into
-    minibatches: a group that is cut has another mean, and a group of one has no advantage at all.
-
-    Eager equivalent, for the rewards R of one group, μ their mean, σ their sample standard
-    deviation (n - 1) and n their number::
-
-        grpo: (R - μ) / (σ + 1e-4)
-        dr_grpo: R - μ
-        rloo: R_i - mean of the other R_j = (R - μ) · n / (n - 1)
-        reinforce++: (R - μ) / (σ + 1e-4), where μ and σ are those of the whole batch
-
-    Args:
-        rewards: (B,) one for each sequence, floating, integer or bool.
-        groups: (B,) integer, the same for the samples of one prompt; in any order, of any sizes.
-        kind: see above.
-        valid: (B,) bool or 0/1; a sample with 0, whose reward can be anything (a verifier that
-            crashed), gets 0 and counts nowhere. None: all are. Of those that count, a reward that
-            is not finite makes its group NaN; for reinforce++, where it would make the batch NaN,
-            it is an error on the CPU.
-        group: torch.distributed group whose ranks have parts of the batch, of any B each: rewards
-            of one dtype, and groups that are the same where the prompt is, on whatever rank. The
-            host waits for the sizes. None: this process has all.
-
-    Returns:
-        (B,) fp32 (fp64 for fp64 rewards), not differentiable. A group of equal rewards gets exactly
-        0, so that the fused losses do not read its tokens; so does a group of one. Over ranks, each
-        has its part of what one process gets for all, in their order, in the same bits.
-
-    Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown kind; a group
-            that is none, or without this process.
-
-    Source: 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++).
-    """
-    check_real("rewards", rewards)
-    check_integer("groups", groups)
-    if rewards.ndim != 1:
-        raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
-    check_shape("groups", groups, tuple(rewards.shape), "the shape of rewards")
-    check_same_device("groups", groups, "rewards", rewards)
-    check_one_of("kind", kind, ADVANTAGES)
-    counts, own = _counting(rewards, valid), slice(None)
-    if check_group(group) is not None:
-        # In dtypes that are the same on every rank, and that all backends send.
-        wide = rewards.to(accumulation_dtype(rewards.dtype))
-        parts = (wide, groups.long(), counts.to(torch.uint8))
-        (rewards, groups, counts), own = concatenated(parts, group)
-        counts = counts != 0
-    rewards = torch.where(counts, rewards.to(accumulation_dtype(rewards.dtype)), 0.0)
-    if kind == "reinforce++":
-        _check_one_group_is_finite(rewards)
-        groups = torch.zeros_like(groups)
-    # Those that count come first in their group.
-    order = torch.logical_not(counts).to(torch.uint8).argsort(stable=True)
-    order = order[groups[order].argsort(stable=True)]
-    ids, values, counts = groups[order], rewards[order], counts[order]
-    # Relative to the first of its group, so that rounding leaves no trace of equal rewards.
-    values = torch.where(counts, values - values[torch.searchsorted(ids, ids)], 0.0)
-    count = segment_sums(counts.to(values.dtype), ids).clamp(min=1)
-    centred = torch.where(counts, values - segment_sums(values, ids) / count, 0.0)
-    if kind in ("grpo", "reinforce++"):
-        variance = segment_sums(centred.square(), ids) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + 1e-4)
-    elif kind == "rloo":
-        centred = centred * count / (count - 1).clamp(min=1)
-    return centred[order.argsort()][own]
-
-
-def _counting(rewards: Tensor, valid: Tensor | None) -> Tensor:
-    """Which samples (B,) count."""
-    if valid is None:
-        return torch.ones_like(rewards, dtype=torch.bool)
-    check_mask("valid", valid)
-    check_shape("valid", valid, tuple(rewards.shape), "the shape of rewards")
-    check_same_device("valid", valid, "rewards", rewards)
-    return valid != 0
-
-
-def _check_one_group_is_finite(rewards: Tensor) -> None:
-    """Raise ValueError, on the CPU, for a reward that would spoil the whole batch."""
-    if known_on_host(rewards) and not rewards.isfinite().all():
-        worst = rewards[~rewards.isfinite()][0].item()
-        raise ValueError(
-            f"rewards: expected finite numbers for kind 'reinforce++', got {worst}; leave such "
-            "samples out with `valid`"
-        )

@@ -3,20 +3,25 @@
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens
-from fastrlhf.losses.reduce import check_reduction, masked_mean, token_weights
+from fastrlhf.losses.reduce import REDUCTIONS, check_reduction, masked_mean, token_weights
 from fastrlhf.ops.checks import (
     check_at_least,
     check_floating,
+    check_one_of,
     check_real,
     check_same_device,
     check_shape,
 )
 from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
+
+ValueReduction = Literal["token-mean", "sequence-mean", "sequence-sum", "constant", "none"]
 
 
 def value_loss(
@@ -26,11 +31,12 @@ def value_loss(
     mask: Tensor,
     *,
     clip_range: float | None = 0.2,
+    reduction: ValueReduction = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     group: Group | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute PPO's clipped squared error of a value model, averaged over tokens.
+    """Compute PPO's clipped squared error of a value model, by default averaged over tokens.
 
     Eager equivalent::
 
@@ -46,23 +52,28 @@ def value_loss(
         mask: (B, T) bool or 0/1, the tokens that count; the others can hold anything.
         clip_range: how far a value may move from its old one before the loss stops to reward it;
             None for no bound.
+        reduction: "token-mean" (over the batch), "sequence-mean" (of each sequence's mean over its
+            tokens), "sequence-sum" (mean over sequences of sums), "constant" (sum over the
+            normalizer, which it needs), or "none": the losses of tokens, 0 outside of the mask.
         normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
-            number of tokens, for batches that are spread over steps or devices; see
-            `global_normalizer`.
+            number of tokens, or of sequences, for batches that are spread over steps or devices;
+            see `global_normalizer`. None for "none".
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last; with
-            them, what is (B, T) is (N,) or (1, N). The loss, which is of tokens, is the same.
+            them, what is (B, T) is (N,) or (1, N). The loss is the same.
         group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
             `fastrlhf.losses.ranks`; None: all are here.
 
     Returns:
-        loss: 0-d, fp32 (fp64 for fp64 values), differentiable with respect to values, twice too.
+        loss: 0-d, for "none" the shape of values, fp32 (fp64 for fp64 values), differentiable with
+            respect to values, twice too.
         metrics: detached 0-d tensors; "val/clipfrac_avg" is the share of tokens whose loss is that
             of the clipped value.
 
     A batch without tokens has loss 0 and gradient 0.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit; clip_range < 0.
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; clip_range < 0; an unknown
+            reduction, or one that the normalizer does not go with.
 
     Source: PPO's reference implementation, with the ½ of 2005.12729 and TRL.
     """
@@ -75,7 +86,7 @@ def value_loss(
         (check_real if name == "returns" else check_floating)(name, x)
         check_shape(name, x, tuple(values.shape), "the shape of values")
         check_same_device(name, x, "values", values)
-    normalizer = check_reduction("token-mean", normalizer)
+    normalizer = _check_reduction(reduction, normalizer)
     inside, dtype = mask != 0, accumulation_dtype(values.dtype)
     values = torch.where(inside, values, 0.0).to(dtype)
     target = torch.where(inside, returns.detach(), 0.0).to(dtype)
@@ -87,6 +98,17 @@ def value_loss(
         of_bounded = (bounded - target).square()
         clipped = of_bounded > losses
         losses = torch.maximum(losses, of_bounded)
-    weights = token_weights(inside, "token-mean", normalizer, dtype, layout)
-    loss = layout.total(losses / 2 * weights)
-    return loss, {"val/clipfrac_avg": masked_mean(clipped.to(dtype), inside, layout)}
+    metrics = {"val/clipfrac_avg": masked_mean(clipped.to(dtype), inside, layout)}
+    if reduction == "none":
+        return losses / 2, metrics
+    weights = token_weights(inside, reduction, normalizer, dtype, layout)
+    return layout.total(losses / 2 * weights), metrics
+
+
+def _check_reduction(reduction: str, normalizer: float | Tensor | None) -> float | Tensor | None:
+    check_one_of("reduction", reduction, (*REDUCTIONS, "none"))
+    if reduction != "none":
+        return check_reduction(reduction, normalizer)
+    if normalizer is not None:
+        raise ValueError("normalizer: expected None for reduction 'none', which divides by nothing")
+    return None

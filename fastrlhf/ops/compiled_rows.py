@@ -326,7 +326,7 @@ DIVERGENCE_SUMS = RowFunction(
 DIVERGENCE_GRADIENT = RowFunction(
     _divergence_gradient, "NV mv n mv n n n n n n n n . . n . .", realize_reads_threshold=4
 )
-ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . .")
+ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . n")
 FISHER_PRODUCT = RowFunction(_fisher_product, "NV mv n mv n n")
 FISHER_QUADRATIC = RowFunction(_fisher_quadratic, "mv n mv n n n n n")
 
@@ -520,7 +520,13 @@ def write_fisher_product(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.gae`."""
     dtype = reference.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
@@ -531,8 +537,11 @@ def gae(
     missing = steps * STEPS - rewards.shape[1]
     padded = (F.pad(x, (0, missing)).split(STEPS, dim=1) for x in (rewards, values, keep))
     padded = ([x.contiguous() for x in blocks] for blocks in padded)
-    following: Sequence[Tensor] = values.new_zeros(2, len(values)).unbind()
-    numbers = _number(gamma, values), _number(gamma * lam, values)
+    after, *following = values.new_zeros(2, len(values)).unbind()
+    following = [after if last_values is None else last_values.to(dtype), *following]
+    factor = reference.decay(gamma, lam, dtype)
+    factors = factor if isinstance(factor, Tensor) else values.new_full((len(values),), factor)
+    numbers = _number(gamma, values), factors
     found = []
     for block in zip(*(reversed(x) for x in padded), strict=True):
         advantages, *following = ADVANTAGES(*block, *following, *numbers)

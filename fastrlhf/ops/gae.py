@@ -4,6 +4,7 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from torch import Tensor
 from fastrlhf import reference
 
 from . import compiled_rows
-from .backend import backend_of, under_transform, use_triton
+from .backend import backend_of, is_batched, under_transform, use_triton
 from .checks import (
+    assert_on_device,
     check_between,
     check_floating,
     check_mask,
     check_real,
     check_same_device,
     check_shape,
+    known_on_host,
     token_contiguous,
 )
 from .compiled import NotCompiled
@@ -33,13 +36,15 @@ def gae(
     mask: Tensor,
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
+    returns_lam: float | Tensor | None = None,
+    last_values: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Estimate the advantage of each token, and the return that its value should have predicted.
 
-    Eager equivalent, for one sequence, where everything counts and the value after the end is 0::
+    Eager equivalent, for one sequence, where everything counts and values[T] is its last value::
 
         for t in reversed(range(T)):
             delta = rewards[t] + gamma * values[t + 1] - values[t]
@@ -52,22 +57,27 @@ def gae(
         mask: (B, T) bool or 0/1, the tokens that count. The others can hold anything, and may stand
             anywhere: the token after them is the next one of the token before them.
         gamma: discount in [0, 1].
-        lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1).
+        lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1). Or (B,) of each
+            sequence, see `length_adaptive_lambda`.
+        returns_lam: λ of the returns, a number or (B,), which then are of a pass of their own: the
+            decoupled form, where the value model learns Monte Carlo returns (1.0). None: lam.
+        last_values: (B,) floating: the value after the last token, of a sequence that was cut
+            there; it has to be 0 where the sequence ended. None: all ended.
         cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last: nothing
             is handed over them.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton",
             "compiled" (eager PyTorch for packed sequences) or "eager".
 
     Returns:
-        advantages and returns, each of the shape of rewards, fp32 (fp64 if an input is), 0 outside
-        of the mask; not differentiable. Under torch.func.vmap and other transforms it is plain
-        PyTorch.
+        advantages and returns, each of the shape of rewards, fp32 (fp64 if rewards or values are),
+        0 outside of the mask; not differentiable. Under torch.func.vmap and other transforms it is
+        plain PyTorch.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; gamma or lam outside
-            [0, 1].
+            [0, 1] (of lam (B,) on a GPU, an assertion there).
 
-    Source: 1506.02438 Eq. 16.
+    Source: 1506.02438 Eq. 16; 2504.05118 (VAPO) for λ of each sequence and of the returns.
     """
     check_real("rewards", rewards)
     layout = layout_of("rewards", rewards, cu_seqlens)
@@ -79,29 +89,76 @@ def gae(
     if not rewards.is_floating_point():  # 0 and 1 of a verifier
         rewards = rewards.float()
     gamma = check_between("gamma", gamma, 0, 1)
-    lam = check_between("lam", lam, 0, 1)
+    lams = [_check_lam("lam", lam, rewards, layout)]
+    if returns_lam is not None:
+        lams.append(_check_lam("returns_lam", returns_lam, rewards, layout))
+    if last_values is not None:
+        check_floating("last_values", last_values)
+        last_values = _of_sequences("last_values", last_values, rewards, layout)
+    found = [_estimates(rewards, values, mask, gamma, x, last_values, layout, impl) for x in lams]
+    (advantages, _), (_, returns) = found[0], found[-1]
+    return advantages.detach().view(rewards.shape), returns.detach().view(rewards.shape)
+
+
+def _estimates(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float | Tensor,
+    last_values: Tensor | None,
+    layout: reference.Layout,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, in some shape."""
+    options: dict[str, Any] = {"gamma": gamma, "lam": lam, "last_values": last_values}
     triton = use_triton(impl, rewards, auto_interprets=True) and not under_transform()
     if triton and rewards.numel() > 0:
         tokens = (layout.tokens(x) for x in (rewards, values, mask))
-        found = _scan(*tokens, gamma, lam, layout.cu_seqlens)
-    elif cu_seqlens is None:
+        return _scan(*tokens, gamma, *_apart(lam), last_values, layout.cu_seqlens)
+    if layout.cu_seqlens is None:
         backend = "eager" if under_transform() else backend_of(impl, rewards, 0)
-        found = _of_rows(rewards, values, mask, gamma, lam, backend)
-    else:
-        tokens = (x.reshape(-1) for x in (rewards, values, mask, layout.ids(rewards)))
-        scan = reference.packed_gae if under_transform() else _eager_scan
-        found = scan(*tokens, gamma=gamma, lam=lam)
-    advantages, returns = (x.detach().view(rewards.shape) for x in found)
-    return advantages, returns
+        if backend == "compiled" and rewards.numel() and not being_traced():
+            with contextlib.suppress(NotCompiled):
+                return compiled_rows.gae(rewards, values, mask, **options)
+        return reference.gae(rewards, values, mask, **options)
+    tokens = (x.reshape(-1) for x in (rewards, values, mask, layout.ids(rewards)))
+    if under_transform():
+        return reference.packed_gae(*tokens, **options)
+    return _eager_scan(*tokens, gamma, *_apart(lam), last_values)
 
 
-def _of_rows(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    if backend == "compiled" and rewards.numel() and not being_traced():
-        with contextlib.suppress(NotCompiled):
-            return compiled_rows.gae(rewards, values, mask, gamma=gamma, lam=lam)
-    return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
+def _apart(lam: float | Tensor) -> tuple[float, Tensor | None]:
+    """λ as a number, and of each sequence, of which the other does not count."""
+    return (0.0, lam) if isinstance(lam, Tensor) else (lam, None)
+
+
+def _check_lam(
+    name: str, lam: float | Tensor, rewards: Tensor, layout: reference.Layout
+) -> float | Tensor:
+    if not isinstance(lam, Tensor):
+        return check_between(name, lam, 0, 1)
+    check_floating(name, lam)
+    if lam.ndim == 0:
+        raise TypeError(
+            f"{name}: expected a number, or a tensor of shape (B,), got one of shape ()"
+        )
+    lam = _of_sequences(name, lam, rewards, layout)
+    fits = (lam >= 0) & (lam <= 1)
+    if known_on_host(lam):
+        if not fits.all():
+            worst = lam[~fits][0].item()
+            raise ValueError(f"{name}: expected numbers in [0, 1], got {worst}")
+    elif not is_batched(lam):
+        assert_on_device(fits.all(), f"{name}: expected numbers in [0, 1]")
+    return lam
+
+
+def _of_sequences(name: str, x: Tensor, rewards: Tensor, layout: reference.Layout) -> Tensor:
+    """Check numbers of sequences (B,), and return them as backends take them."""
+    check_shape(name, x, (layout.sequences(rewards),), "one for each sequence")
+    check_same_device(name, x, "rewards", rewards)
+    return x.detach().contiguous()
 
 
 @torch.library.custom_op("fastrlhf::gae", mutates_args=())
@@ -111,21 +168,35 @@ def _scan(
     mask: Tensor,
     gamma: float,
     lam: float,
+    lams: Tensor | None = None,
+    last_values: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from fastrlhf.kernels.scan import gae as launch
 
     tokens = (token_contiguous(x) for x in (rewards, values, mask))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    return launch(*tokens, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens)
+    return launch(
+        *tokens, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, lams=lams, last_values=last_values
+    )
 
 
 # An operator, so that a graph does not hold the steps, whose number depends on that of the tokens.
 @torch.library.custom_op("fastrlhf::packed_gae", mutates_args=())
 def _eager_scan(
-    rewards: Tensor, values: Tensor, mask: Tensor, ids: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    ids: Tensor,
+    gamma: float,
+    lam: float,
+    lams: Tensor | None = None,
+    last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return reference.packed_gae(rewards, values, mask, ids, gamma=gamma, lam=lam)
+    of_all = lam if lams is None else lams
+    return reference.packed_gae(
+        rewards, values, mask, ids, gamma=gamma, lam=of_all, last_values=last_values
+    )
 
 
 @_eager_scan.register_fake

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf import group_advantages
+from fastrlhf.losses.groups import AdvantageKind
 
 from .rewards import Scorer
 from .rollout import Rollout
@@ -44,7 +45,7 @@ def sample_groups(
     reward: Scorer,
     options: GroupOptions,
     step: int,
-    kind: str = "grpo",
+    kind: AdvantageKind = "grpo",
 ) -> Groups:
     """Sample the groups of a step, score them, and compare each with its own; `kind` is that of
     `group_advantages`.

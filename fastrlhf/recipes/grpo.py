@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastrlhf.recipes.packages  # noqa: F401  says what is missing
 from fastrlhf import grpo_options, model_policy_loss
+from fastrlhf.losses.groups import AdvantageKind
 
 from .curves import Panel
 from .evaluation import Evaluation, conclude, evaluate
@@ -60,7 +61,7 @@ def train(options: GRPOOptions) -> dict[str, Any]:
     before = judge("before")
     (model,) = run.train(policy, learning_rate=options.learning_rate, total=options.steps)
     for step in run.steps(options.steps, judge):
-        kind = "dr_grpo" if options.loss_type == "dr_grpo" else "grpo"
+        kind: AdvantageKind = "dr_grpo" if options.loss_type == "dr_grpo" else "grpo"
         groups = sample_groups(run, policy, tokenizer, reward, options, step, kind)
         for _ in range(options.iterations):
             loss, metrics = grpo_loss(run, model, groups.batch, groups.advantages, options)

@@ -155,11 +155,17 @@ def launch_fisher(vocab: int, dtype: torch.dtype, per_token: bool) -> None:
     fisher.fisher_product(logits, logits, mask, temperature=rows if per_token else 1.0, dtype=dtype)
 
 
-def launch_scan(dtype: torch.dtype, packed: bool = False) -> None:
-    """Advantages, on blocks as wide as on a GPU, of rows or of packed tokens."""
+def launch_scan(dtype: torch.dtype, packed: bool = False, per_sequence: bool = False) -> None:
+    """Advantages, on blocks as wide as on a GPU, of rows or of packed tokens, with a λ and a last
+    value of each sequence or without.
+    """
     sequences, cu_seqlens = (1, meta(17, dtype=torch.int64)) if packed else (16, None)
     tokens, mask = meta(sequences, 500, dtype=dtype), meta(sequences, 500, dtype=torch.bool)
-    scan.gae(tokens, tokens, mask, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens)
+    each = meta(16, dtype=torch.float32) if per_sequence else None
+    scan.gae(
+        tokens, tokens, mask, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens, lams=each,
+        last_values=each,
+    )  # fmt: skip
 
 
 def launch_kept_ids(
@@ -222,6 +228,7 @@ def launches_of(which: str) -> dict:
         record(0, launch_preference_loss, formula, dtype, *layout)
     for dtype, packed in product(dtypes, (False, True)):
         record(0, launch_scan, dtype, packed)
+        record(0, launch_scan, dtype, packed, True)
     for dtype, (width, everything) in product(dtypes, ((4096, True), (4099, False))):
         record(width, launch_kept_ids, width, dtype, everything)
     return found

@@ -112,6 +112,30 @@ def advantages_of_part(group: Any, parts: list[Arguments], kinds: tuple[str, ...
     return [fastrlhf.group_advantages(**part, kind=kind, group=group) for kind in kinds]
 
 
+def comparisons_of_part(group: Any, parts: list[Arguments]) -> list[Tensor]:
+    """What one process makes of the whole (group None, one part), of a rank's part."""
+    part = parts[0] if group is None else parts[dist.get_rank(group)]
+    where = {"groups": part["groups"], "valid": part["valid"], "group": group}
+    scores, lengths = part["rewards"], part["lengths"]
+    draw = torch.Generator().manual_seed(7)
+    found = [
+        fastrlhf.group_advantages(scores, **where, **options)
+        for options in (
+            {"scale_rewards": "batch"}, {"kind": "reinforce++-baseline"}, {"kind": "gpg"},
+            {"kind": "opo", "lengths": lengths}, {"kind": "remax", "baselines": lengths},
+            {"kind": "grpo_passk"},
+        )
+    ]  # fmt: skip
+    found.append(fastrlhf.group_advantages(scores > 0, **where, kind="pass@k", k=1))
+    found.append(fastrlhf.gdpo_advantages(torch.stack((scores, 0.1 * lengths), 1), **where))
+    chosen = {"valid": part["valid"], "group": group}
+    found += [
+        fastrlhf.pf_ppo_weights(scores, method=method, **chosen)
+        for method in ("pow", "max_min", "max_random")
+    ]
+    return [*found, fastrlhf.pf_ppo_weights(scores, generator=draw, **chosen)]
+
+
 def counts_of_part(group: Any, parts: list[list[Tensor]]) -> list[Tensor]:
     masks = parts[dist.get_rank(group)]
     return [

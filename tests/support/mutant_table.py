@@ -427,8 +427,8 @@ MUTANTS = [
         ),
         (
             "packed: an eager scan takes the next sequence's value",
-            "torch.where(follows & found.roll(-1), nearest.roll(-1), 0.0)",
-            "torch.where(found.roll(-1), nearest.roll(-1), 0.0)",
+            "torch.where(follows & found.roll(-1), nearest.roll(-1), after",
+            "torch.where(found.roll(-1), nearest.roll(-1), after",
             "stop_at_the_borders and eager",
         ),
     ),
@@ -1593,6 +1593,9 @@ MUTANTS = [
             "mean = mean + shared_by_ranks(rest, group)", "mean = mean * 1.0",
             "no_deviation",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/samples.py", "test_advantages.py",
         (
             "groups: equal rewards leave a trace",
             "values - values[torch.searchsorted(ids, ids)]", "values * 1.0",
@@ -1600,8 +1603,196 @@ MUTANTS = [
         ),
         (
             "groups: rewards of other samples",
-            "groups[order], rewards[order]", "groups[order], rewards",
+            "torch.where(counts, rewards[order], 0.0)", "torch.where(counts, rewards, 0.0)",
             "where_they_lie or of_the_papers",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/samples.py", "test_group_advantages.py",
+        (
+            "samples: the deviation of the batch divided by n",
+            "(squares / (number - 1).clamp(min=1)).sqrt()", "(squares / number).sqrt()",
+            "of_the_papers",
+        ),
+        (
+            "samples: what does not count is in the sums",
+            "segment_sums(torch.where(self.counts, x, 0.0), self.ids)", "segment_sums(x, self.ids)",
+            "counts_nowhere",
+        ),
+        (
+            "samples: the largest of those that do not count",
+            "x = torch.where(self.counts, x, -torch.inf)", "x = x * 1.0",
+            "second_best",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/advantage_kinds.py", "test_group_advantages.py",
+        (
+            "advantages: the batch's deviation is that of what is centred",
+            "batch_deviation(samples.raw, samples.counts)",
+            "batch_deviation(samples.centred(), samples.counts)",
+            "of_the_papers and batch",
+        ),
+        (
+            "opo: groups without tokens",
+            "torch.where(samples.sums(samples.lengths) > 0, samples.lengths, 1.0)",
+            "samples.lengths", "of_the_papers and opo",
+        ),
+        (
+            "gpg: samples of equal rewards count",
+            "(unequal & samples.counts).sum()", "samples.counts.sum()", "of_the_papers and gpg",
+        ),
+        (
+            "pass@k: with replacement",
+            "(number.unsqueeze(1) - drawn).clamp(min=1)", "(number.unsqueeze(1) - 0 * drawn)",
+            "pass_at_k",
+        ),
+        (
+            "pass@k: other rewards pass",
+            "torch.where(strange, torch.nan, found)", "found * 1.0", "zeros_and_ones",
+        ),
+        (
+            "grpo_passk: several best ones",
+            "torch.where(is_best & alone, samples", "torch.where(is_best, samples", "exactly_zero",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/pf_ppo.py", "test_pf_ppo.py",
+        (
+            "pf-ppo: signed scores",
+            "size = scores.abs()", "size = scores.clamp(min=0)", "shares_of",
+        ),
+        (
+            "pf-ppo: the largest score alone",
+            "(scores == largest) | (scores == smallest)", "(scores == largest)", "shares_of",
+        ),
+        (
+            "pf-ppo: the smallest of those that are not valid too",
+            "torch.where(counts, scores, torch.inf).amin()", "scores.amin()", "nor_the_worst",
+        ),
+        (
+            "pf-ppo: a sample without a share is drawn",
+            "torch.searchsorted(upto, place, right=True)", "torch.searchsorted(upto, place)",
+            "every_number",
+        ),
+        (
+            "pf-ppo: as many draws as there are samples",
+            "(torch.arange(size, device=device) < number)",
+            "(torch.arange(size, device=device) < size)", "never_learnt",
+        ),
+        (
+            "pf-ppo: a NaN is a weight like others",
+            "torch.where(scores.isfinite().all(), found, torch.nan)", "found.nan_to_num()",
+            "not_hidden",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/value.py", "test_value_reductions.py",
+        (
+            "value: tokens whatever the reduction",
+            "token_weights(inside, reduction,", "token_weights(inside, \"token-mean\",",
+            "of_the_formula",
+        ),
+        (
+            "value: losses of tokens without the half",
+            "return losses / 2, metrics", "return losses, metrics", "of_the_formula and none",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/returns.py", "test_returns.py",
+        (
+            "returns: one-step returns",
+            "gamma=gamma, lam=1.0", "gamma=gamma, lam=0.0", "what_follows and eager",
+        ),
+        (
+            "returns: nothing follows what was cut",
+            "lam=1.0, last_values=last_values", "lam=1.0, last_values=None",
+            "what_follows and eager",
+        ),
+        (
+            "outcome: the score of every token",
+            "inside if every_token else layout.last(inside)", "inside", "the_last_token",
+        ),
+        (
+            "length-adaptive: negative for the shortest",
+            "scaled.clamp(min=1)", "scaled", "grows_with",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/gae.py", "test_returns.py",
+        (
+            "gae: returns of the advantages' lambda",
+            "(advantages, _), (_, returns) = found[0], found[-1]",
+            "(advantages, _), (_, returns) = found[0], found[0]", "lambda_of_their_own and eager",
+        ),
+        (
+            "gae: a lambda of a sequence outside of its bounds",
+            "fits = (lam >= 0) & (lam <= 1)", "fits = lam == lam", "errors",
+        ),
+        (
+            "gae: strided numbers of sequences",
+            "return x.detach().contiguous()", "return x.detach()", "dtypes_and_strides and triton",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/reference.py", "test_returns.py",
+        (
+            "gae: the last value of rows follows nothing",
+            "after_the_end = nothing if last_values is None else last_values.to(dtype)\n",
+            "after_the_end = nothing\n", "each_sequence and eager",
+        ),
+        (
+            "gae: packed sequences have the last value of the first",
+            "last_values.to(dtype)[ids]", "last_values.to(dtype)[0 * ids]",
+            "packed_sequences and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/compiled_rows.py", "test_returns.py",
+        (
+            "gae, compiled: the last value follows nothing",
+            "[after if last_values is None else last_values.to(dtype), *following]",
+            "[after, *following]", "each_sequence and compiled and fp64",
+        ),
+    ),
+    *_mutants(
+        "kernels/scan.py", "test_returns.py",
+        (
+            "gae: the last value of the first sequence",
+            "tl.load(last_values + sequence)", "tl.load(last_values)", "each_sequence and triton",
+        ),
+        (
+            "gae: lambda of the first sequence",
+            "gamma * tl.load(lams + sequence)", "gamma * tl.load(lams)", "each_sequence and triton",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/groups.py", "test_group_advantages.py",
+        (
+            "advantages: the floor is a constant",
+            "check_positive(\"eps\", eps)", "1e-4", "of_the_papers and eps",
+        ),
+        (
+            "remax: the baseline is added",
+            "kept(rewards, counts) - kept(baselines, counts)",
+            "kept(rewards, counts) + kept(baselines, counts)", "of_the_papers and remax",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/gdpo.py", "test_group_advantages.py",
+        (
+            "gdpo: samples that no function has scored are of the batch",
+            "batch_deviation(total, counts.any(1))",
+            "batch_deviation(total, torch.ones_like(counts.any(1)))", "missing",
+        ),
+        (
+            "gdpo: unweighted",
+            "total = total + weight * (", "total = total + (", "gdpo_is_that",
+        ),
+        (
+            "gdpo: rewards are only centred",
+            "(samples.centred() / (samples.deviation() + eps))[places]",
+            "samples.centred()[places]", "gdpo_is_that",
         ),
     ),
     *_mutants(
@@ -2844,11 +3035,21 @@ MUTANTS = [
             "variance = over_batch(centred.square(), count - 1)",
             "whitened and 3",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/groups.py", "test_losses_over_ranks.py",
         (
             "advantages: groups are what this rank has of them",
-            "(rewards, groups, counts), own = concatenated(parts, group)",
-            "rewards, groups, counts = parts",
+            "own = of_all_ranks(parts, group)", "own = parts, slice(None)",
             "several_ranks and 2",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/gdpo.py", "test_losses_over_ranks.py",
+        (
+            "gdpo: groups are what this rank has of them",
+            "own = of_all_ranks(parts, group)", "own = parts, slice(None)",
+            "comparisons and 2",
         ),
     ),
     *_mutants(
@@ -2893,8 +3094,8 @@ MUTANTS = [
         "fastrlhf/losses/value.py", "test_losses_over_ranks.py",
         (
             "ranks: the mean of the values' losses has this rank's count",
-            'token_weights(inside, "token-mean", normalizer, dtype, layout)',
-            'token_weights(inside, "token-mean", normalizer, dtype)',
+            "token_weights(inside, reduction, normalizer, dtype, layout)",
+            "token_weights(inside, reduction, normalizer, dtype)",
             "of_the_whole and other_calls and 2-False",
         ),
         (
@@ -2905,7 +3106,7 @@ MUTANTS = [
         ),
         (
             "values: the normalizer of a step is not looked at",
-            'check_reduction("token-mean", normalizer)', "None",
+            "normalizer = _check_reduction(reduction, normalizer)", "normalizer = None",
             "one_large_batch and value and 2",
         ),
     ),
