@@ -14,6 +14,7 @@ from .hf import (
 )
 from .losses import (
     cpo_loss,
+    cross_entropy,
     dpo_loss,
     global_normalizer,
     group_advantages,
@@ -71,6 +72,7 @@ __all__ = [
     "check",
     "conjugate_gradient",
     "cpo_loss",
+    "cross_entropy",
     "dpo_loss",
     "fisher_vector_product",
     "gae",

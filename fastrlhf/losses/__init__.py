@@ -1,7 +1,7 @@
 """Losses as pure functions of log-probs: no vocabulary dimension, no device code."""
 
 from .advantages import group_advantages, shaped_rewards, whiten
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import cross_entropy, linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
 from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
@@ -16,6 +16,7 @@ from .value import value_loss
 
 __all__ = [
     "cpo_loss",
+    "cross_entropy",
     "dpo_loss",
     "global_normalizer",
     "group_advantages",
