@@ -7,6 +7,7 @@ from .linear_preference import linear_dpo_loss
 from .penalties import kl_penalty
 from .policy import grpo_loss, grpo_options, policy_loss, ppo_loss
 from .preference import dpo_loss
+from .process_reward import process_reward_loss, process_reward_scores
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .reward import plackett_luce_loss, reward_loss
@@ -32,6 +33,8 @@ __all__ = [
     "plackett_luce_loss",
     "policy_loss",
     "ppo_loss",
+    "process_reward_loss",
+    "process_reward_scores",
     "reward_loss",
     "sequence_logprobs",
     "shaped_rewards",
