@@ -129,6 +129,14 @@ def test_a_label_of_zero_or_one_has_one_term(label) -> None:
     assert wrong == math.inf
 
 
+def test_a_tie_is_taken_for_wrong() -> None:
+    """As the first of two equal classes is."""
+    for label in (0, 1):
+        for scores in (torch.zeros(1, 1), torch.zeros(1, 1, 2)):
+            _, metrics = process_reward_loss(scores, torch.tensor([[label]]))
+            assert metrics["rewards/accuracies"] == 1 - label
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.bfloat16])
 def test_labels_of_any_kind_and_masks_of_numbers(kind) -> None:
     scores, labels, mask = batch()
