@@ -195,6 +195,18 @@ def test_a_score_is_that_of_the_formula(classes, how) -> None:
 
 
 @HOW
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_tokens_that_end_no_step_do_not_count(sign, how) -> None:
+    """Whose score of 0 would be the least, or the largest, of all."""
+    steps = sign * (0.5 + torch.rand(3, 4, dtype=torch.float64))
+    alone = process_reward_scores(steps, torch.ones(3, 4), how)
+    among = torch.full((3, 9), math.nan, dtype=torch.float64)
+    mask = torch.zeros(3, 9)
+    among[:, 1::2], mask[:, 1::2] = steps, 1
+    torch.testing.assert_close(process_reward_scores(among, mask, how), alone)
+
+
+@HOW
 @pytest.mark.parametrize("scale", [1e-3, 40.0, 300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_in_the_tails(dtype, scale, how) -> None:

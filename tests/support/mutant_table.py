@@ -3499,7 +3499,7 @@ MUTANTS = [
         (
             "process reward: the least of all tokens",
             "values = torch.where(inside, x, without).reshape(-1)", "values = x.reshape(-1)",
-            "score_is_that and min",
+            "no_step and min",
         ),
     ),
 ]  # fmt: skip
