@@ -163,6 +163,35 @@ def token_stats(
 
     A row of nothing but -inf has no distribution: log-prob and lse -inf, entropy 0, gradient 0.
     """
+    return public_stats(
+        differentiable_stats(
+            logits, targets, temperature=temperature, softcap=softcap, scale=scale,
+            ignore_index=ignore_index, entropy=entropy, entropy_grad=entropy_grad,
+            with_stats=with_stats,
+        )
+    )  # fmt: skip
+
+
+def public_stats(stats: TokenStats) -> TokenStats:
+    """Leave a gradient to log-prob and entropy alone, as those who are given statistics know it."""
+    named = {name: x for name, x in stats._asdict().items() if x is not None}
+    further = {name: named[name].detach() for name in FURTHER_STATS if name in named}
+    return stats_tuple(stats.logprob, stats.entropy, stats.lse.detach(), further)
+
+
+def differentiable_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    entropy_grad: bool = True,
+    with_stats: Iterable[str] = (),
+) -> TokenStats:
+    """Define the same statistics, of which the lse and the mean logit have a gradient too."""
     targets = targets.long()
     live = targets != ignore_index
     empty = (capped_logits(logits, softcap, scale) == -torch.inf).all(-1)
@@ -173,7 +202,7 @@ def token_stats(
     )
     capped = capped_logits(x, softcap, scale)
     log_p = F.log_softmax(capped / rows_t, dim=-1)
-    lse = torch.logsumexp(capped / rows_t, dim=-1).detach()
+    lse = torch.logsumexp(capped / rows_t, dim=-1)
     index = torch.where(live, targets, 0)
     logprob = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
@@ -191,7 +220,7 @@ def token_stats(
         top = capped.detach().argmax(-1)
         further["is_top1"] = (top == index) & (lse < torch.inf) & live & ~empty
     if "mean_logit" in with_stats:
-        further["mean_logit"] = of_row((capped.detach() / rows_t).mean(-1), -torch.inf)
+        further["mean_logit"] = of_row((capped / rows_t).mean(-1), -torch.inf)
     if "log_sum_sq_probs" in with_stats:
         further["log_sum_sq_probs"] = of_row(torch.logsumexp(2 * log_p.detach(), -1), 0.0)
     return stats_tuple(of_row(logprob, -torch.inf), row_entropy, of_row(lse, -torch.inf), further)

@@ -23,6 +23,7 @@ POLICY = {"old_logprobs": LP, "advantages": torch.ones(B), "mask": MASK}
 CALLS = {
     "token_stats": {"logits": LOGITS, "targets": IDS},
     "token_logprobs": {"logits": LOGITS, "targets": IDS},
+    "cross_entropy": {"logits": LOGITS, "targets": IDS},
     "linear_token_stats": {"hidden": HIDDEN, "weight": WEIGHT, "targets": IDS},
     "linear_token_logprobs": {"hidden": HIDDEN, "weight": WEIGHT, "targets": IDS},
     "kl_divergence": {"logits": LOGITS, "ref_logits": LOGITS},
@@ -80,6 +81,8 @@ CALLS = {
     "length_adaptive_lambda": {"lengths": torch.tensor([3, 3])},
     "kl_penalty": {"logprobs": LP, "ref_logprobs": LP},
     "reward_loss": {"chosen_scores": SUMS, "rejected_scores": SUMS},
+    "process_reward_loss": {"scores": LP, "labels": MASK, "mask": MASK},
+    "process_reward_scores": {"scores": LP, "mask": MASK},
     "plackett_luce_loss": {
         "scores": SUMS, "groups": torch.tensor([0, 0]), "ranks": torch.tensor([0, 1]),
     },

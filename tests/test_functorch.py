@@ -83,6 +83,13 @@ CASES = {
         lambda w, impl: fr.linear_token_logprobs(REF_HIDDEN, w, TARGETS, impl=impl).square().sum(),
         (V, H),
     ),
+    "cross_entropy": Case(
+        lambda x, impl: fr.cross_entropy(
+            x, TARGETS, label_smoothing=0.1, z_loss=0.02, weights=OLD, softcap=3.0,
+            temperature=TEMPERATURES, impl=impl,
+        ),
+        (B, T, V),
+    ),
     "kl_divergence": Case(
         lambda x, impl: (
             fr.kl_divergence(x, x.square(), mask=MASK, temperature=TEMPERATURES, impl=impl) * OLD
@@ -143,6 +150,12 @@ CASES = {
         (B, T),
     ),
     "value_loss": Case(lambda x, impl: fr.value_loss(x, OLD, REF, MASK)[0], (B, T)),
+    "process_reward_loss": Case(
+        lambda x, impl: fr.process_reward_loss(x, REF.sigmoid(), MASK)[0], (B, T, 2)
+    ),
+    "process_reward_scores": Case(
+        lambda x, impl: fr.process_reward_scores(x, MASK, "mean").square().sum(), (B, T)
+    ),
     "reward_loss": Case(lambda x, impl: fr.reward_loss(x[0], x[1])[0].square().sum(), (B, T)),
     "plackett_luce_loss": Case(
         lambda x, impl: fr.plackett_luce_loss(x, torch.tensor([1, 1, 1, 4]), RANKS).square().sum(),
@@ -206,7 +219,15 @@ def test_first_derivatives_are_those_of_autograd(name: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["token_stats", "linear_token_stats", "kl_divergence", "dpo_loss", "linear_dpo_loss"]
+    "name",
+    [
+        "token_stats",
+        "cross_entropy",
+        "linear_token_stats",
+        "kl_divergence",
+        "dpo_loss",
+        "linear_dpo_loss",
+    ],
 )
 def test_hessians_are_those_of_autograd(name: str) -> None:
     case = CASES[name]
@@ -403,7 +424,15 @@ def test_what_tensors_hold_is_checked_unless_vmap_hides_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["token_stats", "linear_token_stats", "kl_divergence", "dpo_loss", "logits_policy_loss"]
+    "name",
+    [
+        "token_stats",
+        "cross_entropy",
+        "linear_token_stats",
+        "kl_divergence",
+        "dpo_loss",
+        "logits_policy_loss",
+    ],
 )
 def test_transforms_can_be_compiled(name: str) -> None:
     case = CASES[name]

@@ -375,6 +375,22 @@ def test_reward_losses(device) -> None:
         gradgradcheck(function, (scores, margin))
 
 
+def test_cross_entropy(device) -> None:
+    logits = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    targets, weights = torch.tensor([1, -100, 4], device=device), torch.rand(3, device=device)
+    options = {"label_smoothing": 0.2, "z_loss": 0.1, "weights": weights, "softcap": 2.0}
+    gradcheck(lambda x: fastrlhf.cross_entropy(x, targets, **options), (logits,))
+    gradgradcheck(lambda x: fastrlhf.cross_entropy(x, targets, **options), (logits,))
+
+
+def test_process_reward_loss(device) -> None:
+    scores = torch.randn(3, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
+    labels = torch.rand(3, 4, device=device)
+    mask = torch.rand(3, 4, device=device) > 0.3
+    gradcheck(lambda x: fastrlhf.process_reward_loss(x, labels, mask)[0], (scores,))
+    gradgradcheck(lambda x: fastrlhf.process_reward_loss(x, labels, mask)[0], (scores,))
+
+
 def test_the_check_rejects_a_gradient_that_is_off_by_a_thousandth(device) -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod

@@ -105,7 +105,10 @@ def other_calls(dtype: torch.dtype = torch.float64) -> list[Call]:
         "values": x["logprobs"], "old_values": x["old"], "returns": x["ref"], "mask": x["mask"],
     }  # fmt: skip
     scored = {"token_logprobs": x["logprobs"], "mask": x["mask"]}
+    steps = {"scores": x["logprobs"], "labels": x["weights"], "mask": x["mask"]}
     return [
+        ("process_reward_loss", steps, ("scores",)),
+        ("process_reward_loss", steps | {"reduction": "sequence-mean"}, ("scores",)),
         ("value_loss", values, ("values",)),
         ("value_loss", values | {"normalizer": torch.tensor(5), "clip_range": None}, ("values",)),
         ("sequence_logprobs", scored, ("token_logprobs",)),

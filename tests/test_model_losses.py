@@ -628,6 +628,32 @@ def test_metrics_are_those_of_the_losses_of_log_probs() -> None:
         torch.testing.assert_close(found, loss * plain.mask.sum() / 40)
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": "dft"}, {"loss_type": "dft", "z_loss": 0.01}, {"label_smoothing": 0.2}],
+)
+def test_tokens_weigh_what_they_are_given_and_dft_what_they_are_likely(
+    options, name, layout
+) -> None:
+    model, inputs = make(name).double(), batch()
+    weights = sides()["of_tokens"]
+    plain = Plain(model, inputs)
+    targets = torch.where(plain.mask, plain.targets, -100)
+    wanted = fastrlhf.cross_entropy(plain.logits, targets, weights=weights, **options)
+    given, of_tokens = dict(inputs), weights
+    if layout == "packed":
+        given, there = packed(inputs)
+        of_tokens = packed_sides(there)["of_tokens"]
+    found, metrics = fastrlhf.sft_loss(model, **given, weights=of_tokens, **options)
+    assert_same(found, wanted, model, 1e-9 if layout == "padded" else 1e-5)
+    nll = -plain.logprob[plain.mask].mean()
+    torch.testing.assert_close(metrics["nll"], nll.detach(), rtol=1e-5, atol=0)
+    z_loss = options.get("z_loss", 0) * plain.logits[plain.mask].logsumexp(-1).square().mean()
+    torch.testing.assert_close(metrics["z_loss"].double(), z_loss.detach(), rtol=1e-5, atol=0)
+
+
 def test_reference_log_probs_of_tokens_and_losses_that_are_weighed() -> None:
     model, inputs, s = make("Llama").double(), batch(), sides()
     plain = Plain(model, inputs)
@@ -731,6 +757,21 @@ WRONG = {
         lambda m, b: fastrlhf.sft_loss(m, b["input_ids"], labels=b["input_ids"]),
         ValueError,
         "^labels: ",
+    ),
+    "weights of T": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, weights=torch.zeros(B_T)),
+        ValueError,
+        r"^weights: expected shape \(3, 8\).*weights\[:, 1:\]",
+    ),
+    "weights that are words": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, weights="dft"),
+        TypeError,
+        "^weights: expected a tensor",
+    ),
+    "dft of a smooth label": (
+        lambda m, b: fastrlhf.sft_loss(m, **b, label_smoothing=0.1, loss_type="dft"),
+        ValueError,
+        "^label_smoothing: expected 0 with loss_type 'dft'",
     ),
     "smoothing": (
         lambda m, b: fastrlhf.sft_loss(m, **b, label_smoothing=2),

@@ -725,6 +725,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "ppo_loss": lambda x, ones, **kw: fr.ppo_loss(x, x, x, ones, **kw),
     "grpo_loss": lambda x, ones, **kw: fr.grpo_loss(x, x, x, ones, **kw),
     "value_loss": lambda x, ones, **kw: fr.value_loss(x, x, x, ones, **kw),
+    "process_reward_loss": lambda x, ones, **kw: fr.process_reward_loss(x, x, ones, **kw),
+    "process_reward_scores": lambda x, ones, **kw: fr.process_reward_scores(x, ones, **kw),
     "gae": lambda x, ones, **kw: fr.gae(x, x, ones, **kw),
     "shaped_rewards": lambda x, ones, **kw: fr.shaped_rewards(
         torch.zeros(2), x, x, ones, kl_coef=0.1, **kw

@@ -211,6 +211,7 @@ CROSS_ENTROPY = [
     {"label_smoothing": 0.2, "softcap": 1.5, "scale": 1.2, "temperature": PER_TOKEN},
     {"label_smoothing": 0.1, "reduction": "none"},
     {"z_loss": 0.01, "reduction": "sum", "ignore_index": -1},
+    {"loss_type": "dft", "z_loss": 0.01, "weights": PER_TOKEN},
 ]
 KL = [
     {"direction": "forward", "temperature": PER_TOKEN},
@@ -234,7 +235,7 @@ VARIANTS = [
         (("token_logprobs", "linear_token_logprobs"), [{"temperature": PER_TOKEN, "softcap": 1.5}]),
         (("logits_policy_loss", "linear_policy_loss"), POLICY),
         (("linear_dpo_loss",), DPO),
-        (("linear_cross_entropy",), CROSS_ENTROPY),
+        (("cross_entropy", "linear_cross_entropy"), CROSS_ENTROPY),
         (("kl_divergence",), KL),
         (("linear_kl_divergence",), LINEAR_KL),
         (("linear_loss",), LOSS),

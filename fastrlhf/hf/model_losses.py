@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrlhf.losses.arguments import check_pair_indices
-from fastrlhf.losses.cross_entropy import CrossEntropy, summed_cross_entropy
+from fastrlhf.losses.cross_entropy import summed_cross_entropy
+from fastrlhf.losses.cross_entropy_options import CrossEntropy, LossType, mean_of
 from fastrlhf.losses.fused_policy import policy_loss_of
 from fastrlhf.losses.fused_sequences import sequence_loss_of
 from fastrlhf.losses.linear_preference import LinearDPOOptions, LinearOptions, pair_loss
 from fastrlhf.losses.policy_arguments import PER_SEQUENCE, PolicyOptions, policy_batch
 from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.ops.backend import refuse_transforms
-from fastrlhf.ops.checks import check_bool, check_mask
+from fastrlhf.ops.checks import check_bool, check_mask, check_real
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_loss import LossFunction
@@ -106,6 +107,8 @@ def model_cross_entropy(
     mask: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    loss_type: LossType = "nll",
+    weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -122,14 +125,16 @@ def model_cross_entropy(
 
         logits = model(input_ids, attention_mask, **inputs).logits[:, :-1].float()
         targets = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = cross_entropy(logits, targets, ...)
 
     Args:
         model, input_ids, attention_mask, cu_seqlens, temperature, support, rows, chunk_size, impl,
             inputs: as `model_token_stats`.
         mask: (B, T) bool or 0/1, the tokens to learn: those of the answer, not of the prompt. None:
             all that attention_mask has, and that follow one that it has.
-        label_smoothing, z_loss: as `linear_cross_entropy`.
+        label_smoothing, z_loss, loss_type: as `cross_entropy`.
+        weights: (B, T-1), of the tokens input_ids[:, 1:], see `cross_entropy`; the mean is by the
+            number of tokens, whatever their weights are.
         normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
             number of tokens: that of the global batch, where it is spread over steps or devices
             (the Trainer's num_items_in_batch).
@@ -138,8 +143,8 @@ def model_cross_entropy(
     Returns:
         (loss, metrics), with return_outputs (loss, metrics, outputs). loss: 0-d, fp32 (fp64 for
         fp64 hidden states). metrics: detached 0-d tensors "nll", the mean over the tokens in nats
-        without smoothing and z-loss, "z_loss", its mean, and "tokens", how many there are. Without
-        any token the loss is 0.
+        without smoothing, z-loss and weights (and without p, for "dft"), "z_loss", its mean without
+        weights, and "tokens", how many there are. Without any token the loss is 0.
 
     Differentiable, once, with respect to all parameters. Cost: as `model_linear_loss`; label
     smoothing as in `linear_cross_entropy`.
@@ -148,19 +153,21 @@ def model_cross_entropy(
         TypeError, ValueError, RuntimeError: as `model_token_stats`; an option out of range.
     """
     refuse_transforms("model_cross_entropy", "model_token_stats")
-    options = CrossEntropy(label_smoothing, z_loss).checked()
+    options = CrossEntropy(label_smoothing, z_loss, loss_type).checked()
     normalizer = check_reduction("token-mean", normalizer)
+    check_ids(input_ids)
+    if weights is not None:
+        check_real("weights", weights)
+        weights = of_positions("weights", weights, input_ids)
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total, found = summed_cross_entropy(scorer, targets, options, ignore_index=IGNORED)
+        (here,) = _beside(targets, weights)
+        total, found = summed_cross_entropy(scorer, targets, options, here, ignore_index=IGNORED)
         tokens = (targets != IGNORED).sum().clamp(min=1)
         nothing = total.detach().new_zeros(())
         metrics = {name: found.get(name, nothing).sum() / tokens for name in ("nll", "z_loss")}
         metrics["tokens"] = (targets != IGNORED).sum()
-        by = tokens if normalizer is None else normalizer
-        if isinstance(by, Tensor):
-            by = by.detach().to(total)
-        return total / by, metrics
+        return mean_of(total, targets != IGNORED, normalizer), metrics
 
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,

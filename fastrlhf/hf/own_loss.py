@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastrlhf.losses.cross_entropy import CrossEntropy, summed_cross_entropy
+from fastrlhf.losses.cross_entropy import summed_cross_entropy
+from fastrlhf.losses.cross_entropy_options import CrossEntropy
 from fastrlhf.ops import shift_targets
 from fastrlhf.ops.backend import outside_of_graphs
 from fastrlhf.ops.scorer import Scorer

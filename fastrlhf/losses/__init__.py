@@ -3,7 +3,7 @@
 from .advantages import shaped_rewards, whiten
 from .controllers import AdaptiveEntropyCoefficient, AdaptiveKLController, FixedKLController
 from .covariance import clip_cov_mask, kl_cov_mask
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import cross_entropy, linear_cross_entropy
 from .fused_policy import linear_policy_loss, logits_policy_loss
 from .gdpo import gdpo_advantages
 from .groups import group_advantages
@@ -15,6 +15,7 @@ from .pf_ppo import pf_ppo_weights
 from .policy import policy_loss, ppo_loss
 from .preference import dpo_loss
 from .preference_options import DPOOptions
+from .process_reward import process_reward_loss, process_reward_scores
 from .rankings import plackett_luce_dpo_loss, ranked_pairs
 from .ranks import global_normalizer
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
@@ -39,6 +40,7 @@ __all__ = [
     "LinearDPOOptions",
     "clip_cov_mask",
     "cpo_loss",
+    "cross_entropy",
     "dpo_loss",
     "gdpo_advantages",
     "global_normalizer",
@@ -63,6 +65,8 @@ __all__ = [
     "plackett_luce_loss",
     "policy_loss",
     "ppo_loss",
+    "process_reward_loss",
+    "process_reward_scores",
     "ranked_pairs",
     "reward_loss",
     "rollout_correction",

@@ -1,53 +1,118 @@
-"""The loss of supervised fine-tuning, from hidden states: the logits are never built.
+"""The loss of supervised fine-tuning, from logits, or from hidden states without building them.
 
 Dims: N tokens, H hidden, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.reduce import check_reduction
+from fastrlhf.losses.cross_entropy_options import (
+    CrossEntropy,
+    CrossEntropyOptions,
+    LossType,
+    Reduction,
+    check_reduction_of_losses,
+    checked_weights,
+    mean_of,
+)
+from fastrlhf.losses.keywords import Unpack
 from fastrlhf.ops import ChunkStats, Weight
 from fastrlhf.ops.backend import refuse_transforms
-from fastrlhf.ops.checks import check_at_least, check_between, check_ignore_index, check_one_of
+from fastrlhf.ops.checks import check_ignore_index
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
 from fastrlhf.ops.sharded import replicated
 from fastrlhf.ops.summed_gradient import with_summed_gradient
+from fastrlhf.ops.token_stats import differentiable_stats
 
-_REDUCTIONS = ("mean", "sum", "none")
 
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_type: LossType = "nll",
+    weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    support: Support | None = None,
+    impl: str = "auto",
+    group: Group | None = None,
+) -> Tensor:
+    """Compute the cross-entropy of logits: the loss of supervised fine-tuning.
 
-class CrossEntropy(NamedTuple):
-    """The loss of a token: (1-ε)·nll + ε·(mean of the nll of all words) + ζ·lse²."""
+    Eager equivalent::
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+        z = logits.float()
+        losses = F.cross_entropy(
+            z.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing, reduction="none"
+        ).view(targets.shape)
+        if loss_type == "dft":
+            losses = losses * (-losses).exp().detach()
+        live = targets != ignore_index
+        losses = weights * (losses + z_loss * z.logsumexp(-1) ** 2)
+        loss = losses[live].sum() / live.sum()
 
-    def checked(self) -> "CrossEntropy":
-        """Return the options as floats.
+    Args:
+        logits, targets, temperature, softcap, scale, ignore_index, inplace_backward, support, impl,
+            group: as `token_stats`: targets are aligned with the logits that predict them. Where
+            ranks share the vocabulary, the loss is the same on every rank. With a support, label
+            smoothing is over the kept ids.
+        label_smoothing: share ε in [0, 1] of the label that all words have alike.
+        z_loss: factor ζ ≥ 0 of the squared log-sum-exp of each token, which keeps logits from
+            drifting (1e-4 in 2204.02311; Liger's lse_square_scale).
+        loss_type: "nll", or "dft" (Dynamic Fine-Tuning): -sg(p)·ln p of a token whose probability
+            is p, where sg stops the gradient. Not with label smoothing; a z-loss is not multiplied
+            with p.
+        weights: (...) of tokens, floating, integer or bool, by which their losses are multiplied,
+            z-loss included; any finite numbers, and anything where a target is ignored. They are
+            constants: no gradient goes to them. A token of weight 0 has loss 0, even where its
+            logits are infinite or NaN, and these are not read backward.
+        reduction: "mean" over the tokens with a target, whatever their weights are; "sum"; "none".
+            For a mean by weight give, as normalizer, the sum of the weights of these tokens.
+        normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
+            number of tokens in the mean, for batches that are spread over steps or devices; see
+            `global_normalizer`.
 
-        Raises:
-            TypeError, ValueError: one that is not what it should be.
-        """
-        return CrossEntropy(
-            check_between("label_smoothing", self.label_smoothing, 0, 1),
-            check_at_least("z_loss", self.z_loss, 0),
-        )
+    Returns:
+        0-d in nats, or with "none" (...), 0 for ignored tokens; fp32 (fp64 for fp64 logits).
+        Without any target the loss is 0, with gradient 0.
 
-    def of_tokens(self, stats: ChunkStats) -> tuple[Tensor, Tensor]:
-        """The losses of some tokens, and the part of them that is the z-loss."""
-        losses = -stats.logprob
-        if stats.mean_logit is not None:
-            every_word = stats.lse - stats.mean_logit
-            losses = (1 - self.label_smoothing) * losses + self.label_smoothing * every_word
-        if self.z_loss == 0:
-            return losses, torch.zeros_like(losses)
-        z_losses = self.z_loss * stats.lse.square()
-        return losses + z_losses, z_losses
+    Differentiable with respect to the logits, and works under `torch.func`, as `token_stats`.
+
+    The kernels read the logits once forward; backward they read them and write the gradient once,
+    whatever the options. Nothing else of that size is allocated but the gradient, and not even that
+    with inplace_backward.
+
+    Raises:
+        TypeError, ValueError: as `token_stats`; an option out of range, label smoothing with "dft",
+            weights that do not fit.
+
+    Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5; DFT 2508.05629 Eq. 7-9.
+    """
+    options = CrossEntropy(label_smoothing, z_loss, loss_type).checked()
+    normalizer = check_reduction_of_losses(reduction, normalizer)
+    stats = differentiable_stats(
+        logits, targets, temperature=temperature, softcap=softcap, scale=scale,
+        ignore_index=ignore_index, with_stats=options.with_stats,
+        inplace_backward=inplace_backward, support=support, impl=impl, group=group,
+    )  # fmt: skip
+    targets, weights = replicated("targets", targets), replicated("weights", weights)
+    live, weights = targets != ignore_index, checked_weights(weights, targets)
+    if weights is not None:
+        weights = torch.where(live, weights, 0)
+    # The statistics of ignored tokens are 0, and so are their losses.
+    losses = options.of_tokens(stats, weights)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else mean_of(losses.sum(), live, normalizer)
 
 
 def linear_cross_entropy(
@@ -55,9 +120,8 @@ def linear_cross_entropy(
     weight: Weight,
     targets: Tensor,
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
+    weights: Tensor | None = None,
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -69,29 +133,18 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
+    **options: Unpack[CrossEntropyOptions],
 ) -> Tensor:
     """Compute the cross-entropy of the logits that a linear head gives, without building them.
 
-    Eager equivalent::
-
-        logits = F.linear(hidden, weight, bias).float()
-        loss = F.cross_entropy(
-            logits.flatten(0, -2), targets.flatten(),
-            label_smoothing=label_smoothing, reduction=reduction, ignore_index=ignore_index,
-        )
-        loss += z_loss * logits.logsumexp(-1)[targets != ignore_index].square().mean()
+    Eager equivalent: `cross_entropy(F.linear(hidden, weight, bias), targets, ...)`.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, support, rows,
             chunk_size, impl, group: as `linear_token_stats`; where ranks share the vocabulary, the
             loss is the same on every rank. With a support, label smoothing is over the kept ids.
-        label_smoothing: share ε in [0, 1] of the label that all words have alike.
-        z_loss: factor ζ ≥ 0 of the squared log-sum-exp of each token, which keeps logits from
-            drifting (1e-4 in 2204.02311).
-        reduction: "mean" over the tokens with a target, "sum", or "none".
-        normalizer: positive number, or 0-d tensor (whose value is not checked), that replaces the
-            number of tokens in the mean, for batches that are spread over steps or devices; see
-            `global_normalizer`.
+        weights, reduction, normalizer: as `cross_entropy`. A token of weight 0 costs its forward.
+        **options: label_smoothing, z_loss and loss_type of `cross_entropy`.
 
     Returns:
         0-d in nats, or with "none" (...), 0 for ignored tokens; fp32 (fp64 for fp64 hidden states).
@@ -110,33 +163,27 @@ def linear_cross_entropy(
 
     Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5.
     """
-    check_one_of("reduction", reduction, _REDUCTIONS)
-    normalizer = check_reduction("token-mean", normalizer)
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer: expected None for reduction {reduction!r}, which is no mean")
-    options = CrossEntropy(label_smoothing, z_loss).checked()
+    loss = CrossEntropy.parse("linear_cross_entropy", dict(options))
+    normalizer = check_reduction_of_losses(reduction, normalizer)
     ignore_index = check_ignore_index(ignore_index)
-    refuse_transforms("linear_cross_entropy", "F.cross_entropy of the logits")
+    refuse_transforms("linear_cross_entropy", "fastrlhf.cross_entropy of the logits")
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
-    targets = replicated("targets", targets)
-    total, found = summed_cross_entropy(scorer, targets, options, ignore_index=ignore_index)
-    if reduction == "sum":
-        return total
+    targets, weights = replicated("targets", targets), replicated("weights", weights)
+    total, found = summed_cross_entropy(scorer, targets, loss, weights, ignore_index=ignore_index)
     live = targets != ignore_index
-    if reduction == "mean":
-        by = live.sum().clamp(min=1) if normalizer is None else normalizer
-        return total / (by.detach().to(total) if isinstance(by, Tensor) else by)
+    if reduction != "none":
+        return total if reduction == "sum" else mean_of(total, live, normalizer)
     losses = total.detach().new_zeros(targets.shape)
     if found:
         losses = losses.view(-1).index_put((found["token"],), found["losses"]).view(targets.shape)
     if not total.requires_grad:
         return losses
 
-    def weighted_sum(scorer: LinearScorer, weights: Tensor) -> Tensor:
+    def weighted_sum(scorer: LinearScorer, d_losses: Tensor) -> Tensor:
         return summed_cross_entropy(
-            scorer, targets, options, weights, ignore_index=ignore_index
+            scorer, targets, loss, weights, d_losses, ignore_index=ignore_index
         )[0]  # fmt: skip
 
     return with_summed_gradient(
@@ -150,27 +197,30 @@ def summed_cross_entropy(
     targets: Tensor,
     options: CrossEntropy,
     weights: Tensor | None = None,
+    d_losses: Tensor | None = None,
     *,
     ignore_index: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum the losses, or weighted losses, of the tokens (...) with a target.
+    """Sum the losses of the tokens (...) with a target, each times its weight, if there are any;
+    with d_losses, what is weighed once more by them.
 
     Returns the sum, and of these tokens in some order `token`, their numbers as if flat, and
-    detached `losses`, `nll` and `z_loss`; nothing where there are none.
+    detached `losses`, `nll` and `z_loss`, of which the last two are without weights; nothing where
+    there are none.
     """
     sides = {"token": torch.arange(targets.numel(), device=targets.device).view(targets.shape)}
-    if weights is not None:
-        sides["weights"] = weights
+    weights = checked_weights(weights, targets)
+    named = {"weights": weights, "d_losses": d_losses}
+    sides |= {name: x for name, x in named.items() if x is not None}
 
     def of_chunk(stats: ChunkStats, *chunk: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         of = dict(zip(sides, chunk, strict=True))
-        losses, z_losses = options.of_tokens(stats)
-        total = (losses * of["weights"]).sum() if "weights" in of else losses.sum()
-        nll = -stats.logprob
-        return total, {"token": of["token"], "losses": losses, "nll": nll, "z_loss": z_losses}
+        losses = options.of_tokens(stats, of.get("weights"))
+        total = (losses * of["d_losses"]).sum() if "d_losses" in of else losses.sum()
+        known = {"losses": losses, "nll": -stats.logprob, "z_loss": options.z_losses(stats.lse)}
+        return total, {"token": of["token"], **known}
 
     return scorer.loss(
         of_chunk, targets, *sides.values(),
-        ignore_index=ignore_index, with_stats=("mean_logit",) if options.label_smoothing else (),
-        lse=options.label_smoothing > 0 or options.z_loss > 0,
+        ignore_index=ignore_index, with_stats=options.with_stats, lse=options.takes_lse,
     )  # fmt: skip

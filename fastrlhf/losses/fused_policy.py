@@ -5,8 +5,8 @@ Dims: B sequences, T tokens, H hidden, V vocabulary.
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
+from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.policy import Metrics, policy_metrics, reduced_loss, token_losses
 from fastrlhf.losses.policy_arguments import (
     PolicyBatch,

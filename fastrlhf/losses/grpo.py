@@ -7,8 +7,8 @@ import math
 from typing import Literal, cast
 
 from torch import Tensor
-from typing_extensions import Unpack
 
+from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.policy import Metrics, policy_loss
 from fastrlhf.losses.policy_arguments import (
     OPTIONAL_TENSORS,

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from fastrlhf.losses.arguments import check_pair_indices
 from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
+from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.preference import LOSS_TYPES, dpo_loss_of
 from fastrlhf.losses.preference_options import (
     OF_THE_BATCH,

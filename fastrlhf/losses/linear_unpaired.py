@@ -8,9 +8,9 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
+from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.losses.unpaired import KTOLossType, check_labels, kto_loss
 from fastrlhf.ops import Weight

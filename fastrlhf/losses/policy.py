@@ -9,9 +9,9 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.penalties import KL_ESTIMATORS, importance_corrected
 from fastrlhf.losses.policy_arguments import (
     OPTIONAL_TENSORS,

@@ -4,14 +4,13 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from fastrlhf.losses.penalties import check_estimator
-from fastrlhf.losses.reduce import check_reduction, token_weights
+from fastrlhf.losses.reduce import Reduction, check_reduction, token_weights
 from fastrlhf.losses.surrogates import SURROGATES, Bounds
 from fastrlhf.ops import PolicyTokens
 from fastrlhf.ops.checks import (
@@ -33,7 +32,6 @@ from fastrlhf.reference import ROWS, Layout, accumulation_dtype
 SurrogateName = Literal["clip", "cispo", "sapo", "plain", "dppo_tv", "dppo_kl", "gmpo", "vespo"]
 RatioLevel = Literal["token", "sequence", "sequence-token", "product"]
 EstimatorName = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
-Reduction = Literal["token-mean", "sequence-mean", "sequence-sum", "constant", "none"]
 
 
 class PolicyKeywords(TypedDict, total=False):

@@ -8,10 +8,10 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from fastrlhf.losses.arguments import check_lengths, check_pairs, every_token
 from fastrlhf.losses.f_divergence import f_score
+from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.pair_losses import LOSS_TYPES as LOSS_TYPES
 from fastrlhf.losses.pair_scores import Logps, summed_losses
 from fastrlhf.losses.preference_options import DPOOptions, PreferenceOptions

@@ -3,12 +3,15 @@
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from fastrlhf.ops.checks import check_one_of, check_positive, check_real
 from fastrlhf.reference import ROWS, Layout
 
+Reduction = Literal["token-mean", "sequence-mean", "sequence-sum", "constant", "none"]
 REDUCTIONS = ("token-mean", "sequence-mean", "sequence-sum", "constant")
 
 

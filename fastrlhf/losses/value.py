@@ -3,25 +3,20 @@
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens
-from fastrlhf.losses.reduce import REDUCTIONS, check_reduction, masked_mean, token_weights
+from fastrlhf.losses.reduce import Reduction, check_reduction, masked_mean, token_weights
 from fastrlhf.ops.checks import (
     check_at_least,
     check_floating,
-    check_one_of,
     check_real,
     check_same_device,
     check_shape,
 )
 from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
-
-ValueReduction = Literal["token-mean", "sequence-mean", "sequence-sum", "constant", "none"]
 
 
 def value_loss(
@@ -31,7 +26,7 @@ def value_loss(
     mask: Tensor,
     *,
     clip_range: float | None = 0.2,
-    reduction: ValueReduction = "token-mean",
+    reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     group: Group | None = None,
@@ -86,7 +81,7 @@ def value_loss(
         (check_real if name == "returns" else check_floating)(name, x)
         check_shape(name, x, tuple(values.shape), "the shape of values")
         check_same_device(name, x, "values", values)
-    normalizer = _check_reduction(reduction, normalizer)
+    normalizer = check_reduction(reduction, normalizer, may_be_none=True)
     inside, dtype = mask != 0, accumulation_dtype(values.dtype)
     values = torch.where(inside, values, 0.0).to(dtype)
     target = torch.where(inside, returns.detach(), 0.0).to(dtype)
@@ -99,16 +94,5 @@ def value_loss(
         clipped = of_bounded > losses
         losses = torch.maximum(losses, of_bounded)
     metrics = {"val/clipfrac_avg": masked_mean(clipped.to(dtype), inside, layout)}
-    if reduction == "none":
-        return losses / 2, metrics
-    weights = token_weights(inside, reduction, normalizer, dtype, layout)
-    return layout.total(losses / 2 * weights), metrics
-
-
-def _check_reduction(reduction: str, normalizer: float | Tensor | None) -> float | Tensor | None:
-    check_one_of("reduction", reduction, (*REDUCTIONS, "none"))
-    if reduction != "none":
-        return check_reduction(reduction, normalizer)
-    if normalizer is not None:
-        raise ValueError("normalizer: expected None for reduction 'none', which divides by nothing")
-    return None
+    losses = losses / 2 * token_weights(inside, reduction, normalizer, dtype, layout)
+    return losses if reduction == "none" else layout.total(losses), metrics

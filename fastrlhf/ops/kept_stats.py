@@ -78,13 +78,13 @@ class KeptStats(NamedTuple):
     log_sum_sq_probs: Tensor | None
 
     def shaped(self, shape: torch.Size, *, entropy_grad: bool = True) -> TokenStats:
-        """Give them the shape of the targets, and a gradient to log-prob and entropy alone."""
+        """Give them the shape of the targets."""
         named = {name: x.view(shape) for name, x in self._asdict().items() if x is not None}
         entropy = named.get("entropy")
         if entropy is not None and not entropy_grad:
             entropy = entropy.detach()
-        further = {name: named[name].detach() for name in FURTHER_STATS if name in named}
-        return reference.stats_tuple(named["logprob"], entropy, named["lse"].detach(), further)
+        further = {name: named[name] for name in FURTHER_STATS if name in named}
+        return reference.stats_tuple(named["logprob"], entropy, named["lse"], further)
 
 
 def kept_stats(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptStats:

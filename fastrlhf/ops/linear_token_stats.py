@@ -177,7 +177,7 @@ def token_stats_of(problem: LinearProblem) -> TokenStats:
     if problem.kept is not None:
         stats = outside_of_graphs(kept_stats_of)(problem)
         grad = problem.options.entropy_grad
-        return stats.shaped(problem.targets.shape, entropy_grad=grad)
+        return reference.public_stats(stats.shaped(problem.targets.shape, entropy_grad=grad))
     over_ranks = problem.options.part is not None
     if over_ranks:
         refuse_transforms_of_ranks("linear_token_stats")

@@ -87,24 +87,30 @@ class _TokenStatsOverRanks(torch.autograd.Function):
     def forward(ctx, logits, targets, token_temperature, options):
         transform, part, entropy, _, with_stats, _, impl = options
         found = statistics_over_ranks(logits, targets, transform, part, entropy, with_stats, impl)
-        logprob, row_entropy, _, peak, log_norm, *_ = found
+        logprob, row_entropy, _, peak, log_norm, *further = found
         ctx.save_for_backward(
             logits, targets, token_temperature, logprob, row_entropy, peak, log_norm
         )
         ctx.options = options
-        ctx.mark_non_differentiable(*found[2 if options.entropy_grad else 1 :])
+        top1, mean_logit, squares = further
+        constant = [peak, log_norm, top1, squares]
+        constant += [] if options.entropy_grad else [row_entropy]
+        constant += [] if "mean_logit" in with_stats else [mean_logit]
+        ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
         return found
 
     @staticmethod
-    def backward(ctx, d_logprob, d_entropy, *_):
-        refuse_derivatives_of_ranks("token_stats", d_logprob, d_entropy)
+    def backward(ctx, d_logprob, d_entropy, d_lse, _peak, _log_norm, _top1, d_mean, _squares):
+        refuse_derivatives_of_ranks("token_stats", d_logprob, d_entropy, d_lse, d_mean)
         logits, targets, token_temperature, *stats = ctx.saved_tensors
         options = ctx.options
+        if d_mean is not None:  # K2 divides it by the columns that it has
+            d_mean = d_mean * (options.part.size / options.part.vocab)
         if d_logprob is None:
             d_logprob = torch.zeros_like(stats[0])
         saved = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
-        saved += (*options.transform[1:], options.impl)
+        saved += (*options.transform[1:], options.impl, d_lse, d_mean)
         if logits.shape[-1] == 0:
             d_logits = torch.zeros_like(logits)
         elif options.inplace and can_overwrite(logits):

@@ -156,6 +156,35 @@ def token_stats(
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.
     """
+    return reference.public_stats(
+        differentiable_stats(
+            logits, targets, temperature=temperature, softcap=softcap, scale=scale,
+            ignore_index=ignore_index, entropy=entropy, entropy_grad=entropy_grad,
+            with_stats=with_stats, inplace_backward=inplace_backward, support=support, impl=impl,
+            group=group,
+        )
+    )  # fmt: skip
+
+
+def differentiable_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    entropy_grad: bool = True,
+    with_stats: Iterable[str] = (),
+    inplace_backward: bool = False,
+    support: Support | None = None,
+    impl: str = "auto",
+    group: Group | None = None,
+) -> TokenStats:
+    """Compute what `token_stats` does, with a gradient of the lse and of the mean logit too: for
+    this library's own losses.
+    """
     own = logits_part(logits, group)
     logits, targets, shared = own.logits, replicated("targets", targets), own.group is not None
     transform = checked_logits(logits, targets, temperature, softcap, scale, may_be_empty=shared)
@@ -188,7 +217,7 @@ def token_stats(
     )
     if not entropy_grad:
         row_entropy = row_entropy.detach()
-    found = (logprob, row_entropy, lse.detach(), *(x.detach() for x in further))
+    found = (logprob, row_entropy, lse, *further)
     return shaped_stats(found, targets.shape, entropy, with_stats)
 
 
@@ -244,7 +273,7 @@ def _definition(
     """Compute the statistics by what torch.func can differentiate and batch."""
     row_temperature = transform.of_rows
     check_values_on_host(targets, row_temperature, logits.shape[-1], ignore_index)
-    return reference.token_stats(
+    return reference.differentiable_stats(
         logits, targets, temperature=row_temperature, softcap=transform.softcap,
         scale=transform.scale, ignore_index=ignore_index, entropy=entropy,
         entropy_grad=entropy_grad, with_stats=with_stats,
@@ -600,34 +629,42 @@ def _setup_context(ctx, inputs, output):
     logprob, entropy, _, peak, log_norm, *_ = output
     ctx.save_for_backward(logits, targets, token_temperature, logprob, entropy, peak, log_norm)
     ctx.options, ctx.inputs = options[:7], len(inputs)
+    ctx.with_mean = len(options) > 7 and "mean_logit" in options[7]
     # So that an entropy whose gradient nobody asks for costs none.
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, d_logprob, d_entropy, *_):
+def _autograd(ctx, d_logprob, d_entropy, d_lse, _peak, _log_norm, *d_further):
     logits, targets, token_temperature, *stats = ctx.saved_tensors
     temperature, softcap, scale, ignore_index, entropy, inplace, impl = ctx.options
+    d_mean = d_further[1] if d_further and ctx.with_mean else None
     if not entropy:
         d_entropy = None
     if d_logprob is None:
         d_logprob = torch.zeros_like(stats[0])
-    if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
+    upstream = (d_logprob, d_entropy, d_lse, d_mean)
+    if torch.is_grad_enabled() or under_transform(*upstream):
         # The gradient is itself to be differentiated (create_graph), or one of many at once
         # (is_grads_batched): take it by autograd.
         row_temperature = temperature if token_temperature is None else token_temperature
         transform = {"temperature": row_temperature, "softcap": softcap, "scale": scale}
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            differentiable = reference.token_stats(
+            found = reference.differentiable_stats(
                 logits, targets, ignore_index=ignore_index, entropy=d_entropy is not None,
-                **transform,
+                with_stats=() if d_mean is None else ("mean_logit",), **transform,
             )  # fmt: skip
-        outputs = [x for x in (differentiable.logprob, differentiable.entropy) if x is not None]
-        upstream = [x.view(targets.shape) for x in (d_logprob, d_entropy) if x is not None]
-        (d_logits,) = torch.autograd.grad(outputs, logits, upstream, create_graph=again)
+        outputs = (found.logprob, found.entropy, found.lse, found.mean_logit)
+        given = [
+            (x, d.view(targets.shape))
+            for x, d in zip(outputs, upstream, strict=True)
+            if x is not None and d is not None
+        ]
+        graded, slopes = zip(*given, strict=True)
+        (d_logits,) = torch.autograd.grad(graded, logits, slopes, create_graph=again)
     else:
         arguments = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
-        arguments += (temperature, softcap, scale, impl)
+        arguments += (temperature, softcap, scale, impl, d_lse, d_mean)
         if inplace and can_overwrite(logits):
             _backward_inplace(*arguments)
             d_logits = logits.detach()

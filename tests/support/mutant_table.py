@@ -1834,7 +1834,7 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/losses/cross_entropy.py", "test_linear_cross_entropy.py",
+        "fastrlhf/losses/cross_entropy_options.py", "test_linear_cross_entropy.py",
         (
             "cross-entropy: smoothing beside the whole likelihood",
             "losses = (1 - self.label_smoothing) * losses + self", "losses = losses + self",
@@ -1842,7 +1842,7 @@ MUTANTS = [
         ),
         (
             "cross-entropy: a z-loss that is not squared",
-            "self.z_loss * stats.lse.square()", "self.z_loss * stats.lse.abs()",
+            "self.z_loss * lse.square()", "self.z_loss * lse.abs()",
             "loss_is_that and loss",
         ),
         (
@@ -1902,11 +1902,6 @@ MUTANTS = [
             "statistics: an entropy without gradient has one",
             "        row_entropy = row_entropy.detach()\n", "        pass\n",
             "requires_one or without_the_entropy",
-        ),
-        (
-            "statistics: further ones seem differentiable",
-            "*(x.detach() for x in further)", "*further",
-            "requires_one",
         ),
         (
             "statistics: zeros are the gradient of what has none",
@@ -2090,10 +2085,14 @@ MUTANTS = [
             "under_transforms",
         ),
         (
-            "definition: a mean logit with a gradient",
-            "of_row((capped.detach() / rows_t).mean(-1), -torch.inf)",
-            "of_row((capped / rows_t).mean(-1), -torch.inf)",
-            "under_transforms",
+            "statistics: further ones seem differentiable",
+            "further = {name: named[name].detach() for", "further = {name: named[name] for",
+            "requires_one",
+        ),
+        (
+            "statistics: an lse that seems differentiable",
+            "stats.entropy, stats.lse.detach(), further)", "stats.entropy, stats.lse, further)",
+            "requires_one or under_transforms",
         ),
         (
             "definition: an ignored token on top",
@@ -2198,8 +2197,15 @@ MUTANTS = [
         "fastrlhf/hf/model_losses.py", "test_model_losses.py",
         (
             "model loss: a normalizer that is not used",
-            "by = tokens if normalizer is None else normalizer", "by = tokens",
+            "mean_of(total, targets != IGNORED, normalizer)",
+            "mean_of(total, targets != IGNORED, None)",
             "metrics_are_those",
+        ),
+        (
+            "model loss: weights that are not looked at",
+            "targets, options, here, ignore_index=IGNORED",
+            "targets, options, None, ignore_index=IGNORED",
+            "tokens_weigh",
         ),
         (
             "model loss: the metrics of the smoothed loss",
@@ -3134,7 +3140,7 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/losses/cross_entropy.py", "test_losses_over_ranks.py",
+        "fastrlhf/losses/cross_entropy_options.py", "test_losses_over_ranks.py",
         (
             "cross-entropy: the normalizer is not looked at",
             "by = live.sum().clamp(min=1) if normalizer is None else normalizer",
@@ -3957,6 +3963,110 @@ MUTANTS = [
             "controllers: a resumed run has forgotten the entropy",
             'self.coefficient, self.entropy = coefficient, _number("entropy", state["entropy"])',
             'self.coefficient, _ = coefficient, _number("entropy", state["entropy"])', "resumes",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/cross_entropy_options.py", "test_cross_entropy.py",
+        (
+            "supervised: the weight of dft has a gradient",
+            "logprob.detach().exp()", "logprob.exp()", "of_the_formula and dft and eager",
+        ),
+        (
+            "supervised: dft of a token without probability",
+            "torch.where(p != 0, losses, 0.0) * p", "losses * p", "without_probability",
+        ),
+        (
+            "supervised: a z-loss that is weighed by p",
+            "            losses = losses + self.z_losses(lse)\n",
+            "            losses = losses + self.z_losses(lse) * logprob.detach().exp()\n",
+            "of_the_formula and dft and loss and eager",
+        ),
+        (
+            "supervised: a weight of 0 times what is infinite",
+            "torch.where(counts, x, 0.0) for x in found", "x for x in found",
+            "weight_zero and eager",
+        ),
+        (
+            "supervised: weights have a gradient", "return weights.detach()", "return weights",
+            "any_kind",
+        ),
+        (
+            "supervised: a smooth label goes with dft",
+            'if smoothing != 0 and self.loss_type == "dft":', "if False:", "errors_name",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/cross_entropy.py", "test_cross_entropy.py",
+        (
+            "supervised: weights of ignored tokens",
+            "        weights = torch.where(live, weights, 0)\n", "        pass\n",
+            "of_the_formula and eager",
+        ),
+        (
+            "supervised: a second pass without weights",
+            "scorer, targets, loss, weights, d_losses, ignore_index",
+            "scorer, targets, loss, None, d_losses, ignore_index", "both_forms and none",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/token_stats.py", "test_cross_entropy.py",
+        (
+            "statistics: a slope of the lse that is dropped",
+            "arguments += (temperature, softcap, scale, impl, d_lse, d_mean)",
+            "arguments += (temperature, softcap, scale, impl, None, d_mean)",
+            "of_the_formula and eager",
+        ),
+        (
+            "statistics: a second derivative without the lse",
+            "upstream = (d_logprob, d_entropy, d_lse, d_mean)",
+            "upstream = (d_logprob, d_entropy, None, d_mean)", "second_derivatives",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/stats_over_ranks.py", "test_vocabulary_over_ranks.py",
+        (
+            "over ranks: a slope of the mean logit that counts all columns on each",
+            "d_mean = d_mean * (options.part.size / options.part.vocab)", "pass",
+            "options_mean and cross_entropy and eager",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/losses/process_reward.py", "test_process_reward.py",
+        (
+            "process reward: the other class",
+            "scores.ndim == like.ndim else scores[..., 1] - scores[..., 0]",
+            "scores.ndim == like.ndim else scores[..., 0] - scores[..., 1]", "of_the_formula",
+        ),
+        (
+            "process reward: labels of 0 and 1 alone", "(y - 1) * log_sigmoid(-s)",
+            "-log_sigmoid(-s)", "of_the_formula",
+        ),
+        (
+            "process reward: a term that is 0 times infinity",
+            "torch.where(y > 0, -y * log_sigmoid(s), 0.0)", "-y * log_sigmoid(s)", "one_term",
+        ),
+        (
+            "process reward: a tie is right", "(s.detach() > 0) == positive",
+            "(s.detach() >= 0) == positive", "accuracies or a_tie",
+        ),
+        (
+            "process reward: the mean of what is nearly certain",
+            "torch.where(near, torch.log1p(-missing.clamp(max=0.5)), peak + rest.log())",
+            "peak + rest.log()", "tails and mean",
+        ),
+        (
+            "process reward: the mean of what is nearly impossible",
+            "torch.where(near, torch.log1p(-missing.clamp(max=0.5)), peak + rest.log())",
+            "torch.log1p(-missing)", "tails and mean",
+        ),
+        (
+            "process reward: a sequence without steps is certain",
+            "found = torch.where(counts > 0, found, -torch.inf)", "pass", "without_steps",
+        ),
+        (
+            "process reward: the least of all tokens",
+            "values = torch.where(inside, x, without).reshape(-1)", "values = x.reshape(-1)",
+            "no_step and min",
         ),
     ),
 ]  # fmt: skip

@@ -260,6 +260,10 @@ def _dpo(x: Tensors, o: dict[str, Any]) -> Outcome:
     return {"losses": losses, "rewards": rewards}
 
 
+def _logits_cross_entropy(x: Tensors, o: dict[str, Any]) -> Outcome:
+    return {"loss": fastrlhf.cross_entropy(x["logits"], x["targets"], **o)}
+
+
 def _cross_entropy(x: Tensors, o: dict[str, Any]) -> Outcome:
     return {"loss": fastrlhf.linear_cross_entropy(*_head(x), x["targets"], bias=x.get("bias"), **o)}
 
@@ -299,11 +303,14 @@ OPERATIONS: dict[str, Operation] = {
     "logits_policy_loss": _policy("logits"),
     "linear_policy_loss": _policy("linear"),
     "linear_dpo_loss": _dpo,
+    "cross_entropy": _logits_cross_entropy,
     "linear_cross_entropy": _cross_entropy,
     "kl_divergence": _kl,
     "linear_kl_divergence": _linear_kl,
 }
-OF_LOGITS = ("token_stats", "token_logprobs", "logits_policy_loss", "kl_divergence")
+OF_LOGITS = (
+    "token_stats", "token_logprobs", "logits_policy_loss", "cross_entropy", "kl_divergence",
+)  # fmt: skip
 # The dimension that is the vocabulary.
 CUT = {"logits": -1, "ref_logits": -1, "weight": 0, "ref_weight": 0, "bias": 0, "ref_bias": 0}
 
