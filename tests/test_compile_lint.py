@@ -178,5 +178,5 @@ def test_twenty_batches_and_settings_share_one_compilation_of_a_kernel() -> None
     counts = json.loads(output)
     # Two vocabularies do not share one: the count can fail.
     assert counts.pop("both vocabularies") == 2
-    assert len(counts) == 16 + 4
+    assert len(counts) == 16 + 1 + 4
     assert set(counts.values()) == {1}, counts

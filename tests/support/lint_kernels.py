@@ -78,6 +78,11 @@ def launch_token_stats(
     )
     message = token_stats.token_stats_message(logits, question)
     token_stats.token_stats_of_messages(meta(8, *message.shape, dtype=acc), question)
+    # With words left out.
+    for words in (20, 1000) if everything else (3,):
+        left_out = meta(ROWS, words, dtype=torch.int32)
+        without = question._replace(entropy=False, with_stats=(), left_out=left_out)
+        token_stats.token_stats_message(logits, without)
 
 
 def launch_preference_loss(
