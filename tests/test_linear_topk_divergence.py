@@ -180,10 +180,13 @@ def test_a_quantized_head() -> None:
     quantized = QuantizedWeight(codes, scales, 8, None, torch.float32)
     hidden = torch.randn(5, 8, requires_grad=True)
     teacher = torch.randn(5, VOCAB).log_softmax(-1).topk(WORDS)
+    bias = torch.randn(VOCAB, requires_grad=True)
     runs = []
     for head in (quantized, codes.float() * scales[:, None]):
-        values = linear_topk_kl_divergence(hidden, head, *teacher)
-        runs.append([values, *autograd.grad(values.sum(), hidden)])
+        values = linear_topk_kl_divergence(hidden, head, *teacher, bias=bias)
+        runs.append([values])
+        for weights in (torch.ones(5), torch.arange(5.0)):
+            runs[-1] += autograd.grad(values @ weights, (hidden, bias), retain_graph=True)
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b)
 

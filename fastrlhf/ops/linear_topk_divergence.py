@@ -156,7 +156,8 @@ class _LinearTopkDivergence(torch.autograd.Function):
     def backward(ctx, d_values):
         refuse_second_derivative("linear_topk_kl_divergence", "topk_kl_divergence")
         refuse_transforms("linear_topk_kl_divergence's backward", "topk_kl_divergence", d_values)
-        keep, order, hidden, bias, weight, slope, *known = ctx.saved_tensors
+        keep, order, hidden, bias, dense, slope, *known = ctx.saved_tensors
+        weight = dense if ctx.codes is None else ctx.codes
         upstream = torch.where(keep, d_values, 0.0)
         d_hidden, of_rows = None, upstream[order]
         if slope is not None:
@@ -181,7 +182,7 @@ def _recomputed(
     d_values: Tensor,
     wants_head: tuple[bool, bool],
     bias: Tensor | None,
-    weight: Tensor,
+    weight: Any,
 ) -> list[Tensor | None]:
     """Gradients of bias and weight, given those (n,) of the values, from logits that are made
     again.
