@@ -31,6 +31,20 @@ def tile_columns(
 
 
 @triton.jit
+def left_in(inside, columns, numbers, left_out, start, stop):
+    """Take the words that a row leaves out from a tile of the columns [start, stop).
+
+    `left_out` points to the numbers of these words, which increase, so that those of a tile are
+    neighbours; `numbers` holds all of them.
+    """
+    first = tl.sum((numbers < start).to(tl.int32), axis=0)
+    last = tl.sum((numbers < stop).to(tl.int32), axis=0)
+    for place in range(first, last):
+        inside &= columns != tl.load(left_out + place)
+    return inside
+
+
+@triton.jit
 def finite_base(peak):
     """The peak, or 0 where there were only -inf logits: any finite base then gives e^-inf = 0."""
     return tl.where(peak == -float("inf"), 0.0, peak)

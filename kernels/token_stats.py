@@ -13,7 +13,7 @@ K2 reads a logit and writes its gradient, which may be the same memory. Rows wit
 zeroed unread, whatever they hold.
 
 Further statistics, where asked for, come from the same pass: whether the target is the top token,
-the mean of the logits, ln Σ p².
+the mean of the logits, ln Σ p². And some words of each row can be left out of its statistics.
 
 Dims: N rows = outer x inner, V vocabulary, S splits, P numbers of a split, W ranks.
 """
@@ -31,6 +31,7 @@ from .rows import (
     add_tile,
     finite_base,
     gradient_tile,
+    left_in,
     log_sum_squares,
     merged_lanes,
     move_base,
@@ -47,11 +48,12 @@ _TILES_PER_SPLIT = 4
 
 
 # What varies from batch to batch is not specialised, so that no batch compiles a kernel anew.
-@triton.jit(do_not_specialize=["rows", "inner", "splits", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "inner", "splits", "ignore_index", "words"])
 def _token_stats_fwd_kernel(
     logits,  # (outer, inner, V), any strides
     targets,  # (N,)
     token_temperature,  # (N,) or unused
+    left_out,  # (N, words) increasing numbers of columns, V and more where there is none; or unused
     # (P, N, S): peak and rest; and what is asked for of moment, before and own, total, squares.
     partials,
     rows,
@@ -62,6 +64,7 @@ def _token_stats_fwd_kernel(
     vocab,
     splits,
     ignore_index,
+    words,
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
@@ -71,6 +74,7 @@ def _token_stats_fwd_kernel(
     WITH_TOP1: tl.constexpr,
     WITH_MEAN: tl.constexpr,
     WITH_SQUARES: tl.constexpr,
+    WORDS_PADDED: tl.constexpr,  # 0: none are left out
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -103,12 +107,21 @@ def _token_stats_fwd_kernel(
     total, squares = rest, rest
     first = split * WIDTH
     last = tl.minimum(first + WIDTH, vocab)
+    out_of_row = left_out
+    numbers = target
+    if WORDS_PADDED > 0:
+        out_of_row += row * words
+        place = tl.arange(0, WORDS_PADDED)
+        numbers = tl.load(out_of_row + place, mask=place < words, other=2**31 - 1)
     for start in tl.range(first, last, LANES * VEC, num_stages=STAGES):
         columns = start + within_tile
         inside = columns < vocab
         x = tl.load(
             source + columns.to(tl.int64) * stride_vocab, mask=inside, other=-float("inf")
         ).to(acc)
+        if WORDS_PADDED > 0:
+            inside = left_in(inside, columns, numbers, out_of_row, start, start + LANES * VEC)
+            x = tl.where(inside, x, -float("inf"))
         old_peak = peak
         peak, rest, moment = add_tile(
             x, inside, columns, target, peak, rest, moment, rate, scale, softcap,
@@ -454,6 +467,9 @@ class RowQuestion(NamedTuple):
     ignore_index: int
     entropy: bool
     with_stats: Sequence[str] = ()
+    # (N, K) int32, contiguous: increasing numbers of columns that statistics leave out; V and more
+    # are none.
+    left_out: torch.Tensor | None = None
 
     @property
     def asked(self) -> dict[str, bool]:
@@ -566,10 +582,14 @@ def _partials(logits: torch.Tensor, question: RowQuestion) -> torch.Tensor:
     transform, token_temperature = transform_options(
         question.temperature, question.softcap, question.scale, logits
     )
+    left_out = question.left_out
+    words = 0 if left_out is None else left_out.shape[1]
     _token_stats_fwd_kernel[(rows * splits,)](
-        logits, question.targets, token_temperature, partials,
-        rows, inner, *strides(logits), vocab, splits, question.ignore_index,
+        logits, question.targets, token_temperature,
+        question.targets if left_out is None else left_out, partials,
+        rows, inner, *strides(logits), vocab, splits, question.ignore_index, words,
         **transform, **question.asked,
+        WORDS_PADDED=triton.next_power_of_2(words) if words else 0,
         WIDTH=width, **plan.sweep_options(),
     )  # fmt: skip
     return partials

@@ -15,6 +15,7 @@ B, T, H, V = 2, 3, 4, 5
 IDS, MASK = torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.ones(B, T)
 LOGITS, HIDDEN, WEIGHT = torch.randn(B, T, V), torch.randn(B, T, H), torch.randn(V, H)
 LP, SUMS, PAIR = -torch.rand(B, T), -torch.rand(B), (torch.tensor([0]), torch.tensor([1]))
+TEACHER = {"teacher_logprobs": LOGITS.log_softmax(-1)[..., :1], "teacher_ids": IDS[..., None] * 0}
 PARAMETER = torch.randn(T, V, requires_grad=True)
 PAIRS = {"yw_idxs": PAIR[0], "yl_idxs": PAIR[1]}
 POLICY = {"old_logprobs": LP, "advantages": torch.ones(B), "mask": MASK}
@@ -30,6 +31,8 @@ CALLS = {
     "linear_kl_divergence": {
         "hidden": HIDDEN, "weight": WEIGHT, "ref_hidden": HIDDEN, "ref_weight": WEIGHT,
     },
+    "topk_kl_divergence": {"logits": LOGITS, **TEACHER},
+    "linear_topk_kl_divergence": {"hidden": HIDDEN, "weight": WEIGHT, **TEACHER},
     "softmax_fisher_product": {"logits": LOGITS, "tangent": LOGITS},
     "linear_softmax_fisher_product": {"hidden": HIDDEN, "weight": WEIGHT, "tangent": HIDDEN},
     "dpo_loss": {"pi_logps": SUMS, "ref_logps": SUMS, **PAIRS},

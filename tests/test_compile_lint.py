@@ -104,8 +104,10 @@ def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
         if report["asserts"] and target == "gfx942":
             continue  # the report of a failed assertion has loads and stores of its own there
         # What is not wide is a number per row, not a number per token: K2 takes ten of them, with
-        # the slopes of four statistics and a temperature for each token.
-        assert report["loads"] - report["wide_loads"] <= 10, report
+        # the slopes of four statistics and a temperature for each token. The numbers of words that
+        # are left out are read one by one, in a loop that is unrolled.
+        of_words = 10 if report["words_left_out"] else 0
+        assert report["loads"] - report["wide_loads"] <= 10 + of_words, report
         of_rows = STREAMING[report["kernel"]]
         if of_rows is not None:
             assert report["stores"] - report["wide_stores"] <= of_rows, report
@@ -152,7 +154,9 @@ def test_tiles_in_flight_are_copied_asynchronously() -> None:
     ]
     for report in reports:
         assert report["stack"] == 0, report
-        assert (report["asynchronous_copies"] > 0) == (report["kernel"] in sweeping), report
+        # A loop over the words that are left out stands in the way.
+        sweeps = report["kernel"] in sweeping and not report["words_left_out"]
+        assert (report["asynchronous_copies"] > 0) == sweeps, report
 
 
 def test_predictions_have_a_line_for_every_kernel_and_plan(tmp_path) -> None:
@@ -178,5 +182,6 @@ def test_twenty_batches_and_settings_share_one_compilation_of_a_kernel() -> None
     counts = json.loads(output)
     # Two vocabularies do not share one: the count can fail.
     assert counts.pop("both vocabularies") == 2
-    assert len(counts) == 24 + 4  # surrogates, dtypes, vocabularies; kernels of kept ids
+    # Surrogates, dtypes, vocabularies; some words of a teacher; kernels of kept ids.
+    assert len(counts) == 24 + 1 + 4
     assert set(counts.values()) == {1}, counts

@@ -34,6 +34,7 @@ OLD, REF, ADVANTAGES = normal(3, B, T)
 WEIGHT, BIAS, REF_HIDDEN = normal(V, H), normal(V), normal(B, T, H)
 RANKS, PAIRS = torch.tensor([2, 0, 1, 0]), (torch.tensor([0]), torch.tensor([1]))
 TEMPERATURES = normal(B, T).square() + 0.5
+WORDS = normal(B, T, V).log_softmax(-1).topk(3)
 
 
 class Case(NamedTuple):
@@ -104,6 +105,20 @@ CASES = {
         lambda h, impl: fr.linear_kl_divergence(
             h, WEIGHT, REF_HIDDEN, WEIGHT.sin(), mask=MASK, bias=BIAS, direction="forward",
             impl=impl,
+        ).square().sum(),
+        (B, T, H),
+    ),
+    "topk_kl_divergence": Case(
+        lambda x, impl: (
+            fr.topk_kl_divergence(
+                x, *WORDS, direction="jsd", mask=MASK, temperature=TEMPERATURES, impl=impl
+            ) * OLD
+        ).sum(),
+        (B, T, V),
+    ),
+    "linear_topk_kl_divergence": Case(
+        lambda h, impl: fr.linear_topk_kl_divergence(
+            h, WEIGHT, *WORDS, mask=MASK, bias=BIAS, direction="skewed_reverse", impl=impl
         ).square().sum(),
         (B, T, H),
     ),

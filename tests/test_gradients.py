@@ -191,6 +191,31 @@ def test_linear_token_stats(impl, trained, entropy, device) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_topk_kl_divergence(impl, direction, device) -> None:
+    logits = torch.randn(3, 7, dtype=torch.float64, device=device, requires_grad=True)
+    words = torch.randn(3, 7, dtype=torch.float64, device=device).log_softmax(-1).topk(3)
+
+    def values(x):
+        return fastrlhf.topk_kl_divergence(x, *words, direction=direction, impl=impl)
+
+    gradcheck(values, (logits,))
+    gradgradcheck(values, (logits,))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_linear_topk_kl_divergence(trained, device) -> None:
+    hidden = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, device=device, requires_grad=trained)
+    words = torch.randn(3, 7, dtype=torch.float64, device=device).log_softmax(-1).topk(3)
+
+    def values(hidden, weight):
+        return fastrlhf.linear_topk_kl_divergence(hidden, weight, *words, chunk_size=2)
+
+    gradcheck(values, (hidden, weight))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("chunk_size", [1, 4])
 def test_linear_loss(impl, chunk_size, device) -> None:
     hidden, weight, targets = linear_inputs(device, trained=True)

@@ -297,3 +297,24 @@ def test_kept_logits_are_written_into_zeros(monkeypatch) -> None:
     # Taken and put by PyTorch, a number for each kept id.
     assert traffic.loaded(logits) == traffic.stored(gradient) == 0
     assert int((gradient != 0).sum()) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1001, 20000])
+def test_distillation_from_some_words_reads_the_logits_once_each_way(
+    dtype, vocab, monkeypatch
+) -> None:
+    logits = torch.randn(4, vocab, dtype=dtype, requires_grad=True)
+    words = torch.randn(4, vocab).log_softmax(-1).topk(8)
+    mask = torch.tensor([1, 1, 0, 1])
+    with counted_traffic(monkeypatch) as forward:
+        values = fastrlhf.topk_kl_divergence(logits, *words, mask=mask, impl="triton")
+    with counted_traffic(monkeypatch) as backward:
+        (gradient,) = torch.autograd.grad(values.sum(), logits)
+    read = 3 * vocab * dtype.itemsize
+    assert forward.loaded(logits) == backward.loaded(logits) == read
+    assert forward.stored(logits) == backward.loaded(gradient) == 0
+    assert backward.stored(gradient) == gradient.nbytes
+    # All else is of the size of the words.
+    assert forward.loaded() + forward.stored() <= 1.01 * read + 4 * 1000
+    assert backward.loaded() + backward.stored() <= read + gradient.nbytes + 4 * 1000

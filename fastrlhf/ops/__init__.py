@@ -8,10 +8,12 @@ from .linear_divergence import linear_kl_divergence
 from .linear_head import QuantizedWeight, Weight
 from .linear_loss import ChunkStats, linear_loss
 from .linear_token_stats import linear_token_logprobs, linear_token_stats
+from .linear_topk_divergence import linear_topk_kl_divergence
 from .policy_loss import PolicyFormula, PolicyTokens, policy_loss
 from .preference_loss import preference_loss
 from .targets import shift_targets
 from .token_stats import token_logprobs, token_stats
+from .topk_divergence import topk_kl_divergence
 from .warm_up import warm_up
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "linear_softmax_fisher_product",
     "linear_token_logprobs",
     "linear_token_stats",
+    "linear_topk_kl_divergence",
     "policy_loss",
     "preference_loss",
     "set_backend",
@@ -35,5 +38,6 @@ __all__ = [
     "softmax_fisher_product",
     "token_logprobs",
     "token_stats",
+    "topk_kl_divergence",
     "warm_up",
 ]

@@ -1,5 +1,5 @@
-"""Count how often Triton would compile the fused policy loss over many batches and settings, and
-the kernels of kept ids over many lengths.
+"""Count how often Triton would compile the fused policy loss over many batches and settings, the
+kernels of kept ids over many lengths, and statistics that leave out any number of words.
 
 Usage: python count_compilations.py (with tests/ on PYTHONPATH and without TRITON_INTERPRET). Prints
 a line of JSON: compilations by surrogate, dtype and model, or by kernel. Nothing is compiled and no
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fastrlhf
+from fastrlhf.kernels.token_stats import RowQuestion, token_stats_message
 from fastrlhf.losses import fused_policy
 from support.compile_lint import cache_key, captured_launches
 from support.lint_kernels import launch_kept_ids
@@ -58,6 +59,21 @@ def compilations_of_kept_ids() -> dict[str, int]:
     return {name: len(of_kernel) for name, of_kernel in keys.items()}
 
 
+def compilations_of_words_left_out() -> int:
+    """Of 17 to 32 words, whose numbers start anywhere in memory."""
+    keys = set()
+    for words in range(17, 33):
+        logits = torch.zeros(1, words, 128, dtype=torch.bfloat16)
+        question = RowQuestion(
+            torch.zeros(words, dtype=torch.int64), 1.0, None, 1.0, -2, False,
+            left_out=torch.zeros(words, words, dtype=torch.int32),
+        )  # fmt: skip
+        with captured_launches(pytest.MonkeyPatch()) as launches:
+            token_stats_message(logits, question)
+        keys |= {cache_key(x) for x in launches if "fwd" in x.kernel.__name__}
+    return len(keys)
+
+
 def main() -> None:
     fused_policy.use_triton = lambda *_: True  # no GPU, and no interpreter
     found, keys_of = {}, {}
@@ -73,6 +89,7 @@ def main() -> None:
                 found[f"{surrogate}, {dtype}, {vocab}"] = len(keys)
     both = set.union(*(keys_of["clip", torch.bfloat16, vocab] for vocab in VOCABS))
     found["both vocabularies"] = len(both)
+    found["words left out"] = compilations_of_words_left_out()
     print(json.dumps(found | compilations_of_kept_ids()))
 
 

@@ -78,6 +78,10 @@ def launch_token_stats(
     )
     message = token_stats.token_stats_message(logits, question)
     token_stats.token_stats_of_messages(meta(8, *message.shape, dtype=acc), question)
+    # With words left out.
+    left_out = meta(ROWS, 100 if everything else 3, dtype=torch.int32)
+    without = question._replace(entropy=False, with_stats=(), left_out=left_out)
+    token_stats.token_stats_message(logits, without)
 
 
 def launch_preference_loss(
@@ -264,6 +268,7 @@ def main(which: str, targets: list[str]) -> None:
             ),
             "warps": launch.options.get("num_warps", 4),
             "thread_bytes": thread_bytes(launch),
+            "words_left_out": launch.arguments.get("WORDS_PADDED", 0),
             "registers": binary.registers,
             "stack": binary.stack,
             "loads": len(binary.load_bits),

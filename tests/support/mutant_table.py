@@ -31,8 +31,8 @@ MUTANTS = [
         "kernels/token_stats.py", "test_token_stats.py",
         (
             "K1: columns past the end are logits of 0",
-            'stride_vocab, mask=inside, other=-float("inf")\n        ).to(acc)\n        old_peak',
-            "stride_vocab, mask=inside, other=0.0\n        ).to(acc)\n        old_peak",
+            'stride_vocab, mask=inside, other=-float("inf")\n        ).to(acc)\n        if WORDS',
+            "stride_vocab, mask=inside, other=0.0\n        ).to(acc)\n        if WORDS",
             "match_the_oracle and triton and 5003",
         ),
         (
@@ -1572,7 +1572,7 @@ MUTANTS = [
         ),
         (
             "value: twice the loss",
-            "layout.total(losses / 2 * weights)", "layout.total(losses * weights)",
+            "losses = losses / 2 * token_weights(", "losses = losses * token_weights(",
             "of_the_formula",
         ),
         (
@@ -1692,10 +1692,6 @@ MUTANTS = [
             "value: tokens whatever the reduction",
             "token_weights(inside, reduction,", "token_weights(inside, \"token-mean\",",
             "of_the_formula",
-        ),
-        (
-            "value: losses of tokens without the half",
-            "return losses / 2, metrics", "return losses, metrics", "of_the_formula and none",
         ),
     ),
     *_mutants(
@@ -3112,7 +3108,8 @@ MUTANTS = [
         ),
         (
             "values: the normalizer of a step is not looked at",
-            "normalizer = _check_reduction(reduction, normalizer)", "normalizer = None",
+            "normalizer = check_reduction(reduction, normalizer, may_be_none=True)",
+            "normalizer = None",
             "one_large_batch and value and 2",
         ),
     ),
@@ -4067,6 +4064,103 @@ MUTANTS = [
             "process reward: the least of all tokens",
             "values = torch.where(inside, x, without).reshape(-1)", "values = x.reshape(-1)",
             "no_step and min",
+        ),
+    ),
+    *_mutants(
+        "kernels/rows.py", "test_topk_divergence.py",
+        (
+            "words: the first of a tile stays in",
+            "for place in range(first, last):\n        inside &=",
+            "for place in range(first + 1, last):\n        inside &=",
+            "match_the_oracle",
+        ),
+    ),
+    *_mutants(
+        "kernels/token_stats.py", "test_topk_divergence.py",
+        (
+            "words: under a softcap those left out weigh as one at the cap",
+            "inside = left_in(inside, columns, numbers, out_of_row, start, start + LANES * VEC)\n"
+            '            x = tl.where(inside, x, -float("inf"))',
+            "kept_in = left_in(inside, columns, numbers, out_of_row, start, start + LANES * VEC)\n"
+            '            x = tl.where(kept_in, x, -float("inf"))',
+            "match_the_oracle",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/bucket_logits.py", "test_topk_divergence.py",
+        (
+            "buckets: words count among the others",
+            "others = padded.scatter(-1, ids, -torch.inf)", "others = padded",
+            "match_the_oracle",
+        ),
+        (
+            "buckets: relative to nothing",
+            "base = _finite(torch.maximum(words.detach().amax(-1, keepdim=True), peak))",
+            "base = torch.zeros_like(peak)",
+            "large_logits",
+        ),
+        (
+            "buckets: words that are not there get the gradient of their own",
+            "values = torch.where(there, d_words, d_words[:, :1])", "values = d_words",
+            "match_the_oracle",
+        ),
+        (
+            "buckets: the gradient of words without the slope of the softcap",
+            "slopes = slopes * cap_slope(x, transform.softcap, transform.scale)", "pass",
+            "match_the_oracle",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/bucket_divergence.py", "test_topk_divergence.py",
+        (
+            "buckets: the likeliest has a gradient of its own",
+            "student = relative_to_largest(student)", "pass",
+            "nearly_certain",
+        ),
+        (
+            "buckets: terms without m - own, which may be negative",
+            "close = own * expm1_minus(torch.where(near, to_mixture, 0.0))",
+            "close = -own * to_mixture",
+            "nearly_equal",
+        ),
+        (
+            "buckets: the mixture of the other side",
+            "of_teacher = kl_to_mixture(log_t, log_s, beta, complete=complete)",
+            "of_teacher = kl_to_mixture(log_t, log_s, 1 - beta, complete=complete)",
+            "match_the_oracle",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/teacher_words.py", "test_topk_divergence.py",
+        (
+            "teacher: a log-prob of -inf is a word",
+            "there = keep & (ids != -1) & (logprobs != -torch.inf)", "there = keep & (ids != -1)",
+            "match_the_oracle",
+        ),
+        (
+            "teacher: a rest of rounding is none",
+            "rest = torch.where(unsure, least, left).log()",
+            "rest = torch.where(unsure, 0.0, left).log()",
+            "no_more_than_rounding",
+        ),
+        (
+            "teacher: a rest of rounding where there are no other words",
+            "return torch.where(all_words, -torch.inf, rest), unsure",
+            "return rest, unsure & False",
+            "whole_vocabulary",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/ops/linear_topk_divergence.py", "test_linear_topk_divergence.py",
+        (
+            "words from hidden states: all values weigh as the first",
+            "if bool((of_rows == of_rows[0]).all()):", "if True:",
+            "every_gradient",
+        ),
+        (
+            "words from hidden states: masked tokens pass on what they get",
+            "upstream = torch.where(keep, d_values, 0.0)", "upstream = d_values",
+            "does_no_harm",
         ),
     ),
 ]  # fmt: skip

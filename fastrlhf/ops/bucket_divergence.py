@@ -1,0 +1,129 @@
+"""Divergences of teacher and student over a few buckets: the words of the teacher, and the rest.
+
+Dims: N rows, k words, k + 1 buckets.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrlhf.reference import expm1_minus, log_to_mixture
+
+from .checks import check_between, check_bool, check_one_of
+from .divergence import DIRECTIONS as PLAIN_DIRECTIONS
+from .divergence import kl_divergence
+
+DIRECTIONS = (*PLAIN_DIRECTIONS, "skewed_forward", "skewed_reverse")
+
+
+class BucketMeasure(NamedTuple):
+    """What is measured: see `topk_kl_divergence`."""
+
+    direction: str
+    tail: bool
+    renormalize: bool
+    beta: float
+    skew: float
+
+    def checked(self) -> "BucketMeasure":
+        """Return the numbers as floats.
+
+        Raises:
+            TypeError, ValueError: an option that is not what it should be, or does not fit another.
+        """
+        check_one_of("direction", self.direction, DIRECTIONS)
+        check_bool("tail", self.tail)
+        check_bool("renormalize", self.renormalize)
+        if self.tail and self.renormalize:
+            raise ValueError(
+                "renormalize: expected False with tail=True, whose buckets are the whole "
+                "distribution already; or tail=False"
+            )
+        beta, skew = check_between("beta", self.beta, 0, 1), check_between("skew", self.skew, 0, 1)
+        return self._replace(beta=beta, skew=skew)
+
+    @property
+    def complete(self) -> bool:
+        """Whether what is compared are distributions, each of which adds up to 1."""
+        return self.tail or self.renormalize
+
+    @property
+    def skewed(self) -> bool:
+        return self.direction.startswith("skewed")
+
+
+def bucket_divergence(
+    student: Tensor, teacher: Tensor, keep: Tensor, measure: BucketMeasure, impl: str
+) -> Tensor:
+    """Compute the divergence (N,) of buckets (N, k + 1): the student's logits, which are
+    differentiable, and the teacher's log-probs. The last bucket is the rest; 0 where not kept.
+    """
+    if measure.renormalize:
+        student, teacher = student[:, :-1], teacher[:, :-1]
+    student = relative_to_largest(student)
+    if measure.complete and not measure.skewed:
+        return kl_divergence(
+            student, teacher, direction=measure.direction, beta=measure.beta, mask=keep,
+            impl="triton" if impl == "triton" else "eager",
+        )  # fmt: skip
+    student_empty, teacher_empty = ((x == -torch.inf).all(-1) for x in (student, teacher))
+    regular = keep & ~student_empty & ~teacher_empty
+    log_s, log_t = (
+        F.log_softmax(torch.where(regular.unsqueeze(-1), x, 0.0), dim=-1)
+        for x in (student, teacher)
+    )
+    if not measure.complete:
+        log_s, log_t = log_s[:, :-1], log_t[:, :-1]
+    values = _of_distributions(log_s, log_t, measure)
+    # As `kl_divergence` has it where a side has no distribution.
+    forward = measure.direction == "forward" or (measure.direction, measure.beta) == ("jsd", 0)
+    missed = torch.inf if forward else 0.0
+    values = torch.where(student_empty & ~teacher_empty, missed, values)
+    return torch.where(keep & ~teacher_empty, values, 0.0)
+
+
+def relative_to_largest(buckets: Tensor) -> Tensor:
+    """Subtract the largest of buckets (N, .), which leaves their softmax as it is.
+
+    The largest itself is 0 by definition, so that its gradient is minus the sum of those of all
+    others. Next to a probability of nearly 1 they are tiny, and its own formula would round it
+    to 0.
+    """
+    largest, place = buckets.max(-1, keepdim=True)
+    there = largest != -torch.inf
+    is_largest = torch.arange(buckets.shape[-1], device=buckets.device) == place
+    return torch.where(is_largest & there, 0.0, buckets - torch.where(there, largest, 0.0))
+
+
+def _of_distributions(log_s: Tensor, log_t: Tensor, measure: BucketMeasure) -> Tensor:
+    """Compute the divergence (N,) from log-probs (N, .), which may be those of a part."""
+    beta, skew, complete = measure.beta, measure.skew, measure.complete
+    direction = measure.direction
+    if direction == "jsd" and 0 < beta < 1:
+        of_teacher = kl_to_mixture(log_t, log_s, beta, complete=complete)
+        of_student = kl_to_mixture(log_s, log_t, 1 - beta, complete=complete)
+        return beta * of_teacher + (1 - beta) * of_student
+    share = skew if measure.skewed else 0.0
+    forward = direction in ("forward", "skewed_forward") or (direction == "jsd" and beta == 0)
+    own, other = (log_t, log_s) if forward else (log_s, log_t)
+    return kl_to_mixture(own, other, share, complete=complete)
+
+
+def kl_to_mixture(log_own: Tensor, log_other: Tensor, share: float, *, complete: bool) -> Tensor:
+    """Compute Σ own·ln(own/m), m = share·own + (1-share)·other, from log-probs (N, .).
+
+    Of complete distributions each word adds m - own too, whose sum is 0: then none of the terms is
+    negative, and nearly equal distributions keep their places. 0·ln 0 = 0.
+    """
+    own, possible = log_own.exp(), log_own.exp() > 0
+    gap = torch.where(possible, log_other, 0.0) - torch.where(possible, log_own, 0.0)
+    to_mixture = log_to_mixture(gap, share, 1 - share) if share > 0 else gap
+    if not complete:
+        return torch.where(possible, -own * to_mixture, 0.0).sum(-1)
+    near = to_mixture.abs() < 0.5
+    close = own * expm1_minus(torch.where(near, to_mixture, 0.0))
+    surplus = (1 - share) * (log_other.exp() - own)
+    far = surplus - torch.where(possible, own * to_mixture, 0.0)
+    return torch.where(near & possible, close, far).sum(-1)

@@ -1,0 +1,262 @@
+"""The divergence of a student and a teacher of whom the likeliest words are known, from the
+student's hidden states: its logits are never built but for a block of tokens.
+
+The gradient of a token's value with respect to its hidden state is a vector that the forward keeps,
+whatever comes of the value. That with respect to the head is a sum over tokens: it is computed
+along with the values as if all weighed the same; if they turn out not to, backward makes the logits
+again.
+
+Dims: N tokens, n tokens of the mask, k words, H hidden, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, autograd
+
+from .backend import (
+    backend_of,
+    check_impl,
+    outside_of_graphs,
+    refuse_second_derivative,
+    refuse_transforms,
+    under_transform,
+    wanted_or_detached,
+)
+from .bucket_divergence import BucketMeasure, bucket_divergence
+from .bucket_logits import bucket_logits, write_bucket_gradient
+from .divergence import checked_rows
+from .head_gradients import Gradients, LogitGradient, as_operands
+from .linear_arguments import check_head, checked_chunk, exact, full_logits, matmul_dtype
+from .linear_head import Head, Weight
+from .linear_plans import Room, room_for_slopes
+from .linear_rows import even_spans, live_rows
+from .sharded import is_dtensor
+from .teacher_words import TeacherWords, checked_words
+from .topk_divergence import Direction, divergence_by_definition
+from .transform import Transform, check_temperatures_on_host, checked_transform
+
+
+class _Options(NamedTuple):
+    measure: BucketMeasure
+    transform: Transform
+    chunk: int
+    impl: str
+    dtype: torch.dtype  # of the matmuls
+
+
+def linear_topk_kl_divergence(
+    hidden: Tensor,
+    weight: Weight,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    *,
+    direction: Direction = "forward",
+    tail: bool = True,
+    renormalize: bool = False,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute `topk_kl_divergence` of a student from its hidden states and head.
+
+    Eager equivalent: `topk_kl_divergence(F.linear(hidden, weight, bias), teacher_logprobs,
+    teacher_ids, ...)`.
+
+    Args:
+        hidden: (..., H) of the student.
+        weight: (V, H) of its head, of the same dtype.
+        teacher_logprobs, teacher_ids, direction, tail, renormalize, beta, skew, mask, temperature:
+            as `topk_kl_divergence`.
+        bias: (V,) or None.
+        softcap, scale, impl: as `token_stats`.
+        chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
+            (64 MiB on a CPU).
+
+    Returns:
+        (...) in nats, fp32 (fp64 for fp64 hidden states).
+
+    Differentiable, once, with respect to hidden, weight and bias. Under `torch.func` (grad, vmap,
+    jvp, ...) and forward-mode differentiation, all logits are built, and it can be differentiated
+    at will.
+
+    Cost, in matmuls G of the tokens of the mask (others cost none): G for the values, 2G where
+    hidden or weight needs a gradient, 3G where both do. That of the head is computed along with the
+    values, for a loss that weighs all of them alike, as a sum or a mean does. For one that does
+    not, backward makes the logits again: G, and 1G for the weight. Memory: a block of logits; on
+    CUDA their gradient in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept where
+    hidden needs a gradient, in its dtype, but fp32 for fp16, and an fp32 (V, H) tensor where weight
+    does. On a GPU, the count of tokens is awaited once, and where the head is trained, backward
+    awaits whether values weigh alike.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_stats` and `topk_kl_divergence`.
+    """
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if is_dtensor(x):
+            raise TypeError(f"{name}: expected a tensor, got a DTensor, which is not served here")
+    check_head(hidden, [weight], bias)
+    measure = BucketMeasure(direction, tail, renormalize, beta, skew).checked()
+    mask = checked_rows(mask, hidden, "hidden")
+    words = checked_words(teacher_logprobs, teacher_ids, mask, weight.shape[0])
+    transform = checked_transform(temperature, softcap, scale, mask)
+    check_temperatures_on_host(transform.token_temperature, mask)
+    check_impl(impl)
+    dtype, keep = matmul_dtype(hidden), mask.reshape(-1)
+    options = _Options(
+        measure, transform.flat(dtype), checked_chunk(chunk_size, weight.shape[0], hidden.device),
+        backend_of(impl, hidden, mask.numel() * weight.shape[0]), dtype,
+    )  # fmt: skip
+    if under_transform():
+        with exact(hidden):
+            logits = full_logits(hidden, weight, bias, mask, dtype)
+            values = divergence_by_definition(logits, words, keep, transform, measure)
+        return values.view(mask.shape)
+    values = outside_of_graphs(_LinearTopkDivergence.apply)(
+        options, words, keep, *wanted_or_detached(hidden.to(dtype), bias, weight)
+    )
+    return values.view(mask.shape)
+
+
+class _LinearTopkDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, words, keep, hidden, bias, weight):
+        wants_hidden, *wants_head = ctx.needs_input_grad[3:]
+        blocks = _Blocks(options, words, hidden, bias, weight)
+        order = live_rows(keep.to(torch.int64), 0)
+        slope = room_for_slopes(blocks.hidden, alone=True) if wants_hidden else None
+        found = blocks.gradients(order.shape[0], *wants_head) if any(wants_head) else None
+        values = torch.zeros(keep.shape, dtype=blocks.head.sums, device=keep.device)
+        with exact(hidden):
+            for first, last in even_spans(order.shape[0], options.chunk):
+                rows = order[first:last]
+                if slope is None and found is None:
+                    values[rows] = blocks.values(rows)
+                    continue
+                room = blocks.head.room if found is None else found.room
+                values[rows], d_logits = blocks.values_and_gradient(rows, None, room)
+                if slope is not None:
+                    slope[rows] = blocks.head.pull_back(d_logits).to(slope.dtype)
+                if found is not None:
+                    found.add(rows, blocks.operands(rows), d_logits)
+            known = [None] * 2 if found is None else found.totals(hidden, bias, [weight])[1:]
+        ctx.options, ctx.words, ctx.hidden_shape = options, words, hidden.shape
+        ctx.codes = None if isinstance(weight, Tensor) else weight
+        dense = weight if isinstance(weight, Tensor) else None
+        ctx.save_for_backward(keep, order, hidden, bias, dense, slope, *known)
+        return values
+
+    @staticmethod
+    def backward(ctx, d_values):
+        refuse_second_derivative("linear_topk_kl_divergence", "topk_kl_divergence")
+        refuse_transforms("linear_topk_kl_divergence's backward", "topk_kl_divergence", d_values)
+        keep, order, hidden, bias, dense, slope, *known = ctx.saved_tensors
+        weight = dense if ctx.codes is None else ctx.codes
+        upstream = torch.where(keep, d_values, 0.0)
+        d_hidden, of_rows = None, upstream[order]
+        if slope is not None:
+            d_hidden = (slope * upstream.unsqueeze(1)).to(hidden.dtype).view(ctx.hidden_shape)
+        wants_head = ctx.needs_input_grad[4:]
+        if any(wants_head) and of_rows.numel():
+            if bool((of_rows == of_rows[0]).all()):
+                known = [None if total is None else total * of_rows[0] for total in known]
+            else:
+                blocks = _Blocks(ctx.options, ctx.words, hidden, bias, weight)
+                known = _recomputed(blocks, order, of_rows, wants_head, bias, weight)
+        d_bias, d_weight = (
+            None if total is None else total.to(x.dtype)
+            for total, x in zip(known, (bias, weight), strict=True)
+        )
+        return None, None, None, d_hidden, d_bias, d_weight
+
+
+def _recomputed(
+    blocks: "_Blocks",
+    order: Tensor,
+    d_values: Tensor,
+    wants_head: tuple[bool, bool],
+    bias: Tensor | None,
+    weight: Any,
+) -> list[Tensor | None]:
+    """Gradients of bias and weight, given those (n,) of the values, from logits that are made
+    again.
+    """
+    found = blocks.gradients(order.shape[0], *wants_head)
+    with exact(blocks.hidden):
+        for first, last in even_spans(order.shape[0], blocks.options.chunk):
+            rows = order[first:last]
+            _, d_logits = blocks.values_and_gradient(rows, d_values[first:last], found.room)
+            found.add(rows, blocks.operands(rows), d_logits)
+        return found.totals(blocks.hidden, bias, [weight])[1:]
+
+
+class _Blocks:
+    """The student's logits of some tokens at a time, and what is computed of them."""
+
+    def __init__(
+        self,
+        options: _Options,
+        words: TeacherWords,
+        hidden: Tensor,
+        bias: Tensor | None,
+        weight: Any,
+    ):
+        self.options, self.words = options, words
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.head = Head([weight], bias, options.dtype)
+
+    def gradients(self, rows: int, bias: bool, weight: bool) -> Gradients:
+        return Gradients(self.head, rows, None, [weight], bias)
+
+    def operands(self, rows: Tensor) -> Tensor:
+        return self.hidden[rows].to(self.head.operands)
+
+    def values(self, rows: Tensor) -> Tensor:
+        """The divergence of some tokens (n,)."""
+        return self._found(rows)[0]
+
+    def values_and_gradient(
+        self, rows: Tensor, d_values: Tensor | None, room: Room
+    ) -> tuple[Tensor, LogitGradient]:
+        """The same, and the gradient of their sum, or of one that d_values (n,) weighs, with
+        respect to their logits, as operands of matmuls.
+        """
+        values, buckets, logits, stats = self._found(rows, grad=True)
+        upstream = torch.ones_like(values) if d_values is None else d_values.to(values)
+        (d_buckets,) = autograd.grad(values, buckets, upstream)
+        operands = self.head.operands
+        there = room(len(rows)) if operands != logits.dtype else None
+        # fp16 is rounded to once the size of each row is known.
+        out = logits if there is None or operands == torch.float16 else there
+        write_bucket_gradient(
+            out, logits, self.words.ids[rows], torch.ones_like(rows, dtype=torch.bool), stats,
+            d_buckets, self._transform(rows), self.options.impl,
+        )  # fmt: skip
+        return values.detach(), as_operands(out, operands, there)
+
+    def _transform(self, rows: Tensor) -> Transform:
+        transform = self.options.transform
+        tokens = transform.token_temperature
+        return transform if tokens is None else transform._replace(token_temperature=tokens[rows])
+
+    def _found(
+        self, rows: Tensor, *, grad: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Values, the buckets that they come from, logits, and statistics of the other words."""
+        logits, words = self.head.logits(self.operands(rows)), self.words.at(rows)
+        everything, impl = torch.ones_like(rows, dtype=torch.bool), self.options.impl
+        buckets, *stats = bucket_logits(
+            logits, words.ids, everything, self._transform(rows), impl=impl
+        )
+        with torch.set_grad_enabled(grad):
+            buckets = buckets.detach().requires_grad_(grad)
+            values = bucket_divergence(
+                buckets, words.buckets(buckets), everything, self.options.measure, impl
+            )
+        return values, buckets, logits, (stats[0], stats[1])
