@@ -16,6 +16,7 @@ from fastrlhf.losses.cross_entropy_options import (
     mean_of,
 )
 from fastrlhf.losses.keywords import Unpack
+from fastrlhf.losses.signatures import showing
 from fastrlhf.ops import ChunkStats, Weight
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_ignore_index
@@ -115,6 +116,7 @@ def cross_entropy(
     return losses.sum() if reduction == "sum" else mean_of(losses.sum(), live, normalizer)
 
 
+@showing(CrossEntropyOptions, CrossEntropy()._asdict())
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Weight,

@@ -1,6 +1,6 @@
 """`Unpack`, by which `**options` have the names and types of a TypedDict.
 
-It is in typing from Python 3.11 on. Nothing reads it at run time, so before that it can be anything.
+It is in typing from Python 3.11 on; nothing reads it at run time, so before it can be anything.
 """
 
 import sys

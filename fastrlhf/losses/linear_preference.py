@@ -21,6 +21,7 @@ from fastrlhf.losses.preference_options import (
 )
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
+from fastrlhf.losses.signatures import showing
 from fastrlhf.ops import Weight
 from fastrlhf.ops.checks import (
     check_finite,
@@ -42,6 +43,10 @@ _FREE = ("simpo", "cpo", "orpo")
 _OF_FREE = ("loss_type", "label_smoothing", "discopop_tau", "gamma", "alpha")
 
 
+# Those that no other type has: simpo's margin, the weight of cpo's likelihood.
+_MARGIN_AND_LIKELIHOOD = {"gamma": 0.5, "alpha": 1.0}
+
+
 class LinearDPOOptions(SharedDPOOptions, total=False):
     """The options of `linear_dpo_loss`, for `**options: Unpack[LinearDPOOptions]`; see there."""
 
@@ -50,6 +55,7 @@ class LinearDPOOptions(SharedDPOOptions, total=False):
     alpha: float
 
 
+@showing(LinearDPOOptions, {**PreferenceOptions()._asdict(), **_MARGIN_AND_LIKELIHOOD})
 def linear_dpo_loss(
     hidden: Tensor,
     weight: Weight,
@@ -152,7 +158,7 @@ class LinearOptions(NamedTuple):
     @classmethod
     def parse(cls, function: str, given: Mapping[str, Any]) -> "LinearOptions":
         """Make options from the keywords of a function, to which an unknown one is a TypeError."""
-        names = (*PreferenceOptions._fields, "gamma", "alpha")
+        names = (*PreferenceOptions._fields, *_MARGIN_AND_LIKELIHOOD)
         for name in given:
             if name not in names:
                 known = ", ".join(names)
@@ -163,9 +169,9 @@ class LinearOptions(NamedTuple):
             check_one_of("loss_type", loss_type, (*LOSS_TYPES, *_FREE))
             free_type = loss_type if loss_type in _FREE else None
         # Also those that the type does not look at.
-        gamma = check_finite("gamma", given.get("gamma", 0.5))
-        alpha = check_finite("alpha", given.get("alpha", 1.0))
-        of_pairs = {name: x for name, x in given.items() if name not in ("gamma", "alpha")}
+        gamma = check_finite("gamma", given.get("gamma", _MARGIN_AND_LIKELIHOOD["gamma"]))
+        alpha = check_finite("alpha", given.get("alpha", _MARGIN_AND_LIKELIHOOD["alpha"]))
+        of_pairs = {name: x for name, x in given.items() if name not in _MARGIN_AND_LIKELIHOOD}
         if free_type is not None:
             del of_pairs["loss_type"]
         found = PreferenceOptions.parse(function, of_pairs, LOSS_TYPES)

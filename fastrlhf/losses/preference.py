@@ -15,6 +15,7 @@ from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.pair_losses import LOSS_TYPES as LOSS_TYPES
 from fastrlhf.losses.pair_scores import Logps, summed_losses
 from fastrlhf.losses.preference_options import DPOOptions, PreferenceOptions
+from fastrlhf.losses.signatures import showing
 from fastrlhf.losses.wpo import check_log_sum_sq_probs, weights_of
 from fastrlhf.ops.backend import check_impl
 from fastrlhf.ops.checks import (
@@ -29,6 +30,7 @@ from fastrlhf.ops.ranks import Group, check_group
 from fastrlhf.reference import ROWS, Layout
 
 
+@showing(DPOOptions, PreferenceOptions()._asdict())
 def dpo_loss(
     pi_logps: Tensor,
     ref_logps: Tensor | None,
