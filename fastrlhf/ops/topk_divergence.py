@@ -38,12 +38,14 @@ def topk_kl_divergence(
 ) -> Tensor:
     """Compute the divergence of a student from a teacher's likeliest words, token by token.
 
-    Eager equivalent, of words that are all there::
+    Eager equivalent, of words that are all there, with the effective logits z of `token_stats`::
 
-        log_s = token_logits(logits).log_softmax(-1).gather(-1, teacher_ids)
-        log_t = teacher_logprobs
+        log_s, log_t = z.log_softmax(-1).gather(-1, teacher_ids), teacher_logprobs
         if tail:  # all other words as one
-            log_s, log_t = (torch.cat((x, ln(1 - x.exp().sum(-1, keepdim=True))), -1) for x in ...)
+            log_s, log_t = (
+                torch.cat((x, (1 - x.exp().sum(-1, keepdim=True)).log()), -1)
+                for x in (log_s, log_t)
+            )
         if renormalize:
             log_s, log_t = log_s.log_softmax(-1), log_t.log_softmax(-1)
         forward, KL(t‖s): (log_t.exp() * (log_t - log_s)).sum(-1)
