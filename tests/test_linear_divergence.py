@@ -8,7 +8,7 @@ from support.matmuls import MatmulAudit
 from torch import Tensor, autograd
 
 import fastrlhf
-from fastrlhf import QuantizedWeight, kl_divergence, linear_kl_divergence
+from fastrlhf import QuantizedWeight, kl_divergence, linear_kl_divergence, linear_token_stats
 
 TOKENS, WIDTH, REF_WIDTH, VOCAB = 11, 6, 4, 37
 NAMES = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
@@ -529,3 +529,35 @@ def test_what_is_no_softcap_or_scale_of_the_reference_is_named() -> None:
         fastrlhf.linear_kl_divergence(*sides, ref_softcap=0.0)
     with pytest.raises(ValueError, match=r"^ref_scale: "):
         fastrlhf.linear_kl_divergence(*sides, ref_scale=-1.0)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("options", MEASURES, ids=lambda o: o["direction"])
+def test_the_entropy_comes_from_the_same_logits(options, transform) -> None:
+    tensors, transform = inputs(), TRANSFORMS[transform]
+    values = linear_kl_divergence(**tensors, mask=MASK, **options, **transform)
+    with MatmulAudit() as audit:
+        found, entropies = linear_kl_divergence(
+            **tensors, mask=MASK, **options, **transform, entropy=True
+        )
+    with MatmulAudit() as alone:
+        linear_kl_divergence(**tensors, mask=MASK, **options, **transform)
+    assert torch.equal(found, values) and audit.operations == alone.operations
+    assert not entropies.requires_grad and not entropies[~MASK].any()
+    targets = torch.where(MASK, 0, -100)
+    own = {name: tensors[name] for name in ("hidden", "weight", "bias")}
+    stats = linear_token_stats(**own, targets=targets, entropy=True, **transform)
+    torch.testing.assert_close(entropies, stats.entropy.detach())
+    found.sum().backward()
+    assert tensors["weight"].grad is not None
+
+
+def test_an_entropy_is_refused_under_transforms() -> None:
+    tensors = inputs(())
+    hidden = tensors.pop("hidden")
+
+    def loss(x: Tensor) -> Tensor:
+        return linear_kl_divergence(x, **tensors, mask=MASK, entropy=True)[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"linear_kl_divergence\(entropy=True\)"):
+        torch.func.grad(loss)(hidden)

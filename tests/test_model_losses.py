@@ -325,6 +325,16 @@ def test_a_divergence_is_that_of_both_models_logits(measure, couple, weighed) ->
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("couple", COUPLES)
+def test_a_divergence_brings_the_models_own_entropy(couple) -> None:
+    model, teacher = (create().double() for create in COUPLES[couple])
+    values, entropies = fastrlhf.model_kl_divergence(model, teacher, **batch(), entropy=True)
+    expected = Plain(model, batch()).entropy.detach()
+    scored = batch()["mask"][:, 1:] != 0
+    torch.testing.assert_close(entropies, torch.where(scored, expected, 0.0))
+    assert not entropies.requires_grad and values.requires_grad
+
+
 class Wide:
     """A vocabulary that is large beside the rest of a model."""
 

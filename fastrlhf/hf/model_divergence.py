@@ -35,6 +35,7 @@ def model_kl_divergence(
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
     impl: str = "auto",
+    entropy: bool = False,
     return_outputs: bool = False,
     **inputs: Any,
 ) -> Any:
@@ -55,12 +56,14 @@ def model_kl_divergence(
         input_ids, attention_mask, mask, cu_seqlens, temperature, chunk_size, impl: as
             `model_token_stats`; with a `chunk_size`, the logits of both are held.
         direction, beta: as `kl_divergence`.
+        entropy: return the model's own entropy too, from the same logits, at no matmul more.
         return_outputs: return the model's outputs too, without its logits.
         inputs: what else the forwards of both name.
 
     Returns:
         (B, T-1) in nats, aligned with input_ids[:, 1:], 0 for tokens that are not scored; fp32
-        (fp64 if a model is). With return_outputs (values, outputs).
+        (fp64 if a model is). With entropy (values, entropies), of which the second are (B, T-1)
+        too, and not differentiable; with return_outputs these, and the outputs.
 
     Differentiable, once, with respect to the parameters of the model.
 
@@ -78,6 +81,7 @@ def model_kl_divergence(
     Source: 2306.13649 (GKD).
     """
     refuse_transforms("model_kl_divergence", "kl_divergence of the models' logits")
+    check_bool("entropy", entropy)
     check_bool("return_outputs", return_outputs)
     checked_measure(direction, beta)
     if head_module(base_model(teacher)) is head_module(base_model(model)):
@@ -86,26 +90,31 @@ def model_kl_divergence(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
     )
 
-    def beside_teacher(ours: Scorer, targets: Tensor) -> tuple[Tensor, None]:
+    def beside_teacher(ours: Scorer, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         recorded = torch.is_grad_enabled()
-        values: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor | None]] = []
 
         def compare(theirs: Scorer, _: Tensor) -> tuple[Tensor, None]:
             _check_teacher(ours, theirs)
             with torch.set_grad_enabled(recorded):
                 scored = targets != IGNORED
-                values[:] = [
-                    scored_divergence(ours, theirs, scored, direction=direction, beta=beta)[0]
-                ]
-            return values[0].detach(), None
+                pair = scored_divergence(
+                    ours, theirs, scored, direction=direction, beta=beta, entropy=entropy
+                )
+                found[:] = [pair]
+            return pair[0].detach(), None
 
         with torch.no_grad():
             at_head(teacher, batch, compare)
-        return values[0], None
+        return found[0]
 
     done = at_head(model, batch, beside_teacher)
-    values = done.result[:, :-1]
-    return (values, done.outputs) if return_outputs else values
+    results = [done.result[:, :-1]]
+    if entropy:
+        results.append(done.aside[:, :-1])
+    if return_outputs:
+        results.append(done.outputs)
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _check_teacher(ours: Scorer, theirs: Scorer) -> None:

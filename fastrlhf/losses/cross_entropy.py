@@ -15,12 +15,12 @@ from fastrlhf.losses.cross_entropy_options import (
     checked_weights,
     mean_of,
 )
-from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.signatures import showing
 from fastrlhf.ops import ChunkStats, Weight
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_ignore_index
 from fastrlhf.ops.kept_ids import Support
+from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import LinearScorer, Scorer, linear_scorer
 from fastrlhf.ops.sharded import replicated

@@ -6,7 +6,6 @@ Dims: B sequences, T tokens, H hidden, V vocabulary.
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.policy import Metrics, policy_metrics, reduced_loss, token_losses
 from fastrlhf.losses.policy_arguments import (
     PolicyBatch,
@@ -33,6 +32,7 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.kept_ids import Support
+from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import Scorer, linear_scorer

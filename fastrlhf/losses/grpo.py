@@ -8,7 +8,6 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.policy import Metrics, policy_loss
 from fastrlhf.losses.policy_arguments import (
     OPTIONAL_TENSORS,
@@ -18,6 +17,7 @@ from fastrlhf.losses.policy_arguments import (
 )
 from fastrlhf.losses.signatures import showing
 from fastrlhf.ops.checks import check_one_of
+from fastrlhf.ops.keywords import Unpack
 
 LossType = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_pair_indices
 from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
-from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.preference import LOSS_TYPES, dpo_loss_of
 from fastrlhf.losses.preference_options import (
     OF_THE_BATCH,
@@ -31,6 +30,7 @@ from fastrlhf.ops.checks import (
     wide_integers,
 )
 from fastrlhf.ops.kept_ids import Support
+from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import linear_scorer

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
-from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.losses.unpaired import KTOLossType, check_labels, kto_loss
 from fastrlhf.ops import Weight
@@ -23,6 +22,7 @@ from fastrlhf.ops.checks import (
     wide_integers,
 )
 from fastrlhf.ops.kept_ids import Support
+from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import linear_scorer

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_tokens
-from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.penalties import KL_ESTIMATORS, importance_corrected
 from fastrlhf.losses.policy_arguments import (
     OPTIONAL_TENSORS,
@@ -27,6 +26,7 @@ from fastrlhf.losses.signatures import showing
 from fastrlhf.losses.surrogates import SURROGATES, bounded_one_by_one
 from fastrlhf.ops import PolicyTokens
 from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
 

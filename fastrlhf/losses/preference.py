@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_lengths, check_pairs, every_token
 from fastrlhf.losses.f_divergence import f_score
-from fastrlhf.losses.keywords import Unpack
 from fastrlhf.losses.pair_losses import LOSS_TYPES as LOSS_TYPES
 from fastrlhf.losses.pair_scores import Logps, summed_losses
 from fastrlhf.losses.preference_options import DPOOptions, PreferenceOptions
@@ -25,6 +24,7 @@ from fastrlhf.ops.checks import (
     check_same_device,
     check_shape,
 )
+from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.preference_loss import preference_loss
 from fastrlhf.ops.ranks import Group, check_group
 from fastrlhf.reference import ROWS, Layout

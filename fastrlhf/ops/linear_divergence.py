@@ -10,7 +10,7 @@ Dims: N tokens, n tokens of the mask, H hidden (of each model its own), V vocabu
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from .backend import (
     use_triton,
     wanted_or_detached,
 )
-from .checks import check_same_device, check_shape
+from .checks import check_bool, check_same_device, check_shape
 from .divergence import (
     Measure,
     checked_measure,
@@ -37,6 +37,7 @@ from .divergence import (
 )
 from .divergence_over_ranks import divergence_over_ranks
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
+from .keywords import Unpack
 from .linear_arguments import (
     check_head,
     checked_chunk,
@@ -94,6 +95,44 @@ class _Options(NamedTuple):
         return self.caps[0] == self.caps[1] and self.scales[0] == self.scales[1]
 
 
+class LinearKLOptions(TypedDict, total=False):
+    """The keywords of `linear_kl_divergence`."""
+
+    direction: str
+    mask: Tensor | None
+    bias: Tensor | None
+    ref_bias: Tensor | None
+    temperature: float | Tensor
+    beta: float
+    softcap: float | None
+    scale: float
+    ref_softcap: float | Literal["same"] | None
+    ref_scale: float | Literal["same"]
+    chunk_size: int | None
+    impl: str
+    group: Group | None
+
+
+@overload
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Weight,
+    ref_hidden: Tensor,
+    ref_weight: Weight,
+    *,
+    entropy: Literal[False] = False,
+    **options: Unpack[LinearKLOptions],
+) -> Tensor: ...
+@overload
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Weight,
+    ref_hidden: Tensor,
+    ref_weight: Weight,
+    *,
+    entropy: Literal[True],
+    **options: Unpack[LinearKLOptions],
+) -> tuple[Tensor, Tensor]: ...
 def linear_kl_divergence(
     hidden: Tensor,
     weight: Weight,
@@ -113,7 +152,8 @@ def linear_kl_divergence(
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
-) -> Tensor:
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `kl_divergence` of two models from their hidden states and heads.
 
     Eager equivalent: `kl_divergence(F.linear(hidden, weight, bias), F.linear(ref_hidden,
@@ -132,13 +172,15 @@ def linear_kl_divergence(
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             with those of each side (64 MiB on a CPU).
         group: as `linear_token_stats`; both weights are cut alike. DTensors need none.
+        entropy: return the policy's entropy too, from the same logits, at no matmul more.
 
     Returns:
-        (...) in nats, fp32 (fp64 if a side is).
+        (...) in nats, fp32 (fp64 if a side is). With entropy (values, entropies), of which the
+        second are (...) too, 0 outside of the mask, and not differentiable.
 
     Differentiable, once, with respect to hidden, weight and bias of both sides. Under `torch.func`
     (grad, vmap, jvp, ...) and forward-mode differentiation, all logits are built, and it can be
-    differentiated at will.
+    differentiated at will; there is no entropy then.
 
     Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
     values, and 1G more for each hidden and each weight that needs a gradient. That of a head is
@@ -154,9 +196,13 @@ def linear_kl_divergence(
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
+        RuntimeError: an entropy under `torch.func` transforms.
 
     Source: 2306.13649 (GKD).
     """
+    check_bool("entropy", entropy)
+    if entropy:
+        refuse_transforms("linear_kl_divergence(entropy=True)", "linear_token_stats beside it")
     head = head_part(hidden, [weight], bias, group)
     ref_head = same_head_part(ref_hidden, [ref_weight], ref_bias, head.part, prefix="ref_")
     check_head(*head[:3], part=head.part)
@@ -172,7 +218,10 @@ def linear_kl_divergence(
         *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part
     )  # fmt: skip
     ref = LinearScorer(*ref_head[:3], 1.0, ref_cap, ref_factor, part=head.part)
-    return divergence_of(ours, ref, mask, direction=direction, beta=beta, sum_expected=True)[0]
+    values, entropies = divergence_of(
+        ours, ref, mask, direction=direction, beta=beta, sum_expected=True, entropy=entropy
+    )
+    return values if entropies is None else (values, entropies)
 
 
 def divergence_of(
