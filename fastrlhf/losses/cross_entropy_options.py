@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.losses.reduce import check_reduction
+from fastrlhf.losses.signatures import check_options
 from fastrlhf.ops.checks import (
     check_at_least,
     check_between,
@@ -59,10 +60,7 @@ class CrossEntropy(NamedTuple):
     @classmethod
     def parse(cls, function: str, given: dict[str, Any]) -> "CrossEntropy":
         """Make options from the keywords of a function, to which an unknown one is a TypeError."""
-        for name in given:
-            if name not in cls._fields:
-                known = ", ".join(cls._fields)
-                raise TypeError(f"{function}: unexpected option {name!r}; expected one of {known}")
+        check_options(function, given, cls._fields)
         return cls(**given).checked()
 
     def checked(self) -> "CrossEntropy":

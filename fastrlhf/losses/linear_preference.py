@@ -20,7 +20,7 @@ from fastrlhf.losses.preference_options import (
 )
 from fastrlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from fastrlhf.losses.sequences import sequence_logprobs
-from fastrlhf.losses.signatures import showing
+from fastrlhf.losses.signatures import check_options, showing
 from fastrlhf.ops import Weight
 from fastrlhf.ops.checks import (
     check_finite,
@@ -159,10 +159,7 @@ class LinearOptions(NamedTuple):
     def parse(cls, function: str, given: Mapping[str, Any]) -> "LinearOptions":
         """Make options from the keywords of a function, to which an unknown one is a TypeError."""
         names = (*PreferenceOptions._fields, *_MARGIN_AND_LIKELIHOOD)
-        for name in given:
-            if name not in names:
-                known = ", ".join(names)
-                raise TypeError(f"{function}: unexpected option {name!r}; expected one of {known}")
+        check_options(function, given, names)
         loss_type = given.get("loss_type", "sigmoid")
         free_type = None
         if isinstance(loss_type, str):

@@ -3,14 +3,14 @@
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
 from fastrlhf.losses.sequences import sequence_logprobs
+from fastrlhf.losses.signatures import check_options, showing
 from fastrlhf.losses.unpaired import KTOLossType, check_labels, kto_loss
 from fastrlhf.ops import Weight
 from fastrlhf.ops.checks import (
@@ -39,6 +39,10 @@ class KTOOptions(TypedDict, total=False):
     undesirable_weight: float
 
 
+_DEFAULTS = {"loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0}
+
+
+@showing(KTOOptions, _DEFAULTS)
 def linear_kto_loss(
     hidden: Tensor,
     weight: Weight,
@@ -102,20 +106,11 @@ def linear_kto_loss(
     targets = replicated("targets", targets)
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
-    check_kto_options("linear_kto_loss", options)
+    check_options("linear_kto_loss", options, KTOOptions.__annotations__)
     loss = unpaired_loss(targets, ref_logps, desirable, kl, beta, layout, options)
     scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
     ignore_index = check_ignore_index(ignore_index)
     return sequence_loss_of(scorer, wide_integers(targets), loss, ignore_index=ignore_index)
-
-
-def check_kto_options(function: str, given: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that is no option."""
-    names = tuple(KTOOptions.__annotations__)
-    for name in given:
-        if name not in names:
-            known = ", ".join(names)
-            raise TypeError(f"{function}: unexpected option {name!r}; expected one of {known}")
 
 
 def unpaired_loss(

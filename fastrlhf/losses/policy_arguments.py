@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrlhf.losses.penalties import check_estimator
 from fastrlhf.losses.reduce import Reduction, check_reduction, token_weights
+from fastrlhf.losses.signatures import check_options
 from fastrlhf.losses.surrogates import SURROGATES, Bounds
 from fastrlhf.ops import PolicyTokens
 from fastrlhf.ops.checks import (
@@ -147,10 +148,7 @@ class PolicyOptions(NamedTuple):
     @classmethod
     def parse(cls, function: str, given: Mapping[str, Any]) -> "PolicyOptions":
         """Make options from the keywords of a function, to which an unknown one is a TypeError."""
-        for name in given:
-            if name not in cls._fields:
-                known = ", ".join(cls._fields)
-                raise TypeError(f"{function}: unexpected option {name!r}; expected one of {known}")
+        check_options(function, given, cls._fields)
         return cls(**given).checked()
 
     @property

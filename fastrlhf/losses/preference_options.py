@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from fastrlhf.losses.f_divergence import F_DIVERGENCES, FDivergence
+from fastrlhf.losses.signatures import check_options
 from fastrlhf.ops.checks import (
     check_at_least,
     check_between,
@@ -73,12 +74,7 @@ class PreferenceOptions(NamedTuple):
         """Make checked options from the keywords of a function, to which an unknown one is a
         TypeError.
         """
-        for name in given:
-            if name not in cls._fields:
-                options = ", ".join(cls._fields)
-                raise TypeError(
-                    f"{function}: unexpected option {name!r}; expected one of {options}"
-                )
+        check_options(function, given, cls._fields)
         return cls(**given).checked(known)
 
     def checked(self, known: tuple[str, ...]) -> "PreferenceOptions":

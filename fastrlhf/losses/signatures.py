@@ -1,10 +1,10 @@
-"""Signatures that show the options which a function takes as `**options`.
+"""Options that a function takes as `**options`: its signature shows them, and it knows no others.
 
-Type checkers and editors read these from a TypedDict. What looks at a running function instead
+Type checkers and editors read them from a TypedDict. What looks at a running function instead
 (`help`, a notebook's completion) reads its `__signature__`, which is made here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
 from typing import Any, TypeVar, get_type_hints
 
@@ -26,3 +26,13 @@ def showing(keywords: type, defaults: Mapping[str, Any]) -> Callable[[F], F]:
         return function
 
     return decorated
+
+
+def check_options(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for a keyword of a function that is no option."""
+    names = tuple(known)
+    for name in given:
+        if name not in names:
+            raise TypeError(
+                f"{function}: unexpected option {name!r}; expected one of {', '.join(names)}"
+            )
