@@ -27,6 +27,8 @@ from .tokens import Tokens
 
 _TRITON: dict[str, Any] = {"impl": "triton"}
 _KL_COEF, _ENTROPY_COEF, _SHARE = 0.1, 0.01, 0.3
+_KL_WEIGHT, _Z_LOSS = 0.7, 1e-3
+_TEACHER = [0.4, 0.2, 0.1, 0.05]  # probabilities of the words that a teacher names
 
 
 class Operation(NamedTuple):
@@ -98,7 +100,59 @@ def _plain_regularised(x: Leaves, s: Tokens) -> dict:
     return {"loss": plain.mean(losses - _ENTROPY_COEF * plain.entropy(log_p), s)}
 
 
+def _dppo(x: Leaves, s: Tokens, **options: Any) -> dict:
+    return _policy(
+        x, s, surrogate="dppo_tv", ref_logprobs=s.ref, kl_coef=_KL_COEF, kl_bias_correction=True,
+        kl_weights=_KL_WEIGHT * s.live, **options,
+    )  # fmt: skip
+
+
+def _plain_dppo(x: Leaves, s: Tokens) -> dict:
+    logp = plain.logprobs(plain.log_softmax(x["logits"]), s)
+    losses, ratio = plain.divergence_clipped(logp, s)
+    return {"loss": plain.mean(losses + _KL_COEF * _KL_WEIGHT * ratio * plain.k3(logp, s), s)}
+
+
+# Cross-entropy.
+
+
+def _cross_entropy(x: Leaves, s: Tokens, **options: Any) -> dict:
+    loss = fastrlhf.cross_entropy(x["logits"], s.targets, z_loss=_Z_LOSS, **options, **_TRITON)
+    return {"loss": loss}
+
+
+def _plain_cross_entropy(x: Leaves, s: Tokens) -> dict:
+    logp = plain.logprobs(plain.log_softmax(x["logits"]), s)
+    z_loss = _Z_LOSS * plain.wide(x["logits"]).logsumexp(-1).square()
+    return {"loss": plain.mean(z_loss - logp, s)}
+
+
 # Divergences.
+
+
+def _words(s: Tokens) -> torch.Tensor:
+    """What stands for a teacher's likeliest words: the target and what comes some way after it."""
+    steps = torch.arange(len(_TEACHER), device=s.targets.device)
+    return s.picked + steps
+
+
+def _topk(x: Leaves, s: Tokens, **options: Any) -> dict:
+    words = _words(s)
+    teacher = torch.tensor(_TEACHER, device=words.device).log().expand(words.shape)
+    values = fastrlhf.topk_kl_divergence(
+        x["logits"], teacher, words % x["logits"].shape[-1], direction="reverse", mask=s.live,
+        **options, **_TRITON,
+    )  # fmt: skip
+    return {"divergence": values}
+
+
+def _plain_topk(x: Leaves, s: Tokens) -> dict:
+    log_p, words = plain.log_softmax(x["logits"]), _words(s) % x["logits"].shape[-1]
+    rest = log_p.scatter(-1, words, -torch.inf).logsumexp(-1, keepdim=True)
+    ours = torch.cat((log_p.gather(-1, words), rest), dim=-1)
+    left = [*_TEACHER, 1 - sum(_TEACHER)]
+    teacher = torch.tensor(left, dtype=torch.float64, device=words.device).log()
+    return {"divergence": plain.kl(ours, teacher.to(ours.dtype).expand(ours.shape)) * s.live}
 
 
 def _divergence(direction: str, transformed: bool = False) -> Operation:
@@ -126,18 +180,21 @@ def _inplace(function: Any) -> Function:
 STATISTICS = {
     "token_logprobs": Operation(_token_logprobs, _plain_logprobs, _inplace(_token_logprobs)),
     "token_stats": Operation(_token_stats, _plain_stats, _inplace(_token_stats), True),
+    "cross-entropy loss": Operation(_cross_entropy, _plain_cross_entropy, _inplace(_cross_entropy)),
 }
 POLICIES = {
     "logits_policy_loss": Operation(_policy, _plain_policy, _inplace(_policy)),
     "logits_policy_loss, KL and entropy": Operation(
         _regularised, _plain_regularised, _inplace(_regularised), True
     ),
+    "logits_policy_loss, DPPO": Operation(_dppo, _plain_dppo, _inplace(_dppo)),
 }
 DIVERGENCES = {
     "kl_divergence reverse": _divergence("reverse"),
     "kl_divergence forward": _divergence("forward"),
     "kl_divergence jsd": _divergence("jsd"),
     "kl_divergence reverse, softcap": _divergence("reverse", transformed=True),
+    "topk_kl_divergence": Operation(_topk, _plain_topk, _inplace(_topk)),
 }
 
 

@@ -17,12 +17,17 @@ def log_softmax(
     logits: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None
 ) -> Tensor:
     """Log-probs (..., V) after a softcap and a temperature."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = wide(logits)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None]
     return (z / temperature).log_softmax(-1)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In fp64, or in fp32 from any other dtype."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def logprobs(log_p: Tensor, tokens: Tokens) -> Tensor:
@@ -54,6 +59,14 @@ def clipped(logp: Tensor, tokens: Tokens) -> Tensor:
     """PPO's loss of each token."""
     ratio, advantages = (logp - tokens.old).exp(), tokens.advantages[:, None]
     return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+
+
+def divergence_clipped(logp: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """DPPO's loss of each token, and the ratio."""
+    ratio, advantages = (logp - tokens.old).exp(), tokens.advantages[:, None]
+    moved = logp.detach().exp() - tokens.old.exp()
+    gone = torch.where(advantages > 0, moved > CLIP, moved < -CLIP)
+    return torch.where(gone, 0.0, -ratio * advantages), ratio
 
 
 def k3(logp: Tensor, tokens: Tokens) -> Tensor:
