@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrlhf.losses.policy import Metrics, policy_metrics, reduced_loss, token_losses
 from fastrlhf.losses.policy_arguments import (
     PolicyBatch,
-    PolicyKeywords,
+    PolicyLossOptions,
     PolicyOptions,
     policy_batch,
 )
@@ -43,7 +43,7 @@ from fastrlhf.ops.tracing import being_traced
 from fastrlhf.ops.transform import temperatures_of_layout
 
 
-@showing(PolicyKeywords, PolicyOptions()._asdict())
+@showing(PolicyLossOptions, PolicyOptions()._asdict())
 def logits_policy_loss(
     logits: Tensor,
     targets: Tensor,
@@ -63,7 +63,7 @@ def logits_policy_loss(
     support: Support | None = None,
     impl: str = "auto",
     group: Group | None = None,
-    **policy_options: Unpack[PolicyKeywords],
+    **policy_options: Unpack[PolicyLossOptions],
 ) -> tuple[Tensor, Metrics]:
     """Compute `policy_loss` and its gradient from logits, in one launch.
 
@@ -151,7 +151,7 @@ def logits_policy_loss(
     return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
 
 
-@showing(PolicyKeywords, PolicyOptions()._asdict())
+@showing(PolicyLossOptions, PolicyOptions()._asdict())
 def linear_policy_loss(
     hidden: Tensor,
     weight: Weight,
@@ -174,7 +174,7 @@ def linear_policy_loss(
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
-    **policy_options: Unpack[PolicyKeywords],
+    **policy_options: Unpack[PolicyLossOptions],
 ) -> tuple[Tensor, Metrics]:
     """Compute `policy_loss` from hidden states and the weight of the head: no logits are built.
 

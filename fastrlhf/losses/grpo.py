@@ -12,7 +12,7 @@ from fastrlhf.losses.policy import Metrics, policy_loss
 from fastrlhf.losses.policy_arguments import (
     OPTIONAL_TENSORS,
     PolicyArguments,
-    PolicyKeywords,
+    PolicyLossOptions,
     PolicyOptions,
 )
 from fastrlhf.losses.signatures import showing
@@ -25,8 +25,8 @@ LossType = Literal[
 ]  # fmt: skip
 
 # What tells the members apart, with the bounds that their papers took.
-_GSPO: PolicyKeywords = {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
-_GRPO: dict[str, PolicyKeywords] = {
+_GSPO: PolicyLossOptions = {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
+_GRPO: dict[str, PolicyLossOptions] = {
     "grpo": {"reduction": "sequence-mean"},
     "bnpo": {"reduction": "token-mean"},
     "dr_grpo": {"reduction": "constant"},
@@ -70,8 +70,8 @@ class _Preset:
 _OPTIONS = dict.fromkeys(PolicyOptions._fields, _Preset())
 
 
-@showing(PolicyKeywords, _OPTIONS)
-def grpo_options(loss_type: LossType, **changes: Unpack[PolicyKeywords]) -> PolicyKeywords:
+@showing(PolicyLossOptions, _OPTIONS)
+def grpo_options(loss_type: LossType, **changes: Unpack[PolicyLossOptions]) -> PolicyLossOptions:
     """Return the options of `policy_loss` that a member of GRPO's family consists of.
 
     They serve its fused forms too: `linear_policy_loss(..., **grpo_options("gspo"))`. What is
@@ -107,7 +107,7 @@ def grpo_options(loss_type: LossType, **changes: Unpack[PolicyKeywords]) -> Poli
         ValueError: an unknown loss_type.
     """
     check_one_of("loss_type", loss_type, _GRPO)
-    return cast(PolicyKeywords, {**_GRPO[loss_type], **changes})
+    return cast(PolicyLossOptions, {**_GRPO[loss_type], **changes})
 
 
 @showing(PolicyArguments, {**OPTIONAL_TENSORS, **_OPTIONS})

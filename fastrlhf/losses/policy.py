@@ -16,7 +16,7 @@ from fastrlhf.losses.policy_arguments import (
     OPTIONAL_TENSORS,
     PolicyArguments,
     PolicyBatch,
-    PolicyKeywords,
+    PolicyLossOptions,
     PolicyOptions,
     Sums,
     policy_batch,
@@ -36,7 +36,7 @@ _PPO_DEFAULTS = {**OPTIONAL_TENSORS, **PolicyOptions()._asdict()}
 del _PPO_DEFAULTS["surrogate"]
 
 
-@showing(PolicyKeywords, PolicyOptions()._asdict())
+@showing(PolicyLossOptions, PolicyOptions()._asdict())
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -49,7 +49,7 @@ def policy_loss(
     kl_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     group: Group | None = None,
-    **policy_options: Unpack[PolicyKeywords],
+    **policy_options: Unpack[PolicyLossOptions],
 ) -> tuple[Tensor, Metrics]:
     """Compute a policy-gradient loss with its KL penalty and entropy bonus, reduced to one number.
 

@@ -35,7 +35,7 @@ RatioLevel = Literal["token", "sequence", "sequence-token", "product"]
 EstimatorName = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
 
 
-class PolicyKeywords(TypedDict, total=False):
+class PolicyLossOptions(TypedDict, total=False):
     """The options that every form of the policy loss takes as keywords; see `policy_loss`."""
 
     surrogate: SurrogateName
@@ -56,7 +56,7 @@ class PolicyKeywords(TypedDict, total=False):
     off_policy_mask_threshold: float | None
 
 
-class PolicyArguments(PolicyKeywords, total=False):
+class PolicyArguments(PolicyLossOptions, total=False):
     """The options of `policy_loss`, and the tensors that it takes as keywords."""
 
     ref_logprobs: Tensor | None
