@@ -82,7 +82,7 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     check_ids(ids)
     check_weights(module, name)
     check_model(base, name)
-    check_keywords(base, batch.inputs)
+    check_keywords(base, batch.inputs, batch.options)
     batch = batch._replace(inputs=given_inputs(batch.inputs))
     check_causal(base)
     # Where tokens of a tree start again is told by what predicts them.

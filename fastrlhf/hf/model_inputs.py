@@ -43,6 +43,7 @@ class TokenBatch(NamedTuple):
     impl: str = "auto"
     support: Support | None = None  # of the tokens (B, T-1) after the first
     rows: Tensor | None = None  # (B, T-1) the positions that predict these tokens
+    options: tuple[str, ...] = ()  # that the loss takes among the inputs
 
 
 # Keywords that forwards of transformers take, and what to do instead of giving them.
@@ -72,7 +73,7 @@ def check_model(base: Any, name: str) -> None:
         )
 
 
-def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
+def check_keywords(base: nn.Module, inputs: dict[str, Any], options: tuple[str, ...] = ()) -> None:
     """Refuse keywords that the model's forward would swallow without a word.
 
     Raises:
@@ -96,6 +97,8 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any]) -> None:
     for name in inputs:
         if name not in known:
             hint = "; the mask of the tokens to score is `mask`" if "mask" in name else ""
+            if options:
+                hint += f", and the loss no such option; it has {', '.join(options)}"
             raise TypeError(
                 f"{name}: the forward of {type(base).__name__} takes no argument of that name{hint}"
             )

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrlhf.losses.fused_sequences import sequence_loss_of
-from fastrlhf.losses.linear_unpaired import KTOOptions, unpaired_loss
+from fastrlhf.losses.linear_unpaired import KTO_DEFAULTS, KTOOptions, unpaired_loss
+from fastrlhf.losses.signatures import showing
 from fastrlhf.ops.checks import check_mask
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.layout import layout_of
@@ -19,6 +20,7 @@ from .model_inputs import TokenBatch, check_ids
 from .model_losses import _beside, _returned
 
 
+@showing(KTOOptions, KTO_DEFAULTS, and_others=True)
 def model_kto_loss(
     model: nn.Module,
     input_ids: Tensor,
@@ -88,6 +90,6 @@ def model_kto_loss(
 
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
-        support, rows,
+        support, rows, tuple(known),
     )  # fmt: skip
     return _returned(at_head(model, batch, work), return_outputs)

@@ -14,9 +14,20 @@ from fastrlhf.losses.cross_entropy import summed_cross_entropy
 from fastrlhf.losses.cross_entropy_options import CrossEntropy, LossType, mean_of
 from fastrlhf.losses.fused_policy import policy_loss_of
 from fastrlhf.losses.fused_sequences import sequence_loss_of
-from fastrlhf.losses.linear_preference import LinearDPOOptions, LinearOptions, pair_loss
-from fastrlhf.losses.policy_arguments import PER_SEQUENCE, PolicyOptions, policy_batch
+from fastrlhf.losses.linear_preference import (
+    LINEAR_DPO_DEFAULTS,
+    LinearDPOOptions,
+    LinearOptions,
+    pair_loss,
+)
+from fastrlhf.losses.policy_arguments import (
+    PER_SEQUENCE,
+    PolicyLossOptions,
+    PolicyOptions,
+    policy_batch,
+)
 from fastrlhf.losses.reduce import check_reduction
+from fastrlhf.losses.signatures import showing
 from fastrlhf.ops.backend import refuse_transforms
 from fastrlhf.ops.checks import check_bool, check_mask, check_real
 from fastrlhf.ops.kept_ids import Support
@@ -176,6 +187,7 @@ def model_cross_entropy(
     return _returned(at_head(model, batch, work), return_outputs)
 
 
+@showing(LinearDPOOptions, LINEAR_DPO_DEFAULTS, and_others=True)
 def model_dpo_loss(
     model: nn.Module,
     input_ids: Tensor,
@@ -253,11 +265,12 @@ def model_dpo_loss(
 
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
-        support, rows,
+        support, rows, tuple(LinearDPOOptions.__annotations__),
     )  # fmt: skip
     return _returned(at_head(model, batch, work), return_outputs)
 
 
+@showing(PolicyLossOptions, PolicyOptions()._asdict(), and_others=True)
 def model_policy_loss(
     model: nn.Module,
     input_ids: Tensor,
@@ -352,7 +365,7 @@ def model_policy_loss(
 
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
-        support, rows,
+        support, rows, known,
     )  # fmt: skip
     done = at_head(model, batch, work)
     if options.reduction == "none":  # the last position predicts no token

@@ -15,7 +15,7 @@ from fastrlhf.losses.policy_arguments import (
     PolicyLossOptions,
     PolicyOptions,
 )
-from fastrlhf.losses.signatures import showing
+from fastrlhf.losses.signatures import check_options, showing
 from fastrlhf.ops.checks import check_one_of
 from fastrlhf.ops.keywords import Unpack
 
@@ -103,10 +103,15 @@ def grpo_options(loss_type: LossType, **changes: Unpack[PolicyLossOptions]) -> P
             (kl_coef 2e-3), the penalty of Kimi K2.5 (2602.02276). Its old_logprobs are those of
             the sampler.
 
+    Returns:
+        A dict of options, for `**`.
+
     Raises:
         ValueError: an unknown loss_type.
+        TypeError: an unknown option; what they are is checked by the function that takes them.
     """
     check_one_of("loss_type", loss_type, _GRPO)
+    check_options("grpo_options", changes, PolicyOptions._fields)
     return cast(PolicyLossOptions, {**_GRPO[loss_type], **changes})
 
 
@@ -122,9 +127,11 @@ def grpo_loss(
 ) -> tuple[Tensor, Metrics]:
     """Compute a loss of GRPO's family: `policy_loss` with `grpo_options(loss_type)`.
 
-    Eager equivalent: `policy_loss(..., **grpo_options(loss_type, **options))`, with its
+    Eager equivalent: `policy_loss(..., **{**grpo_options(loss_type), **options})`, with its
     arguments, returns and errors. Advantages come from `group_advantages`; the papers' penalty is
     ref_logprobs and a kl_coef (0.04 in 2402.03300), which is 0 here unless given.
     """
+    known = ("loss_type", *OPTIONAL_TENSORS, *PolicyOptions._fields)
+    check_options("grpo_loss", options, known)
     recipe = cast(PolicyArguments, {**grpo_options(loss_type), **options})
     return policy_loss(logprobs, old_logprobs, advantages, mask, **recipe)

@@ -45,6 +45,7 @@ _OF_FREE = ("loss_type", "label_smoothing", "discopop_tau", "gamma", "alpha")
 
 # Those that no other type has: simpo's margin, the weight of cpo's likelihood.
 _MARGIN_AND_LIKELIHOOD = {"gamma": 0.5, "alpha": 1.0}
+LINEAR_DPO_DEFAULTS = {**PreferenceOptions()._asdict(), **_MARGIN_AND_LIKELIHOOD}
 
 
 class LinearDPOOptions(SharedDPOOptions, total=False):
@@ -55,7 +56,7 @@ class LinearDPOOptions(SharedDPOOptions, total=False):
     alpha: float
 
 
-@showing(LinearDPOOptions, {**PreferenceOptions()._asdict(), **_MARGIN_AND_LIKELIHOOD})
+@showing(LinearDPOOptions, LINEAR_DPO_DEFAULTS)
 def linear_dpo_loss(
     hidden: Tensor,
     weight: Weight,

@@ -39,10 +39,10 @@ class KTOOptions(TypedDict, total=False):
     undesirable_weight: float
 
 
-_DEFAULTS = {"loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0}
+KTO_DEFAULTS = {"loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0}
 
 
-@showing(KTOOptions, _DEFAULTS)
+@showing(KTOOptions, KTO_DEFAULTS)
 def linear_kto_loss(
     hidden: Tensor,
     weight: Weight,

@@ -11,8 +11,12 @@ from typing import Any, TypeVar, get_type_hints
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def showing(keywords: type, defaults: Mapping[str, Any]) -> Callable[[F], F]:
-    """Show the keywords of a TypedDict, those that have a default, in place of `**options`."""
+def showing(
+    keywords: type, defaults: Mapping[str, Any], *, and_others: bool = False
+) -> Callable[[F], F]:
+    """Show the keywords of a TypedDict, those that have a default, in place of `**options`, or
+    before it, where there can be others.
+    """
     kinds = get_type_hints(keywords)
     shown = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
@@ -21,11 +25,23 @@ def showing(keywords: type, defaults: Mapping[str, Any]) -> Callable[[F], F]:
 
     def decorated(function: F) -> F:
         given = signature(function)
-        named = [p for p in given.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-        function.__signature__ = given.replace(parameters=[*named, *shown])  # type: ignore[attr-defined]
+        *named, options = given.parameters.values()
+        rest = [options] if and_others else []
+        function.__signature__ = given.replace(  # type: ignore[attr-defined]
+            parameters=[*named, *shown, *rest]
+        )
         return function
 
     return decorated
+
+
+# What other libraries call an option of ours.
+_ELSEWHERE = {
+    "beta": "kl_coef", "epsilon": "clip_low and clip_high", "epsilon_low": "clip_low",
+    "epsilon_high": "clip_high", "delta": "dual_clip", "clip_ratio_c": "dual_clip",
+    "importance_sampling_level": "ratio_level", "use_bias_correction_kl": "kl_bias_correction",
+    "loss_agg_mode": "reduction", "f_divergence_type": "f_divergence",
+}  # fmt: skip
 
 
 def check_options(function: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -33,6 +49,8 @@ def check_options(function: str, given: Iterable[str], known: Iterable[str]) -> 
     names = tuple(known)
     for name in given:
         if name not in names:
+            ours = _ELSEWHERE.get(name, "nothing")
+            hint = f", which is {ours} here" if ours.split()[0] in names else ""
             raise TypeError(
-                f"{function}: unexpected option {name!r}; expected one of {', '.join(names)}"
+                f"{function}: unexpected option {name!r}{hint}; expected one of {', '.join(names)}"
             )
