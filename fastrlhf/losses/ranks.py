@@ -4,10 +4,12 @@ Two things can be spread over ranks.
 
 Sequences, as in data parallelism. The losses need not know: each rank's is of its own sequences,
 divided by what `global_normalizer` counts on all ranks, so that they add up to the loss of all.
-What is of the batch itself has a `group=`: `whiten`, `group_advantages`, and `trpo_step`.
+What is of the batch itself has a `group=`: `whiten`, `group_advantages`, `gdpo_advantages`,
+`pf_ppo_weights`, `kto_kl`, `top_entropy_mask`, `clip_cov_mask`, `kl_cov_mask`, and `trpo_step`.
 
 The tokens of each sequence, as in context parallelism: `group=` of `sequence_logprobs`, `dpo_loss`,
-`policy_loss`, `ppo_loss`, `grpo_loss` and `value_loss`. Every rank has the same B sequences in the
+`policy_loss`, `ppo_loss`, `grpo_loss`, `value_loss`, `process_reward_loss`, `wpo_weights` and the
+corrections for rollouts. Every rank has the same B sequences in the
 same order, and of each those tokens that are its own: any number, none included, in rows (B, T) or
 packed (1, N). What is of tokens is of its own; what is of sequences, (B,) or (P,), is the same on
 all ranks. So are losses and metrics, which are those of all tokens, in the same bits; the gradient
