@@ -154,7 +154,7 @@ SURROGATES |= {"dppo_tv": _dppo_tv, "dppo_kl": _dppo_kl}
 # Of x = ln ref - ln p; the derivative is with respect to ln p.
 @triton.jit
 def _k1(x):
-    return -x, x * 0.0 + 1.0
+    return -x, tl.where(x == x, 1.0, x)
 
 
 @triton.jit
@@ -175,12 +175,12 @@ def _abs(x):
 
 @triton.jit
 def _k1_plus(x):
-    return -x, -x
+    # Where k2 is infinite, there is no number that has its derivative.
+    return -x + (x - x), -x
 
 
 @triton.jit
 def _k3_plus(x):
-    # Where k2 is infinite, there is no number that has its derivative.
     return expm1_minus(_saturated(x)[0]) + (x - x), -x
 
 
@@ -195,7 +195,8 @@ def _as_it_is(KL: tl.constexpr, x, log_ratio):
 @triton.jit
 def _corrected(KL: tl.constexpr, x, log_ratio):
     """The ratio times an estimate."""
-    kl, slope = KL(x)
+    # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
+    kl, slope = KL(tl.where(x == float("inf"), 0.0, x))
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
     return ratio * kl, ratio * tl.where(ended, slope, kl + slope)
@@ -207,8 +208,7 @@ def _corrected_k3(KL: tl.constexpr, x, log_ratio):
     constant = exp(_saturated(x + log_ratio)[0])
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
-    # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
-    x = tl.where(x == float("inf"), 0.0, x)
+    x = tl.where(x == float("inf"), 0.0, x)  # as above
     near = tl.abs(x) < 1
     kl = tl.where(near, ratio * expm1_minus(x), constant - ratio * (1 + x))
     return kl, ratio * tl.where(ended, tl.where(near, -expm1(x), 1.0), -x)

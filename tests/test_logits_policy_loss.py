@@ -189,9 +189,33 @@ def test_dppo_leaves_tokens_out(dual_clip, surrogate, impl, device) -> None:
     assert 0 < gradient.any(-1).sum() < given.mask.sum()
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_backends_agree_on_tokens_that_a_policy_forbids(estimator, corrected, device) -> None:
+    for weight, side in ((1.0, "ref"), (0.0, "ref"), (1.0, "policy"), (0.0, "policy")):
+        given = problem(30, torch.float64, device)
+        if side == "ref":
+            given.tensors["ref_logprobs"][0, 0] = -torch.inf
+        else:
+            given.logits[0, 0, given.targets[0, 0]] = -torch.inf
+        weights = torch.full((2, 4), weight, device=device)
+        options = {"kl_coef": 0.1, "kl_estimator": estimator, "kl_bias_correction": corrected}
+        ours, eager = (
+            evaluate(given, impl=impl, kl_weights=weights, **options)
+            for impl in ("triton", "eager")
+        )
+        for x, y in zip(ours[:2], eager[:2], strict=True):
+            torch.testing.assert_close(x.isfinite(), y.isfinite())
+            torch.testing.assert_close(x.nan_to_num(), y.nan_to_num())
+        assert weight or ours[1].isfinite().all()
+
+
 @BACKENDS
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
 @pytest.mark.parametrize("surrogate", ["dppo_tv", "dppo_kl"])
-def test_dppo_of_tokens_that_one_policy_forbids_or_is_sure_of(surrogate, impl, device) -> None:
+def test_dppo_of_tokens_that_one_policy_forbids_or_is_sure_of(
+    surrogate, dual_clip, impl, device
+) -> None:
     given = problem(30, torch.float32, device)
     logits = given.logits.nan_to_num()
     logits[0, 0], logits[0, 0, given.targets[0, 0]] = -torch.inf, 1.0  # sure of it
@@ -201,8 +225,9 @@ def test_dppo_of_tokens_that_one_policy_forbids_or_is_sure_of(surrogate, impl, d
     given = Problem(logits, given.targets, given.mask, given.tensors)
     for sign in (1.0, -1.0):
         given.tensors["advantages"] = torch.full((2, 4), sign, device=device)
-        loss, gradient, metrics = evaluate(given, impl=impl, surrogate=surrogate)
-        other = evaluate(given, impl="eager", surrogate=surrogate)
+        options = {"surrogate": surrogate, "dual_clip": dual_clip}
+        loss, gradient, metrics = evaluate(given, impl=impl, **options)
+        other = evaluate(given, impl="eager", **options)
         assert loss.isfinite() and gradient.isfinite().all()
         torch.testing.assert_close(gradient, other[1])
         torch.testing.assert_close(metrics, other[2])

@@ -529,8 +529,10 @@ def test_the_slope_of_the_corrected_k3_keeps_its_relative_accuracy(
     assert abs(float(found / exact) - 1) <= 8 * torch.finfo(dtype).eps
 
 
-def test_a_token_that_the_policy_forbids_has_no_corrected_penalty() -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_token_that_the_policy_forbids_has_no_corrected_penalty(estimator: str) -> None:
     arguments = batch(torch.float32) | {"kl_coef": 0.1, "kl_bias_correction": True}
+    arguments["kl_estimator"] = estimator
     arguments["logprobs"][0, 1] = -math.inf
     loss, gradient, _ = evaluate(arguments)
     assert loss.isfinite() and gradient.isfinite().all()
@@ -547,11 +549,44 @@ def test_kl_weights_weigh_the_penalty_alone(shape: str) -> None:
     assert_right(evaluate(arguments | {"kl_weights": given})[:2], case)
 
 
-def test_a_penalty_of_weight_zero_can_be_infinite() -> None:
-    arguments = batch() | {"kl_coef": 0.7, "kl_estimator": "k1", "kl_weights": torch.ones(4, 5)}
-    arguments["kl_weights"][0, 1], arguments["ref_logprobs"][0, 1] = 0.0, -math.inf
-    loss, gradient, _ = evaluate(arguments)
-    assert loss.isfinite() and gradient.isfinite().all()
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_penalty_of_weight_zero_can_be_infinite(estimator: str, corrected: bool) -> None:
+    arguments = batch() | {
+        "kl_coef": 0.7, "kl_estimator": estimator, "kl_bias_correction": corrected,
+        "kl_weights": torch.ones(4, 5),
+    }  # fmt: skip
+    arguments["kl_weights"][0, 1] = 0.0
+    expected = evaluate(arguments)
+    arguments["ref_logprobs"][0, 1] = -math.inf
+    found = evaluate(arguments)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_a_token_without_weight_is_bounded_on_the_side_of_its_advantage() -> None:
+    # GMPO bounds each ratio before they are averaged: a weight of 0 must not turn the side.
+    arguments = {
+        "logprobs": torch.full((1, 2), -1.0), "old_logprobs": torch.tensor([[-1.0, -2.0]]),
+        "advantages": torch.tensor([-1.0]), "mask": torch.ones(1, 2), "surrogate": "gmpo",
+        "ratio_level": "sequence", "clip_low": 0.33, "clip_high": 0.49, "reduction": "none",
+    }  # fmt: skip
+    for weight in (1.0, 1e-6, 0.0):
+        losses, _ = policy_loss(**arguments, rollout_weights=torch.tensor([[1.0, weight]]))
+        assert float(losses[0, 0]) == pytest.approx(math.exp(0.5))
+
+
+@pytest.mark.parametrize(("surrogate", "level"), FORMS)
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_what_the_old_policy_forbade_makes_no_nan(
+    surrogate: str, level: str, dual_clip: float | None
+) -> None:
+    arguments = batch(torch.float32) | {
+        "surrogate": surrogate, "ratio_level": level, "dual_clip": dual_clip,
+    }  # fmt: skip
+    arguments["old_logprobs"][0, 1] = -math.inf
+    for sign in (1.0, -1.0):
+        loss, gradient, _ = evaluate(arguments | {"advantages": sign * torch.ones(4)})
+        assert loss.isfinite() and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("corrected", [False, True])

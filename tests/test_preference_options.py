@@ -364,3 +364,22 @@ def test_the_comparison_rejects(mutant: str) -> None:
     expected.assert_losses(call(x, right)[0], ulps=8, floor=1.0)
     with pytest.raises(AssertionError, match="x bound"):
         expected.assert_losses(call(x, wrong)[0], ulps=8, floor=1.0)
+
+
+@pytest.mark.parametrize("f_divergence", ["forward_kl", "alpha", "js"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "robust", "exo_pair", "discopop"])
+def test_pairs_that_are_far_apart_have_a_direction_and_no_nan(loss_type, f_divergence) -> None:
+    options = {"f_divergence": f_divergence, "loss_type": loss_type, "f_alpha": 1.0}
+    options |= {"label_smoothing": 0.1} if loss_type in ("robust", "exo_pair") else {}
+    for chosen, rejected in ((1.0, -100.0), (1.0, -1e4), (-100.0, 1.0), (-100.0, -101.0)):
+        scores = torch.tensor([chosen, rejected], requires_grad=True)
+        losses, _ = fastrlhf.dpo_loss(
+            scores, torch.zeros(2), torch.tensor([0]), torch.tensor([1]), **options
+        )
+        assert losses.isfinite().all()
+        (gradient,) = torch.autograd.grad(losses.sum(), scores)
+        assert gradient.isfinite().all()
+        if chosen > 0 and loss_type in ("sigmoid", "hinge"):  # won, by whatever margin
+            assert f_divergence == "js" or not gradient.any()
+        elif chosen < 0 and loss_type in ("sigmoid", "hinge") and f_divergence != "js":
+            assert gradient[0] < 0

@@ -312,3 +312,9 @@ def test_errors_of_the_loss_name_the_argument(change, error, message) -> None:
 def test_errors_of_the_scores_name_the_argument(change, error, message) -> None:
     with pytest.raises(error, match=message):
         process_reward_scores(**{"scores": torch.zeros(4, 9), "mask": torch.ones(4, 9), **change})
+
+
+def test_the_mean_of_steps_that_are_all_impossible_is_no_number_but_minus_infinity() -> None:
+    scores = torch.full((1, 2), -math.inf)
+    found = process_reward_scores(scores, torch.ones(1, 2), how="mean", log=True)
+    assert found.tolist() == [-math.inf]

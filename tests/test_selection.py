@@ -287,3 +287,10 @@ def test_what_does_not_fit_is_named(function, options, error, message) -> None:
         good = dict(zip(("logprobs", "advantages", "mask"), covariances()[:3], strict=True))
     with pytest.raises(error, match=f"^{message}"):
         function(**{**good, **options})
+
+
+def test_entropies_that_are_no_numbers_are_not_counted() -> None:
+    entropy = torch.tensor([5.0, 4, 3, 2, 1] + [math.nan] * 5)
+    found = top_entropy_mask(entropy, torch.ones(10), share=0.5)
+    assert found.tolist() == [True, True, True, *[False] * 7]
+    assert not top_entropy_mask(entropy[5:], torch.ones(5)).any()

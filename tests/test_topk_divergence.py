@@ -488,3 +488,10 @@ def test_bad_arguments_are_named(changes, error, message) -> None:
     good = {"logits": LOGITS, "teacher_logprobs": LOGPROBS, "teacher_ids": IDS}
     with pytest.raises(error, match=message):
         fastrlhf.topk_kl_divergence(**good | changes)
+
+
+def test_without_skew_it_is_the_divergence_even_of_a_row_of_nothing() -> None:
+    logits = torch.full((1, 6), -torch.inf)
+    teacher, ids = torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[1, 4]])
+    skewed = topk_kl_divergence(logits, teacher, ids, direction="skewed_forward", skew=0.0)
+    assert torch.equal(skewed, topk_kl_divergence(logits, teacher, ids, direction="forward"))

@@ -54,8 +54,8 @@ class AdaptiveKLController:
         init_kl_coef: the first coefficient, above 0.
         target: the KL that it is steered to, in nats, of whatever `update` is given: per sequence
             or per token.
-        horizon: by how many of the n_steps of its updates the coefficient goes up or down by 20 %,
-            while the KL is 20 % or more away from the target.
+        horizon: samples, as `update` counts them in n_steps, after which the coefficient has gone
+            up or down by some 20 %, while the KL is 20 % or more away from the target.
 
     Raises:
         TypeError, ValueError: what is no positive number.

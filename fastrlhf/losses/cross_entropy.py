@@ -58,7 +58,7 @@ def cross_entropy(
         if loss_type == "dft":
             losses = losses * (-losses).exp().detach()
         live = targets != ignore_index
-        losses = weights * (losses + z_loss * z.logsumexp(-1) ** 2)
+        losses = weights * (losses + z_loss * z.logsumexp(-1) ** 2)  # weights 1 where None
         loss = losses[live].sum() / live.sum()
 
     Args:

@@ -4,8 +4,10 @@ together: f-DPO.
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
+from fastrlhf.losses.ratios import saturated
 from fastrlhf.reference import expm1, log_to_mixture
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -17,12 +19,15 @@ def f_score(s: Tensor, divergence: str, alpha: float) -> Tensor:
 
     The constant f'(1) makes the score of a ratio of 1 zero; the difference of two scores is free of
     it. "reverse_kl" ln u, "forward_kl" 1 - 1/u, "js" ln(2u / (1 + u)), "alpha" (1 - u^-α)/α, which
-    goes from the reverse KL at α → 0 to the forward KL at 1. Beyond what the dtype holds (e^88 in
-    fp32), a score is -inf.
+    goes from the reverse KL at α → 0 to the forward KL at 1. 1/u ends at e^80
+    (e^700 in fp64), where it keeps the slope that it has there: so that the loss of a pair that is
+    won has gradient 0, and no NaN.
     """
     if divergence == "reverse_kl":
         return s
     if divergence == "js":
         return -log_to_mixture(-s, 0.5, 0.5)  # of u and 1 in equal shares
     rate = 1.0 if divergence == "forward_kl" else alpha
-    return -expm1(-rate * s) / rate
+    exponent = -rate * s
+    end = torch.where(exponent == torch.inf, 0.0, exponent - exponent.detach())
+    return -expm1(saturated(exponent).detach() + end) / rate

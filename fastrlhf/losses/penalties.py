@@ -89,11 +89,11 @@ def importance_corrected(
     log_product is x + ln r, without a gradient where that is a constant, ln ref - ln π_old.
     """
     ratio = saturated(log_ratio).exp()
-    if estimator != "k3":
-        return ratio * KL_ESTIMATORS[estimator](x)
     # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
     forbidden = x == torch.inf
     x, log_product = (torch.where(forbidden, 0.0, y) for y in (x, log_product))
+    if estimator != "k3":
+        return ratio * KL_ESTIMATORS[estimator](x)
     near = x.abs() < 1
     close = ratio * expm1_minus(torch.where(near, x, 0.0))
     # r·e^x, a large constant, must not leave its rounding in the gradient, -r·x.

@@ -208,7 +208,7 @@ def token_losses(
 ) -> Tensor:
     """Compute the loss of each token, of whatever shape the tokens are."""
     own_log_ratio = token_log_ratio(tokens, logprobs)
-    log_ratio = shared_log_ratio(options, own_log_ratio, tokens.advantages, sums)
+    log_ratio = shared_log_ratio(options, own_log_ratio, tokens, sums)
     # Without an advantage, what a token was sampled with must not matter: 0·NaN would.
     of_surrogate = torch.where(tokens.advantages == 0, 0.0, log_ratio)
     formula = SURROGATES[options.surrogate].formula
@@ -229,6 +229,10 @@ def _penalty(
 ) -> Tensor:
     assert tokens.ref_logprobs is not None
     x = tokens.ref_logprobs - logprobs
+    if tokens.kl_weights is not None:
+        # Of a penalty that does not count, not even what is infinite, and no gradient of it.
+        counts = tokens.kl_weights != 0
+        x, log_ratio = (torch.where(counts, y, 0.0) for y in (x, log_ratio))
     if options.kl_bias_correction:
         log_product = x + log_ratio
         if options.ratio_level == "token":
@@ -236,10 +240,7 @@ def _penalty(
         kl = importance_corrected(options.kl_estimator, x, log_ratio, log_product)
     else:
         kl = KL_ESTIMATORS[options.kl_estimator](x)
-    if tokens.kl_weights is None:
-        return kl
-    # Of a penalty that does not count, not even what is infinite.
-    return torch.where(tokens.kl_weights == 0, 0.0, tokens.kl_weights * kl)
+    return kl if tokens.kl_weights is None else tokens.kl_weights * kl
 
 
 def token_log_ratio(tokens: PolicyTokens, logprobs: Tensor) -> Tensor:
@@ -252,20 +253,21 @@ def token_log_ratio(tokens: PolicyTokens, logprobs: Tensor) -> Tensor:
 
 
 def shared_log_ratio(
-    options: PolicyOptions, log_ratio: Tensor, advantages: Tensor, sums: Sums
+    options: PolicyOptions, log_ratio: Tensor, tokens: PolicyTokens, sums: Sums
 ) -> Tensor:
     """Compute the log of the ratio that the surrogate is of, from those of the tokens."""
     if options.ratio_level == "token":
         return log_ratio
     if options.surrogate == "gmpo":
-        log_ratio = bounded_one_by_one(log_ratio, advantages, options.bounds)
+        signs = tokens.advantages if tokens.unweighed is None else tokens.unweighed
+        log_ratio = bounded_one_by_one(log_ratio, signs, options.bounds)
     total = sums(log_ratio)
     if options.ratio_level == "product":
         return total
     mean = total / sums(torch.ones_like(log_ratio)).clamp(min=1)
     if options.ratio_level == "sequence":
         return mean
-    own = torch.where(log_ratio == -torch.inf, 0.0, log_ratio)
+    own = torch.where(log_ratio.isinf(), 0.0, log_ratio)
     return mean.detach() + own - own.detach()
 
 
@@ -284,7 +286,7 @@ def policy_metrics(
     mask, scored, active, tokens, layout = batch
     logprobs = torch.where(active, logprobs, 0.0)
     own_log_ratio = token_log_ratio(tokens, logprobs)
-    log_ratio = shared_log_ratio(options, own_log_ratio, tokens.advantages, batch.sums)
+    log_ratio = shared_log_ratio(options, own_log_ratio, tokens, batch.sums)
     limits, one_by_one = SURROGATES[options.surrogate].limits, options.surrogate == "gmpo"
     too_low, too_high = limits(own_log_ratio if one_by_one else log_ratio, logprobs, options.bounds)
     low = scored & too_low & (tokens.advantages < 0)

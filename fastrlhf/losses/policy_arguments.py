@@ -245,7 +245,9 @@ def policy_batch(
 
     gain = cleared("advantages", advantages)
     assert gain is not None
-    rollout = cleared("rollout_weights", rollout_weights)
+    rollout, of_kl = cleared("rollout_weights", rollout_weights), cleared("kl_weights", kl_weights)
+    # Before they are weighed: a weight of 0 hides a sign, not which side a ratio is bounded on.
+    unweighed = gain if rollout is not None and options.surrogate == "gmpo" else None
     if rollout is not None:
         # The surrogates are homogeneous in the advantage, so this weighs them, and not the penalty.
         # A token without an advantage has none, whatever its weight: one that overflowed included.
@@ -256,8 +258,9 @@ def policy_batch(
     active = scored if ref_logprobs is None and not with_entropy else inside
     weights = token_weights(inside, options.reduction, options.normalizer, gain.dtype, layout)
     old, ref = cleared("old_logprobs", old_logprobs), cleared("ref_logprobs", ref_logprobs)
-    of_kl = cleared("kl_weights", kl_weights)
-    return PolicyBatch(inside, scored, active, PolicyTokens(old, ref, gain, weights, of_kl), layout)
+    return PolicyBatch(
+        inside, scored, active, PolicyTokens(old, ref, gain, weights, of_kl, unweighed), layout
+    )
 
 
 def _reference(

@@ -74,7 +74,7 @@ def dpo_loss(
         group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
             `fastrlhf.losses.ranks`; None: all are here. A ref_logps (B,) is of whole sequences.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton",
-            "compiled" or "eager", two names of the same here. The losses of the margin alone
+            "compiled" or "eager", which are the same here. The losses of the margin alone
             (sigmoid, robust, hinge, ipo, sigmoid_norm) have a kernel, the others, sums of several
             and the options from rpo_alpha on (but for reference_free) run in eager PyTorch whatever
             it says.
@@ -215,8 +215,11 @@ def _checked_reference(
     sums = (layout.sequences(pi_logps),)
     nothing = pi_logps.new_zeros(sums) if options.reference_free else None
     given = nothing if ref_logps is None else ref_logps
-    check_floating("ref_logps", given)  # type: ignore[arg-type]  # not of None either
-    assert given is not None
+    if given is None:
+        raise TypeError(
+            "ref_logps: expected a tensor, got NoneType; without a reference, reference_free=True"
+        )
+    check_floating("ref_logps", given)
     check_same_device("ref_logps", given, "pi_logps", pi_logps)
     if mask is not None and (given.ndim == 2 or given.shape == pi_logps.shape):
         check_shape("ref_logps", given, tuple(pi_logps.shape), "the shape of pi_logps")

@@ -186,9 +186,12 @@ def _log_mean(s: Tensor, r: Tensor, inside: Tensor, layout: Layout) -> Tensor:
     missing = layout.sums(torch.where(inside, sigmoid(-s), 0.0)) / counts
     peak = _extreme(r.detach(), inside, layout, "amax").clamp(min=torch.finfo(r.dtype).min)
     rest = layout.sums(torch.where(inside, (r - layout.spread(peak)).exp(), 0.0)) / counts
+    none = layout.sums((inside & (r > -torch.inf)).to(r.dtype)) == 0
     # What is not taken has a slope of 0, and so must not be ln 0.
     near, rest = missing < 0.5, torch.where(rest > 0, rest, 1.0)
-    return torch.where(near, torch.log1p(-missing.clamp(max=0.5)), peak + rest.log())
+    return torch.where(
+        near, torch.log1p(-missing.clamp(max=0.5)), torch.where(none, -torch.inf, peak + rest.log())
+    )
 
 
 def _extreme(x: Tensor, inside: Tensor, layout: Layout, how: Any) -> Tensor:

@@ -38,7 +38,8 @@ def top_entropy_mask(
             share is that of all. The host waits for the sizes. None: of this batch alone.
 
     Returns:
-        The shape of entropy, bool, False outside of the mask. An entropy of NaN is not chosen.
+        The shape of entropy, bool, False outside of the mask. An entropy of NaN is not chosen,
+        and is none of the n tokens.
 
     For a loss of these tokens alone, whose means count all (the paper's, and TRL's)::
 
@@ -57,6 +58,7 @@ def top_entropy_mask(
     share = check_between("share", share, 0, 1)
     check_group(group)
     inside = mask != 0
+    inside = inside & ~entropy.isnan()
     entropy = torch.where(inside, entropy, -torch.inf).to(accumulation_dtype(entropy.dtype))
     all_of_them, _ = of_all_ranks(entropy, group)
     # One more, for where there are none.

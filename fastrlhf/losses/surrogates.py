@@ -63,16 +63,22 @@ def plain(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds)
 
 def dppo_tv(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
     """Compute -r·A, without the tokens that have moved too far: DPPO-Binary-TV, 2602.04879."""
-    return _unless_too_far(log_ratio, advantage, bounds, _tv_limits(log_ratio, logprob, bounds))
+    limits = _tv_limits(log_ratio, logprob, bounds)
+    return _unless_too_far(log_ratio, logprob, advantage, bounds, limits)
 
 
 def dppo_kl(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
     """Compute -r·A, without the tokens that have moved too far: DPPO-Binary-KL, 2602.04879."""
-    return _unless_too_far(log_ratio, advantage, bounds, _kl_limits(log_ratio, logprob, bounds))
+    limits = _kl_limits(log_ratio, logprob, bounds)
+    return _unless_too_far(log_ratio, logprob, advantage, bounds, limits)
 
 
 def _unless_too_far(
-    log_ratio: Tensor, advantage: Tensor, bounds: Bounds, limits: tuple[Tensor, Tensor]
+    log_ratio: Tensor,
+    logprob: Tensor,
+    advantage: Tensor,
+    bounds: Bounds,
+    limits: tuple[Tensor, Tensor],
 ) -> Tensor:
     """-r·A where the advantage does not lead further away. Beyond dual_clip, the ratio and the
     weight of the gradient stay what they are there.
@@ -80,15 +86,14 @@ def _unless_too_far(
     too_low, too_high = limits
     ratio = saturated(log_ratio).exp()
     if bounds.dual_clip is not None:
-        held = at_most(ratio, bounds.dual_clip).detach()
-        ratio = held * _one_with_gradient(log_ratio)
+        ratio = at_most(ratio, bounds.dual_clip).detach() * _one_with_gradient(logprob)
     gone = torch.where(advantage > 0, too_high, too_low)
     return torch.where(gone, 0.0, -ratio * advantage)
 
 
-def _one_with_gradient(log_ratio: Tensor) -> Tensor:
-    """R / sg(r), which is 1."""
-    possible = torch.where(log_ratio == -torch.inf, 0.0, log_ratio)
+def _one_with_gradient(logprob: Tensor) -> Tensor:
+    """Compute π / sg(π), which is 1."""
+    possible = torch.where(logprob == -torch.inf, 0.0, logprob)
     return (possible - possible.detach()).exp()
 
 

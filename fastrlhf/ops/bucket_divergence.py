@@ -78,7 +78,9 @@ def bucket_divergence(
         log_s, log_t = log_s[:, :-1], log_t[:, :-1]
     values = _of_distributions(log_s, log_t, measure)
     # As `kl_divergence` has it where a side has no distribution.
-    forward = measure.direction == "forward" or (measure.direction, measure.beta) == ("jsd", 0)
+    forward = measure.direction == "forward"
+    forward |= (measure.direction, measure.beta) == ("jsd", 0)
+    forward |= (measure.direction, measure.skew) == ("skewed_forward", 0)
     missed = torch.inf if forward else 0.0
     values = torch.where(student_empty & ~teacher_empty, missed, values)
     return torch.where(keep & ~teacher_empty, values, 0.0)

@@ -44,8 +44,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Estimate the advantage of each token, and the return that its value should have predicted.
 
-    Eager equivalent, for one sequence, where everything counts and values[T] is its last value::
+    Eager equivalent, for one sequence, where everything counts::
 
+        values[T], advantages[T] = last_value, 0  # the last value is 0 where there is none
         for t in reversed(range(T)):
             delta = rewards[t] + gamma * values[t + 1] - values[t]
             advantages[t] = delta + gamma * lam * advantages[t + 1]

@@ -25,6 +25,9 @@ class PolicyTokens(NamedTuple):
     advantages: Tensor
     weights: Tensor  # of the token's loss in the sum
     kl_weights: Tensor | None = None  # of its penalty; None: 1
+    # Advantages before their rollout weights, for what depends on their sign even where these are
+    # 0; None: as they are.
+    unweighed: Tensor | None = None
 
 
 class PolicyFormula(NamedTuple):

@@ -82,6 +82,10 @@ def checked_words(
     logprobs = logprobs.to(accumulation_dtype(logprobs.dtype))
     there = keep & (ids != -1) & (logprobs != -torch.inf)
     _check_numbers(ids, there, vocab)
+    if _found(there & logprobs.isnan(), "teacher_logprobs: NaN"):
+        raise ValueError(
+            "teacher_logprobs: expected log-probs, got NaN; -inf, or an id of -1, is no word"
+        )
     ids, order = torch.where(there, ids, vocab).sort(dim=-1)
     logprobs = torch.where(there, logprobs, -torch.inf).gather(-1, order)
     _check_once(ids, vocab)

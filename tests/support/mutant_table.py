@@ -1494,8 +1494,7 @@ MUTANTS = [
         ),
         (
             "policy: infinity times the weight 0 of a penalty",
-            "torch.where(tokens.kl_weights == 0, 0.0, tokens.kl_weights * kl)",
-            "tokens.kl_weights * kl",
+            "counts = tokens.kl_weights != 0", "counts = tokens.kl_weights == tokens.kl_weights",
             "weight_zero_can_be_infinite",
         ),
         (
