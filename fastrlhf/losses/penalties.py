@@ -17,11 +17,11 @@ def _with_gradient_of_k2(value: Tensor, x: Tensor) -> Tensor:
 # Of x = ln ref - ln π.
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda x: -x,
+    "k1+": lambda x: _with_gradient_of_k2(-x, x),
     "k2": lambda x: x.square() / 2,
+    "k3+": lambda x: _with_gradient_of_k2(expm1_minus(saturated(x)), x),
     "k3": lambda x: expm1_minus(saturated(x)),
     "abs": lambda x: x.abs(),
-    "k1+": lambda x: _with_gradient_of_k2(-x, x),
-    "k3+": lambda x: _with_gradient_of_k2(expm1_minus(saturated(x)), x),
 }
 
 
