@@ -3,14 +3,18 @@
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastrlhf.losses.policy import Metrics, policy_metrics, reduced_loss, token_losses
 from fastrlhf.losses.policy_arguments import (
+    BESIDE,
     PolicyBatch,
     PolicyLossOptions,
     PolicyOptions,
+    PolicyOptionsAndTensors,
     policy_batch,
 )
 from fastrlhf.losses.segments import segment_sums
@@ -151,7 +155,7 @@ def logits_policy_loss(
     return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
 
 
-@showing(PolicyLossOptions, PolicyOptions()._asdict())
+@showing(PolicyOptionsAndTensors, {**dict.fromkeys(BESIDE), **PolicyOptions()._asdict()})
 def linear_policy_loss(
     hidden: Tensor,
     weight: Weight,
@@ -160,9 +164,6 @@ def linear_policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    ref_logprobs: Tensor | None = None,
-    rollout_weights: Tensor | None = None,
-    kl_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     entropy: bool = False,
     bias: Tensor | None = None,
@@ -174,7 +175,7 @@ def linear_policy_loss(
     chunk_size: int | None = None,
     impl: str = "auto",
     group: Group | None = None,
-    **policy_options: Unpack[PolicyLossOptions],
+    **options_and_tensors: Unpack[PolicyOptionsAndTensors],
 ) -> tuple[Tensor, Metrics]:
     """Compute `policy_loss` from hidden states and the weight of the head: no logits are built.
 
@@ -189,8 +190,9 @@ def linear_policy_loss(
         hidden: (B, T, H).
         weight: (V, H); of a model, `head = lm_head(model)` gives `weight=head.weight` and, as
             important, `**head.options()`.
-        targets, old_logprobs, advantages, mask, ref_logprobs, rollout_weights, kl_weights,
-            entropy, **policy_options: as `logits_policy_loss`.
+        targets, old_logprobs, advantages, mask, entropy: as `logits_policy_loss`.
+        **options_and_tensors: ref_logprobs, rollout_weights and kl_weights, as `logits_policy_loss`
+            has them, and the options of `policy_loss`; or `**grpo_options(...)`.
         cu_seqlens: as `logits_policy_loss`, with hidden states (N, H) or (1, N, H).
         bias, temperature, softcap, scale, support, rows, chunk_size, impl, group: as
             `linear_token_stats`; where ranks share the vocabulary, the loss is the same on every
@@ -212,7 +214,9 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
     """
-    options = PolicyOptions.parse("linear_policy_loss", policy_options)
+    given: dict[str, Any] = {**options_and_tensors}
+    beside = [given.pop(name, None) for name in BESIDE]
+    options = PolicyOptions.parse("linear_policy_loss", given)
     check_bool("entropy", entropy)
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
@@ -224,8 +228,8 @@ def linear_policy_loss(
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(
-        options, hidden.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        kl_weights, with_entropy=with_entropy, layout=layout,
+        options, hidden.dtype, mask, old_logprobs, advantages, *beside,
+        with_entropy=with_entropy, layout=layout,
     )  # fmt: skip
     return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
 

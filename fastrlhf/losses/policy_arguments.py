@@ -56,20 +56,26 @@ class PolicyLossOptions(TypedDict, total=False):
     off_policy_mask_threshold: float | None
 
 
-class PolicyArguments(PolicyLossOptions, total=False):
-    """The options of `policy_loss`, and the tensors that it takes as keywords."""
+class PolicyOptionsAndTensors(PolicyLossOptions, total=False):
+    """The options of a policy loss, and what it may know of each token besides."""
 
     ref_logprobs: Tensor | None
-    entropy: Tensor | None
     rollout_weights: Tensor | None
     kl_weights: Tensor | None
+
+
+class PolicyArguments(PolicyOptionsAndTensors, total=False):
+    """The keywords of `policy_loss`."""
+
+    entropy: Tensor | None
     cu_seqlens: Tensor | None
     group: Group | None
 
 
-OPTIONAL_TENSORS = dict.fromkeys(
-    ("ref_logprobs", "entropy", "rollout_weights", "kl_weights", "cu_seqlens", "group")
-)
+# What of these are tensors, in the order of `policy_batch`.
+BESIDE = ("ref_logprobs", "rollout_weights", "kl_weights")
+
+OPTIONAL_TENSORS = dict.fromkeys((*BESIDE, "entropy", "cu_seqlens", "group"))
 
 
 class PolicyOptions(NamedTuple):
