@@ -189,9 +189,8 @@ def _log_mean(s: Tensor, r: Tensor, inside: Tensor, layout: Layout) -> Tensor:
     none = layout.sums((inside & (r > -torch.inf)).to(r.dtype)) == 0
     # What is not taken has a slope of 0, and so must not be ln 0.
     near, rest = missing < 0.5, torch.where(rest > 0, rest, 1.0)
-    return torch.where(
-        near, torch.log1p(-missing.clamp(max=0.5)), torch.where(none, -torch.inf, peak + rest.log())
-    )
+    far = torch.where(none, -torch.inf, peak + rest.log())
+    return torch.where(near, torch.log1p(-missing.clamp(max=0.5)), far)
 
 
 def _extreme(x: Tensor, inside: Tensor, layout: Layout, how: Any) -> Tensor:

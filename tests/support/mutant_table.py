@@ -4047,13 +4047,13 @@ MUTANTS = [
         ),
         (
             "process reward: the mean of what is nearly certain",
-            "torch.where(near, torch.log1p(-missing.clamp(max=0.5)), peak + rest.log())",
-            "peak + rest.log()", "tails and mean",
+            "return torch.where(near, torch.log1p(-missing.clamp(max=0.5)), far)", "return far",
+            "tails and mean",
         ),
         (
             "process reward: the mean of what is nearly impossible",
-            "torch.where(near, torch.log1p(-missing.clamp(max=0.5)), peak + rest.log())",
-            "torch.log1p(-missing)", "tails and mean",
+            "return torch.where(near, torch.log1p(-missing.clamp(max=0.5)), far)",
+            "return torch.log1p(-missing)", "tails and mean",
         ),
         (
             "process reward: a sequence without steps is certain",
