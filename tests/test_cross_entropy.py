@@ -267,6 +267,12 @@ def test_second_derivatives(loss) -> None:
 
     autograd.gradcheck(function, (logits,))
     autograd.gradgradcheck(function, (logits,))
+    # What is differentiated again is the gradient itself.
+    once, to_go_on = (
+        autograd.grad(function(logits).sum(), logits, create_graph=again)[0]
+        for again in (False, True)
+    )
+    torch.testing.assert_close(to_go_on.detach(), once)
 
 
 def test_under_transforms() -> None:
