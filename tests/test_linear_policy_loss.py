@@ -71,9 +71,11 @@ def assert_right(found: Result, given: dict[str, Any], **options: Any) -> None:
     """Assert that loss, metrics and gradients err as little as those by way of the logits do."""
     plain = through_logits(given, exact=False, **options)
     exact = through_logits(given, exact=True, **options)
+    # A product of ratios is off by as much as the log-probs of all tokens of its sequence together.
+    terms = given["mask"].shape[1] if options.get("ratio_level") == "product" else 1
     # The tokens' losses are of about that size, and may cancel.
     size = max(1.0, abs(float(exact[0])))
-    assert_as_accurate(found[0], plain[0], exact[0], size=size, of="loss")
+    assert_as_accurate(found[0], plain[0], exact[0], size=terms * size, of="loss")
     assert found[1].keys() == exact[1].keys()
     for name, value in exact[1].items():
         size = max(1.0, abs(float(value)))
@@ -84,7 +86,7 @@ def assert_right(found: Result, given: dict[str, Any], **options: Any) -> None:
         assert not own.isnan().any()
         error, bound = (
             relative_error(own, right),
-            budget(relative_error(by_plain, right), own.dtype),
+            budget(relative_error(by_plain, right), own.dtype, terms),
         )
         assert error <= bound, f"{name}: error {error:.2e}, not {bound:.2e}"
 
