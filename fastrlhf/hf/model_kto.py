@@ -3,7 +3,7 @@
 Dims: B sequences, T tokens.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -16,8 +16,8 @@ from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.scorer import Scorer
 
 from .at_head import IGNORED, at_head
+from .loss_arguments import beside, returned, separated
 from .model_inputs import TokenBatch, check_ids
-from .model_losses import _beside, _returned
 
 
 @showing(KTOOptions, KTO_DEFAULTS, and_others=True)
@@ -75,21 +75,21 @@ def model_kto_loss(
     check_ids(input_ids)
     check_mask("mask", mask)
     layout = layout_of("input_ids", input_ids, cu_seqlens)
-    known, given = KTOOptions.__annotations__, options_and_inputs
-    options: Any = {name: x for name, x in given.items() if name in known}
-    inputs = {name: x for name, x in given.items() if name not in known}
+    known = tuple(KTOOptions.__annotations__)
+    given, inputs = separated(options_and_inputs, known)
+    options = cast(KTOOptions, given)
     # Here too, so that what is wrong with the options is found before the forward.
     unpaired_loss(input_ids, ref_logps, desirable, kl, beta, layout, options)
     of_tensor = kl if isinstance(kl, Tensor) else None
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, Tensor]:
-        ref, labels, moved, borders = _beside(targets, ref_logps, desirable, of_tensor, cu_seqlens)
+        ref, labels, moved, borders = beside(targets, ref_logps, desirable, of_tensor, cu_seqlens)
         layout, baseline = layout_of("input_ids", targets, borders), kl if moved is None else moved
         loss = unpaired_loss(targets, ref, labels, baseline, beta, layout, options)
         return sequence_loss_of(scorer, targets, loss, ignore_index=IGNORED)
 
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
-        support, rows, tuple(known),
+        support, rows, known,
     )  # fmt: skip
-    return _returned(at_head(model, batch, work), return_outputs)
+    return returned(at_head(model, batch, work), return_outputs)

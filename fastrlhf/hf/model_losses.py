@@ -35,7 +35,8 @@ from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.linear_loss import LossFunction
 from fastrlhf.ops.scorer import Scorer
 
-from .at_head import IGNORED, Done, at_head
+from .at_head import IGNORED, at_head
+from .loss_arguments import beside, returned, separated
 from .model_inputs import TokenBatch, check_ids, of_positions
 
 
@@ -98,7 +99,7 @@ def model_linear_loss(
     ids = None if groups is None else of_positions("groups", groups, input_ids)
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        here, *of_tokens = _beside(targets, ids, *sides)
+        here, *of_tokens = beside(targets, ids, *sides)
         return scorer.loss(
             loss_fn, targets, *of_tokens, ignore_index=IGNORED, groups=here, entropy=entropy
         )
@@ -107,7 +108,7 @@ def model_linear_loss(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
         support, rows,
     )  # fmt: skip
-    return _returned(at_head(model, batch, work), return_outputs)
+    return returned(at_head(model, batch, work), return_outputs)
 
 
 def model_cross_entropy(
@@ -172,7 +173,7 @@ def model_cross_entropy(
         weights = of_positions("weights", weights, input_ids)
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        (here,) = _beside(targets, weights)
+        (here,) = beside(targets, weights)
         total, found = summed_cross_entropy(scorer, targets, options, here, ignore_index=IGNORED)
         tokens = (targets != IGNORED).sum().clamp(min=1)
         nothing = total.detach().new_zeros(())
@@ -184,7 +185,7 @@ def model_cross_entropy(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
         support, rows,
     )  # fmt: skip
-    return _returned(at_head(model, batch, work), return_outputs)
+    return returned(at_head(model, batch, work), return_outputs)
 
 
 @showing(LinearDPOOptions, LINEAR_DPO_DEFAULTS, and_others=True)
@@ -249,25 +250,23 @@ def model_dpo_loss(
     check_pair_indices("input_ids", input_ids, yw_idxs, yl_idxs, layout)
     if isinstance(ref_logps, Tensor) and ref_logps.ndim == 2:
         ref_logps = of_positions("ref_logps", ref_logps, input_ids)
-    known, given = LinearDPOOptions.__annotations__, options_and_inputs
-    options = LinearOptions.parse(
-        "model_dpo_loss", {name: x for name, x in given.items() if name in known}
-    )
-    inputs = {name: x for name, x in given.items() if name not in known}
+    known = tuple(LinearDPOOptions.__annotations__)
+    given, inputs = separated(options_and_inputs, known)
+    options = LinearOptions.parse("model_dpo_loss", given)
     # Here too, so that what is wrong with the options is found before the forward.
     pair_loss(options, ref_logps, yw_idxs, yl_idxs, beta, layout, impl)
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, Tensor]:
-        ref, chosen, rejected, borders = _beside(targets, ref_logps, yw_idxs, yl_idxs, cu_seqlens)
+        ref, chosen, rejected, borders = beside(targets, ref_logps, yw_idxs, yl_idxs, cu_seqlens)
         layout = layout_of("input_ids", targets, borders)
         loss = pair_loss(options, ref, chosen, rejected, beta, layout, impl)
         return sequence_loss_of(scorer, targets, loss, ignore_index=IGNORED)
 
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
-        support, rows, tuple(LinearDPOOptions.__annotations__),
+        support, rows, known,
     )  # fmt: skip
-    return _returned(at_head(model, batch, work), return_outputs)
+    return returned(at_head(model, batch, work), return_outputs)
 
 
 @showing(PolicyLossOptions, PolicyOptions()._asdict(), and_others=True)
@@ -333,9 +332,8 @@ def model_policy_loss(
             ratio, or an off-policy mask, of sequences.
     """
     known = PolicyOptions._fields
-    given = policy_options_and_inputs
-    options = PolicyOptions(**{name: x for name, x in given.items() if name in known}).checked()
-    inputs = {name: x for name, x in given.items() if name not in known}
+    given, inputs = separated(policy_options_and_inputs, known)
+    options = PolicyOptions(**given).checked()
     check_bool("entropy", entropy)
     check_ids(input_ids)
     check_mask("mask", mask)
@@ -356,9 +354,9 @@ def model_policy_loss(
     with_entropy = entropy or options.entropy_coef != 0
 
     def work(scorer: Scorer, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        *beside, borders = _beside(targets, *tokens.values(), cu_seqlens)
+        *of_tokens, borders = beside(targets, *tokens.values(), cu_seqlens)
         batch = policy_batch(
-            options, scorer.hidden.dtype, targets != IGNORED, *beside,
+            options, scorer.hidden.dtype, targets != IGNORED, *of_tokens,
             with_entropy=with_entropy, layout=layout_of("input_ids", targets, borders),
         )  # fmt: skip
         return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
@@ -370,14 +368,4 @@ def model_policy_loss(
     done = at_head(model, batch, work)
     if options.reduction == "none":  # the last position predicts no token
         done = done._replace(result=done.result[:, :-1])
-    return _returned(done, return_outputs)
-
-
-def _beside(targets: Tensor, *tensors: Tensor | None) -> list[Any]:
-    """Bring tensors to where the head is, which may be another device than that of the ids."""
-    return [None if x is None else x.to(targets.device) for x in tensors]
-
-
-def _returned(done: Done, with_outputs: bool) -> tuple[Any, ...]:
-    found = done.result, done.aside
-    return (*found, done.outputs) if with_outputs else found
+    return returned(done, return_outputs)

@@ -39,7 +39,7 @@ from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
-from fastrlhf.ops.scorer import Scorer, linear_scorer
+from fastrlhf.ops.scorer import Scorer, laid_out, linear_scorer
 from fastrlhf.ops.sharded import is_dtensor, replicated
 from fastrlhf.ops.targets import MASKED_OUT
 from fastrlhf.ops.token_stats import checked_logits
@@ -221,10 +221,7 @@ def linear_policy_loss(
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
-    targets = replicated("targets", targets)
-    check_integer("targets", targets)
-    layout = layout_of("targets", targets, cu_seqlens)
-    scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
+    scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
     _check_mask(mask, targets)
     with_entropy = entropy or options.entropy_coef != 0
     batch = policy_batch(

@@ -25,17 +25,13 @@ from fastrlhf.ops import Weight
 from fastrlhf.ops.checks import (
     check_finite,
     check_ignore_index,
-    check_integer,
     check_one_of,
     wide_integers,
 )
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
-from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
-from fastrlhf.ops.scorer import linear_scorer
-from fastrlhf.ops.sharded import replicated
-from fastrlhf.ops.transform import temperatures_of_layout
+from fastrlhf.ops.scorer import laid_out, linear_scorer
 from fastrlhf.reference import Layout
 
 _FREE = ("simpo", "cpo", "orpo")
@@ -136,12 +132,9 @@ def linear_dpo_loss(
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
-    targets = replicated("targets", targets)
-    check_integer("targets", targets)
-    layout = layout_of("targets", targets, cu_seqlens)
+    scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
     checked = LinearOptions.parse("linear_dpo_loss", options)
     loss = pair_loss(checked, ref_logps, yw_idxs, yl_idxs, beta, layout, impl)
-    scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
     ignore_index = check_ignore_index(ignore_index)
     return sequence_loss_of(scorer, wide_integers(targets), loss, ignore_index=ignore_index)
 

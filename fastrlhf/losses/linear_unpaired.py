@@ -16,18 +16,14 @@ from fastrlhf.ops import Weight
 from fastrlhf.ops.checks import (
     check_floating,
     check_ignore_index,
-    check_integer,
     check_same_device,
     check_shape,
     wide_integers,
 )
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
-from fastrlhf.ops.layout import layout_of
 from fastrlhf.ops.ranks import Group
-from fastrlhf.ops.scorer import linear_scorer
-from fastrlhf.ops.sharded import replicated
-from fastrlhf.ops.transform import temperatures_of_layout
+from fastrlhf.ops.scorer import laid_out, linear_scorer
 from fastrlhf.reference import Layout
 
 
@@ -103,12 +99,9 @@ def linear_kto_loss(
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
-    targets = replicated("targets", targets)
-    check_integer("targets", targets)
-    layout = layout_of("targets", targets, cu_seqlens)
+    scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
     check_options("linear_kto_loss", options, KTOOptions.__annotations__)
     loss = unpaired_loss(targets, ref_logps, desirable, kl, beta, layout, options)
-    scorer = scorer._replace(temperature=temperatures_of_layout(temperature, targets, layout))
     ignore_index = check_ignore_index(ignore_index)
     return sequence_loss_of(scorer, wide_integers(targets), loss, ignore_index=ignore_index)
 

@@ -258,7 +258,7 @@ def shared_log_ratio(
     """Compute the log of the ratio that the surrogate is of, from those of the tokens."""
     if options.ratio_level == "token":
         return log_ratio
-    if options.surrogate == "gmpo":
+    if SURROGATES[options.surrogate].one_by_one:
         signs = tokens.advantages if tokens.unweighed is None else tokens.unweighed
         log_ratio = bounded_one_by_one(log_ratio, signs, options.bounds)
     total = sums(log_ratio)
@@ -287,11 +287,12 @@ def policy_metrics(
     logprobs = torch.where(active, logprobs, 0.0)
     own_log_ratio = token_log_ratio(tokens, logprobs)
     log_ratio = shared_log_ratio(options, own_log_ratio, tokens, batch.sums)
-    limits, one_by_one = SURROGATES[options.surrogate].limits, options.surrogate == "gmpo"
-    too_low, too_high = limits(own_log_ratio if one_by_one else log_ratio, logprobs, options.bounds)
+    surrogate = SURROGATES[options.surrogate]
+    limited = own_log_ratio if surrogate.one_by_one else log_ratio
+    too_low, too_high = surrogate.limits(limited, logprobs, options.bounds)
     low = scored & too_low & (tokens.advantages < 0)
     high = scored & too_high & (tokens.advantages > 0)
-    of_sequences = options.ratio_level != "token" and not one_by_one
+    of_sequences = options.ratio_level != "token" and not surrogate.one_by_one
     dtype = logprobs.dtype
 
     def share(of: Tensor) -> Tensor:

@@ -253,7 +253,8 @@ def policy_batch(
     assert gain is not None
     rollout, of_kl = cleared("rollout_weights", rollout_weights), cleared("kl_weights", kl_weights)
     # Before they are weighed: a weight of 0 hides a sign, not which side a ratio is bounded on.
-    unweighed = gain if rollout is not None and options.surrogate == "gmpo" else None
+    one_by_one = SURROGATES[options.surrogate].one_by_one
+    unweighed = gain if rollout is not None and one_by_one else None
     if rollout is not None:
         # The surrogates are homogeneous in the advantage, so this weighs them, and not the penalty.
         # A token without an advantage has none, whatever its weight: one that overflowed included.

@@ -153,9 +153,9 @@ def _kl_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[Tens
     old = logprob - log_ratio
     of_token = torch.where(old == -torch.inf, 0.0, -old.exp() * log_ratio)
     divergence = of_token - expm1(old) * (_log_of_others(old) - _log_of_others(logprob))
-    return (divergence > -bounds.low) & (log_ratio < 0), (divergence > bounds.high) & (
-        log_ratio > 0
-    )
+    too_low = (divergence > -bounds.low) & (log_ratio < 0)
+    too_high = (divergence > bounds.high) & (log_ratio > 0)
+    return too_low, too_high
 
 
 def _log_of_others(logprob: Tensor) -> Tensor:
@@ -175,6 +175,7 @@ class Surrogate(NamedTuple):
     limits: Callable[[Tensor, Tensor, Bounds], tuple[Tensor, Tensor]] = _no_limits
     ratio_levels: tuple[str, ...] = ("token", "sequence", "sequence-token", "product")
     around: float = 1.0  # what clip_low and clip_high are offsets from: a ratio's 1, or 0
+    one_by_one: bool = False  # ratios of tokens are bounded before they are averaged
 
 
 SURROGATES = {
@@ -184,6 +185,6 @@ SURROGATES = {
     "plain": Surrogate(plain),
     "dppo_tv": Surrogate(dppo_tv, _tv_limits, ratio_levels=("token",), around=0.0),
     "dppo_kl": Surrogate(dppo_kl, _kl_limits, ratio_levels=("token",), around=0.0),
-    "gmpo": Surrogate(gmpo, _ratio_limits, ratio_levels=("sequence",)),
+    "gmpo": Surrogate(gmpo, _ratio_limits, ratio_levels=("sequence",), one_by_one=True),
     "vespo": Surrogate(vespo, ratio_levels=("product",)),
 }

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
+from fastrlhf.reference import Layout, TokenStats, accumulation_dtype, capped_logits
 
 from .backend import under_transform
+from .checks import check_integer
 from .kept_ids import Support
+from .layout import layout_of
 from .linear_arguments import LinearProblem, check_head, checked_problem, exact, matmul_dtype
 from .linear_head import Weight
 from .linear_loss import LossFunction, loss_of
 from .linear_rows import even_spans
 from .linear_token_stats import token_stats_of
 from .ranks import Group
-from .sharded import head_part
+from .sharded import head_part, replicated
+from .transform import temperatures_of_layout
 from .vocabulary_part import VocabularyPart
 
 Result = TypeVar("Result")
@@ -177,6 +180,19 @@ def linear_scorer(
         head.hidden, head.weights, head.bias, temperature, softcap, scale, chunk_size, impl,
         part=head.part, support=support, rows=rows,
     )  # fmt: skip
+
+
+def laid_out(
+    scorer: LinearScorer, targets: Tensor, cu_seqlens: Tensor | None
+) -> tuple[LinearScorer, Tensor, Layout]:
+    """Check the targets of sequences, in rows or packed, and give each token the temperature of its
+    sequence.
+    """
+    targets = replicated("targets", targets)
+    check_integer("targets", targets)
+    layout = layout_of("targets", targets, cu_seqlens)
+    temperature = temperatures_of_layout(scorer.temperature, targets, layout)
+    return scorer._replace(temperature=temperature), targets, layout
 
 
 def in_chunks(function: Callable[[Tensor], Result], rows: Tensor, size: int) -> list[Result]:

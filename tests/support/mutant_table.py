@@ -1510,6 +1510,14 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "fastrlhf/losses/fused_policy.py", "test_linear_policy_loss.py",
+        (
+            "policy: the sums of a sequence are off by a trifle",
+            "return segment_sums(x, stats.groups)", "return segment_sums(x, stats.groups) * 1.0001",
+            "it_is_the_loss and float32 and product",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/losses/surrogates.py", "test_policy_loss.py",
         (
             "policy: a ratio on its bound counts as clipped",
