@@ -14,6 +14,14 @@ from .hf import (
     model_token_stats,
     update_reference,
 )
+from .lazy import (
+    LazyReport,
+    LazyUse,
+    disable_lazy_logits,
+    enable_lazy_logits,
+    lazy_logits,
+    lazy_report,
+)
 from .losses import (
     AdaptiveEntropyCoefficient,
     AdaptiveKLController,
@@ -101,6 +109,8 @@ __all__ = [
     "FurtherTokenStats",
     "KTOOptions",
     "LMHead",
+    "LazyReport",
+    "LazyUse",
     "LinearDPOOptions",
     "PolicyLossOptions",
     "QuantizedWeight",
@@ -111,7 +121,9 @@ __all__ = [
     "conjugate_gradient",
     "cpo_loss",
     "cross_entropy",
+    "disable_lazy_logits",
     "dpo_loss",
+    "enable_lazy_logits",
     "fisher_vector_product",
     "gae",
     "gdpo_advantages",
@@ -126,6 +138,8 @@ __all__ = [
     "kl_penalty",
     "kto_kl",
     "kto_loss",
+    "lazy_logits",
+    "lazy_report",
     "length_adaptive_lambda",
     "linear_cross_entropy",
     "linear_dpo_loss",

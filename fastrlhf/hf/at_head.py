@@ -12,27 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops import shift_targets
-from fastrlhf.ops.backend import is_batched, under_transform
+from fastrlhf.ops.backend import is_batched
 from fastrlhf.ops.layout import layout_of
-from fastrlhf.ops.linear_arguments import matmul_dtype
-from fastrlhf.ops.linear_head import Head, QuantizedWeight, Weight
 from fastrlhf.ops.ranks import gathered
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.ops.transform import temperatures_of_layout, token_temperatures
 
 from .causality import check_causal
+from .head_check import check_weight
 from .head_parts import (
     HeadParts,
     base_model,
     check_weights,
-    evaluating,
     gathers_its_parts,
     head_module,
     parts_within_call,
     virtual_tokens,
     without_virtual_tokens,
 )
-from .head_scorer import head_scorer, with_adapters
+from .head_scorer import head_scorer
 from .logit_map import LogitMap
 from .measured import measured, state_of
 from .model_inputs import (
@@ -48,7 +46,6 @@ from .model_inputs import (
 )
 from .packing import check_restarts, packed_inputs
 from .stand_in import StandIn, logits_of
-from .tensor_parallel import own_columns
 
 IGNORED = -100  # the target of a token that is not scored
 _COMPARED_TOKENS = 4
@@ -204,7 +201,9 @@ class _Worker:
         result, self.aside = self.work(scorer, targets)
         if self.looks and due and isinstance(scorer, LinearScorer):
             some = (targets.reshape(-1) != IGNORED).nonzero()[:_COMPARED_TOKENS, 0]
-            self._compare(own, hidden, scorer.weights, some)
+            assert self.parts is not None
+            flat = hidden.detach().reshape(-1, hidden.shape[-1])
+            check_weight(self.module, own, self.parts, flat[some])
         return result, scorer.vocab
 
     def _scorer(self, hidden: Tensor, own: Callable[..., Tensor]) -> Scorer:
@@ -219,48 +218,6 @@ class _Worker:
             hidden, own, self.parts, self.map, temperature=temperature, chunk_size=chunk_size,
             impl=batch.impl, support=_there(batch.support, hidden), rows=_there(batch.rows, hidden),
         )  # fmt: skip
-
-    @torch.no_grad()
-    def _compare(
-        self, own: Callable[..., Tensor], hidden: Tensor, weights: list[Weight], rows: Tensor
-    ) -> None:
-        """Raise RuntimeError unless the head's own forward multiplies by its weight.
-
-        Nothing of it is left for backward: a checkpoint around the call counts what is, and the
-        call that it makes again does not look.
-        """
-        if not rows.shape[0]:
-            return
-        assert self.parts is not None
-        hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
-        if not under_transform():
-            # A 4-bit head on a CPU that sees no gradient coming packs its weight for good.
-            hidden.requires_grad_()
-        head = Head(weights, self.parts.bias, matmul_dtype(hidden))
-        with evaluating(self.module):  # the dropout of adapters would differ each time
-            logits = own_columns(own(hidden.unsqueeze(0))[0], self.parts.part)
-            wide = with_adapters(self.parts, hidden)[0]
-        with torch.autocast(hidden.device.type, enabled=False):
-            expected = head.logits(wide.to(head.dtype).to(head.operands))
-        weight = self.parts.weight
-        eight_bit = isinstance(weight, QuantizedWeight) and weight.table is None
-        half = logits.dtype in (torch.bfloat16, torch.float16)
-        # Of the largest logit of a row. The module of an 8-bit head rounds its hidden states.
-        tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
-        same = torch.ones((), dtype=torch.bool, device=expected.device)
-        if expected.numel():  # else of a rank that has no columns
-            error = (logits.to(expected) - expected).abs().amax(-1)
-            # Logits below the smallest normal number of their dtype have lost places of their own.
-            floor = torch.finfo(logits.dtype).tiny
-            same = (error <= tolerance * expected.abs().amax(-1) + floor).all()
-        if self.parts.part is not None:  # what one rank raises, all do, or the others would wait
-            same = gathered(same.int(), self.parts.part.group).all()
-        if not bool(same):
-            raise RuntimeError(
-                f"model: the forward of its head, a {type(self.module).__name__}, gives other "
-                "logits than its weight, so log-probs would be wrong; use token_stats on the "
-                "model's logits"
-            )
 
     def confirmed(self, stand_in: StandIn, logits: Tensor) -> bool:
         """Whether the model does to its logits what was assumed. Remember what it does."""

@@ -89,7 +89,7 @@ def head_module(base: Any) -> nn.Module:
     module = base.get_output_embeddings()
     if not isinstance(module, nn.Module):
         raise TypeError(f"model: {type(base).__name__} has no output embeddings")
-    while _is(module, "torch.distributed.fsdp.", "FullyShardedDataParallel"):
+    while is_of(module, "torch.distributed.fsdp.", "FullyShardedDataParallel"):
         module = module.module  # whose weight is whole within the call of the wrapper
     return module
 
@@ -101,7 +101,7 @@ def head_parts(module: Any) -> HeadParts | None:
     Raises:
         TypeError, RuntimeError: as `lm_head`.
     """
-    if _is(module, "peft.", "ModulesToSaveWrapper"):
+    if is_of(module, "peft.", "ModulesToSaveWrapper"):
         active = not module.disable_adapters and module.active_adapters
         saved = module.modules_to_save
         chosen = saved[module.active_adapters[0]] if active else module.original_module
@@ -111,16 +111,16 @@ def head_parts(module: Any) -> HeadParts | None:
                 "may be that of the original; use token_stats on the model's logits"
             )
         return head_parts(chosen)
-    if _is(module, "peft.tuners.lora", "Linear", "Linear4bit", "Linear8bitLt"):
+    if is_of(module, "peft.tuners.lora", "Linear", "Linear4bit", "Linear8bitLt"):
         return _lora_parts(module)
-    if _is(module, "bitsandbytes.", "Linear4bit", "Linear8bitLt") and _is_cut(module):
+    if is_of(module, "bitsandbytes.", "Linear4bit", "Linear8bitLt") and _is_cut(module):
         raise TypeError(
             "model: its head is quantized and tensor parallel, so that its rows are not known; use "
             "token_stats on the model's logits"
         )
-    if _is(module, "bitsandbytes.", "Linear4bit"):
+    if is_of(module, "bitsandbytes.", "Linear4bit"):
         return HeadParts(_four_bit(module), module.bias, [])
-    if _is(module, "bitsandbytes.", "Linear8bitLt"):
+    if is_of(module, "bitsandbytes.", "Linear8bitLt"):
         return HeadParts(_eight_bit(module), module.bias, [])
     if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
         return None
@@ -156,7 +156,7 @@ def parts_of_weight(weight: Any, bias: Tensor | None) -> HeadParts:
     return HeadParts(_whole(weight), bias, [])
 
 
-class _NotWholeError(RuntimeError):
+class NotWholeError(RuntimeError):
     """A weight of which only a part is there."""
 
 
@@ -175,7 +175,7 @@ def parts_within_call(module: Any) -> HeadParts | None:
                 "of its rows stands for; use token_stats on the model's logits"
             )
         return parts
-    except _NotWholeError as error:
+    except NotWholeError as error:
         if isinstance(module, nn.Linear):
             raise RuntimeError(
                 "model: the weight of its head is sharded or empty in the call of the head too, in "
@@ -193,7 +193,7 @@ def gathers_its_parts(module: nn.Module) -> bool:
     inner = [part for part in module.modules() if part is not module]
     wrappers = "FSDPModule", "FullyShardedDataParallel"
     return any(
-        _is(part, "torch.distributed.fsdp", *wrappers)
+        is_of(part, "torch.distributed.fsdp", *wrappers)
         or any(map(_comes_and_goes, part.parameters(recurse=False)))
         for part in inner
     )
@@ -227,7 +227,7 @@ def _tensor_parallel(module: Any) -> HeadParts:
     try:
         head = head_part(torch.empty(0), [module.weight], module.bias, None)
     except ValueError as error:
-        raise _NotWholeError(f"model: of its head, {error}") from error
+        raise NotWholeError(f"model: of its head, {error}") from error
     return HeadParts(head.weights[0], head.bias, [], head.part)
 
 
@@ -281,7 +281,7 @@ def _whole(weight: Tensor) -> Tensor:
     """Raise unless a weight is all there."""
     there = weight.numel() != 0 and weight.ndim == 2 and not weight.is_meta
     if type(weight).__name__ == "DTensor" or not there:
-        raise _NotWholeError(
+        raise NotWholeError(
             "model: the weight of its head is sharded, offloaded or empty outside of the model's "
             "forward; use model_token_stats, which reads it within"
         )
@@ -300,7 +300,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _is(module: nn.Module, package: str, *names: str) -> bool:
+def is_of(module: nn.Module, package: str, *names: str) -> bool:
     """Whether a module's class is one of a package's, told without importing the package."""
     return any(
         cls.__module__.startswith(package) and cls.__name__ in names for cls in type(module).__mro__

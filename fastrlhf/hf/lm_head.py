@@ -22,7 +22,7 @@ from .head_parts import (
 from .logit_map import LogitMap
 from .measured import measured, state_of
 from .model_inputs import check_keywords, given_inputs, with_positions
-from .stand_in import StandIn, logits_of
+from .stand_in import StandIn, logits_of, own_forward
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,9 @@ class _Capture:
             )  # fmt: skip
             # Its forward alone, without hooks: what they do to logits is measured with the rest.
             with evaluating(module):
-                self.bias = module.forward(torch.zeros_like(unit[:1]))[0]
-                self.weight = (module.forward(unit) - self.bias).T
+                forward = own_forward(module)
+                self.bias = forward(torch.zeros_like(unit[:1]))[0]
+                self.weight = (forward(unit) - self.bias).T
 
     def __call__(self, hidden: Tensor, own_forward: Any) -> tuple[Tensor, int]:
         return hidden, self.weight.shape[0]

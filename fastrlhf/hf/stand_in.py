@@ -44,7 +44,7 @@ class StandIn:
     def in_place(self) -> Iterator[None]:
         # accelerate puts a forward that moves weights around the module's own.
         name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
-        own, attributes = getattr(self.module, name), vars(self.module)
+        own, attributes = own_forward(self.module, name), vars(self.module)
         before = {name: attributes[name]} if name in attributes else {}
         self.own_forward, self.replaced = own, attributes.get(name)
         attributes[name] = self
@@ -128,6 +128,12 @@ def _is_trained(made: Tensor) -> bool:
         seen.add(node)
         ahead += [before for before, _ in node.next_functions]
     return False
+
+
+def own_forward(module: Any, name: str = "forward") -> Callable[..., Any]:
+    """The forward of a module, in whose place `fastrlhf.lazy_logits` may have put another."""
+    forward = getattr(module, name)
+    return getattr(forward, "fastrlhf_own", forward)
 
 
 def logits_of(output: Any) -> Tensor:

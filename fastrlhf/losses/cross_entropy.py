@@ -173,10 +173,26 @@ def linear_cross_entropy(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
     targets, weights = replicated("targets", targets), replicated("weights", weights)
-    total, found = summed_cross_entropy(scorer, targets, loss, weights, ignore_index=ignore_index)
-    live = targets != ignore_index
-    if reduction != "none":
-        return total if reduction == "sum" else mean_of(total, live, normalizer)
+    if reduction == "none":
+        return cross_entropies(scorer, targets, loss, weights, ignore_index=ignore_index)
+    total, _ = summed_cross_entropy(scorer, targets, loss, weights, ignore_index=ignore_index)
+    return total if reduction == "sum" else mean_of(total, targets != ignore_index, normalizer)
+
+
+def cross_entropies(
+    scorer: LinearScorer,
+    targets: Tensor,
+    options: CrossEntropy,
+    weights: Tensor | None = None,
+    *,
+    ignore_index: int,
+) -> Tensor:
+    """Compute the loss of each token (...), 0 without a target, with the gradient of their sum made
+    along with it; see `with_summed_gradient`.
+    """
+    total, found = summed_cross_entropy(
+        scorer, targets, options, weights, ignore_index=ignore_index
+    )
     losses = total.detach().new_zeros(targets.shape)
     if found:
         losses = losses.view(-1).index_put((found["token"],), found["losses"]).view(targets.shape)
@@ -185,11 +201,11 @@ def linear_cross_entropy(
 
     def weighted_sum(scorer: LinearScorer, d_losses: Tensor) -> Tensor:
         return summed_cross_entropy(
-            scorer, targets, loss, weights, d_losses, ignore_index=ignore_index
+            scorer, targets, options, weights, d_losses, ignore_index=ignore_index
         )[0]  # fmt: skip
 
     return with_summed_gradient(
-        losses, total, weighted_sum, scorer, counted=live,
+        losses, total, weighted_sum, scorer, counted=targets != ignore_index,
         alternative=("linear_cross_entropy", "linear_token_stats"),
     )  # fmt: skip
 

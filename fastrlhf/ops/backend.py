@@ -121,6 +121,12 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
     return True
 
 
+def current_autocast(device: str) -> Callable[[], torch.autocast]:
+    """Make contexts that restore autocast as it is now: backward runs outside of it."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
+
+
 def under_transform(*upstream: Tensor | None) -> bool:
     """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work, or
     upstream gradients are many at once (is_grads_batched).

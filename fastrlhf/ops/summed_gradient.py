@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import refuse_second_derivative, refuse_transforms
+from .backend import current_autocast, refuse_second_derivative, refuse_transforms
 from .scorer import LinearScorer
 
 # From a scorer and weights of the losses: the weighted sum, differentiable.
@@ -43,29 +43,22 @@ def with_summed_gradient(
     codes: list[Any] = [None if isinstance(x, Tensor) else x for x in scorer.weights]
     # Tensors are kept by autograd, which lets go of them after the backward.
     options = scorer._replace(hidden=scorer.hidden.new_empty(0), bias=None, weights=codes)
-    again = partial(_sum_again, weighted_sum, options, _current_autocast(scorer.hidden))
+    again = partial(_sum_again, weighted_sum, options, current_autocast(scorer.hidden.device.type))
     return _SummedGradient.apply(again, alternative, total, losses, counted, *inputs)
 
 
 def _sum_again(
     weighted_sum: WeightedSum,
     options: LinearScorer,
-    autocast: torch.autocast,
+    autocast: Callable[[], torch.autocast],
     d_losses: Tensor,
     hidden: Tensor,
     bias: Tensor | None,
     *dense: Tensor | None,
 ) -> Tensor:
     weights: list[Any] = [code or new for code, new in zip(options.weights, dense, strict=True)]
-    with autocast:
+    with autocast():
         return weighted_sum(options._replace(hidden=hidden, bias=bias, weights=weights), d_losses)
-
-
-def _current_autocast(hidden: Tensor) -> torch.autocast:
-    """Make a context that restores autocast as it is now: backward runs outside of it."""
-    device = hidden.device.type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 class _SummedGradient(torch.autograd.Function):

@@ -1,0 +1,74 @@
+"""Whether the forward of a head multiplies by the weight that was read of it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.ops.backend import under_transform
+from fastrlhf.ops.linear_arguments import matmul_dtype
+from fastrlhf.ops.linear_head import Head, QuantizedWeight
+from fastrlhf.ops.ranks import gathered
+
+from .head_parts import HeadParts, evaluating
+from .head_scorer import with_adapters
+from .tensor_parallel import own_columns
+
+
+def check_weight(
+    module: nn.Module,
+    own: Callable[..., Tensor],
+    parts: HeadParts,
+    hidden: Tensor,
+) -> None:
+    """Compare on some hidden states (n, H).
+
+    Raises:
+        RuntimeError: where they differ; on all ranks, if on one.
+    """
+    if not weight_is_used(module, own, parts, hidden):
+        raise RuntimeError(
+            f"model: the forward of its head, a {type(module).__name__}, gives other "
+            "logits than its weight, so log-probs would be wrong; use token_stats on the "
+            "model's logits"
+        )
+
+
+@torch.no_grad()
+def weight_is_used(
+    module: nn.Module,
+    own: Callable[..., Tensor],
+    parts: HeadParts,
+    hidden: Tensor,
+) -> bool:
+    """Compare a head's own forward of some hidden states (n, H) with the products by its weight.
+
+    Nothing of it is left for backward: a checkpoint around the call counts what is, and the
+    call that it makes again does not look.
+    """
+    if not hidden.shape[0]:
+        return True
+    hidden = hidden.detach()
+    if not under_transform():
+        # A 4-bit head on a CPU that sees no gradient coming packs its weight for good.
+        hidden.requires_grad_()
+    with evaluating(module):  # the dropout of adapters would differ each time
+        logits = own_columns(own(hidden.unsqueeze(0))[0], parts.part)
+        wide, weights = with_adapters(parts, hidden)
+    head = Head(weights, parts.bias, matmul_dtype(hidden))
+    with torch.autocast(hidden.device.type, enabled=False):
+        expected = head.logits(wide.to(head.dtype).to(head.operands))
+    weight = parts.weight
+    eight_bit = isinstance(weight, QuantizedWeight) and weight.table is None
+    half = logits.dtype in (torch.bfloat16, torch.float16)
+    # Of the largest logit of a row. The module of an 8-bit head rounds its hidden states.
+    tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
+    same = torch.ones((), dtype=torch.bool, device=expected.device)
+    if expected.numel():  # else of a rank that has no columns
+        error = (logits.to(expected) - expected).abs().amax(-1)
+        # Logits below the smallest normal number of their dtype have lost places of their own.
+        floor = torch.finfo(logits.dtype).tiny
+        same = (error <= tolerance * expected.abs().amax(-1) + floor).all()
+    if parts.part is not None:  # what one rank raises, all do, or the others would wait
+        same = gathered(same.int(), parts.part.group).all()
+    return bool(same)

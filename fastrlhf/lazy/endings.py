@@ -1,0 +1,224 @@
+"""Calls that make few numbers of all words of a token: here the logits are needed, and not built.
+
+Dims: V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import scores
+from .maps import dtype_of, is_vocab_dim, remember_lse
+from .meaning import Distribution, Kind, Words
+from .recipe import Recipe
+from .tensor import LazyTensor, computed
+from .views import Part, of_all_dims
+
+# Of some words
+
+
+def gather(recipe: Recipe, x: LazyTensor, dim: int, index: Tensor, **options: Any) -> Any:
+    """gather, take_along_dim: of one word of each token or of several."""
+    words = x.meaning()
+    alike = isinstance(index, Tensor) and index.ndim == x.ndim and index.device == x.device
+    if options.get("sparse_grad") or not alike or x.vocab_dim != -1 or not is_vocab_dim(x, dim):
+        return NotImplemented
+    lead = index.shape[:-1]
+    if words is None or any(n > m for n, m in zip(lead, x.shape[:-1], strict=True)):
+        return NotImplemented
+    if lead != x.shape[:-1]:
+        corner = tuple(slice(n) for n in lead)
+        words = words.viewed(lambda rows: rows[corner], ("corner", lead))
+    return _of_words(recipe, x, words, index.squeeze(-1) if index.shape[-1] == 1 else index,
+                     index.shape)  # fmt: skip
+
+
+def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
+    """x[..., ids]: of a number, or a tensor, beside numbers of the tokens."""
+    given = index if isinstance(index, tuple) else (index,)
+    parts, words = of_all_dims(given, x.ndim), x.meaning()
+    if parts is None or words is None or x.vocab_dim != -1 or any(p is None for p in parts):
+        return NotImplemented
+    *lead, ids = parts
+    vocab = x.shape[-1]
+    if isinstance(ids, int):
+        if any(isinstance(part, Tensor) for part in lead) or not -vocab <= ids < vocab:
+            return NotImplemented
+        ids = torch.tensor(ids % vocab, device=x.device)
+    elif not isinstance(ids, Tensor) or ids.dtype in (torch.bool, torch.uint8):
+        return NotImplemented
+    step = ("pick", repr(lead)) if not any(isinstance(p, Tensor) for p in lead) else object()
+    chosen = words.viewed(
+        lambda rows: rows[tuple(lead)], step, distinct=not any(isinstance(p, Tensor) for p in lead)
+    )
+    shape = chosen.first.rows.numbers.shape
+    if all(isinstance(part, Tensor) and part.dtype is torch.int64 for part in lead) and lead:
+        shape = torch.broadcast_shapes(shape, ids.shape)
+        chosen = chosen.viewed(lambda rows: rows.expand(shape), ("expand", shape), distinct=False)
+        ids = ids.expand(shape)
+    elif any(not isinstance(part, slice) for part in lead) and ids.ndim:
+        return NotImplemented  # PyTorch puts the dimensions of such in another order
+    else:
+        shape = torch.Size((*shape, *ids.shape))
+        if ids.ndim > 1:
+            return NotImplemented
+        ids = ids.expand(shape)
+    ids = torch.where(ids < 0, ids + vocab, ids)
+    return _of_words(recipe, x, chosen, ids, shape)
+
+
+def _of_words(
+    recipe: Recipe, x: LazyTensor, words: Words, targets: Tensor, shape: torch.Size
+) -> Any:  # fmt: skip
+    compute = _of_targets(words, targets.to(torch.int64))
+    if compute is None:
+        return NotImplemented
+    passes = 0 if words.kind is Kind.LOGITS else 1
+    return computed(recipe, [x], lambda: compute().view(shape), dtype=x.dtype, passes=passes)
+
+
+def _of_targets(words: Words, targets: Tensor) -> Callable[[], Tensor] | None:
+    of, factor = words.first, words.factor
+    if words.kind is Kind.LOGPROBS:
+        return lambda: scores.logprobs(of, targets) * factor
+    if words.kind is Kind.PROBS:
+        return lambda: scores.logprobs(of, targets).exp() * factor
+    if words.kind is Kind.LOGITS and scores.is_linear(of):
+        return lambda: scores.picked(of, targets)
+    return None
+
+
+# The largest
+
+
+def argmax(recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
+    of = _ordered(x)
+    if of is None or not is_vocab_dim(x, dim):
+        return NotImplemented
+    with torch.no_grad():
+        return _without_graph(
+            recipe, x, lambda: _best(of, x, partial(torch.argmax, dim=-1, keepdim=keepdim), keepdim)
+        )
+
+
+def largest(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    """max, amax: over the words."""
+    dim = kwargs.get("dim", args[0] if args else None)
+    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
+    of, words = _ordered(x), x.meaning()
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        (dim,) = dim
+    if of is None or words is None or not is_vocab_dim(x, dim):
+        return NotImplemented
+    at = _without_graph(recipe, x, lambda: _best(of, x, partial(torch.argmax, dim=-1), False))
+    both = recipe.func.__name__ == "max"
+    of_values = recipe._replace(func=Part(recipe.func, 0)) if both else recipe
+    shape = torch.Size((*at.shape, 1)) if keepdim else at.shape
+    values = _of_words(of_values, x, words, at, shape)
+    if values is NotImplemented or not both:
+        return values
+    return torch.return_types.max((values, at.view(shape)))
+
+
+def topk(
+    recipe: Recipe, x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> Any:
+    of, words = _ordered(x), x.meaning()
+    if of is None or words is None or not is_vocab_dim(x, dim):
+        return NotImplemented
+
+    def of_chunk(logits: Tensor) -> Tensor:
+        return logits.topk(k, -1, largest, sorted).indices
+
+    at = _without_graph(recipe, x, lambda: _best(of, x, of_chunk, True))
+    values = _of_words(
+        recipe._replace(func=Part(recipe.func, 0)), x, words, at.squeeze(-1) if k == 1 else at,
+        at.shape,
+    )  # fmt: skip
+    return values if values is NotImplemented else torch.return_types.topk((values, at))
+
+
+def _ordered(x: LazyTensor) -> Distribution | None:
+    """The distribution whose words are in the order of these numbers."""
+    words = x.meaning()
+    known = (Kind.LOGITS, Kind.LOGPROBS, Kind.PROBS)
+    if words is None or words.kind not in known or x.vocab_dim != -1 or not words.factor > 0:
+        return None
+    return words.first if scores.is_linear(words.first) else None
+
+
+def _best(
+    of: Distribution, x: LazyTensor, reduce: Callable[[Tensor], Tensor], keepdim: bool
+) -> Tensor:
+    found = scores.best(of, reduce, x.dtype)
+    lead = x.shape[:-1]
+    return torch.cat(found).view(*lead, *found[0].shape[1:])
+
+
+def _without_graph(recipe: Recipe, x: LazyTensor, compute: Callable[[], Tensor]) -> Tensor:
+    return computed(recipe._replace(grad=False), [x], compute, dtype=torch.int64)
+
+
+# Sums over all words
+
+
+def logsumexp(recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
+    words = x.meaning()
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        (dim,) = dim
+    if words is None or words.kind is not Kind.LOGITS or not is_vocab_dim(x, dim):
+        return NotImplemented
+    of = words.first
+    if not scores.is_linear(of):
+        return NotImplemented
+    shape = [1 if n - x.ndim == x.vocab_dim else size for n, size in enumerate(x.shape)]
+
+    def compute() -> Tensor:
+        found = scores.log_sum_exp(of)
+        return found.view(shape) if keepdim else found
+
+    found = computed(recipe, [x], compute, dtype=dtype_of(recipe, x, dim=-1))
+    remember_lse(found, of)
+    return found
+
+
+def add_up(
+    recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """sum, mean: over the words, and perhaps over tokens too."""
+    words = x.meaning()
+    dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    dims = [n % x.ndim for n in dims]
+    if words is None or x.vocab_dim != -1 or x.ndim - 1 not in dims:
+        return NotImplemented
+    of_token = _sum_over_words(words, differentiable=recipe.grad and x.requires_grad)
+    if of_token is None:
+        return NotImplemented
+    is_mean, vocab = recipe.func.__name__ == "mean", x.shape[-1]
+    dtype = dtype_of(recipe, x, dim=-1, dtype=dtype)
+
+    def compute() -> Tensor:
+        sums = of_token().unsqueeze(-1)
+        return sums.mean(dims, keepdim) / vocab if is_mean else sums.sum(dims, keepdim)
+
+    passes = 0 if words.kind is Kind.LOGITS and recipe.grad else len(words.of)
+    return computed(recipe, [x], compute, dtype=dtype, passes=passes)
+
+
+def _sum_over_words(words: Words, *, differentiable: bool) -> Callable[[], Tensor] | None:
+    """What computes the sum over the words of each token; None: nothing does."""
+    of, factor = words.first, words.factor
+    linear = scores.is_linear(of)
+    found: Any = {
+        Kind.ENTROPY_TERMS: lambda: -scores.entropies(of),
+        Kind.LOGIT_TERMS: (lambda: scores.expected_logits(of)) if linear else None,
+        Kind.LOGPROBS: (lambda: scores.sum_of_logprobs(of)) if linear else None,
+    }.get(words.kind)
+    if words.kind is Kind.LOGITS and linear and not (of.capped and differentiable):
+        found = lambda: scores.mean_logits(of) * of.source.vocab  # noqa: E731
+    if words.kind is Kind.DIVERGENCE_TERMS and scores.are_comparable(*words.of):
+        found = lambda: scores.divergences(*words.of)  # noqa: E731
+    return None if found is None else lambda: found() * factor

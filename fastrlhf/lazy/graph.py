@@ -1,0 +1,305 @@
+"""The graph of lazy logits, and their gradient, which is lazy too.
+
+The logits of a call stand in PyTorch's graph where the head's output would: behind the hidden
+states and the head's parameters. What is computed of them, a few numbers for each token, is made in
+a graph of its own (see `source`); the gradient of these numbers passes back to the logits, through
+whatever wrappers and users put between, as a `LazyGradient`: a tensor of the logits' shape that
+holds nothing but what was computed and the gradients that came for it. Where the head was called it
+is turned into the gradients of hidden states and weight. Somebody who reads it on the way gets the
+gradient of plain logits, which are built for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .source import Source
+    from .tensor import LazyTensor
+
+Make = Callable[[], Tensor]  # makes a lazy tensor, without a graph
+
+_aten = torch.ops.aten
+_ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
+_HANDED_ON = {
+    _aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.view.default,
+    _aten._unsafe_view.default, _aten._to_copy.default, _aten.expand.default,
+}  # fmt: skip
+
+
+class Computed:
+    """Something that was computed in the inner graph, and what it is of plain logits."""
+
+    def __init__(self, inner: Tensor, heads: int, of_plain: Callable[[], Tensor] | None):
+        self.inner: Tensor | None = inner
+        self.heads = heads  # how many have to differentiate it
+        self.of_plain = of_plain  # None: it is the logits themselves
+
+    def graph(self) -> Tensor:
+        """The result, with its graph.
+
+        Raises:
+            RuntimeError: it was let go of, by a backward that was said to be the last.
+        """
+        if self.inner is None:
+            raise RuntimeError(
+                "lazy_logits: Trying to backward through the graph a second time; specify "
+                "retain_graph=True if you need to backward through it twice"
+            )
+        return self.inner
+
+    def differentiated(self) -> None:
+        """Let go of the graph, once nobody needs it any more."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.heads -= 1
+            if self.heads <= 0:
+                self.inner = None
+
+
+Terms = list[tuple[Computed, Tensor]]  # each with the gradient that came for it
+
+
+class LazyGradient(Tensor):
+    """A gradient of logits: what was computed of them, and a gradient as it is, if any."""
+
+    of: LazyTensor | _Gone
+    terms: Terms
+    rest: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, of: LazyTensor | _Gone, terms: Terms, rest: Tensor | None = None
+    ) -> LazyGradient:
+        made = Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype, device=of.device)
+        made.of, made.terms, made.rest = of, terms, rest
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in _ADDITIONS and not kwargs and len(args) == 2:
+            return _sum(*args)
+        if func in _HANDED_ON:
+            return args[0]
+        with enable_reentrant_dispatch():
+            args, kwargs = tree_map(dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"LazyGradient(of {tuple(self.shape)})"
+
+
+def _sum(a: Any, b: Any) -> Tensor:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
+        with enable_reentrant_dispatch():
+            return dense(a) + dense(b)
+    of = next(x.of for x in (a, b) if isinstance(x, LazyGradient))
+    rests = [x.rest if isinstance(x, LazyGradient) else x for x in (a, b)]
+    there = [x for x in rests if x is not None]
+    terms = [term for x in (a, b) if isinstance(x, LazyGradient) for term in x.terms]
+    return LazyGradient(of, terms, sum(there[1:], there[0]) if there else None)
+
+
+def _parted(gradient: Tensor) -> tuple[Terms, Tensor | None]:
+    """What was computed, and a gradient as it is."""
+    if isinstance(gradient, LazyGradient):
+        return gradient.terms, gradient.rest
+    return [], gradient
+
+
+def dense(gradient: Any) -> Any:
+    """The gradient of plain logits, from one that is lazy; anything else as it is."""
+    if not isinstance(gradient, LazyGradient):
+        return gradient
+    total = gradient.rest
+    with torch.enable_grad():
+        plain = gradient.of.plain()  # built, if it was not
+        for computed, upstream in gradient.terms:
+            part = upstream
+            if computed.of_plain is not None:
+                (part,) = torch.autograd.grad(computed.of_plain(), plain, upstream)
+            total = part if total is None else total + part
+    return torch.zeros_like(plain) if total is None else total
+
+
+class Head(torch.autograd.Function):
+    """The call of a head: from hidden states and parameters to logits that are not made."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, make: Make, hidden: Tensor, *parameters: Tensor) -> Any:
+        ctx.source = source
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, *parameters)
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if gradient is None:
+            return None, None, *(None for _ in ctx.needs_input_grad[2:])
+        hidden, *parameters = ctx.saved_tensors
+        source: Source = ctx.source
+        if torch.is_grad_enabled():
+            found = source.differentiable_gradients(hidden, parameters, gradient)
+        else:
+            found = source.gradients(*_parted(gradient))
+        return None, None, *found
+
+
+class Derived(torch.autograd.Function):
+    """A tensor over the vocabulary, made of others by a call of a function of PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, make: Make, *parents: LazyTensor) -> Any:
+        ctx.recipe, ctx.parents = recipe, parents
+        ctx.set_materialize_grads(False)
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[2:]
+        if gradient is None:
+            return None, None, *(None for _ in wanted)
+        terms, rest = _parted(gradient)
+        rests = _of_parents(ctx.recipe.on_plain, rest, ctx.parents, wanted)
+        return None, None, *_shared_out(terms, rests, ctx.parents, wanted)
+
+
+class Used(torch.autograd.Function):
+    """Numbers that were computed of tensors over the vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, computed: Computed, *parents: LazyTensor) -> Tensor:
+        ctx.computed, ctx.parents = computed, parents
+        ctx.set_materialize_grads(False)
+        return computed.graph().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        computed, parents, wanted = ctx.computed, ctx.parents, ctx.needs_input_grad[1:]
+        if gradient is None:
+            return None, *(None for _ in wanted)
+        if torch.is_grad_enabled():
+            return None, *_of_parents(computed.of_plain, gradient, parents, wanted)
+        rests = [None] * len(parents)
+        return None, *_shared_out([(computed, gradient)], rests, parents, wanted)
+
+
+class Built(torch.autograd.Function):
+    """The logits, once they are made after all."""
+
+    @staticmethod
+    def forward(ctx: Any, computed: Computed, logits: LazyTensor) -> Tensor:
+        # Weakly, since they hold what is returned.
+        ctx.computed, ctx.logits = computed, weakref.ref(logits)
+        inner = computed.graph()
+        # Shares what it holds, and is no view, which could not be written into.
+        return torch.empty_like(inner[:0]).set_(
+            inner.untyped_storage(), inner.storage_offset(), inner.shape, inner.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return None, gradient
+        logits = ctx.logits()
+        if logits is None:
+            logits = _Gone(gradient, gradient)
+        return None, LazyGradient(logits, [(ctx.computed, gradient)])
+
+
+class _Gone:
+    """In the place of logits that nobody holds any more."""
+
+    def __init__(self, like: Tensor, plain: Tensor | None):
+        self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
+        self._plain = plain
+
+    def plain(self) -> Tensor:
+        if self._plain is None:
+            raise RuntimeError(
+                "lazy_logits: the gradient of logits is read that were written into (logits /= T); "
+                "divide without writing into them"
+            )
+        return self._plain
+
+
+class Scaled(torch.autograd.Function):
+    """Logits that were multiplied or divided in place."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor, func: Callable[..., Tensor], by: Any) -> Any:
+        ctx.mark_dirty(lazy)
+        ctx.func, ctx.by = func, by
+        ctx.set_materialize_grads(False)
+        return lazy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if gradient is None:
+            return None, None, None
+        terms, rest = _parted(gradient)
+        if rest is not None:
+            rest = ctx.func(rest.clone(), *ctx.by)
+        if not terms:
+            return rest, None, None
+        return LazyGradient(_Gone(gradient, None), terms, rest), None, None
+
+
+class Replaced(torch.autograd.Function):
+    """A tensor over the vocabulary that was written into is what was written."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor, plain: Tensor) -> Any:
+        ctx.mark_dirty(lazy)
+        return lazy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, dense(gradient)
+
+
+def _of_parents(
+    of_plain: Callable[[], Tensor],
+    gradient: Tensor | None,
+    parents: Sequence[LazyTensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of parents by what plain ones would have been turned into."""
+    if gradient is None:
+        return [None] * len(parents)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [x.plain() for x, wants in zip(parents, wanted, strict=True) if wants]
+        found = torch.autograd.grad(
+            of_plain(), inputs, gradient, create_graph=again, allow_unused=True
+        )
+    rest = iter(found)
+    return [next(rest) if wants else None for wants in wanted]
+
+
+def _shared_out(
+    terms: Terms,
+    rests: Sequence[Tensor | None],
+    parents: Sequence[LazyTensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of parents: what was computed goes once to each head, by whichever parent."""
+    found: list[Tensor | None] = []
+    seen: set[Source] = set()
+    for parent, rest, wants in zip(parents, rests, wanted, strict=True):
+        if not wants:
+            found.append(None)
+            continue
+        new = parent.sources - seen
+        seen |= new
+        found.append(LazyGradient(parent, terms, rest) if terms and new else rest)
+    return found

@@ -1,0 +1,266 @@
+"""Models whose logits are not computed until somebody asks for them.
+
+The class of the head's module is replaced by one of the same name, whose forward returns lazy
+logits; the rest of the model runs as it is, and what it does to its logits (a scale, a softcap, a
+loss of labels) is done to lazy ones. Copies of a model, pickled ones and the replicas of
+DataParallel are of that class too, but only the head that was enabled has the change.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.hf.head_check import weight_is_used
+from fastrlhf.hf.head_parts import (
+    HeadParts,
+    NotWholeError,
+    base_model,
+    check_weights,
+    gathers_its_parts,
+    head_module,
+    head_parts,
+    is_of,
+    parts_within_call,
+)
+from fastrlhf.hf.measured import state_of
+from fastrlhf.ops.backend import check_impl, outside_of_graphs, under_transform
+from fastrlhf.ops.sharded import is_dtensor
+
+from .source import Source
+from .tensor import LazyTensor, logits_of
+
+_logger = logging.getLogger(__name__)
+
+_CALLS_BETWEEN_CHECKS = 64
+_COMPARED_TOKENS = 4
+
+
+@dataclass
+class _Enabled:
+    """A head that makes lazy logits."""
+
+    base: ref[Any]
+    above: list[ref[nn.Module]]  # the modules that it is part of
+    impl: str
+    wanted: int = 0  # how many wait for the end of it
+    calls: int = 0
+    state: Any = None  # in which the head was compared with its weight
+    said: set[str] = field(default_factory=set)
+
+
+_enabled: WeakKeyDictionary[nn.Module, _Enabled] = WeakKeyDictionary()
+
+
+def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
+    """Let a model return logits that are not computed until they are needed, and mostly never.
+
+    Eager equivalent: nothing. `model(...).logits` is a tensor of the same shape, dtype and device.
+    Functions of PyTorch that take few numbers of it for each token (cross-entropy, log-softmax and
+    gather, log-sum-exp, entropy, argmax, ...) are computed from the hidden states, without building
+    logits, forward and backward. Any other function builds them, once, and gives what it would have
+    given. `lazy_report` tells which did.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not, whose head `lm_head` knows;
+            or an encoder or encoder-decoder with such a head.
+        impl: as `token_stats`.
+
+    Results are those of plain logits to rounding: log-probs and sums are computed in fp32 of logits
+    that are not rounded to the model's dtype, and rounded to the dtype that the plain loop would
+    have. Built logits are the model's own, bit for bit (but where a LoRA adapter of the head has a
+    dropout, or FSDP2 shards the head).
+
+    The gradient with respect to the logits passes through hooks and wrappers as a tensor that is
+    made of what was computed; whoever reads it gets the plain one, for which logits are built.
+
+    Logits have to be used before the head's weight changes: after a step of the optimizer, that is
+    a RuntimeError. A head that is tensor parallel, or whose weight FSDP1, ZeRO-3 or accelerate's
+    offloading takes away after its call, makes logits as ever, and the log says so once. Where
+    FSDP2 shards the head, a copy of its weight is held as long as its logits are. A single position
+    for each sequence, as in generation, is computed at once. Twice is as once.
+
+    Raises:
+        TypeError: a head of a class that is not known; the model is left as it was.
+    """
+    base = base_model(model)
+    module = head_module(base)
+    check_weights(module, type(base).__name__)
+    check_impl(impl)
+    with suppress(NotWholeError):  # of a weight that is whole in its own call only
+        head_parts(module)
+    if module not in _enabled:
+        _enabled[module] = _Enabled(ref(base), _modules_above(model, module), impl)
+        _put_in_place(module)
+
+
+def disable_lazy_logits(model: nn.Module) -> None:
+    """Take `enable_lazy_logits` back. Logits that were returned before stay what they are."""
+    module = head_module(base_model(model))
+    if _enabled.pop(module, None) is not None:
+        _take_away(module)
+
+
+@contextmanager
+def lazy_logits(model: nn.Module, *, impl: str = "auto") -> Iterator[None]:
+    """Have `enable_lazy_logits` within a `with` statement.
+
+    ::
+
+        with fastrlhf.lazy_logits(model):
+            trainer.train()
+    """
+    module = head_module(base_model(model))
+    was_enabled = module in _enabled
+    enable_lazy_logits(model, impl=impl)
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            disable_lazy_logits(model)
+
+
+def _modules_above(model: nn.Module, module: nn.Module) -> list[ref[nn.Module]]:
+    return [ref(x) for x in model.modules() if any(part is module for part in x.modules())]
+
+
+def _put_in_place(module: nn.Module) -> None:
+    name = _own_forward_attribute(module)
+    if name is None:
+        cls: Any = type(module)
+        module.__class__ = _lazy_class(cls)
+    else:  # a forward of the module's own, which its class's does not see
+        vars(module)[name] = _LazyForward(module, vars(module)[name])
+
+
+def _take_away(module: nn.Module) -> None:
+    name = _own_forward_attribute(module)
+    if name is not None and isinstance(vars(module)[name], _LazyForward):
+        vars(module)[name] = vars(module)[name].fastrlhf_own
+    own = vars(type(module)).get("_fastrlhf_own_class")
+    if own is not None:  # else a wrapper (FSDP2) has put its class above
+        module.__class__ = own
+
+
+def _own_forward_attribute(module: nn.Module) -> str | None:
+    """Accelerate puts a forward that moves weights around the module's own."""
+    names = ("_old_forward", "forward")
+    return next((name for name in names if name in vars(module)), None)
+
+
+class _LazyForward:
+    """A forward with lazy logits in place of those of a module's own."""
+
+    def __init__(self, module: nn.Module, own: Callable[..., Any]):
+        self.module, self.fastrlhf_own = module, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self.module, self.fastrlhf_own, *args, **kwargs)
+
+
+@functools.cache
+def _lazy_class(cls: Any) -> Any:
+    class LazyHead(cls):
+        _fastrlhf_own_class = cls
+
+        @property
+        def forward(self) -> Any:
+            return _LazyForward(self, functools.partial(cls.forward, self))
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            function, (_, *args), *rest = super().__reduce_ex__(protocol)
+            return (function, (cls, *args), *rest)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(LazyHead, name, getattr(cls, name))
+    return LazyHead
+
+
+def _forward(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    enabled = _enabled.get(module)
+    if enabled is None:
+        return own(*args, **kwargs)
+    return outside_of_graphs(_outside_of_graphs)(enabled, module, own, *args, **kwargs)
+
+
+def _outside_of_graphs(
+    enabled: _Enabled, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    hidden = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(hidden, Tensor) or not _is_plain(hidden) or hidden.shape[-2] < 2:
+        return own(*args, **kwargs)
+    try:
+        parts = parts_within_call(module)
+        why = _why_not(enabled, module, own, hidden, parts)
+    except RuntimeError as error:
+        parts, why = None, str(error)
+    if why:
+        if why not in enabled.said:
+            enabled.said.add(why)
+            _logger.warning("lazy_logits: the logits are built: %s", why)
+        return own(hidden)
+    source = Source(
+        module, own, hidden, parts, holds_weight=_is_sharded(enabled), impl=enabled.impl
+    )
+    return logits_of(source, hidden)
+
+
+def _is_plain(hidden: Tensor) -> bool:
+    """Whether hidden states are such as a head takes, in no transform, of several tokens."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting() or under_transform()
+    known = type(hidden) is Tensor and hidden.is_floating_point() and hidden.ndim >= 2
+    return known and not traced and hidden.shape[:-1].numel() > 0
+
+
+def _why_not(
+    enabled: _Enabled, module: nn.Module, own: Callable[..., Tensor], hidden: Tensor,
+    parts: HeadParts | None,
+) -> str:  # fmt: skip
+    """Why logits cannot wait; nothing if they can."""
+    if (parts is not None and parts.part is not None) or any(map(is_dtensor, module.parameters())):
+        return "the head is tensor parallel"
+    goes = any(_goes_away(x) for x in module.parameters()) or gathers_its_parts(module)
+    offloads = any(getattr(x, "offload", False) for x in _hooks(module))
+    if goes or offloads:
+        return "the weight of the head is not there after its call"
+    if parts is None and any(_drops(x) for x in module.modules()):
+        return "an adapter of the head that is no LoRA draws a dropout at each call"
+    state = state_of(enabled.base(), module, parts)
+    due = enabled.state != state or enabled.calls % _CALLS_BETWEEN_CHECKS == 0
+    enabled.calls += 1
+    if due and parts is not None:
+        some = hidden.detach().reshape(-1, hidden.shape[-1])[:_COMPARED_TOKENS]
+        if not weight_is_used(module, own, parts, some):
+            return "the forward of the head gives other logits than its weight"
+    enabled.state = state
+    return ""
+
+
+def _goes_away(parameter: Tensor) -> bool:
+    """Whether FSDP1 or ZeRO-3 of DeepSpeed hold a parameter for the calls of modules only."""
+    return hasattr(parameter, "ds_status") or getattr(parameter, "_fsdp_flattened", False)
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        yield from getattr(hook, "hooks", (hook,))
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
+
+
+def _is_sharded(enabled: _Enabled) -> bool:
+    """Whether FSDP2 may take the weight away."""
+    above = (x() for x in enabled.above)
+    return any(x is not None and is_of(x, "torch.distributed.fsdp", "FSDPModule") for x in above)
+
+
+__all__ = ["LazyTensor", "disable_lazy_logits", "enable_lazy_logits", "lazy_logits"]

@@ -1,0 +1,108 @@
+"""The losses of torch.nn.functional that are of all words of a token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import scores
+from .maps import dtype_of
+from .meaning import Kind, Words
+from .recipe import Recipe
+from .tensor import LazyTensor, computed
+from .views import same
+
+
+def cross_entropy(
+    recipe: Recipe, x: LazyTensor, target: Any, weight: Any = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    """The logits and one word for each token."""
+    words = x.meaning() if isinstance(x, LazyTensor) else None
+    if words is None or words.factor != 1 or words.kind not in (Kind.LOGITS, Kind.LOGPROBS):
+        return NotImplemented
+    if size_average is not None or reduce is not None:
+        return NotImplemented
+    return _of_words(recipe, x, words, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def nll_loss(
+    recipe: Recipe, x: LazyTensor, target: Any, weight: Any = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
+) -> Any:  # fmt: skip
+    """The log-probs and one word for each token."""
+    words = x.meaning() if isinstance(x, LazyTensor) else None
+    if words is None or words.factor != 1 or words.kind is not Kind.LOGPROBS:
+        return NotImplemented
+    if size_average is not None or reduce is not None:
+        return NotImplemented
+    return _of_words(recipe, x, words, target, weight, ignore_index, reduction, 0.0)
+
+
+def _of_words(
+    recipe: Recipe, x: LazyTensor, words: Words, target: Any, weight: Any, ignore_index: int,
+    reduction: str, label_smoothing: float,
+) -> Any:  # fmt: skip
+    of, index = words.first, words.first.rows.numbers
+    is_word = isinstance(target, Tensor) and not target.is_floating_point()
+    classes_are_words = x.ndim + x.vocab_dim == min(1, x.ndim - 1)
+    if not is_word or not classes_are_words or target.shape != index.shape:
+        return NotImplemented
+    if target.device != x.device or reduction not in ("none", "mean", "sum"):
+        return NotImplemented
+    if (weight is not None or not scores.is_linear(of)) and label_smoothing != 0:
+        return NotImplemented
+    if weight is not None and (type(weight) is not Tensor or weight.requires_grad):
+        return NotImplemented
+    live = target != ignore_index
+    targets = torch.where(live, target.to(torch.int64), scores.IGNORED)
+    weights = None
+    if weight is not None:
+        weights = torch.where(live, weight[torch.where(live, target, 0)], 0)
+
+    def compute() -> Tensor:
+        if reduction == "none":
+            losses = scores.cross_entropy_of(of, targets, label_smoothing=label_smoothing)
+            return losses if weights is None else losses * weights
+        total = scores.sum_of_cross_entropy(of, targets, weights, label_smoothing)
+        if reduction == "sum":
+            return total
+        count = live.sum() if weights is None else weights.sum()
+        # Without any token NaN, as PyTorch's, with gradients of zero.
+        return torch.where(count != 0, total / torch.where(count != 0, count, 1),
+                           total.detach() / count)  # fmt: skip
+
+    empty = torch.empty(0, dtype=torch.int64, device=x.device)
+    dtype = dtype_of(recipe, x, empty)
+    return computed(recipe, [x], compute, dtype=dtype, loss_is_known=True)
+
+
+def kl_div(
+    recipe: Recipe, x: Any, target: Any, size_average: Any = None, reduce: Any = None,
+    reduction: str = "mean", log_target: bool = False,
+) -> Any:  # fmt: skip
+    """KL(p || q) of the log-probs of q and the probabilities, or log-probs, of p."""
+    both = isinstance(x, LazyTensor) and isinstance(target, LazyTensor)
+    if not both or x.shape != target.shape or not x.vocab_dim == target.vocab_dim == -1:
+        return NotImplemented
+    q, p = x.meaning(), target.meaning()
+    if q is None or p is None or size_average is not None or reduce is not None:
+        return NotImplemented
+    known = q.kind is Kind.LOGPROBS and p.kind is (Kind.LOGPROBS if log_target else Kind.PROBS)
+    if not known or p.factor != 1 or q.factor != 1:
+        return NotImplemented
+    pair = p.first, q.first
+    dtype = torch.promote_types(x.dtype, target.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    if reduction == "none":
+        return same(recipe, x, Words(Kind.DIVERGENCE_TERMS, pair), dtype)
+    counts = {"sum": 1, "batchmean": x.shape[0], "mean": x.numel()}
+    if reduction not in counts or not scores.are_comparable(*pair):
+        return NotImplemented
+    parents = [x, target]
+    return computed(
+        recipe, parents, lambda: scores.divergences(*pair).sum() / counts[reduction], dtype=dtype,
+        passes=2, loss_is_known=True,
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""What is asked of the logits of tokens, by what scores tokens without them.
+
+All of it is differentiable with respect to what entered the head, unless it says otherwise.
+
+Dims: U hidden states, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.hf.scored_divergence import scored_divergence
+from fastrlhf.losses.cross_entropy import cross_entropies, summed_cross_entropy
+from fastrlhf.losses.cross_entropy_options import CrossEntropy
+from fastrlhf.ops.kept_logits import KeptRows, kept_logits
+from fastrlhf.ops.linear_arguments import exact, matmul_dtype
+from fastrlhf.ops.scorer import LinearScorer, Scorer
+from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
+
+from .meaning import Distribution
+
+IGNORED = -(2**30)  # no id of a word, and what int32 holds
+
+
+def _laid_out(of: Distribution, targets: Tensor) -> tuple[Scorer, Tensor, Callable[..., Tensor]]:
+    """A scorer of the tokens of a distribution, their targets as it takes them, and what takes
+    their results (...) from its own.
+
+    targets: in the shape of the tokens, or (..., k), for several of each token.
+    """
+    rows, temperature = of.rows.numbers, of.temperature
+    if targets.ndim > rows.ndim:
+        rows = rows.unsqueeze(-1).expand_as(targets)
+        temperature = None if temperature is None else temperature.unsqueeze(-1)
+    if temperature is not None:
+        temperature = temperature.expand_as(targets).reshape(-1)
+    flat = rows.reshape(-1)
+    if not of.rows.distinct or rows is not of.rows.numbers:
+        scorer = of.source.scorer(of, temperature=temperature, rows=flat)
+        return scorer, targets.reshape(-1), lambda found: found.view(targets.shape)
+    # Each hidden state has one token or none, which is ignored, and costs nothing.
+    whole = targets.new_full((of.source.tokens,), IGNORED)
+    whole[flat] = targets.reshape(-1)
+    if temperature is not None:
+        temperature = temperature.new_ones(of.source.tokens).index_put((flat,), temperature)
+    scorer = of.source.scorer(of, temperature=temperature)
+    return scorer, whole, lambda found: found[flat].view(targets.shape)
+
+
+def _stats(of: Distribution, targets: Tensor, **options: Any) -> TokenStats:
+    scorer, laid_out, taken = _laid_out(of, targets)
+    found = scorer.stats(laid_out, ignore_index=IGNORED, **options)
+    of_tokens: Any = (None if x is None else taken(x) for x in found)
+    return type(found)(*of_tokens)
+
+
+def logprobs(of: Distribution, targets: Tensor) -> Tensor:
+    """Ln p(target), in the shape of the targets: those of the tokens, or (..., k)."""
+    return _stats(of, targets, lse=False).logprob
+
+
+def picked(of: Distribution, targets: Tensor) -> Tensor:
+    """The logits of the targets, by products of a few rows; of a head that is a matrix."""
+    scorer = of.source.scorer(of)
+    assert isinstance(scorer, LinearScorer)
+    rows, temperature = of.rows.numbers, of.temperature
+    if targets.ndim > rows.ndim:
+        rows = rows.unsqueeze(-1).expand_as(targets)
+        temperature = None if temperature is None else temperature.unsqueeze(-1)
+    ids, dtype = targets.reshape(-1), matmul_dtype(scorer.hidden)
+    _check_ids(ids, scorer.vocab)
+    pairs = KeptRows(rows.reshape(-1), ids, torch.ones_like(ids, dtype=torch.bool), dtype)
+    with exact(scorer.hidden):
+        raw = kept_logits(scorer.hidden.to(dtype), scorer.weights, scorer.bias, pairs, scorer.impl)
+    logits = capped_logits(raw, scorer.softcap, scorer.scale).view(targets.shape)
+    return logits if temperature is None else logits / temperature
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < vocab):
+        raise IndexError(f"index out of range: expected ids in [0, {vocab})")
+
+
+def _some_word(of: Distribution) -> Tensor:
+    """For each token, a word that is not ruled out by the bias."""
+    bias = None if of.source.parts is None else of.source.parts.bias
+    word = torch.zeros((), dtype=torch.int64, device=of.source.device)
+    if bias is not None:
+        word = bias.detach().argmax()
+    return word.expand(of.rows.numbers.shape)
+
+
+def log_sum_exp(of: Distribution) -> Tensor:
+    """The log-sum-exp of a head that is a matrix."""
+    return _lse(of, _stats(of, _some_word(of)))
+
+
+def entropies(of: Distribution) -> Tensor:
+    """-Σ p ln p."""
+    return _entropy(_stats(of, _some_word(of), entropy=True, lse=False))
+
+
+def expected_logits(of: Distribution) -> Tensor:
+    """Σ p z = ln Σ e^z + Σ p ln p, of a head that is a matrix."""
+    stats = _stats(of, _some_word(of), entropy=True)
+    return _lse(of, stats) - _entropy(stats)
+
+
+def _entropy(stats: TokenStats) -> Tensor:
+    assert stats.entropy is not None
+    return stats.entropy
+
+
+def _lse(of: Distribution, stats: TokenStats) -> Tensor:
+    """The lse of statistics of some word, with the gradient of z - ln p, which is that of the lse
+    whatever the word.
+    """
+    if not stats.logprob.requires_grad:
+        return stats.lse
+    slope = picked(of, _some_word(of)) - stats.logprob
+    return stats.lse + (slope - slope.detach())
+
+
+def mean_logits(of: Distribution) -> Tensor:
+    """The mean of z over all words; differentiable where there is no cap."""
+    scorer = of.source.scorer(of)
+    assert isinstance(scorer, LinearScorer)
+    if of.capped or not all(isinstance(x, Tensor) for x in scorer.weights):
+        return _stats(of, _some_word(of), with_stats=("mean_logit",))._asdict()["mean_logit"]
+    dtype = matmul_dtype(scorer.hidden)
+    sums = accumulation_dtype(dtype)
+    mean = torch.cat([x[0 : x.shape[0]].to(dtype).to(sums).mean(0) for x in scorer.weights])
+    with exact(scorer.hidden):
+        found = scorer.hidden.to(dtype).to(sums)[of.rows.numbers] @ mean
+        if scorer.bias is not None:
+            found = found + scorer.bias.to(sums).mean()
+    found = found * scorer.scale
+    return found if of.temperature is None else found / of.temperature
+
+
+def sum_of_logprobs(of: Distribution) -> Tensor:
+    """Σ ln p over all words."""
+    return -of.source.vocab * cross_entropy_of(of, _some_word(of), label_smoothing=1.0)
+
+
+def cross_entropy_of(of: Distribution, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy of each token, 0 where the target is IGNORED, with its gradient made in the
+    forward.
+    """
+    scorer, laid_out, taken = _laid_out(of, targets)
+    if not isinstance(scorer, LinearScorer):
+        return -taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)
+    options = CrossEntropy(label_smoothing)
+    return taken(cross_entropies(scorer, laid_out, options, ignore_index=IGNORED))
+
+
+def is_linear(of: Distribution) -> bool:
+    """Whether the head is known as a matrix, and not only by its module."""
+    return of.source.parts is not None
+
+
+def sum_of_cross_entropy(
+    of: Distribution, targets: Tensor, weights: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """The sum of those, each times its weight: with its gradient in the forward."""
+    scorer, laid_out, _ = _laid_out(of, targets)
+    if weights is not None:
+        flat = of.rows.numbers.reshape(-1)
+        if laid_out.numel() == flat.numel() and not of.rows.distinct:
+            weights = weights.reshape(-1)
+        else:
+            weights = weights.new_zeros(laid_out.shape).index_put((flat,), weights.reshape(-1))
+    return summed_cross_entropy(
+        scorer, laid_out, CrossEntropy(label_smoothing), weights, ignore_index=IGNORED
+    )[0]
+
+
+def are_comparable(p: Distribution, q: Distribution) -> bool:
+    """Whether `divergences` of them is known, with its gradients."""
+    alike = p.source.vocab == q.source.vocab and p.source.device == q.source.device
+    tokens = p.rows.numbers.shape == q.rows.numbers.shape and p.temperature is q.temperature
+    return alike and tokens and (p.constant or q.constant)
+
+
+def divergences(p: Distribution, q: Distribution) -> Tensor:
+    """KL(p || q) of each token, of which one at least is a constant."""
+    ours, theirs, direction = (p, q, "reverse") if q.constant else (q, p, "forward")
+    temperature = None if ours.temperature is None else ours.temperature.reshape(-1)
+    rows, their_rows = (x.rows.numbers.reshape(-1) for x in (ours, theirs))
+    found, _ = scored_divergence(
+        ours.source.scorer(ours, temperature=temperature, only=rows),
+        theirs.source.scorer(theirs, temperature=temperature, only=their_rows),
+        torch.ones_like(rows, dtype=torch.bool), direction=direction, beta=0.5,
+    )  # fmt: skip
+    return found.view(ours.rows.numbers.shape)
+
+
+@torch.no_grad()
+def best(of: Distribution, reduce: Callable[[Tensor], Any], dtype: torch.dtype) -> list[Any]:
+    """What a function finds among the logits (n, V) of some tokens at a time, as positive
+    temperatures leave it.
+    """
+    rows, source = of.rows.numbers.reshape(-1), of.source
+    scorer = source.scorer(of)
+    found = []
+    for some in rows.split(max(1, scorer.chunk_size or 1)):
+        found.append(reduce(scorer.logits(some).to(source.dtype).to(dtype)))
+    return found

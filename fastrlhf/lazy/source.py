@@ -1,0 +1,193 @@
+"""What entered a head, and how its logits, or what is asked of them, are made of it.
+
+Everything is computed in a graph of its own, the *inner* one, that starts at the hidden states and
+ends in a few numbers for each token. It is differentiated when the gradient of the logits arrives
+where the head was called (see `graph`), which is when plain logits would be: so wrappers of models
+that look at the gradient of an output, or prepare a weight for backward, see what they are used to.
+
+Dims: H hidden, K hidden and the ranks of adapters, U hidden states, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrlhf.hf.head_parts import HeadParts
+from fastrlhf.hf.head_scorer import with_adapters
+from fastrlhf.hf.logit_map import LogitMap
+from fastrlhf.hf.own_module import ModuleScorer
+from fastrlhf.ops.backend import current_autocast
+from fastrlhf.ops.linear_head import Weight
+from fastrlhf.ops.linear_rows import default_chunk
+from fastrlhf.ops.scorer import LinearScorer, Scorer
+
+from .graph import Terms
+from .meaning import Distribution, Rows
+
+# Of a batch, no more than a part is held as logits at a time, but as many tokens as keep a matmul
+# busy.
+_PARTS = 16
+_FEWEST_TOKENS = {"cpu": 32}
+_FEWEST_TOKENS_OF_GPU = 1024
+
+
+class Source:
+    """One call of a head, whose logits were not made."""
+
+    def __init__(
+        self, module: nn.Module, own: Callable[[Tensor], Tensor], hidden: Tensor,
+        parts: HeadParts | None, *, holds_weight: bool, impl: str,
+    ):  # fmt: skip
+        self.own, self.parts, self.impl = own, parts, impl
+        self.autocast = current_autocast(hidden.device.type)
+        self.parameters = [x for x in module.parameters() if x.requires_grad]
+        grad = torch.is_grad_enabled()
+        self.requires_grad = grad and (hidden.requires_grad or bool(self.parameters))
+        self.hidden = hidden.detach()  # (..., H), a leaf of the inner graph
+        self.hidden.requires_grad_(self.requires_grad and hidden.requires_grad)
+        with torch.no_grad():
+            empty = own(_no_tokens(module, hidden))
+        self.dtype, self.vocab = empty.dtype, empty.shape[-1]
+        self.shape = torch.Size((*hidden.shape[:-1], self.vocab))
+        self.device = hidden.device
+        self.tokens = hidden.shape[:-1].numel()
+        self.wide, self.weights = self.hidden, list[Weight]()
+        # What adapters make of the hidden states, with their dropout, is made once, now.
+        drops = parts is not None and any(_drops(x.dropout) for x in parts.adapters)
+        if parts is not None:
+            with torch.set_grad_enabled(self.requires_grad):
+                self.wide, self.weights = with_adapters(parts, self.hidden)
+                if holds_weight:
+                    self.weights = [x.clone() if isinstance(x, Tensor) else x for x in self.weights]
+        self.own_is_there = not (holds_weight or drops)
+        looked_at = [hidden, *(() if holds_weight else module.parameters())]
+        self._seen = [(x, _version(x)) for x in looked_at]
+
+    @property
+    def head_is_trained(self) -> bool:
+        return self.requires_grad and bool(self.parameters)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What the inner graph starts from, and has a gradient."""
+        hidden = [self.hidden] if self.hidden.requires_grad else []
+        return [*hidden, *self.parameters]
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError where the logits can no longer be made as they would have been."""
+        if any(_version(x) != version for x, version in self._seen):
+            raise RuntimeError(
+                "lazy_logits: the logits of a model are asked for after its head's weight, or what "
+                "enters the head, was changed (by a step of the optimizer): ask before that, or "
+                "call the model outside of lazy_logits"
+            )
+
+    @contextmanager
+    def at_work(self, *, differentiable: bool) -> Iterator[None]:
+        """Compute as the head's own call would have."""
+        self.check_unchanged()
+        with torch.set_grad_enabled(differentiable and self.requires_grad), self.autocast():
+            yield
+
+    def logits(self) -> Tensor:
+        """All logits (..., V), in the inner graph: the model's own, where nothing was drawn."""
+        if self.own_is_there:
+            return self.own(self.hidden)
+        rows = torch.arange(self.tokens, device=self.device)
+        return self.scorer(self.whole).logits(rows).to(self.dtype).view(self.shape)
+
+    @property
+    def whole(self) -> Distribution:
+        """The softmax of all of the logits."""
+        numbers = torch.arange(self.tokens, device=self.device)
+        return Distribution(
+            self, Rows(numbers.view(self.shape[:-1])), constant=not self.requires_grad
+        )
+
+    def gradients(self, terms: Terms, rest: Tensor | None) -> list[Tensor | None]:
+        """Gradients of hidden states and parameters, from those of what was computed of the
+        logits, and a gradient of the logits themselves.
+        """
+        outputs = [(computed.graph(), upstream) for computed, upstream in terms]
+        if rest is not None:
+            with self.at_work(differentiable=True):
+                outputs.append((self.logits(), rest))
+        inputs = self.inputs
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if outputs and inputs:
+            of, upstream = zip(*outputs, strict=True)
+            found = torch.autograd.grad(of, inputs, upstream, retain_graph=True, allow_unused=True)
+        for computed, _ in terms:
+            computed.differentiated()
+        return [*([] if self.hidden.requires_grad else [None]), *found]
+
+    def differentiable_gradients(
+        self, hidden: Tensor, parameters: Sequence[Tensor], gradient: Tensor
+    ) -> list[Tensor | None]:
+        """The same from a gradient of the logits, by what can be differentiated once more."""
+        if not self.own_is_there:
+            raise RuntimeError(
+                "lazy_logits: gradients of a head with a dropout, or whose weight a wrapper takes "
+                "away, cannot be differentiated (create_graph=True); leave lazy_logits"
+            )
+        with self.at_work(differentiable=True):
+            inputs = [x for x in (hidden, *parameters) if x.requires_grad]
+            logits = self.own(hidden)
+            found = torch.autograd.grad(
+                logits, inputs, gradient, create_graph=True, allow_unused=True
+            )
+        return [*([] if hidden.requires_grad else [None]), *found]
+
+    def scorer(
+        self,
+        of: Distribution,
+        *,
+        temperature: Tensor | None = None,
+        rows: Tensor | None = None,
+        only: Tensor | None = None,
+    ) -> Scorer:
+        """What scores tokens by the logits of a distribution.
+
+        The tokens are (U,) of all hidden states; or, with the numbers of their hidden states, rows,
+        any; or those of some hidden states only. The temperature is of these tokens.
+        """
+        softcap = of.factor if of.capped else None
+        scale = of.scale * of.factor if of.capped else of.scale
+        temperatures: Any = 1.0 if temperature is None else temperature
+        hidden = self.hidden if self.parts is None else self.wide
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        if only is not None:
+            hidden = hidden[only]
+        if self.parts is None:
+            return ModuleScorer(
+                hidden, self.own, LogitMap(scale, softcap), self.vocab, temperatures,
+                self._chunk(), self.impl, rows=rows,
+            )  # fmt: skip
+        return LinearScorer(
+            hidden, self.weights, self.parts.bias, temperatures, softcap, scale, self._chunk(),
+            self.impl, rows=rows,
+        )  # fmt: skip
+
+    def _chunk(self) -> int:
+        fewest = _FEWEST_TOKENS.get(self.device.type, _FEWEST_TOKENS_OF_GPU)
+        return min(default_chunk(self.vocab, self.device), max(fewest, self.tokens // _PARTS))
+
+
+def _no_tokens(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states of no token, of which a head makes logits at no cost; or of one, where the
+    kernels of quantized heads want some.
+    """
+    quantized = any(type(x).__module__.startswith("bitsandbytes") for x in module.modules())
+    return hidden.reshape(1, -1, hidden.shape[-1])[:, : 1 if quantized else 0]
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return dropout.training and getattr(dropout, "p", 0.0) > 0
+
+
+def _version(x: Tensor) -> tuple[int, ...]:
+    """What changes with a tensor's numbers."""
+    return () if x.is_inference() else (x._version, x.data_ptr())

@@ -1,0 +1,277 @@
+"""The tensor that stands for logits, or for what was made of them, and was not computed.
+
+Every function of PyTorch that it is given to comes by `__torch_function__`. Those that are known
+(see `functions`) make another lazy tensor of it, or compute what they return from what entered the
+head. For any other, the logits are built, once, and from then on all tensors that were made of them
+are what they would have been.
+
+Functions below that level, of which PyTorch's own autograd makes a graph (`__torch_dispatch__`:
+within a torch.autograd.Function, or a collective), get built logits too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_leaves
+
+from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used
+from .meaning import Kind, Words
+from .recipe import History, Recipe, plain
+from .report import note_built, note_fused
+from .source import Source
+
+_aten = torch.ops.aten
+_HANDED_ON = {_aten.detach.default, _aten.alias.default}
+
+
+class LazyTensor(Tensor):
+    """Numbers for each word of a vocabulary that are computed once somebody asks for them."""
+
+    words: Words | None  # None: only the recipe tells what they are
+    vocab_dim: int  # where the vocabulary is, counted from the end
+    recipe: Recipe | None  # None: the logits of a head
+    history: History
+    sources: frozenset[Source]
+    memory: object  # the same for tensors that would share their memory
+    _plain: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        words: Words | None,
+        recipe: Recipe | None,
+        history: History,
+        sources: frozenset[Source],
+        *,
+        like: Tensor,
+        vocab_dim: int = -1,
+    ) -> LazyTensor:
+        """`like`: a tensor on the meta device that has its shape, strides and dtype."""
+        (device,) = {source.device for source in sources}
+        made = Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
+        )
+        made.words, made.recipe, made.history, made.sources = words, recipe, history, sources
+        made.vocab_dim, made.memory, made._plain = vocab_dim, object(), None
+        return made
+
+    def plain(self) -> Tensor:
+        """The tensor that this one would be, built if it was not."""
+        if self._plain is None:
+            self.history.make_all()
+        assert self._plain is not None
+        return self._plain
+
+    @property
+    def is_built(self) -> bool:
+        return self._plain is not None
+
+    def meaning(self) -> Words | None:
+        """What these numbers are, and which of them have a gradient."""
+        if self.words is None or not self.requires_grad:
+            return self.words and self.words.constant()
+        if len(self.words.of) > 1:
+            return self.words
+        return self.words._replace(of=(self.words.first._replace(constant=False),))
+
+    def make_plain(self) -> None:
+        """Make the plain tensor, what it is made of being there."""
+        if self._plain is not None:
+            return
+        if self.recipe is not None:
+            self._plain = self.recipe.on_plain()
+            return
+        (source,) = self.sources
+        with source.at_work(differentiable=True):
+            inner = source.logits()
+        with torch.set_grad_enabled(source.requires_grad):
+            self._plain = Built.apply(Computed(inner, 1, None), self)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from .functions import KNOWN, OF_FORM
+
+        kwargs = kwargs or {}
+        if func in OF_FORM:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        lazies = list(lazy_tensors((args, kwargs)))
+        if func in KNOWN and not any(x.is_built for x in lazies):
+            found = _known(func, lazies[0].device, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        return _on_plain(func, lazies, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in _HANDED_ON:
+            (lazy,) = args
+            return _remade(lazy, Recipe.of(func, args, {}, lazy.device))
+        lazies = list(lazy_tensors((args, kwargs or {})))
+        _note(func, lazies)
+        with enable_reentrant_dispatch():
+            plain_args, plain_kwargs = plain((args, kwargs or {}))
+        found = func(*plain_args, **plain_kwargs)
+        return args[0] if args and found is plain_args[0] else found  # it was written into
+
+
+def _known(func: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
+    """What a known function returns; NotImplemented where it is called in a way that is not."""
+    from .functions import KNOWN, signature
+
+    if "input" in kwargs and not args:
+        args, kwargs = (kwargs["input"],), {k: x for k, x in kwargs.items() if k != "input"}
+    known, recipe = KNOWN[func], Recipe.of(func, args, kwargs, device)
+    try:
+        signature(known).bind(recipe, *args, **kwargs)
+    except TypeError:
+        return NotImplemented
+    return known(recipe, *args, **kwargs)
+
+
+def lazy_tensors(x: Any) -> Iterator[LazyTensor]:
+    return (leaf for leaf in tree_leaves(x) if isinstance(leaf, LazyTensor))
+
+
+def logits_of(source: Source, hidden: Tensor) -> LazyTensor:
+    """The logits of a call of a head, in the graph of its hidden states and parameters."""
+    like = torch.empty(source.shape, dtype=source.dtype, device="meta")
+    words, history = Words(Kind.LOGITS, (source.whole,)), History()
+
+    def make() -> LazyTensor:
+        return LazyTensor(words, None, history, frozenset({source}), like=like)
+
+    made = Head.apply(source, make, hidden, *source.parameters)
+    history.made(made)
+    return made
+
+
+def derived(
+    recipe: Recipe,
+    words: Words | None,
+    like: Tensor,
+    *,
+    vocab_dim: int = -1,
+    view: bool = False,
+) -> LazyTensor:
+    """What a call makes of lazy tensors: another one, of a shape and dtype; a view of the first or
+    not.
+    """
+    parents = list(lazy_tensors((recipe.args, recipe.kwargs)))
+    histories = {id(x.history): x.history for x in parents}
+    sources = frozenset[Source]().union(*(x.sources for x in parents))
+    differentiable = recipe.grad and any(x.requires_grad for x in parents)
+    if words is not None and not differentiable:
+        words = words.constant()
+
+    def make() -> LazyTensor:
+        return LazyTensor(
+            words, recipe, parents[0].history, sources, like=like, vocab_dim=vocab_dim
+        )
+
+    made = Derived.apply(recipe, make, *parents) if differentiable else make()
+    if view:
+        made.memory = parents[0].memory
+    for history in histories.values():
+        history.made(made)
+    return made
+
+
+def _remade(lazy: LazyTensor, recipe: Recipe) -> LazyTensor:
+    """Another tensor of the same numbers, whose graph PyTorch makes."""
+    made = LazyTensor(
+        lazy.words, recipe, lazy.history, lazy.sources, like=form_of(lazy),
+        vocab_dim=lazy.vocab_dim,
+    )  # fmt: skip
+    made._plain, made.memory = lazy._plain, lazy.memory
+    lazy.history.made(made)
+    return made
+
+
+def written(recipe: Recipe, lazy: LazyTensor, words: Words) -> LazyTensor:
+    """A call that writes into a lazy tensor, after which it is something else."""
+    for other in lazy.history.alive():
+        if other is not lazy and other.memory is lazy.memory:
+            other.words = None
+    lazy.history.written(lazy, recipe)
+    lazy.words = words
+    if recipe.grad and lazy.requires_grad:
+        Scaled.apply(lazy, recipe.func, recipe.args[1:])
+    return lazy
+
+
+def form_of(lazy: LazyTensor) -> Tensor:
+    """A tensor on the meta device of the same shape, strides and dtype."""
+    return torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
+
+
+def computed(
+    recipe: Recipe,
+    parents: Sequence[LazyTensor],
+    compute: Callable[[], Tensor],
+    *,
+    dtype: torch.dtype,
+    passes: int = 1,
+    loss_is_known: bool = False,
+) -> Tensor:
+    """What a call returns, a few numbers for each token, computed without logits.
+
+    passes: how often all of the logits are made in the forward; loss_is_known: whether their
+    gradient is made there too.
+    """
+    differentiable = recipe.grad and any(x.requires_grad for x in parents)
+    sources = frozenset[Source]().union(*(x.sources for x in parents))
+    with contextlib.ExitStack() as modes:
+        for source in sources:
+            modes.enter_context(source.at_work(differentiable=differentiable))
+        with torch.set_grad_enabled(differentiable):
+            found = compute().to(dtype)
+    tokens = sum(source.tokens for source in sources)
+    trained = differentiable and any(source.head_is_trained for source in sources)
+    matmuls = 1 + (differentiable and (2 if loss_is_known else 3) if trained else differentiable)
+    note_fused(recipe.func.__name__, f"{matmuls * passes}G", tokens)
+    if not found.requires_grad:
+        return found
+    heads = sum(source.requires_grad for source in sources)
+    return Used.apply(Computed(found, heads, recipe.on_plain), *parents)
+
+
+def _on_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
+    """Call a function that is not known: of plain tensors."""
+    _note(func, lazies)
+    plain_args, plain_kwargs = plain((args, kwargs))
+    found = func(*plain_args, **plain_kwargs)
+    written = lazies[0] if args and args[0] is lazies[0] and _writes(func, kwargs) else None
+    if written is None:
+        return found
+    # In the graph of whoever holds these, they are now what was written.
+    for lazy in written.history.alive():
+        if lazy._plain is not None and lazy._plain.requires_grad and torch.is_grad_enabled():
+            Replaced.apply(lazy, lazy._plain)
+    return written if found is plain_args[0] else found
+
+
+def _writes(func: Any, kwargs: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _WRITING or kwargs.get("inplace", False) is True
+
+
+_WRITING = {
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__",
+    "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+}  # fmt: skip
+
+
+def _note(func: Any, lazies: list[LazyTensor]) -> None:
+    for source in frozenset[Source]().union(*(x.sources for x in lazies if not x.is_built)):
+        size = source.tokens * source.vocab * source.dtype.itemsize
+        note_built(getattr(func, "__name__", str(func)), source.tokens, size)

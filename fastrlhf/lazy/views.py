@@ -1,0 +1,221 @@
+"""Calls that choose among the tokens of logits, or lay them out anew.
+
+A tensor over the vocabulary is laid out as the numbers of its tokens are, each with all its words:
+so a view of it is the same view of those numbers, from one tensor of which all shapes and strides
+are told.
+
+Dims: V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .meaning import View, Words
+from .recipe import Recipe
+from .tensor import LazyTensor, derived
+
+
+def of_rows(index: Tensor, vocab: int, dtype: torch.dtype, vocab_dim: int = -1) -> Tensor:
+    """A tensor on the meta device that lies as numbers of tokens (...) do, each with V words."""
+    strides = [n * vocab for n in index.stride()]
+    made = torch.empty_strided((*index.shape, vocab), (*strides, 1), dtype=dtype, device="meta")
+    return made.movedim(-1, vocab_dim)
+
+
+def viewed(
+    recipe: Recipe, x: LazyTensor, view: View, step: Any, *, distinct: bool = True,
+    dtype: torch.dtype | None = None, vocab_dim: int = -1,
+) -> Any:  # fmt: skip
+    """Some tokens of a tensor, chosen or laid out by a view of their numbers."""
+    words = x.meaning()
+    if words is None:
+        return NotImplemented
+    words = words.viewed(view, step, distinct=distinct)
+    vocab = x.shape[x.vocab_dim]
+    like = of_rows(words.first.rows.numbers, vocab, dtype or x.dtype, vocab_dim)
+    return derived(recipe, words, like, vocab_dim=vocab_dim, view=True)
+
+
+def same(
+    recipe: Recipe, x: LazyTensor, words: Words | None, dtype: torch.dtype | None = None
+) -> Any:
+    """The same tokens, laid out one after the other, of whatever meaning."""
+    if words is None:
+        return NotImplemented
+    form = torch.empty(x.shape, dtype=dtype or x.dtype, device="meta")
+    if x.vocab_dim != -1:
+        index = words.first.rows.numbers.contiguous()
+        form = of_rows(index, x.shape[x.vocab_dim], dtype or x.dtype, x.vocab_dim)
+    return derived(recipe, words, form, vocab_dim=x.vocab_dim)
+
+
+def getitem(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
+    """x[index], of which all words of a token are taken."""
+    given = index if isinstance(index, tuple) else (index,)
+    parts = of_all_dims(given, x.ndim)
+    if parts is None or (len(parts) and parts[-1] != slice(None)):
+        return NotImplemented
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if any(isinstance(part, LazyTensor | list) for part in parts):
+        return NotImplemented
+    whole = tuple(parts[:-1])
+    if not whole:
+        return NotImplemented
+    chosen = [part for part in tensors if part.dtype not in (torch.bool, torch.uint8)]
+    step = ("getitem", tuple(map(_told, whole)))
+    return viewed(recipe, x, lambda rows: rows[whole], step, distinct=not chosen)
+
+
+def of_all_dims(given: tuple[Any, ...], dims: int) -> list[Any] | None:
+    """An index for each dimension; the last for that of the vocabulary. None: it is not known."""
+    counts = [_dims_of(part) for part in given]
+    if None in counts or sum(part is Ellipsis for part in given) > 1:
+        return None
+    missing = dims - sum(n for n in counts if n is not None)
+    if missing < 0:
+        return None
+    filled = [slice(None)] * missing
+    at = next((i for i, part in enumerate(given) if part is Ellipsis), len(given))
+    parts = [*given[:at], *filled, *given[at + 1 :]]
+    return parts if _dims_of(parts[-1]) == 1 else None
+
+
+def _dims_of(part: Any) -> int | None:
+    """How many dimensions a part of an index is for."""
+    if part is None or part is Ellipsis:
+        return 0
+    if isinstance(part, bool):
+        return None
+    if isinstance(part, Tensor):
+        return part.ndim if part.dtype in (torch.bool, torch.uint8) else 1
+    return 1 if isinstance(part, int | slice) else None
+
+
+def _told(x: Any) -> Any:
+    """What tells an index from others, and keeps a tensor, whose id would be another's."""
+    return (_Kept(x), x._version) if isinstance(x, Tensor) else repr(x)
+
+
+class _Kept:
+    def __init__(self, x: Tensor):
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kept) and self.x is other.x
+
+    def __hash__(self) -> int:
+        return id(self.x)
+
+
+def reshape(recipe: Recipe, x: LazyTensor, *shape: Any) -> Any:
+    """view, reshape, flatten, squeeze, ...: whatever keeps the order of numbers."""
+    if any(isinstance(part, torch.dtype) for part in shape):
+        return NotImplemented
+    form = torch.empty(x.shape, device="meta")
+    name = recipe.func.__name__
+    shaped = recipe.func(form, *recipe.args[1:], **recipe.kwargs).shape
+    if not shaped or shaped[-1] != x.shape[-1]:
+        return NotImplemented
+    lead = shaped[:-1]
+
+    def view(rows: Tensor) -> Tensor:
+        return rows.view(lead) if name in ("view", "view_as") else rows.reshape(lead)
+
+    return viewed(recipe, x, view, ("shape", lead))
+
+
+def transpose(recipe: Recipe, x: LazyTensor, *dims: Any, **named: Any) -> Any:
+    """transpose, permute, movedim, mT: wherever the vocabulary goes."""
+    words = x.meaning()
+    if words is None:
+        return NotImplemented
+    order = torch.empty(list(range(1, x.ndim + 1)), device="meta")
+    moved = recipe.func(order, *recipe.args[1:], **recipe.kwargs)
+    if moved.ndim != x.ndim:
+        return NotImplemented
+    at = [n - 1 for n in moved.shape]
+    own = x.ndim + x.vocab_dim
+    vocab_dim = at.index(own) - x.ndim
+    lead = [n - (n > own) for n in at if n != own]
+    return viewed(
+        recipe, x, lambda rows: rows.permute(lead), ("permute", tuple(lead)), vocab_dim=vocab_dim
+    )
+
+
+def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    """split, chunk, unbind, ...: several views of one tensor, along tokens."""
+    words = x.meaning()
+    if words is None or x.ndim < 2:
+        return NotImplemented
+    vocab = x.shape[-1]
+    of_form = recipe.func(torch.empty(x.shape, device="meta"), *args, **kwargs)
+    if any(not part.ndim or part.shape[-1] != vocab for part in of_form):
+        return NotImplemented
+    dim = _dim_of(recipe, args, kwargs)
+    if dim is None or dim % x.ndim == x.ndim - 1:
+        return NotImplemented
+
+    def part(n: int) -> Any:
+        def view(rows: Tensor) -> Tensor:
+            options = {name: value for name, value in kwargs.items() if name != "dim"}
+            return recipe.func(rows, *args[: _BEFORE_DIM[recipe.func.__name__]], **options,
+                               dim=dim % x.ndim)[n]  # fmt: skip
+
+        of_part = recipe._replace(func=Part(recipe.func, n))
+        return viewed(of_part, x, view, (recipe.func.__name__, repr(args), repr(kwargs), n))
+
+    return tuple(part(n) for n in range(len(of_form)))
+
+
+# How many arguments come before dim.
+_BEFORE_DIM = {"split": 1, "chunk": 1, "unbind": 0, "tensor_split": 1, "split_with_sizes": 1}
+
+
+def _dim_of(recipe: Recipe, args: Any, kwargs: Any) -> int | None:
+    before = _BEFORE_DIM.get(recipe.func.__name__)
+    if before is None:
+        return None
+    return kwargs.get("dim", args[before] if len(args) > before else 0)
+
+
+class Part:
+    """One of what a function returns."""
+
+    def __init__(self, function: Any, n: int):
+        self.function, self.n = function, n
+        self.__name__ = function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)[self.n]
+
+
+def one_dim(recipe: Recipe, x: LazyTensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """select, narrow, index_select: along tokens."""
+    if not isinstance(dim, int) or dim % x.ndim == x.ndim - 1:
+        return NotImplemented
+    at = dim % x.ndim
+    given = [*args, *kwargs.values()]
+    step = (recipe.func.__name__, at, tuple(map(_told, given)))
+    distinct = recipe.func.__name__ != "index_select"
+    return viewed(
+        recipe, x, lambda rows: recipe.func(rows, at, *args, **kwargs), step, distinct=distinct
+    )
+
+
+def iterate(recipe: Recipe, x: LazyTensor) -> Any:
+    """The rows of x, one after the other."""
+    if x.ndim < 2:
+        return NotImplemented
+    return iter(x.unbind(0))
+
+
+def expand(recipe: Recipe, x: LazyTensor, *sizes: Any) -> Any:
+    shape = recipe.func(
+        torch.empty(x.shape, device="meta"), *recipe.args[1:], **recipe.kwargs
+    ).shape
+    if shape[-1] != x.shape[-1] or x.shape[-1] == 1:
+        return NotImplemented
+    lead = shape[:-1]
+    return viewed(recipe, x, lambda rows: rows.expand(lead), ("expand", lead), distinct=False)
