@@ -55,8 +55,9 @@ _ATTRIBUTES_OF_FORM = (
     "is_mps is_quantized is_sparse is_sparse_csr is_mkldnn is_nested names output_nr _version "
     "itemsize nbytes _backward_hooks retains_grad"
 )
-OF_FORM = {getattr(place, name, None) for name in _OF_FORM.split() for place in (Tensor, torch)} | {
-    getattr(Tensor, name).__get__ for name in _ATTRIBUTES_OF_FORM.split()
+OF_FORM = {getattr(place, name, None) for name in _OF_FORM.split() for place in (Tensor, torch)}
+OF_FORM |= {
+    getattr(Tensor, name).__get__ for name in _ATTRIBUTES_OF_FORM.split() if hasattr(Tensor, name)
 }
 OF_FORM |= {getattr(Tensor, name).__set__ for name in ("_backward_hooks", "requires_grad", "grad")}
 
