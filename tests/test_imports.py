@@ -1,4 +1,4 @@
-"""The direction of imports: recipes → integrations → trpo → hf → losses → ops → kernels."""
+"""The direction of imports: recipes → integrations → lazy → trpo → hf → losses → ops → kernels."""
 
 import ast
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["recipes", "integrations", "trpo", "hf", "losses", "ops", "kernels", "reference"]
+ORDER = ["recipes", "integrations", "lazy", "trpo", "hf", "losses", "ops", "kernels", "reference"]
 ALLOWED_IN_CORE = {"torch", "triton", "fastrlhf"}
 MODULES = sorted((ROOT / "fastrlhf").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 

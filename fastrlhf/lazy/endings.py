@@ -14,8 +14,19 @@ from . import scores
 from .maps import dtype_of, is_vocab_dim, remember_lse
 from .meaning import Distribution, Kind, Words
 from .recipe import Recipe
+from .report import Cost
 from .tensor import LazyTensor, computed
 from .views import Part, of_all_dims
+
+_OF_FEW_WORDS = Cost(0, 0, 0)  # products of a few rows of the weight
+_OF_LOGPROBS = Cost(1, 2, 4)
+_COSTS = {
+    Kind.LOGITS: _OF_FEW_WORDS,  # by the mean row of the weight
+    Kind.LOGPROBS: Cost(1, 2, 3),
+    Kind.ENTROPY_TERMS: Cost(1, 3, 4),
+    Kind.LOGIT_TERMS: Cost(1, 3, 4),
+    Kind.DIVERGENCE_TERMS: Cost(2, 3, 4),
+}
 
 # Of some words
 
@@ -76,8 +87,8 @@ def _of_words(
     compute = _of_targets(words, targets.to(torch.int64))
     if compute is None:
         return NotImplemented
-    passes = 0 if words.kind is Kind.LOGITS else 1
-    return computed(recipe, [x], lambda: compute().view(shape), dtype=x.dtype, passes=passes)
+    cost = _OF_FEW_WORDS if words.kind is Kind.LOGITS else _OF_LOGPROBS
+    return computed(recipe, [x], lambda: compute().view(shape), dtype=x.dtype, cost=cost)
 
 
 def _of_targets(words: Words, targets: Tensor) -> Callable[[], Tensor] | None:
@@ -159,7 +170,7 @@ def _best(
 
 
 def _without_graph(recipe: Recipe, x: LazyTensor, compute: Callable[[], Tensor]) -> Tensor:
-    return computed(recipe._replace(grad=False), [x], compute, dtype=torch.int64)
+    return computed(recipe._replace(grad=False), [x], compute, dtype=torch.int64, cost=_OF_LOGPROBS)
 
 
 # Sums over all words
@@ -180,7 +191,7 @@ def logsumexp(recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = Fa
         found = scores.log_sum_exp(of)
         return found.view(shape) if keepdim else found
 
-    found = computed(recipe, [x], compute, dtype=dtype_of(recipe, x, dim=-1))
+    found = computed(recipe, [x], compute, dtype=dtype_of(recipe, x, dim=-1), cost=_OF_LOGPROBS)
     remember_lse(found, of)
     return found
 
@@ -204,8 +215,7 @@ def add_up(
         sums = of_token().unsqueeze(-1)
         return sums.mean(dims, keepdim) / vocab if is_mean else sums.sum(dims, keepdim)
 
-    passes = 0 if words.kind is Kind.LOGITS and recipe.grad else len(words.of)
-    return computed(recipe, [x], compute, dtype=dtype, passes=passes)
+    return computed(recipe, [x], compute, dtype=dtype, cost=_COSTS[words.kind])
 
 
 def _sum_over_words(words: Words, *, differentiable: bool) -> Callable[[], Tensor] | None:

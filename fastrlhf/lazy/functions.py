@@ -95,5 +95,7 @@ KNOWN: dict[Any, Known] = {
     **_by_name("nll_loss", losses.nll_loss),
     **_by_name("kl_div", losses.kl_div),
     **OF_GRADIENT,
+    Tensor.data.__get__: maps.detach,
+    Tensor.mT.__get__: views.transpose,
 }
 KNOWN[Tensor.mT.__get__] = views.transpose  # type: ignore[attr-defined]

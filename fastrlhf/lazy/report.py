@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +49,18 @@ class LazyReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip()
+
+
+class Cost(NamedTuple):
+    """Matmuls of the vocabulary, G of the tokens, forward and backward together."""
+
+    no_gradient: int
+    frozen_head: int
+    trained_head: int
+
+    def plan(self, *, differentiable: bool, trained: bool) -> str:
+        kinds = {(True, True): self.trained_head, (True, False): self.frozen_head}
+        return f"{kinds.get((differentiable, trained), self.no_gradient)}G"
 
 
 _fused: dict[tuple[str, str, str], LazyUse] = {}
@@ -93,6 +106,14 @@ def note_built(what: str, tokens: int, size: int) -> None:
             "the functions that are fused (said once for this line)",
             use.site, what, f"{size / 1e6:,.1f}",
         )  # fmt: skip
+
+
+def name_of(func: Any) -> str:
+    """What people call a function of PyTorch, or an attribute."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        return getattr(func.__self__, "__name__", name)
+    return name
 
 
 def _use(uses: dict[tuple[str, str, str], LazyUse], what: str, plan: str) -> LazyUse:

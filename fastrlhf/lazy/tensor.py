@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
-from .report import note_built, note_fused
+from .report import Cost, name_of, note_built, note_fused
 from .source import Source
 
 _aten = torch.ops.aten
@@ -102,6 +102,8 @@ class LazyTensor(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         lazies = list(lazy_tensors((args, kwargs)))
+        if not lazies:  # they are within something that is no list, tuple or dict
+            return super().__torch_function__(func, types, args, kwargs)
         if func in KNOWN and not any(x.is_built for x in lazies):
             found = _known(func, lazies[0].device, args, kwargs)
             if found is not NotImplemented:
@@ -219,14 +221,9 @@ def computed(
     compute: Callable[[], Tensor],
     *,
     dtype: torch.dtype,
-    passes: int = 1,
-    loss_is_known: bool = False,
+    cost: Cost,
 ) -> Tensor:
-    """What a call returns, a few numbers for each token, computed without logits.
-
-    passes: how often all of the logits are made in the forward; loss_is_known: whether their
-    gradient is made there too.
-    """
+    """What a call returns, a few numbers for each token, computed without logits."""
     differentiable = recipe.grad and any(x.requires_grad for x in parents)
     sources = frozenset[Source]().union(*(x.sources for x in parents))
     with contextlib.ExitStack() as modes:
@@ -235,9 +232,9 @@ def computed(
         with torch.set_grad_enabled(differentiable):
             found = compute().to(dtype)
     tokens = sum(source.tokens for source in sources)
-    trained = differentiable and any(source.head_is_trained for source in sources)
-    matmuls = 1 + (differentiable and (2 if loss_is_known else 3) if trained else differentiable)
-    note_fused(recipe.func.__name__, f"{matmuls * passes}G", tokens)
+    trained = any(source.head_is_trained for source in sources)
+    plan = cost.plan(differentiable=differentiable, trained=trained)
+    note_fused(name_of(recipe.func), plan, tokens)
     if not found.requires_grad:
         return found
     heads = sum(source.requires_grad for source in sources)
@@ -274,4 +271,4 @@ _WRITING = {
 def _note(func: Any, lazies: list[LazyTensor]) -> None:
     for source in frozenset[Source]().union(*(x.sources for x in lazies if not x.is_built)):
         size = source.tokens * source.vocab * source.dtype.itemsize
-        note_built(getattr(func, "__name__", str(func)), source.tokens, size)
+        note_built(name_of(func), source.tokens, size)
