@@ -20,6 +20,7 @@ from .views import Part, of_all_dims
 
 _OF_FEW_WORDS = Cost(0, 0, 0)  # products of a few rows of the weight
 _OF_LOGPROBS = Cost(1, 2, 4)
+_OF_CAPPED_MEAN = Cost(2, 4, 7)
 _COSTS = {
     Kind.LOGITS: _OF_FEW_WORDS,  # by the mean row of the weight
     Kind.LOGPROBS: Cost(1, 2, 3),
@@ -205,7 +206,7 @@ def add_up(
     dims = [n % x.ndim for n in dims]
     if words is None or x.vocab_dim != -1 or x.ndim - 1 not in dims:
         return NotImplemented
-    of_token = _sum_over_words(words, differentiable=recipe.grad and x.requires_grad)
+    of_token = _sum_over_words(words)
     if of_token is None:
         return NotImplemented
     is_mean, vocab = recipe.func.__name__ == "mean", x.shape[-1]
@@ -215,10 +216,13 @@ def add_up(
         sums = of_token().unsqueeze(-1)
         return sums.mean(dims, keepdim) / vocab if is_mean else sums.sum(dims, keepdim)
 
-    return computed(recipe, [x], compute, dtype=dtype, cost=_COSTS[words.kind])
+    cost = (
+        _OF_CAPPED_MEAN if words.kind is Kind.LOGITS and words.first.capped else _COSTS[words.kind]
+    )
+    return computed(recipe, [x], compute, dtype=dtype, cost=cost)
 
 
-def _sum_over_words(words: Words, *, differentiable: bool) -> Callable[[], Tensor] | None:
+def _sum_over_words(words: Words) -> Callable[[], Tensor] | None:
     """What computes the sum over the words of each token; None: nothing does."""
     of, factor = words.first, words.factor
     linear = scores.is_linear(of)
@@ -226,9 +230,8 @@ def _sum_over_words(words: Words, *, differentiable: bool) -> Callable[[], Tenso
         Kind.ENTROPY_TERMS: lambda: -scores.entropies(of),
         Kind.LOGIT_TERMS: (lambda: scores.expected_logits(of)) if linear else None,
         Kind.LOGPROBS: (lambda: scores.sum_of_logprobs(of)) if linear else None,
+        Kind.LOGITS: (lambda: scores.mean_logits(of) * of.source.vocab) if linear else None,
     }.get(words.kind)
-    if words.kind is Kind.LOGITS and linear and not (of.capped and differentiable):
-        found = lambda: scores.mean_logits(of) * of.source.vocab  # noqa: E731
     if words.kind is Kind.DIVERGENCE_TERMS and scores.are_comparable(*words.of):
         found = lambda: scores.divergences(*words.of)  # noqa: E731
     return None if found is None else lambda: found() * factor

@@ -44,6 +44,10 @@ def _by_name(names: str, known: Known) -> dict[Any, Known]:
     return dict.fromkeys(found - {None}, known)
 
 
+def _getter(attribute: str) -> Any:
+    return getattr(Tensor, attribute).__get__
+
+
 # What only asks for the form of a tensor, or for its place in the graph: methods, and attributes.
 _OF_FORM = (
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous "
@@ -56,9 +60,7 @@ _ATTRIBUTES_OF_FORM = (
     "itemsize nbytes _backward_hooks retains_grad"
 )
 OF_FORM = {getattr(place, name, None) for name in _OF_FORM.split() for place in (Tensor, torch)}
-OF_FORM |= {
-    getattr(Tensor, name).__get__ for name in _ATTRIBUTES_OF_FORM.split() if hasattr(Tensor, name)
-}
+OF_FORM |= {_getter(name) for name in _ATTRIBUTES_OF_FORM.split() if hasattr(Tensor, name)}
 OF_FORM |= {getattr(Tensor, name).__set__ for name in ("_backward_hooks", "requires_grad", "grad")}
 
 KNOWN: dict[Any, Known] = {
@@ -95,7 +97,6 @@ KNOWN: dict[Any, Known] = {
     **_by_name("nll_loss", losses.nll_loss),
     **_by_name("kl_div", losses.kl_div),
     **OF_GRADIENT,
-    Tensor.data.__get__: maps.detach,
-    Tensor.mT.__get__: views.transpose,
+    _getter("data"): maps.detach,
+    _getter("mT"): views.transpose,
 }
-KNOWN[Tensor.mT.__get__] = views.transpose  # type: ignore[attr-defined]

@@ -124,11 +124,13 @@ def _lse(of: Distribution, stats: TokenStats) -> Tensor:
 
 
 def mean_logits(of: Distribution) -> Tensor:
-    """The mean of z over all words; differentiable where there is no cap."""
+    """The mean of z over all words, of a head that is a matrix."""
     scorer = of.source.scorer(of)
     assert isinstance(scorer, LinearScorer)
     if of.capped or not all(isinstance(x, Tensor) for x in scorer.weights):
-        return _stats(of, _some_word(of), with_stats=("mean_logit",))._asdict()["mean_logit"]
+        # lse - (lse - mean), of which both have a gradient.
+        every_word = cross_entropy_of(of, _some_word(of), label_smoothing=1.0)
+        return log_sum_exp(of) - every_word
     dtype = matmul_dtype(scorer.hidden)
     sums = accumulation_dtype(dtype)
     mean = torch.cat([x[0 : x.shape[0]].to(dtype).to(sums).mean(0) for x in scorer.weights])
