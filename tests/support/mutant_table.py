@@ -1831,7 +1831,7 @@ MUTANTS = [
         ),
         (
             "summed gradient: recomputed outside of autocast",
-            "    with autocast:\n        return weighted_sum(",
+            "    with autocast():\n        return weighted_sum(",
             "    if True:\n        return weighted_sum(",
             "autocast",
         ),
@@ -2156,13 +2156,8 @@ MUTANTS = [
         ),
         (
             "model: a head's forward is not compared",
-            "self._compare(own, hidden,", "(lambda *_: None)(own, hidden,",
+            "check_weight(self.module,", "(lambda *_: None)(self.module,",
             "not_understood and patched",
-        ),
-        (
-            "model: a 4-bit head is packed by the look at it",
-            "hidden.requires_grad_()", "pass",
-            "4_bit_head_leaves",
         ),
     ),
     Mutant(
@@ -2243,7 +2238,7 @@ MUTANTS = [
         "fastrlhf/hf/lm_head.py", "test_model_token_stats.py",
         (
             "head: hooks of an adapter's module count twice",
-            "module.forward(unit)", "module(unit)",
+            "forward(unit)", "module(unit)",
             "hook_on_an_adapted_head",
         ),
     ),
@@ -2354,12 +2349,23 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/hf/at_head.py", "test_wrapped_losses.py",
+        "fastrlhf/hf/head_check.py", "test_model_token_stats.py",
+        (
+            "model: a 4-bit head is packed by the look at it",
+            "hidden.requires_grad_()", "pass",
+            "4_bit_head_leaves",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/head_check.py", "test_wrapped_losses.py",
         (
             "wrapped: the look at a head leaves something for backward",
-            "    @torch.no_grad()\n    def _compare(", "    def _compare(",
+            "@torch.no_grad()\ndef weight_is_used(", "def weight_is_used(",
             "checkpoint_around",
         ),
+    ),
+    *_mutants(
+        "fastrlhf/hf/at_head.py", "test_wrapped_losses.py",
         (
             "wrapped: a part of the head that is sharded by itself",
             "parts_within_call(self.module)", "head_parts(self.module)",
@@ -4008,8 +4014,8 @@ MUTANTS = [
         ),
         (
             "supervised: a second pass without weights",
-            "scorer, targets, loss, weights, d_losses, ignore_index",
-            "scorer, targets, loss, None, d_losses, ignore_index", "both_forms and none",
+            "scorer, targets, options, weights, d_losses, ignore_index",
+            "scorer, targets, options, None, d_losses, ignore_index", "both_forms and none",
         ),
     ),
     *_mutants(
