@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 Make = Callable[[], Tensor]  # makes a lazy tensor, without a graph
 
 _aten = torch.ops.aten
-_ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
-_HANDED_ON = {
-    _aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.view.default,
-    _aten._unsafe_view.default, _aten._to_copy.default, _aten.expand.default,
-}  # fmt: skip
+_HANDED_ON = {_aten.detach.default, _aten.alias.default, _aten.clone.default}
 
 
 class Computed:
@@ -86,10 +82,15 @@ class LazyGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func in _ADDITIONS and not kwargs and len(args) == 2:
+        if func is _aten.add.Tensor and not kwargs and args[0].shape == args[1].shape:
             return _sum(*args)
         if func in _HANDED_ON:
             return args[0]
+        if args and isinstance(args[0], LazyGradient) and func._schema.is_mutable:
+            raise RuntimeError(
+                f"lazy_logits: the gradient of logits that were not built is written into ({func}); "
+                "change a copy of it"
+            )
         with enable_reentrant_dispatch():
             args, kwargs = tree_map(dense, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -98,10 +99,7 @@ class LazyGradient(Tensor):
         return f"LazyGradient(of {tuple(self.shape)})"
 
 
-def _sum(a: Any, b: Any) -> Tensor:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
-        with enable_reentrant_dispatch():
-            return dense(a) + dense(b)
+def _sum(a: Tensor, b: Tensor) -> LazyGradient:
     of = next(x.of for x in (a, b) if isinstance(x, LazyGradient))
     rests = [x.rest if isinstance(x, LazyGradient) else x for x in (a, b)]
     there = [x for x in rests if x is not None]
