@@ -74,7 +74,9 @@ class LazyGradient(Tensor):
     def __new__(
         cls, of: LazyTensor | _Gone, terms: Terms, rest: Tensor | None = None
     ) -> LazyGradient:
-        made = Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype, device=of.device)
+        made = Tensor._make_wrapper_subclass(
+            cls, of.shape, dtype=of.dtype, device=of.device, storage_size=0
+        )
         made.of, made.terms, made.rest = of, terms, rest
         return made
 
@@ -82,14 +84,14 @@ class LazyGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is _aten.add.Tensor and not kwargs and args[0].shape == args[1].shape:
+        if func is _aten.add.Tensor and not kwargs and _are_alike(args):
             return _sum(*args)
         if func in _HANDED_ON:
             return args[0]
         if args and isinstance(args[0], LazyGradient) and func._schema.is_mutable:
             raise RuntimeError(
-                f"lazy_logits: the gradient of logits that were not built is written into ({func}); "
-                "change a copy of it"
+                "lazy_logits: the gradient of logits that were not built is written into "
+                f"({func}); change a copy of it"
             )
         with enable_reentrant_dispatch():
             args, kwargs = tree_map(dense, (args, kwargs or {}))
@@ -97,6 +99,10 @@ class LazyGradient(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyGradient(of {tuple(self.shape)})"
+
+
+def _are_alike(x: Any) -> bool:
+    return all(isinstance(part, Tensor) and part.shape == x[0].shape for part in x)
 
 
 def _sum(a: Tensor, b: Tensor) -> LazyGradient:

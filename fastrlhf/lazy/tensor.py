@@ -55,7 +55,7 @@ class LazyTensor(Tensor):
         """`like`: a tensor on the meta device that has its shape, strides and dtype."""
         (device,) = {source.device for source in sources}
         made = Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device, storage_size=0
         )
         made.words, made.recipe, made.history, made.sources = words, recipe, history, sources
         made.vocab_dim, made.memory, made._plain = vocab_dim, object(), None
