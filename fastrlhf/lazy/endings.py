@@ -19,13 +19,14 @@ from .tensor import LazyTensor, computed
 from .views import Part, of_all_dims
 
 _OF_FEW_WORDS = Cost(0, 0, 0)  # products of a few rows of the weight
-_OF_LOGPROBS = Cost(1, 2, 4)
+_OF_LOGPROBS = Cost(1, 2, 4, of_statistics=True)
+_OF_ONE_LOOK = Cost(1, 1, 1)
 _OF_CAPPED_MEAN = Cost(2, 4, 7)
 _COSTS = {
     Kind.LOGITS: _OF_FEW_WORDS,  # by the mean row of the weight
     Kind.LOGPROBS: Cost(1, 2, 3),
-    Kind.ENTROPY_TERMS: Cost(1, 3, 4),
-    Kind.LOGIT_TERMS: Cost(1, 3, 4),
+    Kind.ENTROPY_TERMS: Cost(1, 3, 4, of_statistics=True),
+    Kind.LOGIT_TERMS: Cost(1, 3, 4, of_statistics=True),
     Kind.DIVERGENCE_TERMS: Cost(2, 3, 4),
 }
 
@@ -62,7 +63,7 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
         ids = torch.tensor(ids % vocab, device=x.device)
     elif not isinstance(ids, Tensor) or ids.dtype in (torch.bool, torch.uint8):
         return NotImplemented
-    step = ("pick", repr(lead)) if not any(isinstance(p, Tensor) for p in lead) else object()
+    step = ("pick", repr(lead)) if not any(isinstance(p, Tensor) for p in lead) else (object(),)
     chosen = words.viewed(
         lambda rows: rows[tuple(lead)], step, distinct=not any(isinstance(p, Tensor) for p in lead)
     )
@@ -89,6 +90,10 @@ def _of_words(
     if compute is None:
         return NotImplemented
     cost = _OF_FEW_WORDS if words.kind is Kind.LOGITS else _OF_LOGPROBS
+    if targets.ndim > words.first.rows.numbers.ndim and words.first.part_of is None:
+        cost = cost._replace(
+            of_statistics=False
+        )  # of several words, which have a pass of their own
     return computed(recipe, [x], lambda: compute().view(shape), dtype=x.dtype, cost=cost)
 
 
@@ -171,7 +176,7 @@ def _best(
 
 
 def _without_graph(recipe: Recipe, x: LazyTensor, compute: Callable[[], Tensor]) -> Tensor:
-    return computed(recipe._replace(grad=False), [x], compute, dtype=torch.int64, cost=_OF_LOGPROBS)
+    return computed(recipe._replace(grad=False), [x], compute, dtype=torch.int64, cost=_OF_ONE_LOOK)
 
 
 # Sums over all words

@@ -160,7 +160,7 @@ def tanh(recipe: Recipe, x: LazyTensor) -> Any:
     of = words.first
     if of.capped or of.temperature is not None:
         return NotImplemented
-    return same(recipe, x, words._replace(of=(of._replace(capped=True),)))
+    return same(recipe, x, words._replace(of=(of.tanh(),)))
 
 
 def write(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 View = Callable[[Tensor], Tensor]
 
 
+LAID_OUT = "laid out anew"  # the step of a view that leaves tokens in their order
+
+
 class Rows(NamedTuple):
     """Which of the hidden states of a head each token is of."""
 
@@ -30,11 +33,38 @@ class Rows(NamedTuple):
     def viewed(self, view: View, step: Any, *, distinct: bool) -> Rows:
         return Rows(view(self.numbers), self.distinct and distinct, (*self.path, step))
 
+    def flat(self) -> Rows:
+        """The same, one after the other, however they were laid out last."""
+        path = self.path
+        while path and path[-1][0] == LAID_OUT:
+            path = path[:-1]
+        return Rows(self.numbers.reshape(-1), self.distinct, path)
+
     def same_as(self, other: Rows) -> bool:
         if self.numbers is other.numbers or self.path == other.path:
             return self.numbers.shape == other.numbers.shape
         on_host = self.numbers.device.type == other.numbers.device.type == "cpu"
         return on_host and torch.equal(self.numbers, other.numbers)
+
+
+class OfSource(NamedTuple):
+    """What tells distributions of one source apart."""
+
+    rows: Rows
+    scale: float
+    capped: bool
+    factor: float
+    temperature: Tensor | None
+    constant: bool
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, OfSource)
+            and self[1:4] == other[1:4]
+            and are_same(self.temperature, other.temperature)
+            and self.constant == other.constant
+            and self.rows.same_as(other.rows)
+        )
 
 
 class Distribution(NamedTuple):
@@ -51,31 +81,71 @@ class Distribution(NamedTuple):
     factor: float = 1.0
     temperature: Tensor | None = None  # of each token, in the shape of the rows
     constant: bool = False  # whether no gradient goes back to the logits
+    # Where a loop goes through parts of these tokens one by one, what they are parts of, and the
+    # places (...) there: all are computed at once, when the first is asked for.
+    part_of: tuple[Distribution, Tensor] | None = None
 
     def viewed(self, view: View, step: Any, *, distinct: bool) -> Distribution:
-        temperature = None if self.temperature is None else view(self.temperature)
+        part_of = self.part_of
+        if part_of is not None:
+            part_of = part_of[0], view(part_of[1])
         return self._replace(
-            rows=self.rows.viewed(view, step, distinct=distinct), temperature=temperature
-        )
+            rows=self.rows.viewed(view, step, distinct=distinct), part_of=part_of,
+            temperature=None if self.temperature is None else view(self.temperature),
+        )  # fmt: skip
+
+    def marked_as_whole(self) -> Distribution:
+        """The same, whose views will know what they are parts of."""
+        numbers = self.rows.numbers
+        places = torch.arange(numbers.numel(), device=numbers.device).view(numbers.shape)
+        return self if self.part_of is not None else self._replace(part_of=(self.flat(), places))
+
+    def flat(self) -> Distribution:
+        """The same tokens, one after the other."""
+        temperature = None if self.temperature is None else self.temperature.reshape(-1)
+        return self._replace(rows=self.rows.flat(), temperature=temperature)
 
     def scaled(self, by: float) -> Distribution:
         if self.capped:
-            return self._replace(factor=self.factor * by)
-        return self._replace(scale=self.scale * by)
+            return self._changed(factor=self.factor * by)
+        return self._changed(scale=self.scale * by)
+
+    def tanh(self) -> Distribution:
+        return self._changed(capped=True)
 
     def divided(self, by: Tensor) -> Distribution:
         """With a temperature more, of each token."""
         temperature = by if self.temperature is None else self.temperature * by
-        return self._replace(temperature=temperature)
+        return self._replace(temperature=temperature, part_of=None)
+
+    def with_gradient(self, wanted: bool) -> Distribution:
+        return self._changed(constant=not wanted)
+
+    def _changed(self, **changes: Any) -> Distribution:
+        """With a change of all tokens, and so of what they are part of."""
+        changed = self._replace(**changes)
+        if self.part_of is None:
+            return changed
+        whole, places = self.part_of
+        return changed._replace(part_of=(whole._changed(**changes), places))
 
     def same_as(self, other: Distribution) -> bool:
-        return (
-            self.source is other.source
-            and self[2:5] == other[2:5]
-            and self.temperature is other.temperature
-            and self.constant == other.constant
-            and self.rows.same_as(other.rows)
+        return self.source is other.source and self.of_source() == other.of_source()
+
+    def of_source(self) -> OfSource:
+        """What tells it from others of its source, without holding that."""
+        return OfSource(
+            self.rows, self.scale, self.capped, self.factor, self.temperature, self.constant
         )
+
+
+def are_same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are one, by where they lie in memory."""
+    if a is None or b is None or a is b:
+        return a is b
+    return (a.data_ptr(), a.shape, a.stride(), a._version) == (
+        b.data_ptr(), b.shape, b.stride(), b._version,
+    )  # fmt: skip
 
 
 class Kind(Enum):
@@ -111,4 +181,7 @@ class Words(NamedTuple):
         return self._replace(factor=self.factor * factor)
 
     def constant(self) -> Words:
-        return self._replace(of=tuple(x._replace(constant=True) for x in self.of))
+        return self._replace(of=tuple(x.with_gradient(False) for x in self.of))
+
+    def marked_as_whole(self) -> Words:
+        return self._replace(of=tuple(x.marked_as_whole() for x in self.of))

@@ -57,8 +57,10 @@ class Cost(NamedTuple):
     no_gradient: int
     frozen_head: int
     trained_head: int
+    of_statistics: bool = False  # which are shared by all that is asked of the same tokens
 
     def plan(self, *, differentiable: bool, trained: bool) -> str:
+        """In words, such as "4G"."""
         kinds = {(True, True): self.trained_head, (True, False): self.frozen_head}
         return f"{kinds.get((differentiable, trained), self.no_gradient)}G"
 

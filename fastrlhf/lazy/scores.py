@@ -6,7 +6,7 @@ Dims: U hidden states, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fastrlhf.ops.linear_arguments import exact, matmul_dtype
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
 
-from .meaning import Distribution
+from .meaning import Distribution, OfSource
 
 IGNORED = -(2**30)  # no id of a word, and what int32 holds
 
@@ -49,16 +49,63 @@ def _laid_out(of: Distribution, targets: Tensor) -> tuple[Scorer, Tensor, Callab
     return scorer, whole, lambda found: found[flat].view(targets.shape)
 
 
-def _stats(of: Distribution, targets: Tensor, **options: Any) -> TokenStats:
-    scorer, laid_out, taken = _laid_out(of, targets)
-    found = scorer.stats(laid_out, ignore_index=IGNORED, **options)
+class Known(NamedTuple):
+    """Statistics of tokens with some targets, in the inner graph or without one."""
+
+    of: OfSource
+    targets: Tensor
+    stats: TokenStats
+    entropy_grad: bool
+
+    def serves(self, of: Distribution, targets: Tensor | None, *, entropy_grad: bool) -> bool:
+        in_graph = self.stats.logprob.requires_grad == torch.is_grad_enabled()
+        alike = targets is None or self.targets is targets
+        enough = self.entropy_grad or not entropy_grad
+        return in_graph and alike and enough and self.of == of.of_source()
+
+
+def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: bool = False) -> Known:
+    """Statistics of the tokens, flat, with these targets or with any.
+
+    What is asked of one distribution is found in one pass, and has one backward: where the head is
+    trained, the entropy and its gradient cost no matmul of their own, and its value never does.
+    """
+    source, of = of.source, of.flat()
+    for known in source.known:
+        if known.serves(of, targets, entropy_grad=entropy_grad):
+            return known
+    if targets is None:
+        targets = _some_word(of)
+    entropy_grad = entropy_grad or source.head_is_trained
+    scorer, laid_out, taken = _laid_out(of, targets.reshape(-1))
+    found = scorer.stats(laid_out, ignore_index=IGNORED, entropy=True, entropy_grad=entropy_grad)
     of_tokens: Any = (None if x is None else taken(x) for x in found)
-    return type(found)(*of_tokens)
+    known = Known(of.of_source(), targets, TokenStats(*of_tokens), entropy_grad)
+    source.known.append(known)
+    return known
+
+
+def _whole(of: Distribution) -> tuple[Distribution, Tensor | None]:
+    """The tokens that statistics are computed of, and the places of these among them, if it is not
+    all.
+    """
+    return (of, None) if of.part_of is None else of.part_of
+
+
+def _of_places(found: Tensor, of: Distribution, places: Tensor | None) -> Tensor:
+    """Statistics of tokens, from those of the whole, flat."""
+    return found.view(of.rows.numbers.shape) if places is None else found[places]
 
 
 def logprobs(of: Distribution, targets: Tensor) -> Tensor:
-    """Ln p(target), in the shape of the targets: those of the tokens, or (..., k)."""
-    return _stats(of, targets, lse=False).logprob
+    """The log-probs of targets: in the shape of the tokens, or (..., k)."""
+    if of.part_of is not None and is_linear(of):
+        lse = log_sum_exp(of)
+        return picked(of, targets) - (lse if targets.ndim == lse.ndim else lse.unsqueeze(-1))
+    if targets.ndim > of.rows.numbers.ndim:
+        scorer, laid_out, taken = _laid_out(of, targets)
+        return taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)
+    return _stats(of, targets).stats.logprob.view(targets.shape)
 
 
 def picked(of: Distribution, targets: Tensor) -> Tensor:
@@ -94,33 +141,28 @@ def _some_word(of: Distribution) -> Tensor:
 
 def log_sum_exp(of: Distribution) -> Tensor:
     """The log-sum-exp of a head that is a matrix."""
-    return _lse(of, _stats(of, _some_word(of)))
+    whole, places = _whole(of)
+    known = _stats(whole)
+    found = known.stats.lse
+    if known.stats.logprob.requires_grad:
+        # With the gradient of z - ln p, which is that of the lse whatever the word.
+        slope = picked(whole.flat(), known.targets.reshape(-1)) - known.stats.logprob
+        found = found + (slope - slope.detach())
+    return _of_places(found, of, places)
 
 
 def entropies(of: Distribution) -> Tensor:
     """-Σ p ln p."""
-    return _entropy(_stats(of, _some_word(of), entropy=True, lse=False))
+    whole, places = _whole(of)
+    found = _stats(whole, entropy_grad=torch.is_grad_enabled()).stats.entropy
+    assert found is not None
+    return _of_places(found, of, places)
 
 
 def expected_logits(of: Distribution) -> Tensor:
     """Σ p z = ln Σ e^z + Σ p ln p, of a head that is a matrix."""
-    stats = _stats(of, _some_word(of), entropy=True)
-    return _lse(of, stats) - _entropy(stats)
-
-
-def _entropy(stats: TokenStats) -> Tensor:
-    assert stats.entropy is not None
-    return stats.entropy
-
-
-def _lse(of: Distribution, stats: TokenStats) -> Tensor:
-    """The lse of statistics of some word, with the gradient of z - ln p, which is that of the lse
-    whatever the word.
-    """
-    if not stats.logprob.requires_grad:
-        return stats.lse
-    slope = picked(of, _some_word(of)) - stats.logprob
-    return stats.lse + (slope - slope.detach())
+    entropy = entropies(of)
+    return log_sum_exp(of) - entropy
 
 
 def mean_logits(of: Distribution) -> Tensor:

@@ -62,6 +62,7 @@ class Source:
                 self.wide, self.weights = with_adapters(parts, self.hidden)
                 if holds_weight:
                     self.weights = [x.clone() if isinstance(x, Tensor) else x for x in self.weights]
+        self.known: list[Any] = []  # statistics that were computed, for who asks for more of them
         self.own_is_there = not (holds_weight or drops)
         looked_at = [hidden, *(() if holds_weight else module.parameters())]
         self._seen = [(x, _version(x)) for x in looked_at]
@@ -122,6 +123,7 @@ class Source:
             found = torch.autograd.grad(of, inputs, upstream, retain_graph=True, allow_unused=True)
         for computed, _ in terms:
             computed.differentiated()
+        self.known.clear()
         return [*([] if self.hidden.requires_grad else [None]), *found]
 
     def differentiable_gradients(

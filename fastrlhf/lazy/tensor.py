@@ -78,7 +78,7 @@ class LazyTensor(Tensor):
             return self.words and self.words.constant()
         if len(self.words.of) > 1:
             return self.words
-        return self.words._replace(of=(self.words.first._replace(constant=False),))
+        return self.words._replace(of=(self.words.first.with_gradient(True),))
 
     def make_plain(self) -> None:
         """Make the plain tensor, what it is made of being there."""
@@ -226,12 +226,15 @@ def computed(
     """What a call returns, a few numbers for each token, computed without logits."""
     differentiable = recipe.grad and any(x.requires_grad for x in parents)
     sources = frozenset[Source]().union(*(x.sources for x in parents))
+    known_before = sum(len(source.known) for source in sources)
     with contextlib.ExitStack() as modes:
         for source in sources:
             modes.enter_context(source.at_work(differentiable=differentiable))
         with torch.set_grad_enabled(differentiable):
             found = compute().to(dtype)
-    tokens = sum(source.tokens for source in sources)
+    if cost.of_statistics and sum(len(source.known) for source in sources) == known_before:
+        cost = Cost(0, 0, 0)
+    tokens = sum(x.numel() // max(1, x.shape[x.vocab_dim]) for x in parents)
     trained = any(source.head_is_trained for source in sources)
     plan = cost.plan(differentiable=differentiable, trained=trained)
     note_fused(name_of(recipe.func), plan, tokens)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .meaning import View, Words
+from .meaning import LAID_OUT, View, Words
 from .recipe import Recipe
 from .tensor import LazyTensor, derived
 
@@ -26,12 +26,16 @@ def of_rows(index: Tensor, vocab: int, dtype: torch.dtype, vocab_dim: int = -1) 
 
 def viewed(
     recipe: Recipe, x: LazyTensor, view: View, step: Any, *, distinct: bool = True,
-    dtype: torch.dtype | None = None, vocab_dim: int = -1,
+    dtype: torch.dtype | None = None, vocab_dim: int = -1, is_part: bool = False,
 ) -> Any:  # fmt: skip
-    """Some tokens of a tensor, chosen or laid out by a view of their numbers."""
+    """Some tokens of a tensor, chosen or laid out by a view of their numbers; one of the parts that
+    a loop goes through, or not.
+    """
     words = x.meaning()
     if words is None:
         return NotImplemented
+    if is_part:
+        words = words.marked_as_whole()
     words = words.viewed(view, step, distinct=distinct)
     vocab = x.shape[x.vocab_dim]
     like = of_rows(words.first.rows.numbers, vocab, dtype or x.dtype, vocab_dim)
@@ -123,7 +127,7 @@ def reshape(recipe: Recipe, x: LazyTensor, *shape: Any) -> Any:
     def view(rows: Tensor) -> Tensor:
         return rows.view(lead) if name in ("view", "view_as") else rows.reshape(lead)
 
-    return viewed(recipe, x, view, ("shape", lead))
+    return viewed(recipe, x, view, (LAID_OUT, lead))
 
 
 def transpose(recipe: Recipe, x: LazyTensor, *dims: Any, **named: Any) -> Any:
@@ -164,11 +168,16 @@ def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
                                dim=dim % x.ndim)[n]  # fmt: skip
 
         of_part = recipe._replace(func=Part(recipe.func, n))
-        return viewed(of_part, x, view, (recipe.func.__name__, repr(args), repr(kwargs), n))
+        step: Any = (recipe.func.__name__, repr(args), repr(kwargs), n)
+        if len(of_form) == 1:
+            step = (LAID_OUT, of_form[0].shape[:-1])
+        return viewed(of_part, x, view, step, is_part=len(of_form) >= _PARTS_OF_A_LOOP)
 
     return tuple(part(n) for n in range(len(of_form)))
 
 
+# Of two parts, a prompt and its completion, often one alone is wanted.
+_PARTS_OF_A_LOOP = 3
 # How many arguments come before dim.
 _BEFORE_DIM = {"split": 1, "chunk": 1, "unbind": 0, "tensor_split": 1, "split_with_sizes": 1}
 
