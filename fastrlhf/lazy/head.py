@@ -2,8 +2,8 @@
 
 The class of the head's module is replaced by one of the same name, whose forward returns lazy
 logits; the rest of the model runs as it is, and what it does to its logits (a scale, a softcap, a
-loss of labels) is done to lazy ones. Copies of a model, pickled ones and the replicas of
-DataParallel are of that class too, but only the head that was enabled has the change.
+loss of labels) is done to lazy ones. Copies of a model, and pickled ones, have the own class, and
+the replicas of DataParallel, which have that of the original, make logits as ever.
 """
 
 import functools
@@ -164,6 +164,11 @@ class _LazyForward:
         return _forward(self.module, self.fastrlhf_own, *args, **kwargs)
 
 
+def _empty(cls: Any) -> Any:
+    """An instance of a class, for a copy to be filled: it is of the head's own class."""
+    return cls.__new__(cls)
+
+
 @functools.cache
 def _lazy_class(cls: Any) -> Any:
     class LazyHead(cls):
@@ -174,8 +179,7 @@ def _lazy_class(cls: Any) -> Any:
             return _LazyForward(self, functools.partial(cls.forward, self))
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            function, (_, *args), *rest = super().__reduce_ex__(protocol)
-            return (function, (cls, *args), *rest)
+            return (_empty, (cls,), super().__reduce_ex__(protocol)[2])
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(LazyHead, name, getattr(cls, name))
