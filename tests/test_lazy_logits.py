@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from support.tiny_models import VOCAB, make
 from torch import Tensor, nn
 
 import fastrlhf
-from support.tiny_models import VOCAB, make
 
 SEQUENCES, TOKENS = 3, 9
 
@@ -95,7 +95,7 @@ class _OwnHead(nn.Module):
 
 def test_a_head_of_unknown_class_is_refused_by_name(model) -> None:
     model.lm_head = _OwnHead(model.lm_head)
-    with pytest.raises(TypeError, match="its head is a .*_OwnHead, of which"):
+    with pytest.raises(TypeError, match="_OwnHead, of which fastrlhf does not know"):
         fastrlhf.enable_lazy_logits(model)
     assert type(model.lm_head) is _OwnHead
     assert type(model(ids()).logits) is Tensor
