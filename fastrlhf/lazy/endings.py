@@ -21,7 +21,7 @@ from .views import Part, of_all_dims
 _OF_FEW_WORDS = Cost(0, 0, 0)  # products of a few rows of the weight
 _OF_LOGPROBS = Cost(1, 2, 4, of_statistics=True)
 _OF_ONE_LOOK = Cost(1, 1, 1)
-_OF_CAPPED_MEAN = Cost(2, 4, 7)
+_OF_MEAN_OF_ALL_WORDS = Cost(1, 5, 8)  # if its gradient is asked for, which is seldom
 _COSTS = {
     Kind.LOGITS: _OF_FEW_WORDS,  # by the mean row of the weight
     Kind.LOGPROBS: Cost(1, 2, 3),
@@ -221,10 +221,13 @@ def add_up(
         sums = of_token().unsqueeze(-1)
         return sums.mean(dims, keepdim) / vocab if is_mean else sums.sum(dims, keepdim)
 
-    cost = (
-        _OF_CAPPED_MEAN if words.kind is Kind.LOGITS and words.first.capped else _COSTS[words.kind]
-    )
-    return computed(recipe, [x], compute, dtype=dtype, cost=cost)
+    cost = _COSTS[words.kind]
+    by_all_words = words.kind is Kind.LOGITS and not scores.has_mean_row(words.first)
+    if by_all_words:
+        cost = _OF_MEAN_OF_ALL_WORDS
+    return computed(
+        recipe, [x], compute, dtype=dtype, cost=cost, again_for_gradient=by_all_words
+    )  # fmt: skip
 
 
 def _sum_over_words(words: Words) -> Callable[[], Tensor] | None:

@@ -32,10 +32,17 @@ _HANDED_ON = {_aten.detach.default, _aten.alias.default, _aten.clone.default}
 
 
 class Computed:
-    """Something that was computed in the inner graph, and what it is of plain logits."""
+    """Something that was computed in the inner graph, and what it is of plain logits.
 
-    def __init__(self, inner: Tensor, heads: int, of_plain: Callable[[], Tensor] | None):
-        self.inner: Tensor | None = inner
+    inner: the result, with its graph; or what makes it, of a value whose gradient costs much, and
+    is seldom asked for.
+    """
+
+    def __init__(
+        self, inner: Tensor | Callable[[], Tensor], heads: int,
+        of_plain: Callable[[], Tensor] | None,
+    ):  # fmt: skip
+        self.inner: Tensor | Callable[[], Tensor] | None = inner
         self.heads = heads  # how many have to differentiate it
         self.of_plain = of_plain  # None: it is the logits themselves
 
@@ -50,7 +57,7 @@ class Computed:
                 "lazy_logits: Trying to backward through the graph a second time; specify "
                 "retain_graph=True if you need to backward through it twice"
             )
-        return self.inner
+        return self.inner if isinstance(self.inner, Tensor) else self.inner()
 
     def differentiated(self) -> None:
         """Let go of the graph, once nobody needs it any more."""
@@ -181,20 +188,20 @@ class Used(torch.autograd.Function):
     """Numbers that were computed of tensors over the vocabulary."""
 
     @staticmethod
-    def forward(ctx: Any, computed: Computed, *parents: LazyTensor) -> Tensor:
+    def forward(ctx: Any, computed: Computed, value: Tensor, *parents: LazyTensor) -> Tensor:
         ctx.computed, ctx.parents = computed, parents
         ctx.set_materialize_grads(False)
-        return computed.graph().clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        computed, parents, wanted = ctx.computed, ctx.parents, ctx.needs_input_grad[1:]
+        computed, parents, wanted = ctx.computed, ctx.parents, ctx.needs_input_grad[2:]
         if gradient is None:
-            return None, *(None for _ in wanted)
+            return None, None, *(None for _ in wanted)
         if torch.is_grad_enabled():
-            return None, *_of_parents(computed.of_plain, gradient, parents, wanted)
+            return None, None, *_of_parents(computed.of_plain, gradient, parents, wanted)
         rests = [None] * len(parents)
-        return None, *_shared_out([(computed, gradient)], rests, parents, wanted)
+        return None, None, *_shared_out([(computed, gradient)], rests, parents, wanted)
 
 
 class Built(torch.autograd.Function):

@@ -165,14 +165,27 @@ def expected_logits(of: Distribution) -> Tensor:
     return log_sum_exp(of) - entropy
 
 
+def has_mean_row(of: Distribution) -> bool:
+    """Whether the mean of a token's logits is the product with the mean row of the weight."""
+    return not of.capped and all(isinstance(x, Tensor) for x in of.source.weights)
+
+
 def mean_logits(of: Distribution) -> Tensor:
     """The mean of z over all words, of a head that is a matrix."""
-    scorer = of.source.scorer(of)
-    assert isinstance(scorer, LinearScorer)
-    if of.capped or not all(isinstance(x, Tensor) for x in scorer.weights):
+    if has_mean_row(of):
+        return _by_mean_row(of)
+    if torch.is_grad_enabled():
         # lse - (lse - mean), of which both have a gradient.
         every_word = cross_entropy_of(of, _some_word(of), label_smoothing=1.0)
         return log_sum_exp(of) - every_word
+    scorer, laid_out, taken = _laid_out(of, _some_word(of))
+    stats = scorer.stats(laid_out, ignore_index=IGNORED, with_stats=("mean_logit",), lse=False)
+    return taken(stats._asdict()["mean_logit"])
+
+
+def _by_mean_row(of: Distribution) -> Tensor:
+    scorer = of.source.scorer(of)
+    assert isinstance(scorer, LinearScorer)
     dtype = matmul_dtype(scorer.hidden)
     sums = accumulation_dtype(dtype)
     mean = torch.cat([x[0 : x.shape[0]].to(dtype).to(sums).mean(0) for x in scorer.weights])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -222,26 +223,35 @@ def computed(
     *,
     dtype: torch.dtype,
     cost: Cost,
+    again_for_gradient: bool = False,
 ) -> Tensor:
-    """What a call returns, a few numbers for each token, computed without logits."""
+    """What a call returns, a few numbers for each token, computed without logits.
+
+    again_for_gradient: compute the value without a graph, and with one only if a gradient comes.
+    """
     differentiable = recipe.grad and any(x.requires_grad for x in parents)
     sources = frozenset[Source]().union(*(x.sources for x in parents))
     known_before = sum(len(source.known) for source in sources)
-    with contextlib.ExitStack() as modes:
-        for source in sources:
-            modes.enter_context(source.at_work(differentiable=differentiable))
-        with torch.set_grad_enabled(differentiable):
-            found = compute().to(dtype)
+
+    def result(*, with_graph: bool) -> Tensor:
+        with contextlib.ExitStack() as modes:
+            for source in sources:
+                modes.enter_context(source.at_work(differentiable=with_graph))
+            with torch.set_grad_enabled(with_graph):
+                return compute().to(dtype)
+
+    found = result(with_graph=differentiable and not again_for_gradient)
     if cost.of_statistics and sum(len(source.known) for source in sources) == known_before:
         cost = Cost(0, 0, 0)
     tokens = sum(x.numel() // max(1, x.shape[x.vocab_dim]) for x in parents)
     trained = any(source.head_is_trained for source in sources)
     plan = cost.plan(differentiable=differentiable, trained=trained)
     note_fused(name_of(recipe.func), plan, tokens)
-    if not found.requires_grad:
+    if not differentiable or not (found.requires_grad or again_for_gradient):
         return found
     heads = sum(source.requires_grad for source in sources)
-    return Used.apply(Computed(found, heads, recipe.on_plain), *parents)
+    inner = partial(result, with_graph=True) if again_for_gradient else found
+    return Used.apply(Computed(inner, heads, recipe.on_plain), found.detach(), *parents)
 
 
 def _on_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
