@@ -40,7 +40,7 @@ def unchanged(recipe: Recipe, x: LazyTensor, **options: Any) -> Any:
     if recipe.func is not Tensor.contiguous and x.vocab_dim == -1 and words is not None:
         # A copy lies as what it is of, where that has no gaps.
         form = torch.empty_like(form_of(x))
-        return derived(recipe, words, form) if form.is_contiguous() else NotImplemented
+        return same(recipe, x, words) if form.is_contiguous() else NotImplemented
     return same(recipe, x, words)
 
 

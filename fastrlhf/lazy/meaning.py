@@ -105,6 +105,10 @@ class Distribution(NamedTuple):
         temperature = None if self.temperature is None else self.temperature.reshape(-1)
         return self._replace(rows=self.rows.flat(), temperature=temperature)
 
+    def contiguous(self) -> Distribution:
+        rows = self.rows._replace(numbers=self.rows.numbers.contiguous())
+        return self._replace(rows=rows)
+
     def scaled(self, by: float) -> Distribution:
         if self.capped:
             return self._changed(factor=self.factor * by)
@@ -174,6 +178,10 @@ class Words(NamedTuple):
     def viewed(self, view: View, step: Any, *, distinct: bool = True) -> Words:
         """The same of other tokens: those that a view of the tokens has."""
         return self._replace(of=tuple(x.viewed(view, step, distinct=distinct) for x in self.of))
+
+    def contiguous(self) -> Words:
+        """The same of the same tokens, which lie one after the other."""
+        return self._replace(of=tuple(x.contiguous() for x in self.of))
 
     def times(self, factor: float) -> Words:
         if self.kind is Kind.LOGITS:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .meaning import LAID_OUT, View, Words
 from .recipe import Recipe
-from .tensor import LazyTensor, derived
+from .tensor import LazyTensor, derived, form_of
 
 
 def of_rows(index: Tensor, vocab: int, dtype: torch.dtype, vocab_dim: int = -1) -> Tensor:
@@ -48,10 +48,9 @@ def same(
     """The same tokens, laid out one after the other, of whatever meaning."""
     if words is None:
         return NotImplemented
-    form = torch.empty(x.shape, dtype=dtype or x.dtype, device="meta")
-    if x.vocab_dim != -1:
-        index = words.first.rows.numbers.contiguous()
-        form = of_rows(index, x.shape[x.vocab_dim], dtype or x.dtype, x.vocab_dim)
+    words = words.contiguous()
+    numbers, vocab = words.first.rows.numbers, x.shape[x.vocab_dim]
+    form = of_rows(numbers, vocab, dtype or x.dtype, x.vocab_dim)
     return derived(recipe, words, form, vocab_dim=x.vocab_dim)
 
 
@@ -117,17 +116,12 @@ def reshape(recipe: Recipe, x: LazyTensor, *shape: Any) -> Any:
     """view, reshape, flatten, squeeze, ...: whatever keeps the order of numbers."""
     if any(isinstance(part, torch.dtype) for part in shape):
         return NotImplemented
-    form = torch.empty(x.shape, device="meta")
-    name = recipe.func.__name__
-    shaped = recipe.func(form, *recipe.args[1:], **recipe.kwargs).shape
+    # Where PyTorch has no view of x, this raises its error.
+    shaped = recipe.func(form_of(x), *recipe.args[1:], **recipe.kwargs).shape
     if not shaped or shaped[-1] != x.shape[-1]:
         return NotImplemented
     lead = shaped[:-1]
-
-    def view(rows: Tensor) -> Tensor:
-        return rows.view(lead) if name in ("view", "view_as") else rows.reshape(lead)
-
-    return viewed(recipe, x, view, (LAID_OUT, lead))
+    return viewed(recipe, x, lambda rows: rows.reshape(lead), (LAID_OUT, lead))
 
 
 def transpose(recipe: Recipe, x: LazyTensor, *dims: Any, **named: Any) -> Any:
