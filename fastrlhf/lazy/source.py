@@ -28,9 +28,9 @@ from .graph import Terms
 from .meaning import Distribution, Rows
 
 # Of a batch, no more than a part is held as logits at a time, but as many tokens as keep a matmul
-# busy.
+# busy; and on a CPU as are worth a compiled kernel, of vocabularies of 2^14 words and more.
 _PARTS = 16
-_FEWEST_TOKENS = {"cpu": 32}
+_FEWEST_TOKENS = {"cpu": 256}
 _FEWEST_TOKENS_OF_GPU = 1024
 
 
