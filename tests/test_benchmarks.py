@@ -31,6 +31,9 @@ batch, contests, gpu, gpu_tests, losses, measure, providers, report, shapes = ma
 bench_model_step, bench_trainer, model_step, trainer_step = map(
     importlib.import_module, ("bench_model_step", "bench_trainer", "model_step", "trainer_step")
 )
+bench_lazy_logits, lazy_loops, lazy_overhead = map(
+    importlib.import_module, ("bench_lazy_logits", "lazy_loops", "lazy_overhead")
+)
 median_of_runs = importlib.import_module("median_of_runs").median_of_runs
 FORWARD, BOTH = contests.FORWARD, contests.BOTH
 
@@ -42,7 +45,7 @@ def operation(name: str):
 OPERATIONS = [
     path.stem.removeprefix("bench_")
     for path in sorted(BENCHMARKS.glob("bench_*.py"))
-    if path.stem not in ("bench_trpo", "bench_model_step", "bench_trainer")
+    if path.stem.removeprefix("bench_") not in ("trpo", "model_step", "trainer", "lazy_logits")
 ]
 
 
@@ -608,9 +611,43 @@ def test_no_times_of_trainers_are_printed_where_one_is_wrong(wrong, monkeypatch,
     assert "mutant: Wrong: " in printed and "|" not in printed
 
 
+# Loops with lazy logits.
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", lazy_loops.LOOPS)
+def test_every_loop_is_right_and_builds_only_where_it_says_so(name, trained, caplog) -> None:
+    model = model_step.make_model(CPU, trained=trained, tiny=True)
+    step = trainer_step.make_trainer_step(model_step.make_step(model, 4, 16, whole=True))
+    assert step.mask[:, 1:].all() and step.attention.all()
+    records = bench_lazy_logits.contest(name, step, CPU, 2)
+    assert [record["status"] for record in records] == ["ok", "ok"], records
+    plain, lazy = records
+    assert not plain["fused"] and not plain["built"]
+    builds = "builds" in name
+    assert [what for what, *_ in lazy["built"]] == (["sigmoid"] if builds else [])
+    assert bool(lazy["fused"]) == (not builds)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_overhead_of_lazy_logits_is_measured_of_lazy_and_of_plain_ones(monkeypatch) -> None:
+    monkeypatch.setattr(lazy_overhead, "ROUNDS", 10)
+    fastrlhf.lazy_report(clear=True)
+    for call in lazy_overhead.CALLS.values():
+        taken = lazy_overhead.measured(call)
+        assert set(taken) == {"plain", "lazy"} and min(taken.values()) > 0
+    report = fastrlhf.lazy_report(clear=True)
+    assert {use.what: use.calls for use in report.fused} == {"cross_entropy": 20}
+    assert {use.what: use.calls for use in report.built} == {"sigmoid": 1}  # once, before the turns
+
+
 # The tables of steps.
 
 TINY = {
+    "lazy-logits": (
+        bench_lazy_logits,
+        ["bench_lazy_logits.py", "--tiny", "--loops", "SFT, labels=", "sigmoid, which builds"],
+    ),
     "model-step": (bench_model_step, ["bench_model_step.py", "--tiny", "--losses", "DPO"]),
     "trainer": (bench_trainer, ["bench_trainer.py", "--tiny", "--trainers", "SFT"]),
 }
@@ -629,7 +666,8 @@ def test_the_table_of_steps_is_written_beside_its_json(name, tmp_path, monkeypat
     assert text == bench.tables(kept["machine_info"], kept["records"])
     assert {record["trained"].split()[0] for record in kept["records"]} == {"all", "LoRA"}
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + len(kept["records"])
+    in_a_row = 2 if name == "lazy-logits" else 1  # plain and lazy
+    assert len(rows) == 2 + len(kept["records"]) / in_a_row
 
 
 STEPS = [path for name in TINY for path in sorted((BENCHMARKS / "results").glob(f"*/{name}.json"))]

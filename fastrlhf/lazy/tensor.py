@@ -261,8 +261,8 @@ def computed(
     if not differentiable or not (found.requires_grad or again_for_gradient):
         return found
     inner = partial(result, with_graph=True) if again_for_gradient else found
-    computed = Computed(inner, len(heads_of(parents)), recipe.on_plain)
-    return Used.apply(computed, found.detach(), *parents)
+    heads = len(heads_of(parents))
+    return Used.apply(Computed(inner, heads, recipe.on_plain), found.detach(), *parents)
 
 
 def _on_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
