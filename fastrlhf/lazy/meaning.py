@@ -105,6 +105,14 @@ class Words(NamedTuple):
         """The same of other tokens: those that a view of the tokens has."""
         return self._replace(of=tuple(x.viewed(view, step, distinct=distinct) for x in self.of))
 
+    def contiguous(self) -> Words:
+        """The same of tokens whose numbers lie one after the other."""
+
+        def laid_out(of: Distribution) -> Distribution:
+            return of._replace(rows=of.rows._replace(numbers=of.rows.numbers.contiguous()))
+
+        return self._replace(of=tuple(map(laid_out, self.of)))
+
     def times(self, factor: float) -> Words:
         if self.kind is Kind.LOGITS:
             return self._replace(of=(self.first.scaled(factor),))

@@ -44,10 +44,9 @@ def same(
     """The same tokens, laid out one after the other, of whatever meaning."""
     if words is None:
         return NotImplemented
-    form = torch.empty(x.shape, dtype=dtype or x.dtype, device="meta")
-    if x.vocab_dim != -1:
-        index = words.first.rows.numbers.contiguous()
-        form = of_rows(index, x.shape[x.vocab_dim], dtype or x.dtype, x.vocab_dim)
+    words = words.contiguous()
+    index = words.first.rows.numbers
+    form = of_rows(index, x.shape[x.vocab_dim], dtype or x.dtype, x.vocab_dim)
     return derived(recipe, words, form, vocab_dim=x.vocab_dim)
 
 
@@ -118,12 +117,10 @@ def reshape(recipe: Recipe, x: LazyTensor, *shape: Any) -> Any:
     shaped = recipe.func(form, *recipe.args[1:], **recipe.kwargs).shape
     if not shaped or shaped[-1] != x.shape[-1]:
         return NotImplemented
-    lead = shaped[:-1]
-
-    def view(rows: Tensor) -> Tensor:
-        return rows.view(lead) if name in ("view", "view_as") else rows.reshape(lead)
-
-    return viewed(recipe, x, view, ("shape", lead))
+    lead, words = shaped[:-1], x.meaning()
+    if name in ("view", "view_as") and words is not None:
+        words.first.rows.numbers.view(lead)  # an error where these do not lie as a view needs them
+    return viewed(recipe, x, lambda rows: rows.reshape(lead), ("shape", lead))
 
 
 def transpose(recipe: Recipe, x: LazyTensor, *dims: Any, **named: Any) -> Any:
