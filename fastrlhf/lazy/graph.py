@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,15 @@ class Computed:
                 self.inner = None
 
 
-Terms = list[tuple[Computed, Tensor]]  # each with the gradient that came for it
+class Term(NamedTuple):
+    """Something that was computed, the gradient that came for it, and the heads it has to reach."""
+
+    computed: Computed
+    upstream: Tensor
+    heads: frozenset[Source]
+
+
+Terms = list[Term]
 
 
 class LazyGradient(Tensor):
@@ -123,7 +131,7 @@ def dense(gradient: Any) -> Any:
     total = gradient.rest
     with torch.enable_grad():
         plain = gradient.of.plain()  # built, if it was not
-        for computed, upstream in gradient.terms:
+        for computed, upstream, _ in gradient.terms:
             part = upstream
             if computed.of_plain is not None:
                 (part,) = torch.autograd.grad(computed.of_plain(), plain, upstream)
@@ -189,8 +197,8 @@ class Used(torch.autograd.Function):
             return None, *(None for _ in wanted)
         if torch.is_grad_enabled():
             return None, *_of_parents(computed.of_plain, gradient, parents, wanted)
-        rests = [None] * len(parents)
-        return None, *_shared_out([(computed, gradient)], rests, parents, wanted)
+        term = Term(computed, gradient, heads_of(parents))
+        return None, *_shared_out([term], [None] * len(parents), parents, wanted)
 
 
 class Built(torch.autograd.Function):
@@ -199,7 +207,7 @@ class Built(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, computed: Computed, logits: LazyTensor) -> Tensor:
         # Weakly, since they hold what is returned.
-        ctx.computed, ctx.logits = computed, weakref.ref(logits)
+        ctx.computed, ctx.logits, ctx.heads = computed, weakref.ref(logits), logits.heads
         inner = computed.graph()
         # Shares what it holds, and is no view, which could not be written into.
         return torch.empty_like(inner[:0]).set_(
@@ -213,7 +221,7 @@ class Built(torch.autograd.Function):
         logits = ctx.logits()
         if logits is None:
             logits = _Gone(gradient, gradient)
-        return None, LazyGradient(logits, [(ctx.computed, gradient)])
+        return None, LazyGradient(logits, [Term(ctx.computed, gradient, ctx.heads)])
 
 
 class _Gone:
@@ -286,6 +294,12 @@ def _of_parents(
     return [next(rest) if wants else None for wants in wanted]
 
 
+def heads_of(tensors: Sequence[LazyTensor]) -> frozenset[Source]:
+    """The heads that gradients of lazy tensors reach."""
+    none: frozenset[Source] = frozenset()
+    return none.union(*(x.heads for x in tensors if x.requires_grad))
+
+
 def _shared_out(
     terms: Terms,
     rests: Sequence[Tensor | None],
@@ -294,12 +308,11 @@ def _shared_out(
 ) -> list[Tensor | None]:
     """Gradients of parents: what was computed goes once to each head, by whichever parent."""
     found: list[Tensor | None] = []
-    seen: set[Source] = set()
     for parent, rest, wants in zip(parents, rests, wanted, strict=True):
         if not wants:
             found.append(None)
             continue
-        new = parent.sources - seen
-        seen |= new
-        found.append(LazyGradient(parent, terms, rest) if terms and new else rest)
+        its = [x._replace(heads=x.heads & parent.heads) for x in terms if x.heads & parent.heads]
+        terms = [x._replace(heads=x.heads - parent.heads) for x in terms]
+        found.append(LazyGradient(parent, its, rest) if its else rest)
     return found

@@ -111,7 +111,7 @@ class Source:
         """Gradients of hidden states and parameters, from those of what was computed of the
         logits, and a gradient of the logits themselves.
         """
-        outputs = [(computed.graph(), upstream) for computed, upstream in terms]
+        outputs = [(computed.graph(), upstream) for computed, upstream, _ in terms]
         if rest is not None:
             with self.at_work(differentiable=True):
                 outputs.append((self.logits(), rest))
@@ -120,7 +120,7 @@ class Source:
         if outputs and inputs:
             of, upstream = zip(*outputs, strict=True)
             found = torch.autograd.grad(of, inputs, upstream, retain_graph=True, allow_unused=True)
-        for computed, _ in terms:
+        for computed, *_ in terms:
             computed.differentiated()
         return [*([] if self.hidden.requires_grad else [None]), *found]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves
 
-from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used
+from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used, heads_of
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
 from .report import note_built, note_fused
@@ -38,6 +38,7 @@ class LazyTensor(Tensor):
     recipe: Recipe | None  # None: the logits of a head
     history: History
     sources: frozenset[Source]
+    _heads: frozenset[Source]
     memory: object  # the same for tensors that would share their memory
     _plain: Tensor | None
 
@@ -48,6 +49,7 @@ class LazyTensor(Tensor):
         recipe: Recipe | None,
         history: History,
         sources: frozenset[Source],
+        heads: frozenset[Source],
         *,
         like: Tensor,
         vocab_dim: int = -1,
@@ -57,7 +59,8 @@ class LazyTensor(Tensor):
         made = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
-        made.words, made.recipe, made.history, made.sources = words, recipe, history, sources
+        made.words, made.recipe, made.history = words, recipe, history
+        made.sources, made._heads = sources, heads
         made.vocab_dim, made.memory, made._plain = vocab_dim, object(), None
         return made
 
@@ -71,6 +74,11 @@ class LazyTensor(Tensor):
     @property
     def is_built(self) -> bool:
         return self._plain is not None
+
+    @property
+    def heads(self) -> frozenset[Source]:
+        """Those that its gradient reaches; or would, if it did not end in a leaf."""
+        return self.sources if self.requires_grad and self.is_leaf else self._heads
 
     def meaning(self) -> Words | None:
         """What these numbers are, and which of them have a gradient."""
@@ -147,7 +155,8 @@ def logits_of(source: Source, hidden: Tensor) -> LazyTensor:
     words, history = Words(Kind.LOGITS, (source.whole,)), History()
 
     def make() -> LazyTensor:
-        return LazyTensor(words, None, history, frozenset({source}), like=like)
+        of = frozenset({source})
+        return LazyTensor(words, None, history, of, of, like=like)
 
     made = Head.apply(source, make, hidden, *source.parameters)
     history.made(made)
@@ -172,9 +181,11 @@ def derived(
     if words is not None and not differentiable:
         words = words.constant()
 
+    heads = heads_of(parents) if differentiable else frozenset()
+
     def make() -> LazyTensor:
         return LazyTensor(
-            words, recipe, parents[0].history, sources, like=like, vocab_dim=vocab_dim
+            words, recipe, parents[0].history, sources, heads, like=like, vocab_dim=vocab_dim
         )
 
     made = Derived.apply(recipe, make, *parents) if differentiable else make()
@@ -188,7 +199,7 @@ def derived(
 def _remade(lazy: LazyTensor, recipe: Recipe) -> LazyTensor:
     """Another tensor of the same numbers, whose graph PyTorch makes."""
     made = LazyTensor(
-        lazy.words, recipe, lazy.history, lazy.sources, like=form_of(lazy),
+        lazy.words, recipe, lazy.history, lazy.sources, lazy.heads, like=form_of(lazy),
         vocab_dim=lazy.vocab_dim,
     )  # fmt: skip
     made._plain, made.memory = lazy._plain, lazy.memory
@@ -240,8 +251,7 @@ def computed(
     note_fused(recipe.func.__name__, f"{matmuls * passes}G", tokens)
     if not found.requires_grad:
         return found
-    heads = sum(source.requires_grad for source in sources)
-    return Used.apply(Computed(found, heads, recipe.on_plain), *parents)
+    return Used.apply(Computed(found, len(heads_of(parents)), recipe.on_plain), *parents)
 
 
 def _on_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
