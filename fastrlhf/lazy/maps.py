@@ -36,12 +36,11 @@ def unchanged(recipe: Recipe, x: LazyTensor, **options: Any) -> Any:
         return NotImplemented
     if recipe.func is Tensor.contiguous and x.is_contiguous():
         return x
-    words = x.meaning()
-    if recipe.func is not Tensor.contiguous and x.vocab_dim == -1 and words is not None:
-        # A copy lies as what it is of, where that has no gaps.
-        form = torch.empty_like(form_of(x))
-        return same(recipe, x, words) if form.is_contiguous() else NotImplemented
-    return same(recipe, x, words)
+    # A clone lies as what it is of, where that has no gaps.
+    clones = recipe.func is not Tensor.contiguous and x.vocab_dim == -1
+    if clones and not torch.empty_like(form_of(x)).is_contiguous():
+        return NotImplemented
+    return same(recipe, x, x.meaning())
 
 
 def detach(recipe: Recipe, x: LazyTensor) -> Any:

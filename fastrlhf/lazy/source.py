@@ -19,19 +19,19 @@ from fastrlhf.hf.head_parts import HeadParts
 from fastrlhf.hf.head_scorer import with_adapters
 from fastrlhf.hf.logit_map import LogitMap
 from fastrlhf.hf.own_module import ModuleScorer
-from fastrlhf.ops.backend import current_autocast
+from fastrlhf.ops.backend import WORTH_COMPILING, current_autocast
 from fastrlhf.ops.linear_head import Weight
 from fastrlhf.ops.linear_rows import default_chunk
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 
+from .as_it_was import AsItWas
 from .graph import Terms
 from .meaning import Distribution, Rows
 
-# Of a batch, no more than a part is held as logits at a time, but as many tokens as keep a matmul
-# busy; and on a CPU as are worth a compiled kernel, of vocabularies of 2^14 words and more.
-_PARTS = 16
-_FEWEST_TOKENS = {"cpu": 256}
-_FEWEST_TOKENS_OF_GPU = 1024
+# Of a batch, a sixteenth is held as logits at a time; or more, a third at most, where that is too
+# few to keep a matmul busy, or on a CPU to be worth a compiled kernel.
+_PARTS, _FEWEST_PARTS = 16, 3
+_FEWEST_TOKENS, _FEWEST_TOKENS_OF_GPU = 32, 1024
 
 
 class Source:
@@ -41,7 +41,7 @@ class Source:
         self, module: nn.Module, own: Callable[[Tensor], Tensor], hidden: Tensor,
         parts: HeadParts | None, *, holds_weight: bool, impl: str,
     ):  # fmt: skip
-        self.own, self.parts, self.impl = own, parts, impl
+        self.own, self.parts, self.impl = AsItWas(module, own), parts, impl
         self.autocast = current_autocast(hidden.device.type)
         self.parameters = [x for x in module.parameters() if x.requires_grad]
         grad = torch.is_grad_enabled()
@@ -174,7 +174,9 @@ class Source:
         )  # fmt: skip
 
     def _chunk(self) -> int:
-        fewest = _FEWEST_TOKENS.get(self.device.type, _FEWEST_TOKENS_OF_GPU)
+        on_host = self.device.type == "cpu"
+        busy = -(-WORTH_COMPILING // self.vocab) if on_host else _FEWEST_TOKENS_OF_GPU
+        fewest = max(_FEWEST_TOKENS, min(busy, self.tokens // _FEWEST_PARTS))
         return min(default_chunk(self.vocab, self.device), max(fewest, self.tokens // _PARTS))
 
 

@@ -184,7 +184,8 @@ def derived(
     if words is not None and not differentiable:
         words = words.constant()
 
-    heads = heads_of(parents) if differentiable else frozenset()
+    # Also where nothing is differentiated, which a torch.autograd.Function may put into the graph.
+    heads = heads_of(parents)
 
     def make() -> LazyTensor:
         return LazyTensor(
