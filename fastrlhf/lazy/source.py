@@ -19,7 +19,7 @@ from fastrlhf.hf.head_parts import HeadParts
 from fastrlhf.hf.head_scorer import with_adapters
 from fastrlhf.hf.logit_map import LogitMap
 from fastrlhf.hf.own_module import ModuleScorer
-from fastrlhf.ops.backend import WORTH_COMPILING, current_autocast
+from fastrlhf.ops.backend import current_autocast, worth_compiling
 from fastrlhf.ops.linear_head import Weight
 from fastrlhf.ops.linear_rows import default_chunk
 from fastrlhf.ops.scorer import LinearScorer, Scorer
@@ -175,7 +175,7 @@ class Source:
 
     def _chunk(self) -> int:
         on_host = self.device.type == "cpu"
-        busy = -(-WORTH_COMPILING // self.vocab) if on_host else _FEWEST_TOKENS_OF_GPU
+        busy = -(-worth_compiling() // self.vocab) if on_host else _FEWEST_TOKENS_OF_GPU
         fewest = max(_FEWEST_TOKENS, min(busy, self.tokens // _FEWEST_PARTS))
         return min(default_chunk(self.vocab, self.device), max(fewest, self.tokens // _PARTS))
 

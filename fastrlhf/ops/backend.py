@@ -27,7 +27,7 @@ _TRITON_DEVICES = {"cuda", "xpu"}  # ROCm devices call themselves cuda
 BACKENDS = ("auto", "triton", "compiled", "eager")
 
 # From so many numbers on, "auto" takes what is compiled: less is done before it would be called.
-WORTH_COMPILING = 2**22
+_WORTH_COMPILING = 2**22
 
 _VARIABLE = "FASTRLHF_BACKEND"
 _chosen: str | None = None  # by set_backend
@@ -77,11 +77,16 @@ def backend_of(impl: str, tensor: Tensor, numbers: int) -> str:
         return "triton"
     impl = get_backend() if impl == "auto" else impl
     if impl in ("auto", "triton"):  # by set_backend, for devices on which it runs
-        worth_it = tensor.device.type == "cpu" and numbers >= WORTH_COMPILING
+        worth_it = tensor.device.type == "cpu" and numbers >= _WORTH_COMPILING
         # A graph that is being compiled asks when it runs.
         there = being_traced() or compiler_is_there()
         return "compiled" if worth_it and there else "eager"
     return impl
+
+
+def worth_compiling() -> int:
+    """From how many numbers on, operations of a CPU are compiled."""
+    return _WORTH_COMPILING
 
 
 def outside_of_graphs(function: Function) -> Function:
