@@ -637,7 +637,7 @@ def test_the_overhead_of_lazy_logits_is_measured_of_lazy_and_of_plain_ones(monke
         taken = lazy_overhead.measured(call)
         assert set(taken) == {"plain", "lazy"} and min(taken.values()) > 0
     report = fastrlhf.lazy_report(clear=True)
-    assert {use.what: use.calls for use in report.fused} == {"cross_entropy": 20}
+    assert [(use.what, use.calls) for use in report.fused] == [("cross_entropy", 10)] * 2
     assert {use.what: use.calls for use in report.built} == {"sigmoid": 1}  # once, before the turns
 
 
