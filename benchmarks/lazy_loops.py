@@ -5,6 +5,7 @@ None of them knows of this library. Each is timed as it is, and within `fastrlhf
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from trainer_step import TrainerStep
 
 TEMPERATURE = 0.9
 ENTROPY_BONUS = 0.01
+_SHARPER = 2.0  # than the student is the teacher
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,14 @@ def _dpo_with_sigmoid(step: TrainerStep) -> Tensor:
     logits = logits_of(step)
     odds = logits[:, :-1].sigmoid().mean(-1).float()
     return dpo_loss(_logprobs(logits, step), step) + _mean(odds, step)
+
+
+def with_teacher(step: Step) -> TrainerStep:
+    """Add a model to learn from, far enough away for the divergence to be known in fp32."""
+    teacher = copy.deepcopy(step.base).requires_grad_(False).eval()
+    with torch.no_grad():
+        teacher.model.norm.weight.mul_(_SHARPER)
+    return TrainerStep(**vars(step), reference=teacher)
 
 
 class Loop(NamedTuple):

@@ -618,7 +618,7 @@ def test_no_times_of_trainers_are_printed_where_one_is_wrong(wrong, monkeypatch,
 @pytest.mark.parametrize("name", lazy_loops.LOOPS)
 def test_every_loop_is_right_and_builds_only_where_it_says_so(name, trained, caplog) -> None:
     model = model_step.make_model(CPU, trained=trained, tiny=True)
-    step = trainer_step.make_trainer_step(model_step.make_step(model, 4, 16, whole=True))
+    step = lazy_loops.with_teacher(model_step.make_step(model, 4, 16, whole=True))
     assert step.mask[:, 1:].all() and step.attention.all()
     records = bench_lazy_logits.contest(name, step, CPU, 2)
     assert [record["status"] for record in records] == ["ok", "ok"], records
