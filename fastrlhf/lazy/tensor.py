@@ -260,7 +260,7 @@ def computed(
     plan = cost.plan(differentiable=differentiable, trained=trained)
     note_fused(name_of(recipe.func), plan, tokens)
     if not differentiable or not (found.requires_grad or again_for_gradient):
-        return found
+        return found.clone()  # its owner may write into it, and what is remembered stays
     inner = partial(result, with_graph=True) if again_for_gradient else found
     heads = len(heads_of(parents))
     return Used.apply(Computed(inner, heads, recipe.on_plain), found.detach(), *parents)
