@@ -5,6 +5,8 @@ All of it is differentiable with respect to what entered the head, unless it say
 Dims: U hidden states, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,11 +59,16 @@ class Known(NamedTuple):
     stats: TokenStats
     entropy_grad: bool
 
-    def serves(self, of: Distribution, targets: Tensor | None, *, entropy_grad: bool) -> bool:
-        in_graph = self.stats.logprob.requires_grad == torch.is_grad_enabled()
+    def serves(self, of: OfSource, targets: Tensor | None, *, entropy_grad: bool) -> bool:
+        """Whether what is asked for is here: a value, or one with its gradient."""
+        in_graph = self.stats.logprob.requires_grad or not torch.is_grad_enabled()
         alike = targets is None or self.targets is targets
         enough = self.entropy_grad or not entropy_grad
-        return in_graph and alike and enough and self.of == of.of_source()
+        return in_graph and alike and enough and self.of == of
+
+    def without_graph(self) -> Known:
+        of_tokens: Any = (None if x is None else x.detach() for x in self.stats)
+        return self._replace(stats=TokenStats(*of_tokens))
 
 
 def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: bool = False) -> Known:
@@ -71,16 +78,18 @@ def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: boo
     trained, the entropy and its gradient cost no matmul of their own, and its value never does.
     """
     source, of = of.source, of.flat()
+    # A value is the same whether a gradient goes back or not.
+    asked = of.with_gradient(True).of_source()
     for known in source.known:
-        if known.serves(of, targets, entropy_grad=entropy_grad):
-            return known
+        if known.serves(asked, targets, entropy_grad=entropy_grad):
+            return known if torch.is_grad_enabled() else known.without_graph()
     if targets is None:
         targets = _some_word(of)
     entropy_grad = entropy_grad or source.head_is_trained
     scorer, laid_out, taken = _laid_out(of, targets.reshape(-1))
     found = scorer.stats(laid_out, ignore_index=IGNORED, entropy=True, entropy_grad=entropy_grad)
     of_tokens: Any = (None if x is None else taken(x) for x in found)
-    known = Known(of.of_source(), targets, TokenStats(*of_tokens), entropy_grad)
+    known = Known(asked, targets, TokenStats(*of_tokens), entropy_grad)
     source.known.append(known)
     return known
 
