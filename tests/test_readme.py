@@ -335,6 +335,25 @@ def test_the_table_of_fewer_words_and_tokens_is_the_record() -> None:
         assert f"| {' | '.join(row)} |" in README
 
 
+def test_the_table_of_lazy_logits_is_the_record() -> None:
+    records = figures("lazy-logits")["records"]
+    for plain, lazy in zip(records[::2], records[1::2], strict=True):
+        assert (plain["provider"], lazy["provider"]) == ("plain", "lazy_logits")
+        assert [plain[x] for x in ("loss", "trained", "dtype")] == [
+            lazy[x] for x in ("loss", "trained", "dtype")
+        ]
+        row = (
+            lazy["loss"], f"{lazy['trained'].split()[0]}, {lazy['dtype']}",
+            f"{lazy['processor_ms'] / plain['processor_ms']:.2f}",
+            f"{plain['peak_mib']:.0f} → {lazy['peak_mib']:.0f}",
+            ", ".join(f"{what} {plan}" for what, plan, _ in lazy["fused"]) or "none",
+        )  # fmt: skip
+        assert f"| {' | '.join(row)} |" in README
+    calls = figures("lazy-overhead")["microseconds"]
+    for name, taken in calls.items():
+        assert f"| {name} | {taken['plain']:g} | {taken['lazy']:g} |" in README
+
+
 def figures(name: str) -> dict:
     return json.loads((ROOT / "benchmarks/results/cpu" / f"{name}.json").read_text("utf-8"))
 

@@ -62,7 +62,8 @@ _enabled: WeakKeyDictionary[nn.Module, _Enabled] = WeakKeyDictionary()
 def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
     """Let a model return logits that are not computed until they are needed, and mostly never.
 
-    Eager equivalent: nothing. `model(...).logits` is a tensor of the same shape, dtype and device.
+    Eager equivalent: the loop itself. `model(...).logits` is a tensor of the same shape, dtype and
+    device as without.
     Functions of PyTorch that take few numbers of it for each token (cross-entropy, log-softmax and
     gather, log-sum-exp, entropy, argmax, ...) are computed from the hidden states, without building
     logits, forward and backward. Any other function builds them, once, and gives what it would have
@@ -88,7 +89,8 @@ def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
     for each sequence, as in generation, is computed at once. Twice is as once.
 
     Raises:
-        TypeError: a head of a class that is not known; the model is left as it was.
+        TypeError: no model with a head that is known; it is left as it was.
+        ValueError: an impl that is not known.
     """
     base = base_model(model)
     module = head_module(base)
@@ -102,7 +104,13 @@ def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
 
 
 def disable_lazy_logits(model: nn.Module) -> None:
-    """Take `enable_lazy_logits` back. Logits that were returned before stay what they are."""
+    """Take `enable_lazy_logits` back. Logits that were returned before stay what they are.
+
+    Of a model that was not enabled, nothing is changed.
+
+    Raises:
+        TypeError: as `enable_lazy_logits`.
+    """
     module = head_module(base_model(model))
     if _enabled.pop(module, None) is not None:
         _take_away(module)
@@ -116,6 +124,9 @@ def lazy_logits(model: nn.Module, *, impl: str = "auto") -> Iterator[None]:
 
         with fastrlhf.lazy_logits(model):
             trainer.train()
+
+    Arguments, eager equivalent and errors are those of `enable_lazy_logits`. A model that was
+    enabled before stays so afterwards.
     """
     module = head_module(base_model(model))
     was_enabled = module in _enabled

@@ -79,7 +79,8 @@ def lazy_report(*, clear: bool = False) -> LazyReport:
         LazyReport, whose `fused` and `built` hold a LazyUse for each line of code and function, and
         whose text is a table. `plan` counts matmuls of the vocabulary, in units of the tokens:
         "1G" where nothing needs a gradient, "2G" for a frozen head, "3G" for a trained one whose
-        loss is known in the forward, "4G" where it comes later.
+        loss is known in the forward, "4G" where it comes later; "0G" of what came with something
+        else that was asked of the same tokens, or is of a few words.
     """
     found = LazyReport(tuple(_fused.values()), tuple(_built.values()))
     if clear:
