@@ -29,7 +29,7 @@ from .meaning import Distribution, Rows
 
 # Of a batch, no more than a part is held as logits at a time, but as many tokens as keep a matmul
 # busy.
-_PARTS = 16
+_PARTS = 32
 _FEWEST_TOKENS = {"cpu": 32}
 _FEWEST_TOKENS_OF_GPU = 1024
 
