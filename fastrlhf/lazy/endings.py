@@ -204,7 +204,9 @@ def add_up(
         sums = of_token().unsqueeze(-1)
         return sums.mean(dims, keepdim) / vocab if is_mean else sums.sum(dims, keepdim)
 
-    passes = 0 if words.kind is Kind.LOGITS and recipe.grad else len(words.of)
+    passes = len(words.of) + (words.kind is Kind.CROSS_TERMS)
+    if words.kind is Kind.LOGITS and recipe.grad:
+        passes = 0
     return computed(recipe, [x], compute, dtype=dtype, passes=passes)
 
 
@@ -221,4 +223,6 @@ def _sum_over_words(words: Words, *, differentiable: bool) -> Callable[[], Tenso
         found = lambda: scores.mean_logits(of) * of.source.vocab  # noqa: E731
     if words.kind is Kind.DIVERGENCE_TERMS and scores.are_comparable(*words.of):
         found = lambda: scores.divergences(*words.of)  # noqa: E731
+    if words.kind is Kind.CROSS_TERMS and scores.are_comparable(*words.of):
+        found = lambda: -scores.soft_cross_entropies(*words.of)  # noqa: E731
     return None if found is None else lambda: found() * factor

@@ -36,10 +36,9 @@ def unchanged(recipe: Recipe, x: LazyTensor, **options: Any) -> Any:
         return NotImplemented
     if recipe.func is Tensor.contiguous and x.is_contiguous():
         return x
-    if recipe.func is not Tensor.contiguous and x.vocab_dim == -1:
-        # A copy lies as what it is of, where that has no gaps.
-        if not torch.empty_like(form_of(x)).is_contiguous():
-            return NotImplemented
+    copies = recipe.func is not Tensor.contiguous and x.vocab_dim == -1
+    if copies and not torch.empty_like(form_of(x)).is_contiguous():
+        return NotImplemented  # a copy lies as what it is of, where that has no gaps
     return same(recipe, x, x.meaning())
 
 
@@ -224,11 +223,21 @@ def exponential(recipe: Recipe, x: LazyTensor) -> Any:
     return same(recipe, x, Words(Kind.PROBS, words.of), dtype_of(recipe, x))
 
 
+def clamp(recipe: Recipe, x: LazyTensor, min: Any = None, max: Any = None) -> Any:
+    """Of log-probs that are -inf, for which an entropy has the least number instead."""
+    words, least = x.meaning(), torch.finfo(x.dtype).min
+    if not isinstance(min, float) or min > least or max is not None:
+        return NotImplemented
+    if words is None or words.kind is not Kind.LOGPROBS or words.factor != 1:
+        return NotImplemented
+    return same(recipe, x, words._replace(kind=Kind.FLOORED_LOGPROBS))
+
+
 # Of two
 
 
 def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
-    """p·ln p, p·z and p·(ln p - ln q), which are added up over the words."""
+    """p·ln p, p·z, p·ln q and p·(ln p - ln q), which are added up over the words."""
     pair = _aligned(x, y)
     if pair is None:
         return NotImplemented
@@ -242,9 +251,15 @@ def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
         for of, sign in ((other.of, 1), (other.of[::-1], -1)):
             if p.same_as(of[0]):
                 return same(recipe, x, Words(Kind.DIVERGENCE_TERMS, of, sign * factor), dtype)
-    kinds = {Kind.LOGPROBS: Kind.ENTROPY_TERMS, Kind.LOGITS: Kind.LOGIT_TERMS}
+    kinds = {
+        Kind.LOGPROBS: Kind.ENTROPY_TERMS,
+        Kind.FLOORED_LOGPROBS: Kind.ENTROPY_TERMS,
+        Kind.LOGITS: Kind.LOGIT_TERMS,
+    }
     if other.kind in kinds and p.same_as(other.first):
         return same(recipe, x, Words(kinds[other.kind], (p,), factor), dtype)
+    if other.kind is Kind.LOGPROBS:
+        return same(recipe, x, Words(Kind.CROSS_TERMS, (p, other.first), factor), dtype)
     return NotImplemented
 
 

@@ -83,11 +83,13 @@ class Kind(Enum):
 
     LOGITS = auto()  # z_v
     LOGPROBS = auto()  # ln p_v
+    FLOORED_LOGPROBS = auto()  # ln p_v, which is no less than the least number of its dtype
     PROBS = auto()  # p_v
     LOG_RATIOS = auto()  # ln p_v - ln q_v
     ENTROPY_TERMS = auto()  # p_v ln p_v, which add up to minus the entropy
     LOGIT_TERMS = auto()  # p_v z_v
     DIVERGENCE_TERMS = auto()  # p_v (ln p_v - ln q_v), which add up to KL(p || q)
+    CROSS_TERMS = auto()  # p_v ln q_v, which add up to minus the cross-entropy
 
 
 class Words(NamedTuple):
