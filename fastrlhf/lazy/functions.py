@@ -53,7 +53,7 @@ _OF_FORM = (
 _ATTRIBUTES_OF_FORM = (
     "shape dtype device ndim layout requires_grad grad_fn is_leaf is_cuda is_cpu is_meta is_xpu "
     "is_mps is_quantized is_sparse is_sparse_csr is_mkldnn is_nested names output_nr _version "
-    "itemsize nbytes _backward_hooks retains_grad"
+    "itemsize nbytes _backward_hooks retains_grad _base"
 )
 OF_FORM = {getattr(place, name, None) for name in _OF_FORM.split() for place in (Tensor, torch)}
 OF_FORM |= {

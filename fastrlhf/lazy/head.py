@@ -223,12 +223,12 @@ def _why_not(
     parts: HeadParts | None,
 ) -> str:  # fmt: skip
     """Why logits cannot wait; nothing if they can."""
+    goes = any(map(_weights_go_away, module.modules())) or gathers_its_parts(module)
+    offloads = any(getattr(x, "offload", False) for x in _hooks(module))
+    if goes or offloads or (parts is None and _is_sharded(enabled)):
+        return "the weight of the head is not there after its call"
     if (parts is not None and parts.part is not None) or any(map(is_dtensor, module.parameters())):
         return "the head is tensor parallel"
-    goes = any(_goes_away(x) for x in module.parameters()) or gathers_its_parts(module)
-    offloads = any(getattr(x, "offload", False) for x in _hooks(module))
-    if goes or offloads:
-        return "the weight of the head is not there after its call"
     if parts is None and any(_drops(x) for x in module.modules()):
         return "an adapter of the head that is no LoRA draws a dropout at each call"
     state = state_of(enabled.base(), module, parts)
@@ -242,9 +242,13 @@ def _why_not(
     return ""
 
 
-def _goes_away(parameter: Tensor) -> bool:
-    """Whether FSDP1 or ZeRO-3 of DeepSpeed hold a parameter for the calls of modules only."""
-    return hasattr(parameter, "ds_status") or getattr(parameter, "_fsdp_flattened", False)
+def _weights_go_away(part: nn.Module) -> bool:
+    """Whether ZeRO-3 of DeepSpeed, FSDP1 or a call with other parameters (torch.func) hold those of
+    a module for its call only: the last two as tensors that are no parameters.
+    """
+    weights = [getattr(part, name, None) for name in ("weight", "bias", *part._parameters)]
+    there = [x for x in weights if isinstance(x, Tensor)]
+    return any(hasattr(x, "ds_status") or not isinstance(x, nn.Parameter) for x in there)
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -181,7 +181,8 @@ def derived(
     if words is not None and not differentiable:
         words = words.constant()
 
-    heads = heads_of(parents) if differentiable else frozenset()
+    # Also where nothing is differentiated, which a torch.autograd.Function may put into the graph.
+    heads = heads_of(parents)
 
     def make() -> LazyTensor:
         return LazyTensor(
@@ -284,4 +285,10 @@ _WRITING = {
 def _note(func: Any, lazies: list[LazyTensor]) -> None:
     for source in frozenset[Source]().union(*(x.sources for x in lazies if not x.is_built)):
         size = source.tokens * source.vocab * source.dtype.itemsize
-        note_built(getattr(func, "__name__", str(func)), source.tokens, size)
+        note_built(_name_of(func), source.tokens, size)
+
+
+def _name_of(func: Any) -> str:
+    """The name of a function, or of an attribute that is asked for."""
+    own = getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func
+    return getattr(own, "__name__", str(own))
