@@ -40,6 +40,7 @@ _logger = logging.getLogger(__name__)
 
 _CALLS_BETWEEN_CHECKS = 64
 _COMPARED_TOKENS = 4
+_TENSOR_PARALLEL = "the head is tensor parallel"
 
 
 @dataclass
@@ -193,6 +194,8 @@ def _outside_of_graphs(
     enabled: _Enabled, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     hidden = args[0] if len(args) == 1 and not kwargs else None
+    if is_dtensor(hidden):
+        _say(enabled, _TENSOR_PARALLEL)
     if not isinstance(hidden, Tensor) or not _is_plain(hidden) or hidden.shape[-2] < 2:
         return own(*args, **kwargs)
     try:
@@ -201,14 +204,19 @@ def _outside_of_graphs(
     except RuntimeError as error:
         parts, why = None, str(error)
     if why:
-        if why not in enabled.said:
-            enabled.said.add(why)
-            _logger.warning("lazy_logits: the logits are built: %s", why)
+        _say(enabled, why)
         return own(hidden)
     source = Source(
         module, own, hidden, parts, holds_weight=_is_sharded(enabled), impl=enabled.impl
     )
     return logits_of(source, hidden)
+
+
+def _say(enabled: _Enabled, why: str) -> None:
+    """Log once why logits cannot wait."""
+    if why not in enabled.said:
+        enabled.said.add(why)
+        _logger.warning("lazy_logits: the logits are built: %s", why)
 
 
 def _is_plain(hidden: Tensor) -> bool:
@@ -228,7 +236,7 @@ def _why_not(
     if goes or offloads or (parts is None and _is_sharded(enabled)):
         return "the weight of the head is not there after its call"
     if (parts is not None and parts.part is not None) or any(map(is_dtensor, module.parameters())):
-        return "the head is tensor parallel"
+        return _TENSOR_PARALLEL
     if parts is None and any(_drops(x) for x in module.modules()):
         return "an adapter of the head that is no LoRA draws a dropout at each call"
     state = state_of(enabled.base(), module, parts)

@@ -24,6 +24,7 @@ from fastrlhf.ops.linear_head import Weight
 from fastrlhf.ops.linear_rows import default_chunk
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 
+from .as_it_was import AsItWas
 from .graph import Terms
 from .meaning import Distribution, Rows
 
@@ -41,7 +42,7 @@ class Source:
         self, module: nn.Module, own: Callable[[Tensor], Tensor], hidden: Tensor,
         parts: HeadParts | None, *, holds_weight: bool, impl: str,
     ):  # fmt: skip
-        self.own, self.parts, self.impl = own, parts, impl
+        self.own, self.parts, self.impl = AsItWas(module, own), parts, impl
         self.autocast = current_autocast(hidden.device.type)
         self.parameters = [x for x in module.parameters() if x.requires_grad]
         grad = torch.is_grad_enabled()
