@@ -1,30 +1,16 @@
 """Lazy logits of all kinds of models, and of whatever is done with a model while it has them."""
 
-import copy
-import io
-import logging
-import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.lazy_wrappers import (
-    LOOPS,
-    Wrapped,
-    differences,
     lazy,
     make_batch,
-    run,
-    small_model,
     warnings_of_builds,
 )
-from support.tiny_models import ARCHITECTURES, CAP, batch, make
 from torch import Tensor, nn
-
-import fastrlhf
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import fastrlhf
 
-from . import more_wrappers, tensor_parallel, wrapped_losses
+from . import tensor_parallel, wrapped_losses
 from .more_wrappers import Wrapped, _accelerated, _each_part, _fake, _shard
 from .wrapped_losses import Batch, Gradients, Loss, checkpointed, make_batch, small_model
 
