@@ -147,7 +147,9 @@ def _ordered(x: LazyTensor) -> Distribution | None:
     known = (Kind.LOGITS, Kind.LOGPROBS, Kind.PROBS)
     if words is None or words.kind not in known or x.vocab_dim != -1 or not words.factor > 0:
         return None
-    return words.first if scores.is_linear(words.first) else None
+    of = words.first
+    # With an offset, the order is that of sums that are rounded twice.
+    return of if scores.is_linear(of) and of.offset is None else None
 
 
 def _best(

@@ -80,6 +80,7 @@ KNOWN: dict[Any, Known] = {
     **_by_name("mul multiply __mul__ __rmul__", maps.multiply),
     **_by_name("div divide true_divide __truediv__", maps.divide),
     **_by_name("div_ divide_ true_divide_ __itruediv__ mul_ multiply_ __imul__", maps.write),
+    **_by_name("add __add__ __radd__", maps.add),
     **_by_name("sub subtract __sub__", maps.subtract),
     **_by_name("tanh", maps.tanh),
     **_by_name("log_softmax", maps.log_softmax),

@@ -156,9 +156,28 @@ def tanh(recipe: Recipe, x: LazyTensor) -> Any:
     if words is None or words.kind is not Kind.LOGITS:
         return NotImplemented
     of = words.first
-    if of.capped or of.temperature is not None:
+    if of.capped or of.temperature is not None or of.offset is not None:
         return NotImplemented
     return same(recipe, x, words._replace(of=(of._replace(capped=True),)))
+
+
+def add(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
+    """A number of each word more, as BART has it."""
+    if not isinstance(x, LazyTensor):
+        x, y = y, x
+    words = x.meaning()
+    if options or words is None or words.kind is not Kind.LOGITS or x.vocab_dim != -1:
+        return NotImplemented
+    of, known = words.first, type(y) in (Tensor, torch.nn.Parameter) and not y.requires_grad
+    if not known or y.device != x.device or not y.is_floating_point() or y.ndim > x.ndim:
+        return NotImplemented
+    if y.numel() != x.shape[-1] or y.shape[-1] != x.shape[-1]:
+        return NotImplemented
+    if of.capped or of.temperature is not None:
+        return NotImplemented
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    offset = y.reshape(-1).to(torch.promote_types(y.dtype, torch.float32), copy=True)
+    return same(recipe, x, words._replace(of=(of.added(offset),)), dtype)
 
 
 def write(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:

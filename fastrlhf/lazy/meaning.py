@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 class Distribution(NamedTuple):
     """The softmax of logits of some tokens.
 
-    Of a head's logits z the logits are scale·z / temperature, or with a cap
+    Of a head's logits z the logits are (scale·z + offset) / temperature, or with a cap
     factor·tanh(scale·z) / temperature.
     """
 
@@ -51,6 +51,7 @@ class Distribution(NamedTuple):
     factor: float = 1.0
     temperature: Tensor | None = None  # of each token, in the shape of the rows
     constant: bool = False  # whether no gradient goes back to the logits
+    offset: Tensor | None = None  # (V,) of each word, a constant
 
     def viewed(self, view: View, step: Any, *, distinct: bool) -> Distribution:
         temperature = None if self.temperature is None else view(self.temperature)
@@ -61,18 +62,23 @@ class Distribution(NamedTuple):
     def scaled(self, by: float) -> Distribution:
         if self.capped:
             return self._replace(factor=self.factor * by)
-        return self._replace(scale=self.scale * by)
+        offset = None if self.offset is None else self.offset * by
+        return self._replace(scale=self.scale * by, offset=offset)
 
     def divided(self, by: Tensor) -> Distribution:
         """With a temperature more, of each token."""
         temperature = by if self.temperature is None else self.temperature * by
         return self._replace(temperature=temperature)
 
+    def added(self, offset: Tensor) -> Distribution:
+        return self._replace(offset=offset if self.offset is None else self.offset + offset)
+
     def same_as(self, other: Distribution) -> bool:
         return (
             self.source is other.source
             and self[2:5] == other[2:5]
             and self.temperature is other.temperature
+            and self.offset is other.offset
             and self.constant == other.constant
             and self.rows.same_as(other.rows)
         )
