@@ -28,6 +28,7 @@ _COSTS = {
     Kind.ENTROPY_TERMS: Cost(1, 3, 4, of_statistics=True),
     Kind.LOGIT_TERMS: Cost(1, 3, 4, of_statistics=True),
     Kind.DIVERGENCE_TERMS: Cost(2, 3, 4),
+    Kind.CROSS_TERMS: Cost(3, 4, 5),
 }
 
 # Of some words
@@ -164,7 +165,9 @@ def _ordered(x: LazyTensor) -> Distribution | None:
     known = (Kind.LOGITS, Kind.LOGPROBS, Kind.PROBS)
     if words is None or words.kind not in known or x.vocab_dim != -1 or not words.factor > 0:
         return None
-    return words.first if scores.is_linear(words.first) else None
+    of = words.first
+    # With an offset, the order is that of sums that are rounded twice.
+    return of if scores.is_linear(of) and of.offset is None else None
 
 
 def _best(
@@ -242,4 +245,6 @@ def _sum_over_words(words: Words) -> Callable[[], Tensor] | None:
     }.get(words.kind)
     if words.kind is Kind.DIVERGENCE_TERMS and scores.are_comparable(*words.of):
         found = lambda: scores.divergences(*words.of)  # noqa: E731
+    if words.kind is Kind.CROSS_TERMS and scores.are_comparable(*words.of):
+        found = lambda: -scores.soft_cross_entropies(*words.of)  # noqa: E731
     return None if found is None else lambda: found() * factor

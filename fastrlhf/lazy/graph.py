@@ -308,7 +308,8 @@ def _of_parents(
 def heads_of(tensors: Sequence[LazyTensor]) -> frozenset[Source]:
     """The heads that gradients of lazy tensors reach."""
     none: frozenset[Source] = frozenset()
-    return none.union(*(x.heads for x in tensors if x.requires_grad))
+    with torch._C.DisableTorchFunctionSubclass():  # which takes longer than the rest
+        return none.union(*(x.heads for x in tensors if x.requires_grad))
 
 
 def _shared_out(

@@ -6,6 +6,7 @@ loss of labels) is done to lazy ones. Copies of a model, and pickled ones, have 
 the replicas of DataParallel, which have that of the original, make logits as ever.
 """
 
+import copyreg
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -176,22 +177,30 @@ class _LazyForward:
         return _forward(self.module, self.fastrlhf_own, *args, **kwargs)
 
 
-def _empty(cls: Any) -> Any:
-    """An instance of a class, for a copy to be filled: it is of the head's own class."""
-    return cls.__new__(cls)
+class _LazyForwards:
+    """The forward of a class, but lazy of its modules; like any method, it comes after a forward
+    that somebody puts into a module itself.
+    """
+
+    def __init__(self, own: Callable[..., Any]):
+        self.own = own
+
+    def __get__(self, module: nn.Module | None, cls: Any = None) -> Callable[..., Any]:
+        if module is None:
+            return self.own
+        return _LazyForward(module, functools.partial(self.own, module))
 
 
 @functools.cache
 def _lazy_class(cls: Any) -> Any:
     class LazyHead(cls):
         _fastrlhf_own_class = cls
-
-        @property
-        def forward(self) -> Any:
-            return _LazyForward(self, functools.partial(cls.forward, self))
+        forward = _LazyForwards(cls.forward)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return (_empty, (cls,), super().__reduce_ex__(protocol)[2])
+            # As an object of the own class, whose name this one has; __newobj__ wants that of both.
+            _, _, *state = super().__reduce_ex__(protocol)
+            return (copyreg._reconstructor, (cls, object, None), *state)  # type: ignore[attr-defined]
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(LazyHead, name, getattr(cls, name))

@@ -19,12 +19,15 @@ def cross_entropy(
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
-    """The logits and one word for each token."""
+    """The logits and one word for each token, or the probabilities of all."""
     words = x.meaning() if isinstance(x, LazyTensor) else None
     if words is None or words.factor != 1 or words.kind not in (Kind.LOGITS, Kind.LOGPROBS):
         return NotImplemented
     if size_average is not None or reduce is not None:
         return NotImplemented
+    if isinstance(target, LazyTensor):
+        plain = weight is None and label_smoothing == 0
+        return _of_probs(recipe, x, words, target, reduction) if plain else NotImplemented
     return _of_words(recipe, x, words, target, weight, ignore_index, reduction, label_smoothing)
 
 
@@ -76,7 +79,27 @@ def _of_words(
 
     empty = torch.empty(0, dtype=torch.int64, device=x.device)
     dtype = dtype_of(recipe, x, empty)
-    return computed(recipe, [x], compute, dtype=dtype, cost=Cost(1, 2, 3))
+    cost = Cost(1, 2, 4 if reduction == "none" else 3)
+    return computed(recipe, [x], compute, dtype=dtype, cost=cost)
+
+
+def _of_probs(
+    recipe: Recipe, x: LazyTensor, words: Words, target: LazyTensor, reduction: str
+) -> Any:
+    p, alike = target.meaning(), x.shape == target.shape and x.vocab_dim == target.vocab_dim
+    classes_are_words = x.ndim + x.vocab_dim == min(1, x.ndim - 1)
+    if p is None or p.kind is not Kind.PROBS or p.factor != 1 or not (alike and classes_are_words):
+        return NotImplemented
+    pair = p.first, words.first
+    if reduction not in ("none", "mean", "sum") or not scores.are_comparable(*pair):
+        return NotImplemented
+
+    def compute() -> Tensor:
+        losses = scores.soft_cross_entropies(*pair)
+        return losses if reduction == "none" else getattr(losses, reduction)()
+
+    dtype = dtype_of(recipe, x, target)
+    return computed(recipe, [x, target], compute, dtype=dtype, cost=Cost(3, 4, 5))
 
 
 def kl_div(

@@ -157,9 +157,28 @@ def tanh(recipe: Recipe, x: LazyTensor) -> Any:
     if words is None or words.kind is not Kind.LOGITS:
         return NotImplemented
     of = words.first
-    if of.capped or of.temperature is not None:
+    if of.capped or of.temperature is not None or of.offset is not None:
         return NotImplemented
     return same(recipe, x, words._replace(of=(of.tanh(),)))
+
+
+def add(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
+    """A number of each word more, as BART has it."""
+    if not isinstance(x, LazyTensor):
+        x, y = y, x
+    words = x.meaning()
+    if options or words is None or words.kind is not Kind.LOGITS or x.vocab_dim != -1:
+        return NotImplemented
+    of, known = words.first, type(y) in (Tensor, torch.nn.Parameter) and not y.requires_grad
+    if not known or y.device != x.device or not y.is_floating_point() or y.ndim > x.ndim:
+        return NotImplemented
+    if y.numel() != x.shape[-1] or y.shape[-1] != x.shape[-1]:
+        return NotImplemented
+    if of.capped or of.temperature is not None:
+        return NotImplemented
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    offset = y.reshape(-1).to(torch.promote_types(y.dtype, torch.float32), copy=True)
+    return same(recipe, x, words._replace(of=(of.added(offset),)), dtype)
 
 
 def write(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
@@ -224,11 +243,21 @@ def exponential(recipe: Recipe, x: LazyTensor) -> Any:
     return same(recipe, x, Words(Kind.PROBS, words.of), dtype_of(recipe, x))
 
 
+def clamp(recipe: Recipe, x: LazyTensor, min: Any = None, max: Any = None) -> Any:
+    """Of log-probs that are -inf, for which an entropy has the least number instead."""
+    words, least = x.meaning(), torch.finfo(x.dtype).min
+    if not isinstance(min, float) or min > least or max is not None:
+        return NotImplemented
+    if words is None or words.kind is not Kind.LOGPROBS or words.factor != 1:
+        return NotImplemented
+    return same(recipe, x, words._replace(kind=Kind.FLOORED_LOGPROBS))
+
+
 # Of two
 
 
 def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
-    """p·ln p, p·z and p·(ln p - ln q), which are added up over the words."""
+    """p·ln p, p·z, p·ln q and p·(ln p - ln q), which are added up over the words."""
     pair = _aligned(x, y)
     if pair is None:
         return NotImplemented
@@ -242,9 +271,15 @@ def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
         for of, sign in ((other.of, 1), (other.of[::-1], -1)):
             if p.same_as(of[0]):
                 return same(recipe, x, Words(Kind.DIVERGENCE_TERMS, of, sign * factor), dtype)
-    kinds = {Kind.LOGPROBS: Kind.ENTROPY_TERMS, Kind.LOGITS: Kind.LOGIT_TERMS}
+    kinds = {
+        Kind.LOGPROBS: Kind.ENTROPY_TERMS,
+        Kind.FLOORED_LOGPROBS: Kind.ENTROPY_TERMS,
+        Kind.LOGITS: Kind.LOGIT_TERMS,
+    }
     if other.kind in kinds and p.same_as(other.first):
         return same(recipe, x, Words(kinds[other.kind], (p,), factor), dtype)
+    if other.kind is Kind.LOGPROBS:
+        return same(recipe, x, Words(Kind.CROSS_TERMS, (p, other.first), factor), dtype)
     return NotImplemented
 
 

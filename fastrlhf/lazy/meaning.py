@@ -56,12 +56,14 @@ class OfSource(NamedTuple):
     factor: float
     temperature: Tensor | None
     constant: bool
+    offset: Tensor | None
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, OfSource)
             and self[1:4] == other[1:4]
             and are_same(self.temperature, other.temperature)
+            and are_same(self.offset, other.offset)
             and self.constant == other.constant
             and self.rows.same_as(other.rows)
         )
@@ -70,7 +72,7 @@ class OfSource(NamedTuple):
 class Distribution(NamedTuple):
     """The softmax of logits of some tokens.
 
-    Of a head's logits z the logits are scale·z / temperature, or with a cap
+    Of a head's logits z the logits are (scale·z + offset) / temperature, or with a cap
     factor·tanh(scale·z) / temperature.
     """
 
@@ -84,6 +86,7 @@ class Distribution(NamedTuple):
     # Where a loop goes through parts of these tokens one by one, what they are parts of, and the
     # places (...) there: all are computed at once, when the first is asked for.
     part_of: tuple[Distribution, Tensor] | None = None
+    offset: Tensor | None = None  # (V,) of each word, a constant
 
     def viewed(self, view: View, step: Any, *, distinct: bool) -> Distribution:
         part_of = self.part_of
@@ -112,7 +115,8 @@ class Distribution(NamedTuple):
     def scaled(self, by: float) -> Distribution:
         if self.capped:
             return self._changed(factor=self.factor * by)
-        return self._changed(scale=self.scale * by)
+        offset = None if self.offset is None else self.offset * by
+        return self._changed(scale=self.scale * by, offset=offset)
 
     def tanh(self) -> Distribution:
         return self._changed(capped=True)
@@ -133,13 +137,22 @@ class Distribution(NamedTuple):
         whole, places = self.part_of
         return changed._replace(part_of=(whole._changed(**changes), places))
 
+    def added(self, offset: Tensor) -> Distribution:
+        return self._changed(offset=offset if self.offset is None else self.offset + offset)
+
     def same_as(self, other: Distribution) -> bool:
         return self.source is other.source and self.of_source() == other.of_source()
 
     def of_source(self) -> OfSource:
         """What tells it from others of its source, without holding that."""
         return OfSource(
-            self.rows, self.scale, self.capped, self.factor, self.temperature, self.constant
+            self.rows,
+            self.scale,
+            self.capped,
+            self.factor,
+            self.temperature,
+            self.constant,
+            self.offset,
         )
 
 
@@ -157,11 +170,13 @@ class Kind(Enum):
 
     LOGITS = auto()  # z_v
     LOGPROBS = auto()  # ln p_v
+    FLOORED_LOGPROBS = auto()  # ln p_v, which is no less than the least number of its dtype
     PROBS = auto()  # p_v
     LOG_RATIOS = auto()  # ln p_v - ln q_v
     ENTROPY_TERMS = auto()  # p_v ln p_v, which add up to minus the entropy
     LOGIT_TERMS = auto()  # p_v z_v
     DIVERGENCE_TERMS = auto()  # p_v (ln p_v - ln q_v), which add up to KL(p || q)
+    CROSS_TERMS = auto()  # p_v ln q_v, which add up to minus the cross-entropy
 
 
 class Words(NamedTuple):

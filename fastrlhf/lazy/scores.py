@@ -141,7 +141,7 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
 
 def _some_word(of: Distribution) -> Tensor:
     """For each token, a word that is not ruled out by the bias."""
-    bias = None if of.source.parts is None else of.source.parts.bias
+    bias = of.source.bias_of(of)
     word = torch.zeros((), dtype=torch.int64, device=of.source.device)
     if bias is not None:
         word = bias.detach().argmax()
@@ -212,12 +212,11 @@ def sum_of_logprobs(of: Distribution) -> Tensor:
 
 
 def cross_entropy_of(of: Distribution, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy of each token, 0 where the target is IGNORED, with its gradient made in the
-    forward.
-    """
+    """The cross-entropy of each token, 0 where the target is IGNORED."""
+    if label_smoothing == 0 or not is_linear(of):
+        return -logprobs(of, targets)  # each with a factor of its own, as a mask or a ratio is
     scorer, laid_out, taken = _laid_out(of, targets)
-    if not isinstance(scorer, LinearScorer):
-        return -taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)
+    assert isinstance(scorer, LinearScorer)
     options = CrossEntropy(label_smoothing)
     return taken(cross_entropies(scorer, laid_out, options, ignore_index=IGNORED))
 
@@ -261,6 +260,13 @@ def divergences(p: Distribution, q: Distribution) -> Tensor:
         torch.ones_like(rows, dtype=torch.bool), direction=direction, beta=0.5,
     )  # fmt: skip
     return found.view(ours.rows.numbers.shape)
+
+
+def soft_cross_entropies(p: Distribution, q: Distribution) -> Tensor:
+    """-Σ p ln q of each token, which is KL(p || q) and the entropy of p."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not p.constant):
+        of_p = entropies(p)
+    return divergences(p, q) + of_p
 
 
 @torch.no_grad()

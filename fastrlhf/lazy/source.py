@@ -165,13 +165,18 @@ class Source:
             hidden = hidden[only]
         if self.parts is None:
             return ModuleScorer(
-                hidden, self.own, LogitMap(scale, softcap), self.vocab, temperatures,
+                hidden, self.own, LogitMap(scale, softcap, of.offset), self.vocab, temperatures,
                 self._chunk(), self.impl, rows=rows,
             )  # fmt: skip
         return LinearScorer(
-            hidden, self.weights, self.parts.bias, temperatures, softcap, scale, self._chunk(),
+            hidden, self.weights, self.bias_of(of), temperatures, softcap, scale, self._chunk(),
             self.impl, rows=rows,
         )  # fmt: skip
+
+    def bias_of(self, of: Distribution) -> Tensor | None:
+        """The bias of a head that is a matrix, with what the logits of a distribution have more."""
+        bias = None if self.parts is None else self.parts.bias
+        return LogitMap(of.scale, offset=of.offset).folded_bias(bias)
 
     def _chunk(self) -> int:
         on_host = self.device.type == "cpu"

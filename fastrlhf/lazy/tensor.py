@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves
 
+from fastrlhf.ops.backend import outside_of_graphs
+
 from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used, heads_of
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
@@ -104,20 +106,7 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .functions import KNOWN, OF_FORM
-
-        kwargs = kwargs or {}
-        if func in OF_FORM:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        lazies = list(lazy_tensors((args, kwargs)))
-        if not lazies:  # they are within something that is no list, tuple or dict
-            return super().__torch_function__(func, types, args, kwargs)
-        if func in KNOWN and not any(x.is_built for x in lazies):
-            found = _known(func, lazies[0].device, args, kwargs)
-            if found is not NotImplemented:
-                return found
-        return _on_plain(func, lazies, args, kwargs)
+        return outside_of_graphs(_called)(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -132,6 +121,24 @@ class LazyTensor(Tensor):
             plain_args, plain_kwargs = plain((args, kwargs or {}))
         found = func(*plain_args, **plain_kwargs)
         return args[0] if args and found is plain_args[0] else found  # it was written into
+
+
+def _called(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function of PyTorch returns that is given lazy tensors."""
+    from .functions import KNOWN, OF_FORM
+
+    if func in OF_FORM:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    lazies = list(lazy_tensors((args, kwargs)))
+    if not lazies:  # they are within something that is no list, tuple or dict
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if func in KNOWN and not any(x.is_built for x in lazies):
+        found = _known(func, lazies[0].device, args, kwargs)
+        if found is not NotImplemented:
+            return found
+    return _on_plain(func, lazies, args, kwargs)
 
 
 def _known(func: Any, device: torch.device, args: Any, kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ are told.
 Dims: V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,20 +155,20 @@ def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     dim = _dim_of(recipe, args, kwargs)
     if dim is None or dim % x.ndim == x.ndim - 1:
         return NotImplemented
-
-    def part(n: int) -> Any:
-        def view(rows: Tensor) -> Tensor:
-            options = {name: value for name, value in kwargs.items() if name != "dim"}
-            return recipe.func(rows, *args[: _BEFORE_DIM[recipe.func.__name__]], **options,
-                               dim=dim % x.ndim)[n]  # fmt: skip
-
+    name, dim, start, found = recipe.func.__name__, dim % x.ndim, 0, []
+    for n, form in enumerate(of_form):
         of_part = recipe._replace(func=Part(recipe.func, n))
-        step: Any = (recipe.func.__name__, repr(args), repr(kwargs), n)
+        step: Any = (name, repr(args), repr(kwargs), n)
         if len(of_form) == 1:
-            step = (LAID_OUT, of_form[0].shape[:-1])
-        return viewed(of_part, x, view, step, is_part=len(of_form) >= _PARTS_OF_A_LOOP)
-
-    return tuple(part(n) for n in range(len(of_form)))
+            step = (LAID_OUT, form.shape[:-1])
+        if name == "unbind":
+            view = partial(torch.select, dim=dim, index=n)
+        else:
+            view = partial(torch.narrow, dim=dim, start=start, length=form.shape[dim])
+            start += form.shape[dim]
+        is_part = len(of_form) >= _PARTS_OF_A_LOOP
+        found.append(viewed(of_part, x, view, step, is_part=is_part))
+    return tuple(found)
 
 
 # Of two parts, a prompt and its completion, often one alone is wanted.
@@ -220,5 +221,13 @@ def expand(recipe: Recipe, x: LazyTensor, *sizes: Any) -> Any:
     ).shape
     if shape[-1] != x.shape[-1] or x.shape[-1] == 1:
         return NotImplemented
-    lead = shape[:-1]
-    return viewed(recipe, x, lambda rows: rows.expand(lead), ("expand", lead), distinct=False)
+    lead, distinct = shape[:-1], shape.numel() == x.numel()
+    return viewed(recipe, x, lambda rows: rows.expand(lead), ("expand", lead), distinct=distinct)
+
+
+def broadcast(recipe: Recipe, *tensors: Any) -> Any:
+    """broadcast_tensors: each expanded to the shape of all."""
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return NotImplemented
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return tuple(x.expand(shape) for x in tensors)
