@@ -26,6 +26,7 @@ def scored_divergence(
     if isinstance(ours, LinearScorer) and isinstance(theirs, LinearScorer):
         frozen = _cut_as(ours, theirs)
         frozen = frozen._replace(
+            hidden=frozen.hidden.detach(),
             weights=[x.detach() if isinstance(x, Tensor) else x for x in frozen.weights],
             bias=None if frozen.bias is None else frozen.bias.detach(),
         )

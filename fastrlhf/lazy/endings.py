@@ -189,19 +189,24 @@ def logsumexp(recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = Fa
     words = x.meaning()
     if isinstance(dim, tuple | list) and len(dim) == 1:
         (dim,) = dim
-    if words is None or words.kind is not Kind.LOGITS or not is_vocab_dim(x, dim):
+    if words is None or not is_vocab_dim(x, dim) or not scores.is_linear(words.first):
         return NotImplemented
-    of = words.first
-    if not scores.is_linear(of):
+    of, factor = words.first, words.factor
+    of_power = words.kind is Kind.LOGPROBS and factor > 0  # ln Σ p^factor
+    if words.kind is not Kind.LOGITS and not of_power:
         return NotImplemented
     shape = [1 if n - x.ndim == x.vocab_dim else size for n, size in enumerate(x.shape)]
 
     def compute() -> Tensor:
-        found = scores.log_sum_exp(of)
+        found = scores.log_sum_exp(of.scaled(factor) if of_power else of)
+        if of_power:
+            found = found - factor * scores.log_sum_exp(of)
         return found.view(shape) if keepdim else found
 
-    found = computed(recipe, [x], compute, dtype=dtype_of(recipe, x, dim=-1), cost=_OF_LOGPROBS)
-    remember_lse(found, of)
+    cost = Cost(2, 4, 8) if of_power else _OF_LOGPROBS
+    found = computed(recipe, [x], compute, dtype=dtype_of(recipe, x, dim=-1), cost=cost)
+    if not of_power:
+        remember_lse(found, of)
     return found
 
 

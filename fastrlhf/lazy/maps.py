@@ -220,8 +220,8 @@ def _softmax(
     words = x.meaning()
     if words is None or not is_vocab_dim(x, dim):
         return NotImplemented
-    if words.kind is Kind.LOGPROBS and words.factor == 1:  # which are logits of the same
-        words = Words(Kind.LOGITS, words.of)
+    if words.kind is Kind.LOGPROBS and words.factor > 0:  # which are logits of the same
+        words = Words(Kind.LOGITS, (words.first.scaled(words.factor),))
     if words.kind is not Kind.LOGITS:
         return NotImplemented
     if dtype is None:

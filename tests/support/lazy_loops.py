@@ -205,6 +205,20 @@ def openrlhf(in_float: bool, models: Models, batch: Batch) -> Tensor:
     return clipped(logprobs[:, :-1], entropy, batch, batch.ids.shape[1] - 1)
 
 
+# Powers of the probabilities: weights of WPO, and a sharpened policy
+
+
+def weighted_dpo(models: Models, batch: Batch) -> Tensor:
+    logits = models.policy(input_ids=batch.ids).logits[:, :-1]
+    logprobs = F.log_softmax(logits, dim=-1)
+    of_labels = logprobs.gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
+    aligned = of_labels - torch.logsumexp(2.0 * logprobs, dim=-1)
+    sharpened = torch.log_softmax(logprobs / 0.5, dim=-1).gather(-1, batch.ids[:, 1:, None])
+    of_tokens = aligned + 0.1 * sharpened.squeeze(-1)
+    chosen, rejected = (of_tokens * batch.mask).sum(-1).chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
 # Distillation
 
 
@@ -282,6 +296,7 @@ LOOPS: dict[str, Loss] = {
     "SFT, float": sft_float,
     "SFT, smoothed": sft_of_a_module,
     "DPO": dpo,
+    "WPO": weighted_dpo,
     "verl, naive": partial(verl, logprobs_from_logits_naive),
     "verl, v2": partial(verl, logprobs_from_logits_v2),
     "verl, no padding, naive": partial(verl_without_padding, logprobs_from_logits_naive),
