@@ -23,6 +23,7 @@ from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
 
 from .meaning import Distribution, OfSource
 
+_OF_TWO = 4  # a divergence holds of both logits, and of its terms
 IGNORED = -(2**30)  # no id of a word, and what int32 holds
 
 
@@ -129,7 +130,9 @@ def picked(of: Distribution, targets: Tensor) -> Tensor:
     _check_ids(ids, scorer.vocab)
     pairs = KeptRows(rows.reshape(-1), ids, torch.ones_like(ids, dtype=torch.bool), dtype)
     with exact(scorer.hidden):
-        raw = kept_logits(scorer.hidden.to(dtype), scorer.weights, scorer.bias, pairs, scorer.impl)
+        raw = kept_logits(
+            scorer.hidden.to(dtype), scorer.weights, scorer.bias, pairs, of.source.impl
+        )
     logits = capped_logits(raw, scorer.softcap, scorer.scale).view(targets.shape)
     return logits if temperature is None else logits / temperature
 
@@ -255,8 +258,8 @@ def divergences(p: Distribution, q: Distribution) -> Tensor:
     temperature = None if ours.temperature is None else ours.temperature.reshape(-1)
     rows, their_rows = (x.rows.numbers.reshape(-1) for x in (ours, theirs))
     found, _ = scored_divergence(
-        ours.source.scorer(ours, temperature=temperature, only=rows),
-        theirs.source.scorer(theirs, temperature=temperature, only=their_rows),
+        ours.source.scorer(ours, temperature=temperature, only=rows, held=_OF_TWO),
+        theirs.source.scorer(theirs, temperature=temperature, only=their_rows, held=_OF_TWO),
         torch.ones_like(rows, dtype=torch.bool), direction=direction, beta=0.5,
     )  # fmt: skip
     return found.view(ours.rows.numbers.shape)

@@ -19,7 +19,7 @@ from fastrlhf.hf.head_parts import HeadParts
 from fastrlhf.hf.head_scorer import with_adapters
 from fastrlhf.hf.logit_map import LogitMap
 from fastrlhf.hf.own_module import ModuleScorer
-from fastrlhf.ops.backend import current_autocast, worth_compiling
+from fastrlhf.ops.backend import backend_of, current_autocast
 from fastrlhf.ops.linear_head import Weight
 from fastrlhf.ops.linear_rows import default_chunk
 from fastrlhf.ops.scorer import LinearScorer, Scorer
@@ -28,10 +28,10 @@ from .as_it_was import AsItWas
 from .graph import Terms
 from .meaning import Distribution, Rows
 
-# Of a batch, a sixteenth is held as logits at a time; or more, a third at most, where that is too
-# few to keep a matmul busy, or on a CPU to be worth a compiled kernel.
-_PARTS, _FEWEST_PARTS = 16, 3
-_FEWEST_TOKENS, _FEWEST_TOKENS_OF_GPU = 32, 1024
+# Of a batch, an eighth is held as logits at a time, or as many tokens as keep a matmul busy.
+_PARTS = 8
+_FEWEST_TOKENS = {"cpu": 32}
+_FEWEST_TOKENS_OF_GPU = 1024
 
 
 class Source:
@@ -54,6 +54,8 @@ class Source:
         self.shape = torch.Size((*hidden.shape[:-1], self.vocab))
         self.device = hidden.device
         self.tokens = hidden.shape[:-1].numel()
+        # One for all tokens, however few are scored at a time.
+        self.backend = backend_of(impl, hidden, self.tokens * self.vocab)
         self.wide, self.weights = self.hidden, list[Weight]()
         # What adapters make of the hidden states, with their dropout, is made once, now.
         drops = parts is not None and any(_drops(x.dropout) for x in parts.adapters)
@@ -150,11 +152,13 @@ class Source:
         temperature: Tensor | None = None,
         rows: Tensor | None = None,
         only: Tensor | None = None,
+        held: int = 1,
     ) -> Scorer:
         """What scores tokens by the logits of a distribution.
 
         The tokens are (U,) of all hidden states; or, with the numbers of their hidden states, rows,
-        any; or those of some hidden states only. The temperature is of these tokens.
+        any; or those of some hidden states only. The temperature is of these tokens. `held`: how
+        many times as much as log-probs what is computed holds of each.
         """
         softcap = of.factor if of.capped else None
         scale = of.scale * of.factor if of.capped else of.scale
@@ -166,11 +170,11 @@ class Source:
         if self.parts is None:
             return ModuleScorer(
                 hidden, self.own, LogitMap(scale, softcap, of.offset), self.vocab, temperatures,
-                self._chunk(), self.impl, rows=rows,
+                self._chunk(held), self.backend, rows=rows,
             )  # fmt: skip
         return LinearScorer(
-            hidden, self.weights, self.bias_of(of), temperatures, softcap, scale, self._chunk(),
-            self.impl, rows=rows,
+            hidden, self.weights, self.bias_of(of), temperatures, softcap, scale, self._chunk(held),
+            self.backend, rows=rows,
         )  # fmt: skip
 
     def bias_of(self, of: Distribution) -> Tensor | None:
@@ -178,11 +182,11 @@ class Source:
         bias = None if self.parts is None else self.parts.bias
         return LogitMap(of.scale, offset=of.offset).folded_bias(bias)
 
-    def _chunk(self) -> int:
-        on_host = self.device.type == "cpu"
-        busy = -(-worth_compiling() // self.vocab) if on_host else _FEWEST_TOKENS_OF_GPU
-        fewest = max(_FEWEST_TOKENS, min(busy, self.tokens // _FEWEST_PARTS))
-        return min(default_chunk(self.vocab, self.device), max(fewest, self.tokens // _PARTS))
+    def _chunk(self, held: int) -> int:
+        fewest = _FEWEST_TOKENS.get(self.device.type, _FEWEST_TOKENS_OF_GPU)
+        return min(
+            default_chunk(self.vocab, self.device), max(fewest, self.tokens // (_PARTS * held))
+        )
 
 
 def _no_tokens(module: nn.Module, hidden: Tensor) -> Tensor:

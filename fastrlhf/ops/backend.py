@@ -84,11 +84,6 @@ def backend_of(impl: str, tensor: Tensor, numbers: int) -> str:
     return impl
 
 
-def worth_compiling() -> int:
-    """From how many numbers on, operations of a CPU are compiled."""
-    return _WORTH_COMPILING
-
-
 def outside_of_graphs(function: Function) -> Function:
     """Keep the compiler away from a function whose course depends on what tensors hold.
 
