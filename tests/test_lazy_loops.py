@@ -9,6 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.compare import assert_gradients_as_accurate
 from support.lazy_loops import (
     LOOPS,
     Batch,
@@ -70,6 +71,48 @@ def test_loops_train_as_they_did(name, case) -> None:
     assert_same_training(lazy, plain, exact, dtype)
     assert bool(report.built) == (name in BUILDS), str(report)
     assert report.fused
+
+
+def test_a_divergence_of_two_trained_models_reaches_each_as_it_did() -> None:
+    """Each is the other's constant in one of two terms (mutual learning)."""
+    pair = models("Llama", torch.float32)
+    of = batch(pair.policy)
+    pair.other.requires_grad_()
+
+    def gradients(pair: Models) -> list[Tensor]:
+        a, b = (model(of.ids).logits for model in pair)
+        loss = torch.zeros((), dtype=a.dtype)
+        for student, teacher in ((a, b.detach()), (b, a.detach())):
+            logq, logp = student.log_softmax(-1), teacher.log_softmax(-1)
+            loss = loss + (logq.exp() * (logq - logp)).sum(-1).mean()
+        parameters = [x for model in pair for x in model.parameters()]
+        return list(torch.autograd.grad(loss, parameters))
+
+    with lazily(pair):
+        found = gradients(pair)
+    assert_gradients_as_accurate(found, gradients(pair), gradients(doubled(pair)))
+
+
+@pytest.mark.parametrize("built", ["", "before", "after"])
+def test_gradients_end_in_logits_that_are_a_leaf(built) -> None:
+    """As where one detaches logits, to go on backward from their gradient by hand."""
+    pair = models("Llama", torch.float32)
+    of = batch(pair.policy)
+
+    def gradient(pair: Models) -> Tensor:
+        logits = pair.policy(of.ids).logits
+        leaf = logits.detach()
+        if built == "before":
+            leaf.cos()
+        leaf.requires_grad_()
+        if built == "after":
+            leaf.cos().mean().backward()
+        F.cross_entropy(leaf[:, :-1].flatten(0, 1), of.ids[:, 1:].flatten()).backward()
+        return leaf.grad
+
+    with lazily(pair):
+        found = gradient(pair)
+    assert_gradients_as_accurate([found], [gradient(pair)], [gradient(doubled(pair))])
 
 
 def step_of(loss_of: Loss, pair: Models, of: Batch) -> None:

@@ -51,7 +51,7 @@ def _getter(attribute: str) -> Any:
 # What only asks for the form of a tensor, or for its place in the graph: methods, and attributes.
 _OF_FORM = (
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous "
-    "stride storage_offset get_device __len__ requires_grad_ is_conj is_neg is_inference is_signed "
+    "stride storage_offset get_device __len__ is_conj is_neg is_inference is_signed "
     "_is_view has_names is_same_size"
 )
 _ATTRIBUTES_OF_FORM = (

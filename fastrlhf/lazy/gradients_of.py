@@ -25,6 +25,14 @@ def register_hook(recipe: Recipe, x: LazyTensor, hook: Callable[[Tensor], Any]) 
     return _natively(Tensor.register_hook, x, seen)
 
 
+def requires_grad_(recipe: Recipe, x: LazyTensor, requires_grad: bool = True) -> LazyTensor:
+    led = x.ends_gradients
+    _natively(Tensor.requires_grad_, x, requires_grad)
+    if not led:
+        x.lead_here()  # if it was built before
+    return x
+
+
 def retain_grad(recipe: Recipe, x: LazyTensor) -> None:
     _natively(Tensor.retain_grad, x)
 
@@ -41,8 +49,9 @@ def gradients(recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
     return tuple(map(dense, _natively(torch.autograd.grad, *args, **kwargs)))
 
 
-OF_GRADIENT: dict[Any, Callable[..., Any]] = {
+OF_GRADIENT: dict[Any, Callable[..., Any]] = {  # for which a leaf is not built
     Tensor.register_hook: register_hook,
+    Tensor.requires_grad_: requires_grad_,
     Tensor.retain_grad: retain_grad,
     _GRAD.__get__: grad,
     torch.autograd.grad: gradients,

@@ -235,6 +235,18 @@ class Built(torch.autograd.Function):
         return None, LazyGradient(logits, [Term(ctx.computed, gradient, ctx.heads)])
 
 
+class Leaf(torch.autograd.Function):
+    """The plain tensor of a lazy one at which gradients end."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor, plain: Tensor) -> Tensor:
+        return plain.view_as(plain)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
 class _Gone:
     """In the place of logits that nobody holds any more."""
 

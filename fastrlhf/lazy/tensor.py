@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastrlhf.ops.backend import outside_of_graphs
 
-from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used, heads_of
+from .graph import Built, Computed, Derived, Head, Leaf, Replaced, Scaled, Used, heads_of
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
 from .report import Cost, name_of, note_built, note_fused
@@ -81,7 +81,7 @@ class LazyTensor(Tensor):
     @property
     def heads(self) -> frozenset[Source]:
         """Those that its gradient reaches; or would, if it did not end in a leaf."""
-        return self.sources if self.requires_grad and self.is_leaf else self._heads
+        return self.sources if self.ends_gradients else self._heads
 
     def meaning(self) -> Words | None:
         """What these numbers are, and which of them have a gradient."""
@@ -97,12 +97,25 @@ class LazyTensor(Tensor):
             return
         if self.recipe is not None:
             self._plain = self.recipe.on_plain()
+            self.lead_here()
             return
         (source,) = self.sources
         with source.at_work(differentiable=True):
             inner = source.logits()
         with torch.set_grad_enabled(source.requires_grad):
             self._plain = Built.apply(Computed(inner, 1, None), self)
+
+    @property
+    def ends_gradients(self) -> bool:
+        """Whether it is a leaf of the graph, which keeps its gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.requires_grad and self.is_leaf
+
+    def lead_here(self) -> None:
+        """Have gradients of the plain tensor end in this one, if it is a leaf."""
+        if self._plain is not None and self.ends_gradients:
+            with torch.enable_grad():
+                self._plain = Leaf.apply(self, self._plain)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -125,7 +138,7 @@ class LazyTensor(Tensor):
 
 def _called(func: Any, args: Any, kwargs: Any) -> Any:
     """What a function of PyTorch returns that is given lazy tensors."""
-    from .functions import KNOWN, OF_FORM
+    from .functions import KNOWN, OF_FORM, OF_GRADIENT
 
     if func in OF_FORM:
         with torch._C.DisableTorchFunctionSubclass():
@@ -134,7 +147,8 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     if not lazies:  # they are within something that is no list, tuple or dict
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if func in KNOWN and not any(x.is_built for x in lazies):
+    of_leaf = func in OF_GRADIENT and any(x.ends_gradients for x in lazies)
+    if func in KNOWN and (of_leaf or not any(x.is_built for x in lazies)):
         found = _known(func, lazies[0].device, args, kwargs)
         if found is not NotImplemented:
             return found

@@ -272,6 +272,14 @@ def cross_entropy_of_probs(models: Models, batch: Batch) -> Tensor:
     return F.cross_entropy(student, teacher.softmax(-1))
 
 
+def self_distillation(models: Models, batch: Batch) -> Tensor:
+    """Towards its own detached, sharper distribution, by the reverse and by the forward KL."""
+    logits = models.policy(input_ids=batch.ids).logits[:, :-1]
+    logq, logp = logits.log_softmax(-1), (logits.detach() / TEMPERATURE).log_softmax(-1)
+    reverse, forward = logq.exp() * (logq - logp), logp.exp() * (logp - logq)
+    return (reverse.sum(-1) + 0.5 * forward.sum(-1))[batch.mask].mean()
+
+
 # PPO with an entropy bonus
 
 
@@ -309,6 +317,7 @@ LOOPS: dict[str, Loss] = {
     "reverse KL": reverse_divergence,
     "soft cross-entropy": soft_cross_entropy,
     "cross-entropy of probabilities": cross_entropy_of_probs,
+    "self-distillation": self_distillation,
     "PPO": ppo,
     "PPO, Categorical": partial(ppo_categorical, False),
     "PPO, Categorical, validated": partial(ppo_categorical, True),
