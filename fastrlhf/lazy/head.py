@@ -104,7 +104,10 @@ def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
 
 def disable_lazy_logits(model: nn.Module) -> None:
     """Take `enable_lazy_logits` back. Logits that were returned before stay what they are."""
-    module = head_module(base_model(model))
+    _disable(head_module(base_model(model)))
+
+
+def _disable(module: nn.Module) -> None:
     if _enabled.pop(module, None) is not None:
         _take_away(module)
 
@@ -125,7 +128,7 @@ def lazy_logits(model: nn.Module, *, impl: str = "auto") -> Iterator[None]:
         yield
     finally:
         if not was_enabled:
-            disable_lazy_logits(model)
+            _disable(module)  # which may be no longer the head: peft puts adapters around it
 
 
 def _modules_above(model: nn.Module, module: nn.Module) -> list[ref[nn.Module]]:

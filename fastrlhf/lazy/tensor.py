@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastrlhf.ops.backend import outside_of_graphs
 
-from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used, heads_of
+from .graph import Built, Computed, Derived, Head, Joined, Replaced, Scaled, Used, heads_of
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
 from .report import note_built, note_fused
@@ -94,14 +94,21 @@ class LazyTensor(Tensor):
         """Make the plain tensor, what it is made of being there."""
         if self._plain is not None:
             return
+        plain = self._made()
+        if self.requires_grad and not plain.requires_grad:
+            # Of the graph that PyTorch made, of a torch.autograd.Function or a leaf.
+            with torch.enable_grad():
+                plain = Joined.apply(plain, self)
+        self._plain = plain
+
+    def _made(self) -> Tensor:
         if self.recipe is not None:
-            self._plain = self.recipe.on_plain()
-            return
+            return self.recipe.on_plain()
         (source,) = self.sources
         with source.at_work(differentiable=True):
             inner = source.logits()
         with torch.set_grad_enabled(source.requires_grad):
-            self._plain = Built.apply(Computed(inner, 1, None), self)
+            return Built.apply(Computed(inner, 1, None), self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
