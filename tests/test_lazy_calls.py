@@ -17,6 +17,7 @@ from support.lazy_wrappers import LOOPS, differences, lazy, warnings_of_builds
 from support.tiny_models import VOCAB, make, with_lora
 from support.wrapped_losses import LOSSES, make_batch, small_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastrlhf
 from fastrlhf.hf import own_loss
@@ -608,3 +609,37 @@ def test_both_ways_of_a_trainer() -> None:
     plain = losses()
     with integration.patched(), lazy(model), nothing_built():
         torch.testing.assert_close(losses(), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_head_within_a_checkpoint(reentrant) -> None:
+    def loss(model: nn.Module, teacher: nn.Module, x: Any) -> Tensor:
+        hidden = model.model(x.ids).last_hidden_state
+        logits = checkpoint(model.lm_head, hidden, use_reentrant=reentrant)
+        return F.cross_entropy(logits.flatten(0, 1), x.ids.flatten()) + logits.exp().mean()
+
+    said = differences(partial(make, "Llama"), {"checkpoint": loss})
+    assert [text for text in said if "builds the logits" not in text] == []
+
+
+def test_a_tensor_that_is_changed_later() -> None:
+    model, ids = make("Llama"), torch.tensor([0, 1])
+    with torch.no_grad(), lazy(model):
+        temperature = torch.full((4, 1, 1), 0.7)
+        logits = model(**INPUTS).logits / temperature
+        want = logits.logsumexp(-1)
+        temperature.fill_(2.0)
+        torch.testing.assert_close(logits.logsumexp(-1), want)
+        some = model(**INPUTS).logits[ids]
+        ids.fill_(2)
+        with pytest.raises(RuntimeError, match="__getitem__ was given"):
+            some.sigmoid()
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft, of what it renames
+def test_adapters_around_a_head_that_has_lazy_logits() -> None:
+    model = make("Llama")
+    head = model.lm_head
+    with lazy(model):
+        with_lora(model, "lm_head")
+    assert type(head) is nn.Linear

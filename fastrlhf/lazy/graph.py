@@ -219,11 +219,7 @@ class Built(torch.autograd.Function):
     def forward(ctx: Any, computed: Computed, logits: LazyTensor) -> Tensor:
         # Weakly, since they hold what is returned.
         ctx.computed, ctx.logits, ctx.heads = computed, weakref.ref(logits), logits.heads
-        inner = computed.graph()
-        # Shares what it holds, and is no view, which could not be written into.
-        return torch.empty_like(inner[:0]).set_(
-            inner.untyped_storage(), inner.storage_offset(), inner.shape, inner.stride()
-        )
+        return _sharing(computed.graph())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -235,16 +231,23 @@ class Built(torch.autograd.Function):
         return None, LazyGradient(logits, [Term(ctx.computed, gradient, ctx.heads)])
 
 
-class Leaf(torch.autograd.Function):
-    """The plain tensor of a lazy one at which gradients end."""
+def _sharing(x: Tensor) -> Tensor:
+    """Another tensor in the same memory, and no view, which could not be written into."""
+    return torch.empty_like(x[:0]).set_(
+        x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+    )
+
+
+class Joined(torch.autograd.Function):
+    """What was made of plain tensors without a graph, in the graph of the lazy one."""
 
     @staticmethod
-    def forward(ctx: Any, lazy: LazyTensor, plain: Tensor) -> Tensor:
-        return plain.view_as(plain)
+    def forward(ctx: Any, plain: Tensor, lazy: LazyTensor) -> Tensor:
+        return _sharing(plain)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
+        return None, gradient
 
 
 class _Gone:

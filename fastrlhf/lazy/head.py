@@ -112,7 +112,10 @@ def disable_lazy_logits(model: nn.Module) -> None:
     Raises:
         TypeError: as `enable_lazy_logits`.
     """
-    module = head_module(base_model(model))
+    _disable(head_module(base_model(model)))
+
+
+def _disable(module: nn.Module) -> None:
     if _enabled.pop(module, None) is not None:
         _take_away(module)
 
@@ -136,7 +139,7 @@ def lazy_logits(model: nn.Module, *, impl: str = "auto") -> Iterator[None]:
         yield
     finally:
         if not was_enabled:
-            disable_lazy_logits(model)
+            _disable(module)  # which may be no longer the head: peft puts adapters around it
 
 
 def _modules_above(model: nn.Module, module: nn.Module) -> list[ref[nn.Module]]:

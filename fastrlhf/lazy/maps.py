@@ -147,7 +147,7 @@ def _of_tokens(x: LazyTensor, y: Tensor) -> Tensor | None:
         return None
     return (
         (y.squeeze(-1) if y.ndim else y)
-        .to(torch.promote_types(y.dtype, torch.float32))
+        .to(torch.promote_types(y.dtype, torch.float32), copy=True)
         .expand(lead)
     )
 

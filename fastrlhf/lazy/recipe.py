@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastrlhf.ops.backend import current_autocast
 
@@ -28,13 +29,26 @@ class Recipe(NamedTuple):
     kwargs: dict[str, Any]
     grad: bool
     autocast: Callable[[], torch.autocast]
+    seen: list[tuple[Tensor, int]]  # other tensors among its arguments, and their versions
 
     @classmethod
     def of(cls, func: Any, args: Any, kwargs: Any, device: torch.device) -> Recipe:
-        return cls(func, args, kwargs, torch.is_grad_enabled(), current_autocast(device.type))
+        others = [x for x in tree_leaves((args, kwargs)) if type(x) is Tensor]
+        seen = [(x, x._version) for x in others if not x.is_inference()]
+        autocast = current_autocast(device.type)
+        return cls(func, args, kwargs, torch.is_grad_enabled(), autocast, seen)
 
     def on_plain(self) -> Any:
-        """The same of plain tensors."""
+        """The same of plain tensors.
+
+        Raises:
+            RuntimeError: one of the others was written into, so that it would not be the same.
+        """
+        if any(x._version != version for x, version in self.seen):
+            raise RuntimeError(
+                f"lazy_logits: logits are built after a tensor that {self.func.__name__} was given "
+                "with them was written into; write into a copy of it"
+            )
         args, kwargs = plain((self.args, self.kwargs))
         with torch.set_grad_enabled(self.grad), self.autocast():
             return self.func(*args, **kwargs)

@@ -25,7 +25,7 @@ from fastrlhf.ops.linear_rows import default_chunk
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 
 from .as_it_was import AsItWas
-from .graph import Terms
+from .graph import Terms, dense
 from .meaning import Distribution, Rows
 
 # Of a batch, an eighth is held as logits at a time, or as many tokens as keep a matmul busy.
@@ -114,7 +114,7 @@ class Source:
         """Gradients of hidden states and parameters, from those of what was computed of the
         logits, and a gradient of the logits themselves.
         """
-        outputs = [(computed.graph(), upstream) for computed, upstream, _ in terms]
+        outputs = [(computed.graph(), dense(upstream)) for computed, upstream, _ in terms]
         if rest is not None:
             with self.at_work(differentiable=True):
                 outputs.append((self.logits(), rest))

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastrlhf.ops.backend import outside_of_graphs
 
-from .graph import Built, Computed, Derived, Head, Leaf, Replaced, Scaled, Used, heads_of
+from .graph import Built, Computed, Derived, Head, Joined, Replaced, Scaled, Used, heads_of
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
 from .report import Cost, name_of, note_built, note_fused
@@ -95,15 +95,17 @@ class LazyTensor(Tensor):
         """Make the plain tensor, what it is made of being there."""
         if self._plain is not None:
             return
+        self._plain = self._made()
+        self.lead_here()
+
+    def _made(self) -> Tensor:
         if self.recipe is not None:
-            self._plain = self.recipe.on_plain()
-            self.lead_here()
-            return
+            return self.recipe.on_plain()
         (source,) = self.sources
         with source.at_work(differentiable=True):
             inner = source.logits()
         with torch.set_grad_enabled(source.requires_grad):
-            self._plain = Built.apply(Computed(inner, 1, None), self)
+            return Built.apply(Computed(inner, 1, None), self)
 
     @property
     def ends_gradients(self) -> bool:
@@ -112,10 +114,12 @@ class LazyTensor(Tensor):
             return self.requires_grad and self.is_leaf
 
     def lead_here(self) -> None:
-        """Have gradients of the plain tensor end in this one, if it is a leaf."""
-        if self._plain is not None and self.ends_gradients:
+        """Have gradients of the plain tensor come to this one, if PyTorch made its graph: that of a
+        leaf, or of a torch.autograd.Function.
+        """
+        if self._plain is not None and self.requires_grad and not self._plain.requires_grad:
             with torch.enable_grad():
-                self._plain = Leaf.apply(self, self._plain)
+                self._plain = Joined.apply(self._plain, self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
