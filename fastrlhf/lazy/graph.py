@@ -12,7 +12,8 @@ gradient of plain logits, which are built for it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,24 +45,29 @@ class Computed:
         self.of_plain = of_plain  # None: it is the logits themselves
 
     def graph(self) -> Tensor:
-        """The result, with its graph.
-
-        Raises:
-            RuntimeError: it was let go of, by a backward that was said to be the last.
-        """
-        if self.inner is None:
-            raise RuntimeError(
-                "lazy_logits: Trying to backward through the graph a second time; specify "
-                "retain_graph=True if you need to backward through it twice"
-            )
-        return self.inner
+        """The result, with its graph, unless a backward that was said to be the last let it go."""
+        return _still_there(self.inner)
 
     def differentiated(self) -> None:
         """Let go of the graph, once nobody needs it any more."""
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if _is_last():
             self.heads -= 1
             if self.heads <= 0:
                 self.inner = None
+
+
+def _is_last() -> bool:
+    """Whether what is kept for this backward may be let go."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _still_there(x: Any) -> Any:
+    if x is None:
+        raise RuntimeError(
+            "lazy_logits: Trying to backward through the graph a second time; specify "
+            "retain_graph=True if you need to backward through it twice"
+        )
+    return x
 
 
 Terms = list[tuple[Computed, Tensor]]  # each with the gradient that came for it
@@ -87,8 +93,8 @@ class LazyGradient(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in _ADDITIONS and not kwargs and len(args) == 2:
-            return _sum(*args)
-        if func in _HANDED_ON:
+            return _sum(*args) if func is _aten.add.Tensor else _added_to(*args)
+        if func in _HANDED_ON and _keeps_form(*args, **kwargs or {}):
             return args[0]
         with enable_reentrant_dispatch():
             args, kwargs = tree_map(dense, (args, kwargs or {}))
@@ -96,6 +102,10 @@ class LazyGradient(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyGradient(of {tuple(self.shape)})"
+
+
+def _keeps_form(x: Tensor, shape: Any = None, *, dtype: Any = None, **_: Any) -> bool:
+    return (shape is None or tuple(shape) == tuple(x.shape)) and dtype in (None, x.dtype)
 
 
 def _sum(a: Any, b: Any) -> Tensor:
@@ -109,6 +119,15 @@ def _sum(a: Any, b: Any) -> Tensor:
     return LazyGradient(of, terms, sum(there[1:], there[0]) if there else None)
 
 
+def _added_to(a: Tensor, b: Any) -> Tensor:
+    if not isinstance(a, LazyGradient):
+        with enable_reentrant_dispatch():
+            return a.add_(dense(b))
+    total = _sum(a, b)
+    a.terms, a.rest = _parted(total)
+    return a
+
+
 def _parted(gradient: Tensor) -> tuple[Terms, Tensor | None]:
     """What was computed, and a gradient as it is."""
     if isinstance(gradient, LazyGradient):
@@ -116,19 +135,35 @@ def _parted(gradient: Tensor) -> tuple[Terms, Tensor | None]:
     return [], gradient
 
 
-def dense(gradient: Any) -> Any:
+def dense(gradient: Any, of: LazyTensor | None = None) -> Any:
     """The gradient of plain logits, from one that is lazy; anything else as it is."""
     if not isinstance(gradient, LazyGradient):
         return gradient
     total = gradient.rest
     with torch.enable_grad():
-        plain = gradient.of.plain()  # built, if it was not
+        plain = (gradient.of if of is None else of).plain()  # built, if it was not
         for computed, upstream in gradient.terms:
             part = upstream
             if computed.of_plain is not None:
-                (part,) = torch.autograd.grad(computed.of_plain(), plain, upstream)
+                of_plain = computed.of_plain()
+                with _unwatched(plain):
+                    (part,) = torch.autograd.grad(of_plain, plain, upstream, retain_graph=True)
             total = part if total is None else total + part
     return torch.zeros_like(plain) if total is None else total
+
+
+@contextmanager
+def _unwatched(plain: Tensor) -> Iterator[None]:
+    """Keep hooks and retain_grad from what is no gradient of the loss."""
+    hooks: Any = plain._backward_hooks or {}
+    waiting, kept = dict(hooks), plain.grad if plain.retains_grad else None
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(waiting)
+        if plain.retains_grad:
+            plain.grad = kept
 
 
 class Head(torch.autograd.Function):
@@ -147,6 +182,8 @@ class Head(torch.autograd.Function):
             return None, None, *(None for _ in ctx.needs_input_grad[2:])
         hidden, *parameters = ctx.saved_tensors
         source: Source = ctx.source
+        if _is_last():
+            ctx.source = None
         if torch.is_grad_enabled():
             found = source.differentiable_gradients(hidden, parameters, gradient)
         else:
@@ -165,12 +202,16 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[2:]
+        wanted, recipe, parents = ctx.needs_input_grad[2:], ctx.recipe, ctx.parents
+        if _is_last():  # for somebody may keep the loss
+            ctx.recipe, ctx.parents = None, [_Gone(x, x.sources) for x in parents]
         if gradient is None:
             return None, None, *(None for _ in wanted)
         terms, rest = _parted(gradient)
-        rests = _of_parents(ctx.recipe.on_plain, rest, ctx.parents, wanted)
-        return None, None, *_shared_out(terms, rests, ctx.parents, wanted)
+        rests: list[Tensor | None] = [None] * len(parents)
+        if rest is not None:
+            rests = _of_parents(_still_there(recipe).on_plain, rest, parents, wanted)
+        return None, None, *_shared_out(terms, rests, parents, wanted)
 
 
 class Used(torch.autograd.Function):
@@ -184,9 +225,12 @@ class Used(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        computed, parents, wanted = ctx.computed, ctx.parents, ctx.needs_input_grad[1:]
+        wanted = ctx.needs_input_grad[1:]
         if gradient is None:
             return None, *(None for _ in wanted)
+        computed, parents = _still_there(ctx.computed), ctx.parents
+        if _is_last():
+            ctx.computed, ctx.parents = None, ()
         if torch.is_grad_enabled():
             return None, *_of_parents(computed.of_plain, gradient, parents, wanted)
         rests = [None] * len(parents)
@@ -194,13 +238,17 @@ class Used(torch.autograd.Function):
 
 
 class Built(torch.autograd.Function):
-    """The logits, once they are made after all."""
+    """The logits, once they are made after all; or another lazy tensor, in whose place in the graph
+    others have a part.
+    """
 
     @staticmethod
-    def forward(ctx: Any, computed: Computed, logits: LazyTensor) -> Tensor:
+    def forward(
+        ctx: Any, computed: Computed | None, inner: Tensor, logits: weakref.ref[LazyTensor],
+        at: Tensor,
+    ) -> Tensor:  # fmt: skip
         # Weakly, since they hold what is returned.
-        ctx.computed, ctx.logits = computed, weakref.ref(logits)
-        inner = computed.graph()
+        ctx.computed, ctx.logits = computed, logits
         # Shares what it holds, and is no view, which could not be written into.
         return torch.empty_like(inner[:0]).set_(
             inner.untyped_storage(), inner.storage_offset(), inner.shape, inner.stride()
@@ -208,28 +256,49 @@ class Built(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return None, gradient
+        if torch.is_grad_enabled() or ctx.computed is None:
+            return None, None, None, gradient
         logits = ctx.logits()
         if logits is None:
-            logits = _Gone(gradient, gradient)
-        return None, LazyGradient(logits, [(ctx.computed, gradient)])
+            logits = _Gone(gradient)
+        return None, None, None, LazyGradient(logits, [(ctx.computed, gradient)])
+
+
+def is_built(plain: Tensor) -> bool:
+    """Whether a tensor stands in the graph as what was built of a lazy one, and unchanged."""
+    return isinstance(plain.grad_fn, Built._backward_cls)
 
 
 class _Gone:
-    """In the place of logits that nobody holds any more."""
+    """In the place of a lazy tensor that nobody holds any more, or that was something else."""
 
-    def __init__(self, like: Tensor, plain: Tensor | None):
+    def __init__(self, like: Tensor, sources: Iterable[Source | weakref.ref[Source]] = ()):
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
-        self._plain = plain
+        self.sources = _weakly(sources)
 
     def plain(self) -> Tensor:
-        if self._plain is None:
-            raise RuntimeError(
-                "lazy_logits: the gradient of logits is read that were written into (logits /= T); "
-                "divide without writing into them"
-            )
-        return self._plain
+        raise RuntimeError(
+            "lazy_logits: the gradient of logits is read that were written into (logits /= T), or "
+            "of a graph that was let go; divide without writing, or specify retain_graph=True"
+        )
+
+
+def _weakly(
+    sources: Iterable[Source | weakref.ref[Source]],
+) -> frozenset[weakref.ref[Source]]:
+    return frozenset(x if isinstance(x, weakref.ref) else weakref.ref(x) for x in sources)
+
+
+class Passed(torch.autograd.Function):
+    """A place in the graph, to be found again after another has been given to a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor) -> Tensor:
+        return torch.empty((), dtype=lazy.dtype, device=lazy.device).expand(lazy.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class Scaled(torch.autograd.Function):
@@ -251,7 +320,7 @@ class Scaled(torch.autograd.Function):
             rest = ctx.func(rest.clone(), *ctx.by)
         if not terms:
             return rest, None, None
-        return LazyGradient(_Gone(gradient, None), terms, rest), None, None
+        return LazyGradient(_Gone(gradient), terms, rest), None, None
 
 
 class Replaced(torch.autograd.Function):
@@ -265,6 +334,16 @@ class Replaced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return None, dense(gradient)
+
+
+def is_scaled(lazy: LazyTensor) -> bool:
+    """Whether a lazy tensor was multiplied or divided in place."""
+    return isinstance(lazy.grad_fn, Scaled._backward_cls)
+
+
+def is_replaced(lazy: LazyTensor) -> bool:
+    """Whether a lazy tensor hangs on its plain one in the graph, which was written into."""
+    return isinstance(lazy.grad_fn, Replaced._backward_cls)
 
 
 def _of_parents(
@@ -289,17 +368,17 @@ def _of_parents(
 def _shared_out(
     terms: Terms,
     rests: Sequence[Tensor | None],
-    parents: Sequence[LazyTensor],
+    parents: Sequence[LazyTensor | _Gone],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of parents: what was computed goes once to each head, by whichever parent."""
     found: list[Tensor | None] = []
-    seen: set[Source] = set()
+    seen: frozenset[weakref.ref[Source]] = frozenset()
     for parent, rest, wants in zip(parents, rests, wanted, strict=True):
         if not wants:
             found.append(None)
             continue
-        new = parent.sources - seen
+        new = _weakly(parent.sources) - seen
         seen |= new
         found.append(LazyGradient(parent, terms, rest) if terms and new else rest)
     return found

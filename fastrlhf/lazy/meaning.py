@@ -58,6 +58,10 @@ class Distribution(NamedTuple):
             rows=self.rows.viewed(view, step, distinct=distinct), temperature=temperature
         )
 
+    def laid_out(self, layout: View) -> Distribution:
+        """The same tokens, whose numbers lie in another way."""
+        return self._replace(rows=self.rows._replace(numbers=layout(self.rows.numbers)))
+
     def scaled(self, by: float) -> Distribution:
         if self.capped:
             return self._replace(factor=self.factor * by)
@@ -104,6 +108,12 @@ class Words(NamedTuple):
     def viewed(self, view: View, step: Any, *, distinct: bool = True) -> Words:
         """The same of other tokens: those that a view of the tokens has."""
         return self._replace(of=tuple(x.viewed(view, step, distinct=distinct) for x in self.of))
+
+    def same_as(self, other: Words) -> bool:
+        """Whether these are the same numbers, of whatever gradient."""
+        alike = self[::2] == other[::2] and len(self.of) == len(other.of)
+        pairs = zip(self.constant().of, other.constant().of, strict=False)
+        return alike and all(a.same_as(b) for a, b in pairs)
 
     def times(self, factor: float) -> Words:
         if self.kind is Kind.LOGITS:

@@ -12,6 +12,7 @@ within a torch.autograd.Function, or a collective), get built logits too.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves
 
-from .graph import Built, Computed, Derived, Head, Replaced, Scaled, Used
+from .graph import Built, Computed, Derived, Head, Passed, Replaced, Scaled, Used, is_built
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
 from .report import note_built, note_fused
@@ -39,6 +40,9 @@ class LazyTensor(Tensor):
     history: History
     sources: frozenset[Source]
     memory: object  # the same for tensors that would share their memory
+    is_watched: bool  # whether somebody looks at its gradient
+    _before: Tensor | None  # with the place in the graph that it had before it was written into
+    _node: Any  # its place in the graph, once it is built
     _plain: Tensor | None
 
     @staticmethod
@@ -59,12 +63,18 @@ class LazyTensor(Tensor):
         )
         made.words, made.recipe, made.history, made.sources = words, recipe, history, sources
         made.vocab_dim, made.memory, made._plain = vocab_dim, object(), None
+        made.is_watched, made._before, made._node = False, None, None
         return made
 
     def plain(self) -> Tensor:
         """The tensor that this one would be, built if it was not."""
         if self._plain is None:
             self.history.make_all()
+        elif self.grad_fn is not self._node:
+            raise RuntimeError(
+                "lazy_logits: a torch.autograd.Function writes into logits (mark_dirty); leave "
+                "lazy_logits"
+            )
         assert self._plain is not None
         return self._plain
 
@@ -76,33 +86,64 @@ class LazyTensor(Tensor):
         """What these numbers are, and which of them have a gradient."""
         if self.words is None or not self.requires_grad:
             return self.words and self.words.constant()
+        if not any(source.requires_grad for source in self.sources):
+            return None  # requires_grad_()
+        if self.is_of_others and not self._is_as_its_parent():
+            return None
         if len(self.words.of) > 1:
             return self.words
         return self.words._replace(of=(self.words.first._replace(constant=False),))
+
+    @property
+    def is_of_others(self) -> bool:
+        """Whether it has a place in the graph that others gave it: as what a
+        torch.autograd.Function returned, or as a leaf.
+        """
+        return self.requires_grad and self.recipe is not None and not self.recipe.grad
+
+    def _is_as_its_parent(self) -> bool:
+        """Whether a function of others passes numbers on, whose gradient it may pass on too."""
+        assert self.recipe is not None
+        parent = self.recipe.args[0]
+        if self.words is None or parent.words is None or self.shape != parent.shape:
+            return False
+        return self.dtype == parent.dtype and self.words.same_as(parent.words)
+
+    @property
+    def is_under_plain(self) -> bool:
+        """Whether the plain tensor hangs on this one in the graph."""
+        return self._plain is not None and is_built(self._plain)
 
     def make_plain(self) -> None:
         """Make the plain tensor, what it is made of being there."""
         if self._plain is not None:
             return
+        at, self._node = self if self._before is None else self._before, self.grad_fn
+        of = weakref.ref(self)
         if self.recipe is not None:
             self._plain = self.recipe.on_plain()
+            if self.requires_grad and (self.is_of_others or self.is_watched):
+                with torch.enable_grad():
+                    self._plain = Built.apply(None, self._plain.detach(), of, at)
             return
         (source,) = self.sources
         with source.at_work(differentiable=True):
             inner = source.logits()
-        with torch.set_grad_enabled(source.requires_grad):
-            self._plain = Built.apply(Computed(inner, 1, None), self)
+        with torch.set_grad_enabled(self.requires_grad):
+            computed = Computed(inner, 1, None) if source.requires_grad else None
+            self._plain = Built.apply(computed, inner.detach(), of, at)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from .functions import KNOWN, OF_FORM
+        from .gradients_of import OF_GRADIENT
 
         kwargs = kwargs or {}
         if func in OF_FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         lazies = list(lazy_tensors((args, kwargs)))
-        if func in KNOWN and not any(x.is_built for x in lazies):
+        if func in OF_GRADIENT or (func in KNOWN and not any(x.is_built for x in lazies)):
             found = _known(func, lazies[0].device, args, kwargs)
             if found is not NotImplemented:
                 return found
@@ -114,7 +155,7 @@ class LazyTensor(Tensor):
     ) -> Any:
         if func in _HANDED_ON:
             (lazy,) = args
-            return _remade(lazy, Recipe.of(func, args, {}, lazy.device))
+            return _remade(lazy, Recipe.of(func, args, {}, lazy.device)._replace(grad=False))
         lazies = list(lazy_tensors((args, kwargs or {})))
         _note(func, lazies)
         with enable_reentrant_dispatch():
@@ -191,26 +232,29 @@ def _remade(lazy: LazyTensor, recipe: Recipe) -> LazyTensor:
         lazy.words, recipe, lazy.history, lazy.sources, like=form_of(lazy),
         vocab_dim=lazy.vocab_dim,
     )  # fmt: skip
-    made._plain, made.memory = lazy._plain, lazy.memory
+    made.memory = lazy.memory
     lazy.history.made(made)
     return made
 
 
 def written(recipe: Recipe, lazy: LazyTensor, words: Words) -> LazyTensor:
     """A call that writes into a lazy tensor, after which it is something else."""
+    lazy.history.check_views(lazy, writes=True)
     for other in lazy.history.alive():
         if other is not lazy and other.memory is lazy.memory:
             other.words = None
     lazy.history.written(lazy, recipe)
     lazy.words = words
     if recipe.grad and lazy.requires_grad:
+        if lazy._before is None:
+            lazy._before = Passed.apply(lazy)
         Scaled.apply(lazy, recipe.func, recipe.args[1:])
     return lazy
 
 
-def form_of(lazy: LazyTensor) -> Tensor:
+def form_of(x: Tensor) -> Tensor:
     """A tensor on the meta device of the same shape, strides and dtype."""
-    return torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def computed(
@@ -228,6 +272,8 @@ def computed(
     gradient is made there too.
     """
     differentiable = recipe.grad and any(x.requires_grad for x in parents)
+    for parent in parents:
+        parent.history.check_views(parent, writes=False)
     sources = frozenset[Source]().union(*(x.sources for x in parents))
     with contextlib.ExitStack() as modes:
         for source in sources:
@@ -239,7 +285,7 @@ def computed(
     matmuls = 1 + (differentiable and (2 if loss_is_known else 3) if trained else differentiable)
     note_fused(recipe.func.__name__, f"{matmuls * passes}G", tokens)
     if not found.requires_grad:
-        return found
+        return found.clone() if found._is_view() else found  # what a Function returns is no view
     heads = sum(source.requires_grad for source in sources)
     return Used.apply(Computed(found, heads, recipe.on_plain), *parents)
 
@@ -247,16 +293,37 @@ def computed(
 def _on_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
     """Call a function that is not known: of plain tensors."""
     _note(func, lazies)
-    plain_args, plain_kwargs = plain((args, kwargs))
-    found = func(*plain_args, **plain_kwargs)
     written = lazies[0] if args and args[0] is lazies[0] and _writes(func, kwargs) else None
+    for lazy in lazies:
+        lazy.history.check_views(lazy, writes=lazy is written)
+    plain_args, plain_kwargs = plain((args, kwargs))
+    if written is not None and torch.is_grad_enabled():
+        _check_not_watched(written)
+    found = func(*plain_args, **plain_kwargs)
     if written is None:
         return found
     # In the graph of whoever holds these, they are now what was written.
     for lazy in written.history.alive():
-        if lazy._plain is not None and lazy._plain.requires_grad and torch.is_grad_enabled():
+        if lazy.memory is not written.memory or not torch.is_grad_enabled():
+            continue
+        if lazy._plain is not None and lazy._plain.requires_grad:
+            if lazy.retains_grad:
+                lazy._plain.retain_grad()
             Replaced.apply(lazy, lazy._plain)
+            lazy._node = lazy.grad_fn
     return written if found is plain_args[0] else found
+
+
+def _check_not_watched(written: LazyTensor) -> None:
+    """Refuse to write into logits of which a view stands in the graph by itself."""
+    for lazy in written.history.alive():
+        if lazy.memory is written.memory and lazy.recipe is not None and lazy.is_under_plain:
+            of = lazy.recipe.args[0]
+            if isinstance(of, LazyTensor) and of.memory is lazy.memory:
+                raise RuntimeError(
+                    "lazy_logits: logits are written into of which a view has a hook, or went "
+                    "through a torch.autograd.Function; leave lazy_logits"
+                )
 
 
 def _writes(func: Any, kwargs: Any) -> bool:

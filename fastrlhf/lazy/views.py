@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .meaning import View, Words
 from .recipe import Recipe
-from .tensor import LazyTensor, derived
+from .tensor import LazyTensor, derived, form_of
 
 
 def of_rows(index: Tensor, vocab: int, dtype: torch.dtype, vocab_dim: int = -1) -> Tensor:
@@ -30,7 +31,7 @@ def viewed(
 ) -> Any:  # fmt: skip
     """Some tokens of a tensor, chosen or laid out by a view of their numbers."""
     words = x.meaning()
-    if words is None:
+    if words is None or x.stride(x.vocab_dim) != 1:
         return NotImplemented
     words = words.viewed(view, step, distinct=distinct)
     vocab = x.shape[x.vocab_dim]
@@ -41,14 +42,43 @@ def viewed(
 def same(
     recipe: Recipe, x: LazyTensor, words: Words | None, dtype: torch.dtype | None = None
 ) -> Any:
-    """The same tokens, laid out one after the other, of whatever meaning."""
+    """The same tokens, of whatever meaning, laid out as the function does."""
     if words is None:
         return NotImplemented
-    form = torch.empty(x.shape, dtype=dtype or x.dtype, device="meta")
-    if x.vocab_dim != -1:
-        index = words.first.rows.numbers.contiguous()
-        form = of_rows(index, x.shape[x.vocab_dim], dtype or x.dtype, x.vocab_dim)
-    return derived(recipe, words, form, vocab_dim=x.vocab_dim)
+    args, kwargs = tree_map(_form, (recipe.args, recipe.kwargs))
+    form = recipe.func(*args, **kwargs).to(dtype or x.dtype)
+    return derived(recipe, _laid_out(words, x, form), form, vocab_dim=x.vocab_dim)
+
+
+def copied(recipe: Recipe, x: LazyTensor, dtype: torch.dtype | None = None) -> Any:
+    """The same numbers in another tensor, which lies as this one where this one has no gaps."""
+    words = x.meaning()
+    if words is None:
+        return NotImplemented
+    form = torch.empty_like(form_of(x), dtype=dtype)
+    return derived(recipe, _laid_out(words, x, form), form, vocab_dim=x.vocab_dim)
+
+
+def _form(x: Any) -> Any:
+    return form_of(x) if isinstance(x, Tensor) else x
+
+
+def _laid_out(words: Words, x: LazyTensor, form: Tensor) -> Words:
+    """The same words, with numbers of tokens that lie as a tensor does; if each of these lies in
+    one piece: else no view of it is told (see `viewed`).
+    """
+    form = form.movedim(x.vocab_dim, -1)
+    strides = [n // form.shape[-1] for n in form.stride()[:-1]]
+    if form.stride(-1) != 1:
+        return words
+
+    def laid_out(numbers: Tensor) -> Tensor:
+        if list(numbers.stride()) == strides:
+            return numbers
+        made = torch.empty_strided(numbers.shape, strides, dtype=numbers.dtype, device=x.device)
+        return made.copy_(numbers)
+
+    return words._replace(of=tuple(of.laid_out(laid_out) for of in words.of))
 
 
 def getitem(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
@@ -121,7 +151,11 @@ def reshape(recipe: Recipe, x: LazyTensor, *shape: Any) -> Any:
     lead = shaped[:-1]
 
     def view(rows: Tensor) -> Tensor:
-        return rows.view(lead) if name in ("view", "view_as") else rows.reshape(lead)
+        if rows.shape == lead:
+            return rows
+        # Temperatures lie in their own way, which nobody sees.
+        is_view = name in ("view", "view_as") and rows.dtype is torch.int64
+        return rows.view(lead) if is_view else rows.reshape(lead)
 
     return viewed(recipe, x, view, ("shape", lead))
 
@@ -171,6 +205,17 @@ def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
 
 # How many arguments come before dim.
 _BEFORE_DIM = {"split": 1, "chunk": 1, "unbind": 0, "tensor_split": 1, "split_with_sizes": 1}
+
+
+def is_one_of_several(x: LazyTensor) -> bool:
+    """Whether this is a view that a call made along with others, or a view of one."""
+    while x.recipe is not None and isinstance(of := x.recipe.args[0], LazyTensor):
+        if of.memory is not x.memory:
+            break
+        if isinstance(x.recipe.func, Part):
+            return True
+        x = of
+    return False
 
 
 def _dim_of(recipe: Recipe, args: Any, kwargs: Any) -> int | None:
