@@ -58,6 +58,9 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
         return NotImplemented
     *lead, ids = parts
     vocab = x.shape[-1]
+    is_view = not any(isinstance(part, Tensor) and part.ndim for part in parts)
+    if is_view and (words.kind is Kind.LOGITS or torch.is_inference_mode_enabled()):
+        return NotImplemented  # through which the logits may be written into
     if isinstance(ids, int):
         if any(isinstance(part, Tensor) for part in lead) or not -vocab <= ids < vocab:
             return NotImplemented
@@ -81,7 +84,10 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
             return NotImplemented
         ids = ids.expand(shape)
     ids = torch.where(ids < 0, ids + vocab, ids)
-    return _of_words(recipe, x, chosen, ids, shape)
+    found = _of_words(recipe, x, chosen, ids, shape)
+    if is_view and found is not NotImplemented:
+        x.history.viewed(x, found)
+    return found
 
 
 def _of_words(
@@ -174,8 +180,7 @@ def _best(
     of: Distribution, x: LazyTensor, reduce: Callable[[Tensor], Tensor], keepdim: bool
 ) -> Tensor:
     found = scores.best(of, reduce, x.dtype)
-    lead = x.shape[:-1]
-    return torch.cat(found).view(*lead, *found[0].shape[1:])
+    return torch.cat(found).view((*x.shape[:-1], *found[0].shape[1:]))
 
 
 def _without_graph(recipe: Recipe, x: LazyTensor, compute: Callable[[], Tensor]) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import dense
-from .recipe import Recipe
-from .tensor import LazyTensor, lazy_tensors
+from .graph import LazyGradient, dense, is_replaced, is_scaled
+from .recipe import Recipe, plain
+from .tensor import LazyTensor
 
 _GRAD: Any = Tensor.grad
 
@@ -18,35 +18,94 @@ def _natively(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
+def _is_beside(x: LazyTensor) -> bool:
+    """Whether the plain tensor has a place of its own in the graph, and not behind the lazy one."""
+    return x.is_built and not x.is_under_plain
+
+
 def register_hook(recipe: Recipe, x: LazyTensor, hook: Callable[[Tensor], Any]) -> Any:
     """The hooks of torch.distributed only wait for a gradient; others look at it."""
+    if is_scaled(x):
+        x.plain()
+    if _is_beside(x):
+        _refuse_another_part(x)
+        return x.plain().register_hook(hook)
+    x.is_watched = True
     waits = getattr(hook, "__module__", "").startswith("torch.distributed.")
     seen = hook if waits else lambda gradient: hook(dense(gradient))
     return _natively(Tensor.register_hook, x, seen)
 
 
 def requires_grad_(recipe: Recipe, x: LazyTensor, requires_grad: bool = True) -> LazyTensor:
-    led = x.ends_gradients
     _natively(Tensor.requires_grad_, x, requires_grad)
-    if not led:
-        x.lead_here()  # if it was built before
+    if x.is_built and x.requires_grad and not x.plain().requires_grad:
+        x.lead_here()
     return x
 
 
 def retain_grad(recipe: Recipe, x: LazyTensor) -> None:
-    _natively(Tensor.retain_grad, x)
+    if is_scaled(x):
+        x.plain()
+    if _is_beside(x):
+        _refuse_another_part(x)
+        return x.plain().retain_grad()
+    if not x.retains_grad and not x.is_leaf:
+        x.is_watched = True
+        # Kept as a lazy one, it would hold the logits that hold it.
+        _natively(Tensor.register_hook, x, dense)
+    return _natively(Tensor.retain_grad, x)
+
+
+def _refuse_another_part(x: LazyTensor) -> None:
+    """A gradient that also arrives at the lazy tensor is not all that there is."""
+    if not is_replaced(x) and x.requires_grad:
+        _natively(Tensor.register_hook, x, _refuse)
+
+
+def _refuse(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "lazy_logits: a hook, or retain_grad, came after logits were used in fused form and were "
+        "built; put it before the first use"
+    )
 
 
 def grad(recipe: Recipe, x: LazyTensor) -> Any:
-    return dense(_natively(_GRAD.__get__, x))
+    if _is_beside(x) and not x.is_leaf:
+        return x.plain().grad
+    found = _natively(_GRAD.__get__, x)
+    if isinstance(found, LazyGradient):
+        found = dense(found, x)
+        _natively(_GRAD.__set__, x, found)  # to be written into
+    return found
 
 
-def gradients(recipe: Recipe, *args: Any, **kwargs: Any) -> Any:
+def gradients(recipe: Recipe, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """torch.autograd.grad, with respect to logits."""
-    outputs = kwargs.get("outputs", args[0] if args else ())
-    if any(lazy_tensors(outputs)):
-        return NotImplemented
-    return tuple(map(dense, _natively(torch.autograd.grad, *args, **kwargs)))
+    outputs = plain(outputs)
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    beside = {n for n, x in enumerate(inputs) if isinstance(x, LazyTensor) and _is_beside(x)}
+    both = [n for n in beside if not is_replaced(inputs[n])]
+    # What arrives at the plain tensor, and what at the lazy one.
+    asked = [x.plain() if n in beside else x for n, x in enumerate(inputs)]
+    asked += [inputs[n] for n in both]
+    may_be_unused = kwargs.get("allow_unused") or kwargs.get("materialize_grads")
+    if both:
+        kwargs["allow_unused"] = True
+    found = _natively(torch.autograd.grad, outputs, asked, *args, **kwargs)
+    found = [
+        dense(x, of if isinstance(of, LazyTensor) else None)
+        for x, of in zip(found, asked, strict=True)
+    ]
+    for n, part in zip(both, found[len(inputs) :], strict=True):
+        if part is not None:
+            found[n] = part if found[n] is None else found[n] + part
+    del found[len(inputs) :]
+    if both and not may_be_unused and any(x is None for x in found):
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. Set "
+            "allow_unused=True if this is the desired behavior."
+        )
+    return tuple(found)
 
 
 OF_GRADIENT: dict[Any, Callable[..., Any]] = {  # for which a leaf is not built

@@ -12,7 +12,8 @@ gradient of plain logits, which are built for it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
     from .tensor import LazyTensor
 
 Make = Callable[[], Tensor]  # makes a lazy tensor, without a graph
+# Calls of heads; weakly, since a loss that is kept keeps its graph.
+Heads = frozenset["weakref.ref[Source]"]
 
 _aten = torch.ops.aten
-_HANDED_ON = {_aten.detach.default, _aten.alias.default, _aten.clone.default}
+_ADDITIONS = {_aten.add.Tensor, _aten.add_.Tensor}
+_HANDED_ON = {
+    _aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.view.default,
+    _aten._unsafe_view.default, _aten._to_copy.default, _aten.expand.default,
+}  # fmt: skip
 
 
 class Computed:
@@ -47,21 +54,13 @@ class Computed:
         self.of_plain = of_plain  # None: it is the logits themselves
 
     def graph(self) -> Tensor:
-        """The result, with its graph.
-
-        Raises:
-            RuntimeError: it was let go of, by a backward that was said to be the last.
-        """
-        if self.inner is None:
-            raise RuntimeError(
-                "lazy_logits: Trying to backward through the graph a second time; specify "
-                "retain_graph=True if you need to backward through it twice"
-            )
-        return self.inner if isinstance(self.inner, Tensor) else self.inner()
+        """The result, with its graph, unless a backward that was said to be the last let it go."""
+        inner = _still_there(self.inner)
+        return inner if isinstance(inner, Tensor) else inner()
 
     def differentiated(self) -> None:
         """Let go of the graph, once nobody needs it any more."""
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if _is_last():
             self.heads -= 1
             if self.heads <= 0:
                 self.inner = None
@@ -72,10 +71,24 @@ class Term(NamedTuple):
 
     computed: Computed
     upstream: Tensor
-    heads: frozenset[Source]
+    heads: Heads
 
 
 Terms = list[Term]
+
+
+def _is_last() -> bool:
+    """Whether what is kept for this backward may be let go."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _still_there(x: Any) -> Any:
+    if x is None:
+        raise RuntimeError(
+            "lazy_logits: Trying to backward through the graph a second time; specify "
+            "retain_graph=True if you need to backward through it twice"
+        )
+    return x
 
 
 class LazyGradient(Tensor):
@@ -99,9 +112,9 @@ class LazyGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is _aten.add.Tensor and not kwargs and _are_alike(args):
-            return _sum(*args)
-        if func in _HANDED_ON:
+        if func in _ADDITIONS and not kwargs and len(args) == 2:
+            return _sum(*args) if func is _aten.add.Tensor else _added_to(*args)
+        if func in _HANDED_ON and _keeps_form(*args, **kwargs or {}):
             return args[0]
         if args and isinstance(args[0], LazyGradient) and func._schema.is_mutable:
             raise RuntimeError(
@@ -116,16 +129,28 @@ class LazyGradient(Tensor):
         return f"LazyGradient(of {tuple(self.shape)})"
 
 
-def _are_alike(x: Any) -> bool:
-    return all(isinstance(part, Tensor) and part.shape == x[0].shape for part in x)
+def _keeps_form(x: Tensor, shape: Any = None, *, dtype: Any = None, **_: Any) -> bool:
+    return (shape is None or tuple(shape) == tuple(x.shape)) and dtype in (None, x.dtype)
 
 
-def _sum(a: Tensor, b: Tensor) -> LazyGradient:
+def _sum(a: Any, b: Any) -> Tensor:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
+        with enable_reentrant_dispatch():
+            return dense(a) + dense(b)
     of = next(x.of for x in (a, b) if isinstance(x, LazyGradient))
     rests = [x.rest if isinstance(x, LazyGradient) else x for x in (a, b)]
     there = [x for x in rests if x is not None]
     terms = [term for x in (a, b) if isinstance(x, LazyGradient) for term in x.terms]
     return LazyGradient(of, terms, sum(there[1:], there[0]) if there else None)
+
+
+def _added_to(a: Tensor, b: Any) -> Tensor:
+    if not isinstance(a, LazyGradient):
+        with enable_reentrant_dispatch():
+            return a.add_(dense(b))
+    total = _sum(a, b)
+    a.terms, a.rest = _parted(total)
+    return a
 
 
 def _parted(gradient: Tensor) -> tuple[Terms, Tensor | None]:
@@ -135,19 +160,35 @@ def _parted(gradient: Tensor) -> tuple[Terms, Tensor | None]:
     return [], gradient
 
 
-def dense(gradient: Any) -> Any:
+def dense(gradient: Any, of: LazyTensor | None = None) -> Any:
     """The gradient of plain logits, from one that is lazy; anything else as it is."""
     if not isinstance(gradient, LazyGradient):
         return gradient
     total = gradient.rest
     with torch.enable_grad():
-        plain = gradient.of.plain()  # built, if it was not
+        plain = (gradient.of if of is None else of).plain()  # built, if it was not
         for computed, upstream, _ in gradient.terms:
             part = upstream
             if computed.of_plain is not None:
-                (part,) = torch.autograd.grad(computed.of_plain(), plain, upstream)
+                of_plain = computed.of_plain()
+                with _unwatched(plain):
+                    (part,) = torch.autograd.grad(of_plain, plain, upstream, retain_graph=True)
             total = part if total is None else total + part
     return torch.zeros_like(plain) if total is None else total
+
+
+@contextmanager
+def _unwatched(plain: Tensor) -> Iterator[None]:
+    """Keep hooks and retain_grad from what is no gradient of the loss."""
+    hooks: Any = plain._backward_hooks or {}
+    waiting, kept = dict(hooks), plain.grad if plain.retains_grad else None
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(waiting)
+        if plain.retains_grad:
+            plain.grad = kept
 
 
 class Head(torch.autograd.Function):
@@ -166,6 +207,8 @@ class Head(torch.autograd.Function):
             return None, None, *(None for _ in ctx.needs_input_grad[2:])
         hidden, *parameters = ctx.saved_tensors
         source: Source = ctx.source
+        if _is_last():
+            ctx.source = None
         if torch.is_grad_enabled():
             found = source.differentiable_gradients(hidden, parameters, gradient)
         else:
@@ -184,12 +227,16 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[2:]
+        wanted, recipe, parents = ctx.needs_input_grad[2:], ctx.recipe, ctx.parents
+        if _is_last():  # for somebody may keep the loss
+            ctx.recipe, ctx.parents = None, [_Gone(x, x.heads) for x in parents]
         if gradient is None:
             return None, None, *(None for _ in wanted)
         terms, rest = _parted(gradient)
-        rests = _of_parents(ctx.recipe.on_plain, rest, ctx.parents, wanted)
-        return None, None, *_shared_out(terms, rests, ctx.parents, wanted)
+        rests: list[Tensor | None] = [None] * len(parents)
+        if rest is not None:
+            rests = _of_parents(_still_there(recipe).on_plain, rest, parents, wanted)
+        return None, None, *_shared_out(terms, rests, parents, wanted)
 
 
 class Used(torch.autograd.Function):
@@ -203,9 +250,12 @@ class Used(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        computed, parents, wanted = ctx.computed, ctx.parents, ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[2:]
         if gradient is None:
             return None, None, *(None for _ in wanted)
+        computed, parents = _still_there(ctx.computed), ctx.parents
+        if _is_last():
+            ctx.computed, ctx.parents = None, ()
         if torch.is_grad_enabled():
             return None, None, *_of_parents(computed.of_plain, gradient, parents, wanted)
         term = Term(computed, gradient, heads_of(parents))
@@ -213,57 +263,64 @@ class Used(torch.autograd.Function):
 
 
 class Built(torch.autograd.Function):
-    """The logits, once they are made after all."""
+    """The logits, once they are made after all; or another lazy tensor, in whose place in the graph
+    others have a part.
+    """
 
     @staticmethod
-    def forward(ctx: Any, computed: Computed, logits: LazyTensor) -> Tensor:
+    def forward(
+        ctx: Any, computed: Computed | None, inner: Tensor, logits: weakref.ref[LazyTensor],
+        at: Tensor,
+    ) -> Tensor:  # fmt: skip
         # Weakly, since they hold what is returned.
-        ctx.computed, ctx.logits, ctx.heads = computed, weakref.ref(logits), logits.heads
-        return _sharing(computed.graph())
+        ctx.computed, ctx.logits = computed, logits
+        lazy = logits()
+        ctx.heads = frozenset() if lazy is None else lazy.heads
+        # Shares what it holds, and is no view, which could not be written into.
+        return torch.empty_like(inner[:0]).set_(
+            inner.untyped_storage(), inner.storage_offset(), inner.shape, inner.stride()
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return None, gradient
+        if torch.is_grad_enabled() or ctx.computed is None:
+            return None, None, None, gradient
         logits = ctx.logits()
         if logits is None:
-            logits = _Gone(gradient, gradient)
-        return None, LazyGradient(logits, [Term(ctx.computed, gradient, ctx.heads)])
+            logits = _Gone(gradient)
+        term = Term(ctx.computed, gradient, ctx.heads)
+        return None, None, None, LazyGradient(logits, [term])
 
 
-def _sharing(x: Tensor) -> Tensor:
-    """Another tensor in the same memory, and no view, which could not be written into."""
-    return torch.empty_like(x[:0]).set_(
-        x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
-    )
-
-
-class Joined(torch.autograd.Function):
-    """What was made of plain tensors without a graph, in the graph of the lazy one."""
-
-    @staticmethod
-    def forward(ctx: Any, plain: Tensor, lazy: LazyTensor) -> Tensor:
-        return _sharing(plain)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return None, gradient
+def is_built(plain: Tensor) -> bool:
+    """Whether a tensor stands in the graph as what was built of a lazy one, and unchanged."""
+    return isinstance(plain.grad_fn, Built._backward_cls)
 
 
 class _Gone:
-    """In the place of logits that nobody holds any more."""
+    """In the place of a lazy tensor that nobody holds any more, or that was something else."""
 
-    def __init__(self, like: Tensor, plain: Tensor | None):
+    def __init__(self, like: Tensor, heads: Heads = frozenset()):
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
-        self._plain = plain
+        self.heads = heads
 
     def plain(self) -> Tensor:
-        if self._plain is None:
-            raise RuntimeError(
-                "lazy_logits: the gradient of logits is read that were written into (logits /= T); "
-                "divide without writing into them"
-            )
-        return self._plain
+        raise RuntimeError(
+            "lazy_logits: the gradient of logits is read that were written into (logits /= T), or "
+            "of a graph that was let go; divide without writing, or specify retain_graph=True"
+        )
+
+
+class Passed(torch.autograd.Function):
+    """A place in the graph, to be found again after another has been given to a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor) -> Tensor:
+        return torch.empty((), dtype=lazy.dtype, device=lazy.device).expand(lazy.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class Scaled(torch.autograd.Function):
@@ -285,7 +342,7 @@ class Scaled(torch.autograd.Function):
             rest = ctx.func(rest.clone(), *ctx.by)
         if not terms:
             return rest, None, None
-        return LazyGradient(_Gone(gradient, None), terms, rest), None, None
+        return LazyGradient(_Gone(gradient), terms, rest), None, None
 
 
 class Replaced(torch.autograd.Function):
@@ -299,6 +356,16 @@ class Replaced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return None, dense(gradient)
+
+
+def is_scaled(lazy: LazyTensor) -> bool:
+    """Whether a lazy tensor was multiplied or divided in place."""
+    return isinstance(lazy.grad_fn, Scaled._backward_cls)
+
+
+def is_replaced(lazy: LazyTensor) -> bool:
+    """Whether a lazy tensor hangs on its plain one in the graph, which was written into."""
+    return isinstance(lazy.grad_fn, Replaced._backward_cls)
 
 
 def _of_parents(
@@ -320,9 +387,9 @@ def _of_parents(
     return [next(rest) if wants else None for wants in wanted]
 
 
-def heads_of(tensors: Sequence[LazyTensor]) -> frozenset[Source]:
+def heads_of(tensors: Sequence[LazyTensor]) -> Heads:
     """The heads that gradients of lazy tensors reach."""
-    none: frozenset[Source] = frozenset()
+    none: Heads = frozenset()
     with torch._C.DisableTorchFunctionSubclass():  # which takes longer than the rest
         return none.union(*(x.heads for x in tensors if x.requires_grad))
 
@@ -330,7 +397,7 @@ def heads_of(tensors: Sequence[LazyTensor]) -> frozenset[Source]:
 def _shared_out(
     terms: Terms,
     rests: Sequence[Tensor | None],
-    parents: Sequence[LazyTensor],
+    parents: Sequence[LazyTensor | _Gone],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of parents: what was computed goes once to each head, by whichever parent."""

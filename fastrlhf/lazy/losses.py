@@ -59,8 +59,9 @@ def _of_words(
         return NotImplemented
     if weight is not None and (type(weight) is not Tensor or weight.requires_grad):
         return NotImplemented
+    target = target.to(torch.int64)
     live = target != ignore_index
-    targets = torch.where(live, target.to(torch.int64), scores.IGNORED)
+    targets = torch.where(live, target, scores.IGNORED)
     weights = None
     if weight is not None:
         weights = torch.where(live, weight[torch.where(live, target, 0)], 0)
@@ -70,12 +71,11 @@ def _of_words(
             losses = scores.cross_entropy_of(of, targets, label_smoothing=label_smoothing)
             return losses if weights is None else losses * weights
         total = scores.sum_of_cross_entropy(of, targets, weights, label_smoothing)
+        # Without any token gradients of zero, whatever it is divided by: as PyTorch's.
+        total = torch.where(live.any(), total, total.detach())
         if reduction == "sum":
             return total
-        count = live.sum() if weights is None else weights.sum()
-        # Without any token NaN, as PyTorch's, with gradients of zero.
-        return torch.where(count != 0, total / torch.where(count != 0, count, 1),
-                           total.detach() / count)  # fmt: skip
+        return total / (live.sum() if weights is None else weights.sum())
 
     empty = torch.empty(0, dtype=torch.int64, device=x.device)
     dtype = dtype_of(recipe, x, empty)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .meaning import Distribution, Kind, Words
 from .recipe import Recipe
 from .tensor import LazyTensor, derived, form_of, written
-from .views import same
+from .views import copied, is_one_of_several, same
 
 
 def dtype_of(recipe: Recipe, *examples: Any, **options: Any) -> torch.dtype:
@@ -36,10 +36,6 @@ def unchanged(recipe: Recipe, x: LazyTensor, **options: Any) -> Any:
         return NotImplemented
     if recipe.func is Tensor.contiguous and x.is_contiguous():
         return x
-    # A clone lies as what it is of, where that has no gaps.
-    clones = recipe.func is not Tensor.contiguous and x.vocab_dim == -1
-    if clones and not torch.empty_like(form_of(x)).is_contiguous():
-        return NotImplemented
     return same(recipe, x, x.meaning())
 
 
@@ -55,7 +51,7 @@ def cast(recipe: Recipe, x: LazyTensor, **options: Any) -> Any:
     if options:
         return NotImplemented
     dtype = recipe.func(torch.empty(0, dtype=x.dtype)).dtype
-    return x if dtype is x.dtype else same(recipe, x, x.meaning(), dtype)
+    return x if dtype is x.dtype else copied(recipe, x, dtype)
 
 
 def to(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +78,7 @@ def to(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if dtype is x.dtype and not copy:
         return x
-    return same(recipe, x, x.meaning(), dtype)
+    return copied(recipe, x, dtype)
 
 
 # Transformations of logits, and of what was made of them
@@ -186,6 +182,12 @@ def write(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
     words = x.meaning() if isinstance(x, LazyTensor) else None
     if options or words is None or words.kind is not Kind.LOGITS or isinstance(y, LazyTensor):
         return NotImplemented
+    if x.requires_grad and not recipe.grad:
+        return NotImplemented  # a factor of the numbers, and none of their gradient
+    if x.is_of_others or any(y.is_watched for y in x.history.alive() if y.memory is x.memory):
+        return NotImplemented  # whose gradients are those of before
+    if not words.first.rows.distinct or (x.requires_grad and is_one_of_several(x)):
+        return NotImplemented  # PyTorch refuses
     divides = "div" in recipe.func.__name__
     number = _number(y)
     if number is not None and number > 0:

@@ -108,9 +108,9 @@ class Distribution(NamedTuple):
         temperature = None if self.temperature is None else self.temperature.reshape(-1)
         return self._replace(rows=self.rows.flat(), temperature=temperature)
 
-    def contiguous(self) -> Distribution:
-        rows = self.rows._replace(numbers=self.rows.numbers.contiguous())
-        return self._replace(rows=rows)
+    def laid_out(self, layout: View) -> Distribution:
+        """The same tokens, whose numbers lie in another way."""
+        return self._replace(rows=self.rows._replace(numbers=layout(self.rows.numbers)))
 
     def scaled(self, by: float) -> Distribution:
         if self.capped:
@@ -194,9 +194,11 @@ class Words(NamedTuple):
         """The same of other tokens: those that a view of the tokens has."""
         return self._replace(of=tuple(x.viewed(view, step, distinct=distinct) for x in self.of))
 
-    def contiguous(self) -> Words:
-        """The same of the same tokens, which lie one after the other."""
-        return self._replace(of=tuple(x.contiguous() for x in self.of))
+    def same_as(self, other: Words) -> bool:
+        """Whether these are the same numbers, of whatever gradient."""
+        alike = self[::2] == other[::2] and len(self.of) == len(other.of)
+        pairs = zip(self.constant().of, other.constant().of, strict=False)
+        return alike and all(a.same_as(b) for a, b in pairs)
 
     def times(self, factor: float) -> Words:
         if self.kind is Kind.LOGITS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,6 +39,10 @@ class Recipe(NamedTuple):
         autocast = current_autocast(device.type)
         return cls(func, args, kwargs, torch.is_grad_enabled(), autocast, seen)
 
+    def after(self, *args: Any) -> Recipe:
+        """The same with arguments before the others."""
+        return self._replace(args=(*args, *self.args))
+
     def on_plain(self) -> Any:
         """The same of plain tensors.
 
@@ -61,23 +66,40 @@ def plain(x: Any) -> Any:
     return tree_map(lambda x: x.plain() if isinstance(x, LazyTensor) else x, x)
 
 
-class _Written(NamedTuple):
-    """A call that wrote into a lazy tensor, which may be gone: then by how it was made."""
+class _Weakly:
+    """A lazy tensor that may be gone: then by how it was made, if it is a view of one that is not.
 
-    lazy: weakref.ref[LazyTensor]
-    made_by: Recipe | None
+    The history of a tensor may not hold it, or it would be there until garbage is collected.
+    """
+
+    def __init__(self, lazy: LazyTensor):
+        self._lazy, self._recipe = weakref.ref(lazy), lazy.recipe
+        self._base: _Weakly | None = None
+        if lazy.recipe is not None:
+            base, *others = lazy.recipe.args
+            is_view = getattr(base, "memory", None) is lazy.memory
+            self._base = _Weakly(base) if is_view else None
+            self._recipe = lazy.recipe._replace(args=tuple(others))
+
+    def plain(self) -> Tensor | None:
+        """The plain tensor; None: nobody holds a view of it."""
+        lazy = self._lazy()
+        if lazy is not None:
+            return lazy.plain()
+        base = None if self._base is None else self._base.plain()
+        return None if base is None or self._recipe is None else self._recipe.after(base).on_plain()
+
+
+class _Written(NamedTuple):
+    """A call that wrote into a lazy tensor."""
+
+    target: _Weakly
     call: Recipe  # without the tensor
 
     def on_plain(self) -> None:
-        lazy = self.lazy()
-        if lazy is not None:
-            target = lazy.plain()
-        elif self.made_by is not None:
-            target = self.made_by.on_plain()
-        else:
-            return  # nor does anybody hold a view of it
-        call = self.call
-        call._replace(args=(target, *call.args)).on_plain()
+        target = self.target.plain()
+        if target is not None:
+            self.call.after(target).on_plain()
 
 
 class History:
@@ -85,6 +107,9 @@ class History:
 
     def __init__(self) -> None:
         self._steps: list[weakref.ref[LazyTensor] | _Written] = []
+        # Numbers that were computed, and would be views: (what, its memory, its version, whose
+        # memory it would have).
+        self._views: list[tuple[weakref.ref[Tensor], Tensor, int, object]] = []
 
     def made(self, lazy: LazyTensor) -> None:
         self._steps.append(weakref.ref(lazy))
@@ -92,7 +117,21 @@ class History:
     def written(self, lazy: LazyTensor, recipe: Recipe) -> None:
         """Remember a call that writes into a lazy tensor, its first argument."""
         call = recipe._replace(args=recipe.args[1:])
-        self._steps.append(_Written(weakref.ref(lazy), lazy.recipe, call))
+        self._steps.append(_Written(_Weakly(lazy), call))
+
+    def viewed(self, lazy: LazyTensor, view: Tensor) -> None:
+        """Remember numbers that were computed, and would share the memory of plain ones."""
+        self._views.append((weakref.ref(view), view.detach(), view._version, lazy.memory))
+
+    def check_views(self, lazy: LazyTensor, *, writes: bool) -> None:
+        """Raise RuntimeError where one of two that would share their memory was written into."""
+        for view, numbers, version, memory in self._views:
+            is_seen = writes and view() is not None
+            if memory is lazy.memory and (is_seen or numbers._version != version):
+                raise RuntimeError(
+                    "lazy_logits: one of x and x[..., word] is written into, which the other would "
+                    "see; take x[..., [word]]"
+                )
 
     def alive(self) -> list[LazyTensor]:
         made = (step() for step in self._steps if not isinstance(step, _Written))
@@ -100,9 +139,19 @@ class History:
 
     def make_all(self) -> None:
         """Make everything that somebody still holds."""
-        for step in tuple(self._steps):
-            if isinstance(step, _Written):
-                self._steps.remove(step)
-                step.on_plain()
-            elif (lazy := step()) is not None:
-                lazy.make_plain()
+        with torch.inference_mode(False), _as_outside():
+            for step in tuple(self._steps):
+                if isinstance(step, _Written):
+                    self._steps.remove(step)
+                    step.on_plain()
+                elif (lazy := step()) is not None:
+                    lazy.make_plain()
+
+
+def _as_outside() -> AbstractContextManager[Any]:
+    """Hide what is saved for backward from a checkpoint, which would count it: logits would have
+    been made outside of it.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

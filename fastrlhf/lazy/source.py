@@ -165,6 +165,8 @@ class Source:
         temperatures: Any = 1.0 if temperature is None else temperature
         hidden = self.hidden if self.parts is None else self.wide
         hidden = hidden.reshape(-1, hidden.shape[-1])
+        if of.constant:
+            hidden = hidden.detach()
         if only is not None:
             hidden = hidden[only]
         if self.parts is None:

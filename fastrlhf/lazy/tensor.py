@@ -12,6 +12,7 @@ within a torch.autograd.Function, or a collective), get built logits too.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,19 @@ from torch.utils._pytree import tree_leaves
 
 from fastrlhf.ops.backend import outside_of_graphs
 
-from .graph import Built, Computed, Derived, Head, Joined, Replaced, Scaled, Used, heads_of
+from .graph import (
+    Built,
+    Computed,
+    Derived,
+    Head,
+    Heads,
+    Passed,
+    Replaced,
+    Scaled,
+    Used,
+    heads_of,
+    is_built,
+)
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
 from .report import Cost, name_of, note_built, note_fused
@@ -41,8 +54,11 @@ class LazyTensor(Tensor):
     recipe: Recipe | None  # None: the logits of a head
     history: History
     sources: frozenset[Source]
-    _heads: frozenset[Source]
+    _heads: Heads
     memory: object  # the same for tensors that would share their memory
+    is_watched: bool  # whether somebody looks at its gradient
+    _before: Tensor | None  # with the place in the graph that it had before it was written into
+    _node: Any  # its place in the graph, once it is built
     _plain: Tensor | None
 
     @staticmethod
@@ -52,7 +68,7 @@ class LazyTensor(Tensor):
         recipe: Recipe | None,
         history: History,
         sources: frozenset[Source],
-        heads: frozenset[Source],
+        heads: Heads,
         *,
         like: Tensor,
         vocab_dim: int = -1,
@@ -65,12 +81,18 @@ class LazyTensor(Tensor):
         made.words, made.recipe, made.history = words, recipe, history
         made.sources, made._heads = sources, heads
         made.vocab_dim, made.memory, made._plain = vocab_dim, object(), None
+        made.is_watched, made._before, made._node = False, None, None
         return made
 
     def plain(self) -> Tensor:
         """The tensor that this one would be, built if it was not."""
         if self._plain is None:
             self.history.make_all()
+        elif self.grad_fn is not self._node:
+            raise RuntimeError(
+                "lazy_logits: a torch.autograd.Function writes into logits (mark_dirty); leave "
+                "lazy_logits"
+            )
         assert self._plain is not None
         return self._plain
 
@@ -79,47 +101,68 @@ class LazyTensor(Tensor):
         return self._plain is not None
 
     @property
-    def heads(self) -> frozenset[Source]:
+    def heads(self) -> Heads:
         """Those that its gradient reaches; or would, if it did not end in a leaf."""
-        return self.sources if self.ends_gradients else self._heads
+        with torch._C.DisableTorchFunctionSubclass():
+            ends = self.requires_grad and self.is_leaf
+        return frozenset(map(weakref.ref, self.sources)) if ends else self._heads
 
     def meaning(self) -> Words | None:
         """What these numbers are, and which of them have a gradient."""
         if self.words is None or not self.requires_grad:
             return self.words and self.words.constant()
+        if not any(source.requires_grad for source in self.sources):
+            return None  # requires_grad_()
+        if self.is_of_others and not self._is_as_its_parent():
+            return None
         if len(self.words.of) > 1:
             return self.words
         return self.words._replace(of=(self.words.first.with_gradient(True),))
+
+    @property
+    def is_of_others(self) -> bool:
+        """Whether it has a place in the graph that others gave it: as what a
+        torch.autograd.Function returned, or as a leaf.
+        """
+        return self.requires_grad and self.recipe is not None and not self.recipe.grad
+
+    def _is_as_its_parent(self) -> bool:
+        """Whether a function of others passes numbers on, whose gradient it may pass on too."""
+        assert self.recipe is not None
+        parent = self.recipe.args[0]
+        if self.words is None or parent.words is None or self.shape != parent.shape:
+            return False
+        return self.dtype == parent.dtype and self.words.same_as(parent.words)
+
+    @property
+    def is_under_plain(self) -> bool:
+        """Whether the plain tensor hangs on this one in the graph."""
+        return self._plain is not None and is_built(self._plain)
 
     def make_plain(self) -> None:
         """Make the plain tensor, what it is made of being there."""
         if self._plain is not None:
             return
-        self._plain = self._made()
-        self.lead_here()
-
-    def _made(self) -> Tensor:
+        self._node = self.grad_fn
         if self.recipe is not None:
-            return self.recipe.on_plain()
+            self._plain = self.recipe.on_plain()
+            if self.requires_grad and (self.is_of_others or self.is_watched):
+                self.lead_here()
+            return
+        at, of = self if self._before is None else self._before, weakref.ref(self)
         (source,) = self.sources
         with source.at_work(differentiable=True):
             inner = source.logits()
-        with torch.set_grad_enabled(source.requires_grad):
-            return Built.apply(Computed(inner, 1, None), self)
-
-    @property
-    def ends_gradients(self) -> bool:
-        """Whether it is a leaf of the graph, which keeps its gradient."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.requires_grad and self.is_leaf
+        with torch.set_grad_enabled(self.requires_grad):
+            computed = Computed(inner, 1, None) if source.requires_grad else None
+            self._plain = Built.apply(computed, inner.detach(), of, at)
 
     def lead_here(self) -> None:
-        """Have gradients of the plain tensor come to this one, if PyTorch made its graph: that of a
-        leaf, or of a torch.autograd.Function.
-        """
-        if self._plain is not None and self.requires_grad and not self._plain.requires_grad:
-            with torch.enable_grad():
-                self._plain = Joined.apply(self._plain, self)
+        """Have gradients of the plain tensor come to this one."""
+        assert self._plain is not None
+        at = self if self._before is None else self._before
+        with torch.enable_grad():
+            self._plain = Built.apply(None, self._plain.detach(), weakref.ref(self), at)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,7 +174,7 @@ class LazyTensor(Tensor):
     ) -> Any:
         if func in _HANDED_ON:
             (lazy,) = args
-            return _remade(lazy, Recipe.of(func, args, {}, lazy.device))
+            return _remade(lazy, Recipe.of(func, args, {}, lazy.device)._replace(grad=False))
         lazies = list(lazy_tensors((args, kwargs or {})))
         _note(func, lazies)
         with enable_reentrant_dispatch():
@@ -142,7 +185,8 @@ class LazyTensor(Tensor):
 
 def _called(func: Any, args: Any, kwargs: Any) -> Any:
     """What a function of PyTorch returns that is given lazy tensors."""
-    from .functions import KNOWN, OF_FORM, OF_GRADIENT
+    from .functions import KNOWN, OF_FORM
+    from .gradients_of import OF_GRADIENT
 
     if func in OF_FORM:
         with torch._C.DisableTorchFunctionSubclass():
@@ -151,8 +195,7 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     if not lazies:  # they are within something that is no list, tuple or dict
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    of_leaf = func in OF_GRADIENT and any(x.ends_gradients for x in lazies)
-    if func in KNOWN and (of_leaf or not any(x.is_built for x in lazies)):
+    if func in OF_GRADIENT or (func in KNOWN and not any(x.is_built for x in lazies)):
         found = _known(func, lazies[0].device, args, kwargs)
         if found is not NotImplemented:
             return found
@@ -183,8 +226,8 @@ def logits_of(source: Source, hidden: Tensor) -> LazyTensor:
     words, history = Words(Kind.LOGITS, (source.whole,)), History()
 
     def make() -> LazyTensor:
-        of = frozenset({source})
-        return LazyTensor(words, None, history, of, of, like=like)
+        heads = frozenset({weakref.ref(source)})
+        return LazyTensor(words, None, history, frozenset({source}), heads, like=like)
 
     made = Head.apply(source, make, hidden, *source.parameters)
     history.made(made)
@@ -231,26 +274,29 @@ def _remade(lazy: LazyTensor, recipe: Recipe) -> LazyTensor:
         lazy.words, recipe, lazy.history, lazy.sources, lazy.heads, like=form_of(lazy),
         vocab_dim=lazy.vocab_dim,
     )  # fmt: skip
-    made._plain, made.memory = lazy._plain, lazy.memory
+    made.memory = lazy.memory
     lazy.history.made(made)
     return made
 
 
 def written(recipe: Recipe, lazy: LazyTensor, words: Words) -> LazyTensor:
     """A call that writes into a lazy tensor, after which it is something else."""
+    lazy.history.check_views(lazy, writes=True)
     for other in lazy.history.alive():
         if other is not lazy and other.memory is lazy.memory:
             other.words = None
     lazy.history.written(lazy, recipe)
     lazy.words = words
     if recipe.grad and lazy.requires_grad:
+        if lazy._before is None:
+            lazy._before = Passed.apply(lazy)
         Scaled.apply(lazy, recipe.func, recipe.args[1:])
     return lazy
 
 
-def form_of(lazy: LazyTensor) -> Tensor:
+def form_of(x: Tensor) -> Tensor:
     """A tensor on the meta device of the same shape, strides and dtype."""
-    return torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def computed(
@@ -267,6 +313,8 @@ def computed(
     again_for_gradient: compute the value without a graph, and with one only if a gradient comes.
     """
     differentiable = recipe.grad and any(x.requires_grad for x in parents)
+    for parent in parents:
+        parent.history.check_views(parent, writes=False)
     sources = frozenset[Source]().union(*(x.sources for x in parents))
     known_before = sum(len(source.known) for source in sources)
 
@@ -294,16 +342,37 @@ def computed(
 def _on_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
     """Call a function that is not known: of plain tensors."""
     _note(func, lazies)
-    plain_args, plain_kwargs = plain((args, kwargs))
-    found = func(*plain_args, **plain_kwargs)
     written = lazies[0] if args and args[0] is lazies[0] and _writes(func, kwargs) else None
+    for lazy in lazies:
+        lazy.history.check_views(lazy, writes=lazy is written)
+    plain_args, plain_kwargs = plain((args, kwargs))
+    if written is not None and torch.is_grad_enabled():
+        _check_not_watched(written)
+    found = func(*plain_args, **plain_kwargs)
     if written is None:
         return found
     # In the graph of whoever holds these, they are now what was written.
     for lazy in written.history.alive():
-        if lazy._plain is not None and lazy._plain.requires_grad and torch.is_grad_enabled():
+        if lazy.memory is not written.memory or not torch.is_grad_enabled():
+            continue
+        if lazy._plain is not None and lazy._plain.requires_grad:
+            if lazy.retains_grad:
+                lazy._plain.retain_grad()
             Replaced.apply(lazy, lazy._plain)
+            lazy._node = lazy.grad_fn
     return written if found is plain_args[0] else found
+
+
+def _check_not_watched(written: LazyTensor) -> None:
+    """Refuse to write into logits of which a view stands in the graph by itself."""
+    for lazy in written.history.alive():
+        if lazy.memory is written.memory and lazy.recipe is not None and lazy.is_under_plain:
+            of = lazy.recipe.args[0]
+            if isinstance(of, LazyTensor) and of.memory is lazy.memory:
+                raise RuntimeError(
+                    "lazy_logits: logits are written into of which a view has a hook, or went "
+                    "through a torch.autograd.Function; leave lazy_logits"
+                )
 
 
 def _writes(func: Any, kwargs: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .meaning import LAID_OUT, View, Words
 from .recipe import Recipe
@@ -33,7 +34,7 @@ def viewed(
     a loop goes through, or not.
     """
     words = x.meaning()
-    if words is None:
+    if words is None or x.stride(x.vocab_dim) != 1:
         return NotImplemented
     if is_part:
         words = words.marked_as_whole()
@@ -46,13 +47,43 @@ def viewed(
 def same(
     recipe: Recipe, x: LazyTensor, words: Words | None, dtype: torch.dtype | None = None
 ) -> Any:
-    """The same tokens, laid out one after the other, of whatever meaning."""
+    """The same tokens, of whatever meaning, laid out as the function does."""
     if words is None:
         return NotImplemented
-    words = words.contiguous()
-    numbers, vocab = words.first.rows.numbers, x.shape[x.vocab_dim]
-    form = of_rows(numbers, vocab, dtype or x.dtype, x.vocab_dim)
-    return derived(recipe, words, form, vocab_dim=x.vocab_dim)
+    args, kwargs = tree_map(_form, (recipe.args, recipe.kwargs))
+    form = recipe.func(*args, **kwargs).to(dtype or x.dtype)
+    return derived(recipe, _laid_out(words, x, form), form, vocab_dim=x.vocab_dim)
+
+
+def copied(recipe: Recipe, x: LazyTensor, dtype: torch.dtype | None = None) -> Any:
+    """The same numbers in another tensor, which lies as this one where this one has no gaps."""
+    words = x.meaning()
+    if words is None:
+        return NotImplemented
+    form = torch.empty_like(form_of(x), dtype=dtype)
+    return derived(recipe, _laid_out(words, x, form), form, vocab_dim=x.vocab_dim)
+
+
+def _form(x: Any) -> Any:
+    return form_of(x) if isinstance(x, Tensor) else x
+
+
+def _laid_out(words: Words, x: LazyTensor, form: Tensor) -> Words:
+    """The same words, with numbers of tokens that lie as a tensor does; if each of these lies in
+    one piece: else no view of it is told (see `viewed`).
+    """
+    form = form.movedim(x.vocab_dim, -1)
+    strides = [n // form.shape[-1] for n in form.stride()[:-1]]
+    if form.stride(-1) != 1:
+        return words
+
+    def laid_out(numbers: Tensor) -> Tensor:
+        if list(numbers.stride()) == strides:
+            return numbers
+        made = torch.empty_strided(numbers.shape, strides, dtype=numbers.dtype, device=x.device)
+        return made.copy_(numbers)
+
+    return words._replace(of=tuple(of.laid_out(laid_out) for of in words.of))
 
 
 def getitem(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
@@ -175,6 +206,17 @@ def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
 _PARTS_OF_A_LOOP = 3
 # How many arguments come before dim.
 _BEFORE_DIM = {"split": 1, "chunk": 1, "unbind": 0, "tensor_split": 1, "split_with_sizes": 1}
+
+
+def is_one_of_several(x: LazyTensor) -> bool:
+    """Whether this is a view that a call made along with others, or a view of one."""
+    while x.recipe is not None and isinstance(of := x.recipe.args[0], LazyTensor):
+        if of.memory is not x.memory:
+            break
+        if isinstance(x.recipe.func, Part):
+            return True
+        x = of
+    return False
 
 
 def _dim_of(recipe: Recipe, args: Any, kwargs: Any) -> int | None:
