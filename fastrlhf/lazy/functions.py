@@ -33,6 +33,7 @@ signature = functools.cache(inspect.signature)
 
 
 def _getitem(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
+    index = views.with_tensors(index, x)
     found = views.getitem(recipe, x, index)
     return endings.pick(recipe, x, index) if found is NotImplemented else found
 

@@ -103,6 +103,16 @@ def getitem(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
     return viewed(recipe, x, lambda rows: rows[whole], step, distinct=not chosen)
 
 
+def with_tensors(index: Any, x: LazyTensor) -> Any:
+    """An index whose lists of numbers are tensors, as PyTorch takes them."""
+
+    def tensor(part: Any) -> Any:
+        numbers = isinstance(part, list) and all(type(n) is int for n in part)
+        return torch.tensor(part, dtype=torch.int64, device=x.device) if numbers else part
+
+    return tuple(map(tensor, index)) if isinstance(index, tuple) else tensor(index)
+
+
 def of_all_dims(given: tuple[Any, ...], dims: int) -> list[Any] | None:
     """An index for each dimension; the last for that of the vocabulary. None: it is not known."""
     counts = [_dims_of(part) for part in given]
