@@ -8,7 +8,8 @@ Dims: U hidden states, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,15 @@ def _laid_out(of: Distribution, targets: Tensor) -> tuple[Scorer, Tensor, Callab
     return scorer, whole, lambda found: found[flat].view(targets.shape)
 
 
-class Known(NamedTuple):
+@dataclass
+class Known:
     """Statistics of tokens with some targets, in the inner graph or without one."""
 
     of: OfSource
     targets: Tensor
     stats: TokenStats
     entropy_grad: bool
+    with_gradient: Tensor | None = None  # the lse, once it is asked for
 
     def serves(self, of: OfSource, targets: Tensor | None, *, entropy_grad: bool) -> bool:
         """Whether what is asked for is here: a value, or one with its gradient."""
@@ -69,7 +72,18 @@ class Known(NamedTuple):
 
     def without_graph(self) -> Known:
         of_tokens: Any = (None if x is None else x.detach() for x in self.stats)
-        return self._replace(stats=TokenStats(*of_tokens))
+        return replace(self, stats=TokenStats(*of_tokens), with_gradient=None)
+
+    def lse(self, of: Distribution) -> Tensor:
+        """The log-sum-exp, with the gradient of z - ln p, which is that of the lse whatever the
+        word; of a head that is a matrix.
+        """
+        if not self.stats.logprob.requires_grad:
+            return self.stats.lse
+        if self.with_gradient is None:
+            slope = picked(of.flat(), self.targets.reshape(-1)) - self.stats.logprob
+            self.with_gradient = self.stats.lse + (slope - slope.detach())
+        return self.with_gradient
 
 
 def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: bool = False) -> Known:
@@ -154,13 +168,7 @@ def _some_word(of: Distribution) -> Tensor:
 def log_sum_exp(of: Distribution) -> Tensor:
     """The log-sum-exp of a head that is a matrix."""
     whole, places = _whole(of)
-    known = _stats(whole)
-    found = known.stats.lse
-    if known.stats.logprob.requires_grad:
-        # With the gradient of z - ln p, which is that of the lse whatever the word.
-        slope = picked(whole.flat(), known.targets.reshape(-1)) - known.stats.logprob
-        found = found + (slope - slope.detach())
-    return _of_places(found, of, places)
+    return _of_places(_stats(whole).lse(whole), of, places)
 
 
 def entropies(of: Distribution) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastrlhf.ops.backend import outside_of_graphs
 
+from .building import call_with_plain, note_of_building
 from .graph import (
     Built,
     Computed,
@@ -31,7 +32,6 @@ from .graph import (
     Head,
     Heads,
     Passed,
-    Replaced,
     Scaled,
     Used,
     heads_of,
@@ -39,7 +39,7 @@ from .graph import (
 )
 from .meaning import Kind, Words
 from .recipe import History, Recipe, plain
-from .report import Cost, name_of, note_built, note_fused
+from .report import Cost, name_of, note_fused
 from .source import Source
 
 _aten = torch.ops.aten
@@ -176,7 +176,7 @@ class LazyTensor(Tensor):
             (lazy,) = args
             return _remade(lazy, Recipe.of(func, args, {}, lazy.device)._replace(grad=False))
         lazies = list(lazy_tensors((args, kwargs or {})))
-        _note(func, lazies)
+        note_of_building(func, lazies)
         with enable_reentrant_dispatch():
             plain_args, plain_kwargs = plain((args, kwargs or {}))
         found = func(*plain_args, **plain_kwargs)
@@ -199,7 +199,7 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
         found = _known(func, lazies[0].device, args, kwargs)
         if found is not NotImplemented:
             return found
-    return _on_plain(func, lazies, args, kwargs)
+    return call_with_plain(func, lazies, args, kwargs)
 
 
 def _known(func: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
@@ -337,57 +337,3 @@ def computed(
     inner = partial(result, with_graph=True) if again_for_gradient else found
     heads = len(heads_of(parents))
     return Used.apply(Computed(inner, heads, recipe.on_plain), found.detach(), *parents)
-
-
-def _on_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
-    """Call a function that is not known: of plain tensors."""
-    _note(func, lazies)
-    written = lazies[0] if args and args[0] is lazies[0] and _writes(func, kwargs) else None
-    for lazy in lazies:
-        lazy.history.check_views(lazy, writes=lazy is written)
-    plain_args, plain_kwargs = plain((args, kwargs))
-    if written is not None and torch.is_grad_enabled():
-        _check_not_watched(written)
-    found = func(*plain_args, **plain_kwargs)
-    if written is None:
-        return found
-    # In the graph of whoever holds these, they are now what was written.
-    for lazy in written.history.alive():
-        if lazy.memory is not written.memory or not torch.is_grad_enabled():
-            continue
-        if lazy._plain is not None and lazy._plain.requires_grad:
-            if lazy.retains_grad:
-                lazy._plain.retain_grad()
-            Replaced.apply(lazy, lazy._plain)
-            lazy._node = lazy.grad_fn
-    return written if found is plain_args[0] else found
-
-
-def _check_not_watched(written: LazyTensor) -> None:
-    """Refuse to write into logits of which a view stands in the graph by itself."""
-    for lazy in written.history.alive():
-        if lazy.memory is written.memory and lazy.recipe is not None and lazy.is_under_plain:
-            of = lazy.recipe.args[0]
-            if isinstance(of, LazyTensor) and of.memory is lazy.memory:
-                raise RuntimeError(
-                    "lazy_logits: logits are written into of which a view has a hook, or went "
-                    "through a torch.autograd.Function; leave lazy_logits"
-                )
-
-
-def _writes(func: Any, kwargs: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _WRITING or kwargs.get("inplace", False) is True
-
-
-_WRITING = {
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__",
-    "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
-}  # fmt: skip
-
-
-def _note(func: Any, lazies: list[LazyTensor]) -> None:
-    for source in frozenset[Source]().union(*(x.sources for x in lazies if not x.is_built)):
-        size = source.tokens * source.vocab * source.dtype.itemsize
-        note_built(name_of(func), source.tokens, size)
