@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import endings, losses, maps, views
-from .gradients_of import OF_GRADIENT
+from .asked_gradients import OF_GRADIENT
 from .recipe import Recipe
 from .tensor import LazyTensor
 

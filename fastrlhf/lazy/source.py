@@ -25,7 +25,7 @@ from fastrlhf.ops.linear_rows import default_chunk
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 
 from .as_it_was import AsItWas
-from .graph import Terms, dense
+from .gradient import Terms, dense
 from .meaning import Distribution, Rows
 
 # Of a batch, an eighth is held as logits at a time, or as many tokens as keep a matmul busy.

@@ -25,12 +25,11 @@ from torch.utils._pytree import tree_leaves
 from fastrlhf.ops.backend import outside_of_graphs
 
 from .building import call_with_plain, note_of_building
+from .gradient import Computed, Heads
 from .graph import (
     Built,
-    Computed,
     Derived,
     Head,
-    Heads,
     Passed,
     Scaled,
     Used,
@@ -185,8 +184,8 @@ class LazyTensor(Tensor):
 
 def _called(func: Any, args: Any, kwargs: Any) -> Any:
     """What a function of PyTorch returns that is given lazy tensors."""
+    from .asked_gradients import OF_GRADIENT
     from .functions import KNOWN, OF_FORM
-    from .gradients_of import OF_GRADIENT
 
     if func in OF_FORM:
         with torch._C.DisableTorchFunctionSubclass():

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import LazyGradient, dense, is_replaced, is_scaled
+from .gradient import LazyGradient, dense
+from .graph import is_replaced, is_scaled
 from .recipe import Recipe, plain
 from .tensor import LazyTensor
 
