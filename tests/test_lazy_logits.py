@@ -49,6 +49,21 @@ def test_the_tensor_has_the_form_of_the_logits(model) -> None:
         assert not model(ids()).logits.requires_grad
 
 
+def test_logits_that_are_moved_to_where_they_are_stay_lazy(model) -> None:
+    with fastrlhf.lazy_logits(model):
+        logits = model(ids()).logits
+    for moved in (
+        logits.cpu(),
+        logits.to("cpu"),
+        logits.to(logits.device),
+        logits.to(ids().device),
+    ):
+        assert moved is logits
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|cuda|NVIDIA"):
+        logits.cuda(99)
+    assert [use.what for use in fastrlhf.lazy_report().built] == ["cuda"]
+
+
 def test_on_and_off_leave_the_model_as_it_was(model) -> None:
     def state() -> tuple:
         head = model.lm_head

@@ -79,6 +79,8 @@ KNOWN: dict[Any, Known] = {
     **_by_name("detach", maps.detach),
     **_by_name("float half bfloat16 double", maps.cast),
     **_by_name("to type", maps.to),
+    Tensor.cpu: maps.moved,
+    Tensor.cuda: maps.moved,
     **_by_name("neg negative __neg__", maps.negative),
     **_by_name("mul multiply __mul__ __rmul__", maps.multiply),
     **_by_name("div divide true_divide __truediv__", maps.divide),

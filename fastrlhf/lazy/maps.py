@@ -81,6 +81,13 @@ def to(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     return copied(recipe, x, dtype)
 
 
+def moved(recipe: Recipe, x: LazyTensor, device: Any = None) -> Any:
+    """cpu, cuda: to where it is."""
+    name = recipe.func.__name__
+    there = x.device if device is None else torch.device(name, device)
+    return x if x.device.type == name and there == x.device else NotImplemented
+
+
 # Transformations of logits, and of what was made of them
 
 
