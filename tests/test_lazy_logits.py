@@ -1,5 +1,6 @@
 """Lazy logits: the tensor, what turns it on and off, what it refuses, and what the report says."""
 
+import contextlib
 import copy
 import io
 import logging
@@ -7,6 +8,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from support.matmuls import MatmulAudit
 from support.tiny_models import VOCAB, make
 from torch import Tensor, nn
 
@@ -178,7 +180,7 @@ def test_the_report_tells_what_was_fused_and_what_was_built(model, caplog) -> No
 )
 def test_the_plan_is_what_is_multiplied(model, trained: bool, ask, plans: list[str]) -> None:
     model.lm_head.weight.requires_grad_(trained)
-    audit = pytest.importorskip("support.matmuls").MatmulAudit(VOCAB)
+    audit = MatmulAudit(VOCAB)
     with fastrlhf.lazy_logits(model):
         ask(model(ids()).logits, ids())  # the first call looks at the head
         fastrlhf.lazy_report(clear=True)
@@ -227,3 +229,33 @@ def test_outputs_are_saved_and_printed_as_plain_ones(model) -> None:
     assert logits[2].tolist() == plain.tolist()
     assert (logits[3].numpy() == plain.numpy()).all()
     assert torch.equal(copy.deepcopy(logits[4]), plain)
+
+
+def test_no_more_than_an_eighth_of_the_logits_is_held() -> None:
+    model, ids = make("Llama", vocab_size=4096), torch.randint(1, 4096, (8, 64))
+    audit = MatmulAudit(4096)
+    with fastrlhf.lazy_logits(model):
+        model(ids)  # the first call looks at the head
+        logits = model(ids).logits
+        with audit:
+            logits.log_softmax(-1).gather(-1, ids[..., None]).sum().backward()
+    assert audit.largest < 8 * 64 * 4096 / 7
+
+
+def test_gradients_of_what_is_asked_together(model) -> None:
+    """Of one pass: log-probs, log-sum-exp and entropy, each with a weight of its own."""
+
+    def gradient(model: nn.Module, *, lazy: bool) -> Tensor:
+        model.zero_grad()
+        with fastrlhf.lazy_logits(model) if lazy else contextlib.nullcontext():
+            z = model(ids()).logits
+            log_p, weights = z.log_softmax(-1), torch.arange(TOKENS)
+            picked, lse = log_p.gather(-1, ids()[..., None])[..., 0], z.logsumexp(-1)
+            parts = picked, lse, -(z.softmax(-1) * log_p).sum(-1)
+            sum((n + 1) * (weights**n * part).sum() for n, part in enumerate(parts)).backward()
+        return model.lm_head.weight.grad
+
+    exact = gradient(copy.deepcopy(model).double(), lazy=False)
+    plain, ours = (gradient(model, lazy=lazy).clone() for lazy in (False, True))
+    assert [use.plan for use in fastrlhf.lazy_report().fused] == ["4G", "0G", "0G"]
+    assert (ours - exact).norm() <= 3 * (plain - exact).norm()

@@ -4176,4 +4176,169 @@ MUTANTS = [
             "does_no_harm",
         ),
     ),
+    *_mutants(
+        "fastrlhf/lazy/source.py", "test_lazy_logits.py",
+        (
+            "lazy: logits of another weight",
+            "if any(_version(x) != version for x, version in self._seen):", "if False:",
+            "before_the_weight_changes",
+        ),
+        (
+            "lazy: all logits at a time",
+            "max(fewest, self.tokens // (_PARTS * held))", "self.tokens",
+            "holds_an_eighth",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/source.py", "test_lazy_wrappers.py",
+        (
+            "lazy: computed outside of autocast",
+            "with torch.set_grad_enabled(differentiable and self.requires_grad), self.autocast():",
+            "with torch.set_grad_enabled(differentiable and self.requires_grad):",
+            "autocast",
+        ),
+        (
+            "lazy: a dropout is drawn again",
+            "self.own_is_there = not (holds_weight or drops)",
+            "self.own_is_there = not holds_weight",
+            "dropout",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/gradient.py", "test_lazy_chains.py",
+        (
+            "lazy: a graph is never let go",
+            "                self.inner = None\n", "                pass\n",
+            "kept or leak or twice or second",
+        ),
+        (
+            "lazy: a gradient that is read lacks what is plain",
+            "    total = gradient.rest\n", "    total = None\n",
+            "hook or gradient",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/graph.py", "test_lazy_loops.py",
+        (
+            "lazy: a term reaches its head twice",
+            "terms = [x._replace(heads=x.heads - parent.heads) for x in terms]", "pass",
+            "KL or entropy or PPO",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/meaning.py", "test_lazy_chains.py",
+        (
+            "lazy: a detached factor has a gradient",
+            "            and self.constant == other.constant\n", "",
+            "program or detach or constant",
+        ),
+        (
+            "lazy: rows of one path are those of another",
+            "return on_host and torch.equal(self.numbers, other.numbers)", "return True",
+            "program",
+        ),
+        (
+            "lazy: a scale after a cap is one before it",
+            "            return self._changed(factor=self.factor * by)\n", "            pass\n",
+            "program or cap or low",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/views.py", "test_lazy_chains.py",
+        (
+            "lazy: an index of words is one of tokens",
+            "parts[-1] != slice(None)", "False",
+            "program",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/endings.py", "test_lazy_chains.py",
+        (
+            "lazy: an index smaller than the logits is of all tokens",
+            "    if lead != x.shape[:-1]:\n", "    if False:\n",
+            "program",
+        ),
+        (
+            "lazy: the factor of a sum is left out",
+            "lambda: found() * factor", "lambda: found()",
+            "program or low",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/scores.py", "test_lazy_logits.py",
+        (
+            "lazy: what was computed is not remembered",
+            "    source.known.append(known)\n", "",
+            "the_plan",
+        ),
+        (
+            "lazy: the lse has the gradient of a log-prob",
+            "self.with_gradient = self.stats.lse + (slope - slope.detach())",
+            "self.with_gradient = self.stats.lse - (slope - slope.detach())",
+            "gradients_of_what",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/losses.py", "test_lazy_chains.py",
+        (
+            "lazy: ignored labels are words",
+            "    live = target != ignore_index\n", "    live = target == target\n",
+            "program or ignored",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/maps.py", "test_lazy_chains.py",
+        (
+            "lazy: a product of two distributions is an entropy",
+            "if other.kind in kinds and p.same_as(other.first):", "if other.kind in kinds:",
+            "program or other",
+        ),
+        (
+            "lazy: logits times a negative number keep their order",
+            "words.kind is Kind.LOGITS and not factor > 0", "False",
+            "program",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/recipe.py", "test_lazy_chains.py",
+        (
+            "lazy: what was written into logits is forgotten",
+            "                    step.on_plain()\n", "                    pass\n",
+            "program",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/building.py", "test_lazy_chains.py",
+        (
+            "lazy: a write is not in the graph",
+            "            Replaced.apply(lazy, lazy._plain)\n", "",
+            "program or function or written",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/head.py", "test_lazy_logits.py",
+        (
+            "lazy: one position waits too",
+            "hidden.shape[-2] < 2", "hidden.shape[-2] < 1",
+            "one_position",
+        ),
+        (
+            "lazy: a head is left enabled",
+            "        _take_away(module)\n", "        pass\n",
+            "on_and_off",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/report.py", "test_lazy_logits.py",
+        (
+            "lazy: a site is warned of at every call",
+            "    if len(_built) > known:\n", "    if True:\n",
+            "the_report",
+        ),
+        (
+            "lazy: the tokens of a call are not counted",
+            "    use.calls += 1\n    use.tokens += tokens\n\n", "    use.calls += 1\n\n",
+            "the_report",
+        ),
+    ),
 ]  # fmt: skip
