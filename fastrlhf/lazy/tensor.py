@@ -12,17 +12,16 @@ within a torch.autograd.Function, or a collective), get built logits too.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves
-
-from fastrlhf.ops.backend import outside_of_graphs
 
 from .building import call_with_plain, note_of_building
 from .gradient import Computed, Heads
@@ -165,7 +164,8 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return outside_of_graphs(_called)(func, args, kwargs or {})
+        called = _called_outside_of_graphs() if "torch._dynamo" in sys.modules else _called
+        return called(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -180,6 +180,11 @@ class LazyTensor(Tensor):
             plain_args, plain_kwargs = plain((args, kwargs or {}))
         found = func(*plain_args, **plain_kwargs)
         return args[0] if args and found is plain_args[0] else found  # it was written into
+
+
+@functools.cache
+def _called_outside_of_graphs() -> Callable[..., Any]:
+    return torch.compiler.disable(_called)  # made once: that takes longer than most calls
 
 
 def _called(func: Any, args: Any, kwargs: Any) -> Any:
@@ -333,6 +338,6 @@ def computed(
     note_fused(name_of(recipe.func), plan, tokens)
     if not differentiable or not (found.requires_grad or again_for_gradient):
         return found.clone()  # its owner may write into it, and what is remembered stays
-    inner = partial(result, with_graph=True) if again_for_gradient else found
+    inner = functools.partial(result, with_graph=True) if again_for_gradient else found
     heads = len(heads_of(parents))
     return Used.apply(Computed(inner, heads, recipe.on_plain), found.detach(), *parents)
