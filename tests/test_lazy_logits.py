@@ -59,6 +59,18 @@ def test_logits_that_are_moved_to_where_they_are_stay_lazy(model) -> None:
     assert fastrlhf.lazy_report().built == ()
 
 
+def test_words_are_taken_along_a_dim(model) -> None:
+    log_p = model(ids()).logits.log_softmax(-1)
+    expected = torch.take_along_dim(log_p, ids()[..., None], -1)
+    broadcast = torch.take_along_dim(log_p, ids()[:1, :, None], -1)
+    with fastrlhf.lazy_logits(model):
+        lazy = model(ids()).logits.log_softmax(-1)
+    torch.testing.assert_close(lazy.take_along_dim(ids()[..., None], -1), expected)
+    assert fastrlhf.lazy_report().built == ()
+    assert torch.equal(torch.take_along_dim(lazy, ids()[:1, :, None], -1), broadcast)
+    assert [use.what for use in fastrlhf.lazy_report().built] == ["take_along_dim"]
+
+
 def test_on_and_off_leave_the_model_as_it_was(model) -> None:
     def state() -> tuple:
         head = model.lm_head

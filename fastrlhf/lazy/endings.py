@@ -35,7 +35,7 @@ _COSTS = {
 
 
 def gather(recipe: Recipe, x: LazyTensor, dim: int, index: Tensor, **options: Any) -> Any:
-    """gather, take_along_dim: of one word of each token or of several."""
+    """Of one word of each token or of several."""
     words = x.meaning()
     alike = isinstance(index, Tensor) and index.ndim == x.ndim and index.device == x.device
     if options.get("sparse_grad") or not alike or x.vocab_dim != -1 or not is_vocab_dim(x, dim):
@@ -48,6 +48,14 @@ def gather(recipe: Recipe, x: LazyTensor, dim: int, index: Tensor, **options: An
         words = words.viewed(lambda rows: rows[corner], ("corner", lead))
     return _of_words(recipe, x, words, index.squeeze(-1) if index.shape[-1] == 1 else index,
                      index.shape)  # fmt: skip
+
+
+def take_along_dim(recipe: Recipe, x: LazyTensor, indices: Any, dim: Any = None) -> Any:
+    """`gather` of indices that need no broadcasting."""
+    known = isinstance(indices, Tensor) and dim is not None and indices.ndim == x.ndim
+    if not known or indices.shape[:-1] != x.shape[:-1]:
+        return NotImplemented
+    return gather(recipe, x, dim, indices)
 
 
 def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:

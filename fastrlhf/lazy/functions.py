@@ -94,6 +94,7 @@ KNOWN: dict[Any, Known] = {
     **_by_name("exp", maps.exponential),
     **_by_name("clamp clamp_min clip", maps.clamp),
     **_by_name("gather", _of_logits(endings.gather)),
+    **_by_name("take_along_dim", _of_logits(endings.take_along_dim)),
     **_by_name("argmax", _of_logits(endings.argmax)),
     **_by_name("max amax", _of_logits(endings.largest)),
     **_by_name("topk", _of_logits(endings.topk)),
