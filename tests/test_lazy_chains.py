@@ -586,12 +586,29 @@ def _in_threads(hidden: Tensor) -> Any:
     return found
 
 
+def _ignored_then_statistics(hidden: Tensor) -> Any:
+    logits, labels = MODEL.lm_head(hidden), IDS.masked_fill(IDS % 3 == 1, -100)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    found = losses, logits.logsumexp(-1), entropy
+    sum(x.pow(2).sum() for x in found).backward()
+    return found
+
+
+def _rows_with_ignored(hidden: Tensor) -> Any:
+    labels = IDS.view(3, 2).masked_fill(IDS.view(3, 2) % 3 == 1, -100)
+    rows = MODEL.lm_head(hidden).view(3, 2, VOCAB)
+    found = [F.cross_entropy(x, y, reduction="none") for x, y in zip(rows, labels, strict=True)]
+    torch.cat(found).pow(2).sum().backward()
+    return found
+
+
 @pytest.mark.parametrize(
     "program",
     [
         _of_no_grad, _in_inference_mode, _chained_leaf, _detached_parts, _ruled_out,
         _nan_of_padding, _nothing_left, _all_ignored, _kl_of_two_temperatures, _two_calls,
-        _checkpointed_call, _in_threads,
+        _checkpointed_call, _in_threads, _ignored_then_statistics, _rows_with_ignored,
     ],
 )  # fmt: skip
 def test_what_is_as_plain(program) -> None:

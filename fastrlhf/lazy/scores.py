@@ -224,9 +224,11 @@ def sum_of_logprobs(of: Distribution) -> Tensor:
 
 def cross_entropy_of(of: Distribution, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each token, 0 where the target is IGNORED."""
-    if label_smoothing == 0 or not is_linear(of):
-        return -logprobs(of, targets)  # each with a factor of its own, as a mask or a ratio is
     scorer, laid_out, taken = _laid_out(of, targets)
+    if label_smoothing == 0 or not is_linear(of):
+        # Each may get a factor of its own, as a mask or a ratio is. It is not remembered for others:
+        # tokens without a target have no statistics.
+        return -taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)
     assert isinstance(scorer, LinearScorer)
     options = CrossEntropy(label_smoothing)
     return taken(cross_entropies(scorer, laid_out, options, ignore_index=IGNORED))
