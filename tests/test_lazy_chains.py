@@ -603,12 +603,21 @@ def _rows_with_ignored(hidden: Tensor) -> Any:
     return found
 
 
+def _ids_written_later(hidden: Tensor) -> Any:
+    logits, ids = MODEL.lm_head(hidden), IDS.clone()
+    picked = logits.log_softmax(-1).gather(-1, ids[..., None]).detach()
+    ids.zero_()
+    lse = logits.logsumexp(-1)
+    lse.pow(2).sum().backward()
+    return picked, lse
+
+
 @pytest.mark.parametrize(
     "program",
     [
         _of_no_grad, _in_inference_mode, _chained_leaf, _detached_parts, _ruled_out,
         _nan_of_padding, _nothing_left, _all_ignored, _kl_of_two_temperatures, _two_calls,
-        _checkpointed_call, _in_threads, _ignored_then_statistics, _rows_with_ignored,
+        _checkpointed_call, _in_threads, _ids_written_later, _ignored_then_statistics, _rows_with_ignored,
     ],
 )  # fmt: skip
 def test_what_is_as_plain(program) -> None:

@@ -35,7 +35,7 @@ _COSTS = {
 
 
 def gather(recipe: Recipe, x: LazyTensor, dim: int, index: Tensor, **options: Any) -> Any:
-    """gather, take_along_dim: of one word of each token or of several."""
+    """gather: of one word of each token or of several."""
     words = x.meaning()
     alike = isinstance(index, Tensor) and index.ndim == x.ndim and index.device == x.device
     if options.get("sparse_grad") or not alike or x.vocab_dim != -1 or not is_vocab_dim(x, dim):
@@ -93,7 +93,8 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
 def _of_words(
     recipe: Recipe, x: LazyTensor, words: Words, targets: Tensor, shape: torch.Size
 ) -> Any:  # fmt: skip
-    compute = _of_targets(words, targets.to(torch.int64))
+    # A copy, for the gradient of what is asked for later, when these may have been written into.
+    compute = _of_targets(words, targets.to(torch.int64, copy=True))
     if compute is None:
         return NotImplemented
     cost = _OF_FEW_WORDS if words.kind is Kind.LOGITS else _OF_LOGPROBS
