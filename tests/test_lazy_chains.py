@@ -612,12 +612,22 @@ def _ids_written_later(hidden: Tensor) -> Any:
     return picked, lse
 
 
+def _another_lse(hidden: Tensor) -> Any:
+    logits = MODEL.lm_head(hidden.view(3, 2, 8)[:2])
+    ids = IDS[:, :2, None]
+    found = (logits - logits.logsumexp(-1).T[..., None]).gather(-1, ids)
+    lse = logits.logsumexp(-1, keepdim=True)
+    lse.register_hook(lambda gradient: gradient * 2)
+    (found + (logits - lse).gather(-1, ids)).pow(2).sum().backward()
+    return found
+
+
 @pytest.mark.parametrize(
     "program",
     [
         _of_no_grad, _in_inference_mode, _chained_leaf, _detached_parts, _ruled_out,
         _nan_of_padding, _nothing_left, _all_ignored, _kl_of_two_temperatures, _two_calls,
-        _checkpointed_call, _in_threads, _ids_written_later, _ignored_then_statistics, _rows_with_ignored,
+        _checkpointed_call, _in_threads, _another_lse, _ids_written_later, _ignored_then_statistics, _rows_with_ignored,
     ],
 )  # fmt: skip
 def test_what_is_as_plain(program) -> None:

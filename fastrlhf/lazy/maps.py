@@ -331,11 +331,17 @@ def remember_lse(lse: Tensor, of: Distribution) -> None:
 def _is_lse_of(y: Any, of: Distribution, x: LazyTensor) -> bool:
     if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], 1):
         return False
-    known = getattr(y, "_fastrlhf_lse_of", None)
-    if known is None and y._base is not None and y._base.shape == x.shape[:-1]:
-        known = getattr(y._base, "_fastrlhf_lse_of", None)
-    if known is None:
+    lse, known = y, getattr(y, "_fastrlhf_lse_of", None)
+    if known is None and y._base is not None and _lies_as(y.squeeze(-1), y._base):
+        lse, known = y._base, getattr(y._base, "_fastrlhf_lse_of", None)
+    if known is None or any(z._backward_hooks or z.retains_grad for z in (y, lse)):
         return False
     whole, version = known
     # One that is detached is another tensor, which is not known.
     return version == y._version and whole.same_as(of) and y.requires_grad != of.constant
+
+
+def _lies_as(view: Tensor, base: Tensor) -> bool:
+    """Whether a view of a tensor is all of it, in its order."""
+    alike = view.shape == base.shape and view.stride() == base.stride()
+    return alike and view.storage_offset() == base.storage_offset()
