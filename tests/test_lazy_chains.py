@@ -622,12 +622,27 @@ def _another_lse(hidden: Tensor) -> Any:
     return found
 
 
+def _given_otherwise(hidden: Tensor) -> Any:
+    logits = MODEL.lm_head(hidden)
+    named = logits.softmax(axis=-1).gather(-1, IDS[..., None])
+    named.sum().backward()
+    out, at = logits.new_empty(2, 3), IDS.clone()
+    with torch.no_grad():
+        torch.gather(logits, -1, IDS[..., None], out=(picked := logits.new_empty(2, 3, 1)))
+        torch.max(logits, -1, out=(out, at))
+        torch.softmax(logits, -1, out=(probs := logits.new_empty(2, 3, VOCAB)))
+    for wrong in (lambda: logits.log_softmax(-1).sum(4), lambda: logits.select(-4, 0)):
+        with pytest.raises(IndexError, match="Dimension out of range"):
+            wrong()
+    return named, out, at, picked, probs
+
+
 @pytest.mark.parametrize(
     "program",
     [
         _of_no_grad, _in_inference_mode, _chained_leaf, _detached_parts, _ruled_out,
         _nan_of_padding, _nothing_left, _all_ignored, _kl_of_two_temperatures, _two_calls,
-        _checkpointed_call, _in_threads, _another_lse, _ids_written_later, _ignored_then_statistics, _rows_with_ignored,
+        _checkpointed_call, _in_threads, _given_otherwise, _another_lse, _ids_written_later, _ignored_then_statistics, _rows_with_ignored,
     ],
 )  # fmt: skip
 def test_what_is_as_plain(program) -> None:

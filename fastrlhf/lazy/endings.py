@@ -222,6 +222,8 @@ def add_up(
     """sum, mean: over the words, and perhaps over tokens too."""
     words = x.meaning()
     dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    if any(not -x.ndim <= n < x.ndim for n in dims):
+        return NotImplemented
     dims = [n % x.ndim for n in dims]
     if words is None or x.vocab_dim != -1 or x.ndim - 1 not in dims:
         return NotImplemented

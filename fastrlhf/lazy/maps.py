@@ -210,18 +210,23 @@ def write(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
 # From logits to probabilities
 
 
-def log_softmax(recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, **named: Any) -> Any:
-    return _softmax(recipe, x, Kind.LOGPROBS, dim, *others, **named)
+def log_softmax(
+    recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, dtype: Any = None,
+    _stacklevel: int = 3,
+) -> Any:  # fmt: skip
+    return _softmax(recipe, x, Kind.LOGPROBS, dim, others, dtype)
 
 
-def softmax(recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, **named: Any) -> Any:
-    return _softmax(recipe, x, Kind.PROBS, dim, *others, **named)
+def softmax(
+    recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, dtype: Any = None,
+    _stacklevel: int = 3,
+) -> Any:  # fmt: skip
+    return _softmax(recipe, x, Kind.PROBS, dim, others, dtype)
 
 
 def _softmax(
-    recipe: Recipe, x: LazyTensor, kind: Kind, dim: Any, *others: Any, dtype: Any = None,
-    _stacklevel: int = 3,
-) -> Any:  # fmt: skip
+    recipe: Recipe, x: LazyTensor, kind: Kind, dim: Any, others: tuple[Any, ...], dtype: Any
+) -> Any:
     # torch's function takes the dtype third, that of nn.functional fourth.
     dtype = next((x for x in others if isinstance(x, torch.dtype)), dtype)
     if dtype is not None and not dtype.is_floating_point:

@@ -212,6 +212,8 @@ def _known(func: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
 
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {k: x for k, x in kwargs.items() if k != "input"}
+    if kwargs.get("out") is not None:
+        return NotImplemented
     known, recipe = KNOWN[func], Recipe.of(func, args, kwargs, device)
     try:
         signature(known).bind(recipe, *args, **kwargs)

@@ -249,7 +249,7 @@ class Part:
 
 def one_dim(recipe: Recipe, x: LazyTensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """select, narrow, index_select: along tokens."""
-    if not isinstance(dim, int) or dim % x.ndim == x.ndim - 1:
+    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim or dim % x.ndim == x.ndim - 1:
         return NotImplemented
     at = dim % x.ndim
     given = [*args, *kwargs.values()]
