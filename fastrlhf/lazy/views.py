@@ -140,7 +140,10 @@ def _dims_of(part: Any) -> int | None:
 
 def _told(x: Any) -> Any:
     """What tells an index from others, and keeps a tensor, whose id would be another's."""
-    return (_Kept(x), x._version) if isinstance(x, Tensor) else repr(x)
+    if not isinstance(x, Tensor):
+        return repr(x)
+    # Of a tensor of inference mode nobody knows whether it was written into.
+    return object() if x.is_inference() else (_Kept(x), x._version)
 
 
 class _Kept:
