@@ -271,6 +271,41 @@ def test_hooks_see_the_whole_gradient(of, use, watch, late) -> None:
             assert torch.allclose(a, b, **CLOSE)
 
 
+_TWO_WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "probs": lambda z, x: (x.softmax(-1) * z).sum(-1) - z.logsumexp(-1),
+    "logits": lambda z, x: (z.softmax(-1) * x).sum(-1),
+    "both": lambda z, x: (x.softmax(-1) * x).sum(-1),
+    "entropy": lambda z, x: (z.softmax(-1) * x.log_softmax(-1)).sum(-1),
+    "divergence": lambda z, x: (
+        z.softmax(-1) * (x.log_softmax(-1) - (z * 2).detach().log_softmax(-1))
+    ).sum(-1),
+}
+
+
+@pytest.mark.parametrize("watch", [_clip, _record, _retain, "leaf"])
+@pytest.mark.parametrize("use", _TWO_WAYS)
+def test_gradients_that_come_by_different_ways(use, watch) -> None:
+    """Of a product of two tensors, one of which is watched, or ends in a leaf."""
+
+    def outcome(lazy: bool) -> list[Tensor]:
+        with _way(lazy):
+            hidden, seen = _hidden(2, 3).requires_grad_(), list[Any]()
+            logits = MODEL.lm_head(hidden)
+            if watch == "leaf":
+                x = logits.detach().requires_grad_()
+                seen.append(lambda: x.grad)
+            else:
+                x = logits[:]
+                watch(x, seen)
+            loss = _TWO_WAYS[use](logits, x).pow(2).sum() + logits.logsumexp(-1).sum()
+            loss.backward()
+            seen = [x() if callable(x) else x for x in seen]
+            return [loss.detach(), hidden.grad, MODEL.lm_head.weight.grad, *seen]
+
+    for a, b in zip(outcome(True), outcome(False), strict=True):
+        assert torch.allclose(a, b, **CLOSE)
+
+
 @pytest.mark.parametrize("use", _USES)
 @pytest.mark.parametrize("of", _OF_LOGITS)
 def test_gradients_with_respect_to_what_is_lazy(of, use) -> None:

@@ -193,6 +193,9 @@ class Gone:
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
         self.heads = heads
 
+    def stops(self) -> frozenset[int]:
+        return frozenset()
+
     def plain(self) -> Tensor:
         raise RuntimeError(
             "lazy_logits: the gradient of logits is read that were written into (logits /= T), or "

@@ -77,6 +77,8 @@ class Derived(torch.autograd.Function):
             ctx.recipe, ctx.parents = None, [Gone(x, x.heads) for x in parents]
         if gradient is None:
             return None, None, *(None for _ in wanted)
+        if len({x.stops() for x, wants in zip(parents, wanted, strict=True) if wants}) > 1:
+            gradient = dense(gradient)  # else it would all go by the first
         terms, rest = parted(gradient)
         rests: list[Tensor | None] = [None] * len(parents)
         if rest is not None:

@@ -132,6 +132,16 @@ class LazyTensor(Tensor):
             return False
         return self.dtype == parent.dtype and self.words.same_as(parent.words)
 
+    def stops(self) -> frozenset[int]:
+        """Where on its way to the logits its gradient is looked at, changed by others, or ends."""
+        if self.recipe is None:
+            return frozenset()
+        own = frozenset({id(self)} if self.is_watched or self.is_of_others else ())
+        if self.is_leaf:
+            return own
+        parents = lazy_tensors((self.recipe.args, self.recipe.kwargs))
+        return own.union(*(x.stops() for x in parents if x.requires_grad))
+
     @property
     def is_under_plain(self) -> bool:
         """Whether the plain tensor hangs on this one in the graph."""
