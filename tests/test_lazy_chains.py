@@ -676,12 +676,26 @@ def _given_otherwise(hidden: Tensor) -> Any:
     return named, out, at, picked, probs
 
 
+def _words_ruled_out(hidden: Tensor) -> Any:
+    offset = torch.zeros(VOCAB, dtype=torch.float64).index_fill(0, torch.tensor([2]), -torch.inf)
+    logits = MODEL.lm_head(hidden) + offset
+    never = logits.log_softmax(-1).gather(-1, torch.full((2, 3, 1), 2)).exp().detach()
+    lse = logits.logsumexp(-1)
+    lse.pow(2).sum().backward()
+    known = logits.detach()
+    entropy = (known.softmax(-1) * known.log_softmax(-1)).sum(-1)
+    other = (known * 2).log_softmax(-1)
+    divergence = F.kl_div(other, known.softmax(-1), reduction="none").sum(-1)
+    return never, lse, entropy, divergence
+
+
 @pytest.mark.parametrize(
     "program",
     [
         _of_no_grad, _in_inference_mode, _chained_leaf, _detached_parts, _ruled_out,
         _nan_of_padding, _nothing_left, _all_ignored, _kl_of_two_temperatures, _two_calls,
-        _checkpointed_call, _in_threads, _given_otherwise, _another_lse, _ids_written_later, _ignored_then_statistics, _rows_with_ignored,
+        _checkpointed_call, _in_threads, _ignored_then_statistics, _rows_with_ignored,
+        _ids_written_later, _another_lse, _given_otherwise, _words_ruled_out,
     ],
 )  # fmt: skip
 def test_what_is_as_plain(program) -> None:

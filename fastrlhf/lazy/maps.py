@@ -281,6 +281,8 @@ def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
     if probs.kind is not Kind.PROBS:
         return NotImplemented
     p, factor, dtype = probs.first, probs.factor * other.factor, _promoted(x, y)
+    if any(of.rules_out for of in (p, *other.of)):
+        return NotImplemented
     if other.kind is Kind.LOG_RATIOS:
         for of, sign in ((other.of, 1), (other.of[::-1], -1)):
             if p.same_as(of[0]):
