@@ -425,6 +425,13 @@ def test_functions_of_others(of, other, use) -> None:
 
 # What a step leaves behind
 
+
+def _of_leaf(z: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    leaf = z.detach().requires_grad_()
+    function(leaf, -1).sum().backward()
+    return leaf.grad.sum()
+
+
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "cross-entropy": lambda z: F.cross_entropy(z.view(-1, VOCAB), IDS.view(-1)),
     "log-probs": lambda z: _logprobs(z.float()).sum(),
@@ -434,6 +441,8 @@ _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "divided in place": lambda z: z.div_(0.7).logsumexp(-1).sum(),
     "a view divided in place": lambda z: z[:, 1:].div_(0.7).logsumexp(-1).sum(),
     "rows": lambda z: torch.stack([x.logsumexp(-1).sum() for x in z]).sum(),
+    "a leaf": lambda z: z.logsumexp(-1).sum() + _of_leaf(z, torch.logsumexp),
+    "a leaf, built": lambda z: z.logsumexp(-1).sum() + _of_leaf(z, torch.cumsum),
     "built": lambda z: z.sigmoid().sum() + z.float().cos().sum(),
     "written into": lambda z: z.masked_fill_(z > 0, 0.0).logsumexp(-1).sum(),
     "copied, then written into": lambda z: z.float().exp().sum() + z.mul_(-1).logsumexp(-1).sum(),

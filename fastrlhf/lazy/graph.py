@@ -241,5 +241,7 @@ def _shared_out(
             continue
         its = [x._replace(heads=x.heads & parent.heads) for x in terms if x.heads & parent.heads]
         terms = [x._replace(heads=x.heads - parent.heads) for x in terms]
-        found.append(LazyGradient(parent, its, rest) if its else rest)
+        gradient = LazyGradient(parent, its, rest) if its else rest
+        # A leaf would keep a lazy one, and be held by it.
+        found.append(dense(gradient) if parent.is_leaf else gradient)
     return found
