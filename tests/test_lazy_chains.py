@@ -559,6 +559,15 @@ def _chained_leaf(hidden: Tensor) -> Any:
     return leaf.grad
 
 
+def _inputs_of_backward(hidden: Tensor) -> Any:
+    logits = MODEL.lm_head(hidden)
+    leaf = logits.detach().requires_grad_()
+    _logprobs(leaf).pow(2).sum().backward(inputs=[leaf])
+    leaf.cos().sum().backward(inputs=[leaf])
+    torch.autograd.backward(logits, leaf.grad, inputs=[hidden, MODEL.lm_head.weight])
+    return leaf.grad
+
+
 def _detached_parts(hidden: Tensor) -> Any:
     logp = _logprobs(MODEL.lm_head(hidden))
     loss = (logp.detach().exp() * logp).sum()
@@ -701,7 +710,8 @@ def _words_ruled_out(hidden: Tensor) -> Any:
 @pytest.mark.parametrize(
     "program",
     [
-        _of_no_grad, _in_inference_mode, _chained_leaf, _detached_parts, _ruled_out,
+        _of_no_grad, _in_inference_mode, _chained_leaf, _inputs_of_backward, _detached_parts,
+        _ruled_out,
         _nan_of_padding, _nothing_left, _all_ignored, _kl_of_two_temperatures, _two_calls,
         _checkpointed_call, _in_threads, _ignored_then_statistics, _rows_with_ignored,
         _ids_written_later, _another_lse, _given_otherwise, _words_ruled_out,
