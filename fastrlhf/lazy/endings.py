@@ -99,9 +99,7 @@ def _of_words(
         return NotImplemented
     cost = _OF_FEW_WORDS if words.kind is Kind.LOGITS else _OF_LOGPROBS
     if targets.ndim > words.first.rows.numbers.ndim and words.first.part_of is None:
-        cost = cost._replace(
-            of_statistics=False
-        )  # of several words, which have a pass of their own
+        cost = cost._replace(of_statistics=False)  # several words have a pass of their own
     return computed(recipe, [x], lambda: compute().view(shape), dtype=x.dtype, cost=cost)
 
 
@@ -241,9 +239,7 @@ def add_up(
     by_all_words = words.kind is Kind.LOGITS and not scores.has_mean_row(words.first)
     if by_all_words:
         cost = _OF_MEAN_OF_ALL_WORDS
-    return computed(
-        recipe, [x], compute, dtype=dtype, cost=cost, again_for_gradient=by_all_words
-    )  # fmt: skip
+    return computed(recipe, [x], compute, dtype=dtype, cost=cost, again_for_gradient=by_all_words)
 
 
 def _sum_over_words(words: Words) -> Callable[[], Tensor] | None:
