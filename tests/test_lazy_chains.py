@@ -271,6 +271,41 @@ def test_hooks_see_the_whole_gradient(of, use, watch, late) -> None:
             assert torch.allclose(a, b, **CLOSE)
 
 
+_TWO_WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "probs": lambda z, x: (x.softmax(-1) * z).sum(-1) - z.logsumexp(-1),
+    "logits": lambda z, x: (z.softmax(-1) * x).sum(-1),
+    "both": lambda z, x: (x.softmax(-1) * x).sum(-1),
+    "entropy": lambda z, x: (z.softmax(-1) * x.log_softmax(-1)).sum(-1),
+    "divergence": lambda z, x: (
+        z.softmax(-1) * (x.log_softmax(-1) - (z * 2).detach().log_softmax(-1))
+    ).sum(-1),
+}
+
+
+@pytest.mark.parametrize("watch", [_clip, _record, _retain, "leaf"])
+@pytest.mark.parametrize("use", _TWO_WAYS)
+def test_gradients_that_come_by_different_ways(use, watch) -> None:
+    """Of a product of two tensors, one of which is watched, or ends in a leaf."""
+
+    def outcome(lazy: bool) -> list[Tensor]:
+        with _way(lazy):
+            hidden, seen = _hidden(2, 3).requires_grad_(), list[Any]()
+            logits = MODEL.lm_head(hidden)
+            if watch == "leaf":
+                x = logits.detach().requires_grad_()
+                seen.append(lambda: x.grad)
+            else:
+                x = logits[:]
+                watch(x, seen)
+            loss = _TWO_WAYS[use](logits, x).pow(2).sum() + logits.logsumexp(-1).sum()
+            loss.backward()
+            seen = [x() if callable(x) else x for x in seen]
+            return [loss.detach(), hidden.grad, MODEL.lm_head.weight.grad, *seen]
+
+    for a, b in zip(outcome(True), outcome(False), strict=True):
+        assert torch.allclose(a, b, **CLOSE)
+
+
 @pytest.mark.parametrize("use", _USES)
 @pytest.mark.parametrize("of", _OF_LOGITS)
 def test_gradients_with_respect_to_what_is_lazy(of, use) -> None:
@@ -390,6 +425,13 @@ def test_functions_of_others(of, other, use) -> None:
 
 # What a step leaves behind
 
+
+def _of_leaf(z: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    leaf = z.detach().requires_grad_()
+    function(leaf, -1).sum().backward()
+    return leaf.grad.sum()
+
+
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "cross-entropy": lambda z: F.cross_entropy(z.view(-1, VOCAB), IDS.view(-1)),
     "log-probs": lambda z: _logprobs(z.float()).sum(),
@@ -399,6 +441,8 @@ _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "divided in place": lambda z: z.div_(0.7).logsumexp(-1).sum(),
     "a view divided in place": lambda z: z[:, 1:].div_(0.7).logsumexp(-1).sum(),
     "rows": lambda z: torch.stack([x.logsumexp(-1).sum() for x in z]).sum(),
+    "a leaf": lambda z: z.logsumexp(-1).sum() + _of_leaf(z, torch.logsumexp),
+    "a leaf, built": lambda z: z.logsumexp(-1).sum() + _of_leaf(z, torch.cumsum),
     "built": lambda z: z.sigmoid().sum() + z.float().cos().sum(),
     "written into": lambda z: z.masked_fill_(z > 0, 0.0).logsumexp(-1).sum(),
     "copied, then written into": lambda z: z.float().exp().sum() + z.mul_(-1).logsumexp(-1).sum(),
@@ -495,9 +539,13 @@ def _in_inference_mode(hidden: Tensor) -> Any:
     logits = MODEL.lm_head(hidden)
     with torch.inference_mode():
         entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        mask, temperature = IDS > 2, torch.linspace(0.5, 1, 3, dtype=torch.float64)[:, None]
+        divided = logits / temperature
+        lse = logits[mask].logsumexp(-1) + divided[mask].logsumexp(-1)
+        of_divided = -(divided.softmax(-1) * (logits / temperature).log_softmax(-1)).sum(-1)
         built = logits.sigmoid()
     (_logprobs(logits).sum() + logits.cos().sum()).backward()
-    return entropy.clone(), built.clone()
+    return entropy.clone(), built.clone(), lse.clone(), of_divided.clone()
 
 
 def _chained_leaf(hidden: Tensor) -> Any:
@@ -508,6 +556,15 @@ def _chained_leaf(hidden: Tensor) -> Any:
     leaf.grad.mul_(0.5)
     leaf.sum().backward()
     logits.backward(leaf.grad)
+    return leaf.grad
+
+
+def _inputs_of_backward(hidden: Tensor) -> Any:
+    logits = MODEL.lm_head(hidden)
+    leaf = logits.detach().requires_grad_()
+    _logprobs(leaf).pow(2).sum().backward(inputs=[leaf])
+    leaf.cos().sum().backward(inputs=[leaf])
+    torch.autograd.backward(logits, leaf.grad, inputs=[hidden, MODEL.lm_head.weight])
     return leaf.grad
 
 
@@ -586,12 +643,78 @@ def _in_threads(hidden: Tensor) -> Any:
     return found
 
 
+def _ignored_then_statistics(hidden: Tensor) -> Any:
+    logits, labels = MODEL.lm_head(hidden), IDS.masked_fill(IDS % 3 == 1, -100)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    found = losses, logits.logsumexp(-1), entropy
+    sum(x.pow(2).sum() for x in found).backward()
+    return found
+
+
+def _rows_with_ignored(hidden: Tensor) -> Any:
+    labels = IDS.view(3, 2).masked_fill(IDS.view(3, 2) % 3 == 1, -100)
+    rows = MODEL.lm_head(hidden).view(3, 2, VOCAB)
+    found = [F.cross_entropy(x, y, reduction="none") for x, y in zip(rows, labels, strict=True)]
+    torch.cat(found).pow(2).sum().backward()
+    return found
+
+
+def _ids_written_later(hidden: Tensor) -> Any:
+    logits, ids = MODEL.lm_head(hidden), IDS.clone()
+    picked = logits.log_softmax(-1).gather(-1, ids[..., None]).detach()
+    ids.zero_()
+    lse = logits.logsumexp(-1)
+    lse.pow(2).sum().backward()
+    return picked, lse
+
+
+def _another_lse(hidden: Tensor) -> Any:
+    logits = MODEL.lm_head(hidden.view(3, 2, 8)[:2])
+    ids = IDS[:, :2, None]
+    found = (logits - logits.logsumexp(-1).T[..., None]).gather(-1, ids)
+    lse = logits.logsumexp(-1, keepdim=True)
+    lse.register_hook(lambda gradient: gradient * 2)
+    (found + (logits - lse).gather(-1, ids)).pow(2).sum().backward()
+    return found
+
+
+def _given_otherwise(hidden: Tensor) -> Any:
+    logits = MODEL.lm_head(hidden)
+    named = logits.softmax(axis=-1).gather(-1, IDS[..., None])
+    named.sum().backward()
+    out, at = logits.new_empty(2, 3), IDS.clone()
+    with torch.no_grad():
+        torch.gather(logits, -1, IDS[..., None], out=(picked := logits.new_empty(2, 3, 1)))
+        torch.max(logits, -1, out=(out, at))
+        torch.softmax(logits, -1, out=(probs := logits.new_empty(2, 3, VOCAB)))
+    for wrong in (lambda: logits.log_softmax(-1).sum(4), lambda: logits.select(-4, 0)):
+        with pytest.raises(IndexError, match="Dimension out of range"):
+            wrong()
+    return named, out, at, picked, probs
+
+
+def _words_ruled_out(hidden: Tensor) -> Any:
+    offset = torch.zeros(VOCAB, dtype=torch.float64).index_fill(0, torch.tensor([2]), -torch.inf)
+    logits = MODEL.lm_head(hidden) + offset
+    never = logits.log_softmax(-1).gather(-1, torch.full((2, 3, 1), 2)).exp().detach()
+    lse = logits.logsumexp(-1)
+    lse.pow(2).sum().backward()
+    known = logits.detach()
+    entropy = (known.softmax(-1) * known.log_softmax(-1)).sum(-1)
+    other = (known * 2).log_softmax(-1)
+    divergence = F.kl_div(other, known.softmax(-1), reduction="none").sum(-1)
+    return never, lse, entropy, divergence
+
+
 @pytest.mark.parametrize(
     "program",
     [
-        _of_no_grad, _in_inference_mode, _chained_leaf, _detached_parts, _ruled_out,
+        _of_no_grad, _in_inference_mode, _chained_leaf, _inputs_of_backward, _detached_parts,
+        _ruled_out,
         _nan_of_padding, _nothing_left, _all_ignored, _kl_of_two_temperatures, _two_calls,
-        _checkpointed_call, _in_threads,
+        _checkpointed_call, _in_threads, _ignored_then_statistics, _rows_with_ignored,
+        _ids_written_later, _another_lse, _given_otherwise, _words_ruled_out,
     ],
 )  # fmt: skip
 def test_what_is_as_plain(program) -> None:

@@ -109,10 +109,25 @@ def gradients(recipe: Recipe, outputs: Any, inputs: Any, *args: Any, **kwargs: A
     return tuple(found)
 
 
+def backward(
+    recipe: Recipe, tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any
+) -> None:  # fmt: skip
+    """torch.autograd.backward, of lazy tensors, or with some among its inputs."""
+    given = [] if inputs is None else [inputs] if isinstance(inputs, Tensor) else inputs
+    if any(isinstance(x, LazyTensor) and not x.is_leaf for x in given):
+        raise RuntimeError(
+            "lazy_logits: backward(inputs=) is given logits that are no leaf; ask for their "
+            "gradient by torch.autograd.grad"
+        )
+    tensors, args, kwargs = plain((tensors, args, kwargs))
+    _natively(torch.autograd.backward, tensors, *args, inputs=inputs, **kwargs)
+
+
 OF_GRADIENT: dict[Any, Callable[..., Any]] = {  # for which a leaf is not built
     Tensor.register_hook: register_hook,
     Tensor.requires_grad_: requires_grad_,
     Tensor.retain_grad: retain_grad,
     _GRAD.__get__: grad,
     torch.autograd.grad: gradients,
+    torch.autograd.backward: backward,
 }

@@ -101,14 +101,13 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
 def _of_words(
     recipe: Recipe, x: LazyTensor, words: Words, targets: Tensor, shape: torch.Size
 ) -> Any:  # fmt: skip
-    compute = _of_targets(words, targets.to(torch.int64))
+    # A copy, for the gradient of what is asked for later, when these may have been written into.
+    compute = _of_targets(words, targets.to(torch.int64, copy=True))
     if compute is None:
         return NotImplemented
     cost = _OF_FEW_WORDS if words.kind is Kind.LOGITS else _OF_LOGPROBS
     if targets.ndim > words.first.rows.numbers.ndim and words.first.part_of is None:
-        cost = cost._replace(
-            of_statistics=False
-        )  # of several words, which have a pass of their own
+        cost = cost._replace(of_statistics=False)  # several words have a pass of their own
     return computed(recipe, [x], lambda: compute().view(shape), dtype=x.dtype, cost=cost)
 
 
@@ -229,6 +228,8 @@ def add_up(
     """sum, mean: over the words, and perhaps over tokens too."""
     words = x.meaning()
     dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    if any(not -x.ndim <= n < x.ndim for n in dims):
+        return NotImplemented
     dims = [n % x.ndim for n in dims]
     if words is None or x.vocab_dim != -1 or x.ndim - 1 not in dims:
         return NotImplemented
@@ -246,9 +247,7 @@ def add_up(
     by_all_words = words.kind is Kind.LOGITS and not scores.has_mean_row(words.first)
     if by_all_words:
         cost = _OF_MEAN_OF_ALL_WORDS
-    return computed(
-        recipe, [x], compute, dtype=dtype, cost=cost, again_for_gradient=by_all_words
-    )  # fmt: skip
+    return computed(recipe, [x], compute, dtype=dtype, cost=cost, again_for_gradient=by_all_words)
 
 
 def _sum_over_words(words: Words) -> Callable[[], Tensor] | None:

@@ -161,13 +161,15 @@ def dense(gradient: Any, of: LazyTensor | None = None) -> Any:
         return gradient
     total = gradient.rest
     with torch.enable_grad():
-        plain = (gradient.of if of is None else of).plain()  # built, if it was not
+        lazy = gradient.of if of is None else of
+        plain = lazy.plain()  # built, if it was not
+        at: Any = lazy if lazy.is_leaf else plain  # of a leaf there may be several plain tensors
         for computed, upstream, _ in gradient.terms:
             part = upstream
             if computed.of_plain is not None:
                 of_plain = computed.of_plain()
-                with _unwatched(plain):
-                    (part,) = torch.autograd.grad(of_plain, plain, upstream, retain_graph=True)
+                with _unwatched(at), torch._C.DisableTorchFunctionSubclass():
+                    (part,) = torch.autograd.grad(of_plain, at, upstream, retain_graph=True)
             total = part if total is None else total + part
     return torch.zeros_like(plain) if total is None else total
 
@@ -191,7 +193,10 @@ class Gone:
 
     def __init__(self, like: Tensor, heads: Heads = frozenset()):
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
-        self.heads = heads
+        self.heads, self.is_leaf = heads, False
+
+    def stops(self) -> frozenset[int]:
+        return frozenset()
 
     def plain(self) -> Tensor:
         raise RuntimeError(

@@ -77,6 +77,8 @@ class Derived(torch.autograd.Function):
             ctx.recipe, ctx.parents = None, [Gone(x, x.heads) for x in parents]
         if gradient is None:
             return None, None, *(None for _ in wanted)
+        if len({x.stops() for x, wants in zip(parents, wanted, strict=True) if wants}) > 1:
+            gradient = dense(gradient)  # else it would all go by the first
         terms, rest = parted(gradient)
         rests: list[Tensor | None] = [None] * len(parents)
         if rest is not None:
@@ -239,5 +241,7 @@ def _shared_out(
             continue
         its = [x._replace(heads=x.heads & parent.heads) for x in terms if x.heads & parent.heads]
         terms = [x._replace(heads=x.heads - parent.heads) for x in terms]
-        found.append(LazyGradient(parent, its, rest) if its else rest)
+        gradient = LazyGradient(parent, its, rest) if its else rest
+        # A leaf would keep a lazy one, and be held by it.
+        found.append(dense(gradient) if parent.is_leaf else gradient)
     return found

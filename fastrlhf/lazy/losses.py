@@ -91,6 +91,8 @@ def _of_probs(
     if p is None or p.kind is not Kind.PROBS or p.factor != 1 or not (alike and classes_are_words):
         return NotImplemented
     pair = p.first, words.first
+    if any(of.rules_out for of in pair):
+        return NotImplemented
     if reduction not in ("none", "mean", "sum") or not scores.are_comparable(*pair):
         return NotImplemented
 
@@ -118,7 +120,7 @@ def kl_div(
         return NotImplemented
     pair = p.first, q.first
     dtype = torch.promote_types(x.dtype, target.dtype)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) or any(of.rules_out for of in pair):
         return NotImplemented
     if reduction == "none":
         return same(recipe, x, Words(Kind.DIVERGENCE_TERMS, pair), dtype)

@@ -210,18 +210,23 @@ def write(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
 # From logits to probabilities
 
 
-def log_softmax(recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, **named: Any) -> Any:
-    return _softmax(recipe, x, Kind.LOGPROBS, dim, *others, **named)
+def log_softmax(
+    recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, dtype: Any = None,
+    _stacklevel: int = 3,
+) -> Any:  # fmt: skip
+    return _softmax(recipe, x, Kind.LOGPROBS, dim, others, dtype)
 
 
-def softmax(recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, **named: Any) -> Any:
-    return _softmax(recipe, x, Kind.PROBS, dim, *others, **named)
+def softmax(
+    recipe: Recipe, x: LazyTensor, dim: Any = None, *others: Any, dtype: Any = None,
+    _stacklevel: int = 3,
+) -> Any:  # fmt: skip
+    return _softmax(recipe, x, Kind.PROBS, dim, others, dtype)
 
 
 def _softmax(
-    recipe: Recipe, x: LazyTensor, kind: Kind, dim: Any, *others: Any, dtype: Any = None,
-    _stacklevel: int = 3,
-) -> Any:  # fmt: skip
+    recipe: Recipe, x: LazyTensor, kind: Kind, dim: Any, others: tuple[Any, ...], dtype: Any
+) -> Any:
     # torch's function takes the dtype third, that of nn.functional fourth.
     dtype = next((x for x in others if isinstance(x, torch.dtype)), dtype)
     if dtype is not None and not dtype.is_floating_point:
@@ -276,6 +281,8 @@ def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
     if probs.kind is not Kind.PROBS:
         return NotImplemented
     p, factor, dtype = probs.first, probs.factor * other.factor, _promoted(x, y)
+    if any(of.rules_out for of in (p, *other.of)):
+        return NotImplemented
     if other.kind is Kind.LOG_RATIOS:
         for of, sign in ((other.of, 1), (other.of[::-1], -1)):
             if p.same_as(of[0]):
@@ -331,11 +338,17 @@ def remember_lse(lse: Tensor, of: Distribution) -> None:
 def _is_lse_of(y: Any, of: Distribution, x: LazyTensor) -> bool:
     if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], 1):
         return False
-    known = getattr(y, "_fastrlhf_lse_of", None)
-    if known is None and y._base is not None and y._base.shape == x.shape[:-1]:
-        known = getattr(y._base, "_fastrlhf_lse_of", None)
-    if known is None:
+    lse, known = y, getattr(y, "_fastrlhf_lse_of", None)
+    if known is None and y._base is not None and _lies_as(y.squeeze(-1), y._base):
+        lse, known = y._base, getattr(y._base, "_fastrlhf_lse_of", None)
+    if known is None or any(z._backward_hooks or z.retains_grad for z in (y, lse)):
         return False
     whole, version = known
     # One that is detached is another tensor, which is not known.
     return version == y._version and whole.same_as(of) and y.requires_grad != of.constant
+
+
+def _lies_as(view: Tensor, base: Tensor) -> bool:
+    """Whether a view of a tensor is all of it, in its order."""
+    alike = view.shape == base.shape and view.stride() == base.stride()
+    return alike and view.storage_offset() == base.storage_offset()

@@ -115,8 +115,9 @@ class Distribution(NamedTuple):
     def scaled(self, by: float) -> Distribution:
         if self.capped:
             return self._changed(factor=self.factor * by)
-        offset = None if self.offset is None else self.offset * by
-        return self._changed(scale=self.scale * by, offset=offset)
+        if self.offset is None:
+            return self._changed(scale=self.scale * by)
+        return self._alone(scale=self.scale * by, offset=self.offset * by)
 
     def tanh(self) -> Distribution:
         return self._changed(capped=True)
@@ -124,7 +125,7 @@ class Distribution(NamedTuple):
     def divided(self, by: Tensor) -> Distribution:
         """With a temperature more, of each token."""
         temperature = by if self.temperature is None else self.temperature * by
-        return self._replace(temperature=temperature, part_of=None)
+        return self._alone(temperature=temperature)
 
     def with_gradient(self, wanted: bool) -> Distribution:
         return self._changed(constant=not wanted)
@@ -137,8 +138,17 @@ class Distribution(NamedTuple):
         whole, places = self.part_of
         return changed._replace(part_of=(whole._changed(**changes), places))
 
+    def _alone(self, **changes: Any) -> Distribution:
+        """With a change by a tensor, which is another for each part that a loop changes."""
+        return self._replace(**changes, part_of=None)
+
     def added(self, offset: Tensor) -> Distribution:
-        return self._changed(offset=offset if self.offset is None else self.offset + offset)
+        return self._alone(offset=offset if self.offset is None else self.offset + offset)
+
+    @property
+    def rules_out(self) -> bool:
+        """Whether the offset of a word is -inf: 0·ln 0, which PyTorch adds up, is not a number."""
+        return self.offset is not None and not bool(self.offset.isfinite().all())
 
     def same_as(self, other: Distribution) -> bool:
         return self.source is other.source and self.of_source() == other.of_source()
@@ -157,12 +167,10 @@ class Distribution(NamedTuple):
 
 
 def are_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are one, by where they lie in memory."""
+    """Whether two tensors, into which nobody writes, are one, by where they lie in memory."""
     if a is None or b is None or a is b:
         return a is b
-    return (a.data_ptr(), a.shape, a.stride(), a._version) == (
-        b.data_ptr(), b.shape, b.stride(), b._version,
-    )  # fmt: skip
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 class Kind(Enum):

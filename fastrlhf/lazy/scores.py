@@ -61,14 +61,16 @@ class Known:
     targets: Tensor
     stats: TokenStats
     entropy_grad: bool
+    may_be_ruled_out: bool  # a target, of which an offset is -inf
     with_gradient: Tensor | None = None  # the lse, once it is asked for
 
-    def serves(self, of: OfSource, targets: Tensor | None, *, entropy_grad: bool) -> bool:
-        """Whether what is asked for is here: a value, or one with its gradient."""
+    def serves(self, of: OfSource, *, entropy_grad: bool) -> bool:
+        """Whether what is asked for is here, whatever the targets: a value, or one with its
+        gradient.
+        """
         in_graph = self.stats.logprob.requires_grad or not torch.is_grad_enabled()
-        alike = targets is None or self.targets is targets
         enough = self.entropy_grad or not entropy_grad
-        return in_graph and alike and enough and self.of == of
+        return in_graph and enough and not self.may_be_ruled_out and self.of == of
 
     def without_graph(self) -> Known:
         of_tokens: Any = (None if x is None else x.detach() for x in self.stats)
@@ -95,16 +97,17 @@ def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: boo
     source, of = of.source, of.flat()
     # A value is the same whether a gradient goes back or not.
     asked = of.with_gradient(True).of_source()
-    for known in source.known:
-        if known.serves(asked, targets, entropy_grad=entropy_grad):
-            return known if torch.is_grad_enabled() else known.without_graph()
+    may_be_ruled_out = of.offset is not None and targets is not None
     if targets is None:
+        for known in source.known:
+            if known.serves(asked, entropy_grad=entropy_grad):
+                return known if torch.is_grad_enabled() else known.without_graph()
         targets = _some_word(of)
     entropy_grad = entropy_grad or source.head_is_trained
     scorer, laid_out, taken = _laid_out(of, targets.reshape(-1))
     found = scorer.stats(laid_out, ignore_index=IGNORED, entropy=True, entropy_grad=entropy_grad)
     of_tokens: Any = (None if x is None else taken(x) for x in found)
-    known = Known(asked, targets, TokenStats(*of_tokens), entropy_grad)
+    known = Known(asked, targets, TokenStats(*of_tokens), entropy_grad, may_be_ruled_out)
     source.known.append(known)
     return known
 
@@ -224,9 +227,11 @@ def sum_of_logprobs(of: Distribution) -> Tensor:
 
 def cross_entropy_of(of: Distribution, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each token, 0 where the target is IGNORED."""
-    if label_smoothing == 0 or not is_linear(of):
-        return -logprobs(of, targets)  # each with a factor of its own, as a mask or a ratio is
     scorer, laid_out, taken = _laid_out(of, targets)
+    if label_smoothing == 0 or not is_linear(of):
+        # Each may get a factor of its own, as a mask or a ratio is. Others do not share it, since
+        # tokens without a target have no statistics.
+        return -taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)
     assert isinstance(scorer, LinearScorer)
     options = CrossEntropy(label_smoothing)
     return taken(cross_entropies(scorer, laid_out, options, ignore_index=IGNORED))

@@ -57,7 +57,8 @@ class LazyTensor(Tensor):
     is_watched: bool  # whether somebody looks at its gradient
     _before: Tensor | None  # with the place in the graph that it had before it was written into
     _node: Any  # its place in the graph, once it is built
-    _plain: Tensor | None
+    _plain: Tensor | None  # of a leaf without a graph, which would hold the leaf
+    _led: weakref.ref[Tensor] | None  # the same with its graph, while somebody holds it
 
     @staticmethod
     def __new__(
@@ -79,7 +80,7 @@ class LazyTensor(Tensor):
         made.words, made.recipe, made.history = words, recipe, history
         made.sources, made._heads = sources, heads
         made.vocab_dim, made.memory, made._plain = vocab_dim, object(), None
-        made.is_watched, made._before, made._node = False, None, None
+        made.is_watched, made._before, made._node, made._led = False, None, None, None
         return made
 
     def plain(self) -> Tensor:
@@ -92,7 +93,7 @@ class LazyTensor(Tensor):
                 "lazy_logits"
             )
         assert self._plain is not None
-        return self._plain
+        return self._leading_here() if self._is_end else self._plain
 
     @property
     def is_built(self) -> bool:
@@ -101,9 +102,13 @@ class LazyTensor(Tensor):
     @property
     def heads(self) -> Heads:
         """Those that its gradient reaches; or would, if it did not end in a leaf."""
+        return frozenset(map(weakref.ref, self.sources)) if self._is_end else self._heads
+
+    @property
+    def _is_end(self) -> bool:
+        """Whether it is a leaf, which keeps its gradient."""
         with torch._C.DisableTorchFunctionSubclass():
-            ends = self.requires_grad and self.is_leaf
-        return frozenset(map(weakref.ref, self.sources)) if ends else self._heads
+            return self.requires_grad and self.is_leaf
 
     def meaning(self) -> Words | None:
         """What these numbers are, and which of them have a gradient."""
@@ -132,10 +137,20 @@ class LazyTensor(Tensor):
             return False
         return self.dtype == parent.dtype and self.words.same_as(parent.words)
 
+    def stops(self) -> frozenset[int]:
+        """Where on its way to the logits its gradient is looked at, changed by others, or ends."""
+        if self.recipe is None:
+            return frozenset()
+        own = frozenset({id(self)} if self.is_watched or self.is_of_others else ())
+        if self.is_leaf:
+            return own
+        parents = lazy_tensors((self.recipe.args, self.recipe.kwargs))
+        return own.union(*(x.stops() for x in parents if x.requires_grad))
+
     @property
     def is_under_plain(self) -> bool:
         """Whether the plain tensor hangs on this one in the graph."""
-        return self._plain is not None and is_built(self._plain)
+        return self._plain is not None and (self._is_end or is_built(self._plain))
 
     def make_plain(self) -> None:
         """Make the plain tensor, what it is made of being there."""
@@ -144,13 +159,18 @@ class LazyTensor(Tensor):
         self._node = self.grad_fn
         if self.recipe is not None:
             self._plain = self.recipe.on_plain()
-            if self.requires_grad and (self.is_of_others or self.is_watched):
+            if self._is_end:
+                self._plain = self._plain.detach()
+            elif self.requires_grad and (self.is_of_others or self.is_watched):
                 self.lead_here()
             return
         at, of = self if self._before is None else self._before, weakref.ref(self)
         (source,) = self.sources
         with source.at_work(differentiable=True):
             inner = source.logits()
+        if self._is_end:
+            self._plain = inner.detach()
+            return
         with torch.set_grad_enabled(self.requires_grad):
             computed = Computed(inner, 1, None) if source.requires_grad else None
             self._plain = Built.apply(computed, inner.detach(), of, at)
@@ -161,6 +181,15 @@ class LazyTensor(Tensor):
         at = self if self._before is None else self._before
         with torch.enable_grad():
             self._plain = Built.apply(None, self._plain.detach(), weakref.ref(self), at)
+
+    def _leading_here(self) -> Tensor:
+        """The plain tensor of a leaf; held weakly, since its graph holds the leaf."""
+        led = None if self._led is None else self._led()
+        if led is None:
+            with torch.enable_grad():
+                led = Built.apply(None, self._plain, weakref.ref(self), self)
+            self._led = weakref.ref(led)
+        return led
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -212,6 +241,8 @@ def _known(func: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
 
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {k: x for k, x in kwargs.items() if k != "input"}
+    if kwargs.get("out") is not None:
+        return NotImplemented
     known, recipe = KNOWN[func], Recipe.of(func, args, kwargs, device)
     try:
         signature(known).bind(recipe, *args, **kwargs)

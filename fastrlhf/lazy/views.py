@@ -140,7 +140,10 @@ def _dims_of(part: Any) -> int | None:
 
 def _told(x: Any) -> Any:
     """What tells an index from others, and keeps a tensor, whose id would be another's."""
-    return (_Kept(x), x._version) if isinstance(x, Tensor) else repr(x)
+    if not isinstance(x, Tensor):
+        return repr(x)
+    # Of a tensor of inference mode nobody knows whether it was written into.
+    return object() if x.is_inference() else (_Kept(x), x._version)
 
 
 class _Kept:
@@ -249,7 +252,7 @@ class Part:
 
 def one_dim(recipe: Recipe, x: LazyTensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """select, narrow, index_select: along tokens."""
-    if not isinstance(dim, int) or dim % x.ndim == x.ndim - 1:
+    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim or dim % x.ndim == x.ndim - 1:
         return NotImplemented
     at = dim % x.ndim
     given = [*args, *kwargs.values()]

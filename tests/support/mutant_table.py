@@ -4226,6 +4226,24 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "fastrlhf/lazy/graph.py", "test_lazy_chains.py",
+        (
+            "lazy: a term goes by the first of two that are watched",
+            "            gradient = dense(gradient)  # else it would all go by the first\n",
+            "            pass\n",
+            "different_ways",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/scores.py", "test_lazy_chains.py",
+        (
+            "lazy: ignored tokens are remembered with zeros",
+            "return -taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)",
+            "return -logprobs(of, targets)",
+            "as_plain",
+        ),
+    ),
+    *_mutants(
         "fastrlhf/lazy/meaning.py", "test_lazy_chains.py",
         (
             "lazy: a detached factor has a gradient",
