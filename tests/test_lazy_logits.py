@@ -254,6 +254,22 @@ def test_no_more_than_an_eighth_of_the_logits_is_held() -> None:
     assert audit.largest < 8 * 64 * 4096 / 7
 
 
+def test_a_loop_that_scales_each_row_in_its_own_way(model) -> None:
+    temperatures = (0.5, 1.0, 2.0)
+    plain = [
+        (row / t).logsumexp(-1) for row, t in zip(model(ids()).logits, temperatures, strict=True)
+    ]
+    audit = MatmulAudit(VOCAB)
+    with fastrlhf.lazy_logits(model), torch.no_grad():
+        model(ids())  # the first call looks at the head
+        logits = model(ids()).logits
+        with audit:
+            found = [(row / t).logsumexp(-1) for row, t in zip(logits, temperatures, strict=True)]
+    torch.testing.assert_close(torch.stack(found), torch.stack(plain))
+    whole = 2 * SEQUENCES * TOKENS * VOCAB * model.config.hidden_size
+    assert audit.operations <= 1.7 * whole  # all rows at the first scale, and two alone
+
+
 def test_gradients_of_what_is_asked_together(model) -> None:
     """Of one pass: log-probs, log-sum-exp and entropy, each with a weight of its own."""
 

@@ -115,8 +115,17 @@ def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: boo
 def _whole(of: Distribution) -> tuple[Distribution, Tensor | None]:
     """The tokens that statistics are computed of, and the places of these among them, if it is not
     all.
+
+    A loop that scales each part in its own way has no use for statistics of the whole: once these
+    were computed with another scale, a part is computed alone.
     """
-    return (of, None) if of.part_of is None else of.part_of
+    if of.part_of is None:
+        return of, None
+    asked = of.part_of[0].with_gradient(True).of_source()
+    same_rows = [known.of for known in of.source.known if known.of.rows.same_as(asked.rows)]
+    if same_rows and asked not in same_rows:
+        return of._replace(part_of=None), None
+    return of.part_of
 
 
 def _of_places(found: Tensor, of: Distribution, places: Tensor | None) -> Tensor:
