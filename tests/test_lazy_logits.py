@@ -287,3 +287,22 @@ def test_gradients_of_what_is_asked_together(model) -> None:
     plain, ours = (gradient(model, lazy=lazy).clone() for lazy in (False, True))
     assert [use.plan for use in fastrlhf.lazy_report().fused] == ["4G", "0G", "0G"]
     assert (ours - exact).norm() <= 3 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda z: (0.3 * (z.tanh() * 2)).logsumexp(-1),
+        lambda z: (-2 * z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+        lambda z: (z.log_softmax(-1) * 0.5).gather(-1, ids()[..., None]),
+        lambda z: (z.log_softmax(-1) / -4).sum(-1),
+        lambda z: z.softmax(-1).mul(3).gather(-1, ids()[..., None]),
+    ],
+)
+def test_factors_before_and_after(model, ask) -> None:
+    exact, plain = ask(copy.deepcopy(model).double()(ids()).logits), ask(model(ids()).logits)
+    with fastrlhf.lazy_logits(model):
+        found = ask(model(ids()).logits)
+    assert fastrlhf.lazy_report().built == ()
+    eps = torch.finfo(torch.float32).eps
+    assert (found - exact).abs().max() <= 3 * (plain - exact).abs().max() + eps * exact.abs().max()
