@@ -306,3 +306,26 @@ def test_factors_before_and_after(model, ask) -> None:
     assert fastrlhf.lazy_report().built == ()
     eps = torch.finfo(torch.float32).eps
     assert (found - exact).abs().max() <= 3 * (plain - exact).abs().max() + eps * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda z: (z * -1.5).argmax(-1),
+        lambda z: (z.softmax(-1) * (z / 2)).sum(-1),
+        lambda z: (z.softmax(-1) * (z[:, :, :] * 3).log_softmax(-1)).sum(-1),
+    ],
+)
+def test_what_looks_like_something_known(model, ask) -> None:
+    plain = ask(model(ids()).logits)
+    with fastrlhf.lazy_logits(model):
+        torch.testing.assert_close(ask(model(ids()).logits), plain)
+
+
+def test_logits_of_autocast_that_are_asked_for_outside(model) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(ids()).logits
+        with fastrlhf.lazy_logits(model):
+            lazy = model(ids()).logits
+    assert lazy.dtype is plain.dtype is torch.bfloat16
+    assert torch.equal(lazy.sigmoid(), plain.sigmoid())

@@ -4192,12 +4192,6 @@ MUTANTS = [
     *_mutants(
         "fastrlhf/lazy/source.py", "test_lazy_wrappers.py",
         (
-            "lazy: computed outside of autocast",
-            "with torch.set_grad_enabled(differentiable and self.requires_grad), self.autocast():",
-            "with torch.set_grad_enabled(differentiable and self.requires_grad):",
-            "autocast",
-        ),
-        (
             "lazy: a dropout is drawn again",
             "self.own_is_there = not (holds_weight or drops)",
             "self.own_is_there = not holds_weight",
@@ -4295,19 +4289,6 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/lazy/maps.py", "test_lazy_chains.py",
-        (
-            "lazy: a product of two distributions is an entropy",
-            "if other.kind in kinds and p.same_as(other.first):", "if other.kind in kinds:",
-            "program or other",
-        ),
-        (
-            "lazy: logits times a negative number keep their order",
-            "words.kind is Kind.LOGITS and not factor > 0", "False",
-            "program",
-        ),
-    ),
-    *_mutants(
         "fastrlhf/lazy/recipe.py", "test_lazy_chains.py",
         (
             "lazy: what was written into logits is forgotten",
@@ -4363,6 +4344,31 @@ MUTANTS = [
             "lazy: the factor of a sum is left out",
             "lambda: found() * factor", "lambda: found()",
             "factors",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/source.py", "test_lazy_logits.py",
+        (
+            "lazy: computed outside of autocast",
+            "with torch.set_grad_enabled(differentiable and self.requires_grad), self.autocast():",
+            "with torch.set_grad_enabled(differentiable and self.requires_grad):",
+            "autocast_that",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/maps.py", "test_lazy_logits.py",
+        (
+            "lazy: a product of two distributions is an entropy",
+            "if other.kind in kinds and p.same_as(other.first):", "if other.kind in kinds:",
+            "looks_like",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/maps.py", "test_lazy_logits.py",
+        (
+            "lazy: logits times a negative number keep their order",
+            "words.kind is Kind.LOGITS and not factor > 0", "False",
+            "looks_like",
         ),
     ),
 ]  # fmt: skip
