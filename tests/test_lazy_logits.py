@@ -312,6 +312,7 @@ def test_factors_before_and_after(model, ask) -> None:
     "ask",
     [
         lambda z: (z * -1.5).argmax(-1),
+        lambda z: (z * -1.5).log_softmax(-1).gather(-1, ids()[..., None]),
         lambda z: (z.softmax(-1) * (z / 2)).sum(-1),
         lambda z: (z.softmax(-1) * (z[:, :, :] * 3).log_softmax(-1)).sum(-1),
     ],
