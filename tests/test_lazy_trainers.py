@@ -16,6 +16,7 @@ import pytest
 import torch
 from support.tiny_models import VOCAB
 from support.trl_trainers import (
+    DEPRECATIONS,
     ROUNDING,
     Record,
     assert_same,
@@ -33,16 +34,7 @@ from torch import Tensor, nn
 
 import fastrlhf
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}:FutureWarning")
-    for message in (
-        # What transformers renames and TRL still uses.
-        "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated",
-        # What TRL will drop, and does until then.
-        "`label_smoothing_factor` is deprecated in `SFTTrainer`",
-        "`compute_loss_func` is deprecated",
-    )
-]
+pytestmark = DEPRECATIONS
 
 
 @contextmanager

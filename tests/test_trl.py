@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.tiny_models import VOCAB, make
 from support.trl_trainers import (
+    DEPRECATIONS,
     KINDS,
     ROUNDING,
     Record,
@@ -27,16 +28,7 @@ from support.trl_trainers import (
 from fastrlhf.integrations import trl as patching
 from fastrlhf.ops import linear_rows
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}:FutureWarning")
-    for message in (
-        # What transformers renames and TRL still uses.
-        "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated",
-        # What TRL will drop, and does until then.
-        "`label_smoothing_factor` is deprecated in `SFTTrainer`",
-        "`compute_loss_func` is deprecated",
-    )
-]
+pytestmark = DEPRECATIONS
 
 ALL_LINEAR = {"target_modules": ["q_proj", "v_proj", "up_proj"]}
 HEAD = {"target_modules": ["q_proj", "lm_head"]}

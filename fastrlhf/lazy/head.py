@@ -64,11 +64,10 @@ def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
     """Let a model return logits that are not computed until they are needed, and mostly never.
 
     Eager equivalent: the loop itself. `model(...).logits` is a tensor of the same shape, dtype and
-    device as without.
-    Functions of PyTorch that take few numbers of it for each token (cross-entropy, log-softmax and
-    gather, log-sum-exp, entropy, argmax, ...) are computed from the hidden states, without building
-    logits, forward and backward. Any other function builds them, once, and gives what it would have
-    given. `lazy_report` tells which did.
+    device as without. Functions of PyTorch that take few numbers of it for each token
+    (cross-entropy, log-softmax and gather, log-sum-exp, entropy, argmax, ...) are computed from the
+    hidden states, without building logits, forward and backward. Any other function builds them,
+    once, and gives what it would have given. `lazy_report` tells which did.
 
     Args:
         model: a causal language model of transformers, wrapped or not, whose head `lm_head` knows;
@@ -214,10 +213,10 @@ def _forward(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: A
     enabled = _enabled.get(module)
     if enabled is None:
         return own(*args, **kwargs)
-    return outside_of_graphs(_outside_of_graphs)(enabled, module, own, *args, **kwargs)
+    return outside_of_graphs(_lazy_if_possible)(enabled, module, own, *args, **kwargs)
 
 
-def _outside_of_graphs(
+def _lazy_if_possible(
     enabled: _Enabled, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     hidden = args[0] if len(args) == 1 and not kwargs else None

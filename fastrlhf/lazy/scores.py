@@ -28,7 +28,9 @@ _OF_TWO = 4  # a divergence holds of both logits, and of its terms
 IGNORED = -(2**30)  # no id of a word, and what int32 holds
 
 
-def _laid_out(of: Distribution, targets: Tensor) -> tuple[Scorer, Tensor, Callable[..., Tensor]]:
+def _scorer_and_targets(
+    of: Distribution, targets: Tensor
+) -> tuple[Scorer, Tensor, Callable[..., Tensor]]:
     """A scorer of the tokens of a distribution, their targets as it takes them, and what takes
     their results (...) from its own.
 
@@ -104,7 +106,7 @@ def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: boo
                 return known if torch.is_grad_enabled() else known.without_graph()
         targets = _some_word(of)
     entropy_grad = entropy_grad or source.head_is_trained
-    scorer, laid_out, taken = _laid_out(of, targets.reshape(-1))
+    scorer, laid_out, taken = _scorer_and_targets(of, targets.reshape(-1))
     found = scorer.stats(laid_out, ignore_index=IGNORED, entropy=True, entropy_grad=entropy_grad)
     of_tokens: Any = (None if x is None else taken(x) for x in found)
     known = Known(asked, targets, TokenStats(*of_tokens), entropy_grad, may_be_ruled_out)
@@ -139,7 +141,7 @@ def logprobs(of: Distribution, targets: Tensor) -> Tensor:
         lse = log_sum_exp(of)
         return picked(of, targets) - (lse if targets.ndim == lse.ndim else lse.unsqueeze(-1))
     if targets.ndim > of.rows.numbers.ndim:
-        scorer, laid_out, taken = _laid_out(of, targets)
+        scorer, laid_out, taken = _scorer_and_targets(of, targets)
         return taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)
     return _stats(of, targets).stats.logprob.view(targets.shape)
 
@@ -210,7 +212,7 @@ def mean_logits(of: Distribution) -> Tensor:
         # lse - (lse - mean), of which both have a gradient.
         every_word = cross_entropy_of(of, _some_word(of), label_smoothing=1.0)
         return log_sum_exp(of) - every_word
-    scorer, laid_out, taken = _laid_out(of, _some_word(of))
+    scorer, laid_out, taken = _scorer_and_targets(of, _some_word(of))
     stats = scorer.stats(laid_out, ignore_index=IGNORED, with_stats=("mean_logit",), lse=False)
     return taken(stats._asdict()["mean_logit"])
 
@@ -236,7 +238,7 @@ def sum_of_logprobs(of: Distribution) -> Tensor:
 
 def cross_entropy_of(of: Distribution, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each token, 0 where the target is IGNORED."""
-    scorer, laid_out, taken = _laid_out(of, targets)
+    scorer, laid_out, taken = _scorer_and_targets(of, targets)
     if label_smoothing == 0 or not is_linear(of):
         # Each may get a factor of its own, as a mask or a ratio is. Others do not share it, since
         # tokens without a target have no statistics.
@@ -255,7 +257,7 @@ def sum_of_cross_entropy(
     of: Distribution, targets: Tensor, weights: Tensor | None, label_smoothing: float
 ) -> Tensor:
     """The sum of those, each times its weight: with its gradient in the forward."""
-    scorer, laid_out, _ = _laid_out(of, targets)
+    scorer, laid_out, _ = _scorer_and_targets(of, targets)
     if weights is not None:
         flat = of.rows.numbers.reshape(-1)
         if laid_out.numel() == flat.numel() and not of.rows.distinct:

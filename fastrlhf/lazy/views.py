@@ -52,7 +52,7 @@ def same(
         return NotImplemented
     args, kwargs = tree_map(_form, (recipe.args, recipe.kwargs))
     form = recipe.func(*args, **kwargs).to(dtype or x.dtype)
-    return derived(recipe, _laid_out(words, x, form), form, vocab_dim=x.vocab_dim)
+    return derived(recipe, _lying_as(words, x, form), form, vocab_dim=x.vocab_dim)
 
 
 def copied(recipe: Recipe, x: LazyTensor, dtype: torch.dtype | None = None) -> Any:
@@ -61,14 +61,14 @@ def copied(recipe: Recipe, x: LazyTensor, dtype: torch.dtype | None = None) -> A
     if words is None:
         return NotImplemented
     form = torch.empty_like(form_of(x), dtype=dtype)
-    return derived(recipe, _laid_out(words, x, form), form, vocab_dim=x.vocab_dim)
+    return derived(recipe, _lying_as(words, x, form), form, vocab_dim=x.vocab_dim)
 
 
 def _form(x: Any) -> Any:
     return form_of(x) if isinstance(x, Tensor) else x
 
 
-def _laid_out(words: Words, x: LazyTensor, form: Tensor) -> Words:
+def _lying_as(words: Words, x: LazyTensor, form: Tensor) -> Words:
     """The same words, with numbers of tokens that lie as a tensor does; if each of these lies in
     one piece: else no view of it is told (see `viewed`).
     """

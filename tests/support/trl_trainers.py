@@ -30,6 +30,18 @@ utils = pytest.importorskip("trl.trainer.utils", reason="needs trl")
 distillation_trainer = pytest.importorskip("trl.trainer.distillation_trainer", reason="needs trl")
 chunked_divergence = pytest.importorskip("trl.kernels.chunked_divergence", reason="needs trl")
 
+# Marks of tests that make TRL's trainers.
+DEPRECATIONS = [
+    pytest.mark.filterwarnings(f"ignore:{message}:FutureWarning")
+    for message in (
+        # What transformers renames and TRL still uses.
+        "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated",
+        # What TRL will drop, and does until then.
+        "`label_smoothing_factor` is deprecated in `SFTTrainer`",
+        "`compute_loss_func` is deprecated",
+    )
+]
+
 # Where TRL's trainers call what makes their log-probs and divergences.
 _DIVERGENCE = "ChunkedDivergenceFunction"
 SEAMS = (
