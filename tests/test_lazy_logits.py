@@ -330,3 +330,22 @@ def test_logits_of_autocast_that_are_asked_for_outside(model) -> None:
             lazy = model(ids()).logits
     assert lazy.dtype is plain.dtype is torch.bfloat16
     assert torch.equal(lazy.sigmoid(), plain.sigmoid())
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda z: (z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1),
+        lambda z: (z[:, :-1].softmax(-1) * z[:, 1:].log_softmax(-1)).sum(-1),
+    ],
+)
+def test_factors_that_are_not_of_one_distribution(model, ask) -> None:
+    def outcome() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        value = ask(model(ids()).logits)
+        value.square().sum().backward()
+        return value.detach(), model.lm_head.weight.grad.clone()
+
+    plain = outcome()
+    with fastrlhf.lazy_logits(model):
+        torch.testing.assert_close(outcome(), plain)

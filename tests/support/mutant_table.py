@@ -4238,19 +4238,6 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "fastrlhf/lazy/meaning.py", "test_lazy_chains.py",
-        (
-            "lazy: a detached factor has a gradient",
-            "            and self.constant == other.constant\n", "",
-            "program or detach or constant",
-        ),
-        (
-            "lazy: rows of one path are those of another",
-            "return on_host and torch.equal(self.numbers, other.numbers)", "return True",
-            "program",
-        ),
-    ),
-    *_mutants(
         "fastrlhf/lazy/views.py", "test_lazy_chains.py",
         (
             "lazy: an index of words is one of tokens",
@@ -4369,6 +4356,22 @@ MUTANTS = [
             "lazy: logits times a negative number keep their order",
             "words.kind is Kind.LOGITS and not factor > 0", "False",
             "looks_like",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/meaning.py", "test_lazy_logits.py",
+        (
+            "lazy: a detached factor has a gradient",
+            "            and self.constant == other.constant\n", "",
+            "one_distribution",
+        ),
+    ),
+    *_mutants(
+        "fastrlhf/lazy/meaning.py", "test_lazy_logits.py",
+        (
+            "lazy: rows of one path are those of another",
+            "return on_host and torch.equal(self.numbers, other.numbers)", "return True",
+            "one_distribution",
         ),
     ),
 ]  # fmt: skip
