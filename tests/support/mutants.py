@@ -1,7 +1,7 @@
 """Change the library in one small way at a time, and see whether the tests notice.
 
 A change that no test notices, a surviving mutant, shows what the tests do not check. The changes
-are in `mutant_table.py`. Each is made in a temporary copy of the files that git tracks, never in
+are in `mutant_tables/`. Each is made in a temporary copy of the files that git tracks, never in
 the working tree, and the tests that should notice it run there.
 
     python tests/support/mutants.py                    # all
@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from mutant_table import MUTANTS, Mutant
+from mutant import Mutant
+from mutant_table import MUTANTS
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
