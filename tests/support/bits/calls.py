@@ -363,7 +363,7 @@ def head_calls() -> None:
 
             @call(f"linear_softmax_fisher_product {name}")
             def _(impl: str = impl, head: Callable = head):
-                hidden, weight, _, leaves = head()
+                hidden, weight, _, _leaves = head()
                 tangent = random(ROWS, TOKENS, WIDTH)
                 return fastrlhf.linear_softmax_fisher_product(
                     hidden.detach(), weight.detach(), tangent, mask=lengths_mask(), chunk_size=10,
