@@ -435,7 +435,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_divergence.py", "test_model_losses.py",
+        "fastrlhf/ops/linear_divergence.py", "test_model_losses_heads.py",
         (
             "divergence: a known gradient for any weights",
             "if options.sum_expected and _are_alike(upstream[order]):",

@@ -40,7 +40,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/own_module.py", "test_model_losses.py",
+        "fastrlhf/hf/own_module.py", "test_model_losses_heads.py",
         (
             "model: an own module without what follows it",
             "return self.map(logits.to(accumulation_dtype(logits.dtype)))",
@@ -140,7 +140,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/packing.py", "test_model_losses.py",
+        "fastrlhf/hf/packing.py", "test_model_losses_packed.py",
         (
             "packing: a model that lets sequences see each other",
             "not _gradient_crosses(model, base, device)", "True",
