@@ -93,6 +93,14 @@ MUTANTS = [
             "triton and hinge",
         ),
         (
+            "pairs: the gradient of a sum for that of a mean",
+            "d_sum *= tl.load(weights + sequence)", "d_sum *= 1.0",
+            "triton and (ipo or summed_over)",
+        ),
+    ),
+    *mutants_of(
+        "kernels/preference_loss.py", "test_preference_tokens.py",
+        (
             "pairs: a mean over no tokens",
             "return score, tl.maximum(count, 1.0)", "return score, count",
             "triton and (without_any_token or empty)",
@@ -103,21 +111,10 @@ MUTANTS = [
             "triton and outside_the_mask",
         ),
         (
-            "pairs: the gradient of a sum for that of a mean",
-            "d_sum *= tl.load(weights + sequence)", "d_sum *= 1.0",
-            "triton and (ipo or summed_over)",
-        ),
-        (
             "pairs: a reference per token of the first sequence",
             "place = reference + row * reference_stride + token",
             "place = reference + token + 0 * row * reference_stride",
             "triton and summed_over",
-        ),
-        (
-            "pairs: the rejected sequence's share is added",
-            "tl.where(as_chosen, slope, 0.0) - tl.where(as_rejected, slope, 0.0)",
-            "tl.where(as_chosen, slope, 0.0) + tl.where(as_rejected, slope, 0.0)",
-            "triton and against_itself",
         ),
         (
             "pairs: results in the dtype of the policy",
@@ -125,6 +122,15 @@ MUTANTS = [
             "torch.float32)",
             "acc = torch.promote_types(policy.dtype, torch.float32)",
             "promote_mixed or precision_of_the_reference",
+        ),
+    ),
+    *mutants_of(
+        "kernels/preference_loss.py", "test_preference_backends.py",
+        (
+            "pairs: the rejected sequence's share is added",
+            "tl.where(as_chosen, slope, 0.0) - tl.where(as_rejected, slope, 0.0)",
+            "tl.where(as_chosen, slope, 0.0) + tl.where(as_rejected, slope, 0.0)",
+            "triton and against_itself",
         ),
     ),
     *mutants_of(

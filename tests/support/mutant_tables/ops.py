@@ -4,7 +4,7 @@ from mutant import Mutant, mutants_of
 
 MUTANTS = [
     *mutants_of(
-        "fastrlhf/ops/preference_loss.py", "test_preference.py",
+        "fastrlhf/ops/preference_loss.py", "test_preference_layouts.py",
         (
             "pairs: an expanded gradient",
             "d_losses.contiguous(),", "d_losses,",
