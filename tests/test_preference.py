@@ -17,9 +17,7 @@ from support.preference_batches import (
     assert_right,
     pairs_batch,
 )
-from support.preference_formulas import (
-    LOSS_TYPES,
-)
+from support.preference_formulas import LOSS_TYPES
 from torch import Tensor
 
 from fastrlhf import dpo_loss

@@ -16,9 +16,7 @@ from support.preference_batches import (
     pairs_batch,
     tokens_batch,
 )
-from support.preference_formulas import (
-    LOSS_TYPES,
-)
+from support.preference_formulas import LOSS_TYPES
 
 from fastrlhf.kernels import preference_loss as kernel
 

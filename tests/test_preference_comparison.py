@@ -18,10 +18,7 @@ from support.preference_batches import (
     pairs_batch,
     tokens_batch,
 )
-from support.preference_formulas import (
-    GRADIENT_RTOL,
-    LOSS_TYPES,
-)
+from support.preference_formulas import GRADIENT_RTOL, LOSS_TYPES
 from torch import Tensor
 
 from fastrlhf.kernels import preference_loss as kernel

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.preference_formulas import (
-    LOSS_TYPES,
-)
+from support.preference_formulas import LOSS_TYPES
 
 from fastrlhf import dpo_loss
 

@@ -16,10 +16,7 @@ from support.preference_batches import (
     pairs_batch,
     tokens_batch,
 )
-from support.preference_formulas import (
-    GRADIENT_RTOL,
-    LOSS_TYPES,
-)
+from support.preference_formulas import GRADIENT_RTOL, LOSS_TYPES
 
 from fastrlhf import dpo_loss
 
