@@ -31,7 +31,6 @@ from .checks import check_bool, check_same_device, check_shape
 from .divergence import (
     Measure,
     checked_measure,
-    checked_rows,
     definition,
     divergence_backward_into,
 )
@@ -49,6 +48,7 @@ from .linear_arguments import (
 from .linear_head import Head, Weight
 from .linear_plans import Needs, Room, room_for_slopes
 from .linear_rows import even_spans, live_rows
+from .logits_arguments import checked_rows
 from .ranks import Group, all_reduced_rows, refuse_transforms_of_ranks
 from .scorer import LinearScorer
 from .sharded import head_part, same_head_part

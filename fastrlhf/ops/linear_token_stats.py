@@ -31,9 +31,9 @@ from .linear_plans import (
     statistics_and_slopes,
 )
 from .ranks import Group, all_reduced_rows, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .row_stats import shaped_stats
 from .sharded import head_part, replicated
 from .shared_slopes import statistics_and_shared_slopes, times_shared_slopes
-from .token_stats import shaped_stats
 
 
 def linear_token_stats(
