@@ -250,6 +250,9 @@ MUTANTS = [
             'return head | {"temperature": self.temperature}', 'return head | {"temperature": 1.0}',
             "natural_gradient",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/policy.py", "test_trpo_over_ranks.py",
         (
             "trpo: without a group every process is alone",
             "return dist.group.WORLD", "return None",
@@ -265,7 +268,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/trpo/conjugate_gradient.py", "test_trpo.py",
+        "fastrlhf/trpo/conjugate_gradient.py", "test_conjugate_gradient.py",
         (
             "trpo: an operator that is not definite",
             "going = (square > floor) & (curvature > 0)", "going = square > floor",
