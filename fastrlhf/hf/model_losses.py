@@ -8,7 +8,7 @@ make its logits, the loss and its gradient are made instead. A loss says here wh
 Dims: B sequences, T tokens.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -26,6 +26,35 @@ from .loss_arguments import on_device_of
 from .model_inputs import TokenBatch, check_ids, of_positions
 
 
+@overload
+def model_linear_loss(
+    loss_fn: LossFunction,
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *side_inputs: Tensor,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **inputs: Any,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def model_linear_loss(
+    loss_fn: LossFunction,
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *side_inputs: Tensor,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], Any]: ...
 def model_linear_loss(
     loss_fn: LossFunction,
     model: nn.Module,
@@ -98,6 +127,36 @@ def model_linear_loss(
     return at_head(model, batch, work).with_outputs(return_outputs)
 
 
+@overload
+def model_cross_entropy(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_type: LossType = "nll",
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **inputs: Any,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def model_cross_entropy(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], Any]: ...
 def model_cross_entropy(
     model: nn.Module,
     input_ids: Tensor,

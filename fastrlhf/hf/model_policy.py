@@ -8,7 +8,7 @@ are checked and aligned with the positions that predict the tokens; at the head,
 Dims: B sequences, T tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor, nn
 
@@ -32,6 +32,40 @@ from .loss_arguments import on_device_of, separated
 from .model_inputs import TokenBatch, check_ids, of_positions
 
 
+@overload
+def model_policy_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    ref_logprobs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **policy_options_and_inputs: Any,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def model_policy_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], Any]: ...
 @showing(PolicyLossOptions, PolicyOptions()._asdict(), and_others=True)
 def model_policy_loss(
     model: nn.Module,
