@@ -71,8 +71,8 @@ MUTANTS = [
         "fastrlhf/losses/fused_sequences.py", "test_linear_preference_options.py",
         (
             "fused sequences: the tokens of a group are all there are",
-            "losses, _ = loss.of_tokens(SequenceTokens(here, mask, **back))",
-            "losses, _ = loss.of_tokens(SequenceTokens(here, here, **back))",
+            "losses, _ = self.loss.of_tokens(SequenceTokens(of_chunk, self.mask, **in_place))",
+            "losses, _ = self.loss.of_tokens(SequenceTokens(of_chunk, of_chunk, **in_place))",
             "from_hidden_states and MPO and True",
         ),
     ),
