@@ -349,7 +349,7 @@ MUTANTS = [
         "fused policy: strided vectors",
         "fastrlhf/ops/policy_loss.py",
         "return x.reshape(-1).to(acc).contiguous()", "return x.reshape(-1).to(acc)",
-        "test_logits_policy_loss.py", "strides and triton",
+        "test_logits_policy_loss_backends.py", "strides and triton",
         "what the losses pass comes out of torch.where or token_weights, whose (B, T) either is "
         "contiguous or has to be copied to become (N,)",
     ),

@@ -77,7 +77,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/policy.py", "test_logits_policy_loss.py",
+        "fastrlhf/losses/policy.py", "test_logits_policy_loss_hostile.py",
         (
             "policy: a forbidden token without old log-probs",
             "logprobs = torch.where(logprobs == -torch.inf, 0.0, logprobs)",
