@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= passive
 ONE_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pipeline frontier test test-all lint types pytest any-cpu fuzz mutants bench triton-versions docs clean
+.PHONY: help demo pipeline frontier test test-all lint types pytest any-cpu fuzz mutants bench docs dist triton-versions clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -81,6 +81,11 @@ bench: $(VENV)/.test ## time and memory against plain PyTorch and the peers, in 
 	done
 	$(BIN)/python benchmarks/median_of_runs.py $(RESULTS)/run-?.json --output $(RESULTS)/results.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json
+
+dist: $(VENV)/.test ## wheel and sdist under dist/, checked as an index would
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 # NumPy 2.4 breaks loops with run-time bounds in the interpreter of Triton 3.6.0.
 triton-versions: ## the test suite against the oldest and the newest Triton (environments of their own)

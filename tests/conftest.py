@@ -45,19 +45,26 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep down the time that PyTorch's compiler takes, longer than tests take what it makes.
 
-    One worker runs what a file has for the compiled backend, since each would compile for itself.
+    One worker runs what a file has for the compiled backend, and the files that have a further part
+    of the same tests, since each worker would compile for itself.
     Where a test has each transform of logits in each dtype, `make test` takes all dtypes and all
     transforms, and `make test-all` every pair.
     """
+    stems = {item.path.stem for item in items}
     for item in items:
         chosen = getattr(item, "callspec", None) and item.callspec.params
         if not chosen or "compiled" not in chosen.values():
             continue
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}, compiled"))
+            item.add_marker(pytest.mark.xdist_group(f"{first_of(item.path.stem, stems)}, compiled"))
         dtypes = chosen.get("dtypes", (chosen.get("dtype"),))
         if chosen.get("kind") in ("plain", "scaled", "capped") and {*dtypes} != {torch.float32}:
             item.add_marker(pytest.mark.exhaustive)
+
+
+def first_of(stem: str, stems: set[str]) -> str:
+    """The file that a file continues: `test_divergence` for `test_divergence_hostile`."""
+    return min((other for other in stems if f"{stem}_".startswith(f"{other}_")), key=len)
 
 
 def pytest_collection_finish() -> None:

@@ -6,7 +6,7 @@ call of the teacher's head within: there both weights are whole, however wrapper
 Dims: B sequences, T tokens.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,57 @@ from .model_inputs import TokenBatch
 from .scored_divergence import scored_divergence
 
 
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    direction: str = "reverse",
+    beta: float = 0.5,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    entropy: Literal[False] = False,
+    return_outputs: Literal[False] = False,
+    **inputs: Any,
+) -> Tensor: ...
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    entropy: Literal[True],
+    return_outputs: Literal[False] = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    entropy: Literal[False] = False,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Any]: ...
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    entropy: Literal[True],
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor, Any]: ...
 def model_kl_divergence(
     model: nn.Module,
     teacher: nn.Module,

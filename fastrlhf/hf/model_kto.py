@@ -3,7 +3,7 @@
 Dims: B sequences, T tokens.
 """
 
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor, nn
 
@@ -20,6 +20,40 @@ from .loss_arguments import beside, returned, separated
 from .model_inputs import TokenBatch, check_ids
 
 
+@overload
+def model_kto_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor | float | None,
+    beta: float = 0.1,
+    *,
+    mask: Tensor,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **options_and_inputs: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def model_kto_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor | float | None,
+    beta: float = 0.1,
+    *,
+    mask: Tensor,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor, Any]: ...
 @showing(KTOOptions, KTO_DEFAULTS, and_others=True)
 def model_kto_loss(
     model: nn.Module,

@@ -5,7 +5,7 @@ Where the model would make its logits, the loss and its gradient are made instea
 Dims: B sequences, T tokens, P pairs.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -40,6 +40,35 @@ from .loss_arguments import beside, returned, separated
 from .model_inputs import TokenBatch, check_ids, of_positions
 
 
+@overload
+def model_linear_loss(
+    loss_fn: LossFunction,
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *side_inputs: Tensor,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **inputs: Any,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def model_linear_loss(
+    loss_fn: LossFunction,
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *side_inputs: Tensor,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], Any]: ...
 def model_linear_loss(
     loss_fn: LossFunction,
     model: nn.Module,
@@ -111,6 +140,36 @@ def model_linear_loss(
     return returned(at_head(model, batch, work), return_outputs)
 
 
+@overload
+def model_cross_entropy(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_type: LossType = "nll",
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **inputs: Any,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def model_cross_entropy(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], Any]: ...
 def model_cross_entropy(
     model: nn.Module,
     input_ids: Tensor,
@@ -188,6 +247,40 @@ def model_cross_entropy(
     return returned(at_head(model, batch, work), return_outputs)
 
 
+@overload
+def model_dpo_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    ref_logps: Tensor | None,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    beta: float = 0.1,
+    *,
+    mask: Tensor,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **options_and_inputs: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def model_dpo_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    ref_logps: Tensor | None,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    beta: float = 0.1,
+    *,
+    mask: Tensor,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor, Any]: ...
 @showing(LinearDPOOptions, LINEAR_DPO_DEFAULTS, and_others=True)
 def model_dpo_loss(
     model: nn.Module,
@@ -269,6 +362,40 @@ def model_dpo_loss(
     return returned(at_head(model, batch, work), return_outputs)
 
 
+@overload
+def model_policy_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    ref_logprobs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    return_outputs: Literal[False] = False,
+    **policy_options_and_inputs: Any,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def model_policy_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], Any]: ...
 @showing(PolicyLossOptions, PolicyOptions()._asdict(), and_others=True)
 def model_policy_loss(
     model: nn.Module,

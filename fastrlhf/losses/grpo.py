@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrlhf.losses.policy import Metrics, policy_loss
 from fastrlhf.losses.policy_arguments import (
-    OPTIONAL_TENSORS,
+    OPTIONAL_ARGUMENTS,
     PolicyArguments,
     PolicyLossOptions,
     PolicyOptions,
@@ -115,7 +115,7 @@ def grpo_options(loss_type: LossType, **changes: Unpack[PolicyLossOptions]) -> P
     return cast(PolicyLossOptions, {**_GRPO[loss_type], **changes})
 
 
-@showing(PolicyArguments, {**OPTIONAL_TENSORS, **_OPTIONS})
+@showing(PolicyArguments, {**OPTIONAL_ARGUMENTS, **_OPTIONS})
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -131,7 +131,7 @@ def grpo_loss(
     arguments, returns and errors. Advantages come from `group_advantages`; the papers' penalty is
     ref_logprobs and a kl_coef (0.04 in 2402.03300), which is 0 here unless given.
     """
-    known = ("loss_type", *OPTIONAL_TENSORS, *PolicyOptions._fields)
+    known = ("loss_type", *OPTIONAL_ARGUMENTS, *PolicyOptions._fields)
     check_options("grpo_loss", options, known)
     recipe = cast(PolicyArguments, {**grpo_options(loss_type), **options})
     return policy_loss(logprobs, old_logprobs, advantages, mask, **recipe)

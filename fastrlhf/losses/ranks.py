@@ -131,7 +131,7 @@ def global_normalizer(
     if not masks:
         raise ValueError("mask: expected at least one (one without entries, on an idle rank)")
     count = torch.stack([(x != 0).sum().to(masks[0].device) for x in masks]).sum()
-    if check_group(group) is not None:
+    if (group := check_group(group)) is not None:
         count = summed(count, group)
     count = count.clamp(min=1)
     ranks = 1 if group is None else size_of(group)

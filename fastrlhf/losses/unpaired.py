@@ -101,7 +101,7 @@ def kto_kl(pi_logps: Tensor, ref_logps: Tensor, *, group: Group | None = None) -
     check_unpaired(pi_logps, ref_logps)
     scores = sequence_scores(pi_logps.detach(), ref_logps.detach(), None)
     total, count = scores.sum(), scores.new_full((), scores.shape[0])
-    if check_group(group) is not None:
+    if (group := check_group(group)) is not None:
         total, count = summed(torch.stack((total, count)), group).unbind()
     return (total / count.clamp(min=1)).clamp(min=0)
 

@@ -49,7 +49,7 @@ MUTANTS = [
         "head: blocks of columns overwrite each other",
         "fastrlhf/ops/linear_head.py",
         "weight.T, fresh=block.start == 0", "weight.T, fresh=True",
-        "test_model_token_stats.py", "with_a_lora_adapter",
+        "test_model_token_stats_heads.py", "with_a_lora_adapter",
     ),
     *mutants_of(
         "fastrlhf/ops/linear_head.py", "test_linear_kept_ids.py",
@@ -435,7 +435,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_divergence.py", "test_model_losses.py",
+        "fastrlhf/ops/linear_divergence.py", "test_model_losses_heads.py",
         (
             "divergence: a known gradient for any weights",
             "if options.sum_expected and _are_alike(upstream[order]):",

@@ -235,14 +235,22 @@ MUTANTS = [
             "without_tokens",
         ),
         (
-            "trpo: an operator that is not definite",
-            "going = (square > floor) & (curvature > 0)", "going = square > floor",
-            "not_definite",
-        ),
-        (
             "trpo: the old policy moves along",
             "return output.clone() if shared else output", "return output",
             "parameters_themselves",
+        ),
+        (
+            "trpo: the temperature is forgotten",
+            'return head | {"temperature": self.temperature}', 'return head | {"temperature": 1.0}',
+            "natural_gradient",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo.py", "test_conjugate_gradient.py",
+        (
+            "trpo: an operator that is not definite",
+            "going = (square > floor) & (curvature > 0)", "going = square > floor",
+            "not_definite",
         ),
         (
             "trpo: steepest descent",
@@ -255,11 +263,6 @@ MUTANTS = [
             "return (x * (size / first_gain)).to(", "return (x * (1 / first_gain)).to(",
             "scales_with or solved_at_once",
         ),
-        (
-            "trpo: the temperature is forgotten",
-            'return head | {"temperature": self.temperature}', 'return head | {"temperature": 1.0}',
-            "natural_gradient",
-        ),
     ),
     *mutants_of(
         "fastrlhf/trpo.py", "test_losses_over_ranks.py",
@@ -270,7 +273,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/trpo.py", "test_trpo.py",
+        "fastrlhf/trpo.py", "test_trpo_over_ranks.py",
         (
             "trpo: without a group every process is alone",
             "return dist.group.WORLD", "return None",

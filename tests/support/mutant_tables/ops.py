@@ -4,7 +4,7 @@ from mutant import Mutant, mutants_of
 
 MUTANTS = [
     *mutants_of(
-        "fastrlhf/ops/preference_loss.py", "test_preference.py",
+        "fastrlhf/ops/preference_loss.py", "test_preference_layouts.py",
         (
             "pairs: an expanded gradient",
             "d_losses.contiguous(),", "d_losses,",
@@ -256,7 +256,7 @@ MUTANTS = [
         "compiled: a KL of small numbers from one pass",
         "fastrlhf/ops/compiled_rows.py",
         "_LARGE_DIVERGENCE = 0.5", "_LARGE_DIVERGENCE = -1.0",
-        "test_divergence.py", "nearly_equal and compiled and reverse",
+        "test_divergence_accuracy.py", "nearly_equal and compiled and reverse",
     ),
     *mutants_of(
         "fastrlhf/ops/compiled_rows.py", "test_returns.py",

@@ -7,7 +7,7 @@ MUTANTS = [
         "fastrlhf/losses/policy_arguments.py", "test_packed.py",
         (
             "packed: of tokens or of sequences, as it happens",
-            "of_tokens = layout is not ROWS and tuple(x.shape) == shape", "of_tokens = False",
+            "of_tokens = self.layout is not ROWS and tuple(x.shape) == shape", "of_tokens = False",
             "tokens_shape_is_of_tokens",
         ),
     ),
@@ -94,7 +94,7 @@ MUTANTS = [
         ),
         (
             "policy: GSPO-token has the gradient of the whole sequence",
-            "return mean.detach() + own - own.detach()", "return mean",
+            "return mean.detach() + finite - finite.detach()", "return mean",
             "those_of_the_papers and sequence-token",
         ),
         (
@@ -138,8 +138,8 @@ MUTANTS = [
         "fastrlhf/losses/policy.py", "test_losses_over_ranks.py",
         (
             "ranks: the distance from the sampler is that of this rank's tokens",
-            "masked_mean(own_log_ratio.square() / 2, scored, layout)",
-            "masked_mean(own_log_ratio.square() / 2, scored)",
+            "masked_mean(token_log_ratios.square() / 2, scored, layout)",
+            "masked_mean(token_log_ratios.square() / 2, scored)",
             "of_the_whole and policy_calls and 2-False",
         ),
         (
@@ -154,8 +154,8 @@ MUTANTS = [
         ),
         (
             "ranks: shares of clipped tokens are those of this rank",
-            "masked_mean(of.to(dtype), mask, layout)",
-            "masked_mean(of.to(dtype), mask)",
+            "masked_mean(clipped.to(dtype), batch.mask, batch.layout)",
+            "masked_mean(clipped.to(dtype), batch.mask)",
             "of_the_whole and policy_calls and 2-False",
         ),
     ),
