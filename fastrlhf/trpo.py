@@ -62,7 +62,16 @@ MODES = ("auto", "forward", "double-vjp")
 
 
 class TrustRegionInfo(NamedTuple):
-    """What a step did; numbers are 0-d tensors, of the whole batch on every rank."""
+    """What a step did; numbers are 0-d tensors, of the whole batch on every rank.
+
+    Example:
+        >>> policy = torch.nn.Linear(3, 4)
+        >>> batch = torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, -1.0, 0.5]]), torch.ones(1, 3)
+        >>> params = list(policy.parameters())
+        >>> info = fastrlhf.trpo_step(lambda: policy(torch.eye(3).unsqueeze(0)), params, *batch)
+        >>> bool(info.surrogate > 0), bool(info.kl <= 0.01)
+        (True, True)
+    """
 
     accepted: bool
     surrogate: Tensor  # mean of r·A after the step, less that before it; 0 if not accepted
@@ -117,6 +126,14 @@ def fisher_vector_product(
         TypeError, ValueError: shapes that do not fit; an unknown mode.
 
     Source: 1502.05477 appendix C.
+
+    Example:
+        >>> policy = torch.nn.Linear(3, 4)
+        >>> states, params = torch.eye(3).unsqueeze(0), list(policy.parameters())
+        >>> vector = torch.ones(sum(p.numel() for p in params))
+        >>> product = fastrlhf.fisher_vector_product(lambda: policy(states), params, vector)
+        >>> product.shape
+        torch.Size([16])
     """
     damping = _checked_damping(damping)
     problem = _Problem(policy, params, mask, temperature, head, mode, group)
@@ -150,6 +167,12 @@ def conjugate_gradient(
     Raises:
         TypeError, ValueError: a target that is no vector; an operator that makes something else of
             a vector; an option out of range.
+
+    Example:
+        >>> matrix, target = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([2.0, 2.0])
+        >>> solution, residual = fastrlhf.conjugate_gradient(lambda v: matrix @ v, target)
+        >>> solution
+        tensor([1.0000, 0.5000])
     """
     if not callable(operator):
         raise TypeError(f"operator: expected a function, got {type(operator).__name__}")
@@ -250,6 +273,15 @@ def trpo_step(
         TypeError, ValueError: shapes, devices or options that do not fit.
 
     Source: 1502.05477 section 6 and appendix C.
+
+    Example:
+        >>> policy = torch.nn.Linear(3, 4)
+        >>> states, actions = torch.eye(3).unsqueeze(0), torch.tensor([[0, 1, 2]])
+        >>> advantages, mask = torch.tensor([[1.0, -1.0, 0.5]]), torch.ones(1, 3)
+        >>> params = list(policy.parameters())
+        >>> info = fastrlhf.trpo_step(lambda: policy(states), params, actions, advantages, mask)
+        >>> info.accepted, bool(info.kl <= 0.01)
+        (True, True)
     """
     max_kl = check_positive("max_kl", max_kl)
     damping = _checked_damping(damping)

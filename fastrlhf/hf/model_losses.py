@@ -118,6 +118,17 @@ def model_linear_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_loss`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids, weights = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[1.0, 1.0, 0.5, 0.5]])
+        >>> def loss_fn(stats, weights):
+        ...     return -(stats.logprob * weights).sum(), {"weights": weights.sum()}
+        >>> loss, metrics = fastrlhf.model_linear_loss(loss_fn, model, ids, None, weights)
+        >>> loss.backward()
+        >>> metrics
+        {'weights': tensor(3.)}
     """
     refuse_transforms("model_linear_loss", "model_token_stats and a loss of it")
     check_bool("entropy", entropy)
@@ -222,6 +233,16 @@ def model_cross_entropy(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats`; an option out of range.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> answer = torch.tensor([[0, 0, 1, 1, 1]])
+        >>> loss, metrics = fastrlhf.sft_loss(model, ids, mask=answer)
+        >>> loss.backward()
+        >>> metrics["tokens"]
+        tensor(3)
     """
     refuse_transforms("model_cross_entropy", "model_token_stats")
     options = CrossEntropy(label_smoothing, z_loss, loss_type).checked()
@@ -336,6 +357,17 @@ def model_dpo_loss(
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_dpo_loss`.
 
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5], [3, 1, 8, 2, 6]])  # chosen, rejected
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]])
+        >>> ref_logps, pair = torch.tensor([-10.0, -10.0]), (torch.tensor([0]), torch.tensor([1]))
+        >>> losses, rewards = fastrlhf.model_dpo_loss(model, ids, None, ref_logps, *pair, mask=mask)
+        >>> losses.mean().backward()
+        >>> losses.shape, rewards.shape
+        (torch.Size([1]), torch.Size([2]))
     """
     check_ids(input_ids)
     check_mask("mask", mask)
@@ -457,6 +489,17 @@ def model_policy_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `policy_loss`; rows with a
             ratio, or an off-policy mask, of sequences.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids, mask = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[0, 0, 1, 1, 1]])
+        >>> old = fastrlhf.model_token_stats(model, ids, mask=mask).logprob.detach()
+        >>> advantages = torch.tensor([1.0])
+        >>> loss, metrics = fastrlhf.model_policy_loss(model, ids, None, old, advantages, mask=mask)
+        >>> loss.backward()
+        >>> round(loss.item(), 3), metrics["clip_ratio/region_mean"]
+        (-1.0, tensor(0.))
     """
     known = PolicyOptions._fields
     given, inputs = separated(policy_options_and_inputs, known)
