@@ -1,4 +1,4 @@
-"""The pages of docs/ that teach: their code runs, prints what they say, and their figures are measured.
+"""The pages that teach: their code runs, it prints what they say, and their figures are measured.
 
 Every block of Python stands by itself, so that a reader can copy it: each runs in a namespace of
 its own. A block of text that is introduced by "It prints" is what the block before it prints.
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 import fastrlhf
 
@@ -21,7 +20,9 @@ PAGES = [
     *sorted((DOCS / "concepts").glob("*.md")),
     *sorted((DOCS / "switching").glob("*.md")),
 ]
-CODE = re.compile(r"^```python\n(.*?)^```\n(?:\nIt prints[^\n]*:\n\n```text\n(.*?)^```)?", re.M | re.S)
+CODE = re.compile(
+    r"^```python\n(.*?)^```\n(?:\nIt prints[^\n]*:\n\n```text\n(.*?)^```)?", re.M | re.S
+)
 # Packages that a page on switching from one of them needs.
 PACKAGES = "trl|transformers|liger_kernel|peft|accelerate"
 
