@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ if importlib.util.find_spec("fastrlhf") is None:
     )
 
 import pytest  # noqa: E402
+from support.rank_pool import RankPool  # noqa: E402
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     from support.interpreter import look_up_the_language_once
@@ -45,19 +47,26 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep down the time that PyTorch's compiler takes, longer than tests take what it makes.
 
-    One worker runs what a file has for the compiled backend, since each would compile for itself.
+    One worker runs what a file has for the compiled backend, and the files that have a further part
+    of the same tests, since each worker would compile for itself.
     Where a test has each transform of logits in each dtype, `make test` takes all dtypes and all
     transforms, and `make test-all` every pair.
     """
+    stems = {item.path.stem for item in items}
     for item in items:
         chosen = getattr(item, "callspec", None) and item.callspec.params
         if not chosen or "compiled" not in chosen.values():
             continue
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}, compiled"))
+            item.add_marker(pytest.mark.xdist_group(f"{first_of(item.path.stem, stems)}, compiled"))
         dtypes = chosen.get("dtypes", (chosen.get("dtype"),))
         if chosen.get("kind") in ("plain", "scaled", "capped") and {*dtypes} != {torch.float32}:
             item.add_marker(pytest.mark.exhaustive)
+
+
+def first_of(stem: str, stems: set[str]) -> str:
+    """The file that a file continues: `test_divergence` for `test_divergence_hostile`."""
+    return min((other for other in stems if f"{stem}_".startswith(f"{other}_")), key=len)
 
 
 def pytest_collection_finish() -> None:
@@ -72,6 +81,15 @@ def pytest_collection_finish() -> None:
 def device() -> torch.device:
     """The device on which impl="triton" runs the kernels."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Four processes that talk by gloo, for all files that ask for them, since they take seconds to
+    start, which they do at the first call.
+    """
+    with RankPool() as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def check_tokens(
     layout = layout_of(name, logps, cu_seqlens, rows="(B, T) with a mask")
     check_shape("mask", mask, tuple(logps.shape), f"the shape of {name}")
     check_same_device("mask", mask, name, logps)
-    if check_group(group) is None:
+    if (group := check_group(group)) is None:
         return layout
     if logps.ndim == 1:  # on one rank, N may be B
         raise ValueError(

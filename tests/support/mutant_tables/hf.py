@@ -40,7 +40,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/own_module.py", "test_model_losses.py",
+        "fastrlhf/hf/own_module.py", "test_model_losses_heads.py",
         (
             "model: an own module without what follows it",
             "return self.map(logits.to(accumulation_dtype(logits.dtype)))",
@@ -65,7 +65,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/head_scorer.py", "test_model_token_stats.py",
+        "fastrlhf/hf/head_scorer.py", "test_model_token_stats_heads.py",
         (
             "model: an adapter without its scaling",
             "adapter.down(adapter.dropout(hidden.to(dtype))) * adapter.scaling",
@@ -96,6 +96,9 @@ MUTANTS = [
             "torch.cat((last.expand(len(expanded), 1), expanded), dim=1)",
             "belong_to_the_tokens",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/hf/at_head.py", "test_model_token_stats_heads.py",
         (
             "model: a head's forward is not compared",
             "check_weight(self.module,", "(lambda *_: None)(self.module,",
@@ -123,13 +126,13 @@ MUTANTS = [
         "fastrlhf/hf/model_losses.py", "test_model_losses.py",
         (
             "model loss: a normalizer that is not used",
-            "mean_of(total, targets != IGNORED, normalizer)",
-            "mean_of(total, targets != IGNORED, None)",
+            "mean_of(total, scored, normalizer)",
+            "mean_of(total, scored, None)",
             "metrics_are_those",
         ),
         (
             "model loss: weights that are not looked at",
-            "targets, options, here, ignore_index=IGNORED",
+            "targets, options, weights_there, ignore_index=IGNORED",
             "targets, options, None, ignore_index=IGNORED",
             "tokens_weigh",
         ),
@@ -140,7 +143,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/packing.py", "test_model_losses.py",
+        "fastrlhf/hf/packing.py", "test_model_losses_packed.py",
         (
             "packing: a model that lets sequences see each other",
             "not _gradient_crosses(model, base, device)", "True",
@@ -154,7 +157,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/lm_head.py", "test_model_token_stats.py",
+        "fastrlhf/hf/lm_head.py", "test_model_token_stats_heads.py",
         (
             "head: hooks of an adapter's module count twice",
             "forward(unit)", "module(unit)",
@@ -195,7 +198,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/stand_in.py", "test_model_token_stats.py",
+        "fastrlhf/hf/stand_in.py", "test_model_token_stats_heads.py",
         (
             "model: a forward that was there is not put back",
             "attributes.update(before)", "attributes.update({})",
@@ -231,7 +234,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/logit_map.py", "test_model_token_stats.py",
+        "fastrlhf/hf/logit_map.py", "test_model_token_stats_heads.py",
         (
             "head: an offset before the scale",
             "offset = self.offset / self.scale", "offset = self.offset",
@@ -258,6 +261,9 @@ MUTANTS = [
             "return hidden[:, virtual:] if", "return hidden[:, :tokens] if",
             "virtual_tokens",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/hf/head_parts.py", "test_model_token_stats_heads.py",
         (
             "model: dropout in the check",
             "    module.eval()\n    try:", "    try:",
@@ -313,7 +319,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/hf/head_check.py", "test_model_token_stats.py",
+        "fastrlhf/hf/head_check.py", "test_model_token_stats_heads.py",
         (
             "model: a 4-bit head is packed by the look at it",
             "hidden.requires_grad_()", "pass",

@@ -93,6 +93,14 @@ MUTANTS = [
             "triton and hinge",
         ),
         (
+            "pairs: the gradient of a sum for that of a mean",
+            "d_sum *= tl.load(weights + sequence)", "d_sum *= 1.0",
+            "triton and (ipo or summed_over)",
+        ),
+    ),
+    *mutants_of(
+        "kernels/preference_loss.py", "test_preference_tokens.py",
+        (
             "pairs: a mean over no tokens",
             "return score, tl.maximum(count, 1.0)", "return score, count",
             "triton and (without_any_token or empty)",
@@ -103,21 +111,10 @@ MUTANTS = [
             "triton and outside_the_mask",
         ),
         (
-            "pairs: the gradient of a sum for that of a mean",
-            "d_sum *= tl.load(weights + sequence)", "d_sum *= 1.0",
-            "triton and (ipo or summed_over)",
-        ),
-        (
             "pairs: a reference per token of the first sequence",
             "place = reference + row * reference_stride + token",
             "place = reference + token + 0 * row * reference_stride",
             "triton and summed_over",
-        ),
-        (
-            "pairs: the rejected sequence's share is added",
-            "tl.where(as_chosen, slope, 0.0) - tl.where(as_rejected, slope, 0.0)",
-            "tl.where(as_chosen, slope, 0.0) + tl.where(as_rejected, slope, 0.0)",
-            "triton and against_itself",
         ),
         (
             "pairs: results in the dtype of the policy",
@@ -125,6 +122,15 @@ MUTANTS = [
             "torch.float32)",
             "acc = torch.promote_types(policy.dtype, torch.float32)",
             "promote_mixed or precision_of_the_reference",
+        ),
+    ),
+    *mutants_of(
+        "kernels/preference_loss.py", "test_preference_backends.py",
+        (
+            "pairs: the rejected sequence's share is added",
+            "tl.where(as_chosen, slope, 0.0) - tl.where(as_rejected, slope, 0.0)",
+            "tl.where(as_chosen, slope, 0.0) + tl.where(as_rejected, slope, 0.0)",
+            "triton and against_itself",
         ),
     ),
     *mutants_of(
@@ -149,41 +155,9 @@ MUTANTS = [
             "match_the_oracle and triton or offset and triton",
         ),
         (
-            "divergence: sides far apart are not taken from their bases",
-            "far = tl.abs(base - base_other) > 1.0", "far = tl.abs(base - base_other) > 1e30",
-            "offset_of_one_side and triton",
-        ),
-        (
-            "divergence: differences of logits are rounded first",
-            "far = tl.abs(base - base_other) > 1.0", "far = tl.abs(base - base_other) > -1.0",
-            "keep_the_relative_accuracy and triton or keep_the_accuracy and triton",
-        ),
-        (
             "divergence: one tile less in the second sweep",
             "for done in tl.range(0, tiles,", "for done in tl.range(1, tiles,",
             "match_the_oracle and triton",
-        ),
-        (
-            "divergence: first-order terms, which cancel",
-            "tl.where(tl.abs(w) < 0.5, p * expm1_minus_near_0(-w), q - p + _mean(p, w))",
-            "q - p + _mean(p, w)",
-            "nearly_equal and triton",
-        ),
-        (
-            "divergence: what has no probability takes part",
-            "return tl.where(p == 0, 0.0, p * w)", "return p * w",
-            "masked_vocabulary and triton or only_one_side and triton",
-        ),
-        (
-            "divergence: the rounding of the normalisers stays",
-            "value = tl.where(value <= rounding, 0.0, value - rounding)",
-            "value = tl.maximum(value, 0.0)",
-            "nearly_equal and triton",
-        ),
-        (
-            "divergence: no distance from a side of nothing",
-            "if_q_is_empty = float(\"inf\")", "if_q_is_empty = 0.0",
-            "nothing_but_minus_infinity",
         ),
         (
             "divergence: the mean is not taken off",
@@ -197,6 +171,47 @@ MUTANTS = [
             "tl.where(own == 0, 0.0, share_other * own * (-to_mixture - mean))",
             "match_the_oracle and triton",
         ),
+    ),
+    *mutants_of(
+        "kernels/divergence.py", "test_divergence_accuracy.py",
+        (
+            "divergence: sides far apart are not taken from their bases",
+            "far = tl.abs(base - base_other) > 1.0", "far = tl.abs(base - base_other) > 1e30",
+            "offset_of_one_side and triton",
+        ),
+        (
+            "divergence: differences of logits are rounded first",
+            "far = tl.abs(base - base_other) > 1.0", "far = tl.abs(base - base_other) > -1.0",
+            "keep_the_relative_accuracy and triton or keep_the_accuracy and triton",
+        ),
+        (
+            "divergence: first-order terms, which cancel",
+            "tl.where(tl.abs(w) < 0.5, p * expm1_minus_near_0(-w), q - p + _mean(p, w))",
+            "q - p + _mean(p, w)",
+            "nearly_equal and triton",
+        ),
+        (
+            "divergence: the rounding of the normalisers stays",
+            "value = tl.where(value <= rounding, 0.0, value - rounding)",
+            "value = tl.maximum(value, 0.0)",
+            "nearly_equal and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/divergence.py", "test_divergence_hostile.py",
+        (
+            "divergence: what has no probability takes part",
+            "return tl.where(p == 0, 0.0, p * w)", "return p * w",
+            "masked_vocabulary and triton or only_one_side and triton",
+        ),
+        (
+            "divergence: no distance from a side of nothing",
+            "if_q_is_empty = float(\"inf\")", "if_q_is_empty = 0.0",
+            "nothing_but_minus_infinity",
+        ),
+    ),
+    *mutants_of(
+        "kernels/divergence.py", "test_divergence_backends.py",
         (
             "divergence: rows without an upstream gradient are read",
             "if (tl.load(mask + row) == 0) | (g == 0.0) | nothing:",
@@ -208,7 +223,7 @@ MUTANTS = [
         "divergence: the excess of the mixture where the sides are near alone",
         "kernels/divergence.py",
         "moderate = (excess >= -0.5) & (excess <= 1.0)", "moderate = tl.abs(gap) < 0.5",
-        "test_divergence.py", "nearly_one_side and triton",
+        "test_divergence_accuracy.py", "nearly_one_side and triton",
     ),
     *mutants_of(
         "kernels/divergence.py", "test_vocabulary_over_ranks.py",
@@ -251,7 +266,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/policy_loss.py", "test_logits_policy_loss.py",
+        "kernels/policy_loss.py", "test_logits_policy_loss_hostile.py",
         (
             "K3: a ratio in fp64 ends at that of fp32",
             "tl.constexpr = 700.0 if", "tl.constexpr = 80.0 if",
@@ -273,6 +288,21 @@ MUTANTS = [
             "tl.where(bad, ratio > dual, ratio > high)", "(bad == 0) & (ratio > high)",
             "far_away and clip and triton",
         ),
+        (
+            "K3: weight 0 of a forbidden token",
+            "return tl.where(weight == 0, 0.0, -weight * logprob), -weight",
+            "return -weight * logprob, -weight",
+            "has_an_entropy and triton",
+        ),
+        (
+            "K3: the slope of k3 beyond its end",
+            "return expm1_minus(x), tl.where(ended, 0.0, -expm1(x))",
+            "return expm1_minus(x), -expm1(x)",
+            "beyond_its_end and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/policy_loss.py", "test_logits_policy_loss.py",
         (
             "K3: the slope of |x| at 0",
             "tl.where(x < 0, 1.0, x * 0.0)", "tl.where(x <= 0, 1.0, x * 0.0)",
@@ -346,18 +376,6 @@ MUTANTS = [
             "kl, kl_slope = tl.where(factor == 0, 0.0, kl), tl.where(factor == 0, 0.0, kl_slope)",
             "kl, kl_slope = kl + 0.0, kl_slope + 0.0",
             "that_are_weighed and triton",
-        ),
-        (
-            "K3: weight 0 of a forbidden token",
-            "return tl.where(weight == 0, 0.0, -weight * logprob), -weight",
-            "return -weight * logprob, -weight",
-            "has_an_entropy and triton",
-        ),
-        (
-            "K3: the slope of k3 beyond its end",
-            "return expm1_minus(x), tl.where(ended, 0.0, -expm1(x))",
-            "return expm1_minus(x), -expm1(x)",
-            "beyond_its_end and triton",
         ),
         (
             "K3: an entropy that is punished backward",

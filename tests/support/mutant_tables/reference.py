@@ -73,7 +73,7 @@ MUTANTS = [
         "reference: the excess of the mixture where the sides are near alone",
         "fastrlhf/reference.py",
         "small = gap < 40\n", "small = gap.abs() < 0.5\n",
-        "test_divergence.py", "nearly_one_side and eager",
+        "test_divergence_accuracy.py", "nearly_one_side and eager",
     ),
     *mutants_of(
         "fastrlhf/reference.py", "test_returns.py",
