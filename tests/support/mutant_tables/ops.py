@@ -125,7 +125,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/token_stats.py", "test_token_stats.py",
+        "fastrlhf/ops/token_stats.py", "test_token_stats_backends.py",
         (
             "in place: overlapping windows",
             "if size > 1 and stride < span:", "if size > 1 and stride < 1:",
@@ -136,11 +136,22 @@ MUTANTS = [
             "if size > 1 and stride < span:", "if size > 1 and stride <= span:",
             "windows or same_bits_in_the_memory",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/token_stats.py", "test_token_stats_hostile.py",
         (
             "eager: rows of nothing have a gradient",
             "active &= peak != -torch.inf", "active &= True",
             "masked_vocabulary and eager",
         ),
+        (
+            "eager: in place, rows without a gradient keep their logits",
+            "    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "    pass",
+            "exactly_zero and eager",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/token_stats.py", "test_token_stats_lse.py",
         (
             "eager: a row with a slope of the lse alone is zeros",
             "    for slope in others:\n", "    for slope in others[:1]:\n",
@@ -152,11 +163,9 @@ MUTANTS = [
             "*(None if slope is None else slope[: len(d_logprob[index])] for slope in others)",
             "any_slope and eager",
         ),
-        (
-            "eager: in place, rows without a gradient keep their logits",
-            "    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "    pass",
-            "exactly_zero and eager",
-        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/token_stats.py", "test_token_stats.py",
         (
             "eager: no row is a chunk too small",
             "size = max(1, _EAGER_CHUNK_LOGITS // rows.shape[2])",
