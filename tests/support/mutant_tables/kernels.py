@@ -17,6 +17,24 @@ MUTANTS = [
             "several_splits and triton",
         ),
         (
+            "K1: the lse without the temperature",
+            "tl.where(live, base / row_t + log_norm, 0.0)", "tl.where(live, base + log_norm, 0.0)",
+            "match_the_oracle and triton and scaled and 1000",
+        ),
+        (
+            "K2: a slope of 0 alone ends the row",
+            "without_gradient &= h == 0.0", "without_gradient |= h == 0.0",
+            "either_statistic and triton",
+        ),
+        (
+            "K2: a zero slope of the log-prob alone ends the row",
+            "without_gradient &= h == 0.0", "without_gradient = g == 0.0",
+            "either_statistic and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_token_stats_hostile.py",
+        (
             "K1: ignored rows are live",
             "live = inside & (target != ignore_index)\n    row_t = row_temperature("
             "token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)\n"
@@ -32,26 +50,14 @@ MUTANTS = [
             "masked_vocabulary and triton",
         ),
         (
-            "K1: the lse without the temperature",
-            "tl.where(live, base / row_t + log_norm, 0.0)", "tl.where(live, base + log_norm, 0.0)",
-            "match_the_oracle and triton and scaled and 1000",
-        ),
-        (
             "K1: a row of nothing has a peak",
             'tl.where(live & (empty == 0), base, -float("inf"))',
             'tl.where(live, base, -float("inf"))',
             "masked_vocabulary and triton",
         ),
-        (
-            "K2: a slope of 0 alone ends the row",
-            "without_gradient &= h == 0.0", "without_gradient |= h == 0.0",
-            "either_statistic and triton",
-        ),
-        (
-            "K2: a zero slope of the log-prob alone ends the row",
-            "without_gradient &= h == 0.0", "without_gradient = g == 0.0",
-            "either_statistic and triton",
-        ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_token_stats_lse.py",
         (
             "K2: a zero slope of the lse alone ends the row",
             "without_gradient &= l == 0.0", "without_gradient |= l == 0.0",
@@ -67,6 +73,9 @@ MUTANTS = [
             "d_logprob if d_lse is None else d_lse", "d_logprob",
             "any_slope and triton",
         ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_token_stats_backends.py",
         (
             "K2: the other inner dimension",
             "    destination += columns.to(tl.int64) * d_stride_vocab\n\n    base",
@@ -159,7 +168,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/rows.py", "test_token_stats.py",
+        "kernels/rows.py", "test_token_stats_hostile.py",
         (
             "rows: no finite base",
             'return tl.where(peak == -float("inf"), 0.0, peak)', "return peak",
@@ -172,6 +181,26 @@ MUTANTS = [
             "masked_vocabulary and triton",
         ),
         (
+            "rows: 0 * -inf in the moment",
+            "tl.sum(tl.where(weight > 0, weight * bits, 0.0), axis=1)",
+            "tl.sum(weight * bits, axis=1)",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: a row of nothing but -inf",
+            'logprob = tl.where(empty, -float("inf"), logprob)', "logprob = logprob * 1.0",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: 0 * -inf in the gradient",
+            "dz -= tl.where(p > 0, h * p * (bits * LN2 + entropy), 0.0)",
+            "dz -= h * p * (bits * LN2 + entropy)",
+            "masked_vocabulary and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats.py",
+        (
             "rows: capped columns past the end",
             'capped = tl.where(inside, capped, -float("inf"))\n    new_peak',
             "capped = capped * 1.0\n    new_peak",
@@ -183,22 +212,35 @@ MUTANTS = [
             "match_the_oracle and triton and plain and 33",
         ),
         (
-            "rows: 0 * -inf in the moment",
-            "tl.sum(tl.where(weight > 0, weight * bits, 0.0), axis=1)",
-            "tl.sum(weight * bits, axis=1)",
-            "masked_vocabulary and triton",
-        ),
-        (
             "rows: a log-prob that cancels",
             "logprob = log_sigmoid(target_shift - tl.log(rest))",
             "logprob = target_shift - log_norm",
             "nearly_one and triton",
         ),
         (
-            "rows: a row of nothing but -inf",
-            'logprob = tl.where(empty, -float("inf"), logprob)', "logprob = logprob * 1.0",
-            "masked_vocabulary and triton",
+            "rows: 1 - p by subtraction",
+            "-g * expm1(logprob)", "g - g * p",
+            "nearly_one and triton",
         ),
+        (
+            "rows: the gradient in bits",
+            "h * p * (bits * LN2 + entropy)", "h * p * (bits + entropy)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "rows: the gradient without the temperature",
+            "return dz * (slope * (1.0 / row_t))", "return dz * slope",
+            "match_the_oracle and triton and scaled and 33",
+        ),
+        (
+            "rows: the entropy without what the target adds",
+            "tl.where(target_weight > 0, target_weight * target_bits, 0.0)",
+            "tl.where(target_weight > 0, 0.0, 0.0)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats_lse.py",
         (
             "rows: the lse has no slope at the target",
             "l * p - g * expm1(logprob), (l - g) * p", "0.0 - g * expm1(logprob), (l - g) * p",
@@ -219,33 +261,6 @@ MUTANTS = [
             "l * p - g * expm1(logprob), (l - g) * p",
             "l * p - g * expm1(logprob), l * (p * (1.0 + 1e-6)) - g * p",
             "slopes_that_cancel and triton",
-        ),
-        (
-            "rows: 1 - p by subtraction",
-            "-g * expm1(logprob)", "g - g * p",
-            "nearly_one and triton",
-        ),
-        (
-            "rows: 0 * -inf in the gradient",
-            "dz -= tl.where(p > 0, h * p * (bits * LN2 + entropy), 0.0)",
-            "dz -= h * p * (bits * LN2 + entropy)",
-            "masked_vocabulary and triton",
-        ),
-        (
-            "rows: the gradient in bits",
-            "h * p * (bits * LN2 + entropy)", "h * p * (bits + entropy)",
-            "match_the_oracle and triton and plain and 33",
-        ),
-        (
-            "rows: the gradient without the temperature",
-            "return dz * (slope * (1.0 / row_t))", "return dz * slope",
-            "match_the_oracle and triton and scaled and 33",
-        ),
-        (
-            "rows: the entropy without what the target adds",
-            "tl.where(target_weight > 0, target_weight * target_bits, 0.0)",
-            "tl.where(target_weight > 0, 0.0, 0.0)",
-            "match_the_oracle and triton and plain and 33",
         ),
     ),
     *mutants_of(
@@ -365,6 +380,9 @@ MUTANTS = [
             ", complement * (2.0 - complement)", ", 1.0 - magnitude * magnitude",
             "beyond_the_cap and triton",
         ),
+    ),
+    *mutants_of(
+        "kernels/tiles.py", "test_token_stats_backends.py",
         (
             "tiles: rows and blocks change places",
             "return (row // inner) * stride_outer + (row % inner) * stride_inner",
