@@ -75,6 +75,7 @@ def _saturated(log_ratio):
 
 @triton.jit
 def _clip(log_ratio, logprob, advantage, bounds):
+    """PPO's clipped ratio times the advantage; with a dual clip, r ends where A is negative too."""
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
     bad = advantage < 0
@@ -94,6 +95,7 @@ def _likelihood(weight, logprob):
 
 @triton.jit
 def _cispo(log_ratio, logprob, advantage, bounds):
+    """Log-likelihood, weighted by the advantage and by a bounded ratio that has no gradient."""
     ratio = exp(_saturated(log_ratio)[0])
     bounded = tl.where(ratio < bounds.low, bounds.low, ratio)
     bounded = tl.where(ratio > bounds.high, bounds.high, bounded)
@@ -102,6 +104,7 @@ def _cispo(log_ratio, logprob, advantage, bounds):
 
 @triton.jit
 def _sapo(log_ratio, logprob, advantage, bounds):
+    """-(4/τ)·σ(τ·(r - 1))·A: a smooth gate in the place of a clip."""
     log_ratio, ended = _saturated(log_ratio)
     tau = tl.where(advantage > 0, bounds.tau_positive, bounds.tau_negative)
     gate = tau * expm1(log_ratio)
@@ -111,6 +114,7 @@ def _sapo(log_ratio, logprob, advantage, bounds):
 
 @triton.jit
 def _plain(log_ratio, logprob, advantage, bounds):
+    """Log-likelihood, weighted by the advantage."""
     return _likelihood(advantage, logprob)
 
 
@@ -129,6 +133,7 @@ def _unless_too_far(log_ratio, advantage, dual, too_low, too_high):
 
 @triton.jit
 def _dppo_tv(log_ratio, logprob, advantage, bounds):
+    """-r·A, within bounds of how much probability the token has gained or lost."""
     # Of the larger probability, a share that needs no difference of nearly equal numbers.
     grown = log_ratio > 0
     larger = exp(tl.where(grown, logprob, logprob - log_ratio))
@@ -147,6 +152,7 @@ def _log_of_others(logprob):
 
 @triton.jit
 def _dppo_kl(log_ratio, logprob, advantage, bounds):
+    """-r·A, within bounds of KL(π_old‖π) of two outcomes: this token, or any other."""
     old = logprob - log_ratio
     of_token = tl.where(old == -float("inf"), 0.0, -exp(old) * log_ratio)
     divergence = of_token - expm1(old) * (_log_of_others(old) - _log_of_others(logprob))
@@ -159,7 +165,9 @@ SURROGATES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "plain": _plain}
 SURROGATES |= {"dppo_tv": _dppo_tv, "dppo_kl": _dppo_kl}
 
 
-# Of x = ln ref - ln p; the derivative is with respect to ln p.
+# Estimators of KL(π‖ref) by the names that Schulman gave them in 2020; those with a "+" have the
+# value of one and the derivative of k2. Each takes x = ln ref - ln p, and gives its value and its
+# derivative with respect to ln p.
 @triton.jit
 def _k1(x):
     return -x, tl.where(x == x, 1.0, x)
@@ -216,7 +224,7 @@ def _corrected_k3(KL: tl.constexpr, x, log_ratio):
     constant = exp(_saturated(x + log_ratio)[0])
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
-    x = tl.where(x == float("inf"), 0.0, x)  # as above
+    x = tl.where(x == float("inf"), 0.0, x)  # of a token that the policy forbids, nothing is left
     near = tl.abs(x) < 1
     kl = tl.where(near, ratio * expm1_minus(x), constant - ratio * (1 + x))
     return kl, ratio * tl.where(ended, tl.where(near, -expm1(x), 1.0), -x)
@@ -411,7 +419,7 @@ def _policy_loss_kernel(
 _SCALE_BLOCK = tl.constexpr(4096)
 
 
-# Of a size that is known to be a multiple of 16, it takes 16 bytes at once.
+# Where Triton knows that the size is a multiple of 16, each load and store is of 16 bytes.
 @triton.jit
 def _scale_kernel(values, factor, size):
     by = tl.load(factor)
@@ -460,7 +468,7 @@ def policy_loss(
         d_logits, losses, logprobs, entropies, logits, targets, *vectors,
         vocab, inner, *strides(d_logits), *strides(logits),
         ignore_index, int(old_logprobs is None), int(kl_weights is not None), int(entropy),
-        *settings, **transform_options(temperature, softcap, scale, weights),
+        **settings._asdict(), **transform_options(temperature, softcap, scale, weights),
         SURROGATE=SURROGATES[surrogate], KL=KL_ESTIMATORS[kl_estimator],
         PENALTY=_penalty(kl_estimator, kl_bias_correction),
         **row_plan("policy_loss", vocab, logits.dtype).sweep_options(), **ASSERTING,

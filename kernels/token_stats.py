@@ -53,7 +53,8 @@ from .rows import (
 from .tiles import ASSERTING
 from .transform import Transform, capped_logits, row_temperature, transform_options
 
-# So many tiles share one final reduction, and a row of 128k still makes 8 programs.
+# Tiles of a split, which share one final reduction. In bf16 a tile is 4096 columns, so that a row
+# of 128k still makes 8 programs.
 _TILES_PER_SPLIT = 4
 
 

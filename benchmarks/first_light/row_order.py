@@ -1,17 +1,18 @@
-"""A candidate for K3 that first light times beside it: one launch, in row order.
+"""A candidate for the policy loss's kernel that first light times beside it: one launch, in row
+order.
 
-K3 sweeps each row twice, hundreds of rows at once. At a large vocabulary they do not fit into the
-cache, so the second sweep reads from memory again. Here a program has a split of a row, as in K1,
-and then the gradient of the same split of a row that came a few megabytes earlier, which the cache
-still has whatever the vocabulary.
+That kernel sweeps each row twice, hundreds of rows at once. At a large vocabulary they do not fit
+into the cache, so the second sweep reads from memory again. Here a program has a split of a row, as
+in the statistics kernel, and then the gradient of the same split of a row that came a few megabytes
+earlier, which the cache still has whatever the vocabulary.
 
 A program takes its number when it starts, so whatever it waits for has started before it and waits
 for nothing later: the launch cannot block itself. The last split of a row to arrive makes the row's
 numbers, in a fixed order, so results have the same bits from run to run.
 
 It is here and not in `kernels/` because its counters and its waiting are worth their complexity
-only if K3 turns out to be as slow as predicted (see results/predictions.md). It does the plain
-case: clipped ratios, one temperature, no entropy.
+only if the policy loss's kernel turns out to be as slow as predicted (see results/predictions.md).
+It does the plain case: clipped ratios, one temperature, no entropy.
 """
 
 from __future__ import annotations
