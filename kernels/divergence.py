@@ -469,11 +469,11 @@ def _divergence_bwd_kernel(
         other, row, inner_other, other_stride_outer, other_stride_inner, other_stride_vocab
     )
     z, slope = capped_logits(
-        load_tile(row_own, columns, inside, 0.0, acc),
+        load_tile(row_own, columns, inside, 0.0, acc, ""),
         Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
     )
     z_other, _ = capped_logits(
-        load_tile(row_other, columns, inside, 0.0, acc),
+        load_tile(row_other, columns, inside, 0.0, acc, ""),
         Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
     )  # fmt: skip
     per_t = 1.0 / row_t

@@ -254,7 +254,7 @@ def _row_statistics(
     """The first sweep: statistics of a row, which stays in the cache as far as it fits there, and
     whether it is nothing but -inf. A target that is not readable is NaN.
     """
-    x_target = load_tile(source, target, readable, float("nan"), acc)
+    x_target = load_tile(source, target, readable, float("nan"), acc, "")
     sums, _ = no_columns(LANES, acc)
     # Of a row that is ignored, no column is read.
     for start in tl.range(0, tl.where(live, vocab, 0), TILE, num_stages=STAGES):

@@ -99,10 +99,10 @@ def row_of(view, row, inner, stride_outer, stride_inner, stride_vocab):
 
 
 @triton.jit
-def load_tile(
-    row, columns, inside, other, acc: tl.constexpr, EVICTION: tl.constexpr = ""
-):  # fmt: skip
-    """A tile of a row in the type of accumulation; `other` where it is not inside."""
+def load_tile(row, columns, inside, other, acc: tl.constexpr, EVICTION: tl.constexpr):
+    """A tile of a row in the type of accumulation; `other` where it is not inside. EVICTION says
+    when it leaves the cache: "" at any time.
+    """
     place = row.first + columns.to(tl.int64) * row.stride
     return tl.load(place, mask=inside, other=other, eviction_policy=EVICTION).to(acc)
 

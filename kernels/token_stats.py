@@ -143,7 +143,7 @@ def _token_stats_fwd_kernel(
     for start in tl.range(first, last, LANES * VEC, num_stages=STAGES):
         columns = start + within_tile
         inside = columns < vocab
-        x = load_tile(source, columns, inside, -float("inf"), acc)
+        x = load_tile(source, columns, inside, -float("inf"), acc, "")
         if WORDS_PADDED > 0:
             inside = left_in(inside, columns, numbers, out_of_row, start, start + LANES * VEC)
             x = tl.where(inside, x, -float("inf"))
@@ -419,7 +419,7 @@ def _token_stats_bwd_kernel(
         row, True, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
     )
     source = row_of(logits, row, inner, stride_outer, stride_inner, stride_vocab)
-    x = load_tile(source, columns, inside, 0.0, acc)
+    x = load_tile(source, columns, inside, 0.0, acc, "")
     row_entropy = base
     if WITH_ENTROPY:
         row_entropy = tl.load(entropy + row)

@@ -7,8 +7,8 @@ MUTANTS = [
         "kernels/token_stats.py", "test_token_stats.py",
         (
             "statistics: columns past the end are logits of 0",
-            'x = load_tile(source, columns, inside, -float("inf"), acc)',
-            "x = load_tile(source, columns, inside, 0.0, acc)",
+            'x = load_tile(source, columns, inside, -float("inf"), acc, "")',
+            'x = load_tile(source, columns, inside, 0.0, acc, "")',
             "match_the_oracle and triton and 5003",
         ),
         (
