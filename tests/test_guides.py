@@ -1,4 +1,4 @@
-"""The pages of docs/ that teach: their code runs, prints what they say, and figures are measured.
+"""The pages that teach: their code runs, it prints what they say, and their figures are measured.
 
 Every block of Python stands by itself, so that a reader can copy it: each runs in a namespace of
 its own. A block of text that is introduced by "It prints" is what the block before it prints.
