@@ -23,8 +23,9 @@ from .compiled import NotCompiled
 from .divergence import checked_rows
 from .eager_rows import chunks, of_rows, take_rows
 from .head_gradients import as_operands
-from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
+from .linear_arguments import check_head, checked_chunk
 from .linear_head import Head, Weight
+from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
 from .sharded import is_dtensor
 from .token_stats import rows_of, zero_inactive
