@@ -28,6 +28,12 @@ class TokenStats(NamedTuple):
     ignored.
 
     What `with_stats` names is there besides, in `FurtherTokenStats`; here it is None.
+
+    Example:
+        >>> stats = fastrlhf.token_stats(torch.zeros(2, 8), torch.tensor([0, 5]), entropy=True)
+        >>> logprob, entropy, lse = stats
+        >>> entropy
+        tensor([2.0794, 2.0794])
     """
 
     logprob: Tensor
@@ -56,6 +62,13 @@ class FurtherTokenStats(NamedTuple):
     mean_logit: (...,) z.mean(-1) over the vocabulary, -inf if any of them is; 0 where the target is
     ignored.
     log_sum_sq_probs: (...,) ln Σ p², 0 where all logits are -inf or the target is ignored.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> further = "is_top1", "mean_logit"
+        >>> stats = fastrlhf.token_stats(logits, torch.tensor([0, 1]), with_stats=further)
+        >>> stats.is_top1, stats.mean_logit
+        (tensor([ True, False]), tensor([1.0000, 0.3333]))
     """
 
     logprob: Tensor

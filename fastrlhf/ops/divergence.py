@@ -117,6 +117,13 @@ def kl_divergence(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an option out of range.
 
     Source: the jsd 2306.13649 Eq. 1 (GKD).
+
+    Example:
+        >>> logits, ref_logits = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+        >>> fastrlhf.kl_divergence(logits, ref_logits)
+        tensor([0.3642])
+        >>> fastrlhf.kl_divergence(logits, ref_logits, direction="jsd", beta=0.5)
+        tensor([0.0874])
     """
     own = logits_part(logits, group)
     logits, ref_logits = own.logits, same_part("ref_logits", ref_logits, own.part)

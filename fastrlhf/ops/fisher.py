@@ -75,6 +75,12 @@ def softmax_fisher_product(
             positive.
 
     Source: 1502.05477 appendix C.
+
+    Example:
+        >>> logits, tangent = torch.zeros(1, 4), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        >>> product, quadratic = fastrlhf.softmax_fisher_product(logits, tangent)
+        >>> product, quadratic
+        (tensor([[ 0.1875, -0.0625, -0.0625, -0.0625]]), tensor([0.1875]))
     """
     check_floating("logits", logits)
     check_floating("tangent", tangent)
@@ -185,6 +191,13 @@ def linear_softmax_fisher_product(
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `softmax_fisher_product`.
         RuntimeError: under a torch.func transform.
+
+    Example:
+        >>> hidden, weight = torch.ones(1, 2), torch.zeros(4, 2)
+        >>> tangent = torch.tensor([[1.0, 0.0]])
+        >>> products = fastrlhf.linear_softmax_fisher_product(hidden, weight, tangent)
+        >>> products[0].shape, products[1].shape
+        (torch.Size([1, 2]), torch.Size([1]))
     """
     refuse_transforms("linear_softmax_fisher_product", "softmax_fisher_product")
     if is_dtensor(weight):

@@ -79,6 +79,13 @@ def gae(
             [0, 1] (of lam (B,) on a GPU, an assertion there).
 
     Source: 1506.02438 Eq. 16; 2504.05118 (VAPO) for λ of each sequence and of the returns.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]])
+        >>> mask = torch.ones(1, 3)
+        >>> advantages, returns = fastrlhf.gae(rewards, values, mask, gamma=1.0, lam=0.5)
+        >>> advantages, returns
+        (tensor([[0.1250, 0.2500, 0.5000]]), tensor([[0.6250, 0.7500, 1.0000]]))
     """
     check_real("rewards", rewards)
     layout = layout_of("rewards", rewards, cu_seqlens)

@@ -199,6 +199,14 @@ def linear_kl_divergence(
         RuntimeError: an entropy under `torch.func` transforms.
 
     Source: 2306.13649 (GKD).
+
+    Example:
+        >>> hidden, weight = torch.eye(2, requires_grad=True), torch.eye(2)
+        >>> ref_hidden, ref_weight = torch.zeros(2, 3), torch.zeros(2, 3)  # of another width
+        >>> divergence = fastrlhf.linear_kl_divergence(hidden, weight, ref_hidden, ref_weight)
+        >>> divergence.mean().backward()
+        >>> divergence.detach()
+        tensor([0.1109, 0.1109])
     """
     check_bool("entropy", entropy)
     if entropy:

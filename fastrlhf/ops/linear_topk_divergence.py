@@ -97,6 +97,14 @@ def linear_topk_kl_divergence(
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `topk_kl_divergence`.
+
+    Example:
+        >>> hidden, weight = torch.ones(1, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> teacher = torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[3, 5]])  # log-probs, ids
+        >>> divergence = fastrlhf.linear_topk_kl_divergence(hidden, weight, *teacher)
+        >>> divergence.detach()
+        tensor([1.0023])
+        >>> divergence.sum().backward()
     """
     for name, x in (("hidden", hidden), ("weight", weight)):
         if is_dtensor(x):

@@ -155,6 +155,13 @@ def token_stats(
 
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> stats = fastrlhf.token_stats(logits, torch.tensor([0, 2]), entropy=True)
+        >>> stats.logprob.detach(), stats.entropy.detach()
+        (tensor([-0.4076, -1.0986]), tensor([0.8324, 1.0986]))
+        >>> stats.logprob.sum().backward()
     """
     return reference.public_stats(
         differentiable_stats(
@@ -321,6 +328,13 @@ def token_logprobs(
     errors.
 
     Eager equivalent: `logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]`.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> fastrlhf.token_logprobs(logits, torch.tensor([0, 2]))
+        tensor([-0.4076, -1.0986])
+        >>> fastrlhf.token_logprobs(logits, torch.tensor([0, -100]), temperature=0.5)
+        tensor([-0.1429,  0.0000])
     """
     return token_stats(
         logits,

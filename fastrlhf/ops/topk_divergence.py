@@ -99,6 +99,15 @@ def topk_kl_divergence(
             probabilities exceed 1 (checked here on the CPU; on a GPU, by an assertion).
 
     Source: the jsd 2306.13649 Eq. 1 (GKD); skewed 2402.03898, section 3.1 (DistiLLM).
+
+    Example:
+        >>> logits = torch.zeros(1, 8, requires_grad=True)
+        >>> teacher_ids = torch.tensor([[3, 5]])  # the likeliest words of a teacher
+        >>> teacher_logprobs = torch.tensor([[0.6, 0.3]]).log()
+        >>> divergence = fastrlhf.topk_kl_divergence(logits, teacher_logprobs, teacher_ids)
+        >>> divergence.detach()
+        tensor([1.0023])
+        >>> divergence.sum().backward()
     """
     if is_dtensor(logits):
         raise TypeError("logits: expected a tensor, got a DTensor, which is not served here")

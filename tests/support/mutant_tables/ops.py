@@ -20,7 +20,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/layout.py", "test_packed.py",
+        "fastrlhf/ops/layout.py", "test_packed_sums.py",
         (
             "layout: a border belongs to the sequence before it",
             "place, right=True)", "place, right=False)",
@@ -54,16 +54,25 @@ MUTANTS = [
             "return _sums(d_tokens, *ctx.saved_tensors) * 0.5, None, None",
             "each_others_transpose",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/layout.py", "test_packed.py",
         (
             "layout: the last token of the mask is the last of all",
             "return (mask != 0) & is_last.view(mask.shape)", "return is_last.view(mask.shape)",
             "score_goes",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/layout.py", "test_packed_errors.py",
         (
             "layout: borders of any end",
             "    if last != end:\n", "    if last > end:\n",
             "wrong_borders",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/layout.py", "test_packed_transforms.py",
         (
             "layout: borders that a graph does not look at",
             "(lengths >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == end)",
@@ -349,7 +358,7 @@ MUTANTS = [
         "fused policy: strided vectors",
         "fastrlhf/ops/policy_loss.py",
         "return x.reshape(-1).to(acc).contiguous()", "return x.reshape(-1).to(acc)",
-        "test_logits_policy_loss.py", "strides and triton",
+        "test_logits_policy_loss_backends.py", "strides and triton",
         "what the losses pass comes out of torch.where or token_weights, whose (B, T) either is "
         "contiguous or has to be copied to become (N,)",
     ),
