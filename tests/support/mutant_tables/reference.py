@@ -53,7 +53,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference/row_gradient.py", "test_token_stats.py",
+        "fastrlhf/reference/row_gradient.py", "test_token_stats_lse.py",
         (
             "eager: the lse has no slope at the target",
             "target + d_lse * logprob.exp()", "target",
