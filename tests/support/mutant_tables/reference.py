@@ -4,7 +4,7 @@ from mutant import Mutant, mutants_of
 
 MUTANTS = [
     *mutants_of(
-        "fastrlhf/reference.py", "test_packed.py",
+        "fastrlhf/reference/advantages.py", "test_packed.py",
         (
             "packed: an eager scan steps over borders",
             "same = ids[step:] == ids[:-step]", "same = ids[step:] >= ids[:-step]",
@@ -18,7 +18,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_reports.py",
+        "fastrlhf/reference/scalars.py", "test_reports.py",
         (
             "reference: a sigmoid that saturates",
             "    return torch.where(small, tail, 1 - tail)\n", "    return torch.sigmoid(x)\n",
@@ -42,6 +42,9 @@ MUTANTS = [
             "    return torch.expm1(x)\n",
             "nearly_zero",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/layout.py", "test_reports.py",
         (
             "reference: sums in the dtype of the policy",
             "dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))",
@@ -50,7 +53,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_token_stats_lse.py",
+        "fastrlhf/reference/row_gradient.py", "test_token_stats_lse.py",
         (
             "eager: the lse has no slope at the target",
             "target + d_lse * logprob.exp()", "target",
@@ -64,19 +67,19 @@ MUTANTS = [
     ),
     Mutant(
         "compiled: fp32 sums",
-        "fastrlhf/reference.py",
+        "fastrlhf/reference/effective_logits.py",
         "return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)",
         "return x.sum(-1, keepdim=True)",
         "test_compiled.py", "equal_numbers",
     ),
     Mutant(
         "reference: the excess of the mixture where the sides are near alone",
-        "fastrlhf/reference.py",
+        "fastrlhf/reference/divergence_terms.py",
         "small = gap < 40\n", "small = gap.abs() < 0.5\n",
         "test_divergence_accuracy.py", "nearly_one_side and eager",
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_returns.py",
+        "fastrlhf/reference/advantages.py", "test_returns.py",
         (
             "gae: the last value of rows follows nothing",
             "after_the_end = nothing if last_values is None else last_values.to(dtype)\n",
@@ -89,7 +92,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_advantages.py",
+        "fastrlhf/reference/layout.py", "test_advantages.py",
         (
             "rewards: the score on every token",
             "(counts.flip(-1).cumsum(-1).flip(-1) == 1)",
@@ -98,7 +101,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_linear_cross_entropy.py",
+        "fastrlhf/reference/row_statistics.py", "test_linear_cross_entropy.py",
         (
             "eager K1: a mean logit without temperature",
             "mean_logit = total / vocab / temperature", "mean_logit = total / vocab",
@@ -111,7 +114,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_with_stats.py",
+        "fastrlhf/reference/row_statistics.py", "test_with_stats.py",
         (
             "eager K1: a top token beside NaN",
             "& ~log_norm.isnan() & ~empty", "& ~empty",
@@ -142,6 +145,9 @@ MUTANTS = [
             "log_squares = torch.where(empty, 0.0, log_squares)", "log_squares = log_squares * 1.0",
             "masked_vocabulary and eager",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/token_statistics.py", "test_with_stats.py",
         (
             "definition: an entropy that has a gradient all the same",
             "row_entropy if entropy_grad else row_entropy.detach()", "row_entropy",
@@ -165,12 +171,12 @@ MUTANTS = [
     ),
     Mutant(
         "eager K2: no slope of the mean logit",
-        "fastrlhf/reference.py",
+        "fastrlhf/reference/row_gradient.py",
         "dz.add_(slopes.mean.unsqueeze(-1))", "pass",
         "test_linear_cross_entropy.py", "loss_is_that and smoothed and all",
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_vocabulary_over_ranks.py",
+        "fastrlhf/reference/row_statistics.py", "test_vocabulary_over_ranks.py",
         (
             "shared: sums of ranks do not fade",
             "peak, (parts.rest * fade).sum(0),",
