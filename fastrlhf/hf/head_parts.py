@@ -218,8 +218,8 @@ def _is_cut(module: nn.Module) -> bool:
 
 def _is_part(weight: Any, part: VocabularyPart | None) -> bool:
     """Whether a DTensor (V, r) is cut into parts as the head is."""
-    own = vocabulary_part("weight", weight, 0)[1]
-    return own is not None and part is not None and own.is_that_of(part)
+    cut = vocabulary_part("weight", weight, 0)[1]
+    return cut is not None and part is not None and cut.is_that_of(part)
 
 
 def _tensor_parallel(module: Any) -> HeadParts:

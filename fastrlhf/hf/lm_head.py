@@ -165,18 +165,20 @@ class _Capture:
     def __call__(self, hidden: Tensor, own_forward: Any) -> tuple[Tensor, int]:
         return hidden, self.weight.shape[0]
 
-    def head(self, found: LogitMap) -> LMHead:
-        if found.softcap is not None and found.offset is not None:
+    def head(self, logit_map: LogitMap) -> LMHead:
+        if logit_map.softcap is not None and logit_map.offset is not None:
             raise TypeError(
                 "model: its logits are capped and then added to, which the linear operations do "
                 "not know; use model_token_stats"
             )
-        if found.offset is not None and is_dtensor(self.weight):
+        if logit_map.offset is not None and is_dtensor(self.weight):
             raise TypeError(
                 "model: its head is tensor parallel and its logits are added to, which the linear "
                 "operations do not know together; use model_token_stats"
             )
-        return LMHead(self.weight, found.folded_bias(self.bias), found.scale, found.softcap)
+        return LMHead(
+            self.weight, logit_map.folded_bias(self.bias), logit_map.scale, logit_map.softcap
+        )
 
 
 @torch.no_grad()

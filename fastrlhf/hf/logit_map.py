@@ -92,12 +92,12 @@ def fit(rows: Tensor, made: Tensor) -> LogitMap | None:
         scale, softcap = _slope_and_cap(x, change, noise)
     if scale is None or not scale > 0:
         return None
-    found = LogitMap(
+    fitted = LogitMap(
         _rounded(scale),
         None if softcap is None else _rounded(softcap),
         offset.clone() if bool((offset != 0).any()) else None,
     )
-    return found if found.agrees(rows, made) else None
+    return fitted if fitted.agrees(rows, made) else None
 
 
 def _slope(x: Tensor, change: Tensor, noise: float) -> float | None:

@@ -53,8 +53,13 @@ def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any
     for part in (module, base):
         hooks = part._forward_hooks, part._forward_pre_hooks
         patches = (vars(part).get(name) for name in ("forward", "_old_forward"))
-        own = (*(x.replaced if isinstance(x, StandIn) else x for x in patches), type(part).forward)
-        changes.append((type(part), *(tuple(map(id, h.values())) for h in hooks), *map(id, own)))
+        forwards = (
+            *(x.replaced if isinstance(x, StandIn) else x for x in patches),
+            type(part).forward,
+        )
+        changes.append(
+            (type(part), *(tuple(map(id, h.values())) for h in hooks), *map(id, forwards))
+        )
     numbers = tuple(
         (name, value)
         for name, value in vars(text_config(base)).items()

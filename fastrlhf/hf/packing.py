@@ -170,5 +170,5 @@ def _reaches(embedded: list[Tensor], entered: Tensor) -> bool:
     second = entered[:, 2:].float()
     # Weights unlike each other: of normalised states, plain sums are constant.
     weights = torch.arange(second.numel(), device=second.device).cos().view(second.shape)
-    found = torch.autograd.grad((second * weights).sum(), embedded, allow_unused=True)
-    return any(x is not None and bool((x[:, :2] != 0).any()) for x in found)
+    gradients = torch.autograd.grad((second * weights).sum(), embedded, allow_unused=True)
+    return any(x is not None and bool((x[:, :2] != 0).any()) for x in gradients)

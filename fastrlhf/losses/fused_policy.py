@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.policy import Metrics, loss_and_metrics, policy_metrics, token_losses
 from fastrlhf.losses.policy_arguments import (
     OPTIONAL_TOKEN_TENSORS,
@@ -34,8 +35,6 @@ from fastrlhf.ops.checks import (
     check_indices_on_host,
     check_integer,
     check_mask,
-    check_same_device,
-    check_shape,
 )
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
@@ -130,7 +129,8 @@ def logits_policy_loss(
     transform = checked_logits(
         logits, targets, temperature, softcap, scale, may_be_empty=over_ranks
     )  # fmt: skip
-    _check_mask(mask, targets)
+    check_mask("mask", mask)
+    check_like("mask", mask, "targets", targets)
     with_entropy = entropy or options.entropy_coef != 0
     tensors = PolicyTensors(old_logprobs, advantages, ref_logprobs, rollout_weights, kl_weights)
     batch = policy_batch(
@@ -219,7 +219,8 @@ def linear_policy_loss(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
     scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
-    _check_mask(mask, targets)
+    check_mask("mask", mask)
+    check_like("mask", mask, "targets", targets)
     with_entropy = entropy or options.entropy_coef != 0
     tensors = PolicyTensors(old_logprobs, advantages, *optional_tensors)
     batch = policy_batch(
@@ -300,12 +301,6 @@ def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int | None) -> T
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
         check_indices_on_host("targets", of_mask, vocab, what)
     return torch.where(batch.active, targets.long(), MASKED_OUT)
-
-
-def _check_mask(mask: Tensor, targets: Tensor) -> None:
-    check_mask("mask", mask)
-    check_shape("mask", mask, tuple(targets.shape), "the shape of targets")
-    check_same_device("mask", mask, "targets", targets)
 
 
 def _kernel_has(options: PolicyOptions, logits: Tensor) -> bool:

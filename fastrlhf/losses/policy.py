@@ -16,7 +16,7 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.penalties import KL_ESTIMATORS, importance_corrected
 from fastrlhf.losses.policy_arguments import (
     OPTIONAL_ARGUMENTS,
@@ -32,7 +32,7 @@ from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.signatures import showing
 from fastrlhf.losses.surrogates import SURROGATES, bounded_one_by_one
 from fastrlhf.ops import PolicyTokens
-from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.checks import check_floating
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
@@ -156,8 +156,7 @@ def policy_loss(
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens, group)
     if entropy is not None:
         check_floating("entropy", entropy)
-        check_shape("entropy", entropy, tuple(mask.shape), "the shape of mask")
-        check_same_device("entropy", entropy, "mask", mask)
+        check_like("entropy", entropy, "mask", mask)
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(
             f"entropy: expected a tensor for entropy_coef {options.entropy_coef}, got None"
