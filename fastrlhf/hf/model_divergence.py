@@ -130,6 +130,16 @@ def model_kl_divergence(
             teacher's is sharded by itself, and so no longer there.
 
     Source: 2306.13649 (GKD).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1)
+        >>> model, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> divergence = fastrlhf.model_kl_divergence(model, teacher, ids)
+        >>> divergence.mean().backward()
+        >>> divergence.shape
+        torch.Size([1, 4])
     """
     refuse_transforms("model_kl_divergence", "kl_divergence of the models' logits")
     check_bool("entropy", entropy)

@@ -104,6 +104,17 @@ def model_linear_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_loss`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids, weights = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[1.0, 1.0, 0.5, 0.5]])
+        >>> def loss_fn(stats, weights):
+        ...     return -(stats.logprob * weights).sum(), {"weights": weights.sum()}
+        >>> loss, metrics = fastrlhf.model_linear_loss(loss_fn, model, ids, None, weights)
+        >>> loss.backward()
+        >>> metrics
+        {'weights': tensor(3.)}
     """
     refuse_transforms("model_linear_loss", "model_token_stats and a loss of it")
     check_bool("entropy", entropy)
@@ -209,6 +220,16 @@ def model_cross_entropy(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats`; an option out of range.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> answer = torch.tensor([[0, 0, 1, 1, 1]])
+        >>> loss, metrics = fastrlhf.sft_loss(model, ids, mask=answer)
+        >>> loss.backward()
+        >>> metrics["tokens"]
+        tensor(3)
     """
     refuse_transforms("model_cross_entropy", "model_token_stats")
     options = CrossEntropy(label_smoothing, z_loss, loss_type).checked()

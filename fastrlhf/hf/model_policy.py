@@ -127,6 +127,17 @@ def model_policy_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `policy_loss`; rows with a
             ratio, or an off-policy mask, of sequences.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids, mask = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[0, 0, 1, 1, 1]])
+        >>> old = fastrlhf.model_token_stats(model, ids, mask=mask).logprob.detach()
+        >>> advantages = torch.tensor([1.0])
+        >>> loss, metrics = fastrlhf.model_policy_loss(model, ids, None, old, advantages, mask=mask)
+        >>> loss.backward()
+        >>> round(loss.item(), 3), metrics["clip_ratio/region_mean"]
+        (-1.0, tensor(0.))
     """
     known = PolicyOptions._fields
     given, inputs = separated(policy_options_and_inputs, known)

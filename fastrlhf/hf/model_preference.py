@@ -122,6 +122,17 @@ def model_dpo_loss(
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_dpo_loss`.
 
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5], [3, 1, 8, 2, 6]])  # chosen, rejected
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]])
+        >>> ref_logps, pair = torch.tensor([-10.0, -10.0]), (torch.tensor([0]), torch.tensor([1]))
+        >>> losses, rewards = fastrlhf.model_dpo_loss(model, ids, None, ref_logps, *pair, mask=mask)
+        >>> losses.mean().backward()
+        >>> losses.shape, rewards.shape
+        (torch.Size([1]), torch.Size([2]))
     """
     check_ids(input_ids)
     check_mask("mask", mask)
@@ -226,6 +237,18 @@ def model_kto_loss(
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_kto_loss`.
 
     Source: as `kto_loss`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5], [3, 1, 8, 2, 6]])
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 1]])
+        >>> ref_logps, desirable = torch.tensor([-10.0, -10.0]), torch.tensor([True, False])
+        >>> batch = ids, None, ref_logps, desirable
+        >>> losses, rewards = fastrlhf.model_kto_loss(model, *batch, kl=0.0, mask=mask)
+        >>> losses.mean().backward()
+        >>> losses.shape
+        torch.Size([2])
     """
     check_ids(input_ids)
     check_mask("mask", mask)

@@ -52,7 +52,16 @@ LINEAR_DPO_DEFAULTS = {**PreferenceOptions()._asdict(), **_MARGIN_AND_LIKELIHOOD
 
 
 class LinearDPOOptions(SharedDPOOptions, total=False):
-    """The options of `linear_dpo_loss`, for `**options: Unpack[LinearDPOOptions]`; see there."""
+    """The options of `linear_dpo_loss`, for `**options: Unpack[LinearDPOOptions]`; see there.
+
+    Example:
+        >>> options: fastrlhf.LinearDPOOptions = {"loss_type": "simpo", "gamma": 0.5}
+        >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(10, 4)
+        >>> ids, pair = torch.ones(2, 3, dtype=torch.long), (torch.tensor([0]), torch.tensor([1]))
+        >>> losses, _ = fastrlhf.linear_dpo_loss(hidden, weight, ids, None, *pair, 2.0, **options)
+        >>> losses
+        tensor([0.9741])
+    """
 
     loss_type: PairLossType | Literal["simpo", "cpo", "orpo"] | Sequence[PairLossType]
     gamma: float
@@ -135,6 +144,15 @@ def linear_dpo_loss(
             to a type that has no reference.
 
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
+
+    Example:
+        >>> hidden = torch.ones(2, 3, 4, requires_grad=True)  # of the chosen, and the rejected
+        >>> weight, ids = torch.zeros(8, 4), torch.tensor([[0, 1, 2], [3, 4, 5]])
+        >>> ref_logps, pair = torch.tensor([-6.0, -6.0]), (torch.tensor([0]), torch.tensor([1]))
+        >>> losses, rewards = fastrlhf.linear_dpo_loss(hidden, weight, ids, ref_logps, *pair)
+        >>> losses.mean().backward()
+        >>> losses.detach()
+        tensor([0.6931])
     """
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows

@@ -35,7 +35,15 @@ from fastrlhf.reference import Layout
 
 
 class KTOOptions(TypedDict, total=False):
-    """The options of `kto_loss`, for `**options: Unpack[KTOOptions]`; see there."""
+    """The options of `kto_loss`, for `**options: Unpack[KTOOptions]`; see there.
+
+    Example:
+        >>> options: fastrlhf.KTOOptions = {"desirable_weight": 1.0, "undesirable_weight": 2.0}
+        >>> logps, labels = torch.tensor([-10.0, -12.0]), torch.tensor([True, False])
+        >>> losses, _ = fastrlhf.kto_loss(logps, logps, labels, kl=0.0, **options)
+        >>> losses
+        tensor([0.5000, 1.0000])
+    """
 
     loss_type: KTOLossType
     desirable_weight: float
@@ -102,6 +110,16 @@ def linear_kto_loss(
         TypeError, ValueError: as `linear_token_stats` and `kto_loss`.
 
     Source: as `kto_loss`.
+
+    Example:
+        >>> hidden, weight = torch.ones(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> ids, ref_logps = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([-7.0, -6.0])
+        >>> desirable = torch.tensor([True, False])
+        >>> batch = ids, ref_logps, desirable
+        >>> losses, rewards = fastrlhf.linear_kto_loss(hidden, weight, *batch, kl=0.5)
+        >>> losses.mean().backward()
+        >>> losses.detach()
+        tensor([0.4935, 0.4816])
     """
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows

@@ -131,6 +131,15 @@ def dpo_loss(
 
     Source: 2305.18290 Eq. 7; MPO 2411.10442, RPO 2404.19733, DPOP 2402.13228, f-DPO 2309.16240,
     LD-DPO 2409.06411, WPO 2406.11827; the types as their functions say.
+
+    Example:
+        >>> pi_logps = torch.tensor([-10.0, -12.0, -14.0, -11.0], requires_grad=True)
+        >>> ref_logps = torch.tensor([-11.0, -12.0, -13.0, -12.0])
+        >>> chosen, rejected = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> losses, rewards = fastrlhf.dpo_loss(pi_logps, ref_logps, chosen, rejected, beta=0.1)
+        >>> losses.detach(), rewards
+        (tensor([0.5981, 0.7444]), tensor([ 0.1000,  0.0000, -0.1000,  0.1000]))
+        >>> losses.mean().backward()
     """
     given = PairInputs(
         pi_logps, ref_logps, yw_idxs, yl_idxs, lengths, mask, log_sum_sq_probs, cu_seqlens

@@ -41,7 +41,7 @@ from .linear_rows import (
     live_rows_if_known,
     shared_rows,
 )
-from .token_stats import check_values_on_host
+from .logits_arguments import check_values_on_host
 from .tracing import being_traced
 from .transform import Transform, check_temperatures_on_host, checked_transform
 from .vocabulary_part import IGNORED, VocabularyPart, agreed_part, numbered

@@ -124,12 +124,6 @@ MUTANTS = [
             "of_the_whole and token_stats and triton and uneven",
         ),
         (
-            "shared: a target that no rank holds counts",
-            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))',
-            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) >= 0, capped, -float("inf"))',
-            "hostile_logits and token_stats and scattered and triton",
-        ),
-        (
             "shared: ranks without the target add to it",
             "capped = tl.sum(tl.where(held, of_ranks, 0.0), axis=1)",
             "capped = tl.sum(tl.where(held, of_ranks, 1.0), axis=1)",
@@ -142,6 +136,15 @@ MUTANTS = [
             "squares = move_squares(peak, squares, 0.0 * row_peak[:, None], rate)\n        "
             "tl.store(out",
             "options_mean and token_stats and triton and sum_sq",
+        ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_vocabulary_over_ranks_accuracy.py",
+        (
+            "shared: a target that no rank holds counts",
+            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))',
+            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) >= 0, capped, -float("inf"))',
+            "hostile_logits and token_stats and scattered and triton",
         ),
     ),
     *mutants_of(

@@ -266,7 +266,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/policy_loss.py", "test_logits_policy_loss.py",
+        "kernels/policy_loss.py", "test_logits_policy_loss_hostile.py",
         (
             "K3: a ratio in fp64 ends at that of fp32",
             "tl.constexpr = 700.0 if", "tl.constexpr = 80.0 if",
@@ -288,6 +288,21 @@ MUTANTS = [
             "tl.where(bad, ratio > dual, ratio > high)", "(bad == 0) & (ratio > high)",
             "far_away and clip and triton",
         ),
+        (
+            "K3: weight 0 of a forbidden token",
+            "return tl.where(weight == 0, 0.0, -weight * logprob), -weight",
+            "return -weight * logprob, -weight",
+            "has_an_entropy and triton",
+        ),
+        (
+            "K3: the slope of k3 beyond its end",
+            "return expm1_minus(x), tl.where(ended, 0.0, -expm1(x))",
+            "return expm1_minus(x), -expm1(x)",
+            "beyond_its_end and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/policy_loss.py", "test_logits_policy_loss.py",
         (
             "K3: the slope of |x| at 0",
             "tl.where(x < 0, 1.0, x * 0.0)", "tl.where(x <= 0, 1.0, x * 0.0)",
@@ -361,18 +376,6 @@ MUTANTS = [
             "kl, kl_slope = tl.where(factor == 0, 0.0, kl), tl.where(factor == 0, 0.0, kl_slope)",
             "kl, kl_slope = kl + 0.0, kl_slope + 0.0",
             "that_are_weighed and triton",
-        ),
-        (
-            "K3: weight 0 of a forbidden token",
-            "return tl.where(weight == 0, 0.0, -weight * logprob), -weight",
-            "return -weight * logprob, -weight",
-            "has_an_entropy and triton",
-        ),
-        (
-            "K3: the slope of k3 beyond its end",
-            "return expm1_minus(x), tl.where(ended, 0.0, -expm1(x))",
-            "return expm1_minus(x), -expm1(x)",
-            "beyond_its_end and triton",
         ),
         (
             "K3: an entropy that is punished backward",

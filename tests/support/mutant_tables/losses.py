@@ -206,7 +206,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/trpo.py", "test_trpo.py",
+        "fastrlhf/trpo/step.py", "test_trpo.py",
         (
             "trpo: ratios overflow",
             "return saturated(logprobs - batch.old).exp() * batch.advantages",
@@ -225,19 +225,25 @@ MUTANTS = [
             "natural_gradient or realised_kl",
         ),
         (
-            "trpo: steps add up",
-            "p.copy_(_wide(old) + part.view(p.shape))", "p.copy_(_wide(p) + part.view(p.shape))",
-            "is_shortened",
-        ),
-        (
-            "trpo: no token counts",
-            "return self.summed(own.float()).clamp(min=1)", "return self.summed(own.float())",
-            "without_tokens",
-        ),
-        (
             "trpo: the old policy moves along",
             "return output.clone() if shared else output", "return output",
             "parameters_themselves",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/parameters.py", "test_trpo.py",
+        (
+            "trpo: steps add up",
+            "p.copy_(wide(old) + part)", "p.copy_(wide(p) + part)",
+            "is_shortened",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/policy.py", "test_trpo.py",
+        (
+            "trpo: no token counts",
+            "return self.summed(here.float()).clamp(min=1)", "return self.summed(here.float())",
+            "without_tokens",
         ),
         (
             "trpo: the temperature is forgotten",
@@ -246,7 +252,23 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/trpo.py", "test_conjugate_gradient.py",
+        "fastrlhf/trpo/policy.py", "test_trpo_over_ranks.py",
+        (
+            "trpo: without a group every process is alone",
+            "return dist.group.WORLD", "return None",
+            "two_processes",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/policy.py", "test_losses_over_ranks.py",
+        (
+            "trpo: ranks of a group go their own ways",
+            "dist.all_reduce(x, group=self.group)", "pass",
+            "trust_region and 2",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/conjugate_gradient.py", "test_conjugate_gradient.py",
         (
             "trpo: an operator that is not definite",
             "going = (square > floor) & (curvature > 0)", "going = square > floor",
@@ -260,24 +282,9 @@ MUTANTS = [
         ),
         (
             "trpo: the solution of a target of size one",
-            "return (x * (size / first_gain)).to(", "return (x * (1 / first_gain)).to(",
+            "return (x * (size / first_product_size)).to(",
+            "return (x * (1 / first_product_size)).to(",
             "scales_with or solved_at_once",
-        ),
-    ),
-    *mutants_of(
-        "fastrlhf/trpo.py", "test_losses_over_ranks.py",
-        (
-            "trpo: ranks of a group go their own ways",
-            "dist.all_reduce(x, group=self.group)", "pass",
-            "trust_region and 2",
-        ),
-    ),
-    *mutants_of(
-        "fastrlhf/trpo.py", "test_trpo_over_ranks.py",
-        (
-            "trpo: without a group every process is alone",
-            "return dist.group.WORLD", "return None",
-            "two_processes",
         ),
     ),
     *mutants_of(
