@@ -65,7 +65,7 @@ class Done(NamedTuple):
     """What came of the work, and of the model's forward."""
 
     result: Tensor  # tied to the model's output, see `stand_in`
-    aside: Any
+    aside: Any  # what the work gave besides
     outputs: Any  # of the model's forward; of `at_head`, without its logits
 
     def with_outputs(self, wanted: bool) -> tuple[Any, ...]:
@@ -139,7 +139,7 @@ def in_place_of_head(
         result = stand_in.result(logits)
         if not worker.measures or worker.confirmed(stand_in, logits):
             return Done(result, worker.aside, outputs)
-        del worker, stand_in, outputs, logits, result  # and their graphs, before there are others
+        del worker, stand_in, outputs, logits, result  # frees their graphs before there are others
     raise RuntimeError(
         f"model: {name} does something else to its logits at each call; use token_stats on them"
     )
@@ -151,9 +151,9 @@ def _of_positions(batch: TokenBatch, targets: Tensor) -> float | Tensor:
     temperature = temperatures_of_layout(batch.temperature, targets, layout)
     if not isinstance(temperature, Tensor):
         return temperature
-    if temperature is not batch.temperature:  # of sequences, whose positions share one
+    if temperature is not batch.temperature:  # one for each sequence, spread to its positions
         return temperature
-    last = temperature.new_ones(())  # of the position that predicts nothing
+    last = temperature.new_ones(())  # for the last position, which predicts nothing
     expanded = token_temperatures(temperature, targets[:, 1:])
     return torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)
 

@@ -50,7 +50,7 @@ def weight_is_used(
         return True
     hidden = hidden.detach()
     if not under_transform():
-        # A 4-bit head on a CPU that sees no gradient coming packs its weight for good.
+        # On a CPU, a 4-bit head whose input needs no gradient packs its weight, and keeps it so.
         hidden.requires_grad_()
     with evaluating(module):  # the dropout of adapters would differ each time
         logits = own_columns(head_forward(hidden.unsqueeze(0))[0], parts.part)

@@ -36,7 +36,7 @@ class ModuleScorer(NamedTuple):
     chunk_size: int | None
     impl: str
     support: Support | None = None  # the ids that tokens may be
-    rows: Tensor | None = None  # (B, T) which of all hidden states, flattened, predicts each token
+    rows: Tensor | None = None  # (B, T) which of the flattened hidden states predicts each token
 
     def stats(
         self, targets: Tensor, *, ignore_index: int, entropy: bool = False,

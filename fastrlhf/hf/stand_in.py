@@ -38,11 +38,12 @@ class StandIn:
         self.made: Tensor | None = None
         self.rows: Tensor
         self.own_forward: Callable[..., Tensor]
-        self.replaced: Callable[..., Tensor] | None = None  # a forward of the module's own, patched
+        # A patched forward that stood in the attributes of the module itself, if there was one.
+        self.replaced: Callable[..., Tensor] | None = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        # accelerate puts a forward that moves weights around the module's own.
+        # accelerate wraps the module's forward in one that moves weights.
         name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
         attributes = vars(self.module)
         before = {name: attributes[name]} if name in attributes else {}
@@ -151,7 +152,7 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, other):
         ctx.other = other.shape, other.dtype, other.device
-        return value.clone()  # and no view, which models could not write into
+        return value.clone()  # no view, since models may write into it
 
     @staticmethod
     def backward(ctx, d_value):

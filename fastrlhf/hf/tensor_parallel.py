@@ -31,7 +31,7 @@ def plain_tensors(
 
     mesh = hidden.device_mesh
     everywhere = [Replicate()] * mesh.ndim
-    # What every rank makes of its copy is the same, and so is the gradient.
+    # Every rank makes the same of its copy, so that the gradients are the same too.
     whole = hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
 
     def as_dtensor(x: Tensor) -> Any:

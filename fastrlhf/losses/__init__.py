@@ -26,7 +26,7 @@ from .linear_unpaired import KTOOptions, linear_kto_loss
 from .penalties import kl_penalty
 from .pf_ppo import pf_ppo_weights
 from .policy import policy_loss, ppo_loss
-from .policy_arguments import PolicyLossOptions
+from .policy_options import PolicyLossOptions
 from .preference import dpo_loss
 from .preference_options import DPOOptions
 from .process_reward import process_reward_loss, process_reward_scores

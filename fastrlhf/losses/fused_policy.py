@@ -1,10 +1,11 @@
 """The policy losses from logits, in one launch, and from hidden states, at the fewest matmuls.
 
-The arguments are checked as those of `policy_loss` are (`policy_arguments.py`), and the formulas
-are its own (`policy.py`). From logits, on a GPU, the kernel computes loss and gradient at once
-through the operation `fastrlhf.ops.policy_loss`, which is called `policy_kernel` here. From hidden
-states, `policy_loss_of` hands the loss of a chunk of tokens to whatever scores tokens by a head
-(`fastrlhf.ops.scorer`); `model_policy_loss` takes that way too, in a model's own forward.
+The arguments are checked as those of `policy_loss` are, by `policy_options.py` and
+`policy_arguments.py`, and the formulas are its own, in `policy.py`. From logits, on a GPU, the
+kernel computes loss and gradient at once through the operation `fastrlhf.ops.policy_loss`, which is
+called `policy_kernel` here. From hidden states, `policy_loss_of` hands the loss of a chunk of
+tokens to whatever scores tokens by a head (`fastrlhf.ops.scorer`); `model_policy_loss` takes that
+way too, in a model's own forward.
 
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
@@ -16,14 +17,12 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.policy import Metrics, loss_and_metrics, policy_metrics, token_losses
-from fastrlhf.losses.policy_arguments import (
+from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyTensors, policy_batch
+from fastrlhf.losses.policy_options import (
     OPTIONAL_TOKEN_TENSORS,
-    PolicyBatch,
     PolicyLossOptions,
     PolicyOptions,
     PolicyOptionsAndTensors,
-    PolicyTensors,
-    policy_batch,
 )
 from fastrlhf.losses.segments import segment_sums
 from fastrlhf.losses.signatures import showing
@@ -138,7 +137,7 @@ def logits_policy_loss(
     over_ranks = group is not None or is_dtensor(logits)
     transform = checked_logits(
         logits, targets, temperature, softcap, scale, may_be_empty=over_ranks
-    )  # fmt: skip
+    )
     check_mask("mask", mask)
     check_like("mask", mask, "targets", targets)
     with_entropy = entropy or options.entropy_coef != 0

@@ -7,8 +7,10 @@ the forms that start from logits or from hidden states, in `fused_policy.py`.
 Three functions are called `policy_loss`. The one here is what users call: it takes log-probs, and
 is plain PyTorch. `fastrlhf.ops.policy_loss.policy_loss` is the operation that takes logits and
 makes the gradient along with the loss, for `logits_policy_loss` on a GPU; it calls the launcher of
-the kernel, `fastrlhf.kernels.policy_loss.policy_loss`. `policy_arguments.py` checks what is given
-here, `surrogates.py` has the surrogates, `penalties.py` the KL penalties, `reduce.py` the weights.
+the kernel, `fastrlhf.kernels.policy_loss.policy_loss`.
+
+`policy_options.py` and `policy_arguments.py` check what is given here, `surrogates.py` has the
+surrogates, `penalties.py` the KL penalties, `reduce.py` the weights.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
@@ -18,15 +20,12 @@ from torch import Tensor
 
 from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.penalties import KL_ESTIMATORS, importance_corrected
-from fastrlhf.losses.policy_arguments import (
+from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyTensors, SequenceSums, policy_batch
+from fastrlhf.losses.policy_options import (
     OPTIONAL_ARGUMENTS,
     PolicyArguments,
-    PolicyBatch,
     PolicyLossOptions,
     PolicyOptions,
-    PolicyTensors,
-    SequenceSums,
-    policy_batch,
 )
 from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.signatures import showing

@@ -1,4 +1,8 @@
-"""The arguments that operations from hidden states share, checked and ready for the plans."""
+"""The arguments that operations from hidden states share (these, the head, targets and options),
+checked and ready for the plans.
+
+What a single argument has to be, whatever it is for, is checked by `checks.py`.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple

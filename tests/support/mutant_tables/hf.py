@@ -276,7 +276,7 @@ MUTANTS = [
         ),
         (
             "lm_head: a merged adapter that is switched off",
-            "module.unmerge()  # as its own forward would", "pass",
+            "module.unmerge()  # as the forward of the module would", "pass",
             "switched_off",
         ),
         (
