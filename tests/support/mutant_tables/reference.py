@@ -89,7 +89,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_advantages.py",
+        "fastrlhf/reference.py", "test_shaped_rewards.py",
         (
             "rewards: the score on every token",
             "(counts.flip(-1).cumsum(-1).flip(-1) == 1)",
