@@ -285,7 +285,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/compiled.py", "test_compiled.py",
+        "fastrlhf/ops/compiled.py", "test_compiled_fallback.py",
         (
             "compiled: for the threads that there were when it was compiled",
             '"cpp.dynamic_threads": True', '"cpp.dynamic_threads": False',
@@ -307,6 +307,20 @@ MUTANTS = [
             "asked_again",
         ),
         (
+            "compiled: under fx tracing",
+            "or torch.jit.is_tracing() or is_fx_symbolic_tracing()", "or torch.jit.is_tracing()",
+            "traced_call",
+        ),
+        (
+            "compiled: warming up without the compiler's failures",
+            'if _required.get():\n                raise RuntimeError(f"{name} cannot be',
+            'if False:\n                raise RuntimeError(f"{name} cannot be',
+            "warming_up_fails",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/compiled.py", "test_compiled.py",
+        (
             "compiled: a lone row, which comes twice, in place",
             "not (variant.in_place and len(numbers) > 1)", "not variant.in_place",
             "takes_the_place",
@@ -317,21 +331,10 @@ MUTANTS = [
             "reads_what_it_has_written",
         ),
         (
-            "compiled: under fx tracing",
-            "or torch.jit.is_tracing() or is_fx_symbolic_tracing()", "or torch.jit.is_tracing()",
-            "traced_call",
-        ),
-        (
             "compiled: on disk with what is made for other vectors",
             'f"{of_compiler.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"',
             "of_compiler.cache_key_tag",
             "kept_apart",
-        ),
-        (
-            "compiled: warming up without the compiler's failures",
-            'if _required.get():\n                raise RuntimeError(f"{name} cannot be',
-            'if False:\n                raise RuntimeError(f"{name} cannot be',
-            "warming_up_fails",
         ),
     ),
     Mutant(
@@ -352,7 +355,7 @@ MUTANTS = [
         "tracing: what another thread compiles",
         "fastrlhf/ops/tracing.py",
         "return TracingContext.try_get() is not None", "return True",
-        "test_compiled.py", "another_thread",
+        "test_compiled_fallback.py", "another_thread",
     ),
     *mutants_of(
         "fastrlhf/ops/fisher.py", "test_fisher.py",
