@@ -306,7 +306,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/advantages.py", "test_advantages.py",
+        "fastrlhf/losses/advantages.py", "test_whiten.py",
         (
             "whiten: the variance of a single entry",
             "group) / divisor.clamp(min=1)", "group) / divisor",
