@@ -2,7 +2,8 @@
 
 The pages are Markdown, which reads as well where a repository is shown; those of the reference are
 reStructuredText, as the docstrings are. Nothing is fetched while the site is made, nor by who reads
-it. `docstrings.py` and `public_names.py`, beside this file, are the extensions of our own.
+it. `docstrings.py`, `public_names.py` and `repository_links.py`, beside this file, are extensions
+of our own.
 """
 
 import sys
@@ -22,6 +23,7 @@ extensions = [
     "sphinx_copybutton",
     "docstrings",
     "public_names",
+    "repository_links",
 ]
 smartquotes = False  # "auto" is a value
 

@@ -174,10 +174,17 @@ def test_a_docstring_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> 
                 two lines.
             w: one.
 
+        Options, which `f` takes:
+            a: one.
+
         Returns:
             loss: one, on
             two lines.
             metrics: the other.
+
+        Example:
+            >>> 2 * "a|"
+            'a|a|'
 
         one: a field. Of two
         lines."""
@@ -197,6 +204,11 @@ def test_a_docstring_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> 
            ``w``
               one.
 
+        Options, which `f` takes:
+
+        ``a``
+           one.
+
         :Returns:
 
            ``loss``
@@ -205,6 +217,11 @@ def test_a_docstring_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> 
 
            ``metrics``
               the other.
+
+        :Example:
+
+           >>> 2 * "a|"
+           'a|a|'
 
         ``one``
            a field. Of two
