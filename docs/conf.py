@@ -2,8 +2,7 @@
 
 The pages are Markdown, which reads as well where a repository is shown; those of the reference are
 reStructuredText, as the docstrings are. Nothing is fetched while the site is made, nor by who reads
-it. `docstrings.py`, `public_names.py` and `repository_links.py`, beside this file, are extensions
-of our own.
+it. `docstrings.py` and `public_names.py`, beside this file, are the extensions of our own.
 """
 
 import sys
@@ -23,7 +22,6 @@ extensions = [
     "sphinx_copybutton",
     "docstrings",
     "public_names",
-    "repository_links",
 ]
 smartquotes = False  # "auto" is a value
 
@@ -44,3 +42,7 @@ python_maximum_signature_line_length = 88
 # Every link has to lead somewhere. Types of other packages, in signatures, have no page here.
 nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*")]
+
+# Copied examples are without prompts and outputs.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True

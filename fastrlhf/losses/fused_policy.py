@@ -40,11 +40,11 @@ from fastrlhf.ops.checks import (
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.layout import layout_of
+from fastrlhf.ops.logits_arguments import checked_logits
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import Scorer, laid_out, linear_scorer
 from fastrlhf.ops.sharded import is_dtensor, replicated
 from fastrlhf.ops.targets import MASKED_OUT
-from fastrlhf.ops.token_stats import checked_logits
 from fastrlhf.ops.tracing import being_traced
 from fastrlhf.ops.transform import temperatures_of_layout
 

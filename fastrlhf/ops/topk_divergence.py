@@ -11,7 +11,7 @@ from .backend import backend_of, check_impl, under_transform
 from .bucket_divergence import BucketMeasure, bucket_divergence
 from .bucket_logits import bucket_logits, definition
 from .checks import check_bool, check_floating
-from .divergence import checked_rows
+from .logits_arguments import checked_rows
 from .sharded import is_dtensor
 from .teacher_words import TeacherWords, checked_words
 from .transform import Transform, check_temperatures_on_host, checked_transform
