@@ -17,16 +17,6 @@ MUTANTS = [
             "several_splits and triton",
         ),
         (
-            "statistics: ignored rows are live",
-            "live = inside & (target != ignore_index)", "live = inside",
-            "exactly_zero and triton",
-        ),
-        (
-            "statistics: splits that are not there are read",
-            "split, live[:, None] & (split < splits)", "split, live[:, None] & (split >= 0)",
-            "masked_vocabulary and triton",
-        ),
-        (
             "gradient: a slope of 0 alone ends the row",
             "(slopes.logprob == 0.0) & (slopes.entropy == 0.0)",
             "(slopes.logprob == 0.0) | (slopes.entropy == 0.0)",
@@ -34,10 +24,27 @@ MUTANTS = [
         ),
         (
             "gradient: a zero slope of the log-prob alone ends the row",
-            "(slopes.logprob == 0.0) & (slopes.entropy == 0.0)",
-            "(slopes.logprob == 0.0)",
+            "(slopes.logprob == 0.0) & (slopes.entropy == 0.0)", "(slopes.logprob == 0.0)",
             "either_statistic and triton",
         ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_token_stats_hostile.py",
+        (
+            "statistics: ignored rows are live",
+            "live = inside & (target != ignore_index)",
+            "live = inside",
+            "exactly_zero and triton",
+        ),
+        (
+            "statistics: splits that are not there are read",
+            "split, live[:, None] & (split < splits)",
+            "split, live[:, None] & (split >= 0)",
+            "masked_vocabulary and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_token_stats_lse.py",
         (
             "gradient: a zero slope of the lse alone ends the row",
             "no_slope &= (slopes.lse == 0.0)", "no_slope |= (slopes.lse == 0.0)",
@@ -49,6 +56,9 @@ MUTANTS = [
             "no_slope &= (slopes.total == 0.0)",
             "any_slope and triton",
         ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_token_stats_backends.py",
         (
             "gradient: the other inner dimension",
             "destination = out.first + columns.to(tl.int64) * out.stride",
@@ -80,12 +90,6 @@ MUTANTS = [
             "of_the_whole and token_stats and triton and uneven",
         ),
         (
-            "shared: a target that no rank holds counts",
-            'return tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))',
-            'return tl.where(tl.max(held.to(tl.int32), axis=1) >= 0, capped, -float("inf"))',
-            "hostile_logits and token_stats and scattered and triton",
-        ),
-        (
             "shared: ranks without the target add to it",
             "capped = tl.sum(tl.where(held, of_ranks, 0.0), axis=1)",
             "capped = tl.sum(tl.where(held, of_ranks, 1.0), axis=1)",
@@ -96,6 +100,15 @@ MUTANTS = [
             "squares = tl.sum(move_squares(peak, squares, base, rate), axis=1)",
             "squares = tl.sum(move_squares(peak, squares, 0.0 * base, rate), axis=1)",
             "options_mean and token_stats and triton and sum_sq",
+        ),
+    ),
+    *mutants_of(
+        "kernels/token_stats.py", "test_vocabulary_over_ranks_accuracy.py",
+        (
+            "shared: a target that no rank holds counts",
+            'return tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))',
+            'return tl.where(tl.max(held.to(tl.int32), axis=1) >= 0, capped, -float("inf"))',
+            "hostile_logits and token_stats and scattered and triton",
         ),
     ),
     *mutants_of(
@@ -110,30 +123,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/rows.py", "test_token_stats.py",
-        (
-            "statistics: the lse without the temperature",
-            "lse = stats.base / row_t + stats.log_norm", "lse = stats.base + stats.log_norm",
-            "match_the_oracle and triton and scaled and 1000",
-        ),
-        (
-            "statistics: a row of nothing has a peak",
-            'tl.where(live & (empty == 0), stats.base, -float("inf"))',
-            'tl.where(live, stats.base, -float("inf"))',
-            "masked_vocabulary and triton",
-        ),
-        (
-            "gradient: the slope of the lse is that of the log-prob",
-            "others = (d_entropy, d_lse, d_mean)",
-            "others = (d_entropy, None if d_lse is None else d_logprob, d_mean)",
-            "any_slope and triton",
-        ),
-        (
-            "rows: rows and blocks change places",
-            "view + (row // inner) * stride_outer + (row % inner) * stride_inner",
-            "view + (row % inner) * stride_outer + (row // inner) * stride_inner",
-            "layouts and triton",
-        ),
+        "kernels/rows.py", "test_token_stats_hostile.py",
         (
             "rows: no finite base",
             'return tl.where(peak == -float("inf"), 0.0, peak)', "return peak",
@@ -146,6 +136,26 @@ MUTANTS = [
             "masked_vocabulary and triton",
         ),
         (
+            "rows: 0 * -inf in the moment",
+            "tl.sum(tl.where(weight > 0, weight * bits, 0.0), axis=1)",
+            "tl.sum(weight * bits, axis=1)",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: a row of nothing but -inf",
+            'logprob = tl.where(empty, -float("inf"), logprob)', "logprob = logprob * 1.0",
+            "masked_vocabulary and triton",
+        ),
+        (
+            "rows: 0 * -inf in the gradient",
+            "dz -= tl.where(p > 0, h * p * (bits * LN2 + stats.entropy), 0.0)",
+            "dz -= h * p * (bits * LN2 + stats.entropy)",
+            "masked_vocabulary and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats.py",
+        (
             "rows: capped columns past the end",
             'capped = tl.where(inside, capped, -float("inf"))\n    peak',
             "capped = capped * 1.0\n    peak",
@@ -157,22 +167,35 @@ MUTANTS = [
             "match_the_oracle and triton and plain and 33",
         ),
         (
-            "rows: 0 * -inf in the moment",
-            "tl.sum(tl.where(weight > 0, weight * bits, 0.0), axis=1)",
-            "tl.sum(weight * bits, axis=1)",
-            "masked_vocabulary and triton",
-        ),
-        (
             "rows: a log-prob that cancels",
             "logprob = log_sigmoid(target_shift - tl.log(sums.rest))",
             "logprob = target_shift - log_norm",
             "nearly_one and triton",
         ),
         (
-            "rows: a row of nothing but -inf",
-            'logprob = tl.where(empty, -float("inf"), logprob)', "logprob = logprob * 1.0",
-            "masked_vocabulary and triton",
+            "rows: 1 - p by subtraction",
+            "-g * expm1(stats.logprob)", "g - g * p",
+            "nearly_one and triton",
         ),
+        (
+            "rows: the gradient in bits",
+            "h * p * (bits * LN2 + stats.entropy)", "h * p * (bits + stats.entropy)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+        (
+            "rows: the gradient without the temperature",
+            "return dz * (slope * (1.0 / transform.temperature))", "return dz * slope",
+            "match_the_oracle and triton and scaled and 33",
+        ),
+        (
+            "rows: the entropy without what the target adds",
+            "tl.where(target_weight > 0, target_weight * target_bits, 0.0)",
+            "tl.where(target_weight > 0, 0.0, 0.0)",
+            "match_the_oracle and triton and plain and 33",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats_lse.py",
         (
             "rows: the lse has no slope at the target",
             "l * p - g * expm1", "0.0 - g * expm1",
@@ -194,64 +217,9 @@ MUTANTS = [
             "l * p - g * expm1(stats.logprob), l * (p * (1.0 + 1e-6)) - g * p",
             "slopes_that_cancel and triton",
         ),
-        (
-            "rows: 1 - p by subtraction",
-            "-g * expm1(stats.logprob)", "g - g * p",
-            "nearly_one and triton",
-        ),
-        (
-            "rows: 0 * -inf in the gradient",
-            "dz -= tl.where(p > 0, h * p * (bits * LN2 + stats.entropy), 0.0)",
-            "dz -= h * p * (bits * LN2 + stats.entropy)",
-            "masked_vocabulary and triton",
-        ),
-        (
-            "rows: the gradient in bits",
-            "h * p * (bits * LN2 + stats.entropy)", "h * p * (bits + stats.entropy)",
-            "match_the_oracle and triton and plain and 33",
-        ),
-        (
-            "rows: the gradient without the temperature",
-            "return dz * (slope * (1.0 / transform.temperature))", "return dz * slope",
-            "match_the_oracle and triton and scaled and 33",
-        ),
-        (
-            "rows: the entropy without what the target adds",
-            "tl.where(target_weight > 0, target_weight * target_bits, 0.0)",
-            "tl.where(target_weight > 0, 0.0, 0.0)",
-            "match_the_oracle and triton and plain and 33",
-        ),
     ),
     *mutants_of(
         "kernels/rows.py", "test_with_stats.py",
-        (
-            "statistics: squares of lanes relative to their own peaks",
-            "tl.sum(move_squares(sums.peak, squares, base, rate), axis=0)",
-            "tl.sum(squares, axis=0)",
-            "match_the_oracle and triton and plain and 5003",
-        ),
-        (
-            "statistics: a rival in another split is not seen",
-            "(further.own > further.before) & (further.own == sums.peak)",
-            "(further.own > further.before)",
-            "several_splits and triton",
-        ),
-        (
-            "statistics: the first of equal logits is not asked for",
-            "(further.own > further.before) & (further.own == sums.peak)",
-            "(further.own == sums.peak)",
-            "first_is_on_top and triton",
-        ),
-        (
-            "statistics: a top token beside NaN",
-            "is_top1 &= stats.log_norm == stats.log_norm", "is_top1 &= True",
-            "without_a_distribution and triton",
-        ),
-        (
-            "statistics: a mean logit without temperature",
-            "further.total / count / row_t", "further.total / count",
-            "match_the_oracle and triton and scaled and 33",
-        ),
         (
             "further: the mean counts columns past the end",
             "total += tl.sum(tl.where(inside, capped, 0.0), axis=1)",
@@ -283,7 +251,8 @@ MUTANTS = [
         ),
         (
             "further: the target has a square among the others",
-            "others = tl.where(columns == target, 0.0, tl.exp2(bits))", "others = tl.exp2(bits)",
+            "others = tl.where(columns == target, 0.0, tl.exp2(bits))",
+            "others = tl.exp2(bits)",
             "match_the_oracle and triton and plain and 33",
         ),
         (
@@ -372,6 +341,15 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        "kernels/rows.py", "test_token_stats_backends.py",
+        (
+            "rows: rows and blocks change places",
+            "view + (row // inner) * stride_outer + (row % inner) * stride_inner",
+            "view + (row % inner) * stride_outer + (row // inner) * stride_inner",
+            "layouts and triton",
+        ),
+    ),
+    *mutants_of(
         "kernels/tiles.py", "test_packed.py",
         (
             "packed: a kernel begins each sequence at the first token",
@@ -433,7 +411,8 @@ MUTANTS = [
         ),
         (
             "kept ids, kernel: the mean over a block",
-            "sums, further, capped, stop - start,", "sums, further, capped, BLOCK,",
+            "sums, further, capped, stop - start,",
+            "sums, further, capped, BLOCK,",
             "further and triton",
         ),
         (
@@ -449,6 +428,63 @@ MUTANTS = [
             "kept ids, kernel: ids that nobody looks at are read",
             "inside &= tl.load(wanted + pair, mask=inside, other=0) != 0", "pass",
             "kept_ids",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats.py",
+        (
+            "statistics: the lse without the temperature",
+            "lse = stats.base / row_t + stats.log_norm", "lse = stats.base + stats.log_norm",
+            "match_the_oracle and triton and scaled and 1000",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats_hostile.py",
+        (
+            "statistics: a row of nothing has a peak",
+            'tl.where(live & (empty == 0), stats.base, -float("inf"))',
+            'tl.where(live, stats.base, -float("inf"))',
+            "masked_vocabulary and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats_lse.py",
+        (
+            "gradient: the slope of the lse is that of the log-prob",
+            "others = (d_entropy, d_lse, d_mean)",
+            "others = (d_entropy, None if d_lse is None else d_logprob, d_mean)",
+            "any_slope and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_with_stats.py",
+        (
+            "statistics: squares of lanes relative to their own peaks",
+            "tl.sum(move_squares(sums.peak, squares, base, rate), axis=0)",
+            "tl.sum(squares, axis=0)",
+            "match_the_oracle and triton and plain and 5003",
+        ),
+        (
+            "statistics: a rival in another split is not seen",
+            "(further.own > further.before) & (further.own == sums.peak)",
+            "(further.own > further.before)",
+            "several_splits and triton",
+        ),
+        (
+            "statistics: the first of equal logits is not asked for",
+            "(further.own > further.before) & (further.own == sums.peak)",
+            "(further.own == sums.peak)",
+            "first_is_on_top and triton",
+        ),
+        (
+            "statistics: a top token beside NaN",
+            "is_top1 &= stats.log_norm == stats.log_norm", "is_top1 &= True",
+            "without_a_distribution and triton",
+        ),
+        (
+            "statistics: a mean logit without temperature",
+            "further.total / count / row_t", "further.total / count",
+            "match_the_oracle and triton and scaled and 33",
         ),
     ),
 ]  # fmt: skip
