@@ -351,8 +351,9 @@ def kept_stats_backward(
     entropy, lse and mean logit, but for the first None where there is none.
     """
     logprob, entropy, peak, log_norm = stats
-    d_logprob, *others = (x if x is None else x.contiguous() for x in slopes)
-    given, slopes_asked = slope_options(d_logprob, *others)
+    d_logprob, *others = slopes
+    others = [x if x is None else x.contiguous() for x in others]
+    given, slopes_asked = slope_options(d_logprob.contiguous(), *others)
     d_logits = torch.empty_like(logits)
     pairs = logits.shape[0]
     _kept_stats_bwd_kernel[(triton.cdiv(pairs, _GRADIENTS),)](

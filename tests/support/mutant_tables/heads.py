@@ -400,7 +400,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_loss.py", "test_linear_kept_ids.py",
+        "fastrlhf/ops/linear_loss.py", "test_linear_kept_ids_losses.py",
         (
             "kept ids: a loss of all tokens in one chunk",
             "index = order[slice(*whole(spans))]", "index = order",
