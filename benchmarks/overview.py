@@ -50,6 +50,11 @@ def _is_of(provider: str, peer: str) -> bool:
     return provider == peer if peer == report.OURS else provider.split(" ")[0] == peer
 
 
+def dot(record: report.Record, measure: str) -> str:
+    """The name that a dot has in the file, by which it is known what it stands for."""
+    return f"{record['operation']}: {record['provider']} {measure} {record[measure]:.4g}"
+
+
 def picture(records: list[report.Record]) -> Any:
     """Time and memory beside each other, a row for each operation, a dot for each peer."""
     from matplotlib.figure import Figure
@@ -62,8 +67,10 @@ def picture(records: list[report.Record]) -> Any:
             values = [record[measure] for record in found.values()]
             axis.plot([min(values), max(values)], [y, y], color="#dddddd", linewidth=2, zorder=1)
             for peer, record in found.items():
-                size = 70 if peer == report.OURS else 36
-                axis.scatter(record[measure], y, s=size, color=PEERS[peer], zorder=2, label=peer)
+                axis.scatter(
+                    record[measure], y, s=70 if peer == report.OURS else 36, color=PEERS[peer],
+                    zorder=2, label=peer, gid=dot(record, measure),
+                )  # fmt: skip
         axis.set_xlim(0)
         axis.set_xlabel(label)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -78,18 +85,22 @@ def picture(records: list[report.Record]) -> Any:
     return figure
 
 
+def draw(results: Path, output: Path) -> None:
+    """Read results and draw them; the same results give the same file."""
+    import matplotlib
+
+    _, records = report.load(results)
+    with matplotlib.rc_context({"svg.hashsalt": "overview"}):  # else names are at random
+        picture(records).savefig(output, metadata={"Date": None} if output.suffix == ".svg" else {})
+
+
 def main() -> None:
     """Read, and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "results.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "overview.svg")
     arguments = parser.parse_args()
-    _, records = report.load(arguments.results)
-    # No date and no random ids: the same results give the same file.
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "overview"
-    picture(records).savefig(arguments.output, metadata={"Date": None})
+    draw(arguments.results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ def restructured(lines: list[str]) -> Iterator[str]:
         line = rest.pop(0)
         block = _block_below(rest)
         heading = _SECTION.fullmatch(line)
-        if heading and block and rest[0]:
+        if line == "Example:":  # a doctest: code, in which nothing is escaped
+            yield from ("", ":Example:", *block, "")
+            del rest[: len(block)]
+        elif heading and block and rest[0]:
             yield ""
             yield f":{heading[1]}:"
             yield from _indented("\n".join(_entries(block)))

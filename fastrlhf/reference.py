@@ -28,6 +28,12 @@ class TokenStats(NamedTuple):
     ignored.
 
     What `with_stats` names is there besides, in `FurtherTokenStats`; here it is None.
+
+    Example:
+        >>> stats = fastrlhf.token_stats(torch.zeros(2, 8), torch.tensor([0, 5]), entropy=True)
+        >>> logprob, entropy, lse = stats
+        >>> entropy
+        tensor([2.0794, 2.0794])
     """
 
     logprob: Tensor
@@ -56,6 +62,13 @@ class FurtherTokenStats(NamedTuple):
     mean_logit: (...,) z.mean(-1) over the vocabulary, -inf if any of them is; 0 where the target is
     ignored.
     log_sum_sq_probs: (...,) ln Σ p², 0 where all logits are -inf or the target is ignored.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> further = "is_top1", "mean_logit"
+        >>> stats = fastrlhf.token_stats(logits, torch.tensor([0, 1]), with_stats=further)
+        >>> stats.is_top1, stats.mean_logit
+        (tensor([ True, False]), tensor([1.0000, 0.3333]))
     """
 
     logprob: Tensor
@@ -303,6 +316,28 @@ class RowParts(NamedTuple):
     squares: Tensor  # Σ e^2(z - peak) over the same columns
 
 
+class RowStats(NamedTuple):
+    """Statistics of rows of logits, and what their gradient takes besides, each (N,). The entropy
+    and the last three are empty unless asked for.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    # The largest logit before the temperature, and lse - peak / temperature: apart, they keep the
+    # accuracy that their sum loses for large logits.
+    peak: Tensor
+    log_norm: Tensor
+    is_top1: Tensor
+    mean_logit: Tensor
+    log_sum_sq_probs: Tensor
+
+    @property
+    def of_tokens(self) -> tuple[Tensor, ...]:
+        """The fields of `FurtherTokenStats`, in their order."""
+        return self.logprob, self.entropy, self.lse, *self[5:]
+
+
 def token_stats_forward(
     logits: Tensor,
     targets: Tensor,
@@ -312,13 +347,8 @@ def token_stats_forward(
     scale: float,
     entropy: bool,
     with_stats: Iterable[str] = (),
-) -> tuple[Tensor, ...]:
-    """Compute logprob, entropy, lse, peak, log_norm, is_top1, mean_logit and log_sum_sq_probs of
-    (N, V) logits; the entropy and the last three are empty unless asked for.
-
-    No row is ignored. `peak` is the largest logit before the temperature, `log_norm` is
-    lse - peak / temperature: apart, they keep the accuracy that their sum loses for large logits.
-    """
+) -> RowStats:
+    """Compute the statistics of (N, V) logits, none of whose rows is ignored."""
     with_stats = tuple(with_stats)
     parts = row_parts(
         logits, targets, temperature=temperature, softcap=softcap, scale=scale, entropy=entropy,
@@ -450,7 +480,7 @@ def merged_parts(parts: RowParts, temperature: float | Tensor) -> RowParts:
 
 def statistics_of_parts(
     parts: RowParts, vocab: int | Tensor, temperature: float | Tensor
-) -> tuple[Tensor, ...]:
+) -> RowStats:
     """Compute what `token_stats_forward` returns from the parts of whole rows, V columns each."""
     peak, rest, target, moment, before, total, squares = parts
     empty, base = peak == -torch.inf, _finite_base(peak)
@@ -473,7 +503,9 @@ def statistics_of_parts(
         moment = moment + torch.where(target_weight > 0, target_weight * target_shifted, 0.0)
         row_entropy = torch.where(empty, 0.0, log_norm - moment / norm)
     logprob = torch.where(empty, -torch.inf, logprob)
-    return logprob, row_entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares
+    return RowStats(
+        logprob, row_entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares
+    )  # fmt: skip
 
 
 def _finite_base(peak: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ if importlib.util.find_spec("fastrlhf") is None:
     )
 
 import pytest  # noqa: E402
+from support.rank_pool import RankPool  # noqa: E402
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     from support.interpreter import look_up_the_language_once
@@ -79,6 +81,15 @@ def pytest_collection_finish() -> None:
 def device() -> torch.device:
     """The device on which impl="triton" runs the kernels."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Four processes that talk by gloo, for all files that ask for them, since they take seconds to
+    start, which they do at the first call.
+    """
+    with RankPool() as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)

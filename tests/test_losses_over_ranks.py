@@ -4,7 +4,6 @@ The ranks are processes that talk by gloo. Dims: W ranks, B sequences, T tokens,
 """
 
 import math
-from collections.abc import Iterator
 from itertools import product
 from typing import Any, get_args
 
@@ -14,7 +13,6 @@ from support import losses_over_ranks as over
 from support import rollouts_over_ranks
 from support.compare import assert_as_accurate, relative_error
 from support.policy_formulas import FORMS
-from support.rank_pool import RankPool
 from torch import Tensor
 
 import fastrlhf
@@ -37,12 +35,6 @@ REDUCTIONS = ["token-mean", "sequence-mean", "sequence-sum", "constant"]
 TIGHT = 1e-12  # fp64: what is left out or counted twice is wrong by percents
 
 Call = tuple[str, dict[str, Any], tuple[str, ...]]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool() as pool:
-        yield pool
 
 
 def owners(ranks: int, idle: bool = False) -> Tensor:

@@ -3,13 +3,9 @@
 from .check import check
 from .lm_head import LMHead, head_inputs, lm_head
 from .model_divergence import model_kl_divergence
-from .model_kto import model_kto_loss
-from .model_losses import (
-    model_cross_entropy,
-    model_dpo_loss,
-    model_linear_loss,
-    model_policy_loss,
-)
+from .model_losses import model_cross_entropy, model_linear_loss
+from .model_policy import model_policy_loss
+from .model_preference import model_dpo_loss, model_kto_loss
 from .model_token_stats import model_token_stats
 from .moving_reference import update_reference
 

@@ -63,6 +63,10 @@ class Done(NamedTuple):
     aside: Any
     outputs: Any  # of the model's forward; of `at_head`, without its logits
 
+    def with_outputs(self, wanted: bool) -> tuple[Any, ...]:
+        """What the work gave, and behind it the model's outputs where they are wanted."""
+        return (self.result, self.aside, self.outputs) if wanted else (self.result, self.aside)
+
 
 def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     """Run a model's forward, with the work in place of its head.

@@ -43,6 +43,12 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
     Raises:
         TypeError, ValueError: input_ids that are none.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> fastrlhf.check(model, {"input_ids": torch.tensor([[3, 1, 4, 1, 5]])})
+        ['mask: none is given, so the tokens of prompts are scored too']
     """
     ids = batch["input_ids"]
     check_ids(ids)

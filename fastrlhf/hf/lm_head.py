@@ -31,6 +31,13 @@ class LMHead(NamedTuple):
     """Logits are softcap·tanh(scale·(W·h + b) / softcap), or scale·(W·h + b) without a softcap.
 
     Of a tensor parallel head, weight and bias are DTensors, which the linear operations take.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> head = fastrlhf.lm_head(model)
+        >>> head.options()
+        {'bias': None, 'scale': 1.0, 'softcap': None}
     """
 
     weight: Weight  # (V, H)
@@ -74,6 +81,13 @@ def lm_head(model: nn.Module) -> LMHead:
         RuntimeError: a weight that is sharded, offloaded or empty outside of the model's forward
             (FSDP, ZeRO-3, accelerate's offloading): use `model_token_stats`; logits of which no
             scale, softcap and offset can be told.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> head = fastrlhf.lm_head(model)
+        >>> head.weight.shape, head.bias, head.scale, head.softcap
+        (torch.Size([9, 64]), None, 1.0, None)
     """
     base = base_model(model)
     module = head_module(base)
@@ -106,6 +120,16 @@ def head_inputs(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> hidden, head = fastrlhf.head_inputs(model, ids)
+        >>> targets = fastrlhf.shift_targets(ids)
+        >>> stats = fastrlhf.linear_token_stats(hidden, head.weight, targets, **head.options())
+        >>> hidden.shape, stats.logprob.shape
+        (torch.Size([1, 5, 64]), torch.Size([1, 5]))
     """
     base = base_model(model)
     check_keywords(base, inputs)

@@ -131,6 +131,15 @@ def model_token_stats(
             each other.
         RuntimeError: logits that are not those of the head's weight, or are changed in a way that
             is no scale, softcap or offset; a forward that does not call the head once.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5], [8, 2, 6, 0, 0]])
+        >>> attention_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        >>> stats = fastrlhf.model_token_stats(model, ids, attention_mask, entropy=True)
+        >>> stats.logprob.shape, stats.logprob[1, 2:].tolist()
+        (torch.Size([2, 4]), [0.0, 0.0])
     """
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,

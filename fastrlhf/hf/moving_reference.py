@@ -37,6 +37,13 @@ def update_reference(reference_model: nn.Module, model: nn.Module, alpha: float 
             models' with `deepspeed.zero.GatheredParameters`). Nothing is written then.
 
     Source: 2404.09656, section 3.
+
+    Example:
+        >>> policy, reference = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+        >>> _ = policy.weight.data.fill_(1.0), reference.weight.data.fill_(0.0)
+        >>> fastrlhf.update_reference(reference, policy, alpha=0.25)
+        >>> reference.weight.item()
+        0.25
     """
     for name, module in (("reference_model", reference_model), ("model", model)):
         if not isinstance(module, nn.Module):

@@ -50,6 +50,11 @@ def whiten(
 
     Differentiable; with a group, the gradient is that of the sum of the ranks' losses. Raises
     TypeError, ValueError for dtypes, shapes or devices that do not fit, and for a wrong group.
+
+    Example:
+        >>> advantages = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> fastrlhf.whiten(advantages, torch.tensor([[True, False, True]]))
+        tensor([[-0.7071,  0.0000,  0.7071]])
     """
     check_floating("x", x)
     check_mask("mask", mask)
@@ -111,6 +116,12 @@ def shaped_rewards(
     Every sequence has all of its tokens here: there is no group, see `fastrlhf.losses.ranks`.
 
     Source: 2203.02155 (InstructGPT), 2009.01325.
+
+    Example:
+        >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.0]])
+        >>> scores, mask = torch.tensor([1.0]), torch.ones(1, 2)
+        >>> fastrlhf.shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.1)
+        tensor([[-0.0500,  1.0000]])
     """
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens)
     check_real("scores", scores)

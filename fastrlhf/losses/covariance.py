@@ -76,6 +76,12 @@ def clip_cov_mask(
             bounds in the wrong order; a generator of another device; a group that is none.
 
     Source: 2505.22617, section 4 (Clip-Cov); that at least one is dropped is its authors' code.
+
+    Example:
+        >>> logprobs = torch.tensor([[-0.1, -0.1, -2.0, -3.0]])
+        >>> advantages = torch.tensor([[3.0, 0.0, 0.0, -3.0]])
+        >>> fastrlhf.clip_cov_mask(logprobs, advantages, torch.ones(1, 4))
+        tensor([[False,  True,  True,  True]])
     """
     covariance, inside = _covariances(logprobs, advantages, mask, cu_seqlens, group)
     share, low = check_between("share", share, 0, 1), check_finite("low", low)
@@ -129,6 +135,12 @@ def kl_cov_mask(
             group that is none.
 
     Source: 2505.22617, section 4 (KL-Cov); that at least one is chosen is its authors' code.
+
+    Example:
+        >>> logprobs = torch.tensor([[-0.1, -0.1, -2.0, -3.0]])
+        >>> advantages = torch.tensor([[3.0, 0.0, 0.0, -3.0]])
+        >>> fastrlhf.kl_cov_mask(logprobs, advantages, torch.ones(1, 4), share=0.25)
+        tensor([[False, False, False,  True]])
     """
     covariance, inside = _covariances(logprobs, advantages, mask, cu_seqlens, group)
     share = check_between("share", share, 0, 1)

@@ -97,6 +97,13 @@ def cross_entropy(
             weights that do not fit.
 
     Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5; DFT 2508.05629 Eq. 7-9.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> loss = fastrlhf.cross_entropy(logits, torch.tensor([0, 2]), label_smoothing=0.1)
+        >>> loss.backward()
+        >>> loss.detach()
+        tensor(0.8031)
     """
     options = CrossEntropy(label_smoothing, z_loss, loss_type).checked()
     normalizer = check_reduction_of_losses(reduction, normalizer)
@@ -164,6 +171,14 @@ def linear_cross_entropy(
         RuntimeError: under `torch.func` transforms.
 
     Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5.
+
+    Example:
+        >>> hidden = torch.eye(2, requires_grad=True)
+        >>> weight = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]], requires_grad=True)
+        >>> loss = fastrlhf.linear_cross_entropy(hidden, weight, torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> loss.detach(), weight.grad.shape
+        (tensor(0.7531), torch.Size([3, 2]))
     """
     loss = CrossEntropy.parse("linear_cross_entropy", dict(options))
     normalizer = check_reduction_of_losses(reduction, normalizer)

@@ -40,11 +40,11 @@ from fastrlhf.ops.checks import (
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.layout import layout_of
+from fastrlhf.ops.logits_arguments import checked_logits
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import Scorer, laid_out, linear_scorer
 from fastrlhf.ops.sharded import is_dtensor, replicated
 from fastrlhf.ops.targets import MASKED_OUT
-from fastrlhf.ops.token_stats import checked_logits
 from fastrlhf.ops.tracing import being_traced
 from fastrlhf.ops.transform import temperatures_of_layout
 
@@ -117,6 +117,16 @@ def logits_policy_loss(
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> actions = torch.tensor([[0, 1, 2], [3, 4, 5]])
+        >>> old = fastrlhf.token_logprobs(logits.detach(), actions)
+        >>> advantages, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 3)
+        >>> loss, metrics = fastrlhf.logits_policy_loss(logits, actions, old, advantages, mask)
+        >>> loss.backward()
+        >>> logits.grad[0, 0, :2]
+        tensor([-0.1458,  0.0208])
     """
     options = PolicyOptions.parse("logits_policy_loss", policy_options)
     check_bool("entropy", entropy)
@@ -210,6 +220,16 @@ def linear_policy_loss(
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
+
+    Example:
+        >>> hidden, weight = torch.ones(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> actions = torch.tensor([[0, 1, 2], [3, 4, 5]])
+        >>> old = fastrlhf.linear_token_logprobs(hidden.detach(), weight, actions)
+        >>> batch = actions, old, torch.tensor([1.0, -0.5]), torch.ones(2, 3)
+        >>> loss, metrics = fastrlhf.linear_policy_loss(hidden, weight, *batch)
+        >>> loss.backward()
+        >>> loss.detach(), hidden.grad.shape
+        (tensor(-0.2500), torch.Size([2, 3, 4]))
     """
     given: dict[str, Any] = {**options_and_tensors}
     optional_tensors = [given.pop(name, None) for name in OPTIONAL_TOKEN_TENSORS]

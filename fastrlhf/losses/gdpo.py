@@ -70,6 +70,11 @@ def gdpo_advantages(
             count and are not finite, which would make the batch NaN; a wrong group.
 
     Source: 2601.05242 (GDPO) §3.
+
+    Example:
+        >>> rewards = torch.tensor([[1.0, 2.0], [0.0, 0.0], [1.0, 9.0]])  # two of each answer
+        >>> fastrlhf.gdpo_advantages(rewards, torch.tensor([0, 0, 0]))
+        tensor([ 0.1228, -1.0557,  0.9329])
     """
     check_real("rewards", rewards)
     if rewards.ndim != 2:

@@ -113,6 +113,11 @@ def group_advantages(
     Source: 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++ and
     its baseline), 2310.10505 (ReMax), 2505.23585 (OPO), 2504.02546 (GPG), 2508.10751 §2.4 (pass@k),
     2503.19595 (grpo_passk, as verl calls it).
+
+    Example:
+        >>> rewards, groups = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
+        >>> fastrlhf.group_advantages(rewards, groups, kind="rloo")
+        tensor([ 1., -1.,  1., -1.])
     """
     check_real("rewards", rewards)
     if rewards.ndim != 1:

@@ -109,6 +109,11 @@ def grpo_options(loss_type: LossType, **changes: Unpack[PolicyLossOptions]) -> P
     Raises:
         ValueError: an unknown loss_type.
         TypeError: an unknown option; what they are is checked by the function that takes them.
+
+    Example:
+        >>> options = fastrlhf.grpo_options("dapo", kl_coef=0.01)
+        >>> options["clip_high"], options["reduction"], options["kl_coef"]
+        (0.28, 'token-mean', 0.01)
     """
     check_one_of("loss_type", loss_type, _GRPO)
     check_options("grpo_options", changes, PolicyOptions._fields)
@@ -130,6 +135,15 @@ def grpo_loss(
     Eager equivalent: `policy_loss(..., **{**grpo_options(loss_type), **options})`, with its
     arguments, returns and errors. Advantages come from `group_advantages`; the papers' penalty is
     ref_logprobs and a kl_coef (0.04 in 2402.03300), which is 0 here unless given.
+
+    Example:
+        >>> old = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]])  # two answers to one prompt
+        >>> logprobs = torch.tensor([[-0.9, -1.8], [-3.0, -1.0]])
+        >>> advantages = fastrlhf.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+        >>> mask = torch.ones(2, 2)
+        >>> loss, metrics = fastrlhf.grpo_loss(logprobs, old, advantages, mask, loss_type="dapo")
+        >>> loss
+        tensor(-0.0577)
     """
     known = ("loss_type", *OPTIONAL_ARGUMENTS, *PolicyOptions._fields)
     check_options("grpo_loss", options, known)

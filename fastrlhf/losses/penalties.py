@@ -64,6 +64,13 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown estimator.
 
     Source: Schulman, "Approximating KL divergence" (2020); k3 as a loss in 2402.03300 Eq. 4.
+
+    Example:
+        >>> logprobs, ref_logprobs = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+        >>> fastrlhf.kl_penalty(logprobs, ref_logprobs, "k1")
+        tensor([ 0.5000, -1.0000])
+        >>> fastrlhf.kl_penalty(logprobs, ref_logprobs, "k3")
+        tensor([0.1065, 0.7183])
     """
     check_floating("logprobs", logprobs)
     check_floating("ref_logprobs", ref_logprobs)

@@ -68,6 +68,10 @@ def pf_ppo_weights(
             a wrong group.
 
     Source: 2409.06957 (PF-PPO), in the form that verl has.
+
+    Example:
+        >>> fastrlhf.pf_ppo_weights(torch.tensor([1.0, 0.0, -2.0]), power=1.0)
+        tensor([1., 0., 2.])
     """
     check_real("scores", scores)
     if scores.ndim != 1:

@@ -151,6 +151,15 @@ def policy_loss(
     Source: 1707.06347 Eq. 7; dual clip 1912.09729; 2507.18071 Eq. 5 to 7, and for GSPO-token 13;
     2506.13585; 2511.20347; DPPO 2602.04879; GMPO 2507.20673; VESPO 2602.10693; k2 against π_old
     2602.02276; the corrected k3 and the off-policy mask 2512.02556, section 3.1.
+
+    Example:
+        >>> old = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, 0.0]])
+        >>> logprobs = (old + 0.1).requires_grad_()
+        >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+        >>> loss, metrics = fastrlhf.policy_loss(logprobs, old, torch.tensor([1.0, -0.5]), mask)
+        >>> loss.backward()
+        >>> loss.detach(), metrics["policy/approxkl_avg"]
+        (tensor(-0.4421), tensor(0.0050))
     """
     options = PolicyOptions.parse("policy_loss", policy_options)
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens, group)
@@ -186,6 +195,13 @@ def ppo_loss(
 
     Eager equivalent: `-torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)[mask].mean()`. Source:
     1707.06347 Eq. 7.
+
+    Example:
+        >>> old = torch.tensor([[-1.0, -2.0, -0.5]])
+        >>> advantages, mask = torch.tensor([[1.0, -0.5, 0.2]]), torch.ones(1, 3)
+        >>> loss, metrics = fastrlhf.ppo_loss(old + 0.3, old, advantages, mask, clip_high=0.2)
+        >>> loss, metrics["clip_ratio/high_mean"]
+        (tensor(-0.2550), tensor(0.6667))
     """
     if "surrogate" in options:
         raise TypeError(

@@ -46,7 +46,15 @@ class SharedDPOOptions(TypedDict, total=False):
 
 
 class DPOOptions(SharedDPOOptions, total=False):
-    """The options of `dpo_loss`, for `**options: Unpack[DPOOptions]`; see there."""
+    """The options of `dpo_loss`, for `**options: Unpack[DPOOptions]`; see there.
+
+    Example:
+        >>> options: fastrlhf.DPOOptions = {"loss_type": "sigmoid", "label_smoothing": 0.1}
+        >>> pair = torch.tensor([-10.0, -14.0]), torch.tensor([-11.0, -13.0])
+        >>> losses, _ = fastrlhf.dpo_loss(*pair, torch.tensor([0]), torch.tensor([1]), **options)
+        >>> losses
+        tensor([0.6181])
+    """
 
     loss_type: PairLossType | Sequence[PairLossType]
 

@@ -78,6 +78,13 @@ def process_reward_loss(
 
     Source: 2312.08935, the loss L_PRM of section 3.2 (with the minus sign that makes it one), there
     "sequence-sum"; labels as shares its Eq. 4.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 2.0, 0.0, -1.0]])
+        >>> labels = torch.tensor([[-100.0, 1.0, -100.0, 0.0]])  # two tokens end a step
+        >>> loss, metrics = fastrlhf.process_reward_loss(scores, labels)
+        >>> loss, metrics["rewards/accuracies"]
+        (tensor(0.2201), tensor(1.))
     """
     check_floating("scores", scores)
     check_real("labels", labels)
@@ -134,6 +141,14 @@ def process_reward_scores(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown word for how.
 
     Source: the product 2305.20050; the minimum 2312.08935, section 3.4; the last step 2408.03314.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 2.0, 0.0, -1.0]])
+        >>> ends = torch.tensor([[False, True, False, True]])
+        >>> fastrlhf.process_reward_scores(scores, ends, "min")
+        tensor([0.2689])
+        >>> fastrlhf.process_reward_scores(scores, ends, "product")
+        tensor([0.2369])
     """
     check_floating("scores", scores)
     check_dense("mask", mask)

@@ -73,6 +73,13 @@ def rollout_rejection(
 
     Source: Liu et al., "When speed kills stability" (richardli.xyz/rl-collapse); Schulman,
     "Approximating KL divergence" (2020).
+
+    Example:
+        >>> rollout, logprobs = torch.tensor([[-1.0, -4.0]]), torch.tensor([[-1.1, -2.0]])
+        >>> mask = torch.ones(1, 2)
+        >>> keep, metrics = fastrlhf.rollout_rejection(logprobs, rollout, mask, upper=0.5)
+        >>> keep
+        tensor([[ True, False]])
     """
     check_one_of("level", level, get_args(RejectionLevel))
     check_one_of("estimator", estimator, get_args(RejectionEstimator))

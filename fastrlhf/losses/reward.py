@@ -47,6 +47,12 @@ def reward_loss(
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
 
     Source: Bradley & Terry (1952), 2203.02155 Eq. 1; margin 2307.09288 Eq. 2; centring 2312.09244.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 1.0])
+        >>> loss, metrics = fastrlhf.reward_loss(chosen, rejected)
+        >>> loss, metrics["rewards/accuracies"]
+        (tensor([0.1269, 0.9741]), tensor(0.5000))
     """
     check_floating("chosen_scores", chosen_scores)
     if chosen_scores.ndim != 1:
@@ -102,6 +108,11 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
         RuntimeError: groups or ranks that torch.func.vmap batches; it may batch scores.
 
     Source: Plackett (1975), Luce (1959); 2305.18290 appendix A.3.
+
+    Example:
+        >>> scores = torch.tensor([2.0, 1.0, -1.0])  # of one prompt, the best first
+        >>> fastrlhf.plackett_luce_loss(scores, torch.tensor([0, 0, 0]), torch.tensor([1, 2, 3]))
+        tensor([0.4759])
     """
     check_floating("scores", scores)
     if scores.ndim != 1:

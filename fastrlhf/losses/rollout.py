@@ -94,6 +94,13 @@ def rollout_correction(
     Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training"
     (fengyao.notion.site/off-policy-rl, TIS); Liu et al., "When speed kills stability"
     (richardli.xyz/rl-collapse, MIS and geometric means); IcePop: 2510.18855.
+
+    Example:
+        >>> rollout = torch.tensor([[-1.0, -2.0, -4.0]])  # what the engine says that sampled
+        >>> logprobs = torch.tensor([[-1.0, -1.9, -2.0]])  # what the trainer says
+        >>> weights, metrics = fastrlhf.rollout_correction(logprobs, rollout, torch.ones(1, 3))
+        >>> weights
+        tensor([[1.0000, 1.1052, 2.0000]])
     """
     check_one_of("mode", mode, get_args(RolloutMode))
     level, treatment = mode.split("_")

@@ -62,6 +62,12 @@ def rollout_metrics(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; a group that is none.
 
     Source: Schulman, "Approximating KL divergence" (2020); the names are verl's and TRL's.
+
+    Example:
+        >>> rollout, logprobs = torch.tensor([[-1.0, -4.0]]), torch.tensor([[-1.1, -3.9]])
+        >>> metrics = fastrlhf.rollout_metrics(logprobs, rollout, torch.ones(1, 2))
+        >>> metrics["rollout_corr/k3_kl"]
+        tensor(0.0050)
     """
     tokens = rollout_tokens(logprobs, rollout_logprobs, mask, cu_seqlens, group)
     return metrics_of_tokens(tokens)

@@ -50,6 +50,11 @@ def top_entropy_mask(
             group that is none.
 
     Source: 2506.01939 ("Beyond the 80/20 rule").
+
+    Example:
+        >>> entropy = torch.tensor([[0.1, 2.0, 0.3, 0.2, 1.5]])
+        >>> fastrlhf.top_entropy_mask(entropy, torch.ones(1, 5), share=0.4)
+        tensor([[False,  True, False, False,  True]])
     """
     check_floating("entropy", entropy)
     check_mask("mask", mask)

@@ -57,6 +57,13 @@ def tpo_loss(
         TypeError, ValueError: as `cpo_loss`.
 
     Source: 2405.16681; hinge and ipo as TRL's TPOTrainer.
+
+    Example:
+        >>> logps = torch.tensor([-10.0, -14.0, -9.0])
+        >>> chosen, rejected, gold = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> losses, rewards = fastrlhf.tpo_loss(logps, chosen, rejected, gold, beta=0.1)
+        >>> losses, rewards
+        (tensor([9.5130]), tensor([-1.0000, -1.4000, -0.9000]))
     """
     check_pairs("logps", logps, yw_idxs, yl_idxs, None)
     check_pair_indices("logps", logps, yw_idxs, gold_idxs, names=("yw_idxs", "gold_idxs"))

@@ -60,6 +60,13 @@ def kto_loss(
         TypeError, ValueError: as `dpo_loss`.
 
     Source: 2402.01306 Eq. 8; 2408.06266 Eq. 7.
+
+    Example:
+        >>> pi_logps, ref_logps = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -12.5])
+        >>> desirable = torch.tensor([True, False])
+        >>> losses, rewards = fastrlhf.kto_loss(pi_logps, ref_logps, desirable, kl=0.75)
+        >>> losses, rewards
+        (tensor([0.4938, 0.4938]), tensor([0.1000, 0.0500]))
     """
     check_unpaired(pi_logps, ref_logps)
     check_labels(desirable, pi_logps)
@@ -97,6 +104,11 @@ def kto_kl(pi_logps: Tensor, ref_logps: Tensor, *, group: Group | None = None) -
         TypeError, ValueError: as `kto_loss`; a group that is none, or without this process.
 
     Source: 2402.01306, section 4.1.
+
+    Example:
+        >>> pi_logps, ref_logps = torch.tensor([-20.0, -18.0]), torch.tensor([-21.0, -18.5])
+        >>> fastrlhf.kto_kl(pi_logps, ref_logps)
+        tensor(0.7500)
     """
     check_unpaired(pi_logps, ref_logps)
     scores = sequence_scores(pi_logps.detach(), ref_logps.detach(), None)

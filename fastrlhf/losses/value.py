@@ -71,6 +71,13 @@ def value_loss(
             reduction, or one that the normalizer does not go with.
 
     Source: PPO's reference implementation, with the ½ of 2005.12729 and TRL.
+
+    Example:
+        >>> values, old_values = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.4, 0.2]])
+        >>> returns, mask = torch.tensor([[1.0, 1.0]]), torch.ones(1, 2)
+        >>> loss, metrics = fastrlhf.value_loss(values, old_values, returns, mask)
+        >>> loss, metrics["val/clipfrac_avg"]
+        (tensor(0.1525), tensor(0.5000))
     """
     layout = check_tokens("values", values, mask, cu_seqlens, group)
     others = {"returns": returns}

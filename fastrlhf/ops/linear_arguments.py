@@ -35,7 +35,7 @@ from .linear_precision import autocast_decides, matmul_dtype
 from .linear_problem import LinearInputs, LinearOptions, LinearProblem
 from .linear_question import TokenQuestion
 from .linear_rows import SharedRows, counts_are_unknown, default_chunk, shared_rows
-from .token_stats import check_values_on_host
+from .logits_arguments import check_values_on_host
 from .tracing import being_traced
 from .transform import Transform, check_temperatures_on_host, checked_transform
 from .vocabulary_part import IGNORED, VocabularyPart, agreed_part, numbered

@@ -29,7 +29,6 @@ from .backend import (
 from .checks import check_bool, check_same_device, check_shape
 from .divergence import (
     checked_measure,
-    checked_rows,
     definition,
 )
 from .keywords import Unpack
@@ -40,6 +39,7 @@ from .linear_head import Weight
 from .linear_plans import room_for_slopes
 from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
+from .logits_arguments import checked_rows
 from .ranks import Group, all_reduced_rows, refuse_transforms_of_ranks
 from .scorer import LinearScorer
 from .sharded import head_part, same_head_part
@@ -152,6 +152,14 @@ def linear_kl_divergence(
         RuntimeError: an entropy under `torch.func` transforms.
 
     Source: 2306.13649 (GKD).
+
+    Example:
+        >>> hidden, weight = torch.eye(2, requires_grad=True), torch.eye(2)
+        >>> ref_hidden, ref_weight = torch.zeros(2, 3), torch.zeros(2, 3)  # of another width
+        >>> divergence = fastrlhf.linear_kl_divergence(hidden, weight, ref_hidden, ref_weight)
+        >>> divergence.mean().backward()
+        >>> divergence.detach()
+        tensor([0.1109, 0.1109])
     """
     check_bool("entropy", entropy)
     if entropy:

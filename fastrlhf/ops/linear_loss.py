@@ -32,7 +32,16 @@ from .sharded import head_part, replicated
 
 
 class ChunkStats(NamedTuple):
-    """What a loss sees of n tokens at a time: `TokenStats`, and the groups that they belong to."""
+    """What a loss sees of n tokens at a time: `TokenStats`, and the groups that they belong to.
+
+    Example:
+        >>> def z_loss(stats: fastrlhf.ChunkStats):
+        ...     return 1e-4 * stats.lse.square().sum() - stats.logprob.sum()
+        >>> hidden, weight, targets = torch.ones(3, 4), torch.zeros(8, 4), torch.tensor([0, 1, 2])
+        >>> loss, _ = fastrlhf.linear_loss(z_loss, hidden, weight, targets)
+        >>> loss
+        tensor(6.2396)
+    """
 
     logprob: Tensor  # (n,)
     entropy: Tensor | None  # (n,), None unless asked for
@@ -113,6 +122,16 @@ def linear_loss(
     Raises:
         TypeError, ValueError: as `linear_token_stats`; groups or side inputs that do not fit; a
             loss_fn that returns anything else.
+
+    Example:
+        >>> def loss_fn(stats, weights):
+        ...     return -(stats.logprob * weights).sum(), {"tokens": torch.tensor(len(weights))}
+        >>> hidden, weight = torch.ones(3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> targets, weights = torch.tensor([0, 1, -100]), torch.tensor([1.0, 0.5, 0.0])
+        >>> loss, metrics = fastrlhf.linear_loss(loss_fn, hidden, weight, targets, weights)
+        >>> loss.backward()
+        >>> loss.detach(), metrics
+        (tensor(3.1192), {'tokens': tensor(2)})
     """
     refuse_transforms("linear_loss", "linear_token_stats and a loss of it")
     head = head_part(hidden, [weight], bias, group)

@@ -37,9 +37,9 @@ from .linear_precision import exact
 from .linear_problem import LinearInputs, LinearProblem
 from .linear_question import checked_question
 from .ranks import Group, all_reduced_rows, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .row_stats import shaped_stats
 from .sharded import head_part, replicated
 from .shared_slopes import statistics_and_shared_slopes, times_shared_slopes
-from .token_stats import shaped_stats
 
 
 def linear_token_stats(
@@ -135,6 +135,14 @@ def linear_token_stats(
             `token_stats`.
 
     The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.
+
+    Example:
+        >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 0.0]], requires_grad=True)
+        >>> weight = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])  # of the head, (V, H)
+        >>> stats = fastrlhf.linear_token_stats(hidden, weight, torch.tensor([0, 2]), entropy=True)
+        >>> stats.logprob.detach(), stats.entropy.detach()
+        (tensor([-0.4076, -1.0986]), tensor([0.8324, 1.0986]))
+        >>> stats.logprob.sum().backward()
     """
     head = head_part(hidden, [weight], bias, group)
     inputs = LinearInputs(
@@ -168,6 +176,11 @@ def linear_token_logprobs(
 
     Eager equivalent: `F.linear(hidden, weight, bias).float().log_softmax(-1).gather(-1,
     targets[..., None])[..., 0]`.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+        >>> fastrlhf.linear_token_logprobs(hidden, weight, torch.tensor([0, 2]))
+        tensor([-0.4076, -1.0986])
     """
     head = head_part(hidden, [weight], bias, group)
     inputs = LinearInputs(

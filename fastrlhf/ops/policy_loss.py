@@ -12,7 +12,8 @@ from torch import Tensor
 from fastrlhf import reference
 
 from .backend import refuse_second_derivative, refuse_transforms
-from .token_stats import can_overwrite, check_values_on_host, flat_rows
+from .logits_arguments import check_values_on_host
+from .rows import can_overwrite, flat_rows
 from .tracing import being_traced
 from .transform import Transform
 

@@ -50,6 +50,12 @@ def conjugate_gradient(
     Raises:
         TypeError, ValueError: a target that is no vector; an operator that makes something else of
             a vector; an option out of range.
+
+    Example:
+        >>> matrix, target = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([2.0, 2.0])
+        >>> solution, residual = fastrlhf.conjugate_gradient(lambda v: matrix @ v, target)
+        >>> solution
+        tensor([1.0000, 0.5000])
     """
     if not callable(operator):
         raise TypeError(f"operator: expected a function, got {type(operator).__name__}")

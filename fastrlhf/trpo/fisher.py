@@ -81,6 +81,14 @@ def fisher_vector_product(
         TypeError, ValueError: shapes that do not fit; an unknown mode.
 
     Source: 1502.05477 appendix C.
+
+    Example:
+        >>> policy = torch.nn.Linear(3, 4)
+        >>> states, params = torch.eye(3).unsqueeze(0), list(policy.parameters())
+        >>> vector = torch.ones(sum(p.numel() for p in params))
+        >>> product = fastrlhf.fisher_vector_product(lambda: policy(states), params, vector)
+        >>> product.shape
+        torch.Size([16])
     """
     damping = checked_damping(damping)
     check_one_of("mode", mode, MODES)

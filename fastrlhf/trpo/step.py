@@ -39,7 +39,16 @@ from .policy import Policy, PolicyOnBatch, differentiable_attention
 
 
 class TrustRegionInfo(NamedTuple):
-    """What a step did; numbers are 0-d tensors, of the whole batch on every rank."""
+    """What a step did; numbers are 0-d tensors, of the whole batch on every rank.
+
+    Example:
+        >>> policy = torch.nn.Linear(3, 4)
+        >>> batch = torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, -1.0, 0.5]]), torch.ones(1, 3)
+        >>> params = list(policy.parameters())
+        >>> info = fastrlhf.trpo_step(lambda: policy(torch.eye(3).unsqueeze(0)), params, *batch)
+        >>> bool(info.surrogate > 0), bool(info.kl <= 0.01)
+        (True, True)
+    """
 
     accepted: bool
     surrogate: Tensor  # mean of r·A after the step, less that before it; 0 if not accepted
@@ -97,6 +106,15 @@ def trpo_step(
         TypeError, ValueError: shapes, devices or options that do not fit.
 
     Source: 1502.05477 section 6 and appendix C.
+
+    Example:
+        >>> policy = torch.nn.Linear(3, 4)
+        >>> states, actions = torch.eye(3).unsqueeze(0), torch.tensor([[0, 1, 2]])
+        >>> advantages, mask = torch.tensor([[1.0, -1.0, 0.5]]), torch.ones(1, 3)
+        >>> params = list(policy.parameters())
+        >>> info = fastrlhf.trpo_step(lambda: policy(states), params, actions, advantages, mask)
+        >>> info.accepted, bool(info.kl <= 0.01)
+        (True, True)
     """
     max_kl = check_positive("max_kl", max_kl)
     damping = checked_damping(damping)

@@ -41,8 +41,8 @@ def blocks(language: str) -> list[Block]:
     ]
 
 
-def example(definition: str, page: str = "docs/") -> Block:
-    """The only example with such a line of code on the pages of which the path begins so."""
+def example(definition: str, page: str = "docs/guide/") -> Block:
+    """The only example with this in its code, on the pages of which the path begins so."""
     (found,) = (
         block
         for block in blocks("python")

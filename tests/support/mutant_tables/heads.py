@@ -274,13 +274,16 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_plans.py", "test_vocabulary_over_ranks.py",
+        "fastrlhf/ops/linear_plans.py", "test_vocabulary_over_ranks_accuracy.py",
         (
             "shared: slopes are rounded before they are added",
             "alone = not bench.question.entropy_grad and bench.part is None",
             "alone = not bench.question.entropy_grad",
             "that_cancel and linear_token",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_plans.py", "test_vocabulary_over_ranks.py",
         (
             "shared: the mean's gradient is that of this rank's columns",
             "mean_logit=slopes.mean_logit * share)",
@@ -492,6 +495,9 @@ MUTANTS = [
             "pass",
             "frozen and linear_kl and hidden and eager",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_divergence.py", "test_vocabulary_over_ranks_accuracy.py",
         (
             "shared: slopes of a divergence are rounded before they are added",
             "alone=side.group is None)",
@@ -650,13 +656,16 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_kept.py", "test_vocabulary_over_ranks.py",
+        "fastrlhf/ops/linear_kept.py", "test_vocabulary_over_ranks_accuracy.py",
         (
             "kept ids: each rank's part of a gradient is rounded",
             "hidden = shared_by_ranks(hidden.to(accumulation_dtype(hidden.dtype)), group)",
             "hidden = shared_by_ranks(hidden, group)",
             "cancel and True",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_kept.py", "test_vocabulary_over_ranks.py",
         (
             "kept ids: the gradient of a rank's own part alone",
             "hidden = shared_by_ranks(hidden.to(accumulation_dtype(hidden.dtype)), group)",

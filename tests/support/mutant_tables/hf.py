@@ -126,13 +126,13 @@ MUTANTS = [
         "fastrlhf/hf/model_losses.py", "test_model_losses.py",
         (
             "model loss: a normalizer that is not used",
-            "mean_of(total, targets != IGNORED, normalizer)",
-            "mean_of(total, targets != IGNORED, None)",
+            "mean_of(total, scored, normalizer)",
+            "mean_of(total, scored, None)",
             "metrics_are_those",
         ),
         (
             "model loss: weights that are not looked at",
-            "targets, options, here, ignore_index=IGNORED",
+            "targets, options, weights_there, ignore_index=IGNORED",
             "targets, options, None, ignore_index=IGNORED",
             "tokens_weigh",
         ),

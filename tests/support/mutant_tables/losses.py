@@ -7,7 +7,7 @@ MUTANTS = [
         "fastrlhf/losses/preference.py", "test_packed.py",
         (
             "packed: a reference of tokens is taken for one of sequences",
-            "given.ndim == 2 or given.shape == pi_logps.shape", "given.ndim == 2",
+            "ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape", "ref_logps.ndim == 2",
             "every_type or tokens_shape",
         ),
     ),
@@ -29,7 +29,7 @@ MUTANTS = [
         ),
         (
             "ranks: sums are taken for tokens of ranks",
-            "if check_group(group) is not None and mask is None and cu_seqlens is None:",
+            "if spread and self.cu_seqlens is None:",
             "if False:",
             "named",
         ),
@@ -143,8 +143,8 @@ MUTANTS = [
         "fastrlhf/losses/linear_preference.py", "test_linear_dpo_loss.py",
         (
             "linear dpo: a pair with an empty sequence is dropped",
-            "present[yw_idxs.long()] | present[yl_idxs.long()]",
-            "present[yw_idxs.long()] & present[yl_idxs.long()]",
+            "sequences[self.yw_idxs.long()] | sequences[self.yl_idxs.long()]",
+            "sequences[self.yw_idxs.long()] & sequences[self.yl_idxs.long()]",
             "one_sequence_has_no",
         ),
     ),

@@ -20,7 +20,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/layout.py", "test_packed.py",
+        "fastrlhf/ops/layout.py", "test_packed_sums.py",
         (
             "layout: a border belongs to the sequence before it",
             "place, right=True)", "place, right=False)",
@@ -54,16 +54,25 @@ MUTANTS = [
             "return _sums(d_tokens, *ctx.saved_tensors) * 0.5, None, None",
             "each_others_transpose",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/layout.py", "test_packed.py",
         (
             "layout: the last token of the mask is the last of all",
             "return (mask != 0) & is_last.view(mask.shape)", "return is_last.view(mask.shape)",
             "score_goes",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/layout.py", "test_packed_errors.py",
         (
             "layout: borders of any end",
             "    if last != end:\n", "    if last > end:\n",
             "wrong_borders",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/layout.py", "test_packed_transforms.py",
         (
             "layout: borders that a graph does not look at",
             "(lengths >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == end)",
@@ -116,7 +125,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/token_stats.py", "test_token_stats.py",
+        "fastrlhf/ops/rows.py", "test_token_stats_backends.py",
         (
             "in place: overlapping windows",
             "if size > 1 and stride < span:", "if size > 1 and stride < 1:",
@@ -127,11 +136,22 @@ MUTANTS = [
             "if size > 1 and stride < span:", "if size > 1 and stride <= span:",
             "windows or same_bits_in_the_memory",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/eager_token_stats.py", "test_token_stats_hostile.py",
         (
             "eager: rows of nothing have a gradient",
             "active &= peak != -torch.inf", "active &= True",
             "masked_vocabulary and eager",
         ),
+        (
+            "eager: in place, rows without a gradient keep their logits",
+            "        put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "        pass",
+            "exactly_zero and eager",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/eager_token_stats.py", "test_token_stats_lse.py",
         (
             "eager: a row with a slope of the lse alone is zeros",
             "    for slope in others:\n", "    for slope in others[:1]:\n",
@@ -143,15 +163,13 @@ MUTANTS = [
             "*(None if slope is None else slope[: len(d_logprob[index])] for slope in others)",
             "any_slope and eager",
         ),
-        (
-            "eager: in place, rows without a gradient keep their logits",
-            "    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "    pass",
-            "exactly_zero and eager",
-        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/eager_rows.py", "test_token_stats.py",
         (
             "eager: no row is a chunk too small",
-            "size = max(1, _EAGER_CHUNK_LOGITS // rows.shape[2])",
-            "size = _EAGER_CHUNK_LOGITS // rows.shape[2]",
+            "size = max(1, (logits_at_once or _CHUNK_LOGITS) // rows.shape[2])",
+            "size = (logits_at_once or _CHUNK_LOGITS) // rows.shape[2]",
             "eager_chunks",
         ),
     ),
@@ -159,7 +177,7 @@ MUTANTS = [
         "fastrlhf/ops/token_stats.py", "test_with_stats.py",
         (
             "statistics: an entropy without gradient has one",
-            "        row_entropy = row_entropy.detach()\n", "        pass\n",
+            "        stats = stats._replace(entropy=stats.entropy.detach())\n", "        pass\n",
             "requires_one or without_the_entropy",
         ),
         (
@@ -172,14 +190,14 @@ MUTANTS = [
         "fastrlhf/ops/token_stats.py", "test_cross_entropy.py",
         (
             "statistics: a slope of the lse that is dropped",
-            "arguments += (temperature, softcap, scale, impl, d_lse, d_mean)",
-            "arguments += (temperature, softcap, scale, impl, None, d_mean)",
+            "given.scale, given.impl, d.lse, d_mean,", "given.scale, given.impl, None, d_mean,",
             "of_the_formula and eager",
         ),
         (
             "statistics: a second derivative without the lse",
-            "upstream = (d_logprob, d_entropy, d_lse, d_mean)",
-            "upstream = (d_logprob, d_entropy, None, d_mean)", "second_derivatives",
+            "_gradient_by_autograd(given, (d_logprob, d_entropy, d.lse, d_mean))",
+            "_gradient_by_autograd(given, (d_logprob, d_entropy, None, d_mean))",
+            "second_derivatives",
         ),
     ),
     *mutants_of(
@@ -196,18 +214,13 @@ MUTANTS = [
         ),
         (
             "compiled: a softcap is compiled in",
-            "        _number(softcap, of_rows),\n", "        softcap,\n",
+            "        number(softcap, of_rows),\n", "        softcap,\n",
             "compiled_anew",
         ),
         (
             "compiled: spans of the first rows",
             "done += len(some)", "done += 0",
             "spans_of_rows",
-        ),
-        (
-            "compiled: squares that are too large to add up",
-            " & (found != torch.inf)", "",
-            "all_columns",
         ),
         (
             "compiled: sums of whole runs alone",
@@ -221,20 +234,31 @@ MUTANTS = [
             "all_columns",
         ),
         (
-            "compiled: ln V, in fp32, beside a small divergence",
-            "peak_q, a + d, b + e, c + f)", "peak_q, *added((a, b, c, d, e, f)))",
-            "small_divergences",
-        ),
-        (
             "compiled: a gradient that is written into a copy",
             "    there = _view_by_number(d_rows, index)\n",
-            "    there = _found_by_number(d_rows, index)\n",
+            "    there = by_number(d_rows, index)\n",
             "columns_at_any_distance",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/compiled_fisher.py", "test_compiled.py",
+        (
+            "compiled: squares that are too large to add up",
+            " & (quadratic != torch.inf)", "",
+            "all_columns",
         ),
         (
             "compiled: a variance from moments that cancel",
-            "sure = (found > mean.square())", "sure = (found == found)",
+            "sure = (quadratic > mean.square())", "sure = (quadratic == quadratic)",
             "all_columns",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/compiled_divergence.py", "test_compiled.py",
+        (
+            "compiled: ln V, in fp32, beside a small divergence",
+            "peak_q, a + d, b + e, c + f)", "peak_q, *compiled_rows.added((a, b, c, d, e, f)))",
+            "small_divergences",
         ),
     ),
     Mutant(
@@ -254,12 +278,12 @@ MUTANTS = [
     ),
     Mutant(
         "compiled: a KL of small numbers from one pass",
-        "fastrlhf/ops/compiled_rows.py",
+        "fastrlhf/ops/compiled_divergence.py",
         "_LARGE_DIVERGENCE = 0.5", "_LARGE_DIVERGENCE = -1.0",
         "test_divergence_accuracy.py", "nearly_equal and compiled and reverse",
     ),
     *mutants_of(
-        "fastrlhf/ops/compiled_rows.py", "test_returns.py",
+        "fastrlhf/ops/compiled_gae.py", "test_returns.py",
         (
             "gae, compiled: the last value follows nothing",
             "[after if last_values is None else last_values.to(dtype), *following]",
@@ -349,7 +373,7 @@ MUTANTS = [
         "fused policy: strided vectors",
         "fastrlhf/ops/policy_loss.py",
         "return x.reshape(-1).to(acc).contiguous()", "return x.reshape(-1).to(acc)",
-        "test_logits_policy_loss.py", "strides and triton",
+        "test_logits_policy_loss_backends.py", "strides and triton",
         "what the losses pass comes out of torch.where or token_weights, whose (B, T) either is "
         "contiguous or has to be copied to become (N,)",
     ),

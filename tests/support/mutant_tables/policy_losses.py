@@ -20,12 +20,15 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/reduce.py", "test_policy_loss.py",
+        "fastrlhf/losses/reduce.py", "test_policy_loss_hostile.py",
         (
             "reduction: a metric of no tokens",
             "/ layout.total(mask).clamp(min=1)", "/ layout.total(mask)",
             "without_tokens",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/losses/reduce.py", "test_policy_loss.py",
         (
             "reduction: sequences by their length",
             "layout.spread(denominator * lengths)",
@@ -38,7 +41,7 @@ MUTANTS = [
         "fastrlhf/losses/reduce.py",
         "denominator = layout.total(mask).to(dtype).clamp(min=1)",
         "denominator = layout.total(mask).to(dtype)",
-        "test_policy_loss.py", "without_tokens",
+        "test_policy_loss_hostile.py", "without_tokens",
         "1/0 is taken only where the mask has no token, and then the where gives every token 0",
     ),
     *mutants_of(
@@ -71,13 +74,13 @@ MUTANTS = [
         "fastrlhf/losses/fused_sequences.py", "test_linear_preference_options.py",
         (
             "fused sequences: the tokens of a group are all there are",
-            "losses, _ = loss.of_tokens(SequenceTokens(here, mask, **back))",
-            "losses, _ = loss.of_tokens(SequenceTokens(here, here, **back))",
+            "losses, _ = self.loss.of_tokens(SequenceTokens(of_chunk, self.mask, **in_place))",
+            "losses, _ = self.loss.of_tokens(SequenceTokens(of_chunk, of_chunk, **in_place))",
             "from_hidden_states and MPO and True",
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/policy.py", "test_logits_policy_loss.py",
+        "fastrlhf/losses/policy.py", "test_logits_policy_loss_hostile.py",
         (
             "policy: a forbidden token without old log-probs",
             "logprobs = torch.where(logprobs == -torch.inf, 0.0, logprobs)",
@@ -97,6 +100,9 @@ MUTANTS = [
             "return mean.detach() + finite - finite.detach()", "return mean",
             "those_of_the_papers and sequence-token",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/losses/policy.py", "test_policy_loss_options.py",
         (
             "policy: the off-policy mask keeps what has drifted",
             "(drift > threshold) & (tokens.advantages < 0)",
@@ -109,20 +115,26 @@ MUTANTS = [
             "off_policy_mask",
         ),
         (
-            "policy: infinity times the weight 0 of a penalty",
-            "counts = tokens.kl_weights != 0", "counts = tokens.kl_weights == tokens.kl_weights",
-            "weight_zero_can_be_infinite",
-        ),
-        (
-            "policy: a constant leaves its rounding in the corrected gradient",
-            "            log_product = log_product.detach()", "            pass",
-            "corrected_k3_keeps",
-        ),
-        (
             "policy: clipped sequences counted by tokens",
             "counts(clipped).to(dtype) / lengths.clamp(min=1)",
             "counts(clipped).to(dtype) / clipped.shape[-1]",
             "sequences_that_are_clipped",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/losses/policy.py", "test_policy_loss_hostile.py",
+        (
+            "policy: infinity times the weight 0 of a penalty",
+            "counts = tokens.kl_weights != 0", "counts = tokens.kl_weights == tokens.kl_weights",
+            "weight_zero_can_be_infinite",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/losses/policy.py", "test_kl_penalty.py",
+        (
+            "policy: a constant leaves its rounding in the corrected gradient",
+            "            log_product = log_product.detach()", "            pass",
+            "corrected_k3_keeps",
         ),
     ),
     Mutant(
@@ -160,7 +172,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/ratios.py", "test_policy_loss.py",
+        "fastrlhf/losses/ratios.py", "test_policy_loss_hostile.py",
         (
             "ratios: the gradient of NaN is 0",
             "return torch.where(x > bound, bound, x)", "return x.clamp(max=bound)",
@@ -197,12 +209,15 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/surrogates.py", "test_policy_loss.py",
+        "fastrlhf/losses/surrogates.py", "test_policy_loss_hostile.py",
         (
             "policy: a ratio on its bound counts as clipped",
             "return ratio < bounds.low,", "return ratio <= bounds.low,",
             "on_its_bound",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/losses/surrogates.py", "test_policy_loss.py",
         (
             "policy: DPPO leaves out what comes back",
             "gone = torch.where(advantage > 0, too_high, too_low)",
@@ -222,7 +237,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/penalties.py", "test_policy_loss.py",
+        "fastrlhf/losses/penalties.py", "test_kl_penalty.py",
         (
             "penalties: k3+ has the gradient of k3",
             '"k3+": lambda x: _with_gradient_of_k2(expm1_minus(saturated(x)), x)',
@@ -234,6 +249,9 @@ MUTANTS = [
             "forbidden = x == torch.inf", "forbidden = x == torch.nan",
             "has_no_corrected_penalty",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/losses/penalties.py", "test_policy_loss.py",
         (
             "penalties: the corrected k3 loses its digits",
             "return torch.where(near, close, far)", "return far",

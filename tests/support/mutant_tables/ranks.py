@@ -52,6 +52,9 @@ MUTANTS = [
             "if part.numel():",
             "options_mean and linear_cross_entropy and eager",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/ranks.py", "test_vocabulary_over_ranks_errors.py",
         (
             "shared: a second derivative is taken of a part",
             'if torch.is_grad_enabled():\n        raise RuntimeError(\n            '
@@ -82,12 +85,6 @@ MUTANTS = [
             "of_the_whole and token_stats and eager and uneven",
         ),
         (
-            "shared: ranks need not agree",
-            "        if not alike[i]:",
-            "        if False:",
-            "do_not_agree",
-        ),
-        (
             "shared: blocks are as large as this rank's columns allow",
             "sum(sizes), max(sizes))",
             "sum(sizes), size)",
@@ -95,11 +92,20 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        "fastrlhf/ops/vocabulary_part.py", "test_vocabulary_over_ranks_errors.py",
+        (
+            "shared: ranks need not agree",
+            "        if not alike[i]:",
+            "        if False:",
+            "do_not_agree",
+        ),
+    ),
+    *mutants_of(
         "fastrlhf/ops/stats_over_ranks.py", "test_vocabulary_over_ranks.py",
         (
             "shared: the mean of the kernels is that of this rank's columns",
-            "mean_logit = mean_logit / part.vocab",
-            "mean_logit = mean_logit / max(part.size, 1)",
+            "_replace(mean_logit=stats.mean_logit / part.vocab)",
+            "_replace(mean_logit=stats.mean_logit / max(part.size, 1))",
             "options_mean and token_stats and triton and mean_logit",
         ),
         (
@@ -108,6 +114,9 @@ MUTANTS = [
             "statistics_of_parts(merged, max(part.size, 1), row_temperature)",
             "options_mean and token_stats and eager and mean_logit",
         ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/stats_over_ranks.py", "test_vocabulary_over_ranks_accuracy.py",
         (
             "shared: no columns have a peak",
             "_OF_NO_COLUMNS = (-torch.inf, 0.0,",
@@ -151,7 +160,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/sharded.py", "test_vocabulary_over_ranks.py",
+        "fastrlhf/ops/sharded.py", "test_vocabulary_over_ranks_dtensors.py",
         (
             "shared: a DTensor starts where its rank among all does",
             "start = min(mesh.get_local_rank(mesh_dim) * largest, vocab)",
