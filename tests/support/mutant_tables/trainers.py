@@ -153,16 +153,19 @@ MUTANTS = [
             "keeps_all_up_to",
         ),
         (
-            "rollout: dropout while scoring",
-            'with evaluating(policy):\n        batch["logprobs"]',
-            'if True:\n        batch["logprobs"]',
-            "dropout_is_off",
-        ),
-        (
             "rollout: sequences are padded on the left",
             "(~valid).long().argsort(dim=1, stable=True)[:, :longest]",
             "valid.long().argsort(dim=1, stable=True)[:, -longest:]",
             "laid_out",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/recipes/rollout.py", "test_recipe_rollout_models.py",
+        (
+            "rollout: dropout while scoring",
+            'with evaluating(policy):\n        batch["logprobs"]',
+            'if True:\n        batch["logprobs"]',
+            "dropout_is_off",
         ),
         (
             "rollout: a reference drops out",
