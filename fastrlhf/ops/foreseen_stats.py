@@ -1,12 +1,13 @@
 """Token statistics whose loss comes later, and whose gradient is mostly foreseen.
 
 A trainer that takes log-probs out of a model's forward, and makes a loss of them afterwards, needs
-4G where the head is trained: the loss's derivative with respect to each log-prob, its *slope*, is
-not known while the logits are there, and backward makes them again. But often the slopes can be
-foreseen, up to a factor that all tokens share: those of a cross-entropy are equal. Then the forward
-finishes the gradient for the foreseen slopes, 3G in all; backward compares them with what has come,
-and makes the logits again of those tokens alone whose slope is another. So a wrong guess costs
-time, never a wrong gradient.
+4G where the head is trained, with G for one matmul of tokens × hidden × vocabulary (RECOMPUTE in
+`linear_plans.py`): the loss's derivative with respect to each log-prob, its *slope*, is not known
+while the logits are there, and backward makes them again. But often the slopes can be foreseen, up
+to a factor that all tokens share: those of a cross-entropy are equal. Then the forward finishes the
+gradient for the foreseen slopes, 3G in all; backward compares them with what has come, and makes
+the logits again of those tokens alone whose slope is another. So a wrong guess costs time, never a
+wrong gradient.
 
 What the forward leaves for backward, the gradient for the foreseen slopes among it, serves once and
 is let go of. A second backward through the same graph makes all logits again.
@@ -16,6 +17,8 @@ need of as much memory for its first block anyway: a batch of one block costs 3G
 
 Entropies are treated likewise: nothing is kept for their gradient, which a log has no use for.
 Where a loss asks for it after all, backward makes the logits again.
+
+Used by `fastrlhf/integrations/trl_head.py`; what it foresees is in `trl_foresight.py` there.
 """
 
 from collections.abc import Callable
@@ -27,12 +30,10 @@ from torch import Tensor
 from fastrlhf.reference import TokenStats
 
 from .backend import under_transform, wanted_or_detached
-from .linear_arguments import LinearProblem, exact
+from .linear_definition import differentiable_gradients
 from .linear_plans import (
-    Found,
+    AllStats,
     Needs,
-    Slopes,
-    Statistics,
     Workbench,
     put,
     recomputed_gradients,
@@ -40,12 +41,15 @@ from .linear_plans import (
     room_for_slopes,
     statistics,
 )
+from .linear_precision import exact
+from .linear_problem import LinearProblem
 from .linear_rows import Block, Span, even_spans, live_rows
+from .linear_statistics import Slopes, Statistics
 from .linear_token_stats import (
-    differentiable_gradients,
+    in_order_of_tensors,
     keep_problem,
     kept_problem,
-    stats_of_found,
+    shaped_like_targets,
     token_stats_of,
 )
 
@@ -66,18 +70,12 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
     slope is another than was foreseen, or whose entropy has a gradient, costs 3G more (2G where the
     head is frozen). On a GPU, backward waits once for how many those are.
     """
-    elsewhere = problem.options.part, problem.options.shared, problem.kept
-    if under_transform() or any(x is not None for x in elsewhere):
+    not_served = problem.options.part, problem.options.shared, problem.kept
+    if under_transform() or any(x is not None for x in not_served):
         return token_stats_of(problem)
-    found = _ForeseenStats.apply(
-        problem.options,
-        foresight,
-        *wanted_or_detached(
-            problem.hidden, problem.bias, problem.targets, problem.token_temperature,
-            *problem.weights,
-        ),
-    )  # fmt: skip
-    return stats_of_found(problem, found)
+    tensors = wanted_or_detached(*problem.tensors())
+    all_stats = _ForeseenStats.apply(problem.options, foresight, *tensors)
+    return shaped_like_targets(all_stats, problem)
 
 
 class _LastBlock(NamedTuple):
@@ -97,30 +95,31 @@ class _Foreseen(NamedTuple):
 
 class _ForeseenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, foresight, hidden, bias, targets, token_temperature, *weights):
-        wanted = ctx.needs_input_grad
-        ctx.needs = needs = Needs(wanted[2], list(wanted[6:]), wanted[3])
-        problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
-        order = live_rows(targets.reshape(-1), options.ignore_index)
+    def forward(ctx, options, foresight, *tensors):
+        ctx.needs = needs = Needs.of(ctx.needs_input_grad[2:])
+        problem = LinearProblem.of(options, tensors)
+        order = live_rows(problem.targets.reshape(-1), options.question.ignore_index)
         slope_of_logprob: list[Tensor] = []
-        ctx.left = None
-        with exact(hidden):
+        ctx.leftover = None
+        with exact(problem.hidden):
             bench = problem.workbench(order)
             spans = even_spans(bench.rows.size, options.chunk)
             if needs.head and foresight is not None:
-                found, ctx.left = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
+                all_stats, ctx.leftover = _with_foreseen_gradient(
+                    bench, spans, needs, foresight, problem
+                )
             elif needs.head:
-                found, ctx.left = _with_last_block(bench, spans)
+                all_stats, ctx.leftover = _with_last_block(bench, spans)
             elif needs.hidden:
-                found, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
+                all_stats, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
             else:
-                found, _ = statistics(bench, spans)
-        # Backward needs nothing but what may have a gradient.
-        problem = problem._replace(options=options._replace(with_stats=()))
+                all_stats, _ = statistics(bench, spans)
+        question = options.question._replace(with_stats=())  # which has no gradient
+        problem = problem._replace(options=options._replace(question=question))
         keep_problem(ctx, problem, order, slope_of_logprob)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*found[2:])
-        return tuple(found)
+        ctx.mark_non_differentiable(*all_stats[2:])
+        return tuple(all_stats)
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
@@ -128,69 +127,66 @@ class _ForeseenStats(torch.autograd.Function):
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             totals = differentiable_gradients(problem, ctx.needs, d_logprob, d_entropy)
         else:
-            left, ctx.left = ctx.left, None  # it serves once
+            leftover, ctx.leftover = ctx.leftover, None  # it serves once
             if d_logprob is None:
                 sums = torch.promote_types(problem.options.dtype, torch.float32)
                 d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
             slopes = Slopes(d_logprob, d_entropy)
             if slope_of_logprob:
                 totals = _from_slope(problem, order, slope_of_logprob[0], slopes)
-            elif isinstance(left, _Foreseen):
-                totals = _from_foreseen(problem, order, ctx.needs, left, slopes)
+            elif isinstance(leftover, _Foreseen):
+                totals = _from_foreseen(problem, order, ctx.needs, leftover, slopes)
             else:
-                totals = _made_again(problem, order, ctx.needs, slopes, last_block=left)
-            inputs = problem.hidden, problem.bias, *problem.weights
-            totals = [
-                None if total is None or x is None else total.to(x.dtype)
-                for total, x in zip(totals, inputs, strict=True)
-            ]
-        d_hidden, d_bias, *d_weights = totals
-        return None, None, d_hidden, d_bias, None, None, *d_weights
+                totals = _recomputed(problem, order, ctx.needs, slopes, last_block=leftover)
+            totals = problem.like_inputs(totals)
+        return None, None, *in_order_of_tensors(totals)
 
 
 def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ...]:
-    """Statistics, and ∂logprob/∂hidden (N, K) of each token: P1, but for the entropy's."""
-    found = room_for_all_tokens(bench)
+    """Statistics, and ∂logprob/∂hidden (N, K) of each token: the plan KEEP_SLOPES, but
+    for the entropy's slope.
+    """
+    all_stats = room_for_all_tokens(bench)
     slope = room_for_slopes(bench.rows.hidden, alone=True)
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
-        put(found, block, stats)
+        put(all_stats, block, stats)
         unit = Slopes(torch.ones_like(stats.logprob))
-        dz = bench.d_logits(block, logits, stats, unit, room=bench.head.room)
-        slope[block.place] = bench.head.pull_back(dz).to(slope.dtype)
-    return found, slope
+        d_logits = bench.d_logits(block, logits, stats, unit, room=bench.head.room)
+        slope[block.place] = bench.head.pull_back(d_logits).to(slope.dtype)
+    return all_stats, slope
 
 
-def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[Found, _LastBlock | None]:
-    """Statistics, and what is left of the last block: the forward of P4, but for that."""
-    found, left = room_for_all_tokens(bench), None
+def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[AllStats, _LastBlock | None]:
+    """Statistics, and what is left of the last block: the forward of RECOMPUTE, but for that."""
+    all_stats, last = room_for_all_tokens(bench), None
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
-        put(found, block, stats)
-        left = _LastBlock(span, logits, stats) if span == spans[-1] else None
+        put(all_stats, block, stats)
+        last = _LastBlock(span, logits, stats) if span == spans[-1] else None
         del logits  # before the next block makes its own
-    return found, left
+    return all_stats, last
 
 
 def _with_foreseen_gradient(
     bench: Workbench, spans: list[Span], needs: Needs, foresight: Foresight, problem: LinearProblem
-) -> tuple[Found, _Foreseen]:
-    """Statistics, and the gradient for the slopes that are foreseen: P2 with a guess."""
-    found = room_for_all_tokens(bench)
-    slopes = torch.zeros_like(found[0])
+) -> tuple[AllStats, _Foreseen]:
+    """Statistics, and the gradient for the slopes that are foreseen: WITH_LOSS, by a guess."""
+    all_stats = room_for_all_tokens(bench)
+    slopes = torch.zeros_like(all_stats[0])
     gradients = bench.gradients(needs, bench.head.sums)
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
-        put(found, block, stats)
+        put(all_stats, block, stats)
         guess = _guess(foresight, stats, block)
         slopes[block.place] = guess
         bench.differentiate(block, logits, stats, Slopes(guess), gradients)
         del logits  # before the next block makes its own
     known = gradients.totals(problem.hidden, problem.bias, problem.weights)
-    return found, _Foreseen(slopes, known)
+    return all_stats, _Foreseen(slopes, known)
 
 
 def _guess(foresight: Foresight, stats: Statistics, block: Block) -> Tensor:
@@ -204,43 +200,44 @@ def _from_slope(
     problem: LinearProblem, order: Tensor, slope: Tensor, slopes: Slopes
 ) -> list[Tensor | None]:
     """Scale the kept vector of each token by its upstream gradient, and add what entropies ask."""
-    live = problem.targets.reshape(-1) != problem.options.ignore_index
+    live = problem.targets.reshape(-1) != problem.options.question.ignore_index
     d_hidden = slope * torch.where(live, slopes.logprob, 0.0).unsqueeze(1)
     if slopes.entropy is not None:
         needs = Needs(True, [False] * len(problem.weights), False)
         of_entropy = Slopes(torch.zeros_like(slopes.logprob), slopes.entropy)
-        due = slopes.entropy[order] != 0
-        more = _made_again(problem, order[due], needs, of_entropy)[0]
+        recompute = slopes.entropy[order] != 0
+        more = _recomputed(problem, order[recompute], needs, of_entropy)[0]
         assert more is not None
         d_hidden = d_hidden + more.view(d_hidden.shape)
     return [d_hidden.view(problem.hidden.shape)] + [None] * (1 + len(problem.weights))
 
 
 def _from_foreseen(
-    problem: LinearProblem, order: Tensor, needs: Needs, left: _Foreseen, slopes: Slopes
+    problem: LinearProblem, order: Tensor, needs: Needs, leftover: _Foreseen, slopes: Slopes
 ) -> list[Tensor | None]:
     """Scale the gradient that was foreseen, and make up for the tokens whose slope is another."""
-    guess, came = left.slopes[order], slopes.logprob[order]
-    factor = came.new_zeros(())  # all is made again, where each token's gradient has two parts
+    foreseen, actual = leftover.slopes[order], slopes.logprob[order]
+    factor = actual.new_zeros(())  # where entropies have a gradient too, nothing foreseen is used
     if slopes.entropy is None:
-        factor = _common_factor(guess, came)
-    missed = came - factor * guess
-    alike = missed.abs() <= _SLACK * torch.finfo(came.dtype).eps * came.abs()
-    due = ~(alike & came.isfinite())
+        factor = _common_factor(foreseen, actual)
+    missed = actual - factor * foreseen
+    alike = missed.abs() <= _SLACK * torch.finfo(actual.dtype).eps * actual.abs()
+    recompute = ~(alike & actual.isfinite())
     if slopes.entropy is not None:
-        due |= slopes.entropy[order] != 0
-    totals = [None if total is None else total.mul_(factor) for total in left.gradient]
-    rows = order[due]
+        recompute |= slopes.entropy[order] != 0
+    totals = [None if total is None else total.mul_(factor) for total in leftover.gradient]
+    rows = order[recompute]
     if not rows.shape[0]:
         return totals
-    rest = torch.zeros_like(slopes.logprob).index_copy_(0, rows, missed[due])
+    rest = torch.zeros_like(slopes.logprob).index_copy_(0, rows, missed[recompute])
     again = Slopes(rest, slopes.entropy)
-    more = _made_again(problem, rows, needs, again, hidden_dtype=slopes.logprob.dtype)
+    more = _recomputed(problem, rows, needs, again, hidden_dtype=slopes.logprob.dtype)
     if totals[0] is not None and more[0] is not None:
-        # A row is of its token alone, so that nothing of what was foreseen need cancel there.
-        own, of_rest = (x.view(-1, problem.hidden.shape[-1]) for x in (totals[0], more[0]))
-        ratio = 1.0 if slopes.entropy is not None else (came / missed)[due].unsqueeze(1)
-        own[rows] = of_rest[rows] * ratio
+        # A hidden state's gradient is of its token alone. Where the slope was missed, it overwrites
+        # what was foreseen: to add to that what is missing would cancel digits.
+        d_hidden, of_rest = (x.view(-1, problem.hidden.shape[-1]) for x in (totals[0], more[0]))
+        ratio = 1.0 if slopes.entropy is not None else (actual / missed)[recompute].unsqueeze(1)
+        d_hidden[rows] = of_rest[rows] * ratio
     others = (
         None if a is None or b is None else a.add_(b)
         for a, b in zip(totals[1:], more[1:], strict=True)
@@ -248,15 +245,15 @@ def _from_foreseen(
     return [totals[0], *others]
 
 
-def _common_factor(guess: Tensor, came: Tensor) -> Tensor:
+def _common_factor(foreseen: Tensor, actual: Tensor) -> Tensor:
     """The factor that makes most slopes right: the median of what each would need."""
-    if not guess.numel():
-        return came.new_zeros(())
-    factor = torch.where(guess != 0, came / guess, torch.nan).nanmedian()
+    if not foreseen.numel():
+        return actual.new_zeros(())
+    factor = torch.where(foreseen != 0, actual / foreseen, torch.nan).nanmedian()
     return torch.where(factor.isfinite(), factor, 0.0)
 
 
-def _made_again(
+def _recomputed(
     problem: LinearProblem,
     order: Tensor,
     needs: Needs,

@@ -1,4 +1,12 @@
-"""A loss of one's own on token statistics from hidden states, at the fewest vocabulary matmuls."""
+"""A loss of one's own on token statistics from hidden states, at the fewest vocabulary matmuls.
+
+The loss is asked for while the logits of a chunk of tokens are there, so that its gradient is
+finished with it: 3G where the head is trained, 2G where it is frozen, with G for one matmul of
+tokens × hidden × vocabulary. `linear_plans.py` says why; the losses of `fastrlhf/losses/` come here
+through a `Scorer` (`scorer.py`), and all of them end in `loss_of`.
+
+Dims: N tokens, n tokens of a chunk.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,20 +17,16 @@ from torch import Tensor
 from .backend import outside_of_graphs, refuse_second_derivative, refuse_transforms
 from .checks import check_dense, check_integer, check_same_device, check_shape
 from .kept_ids import Support
-from .linear_arguments import LinearProblem, checked_problem, exact
+from .linear_arguments import checked_problem
 from .linear_head import Weight
 from .linear_kept import kept_stats_of
-from .linear_plans import (
-    Needs,
-    Plan,
-    Slopes,
-    Statistics,
-    choose_plan,
-    loss_alone,
-    loss_and_gradients,
-    whole,
-)
+from .linear_loss_plans import loss_alone, loss_and_gradients, whole
+from .linear_plans import Needs, Plan, choose_plan
+from .linear_precision import exact
+from .linear_problem import LinearInputs, LinearProblem
+from .linear_question import checked_question
 from .linear_rows import Span, live_rows, order_by_group, pack_groups, states_of_groups
+from .linear_statistics import Slopes, Statistics
 from .ranks import Group
 from .sharded import head_part, replicated
 
@@ -131,12 +135,12 @@ def linear_loss(
     """
     refuse_transforms("linear_loss", "linear_token_stats and a loss of it")
     head = head_part(hidden, [weight], bias, group)
-    problem = checked_problem(
-        head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
-        temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
-        entropy=entropy, chunk_size=chunk_size, impl=impl, part=head.part, support=support,
+    inputs = LinearInputs(
+        *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part, support=support,
         rows=rows,
     )  # fmt: skip
+    question = checked_question(ignore_index, entropy=entropy)
+    problem = checked_problem(inputs, replicated("targets", targets), question)
     return loss_of(problem, loss_fn, side_inputs, groups)
 
 
@@ -187,36 +191,41 @@ def _loss_and_known_gradient(
     side_inputs: tuple[Tensor, ...],
     groups: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, whose gradient is computed with it and handed to autograd as known."""
     inputs = (problem.hidden, problem.bias, *problem.weights)
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in inputs]
     needs = Needs(wanted[0], wanted[2:], wanted[1])
-    plan = choose_plan(needs, loss_known=True, grouped=groups is not None)
+    plan = choose_plan(needs, loss_known=True)
     order, segments = _segments(problem, groups)
-    chunks = _ChunkLosses(loss_fn, order, side_inputs, groups, with_slopes=plan is not Plan.P0)
+    chunks = _ChunkLosses(
+        loss_fn, order, side_inputs, groups, with_slopes=plan is not Plan.READ_ONLY
+    )
     with torch.no_grad(), exact(problem.hidden):
         bench = problem.workbench(order)
         # fp32, since the scale of the loss is not known: fp16 could lose small gradients.
         gradients = bench.gradients(needs, bench.head.sums)
-        if plan is Plan.P0:
+        if plan is Plan.READ_ONLY:
             loss_alone(bench, segments, chunks)
         else:
             loss_and_gradients(bench, segments, chunks, gradients)
         known = gradients.totals(problem.hidden, problem.bias, problem.weights)
     loss, aux = chunks.total(bench.rows.hidden.new_zeros((), dtype=bench.head.sums))
-    if plan is Plan.P0:
+    if plan is Plan.READ_ONLY:
         return loss, aux
     return _WithKnownGradient.apply(loss, known, *inputs), aux
 
 
 def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, list[list[Span]]]:
-    """Order the live tokens, and cut them into what the loss must see at once, block by block."""
+    """Order the live tokens, and cut them into segments that the loss must see at once, each of the
+    spans whose logits are held at once: one, unless a group is too large for that.
+    """
     chunk = problem.options.chunk
     if groups is None:
         rows = problem.workbench(problem.order()).rows
         assert rows.order is not None
         return rows.order, [[span] for span in rows.spans(chunk)]
-    order = live_rows(problem.targets.reshape(-1), problem.options.ignore_index)
+    order = live_rows(problem.targets.reshape(-1), problem.options.question.ignore_index)
     order, sizes = order_by_group(order, groups.reshape(-1))
     shared = problem.options.shared
     states = None if shared is None else states_of_groups(shared.state[order], sizes)
@@ -243,13 +252,13 @@ class _ChunkLosses:
         self.losses: list[Tensor] = []
         self.aux: list[dict[str, Tensor]] = []
 
-    def __call__(self, span: Span, found: Statistics) -> Slopes:
+    def __call__(self, span: Span, given: Statistics) -> Slopes:
         index = self.order[slice(*span)]
         logprob, entropy, lse, mean_logit = (
             x.detach().requires_grad_(self.with_slopes) if x.numel() else None
-            for x in (found.logprob, found.entropy, found.lse, found.mean_logit)
+            for x in (given.logprob, given.entropy, given.lse, given.mean_logit)
         )
-        others = (x if x.numel() else None for x in (found.is_top1, found.log_sum_sq_probs))
+        others = (x if x.numel() else None for x in (given.is_top1, given.log_sum_sq_probs))
         assert logprob is not None and lse is not None
         stats = ChunkStats(logprob, entropy, lse, None, mean_logit, *others)
         return self._slopes(self.show(index, stats), stats)
@@ -272,8 +281,8 @@ class _ChunkLosses:
             return Slopes(zeros)
         leaves = (stats.logprob, stats.entropy, stats.lse, stats.mean_logit)
         there = [x for x in leaves if x is not None]
-        found = iter(torch.autograd.grad(loss, there, retain_graph=True, allow_unused=True))
-        g, *others = (None if x is None else next(found) for x in leaves)
+        slopes = iter(torch.autograd.grad(loss, there, retain_graph=True, allow_unused=True))
+        g, *others = (None if x is None else next(slopes) for x in leaves)
         return Slopes(zeros if g is None else g, *others)
 
     def total(self, zero: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

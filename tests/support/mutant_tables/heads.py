@@ -228,21 +228,9 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/ops/linear_plans.py", "test_linear_loss.py",
         (
-            "plans: slopes of another block of the group",
-            "slopes.at(slice(*span)), gradients)",
-            "slopes.at(slice(span[1] - span[0])), gradients)",
-            "groups_reach",
-        ),
-        (
             "plans: the slope of the lse is lost",
             "self.impl, slopes.lse, slopes.mean_logit,", "self.impl, None, slopes.mean_logit,",
             "lse_is_differentiable and eager",
-        ),
-        (
-            "plans: slopes of entropy and lse of another block of the group",
-            "slope[place] for slope in self[1:]",
-            "slope[: len(slope[place])] for slope in self[1:]",
-            "lse_is_differentiable and eager and groups",
         ),
     ),
     *mutants_of(
@@ -260,7 +248,7 @@ MUTANTS = [
         ),
         (
             "plans: the trained head is forgotten",
-            "return Plan.P4 if needs.head else Plan.P1", "return Plan.P1",
+            "return Plan.RECOMPUTE if needs.head else Plan.KEEP_SLOPES", "return Plan.KEEP_SLOPES",
             "values_and_gradients and eager",
         ),
     ),
@@ -268,18 +256,20 @@ MUTANTS = [
         "fastrlhf/ops/linear_plans.py", "test_with_stats.py",
         (
             "plans: an entropy's slope that nobody asked for",
-            "    if bench.entropy_grad:\n        slopes", "    if bench.entropy:\n        slopes",
+            "    if bench.question.entropy_grad:\n        slopes",
+            "    if bench.question.entropy:\n        slopes",
             "without_the_entropy or those_of_the_logits",
         ),
         (
             "plans: a slope that is alone in the dtype of two",
-            "alone = not bench.entropy_grad and", "alone = not bench.entropy and",
+            "alone = not bench.question.entropy_grad and", "alone = not bench.question.entropy and",
             "one_slope_alone",
         ),
         (
             "plans: what is further asked for stays as it was made",
-            "= stats[: len(found)]\n    for whole, part in zip(found, values, strict=True)",
-            "= stats[:3]\n    for whole, part in zip(found, values, strict=False)",
+            "= stats[: len(all_stats)]\n"
+            "    for of_all, of_block in zip(all_stats, values, strict=True)",
+            "= stats[:3]\n    for of_all, of_block in zip(all_stats, values, strict=False)",
             "those_of_the_logits",
         ),
     ),
@@ -287,8 +277,8 @@ MUTANTS = [
         "fastrlhf/ops/linear_plans.py", "test_vocabulary_over_ranks_accuracy.py",
         (
             "shared: slopes are rounded before they are added",
-            "alone = not bench.entropy_grad and bench.part is None",
-            "alone = not bench.entropy_grad",
+            "alone = not bench.question.entropy_grad and bench.part is None",
+            "alone = not bench.question.entropy_grad",
             "that_cancel and linear_token",
         ),
     ),
@@ -304,12 +294,6 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/ops/linear_plans.py", "test_zero_coefficients.py",
         (
-            "no gradient: that of the entropy does not count",
-            "nonzero = [slope != 0 for slope in self if slope is not None]",
-            "nonzero = [self.logprob != 0]",
-            "any_statistic",
-        ),
-        (
             "no gradient: all rows are multiplied",
             "return index if left_out >= max(_FEWEST, wanted.shape[0] / _ONE_IN) else None",
             "return None",
@@ -322,8 +306,8 @@ MUTANTS = [
         ),
         (
             "no gradient: hidden states of other rows",
-            "at(place, some), block.hidden[some], dz.leading(some)",
-            "at(place, some), block.hidden[: len(some)], dz.leading(some)",
+            "at(place, some), block.hidden[some]\n",
+            "at(place, some), block.hidden[: len(some)]\n",
             "ones_own and few",
         ),
         (
@@ -331,11 +315,6 @@ MUTANTS = [
             "some = None if order is None else self.few_enough(slopes.at(order).counting())",
             "some = None",
             "comes_later and few",
-        ),
-        (
-            "no gradient: slopes in the order of all tokens of a group",
-            "order, slopes = order[some], slopes.at(some)", "order = order[some]",
-            "ones_own and True-16",
         ),
     ),
     *mutants_of(
@@ -356,6 +335,41 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
+        "fastrlhf/ops/linear_loss_plans.py", "test_linear_loss.py",
+        (
+            "plans: slopes of another block of the group",
+            "slopes.at(slice(*span)), gradients)",
+            "slopes.at(slice(span[1] - span[0])), gradients)",
+            "groups_reach",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_statistics.py", "test_linear_loss.py",
+        (
+            "plans: slopes of entropy and lse of another block of the group",
+            "slope[place] for slope in self[1:]",
+            "slope[: len(slope[place])] for slope in self[1:]",
+            "lse_is_differentiable and eager and groups",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_statistics.py", "test_zero_coefficients.py",
+        (
+            "no gradient: that of the entropy does not count",
+            "nonzero = [slope != 0 for slope in self if slope is not None]",
+            "nonzero = [self.logprob != 0]",
+            "any_statistic",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_loss_plans.py", "test_zero_coefficients.py",
+        (
+            "no gradient: slopes in the order of all tokens of a group",
+            "order, slopes = order[some], slopes.at(some)", "order = order[some]",
+            "ones_own and True-16",
+        ),
+    ),
+    *mutants_of(
         "fastrlhf/ops/linear_loss.py", "test_linear_loss.py",
         (
             "linear loss: the upstream gradient",
@@ -370,8 +384,8 @@ MUTANTS = [
         ),
         (
             "linear loss: a slope of an lse that is not used",
-            "None if x is None else next(found) for x in leaves)",
-            "None if x is None else (y := next(found), zeros)[y is None] for x in leaves)",
+            "None if x is None else next(slopes) for x in leaves)",
+            "None if x is None else (y := next(slopes), zeros)[y is None] for x in leaves)",
             "only_a_loss",
         ),
         (
@@ -386,7 +400,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_loss.py", "test_linear_kept_ids.py",
+        "fastrlhf/ops/linear_loss.py", "test_linear_kept_ids_losses.py",
         (
             "kept ids: a loss of all tokens in one chunk",
             "index = order[slice(*whole(spans))]", "index = order",
@@ -411,12 +425,12 @@ MUTANTS = [
         "fastrlhf/ops/linear_token_stats.py", "test_with_stats.py",
         (
             "linear stats: an entropy without gradient that claims one",
-            "1 if not options.entropy_grad else 2", "2",
+            "2 if entropy_grad else 1", "2",
             "those_of_the_logits",
         ),
         (
             "linear stats: further statistics that claim a gradient",
-            "*found[1 if not options.entropy_grad else 2 :]", "found[2]",
+            "*all_stats[2 if entropy_grad else 1 :]", "all_stats[2]",
             "those_of_the_logits",
         ),
     ),
@@ -441,7 +455,7 @@ MUTANTS = [
         "fastrlhf/ops/linear_divergence.py", "test_model_losses_heads.py",
         (
             "divergence: a known gradient for any weights",
-            "if options.sum_expected and _are_alike(upstream[order]):",
+            "if options.sum_expected and weigh_alike(upstream[order]):",
             "if options.sum_expected:",
             "divergence_is_that and by and reverse and wider",
         ),
@@ -466,7 +480,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_divergence.py", "test_trl.py",
+        "fastrlhf/ops/linear_divergence_sides.py", "test_trl.py",
         (
             "divergence: the teacher's entropy",
             "ours = self.pair[1 if self.swapped else 0]", "ours = self.pair[1]",
@@ -495,7 +509,7 @@ MUTANTS = [
         "fastrlhf/ops/summed_gradient.py", "test_linear_cross_entropy.py",
         (
             "summed gradient: one upstream gradient for all",
-            "if bool((weights == weights[0]).all()):", "if True:",
+            "if weigh_alike(weights):", "if True:",
             "reductions and by and none",
         ),
         (
@@ -515,23 +529,23 @@ MUTANTS = [
         "fastrlhf/ops/foreseen_stats.py", "test_foreseen_stats.py",
         (
             "foreseen: any slopes are taken for those that were foreseen",
-            "missed = came - factor * guess", "missed = torch.zeros_like(came)",
+            "missed = actual - factor * foreseen", "missed = torch.zeros_like(actual)",
             "right_whatever_is_guessed and head",
         ),
         (
             "foreseen: slopes that are not finite are taken for foreseen ones",
-            "due = ~(alike & came.isfinite())", "due = ~alike",
+            "recompute = ~(alike & actual.isfinite())", "recompute = ~alike",
             "not_finite_are_seen",
         ),
         (
             "foreseen: what was foreseen of a hidden state need only be made up for",
-            "own[rows] = of_rest[rows] * ratio", "own[rows] += of_rest[rows]",
+            "d_hidden[rows] = of_rest[rows] * ratio", "d_hidden[rows] += of_rest[rows]",
             "lose_no_accuracy",
         ),
         (
             "foreseen: the factor is that of the first token",
-            "torch.where(guess != 0, came / guess, torch.nan).nanmedian()",
-            "(came / guess)[0]",
+            "torch.where(foreseen != 0, actual / foreseen, torch.nan).nanmedian()",
+            "(actual / foreseen)[0]",
             "as_many_matmuls",
         ),
         (
@@ -541,12 +555,12 @@ MUTANTS = [
         ),
         (
             "foreseen: an entropy's gradient is forgotten where slopes are foreseen",
-            "due |= slopes.entropy[order] != 0", "pass",
+            "recompute |= slopes.entropy[order] != 0", "pass",
             "right_whatever_is_guessed and head and equal",
         ),
         (
             "foreseen: what is left serves twice",
-            "left, ctx.left = ctx.left, None", "left = ctx.left",
+            "leftover, ctx.leftover = ctx.leftover, None", "leftover = ctx.leftover",
             "backward_twice or second_derivatives",
         ),
         (
@@ -565,8 +579,8 @@ MUTANTS = [
         "fastrlhf/ops/shared_targets.py", "test_shared_rows.py",
         (
             "shared rows: the smallest logit leads",
-            'largest = lowest.scatter_reduce(0, of_token, own, "amax")',
-            'largest = (-lowest).scatter_reduce(0, of_token, own, "amin")',
+            'largest = lowest.scatter_reduce(0, of_token, target_logits, "amax")',
+            'largest = (-lowest).scatter_reduce(0, of_token, target_logits, "amin")',
             "nearly_one",
         ),
         (
@@ -577,14 +591,14 @@ MUTANTS = [
         ),
         (
             "shared rows: the leader keeps what is of others",
-            "values = torch.cat((d_logprob * own, -d_logprob * of_leader))",
-            "values = torch.cat((d_logprob * own, 0 * of_leader))",
+            "values = torch.cat((d_logprob * of_target, -d_logprob * of_leader))",
+            "values = torch.cat((d_logprob * of_target, 0 * of_leader))",
             "its_own and eager and plain",
         ),
         (
             "shared rows: targets without their gradient",
-            "values = torch.cat((d_logprob * own, -d_logprob * of_leader))",
-            "values = torch.cat((0 * own, -d_logprob * of_leader))",
+            "values = torch.cat((d_logprob * of_target, -d_logprob * of_leader))",
+            "values = torch.cat((0 * of_target, -d_logprob * of_leader))",
             "its_own and eager and plain",
         ),
         (
@@ -663,7 +677,7 @@ MUTANTS = [
         "fastrlhf/ops/linear_topk_divergence.py", "test_linear_topk_divergence.py",
         (
             "words from hidden states: all values weigh as the first",
-            "if bool((of_rows == of_rows[0]).all()):", "if True:",
+            "if weigh_alike(of_rows):", "if True:",
             "every_gradient",
         ),
         (
