@@ -364,7 +364,7 @@ MUTANTS = [
         "test_compiled_fallback.py", "another_thread",
     ),
     *mutants_of(
-        "fastrlhf/ops/fisher.py", "test_linear_fisher.py",
+        "fastrlhf/ops/fisher.py", "test_fisher_linear.py",
         (
             "linear fisher: no slope of the cap backward",
             "as_operands(d_logits.mul_(slope), head.operands, room)",
