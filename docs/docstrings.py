@@ -30,13 +30,11 @@ def restructured(lines: list[str]) -> Iterator[str]:
         line = rest.pop(0)
         block = _indented_part(rest)
         heading = _SECTION.fullmatch(line)
-        if line == "Example:":  # a doctest: code, in which nothing is escaped
-            yield from ("", ":Example:", *block, "")
-            del rest[: len(block)]
-        elif heading and block and block[0]:
-            yield from ("", f":{heading[1]}:")
-            yield from _indented(_definitions(block))
-            yield ""
+        if heading and block and block[0]:
+            if " " in heading[1]:  # a sentence is no name of a field
+                yield from (_escaped(line), *_definitions(block), "")
+            else:
+                yield from ("", f":{heading[1]}:", *_indented(_definitions(block)), "")
             del rest[: len(block)]
         elif line.endswith("::"):
             yield from (_escaped(line), *block)
@@ -57,9 +55,12 @@ def _indented_part(lines: list[str]) -> list[str]:
 
 
 def _definitions(block: list[str]) -> Iterator[str]:
-    """The paragraphs of a section: those that begin with names are definitions, others prose."""
+    """The paragraphs of a section: names with their definitions, examples, or prose."""
     text = textwrap.dedent("\n".join(block)).strip("\n")
     for paragraph in re.split(r"\n\n(?=\S)", text):
+        if paragraph.startswith(">>>"):
+            yield from ("", *paragraph.splitlines())
+            continue
         if not _NAMES.match(paragraph):
             yield from ("", *map(_escaped, paragraph.splitlines()))
             continue

@@ -9,7 +9,8 @@ before. There are no atomics, and a result does not depend on what else is in a 
 
 Ids that nobody looks at, and rows whose factor is 0, are not read.
 
-Dims: N tokens, M kept ids of all of them, U hidden states, K their width, V vocabulary.
+Dims: N tokens, M kept ids of all of them, U hidden states, K their width, V vocabulary, S rows of a
+result.
 """
 
 from collections.abc import Sequence
@@ -117,8 +118,8 @@ def _weighted_sums_kernel(
 
 @triton.jit
 def _kept_stats_fwd_kernel(
-    logprob_out,  # (N,), as are all that follow
-    entropy_out,  # unused unless asked for, as are the last three
+    logprob_out,  # (N,) out, as are the next seven
+    entropy_out,  # unused unless asked for, as are the last three of them
     lse_out,
     peak_out,
     log_norm_out,
