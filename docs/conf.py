@@ -42,3 +42,7 @@ python_maximum_signature_line_length = 88
 # Every link has to lead somewhere. Types of other packages, in signatures, have no page here.
 nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*")]
+
+# Copied examples are without prompts and outputs.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True

@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,63 @@ def test_the_site_has_an_entry_for_every_public_name(site: Path) -> None:
     for library in ("trl", "transformers"):
         wanted |= {f"fastrlhf.integrations.{library}.{x}" for x in ("patch", "unpatch", "patched")}
     assert wanted <= entries, wanted - entries
+
+
+def test_a_docstring_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="needs sphinx")
+    monkeypatch.syspath_prepend(DOCS)
+    docstrings = import_module("docstrings")
+    given = """\
+        Do |this| to *x*.
+
+        Eager equivalent::
+
+            a | b * c
+
+        Args:
+            x, y,
+                z: several, on
+                two lines.
+            w: one.
+
+        Returns:
+            loss: one, on
+            two lines.
+            metrics: the other.
+
+        one: a field. Of two
+        lines."""
+    wanted = """\
+        Do ∣this∣ to \\*x\\*.
+
+        Eager equivalent::
+
+            a | b * c
+
+        :Args:
+
+           ``x``, ``y``, ``z``
+              several, on
+              two lines.
+
+           ``w``
+              one.
+
+        :Returns:
+
+           ``loss``
+              one, on
+              two lines.
+
+           ``metrics``
+              the other.
+
+        ``one``
+           a field. Of two
+           lines.
+        """
+    found = "\n".join(docstrings.restructured(textwrap.dedent(given).splitlines()))
+    assert re.sub("\n\n+", "\n\n", found.strip()) == textwrap.dedent(wanted).strip()
 
 
 @pytest.mark.xdist_group("site")

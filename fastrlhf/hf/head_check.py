@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.backend import under_transform
-from fastrlhf.ops.linear_arguments import matmul_dtype
 from fastrlhf.ops.linear_head import Head, QuantizedWeight
+from fastrlhf.ops.linear_precision import matmul_dtype
 from fastrlhf.ops.ranks import gathered
 
 from .head_parts import HeadParts, evaluating

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastrlhf.ops.kept_ids import Support, some_of_support
 from fastrlhf.ops.kept_stats import KeptQuestion
-from fastrlhf.ops.linear_arguments import checked_chunk, exact
+from fastrlhf.ops.linear_arguments import checked_chunk
 from fastrlhf.ops.linear_loss import ChunkStats, LossFunction, check_loss
+from fastrlhf.ops.linear_precision import exact
 from fastrlhf.ops.linear_rows import live_rows, order_by_group
 from fastrlhf.ops.scorer import in_chunks
 from fastrlhf.ops.sharded import LogitsPart

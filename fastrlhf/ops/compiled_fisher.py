@@ -126,9 +126,8 @@ def _write_product(
         total, moment, squares = added(sums)
         mean = moment / total
         quadratic = squares / total - mean.square()
-        sure = (quadratic > mean.square()) & (
-            quadratic != torch.inf
-        )  # squares may be too large to add up
+        # Where squares are too large to add up, the sum is inf, and tells nothing.
+        sure = (quadratic > mean.square()) & (quadratic != torch.inf)
         unsure = (~sure).nonzero().squeeze(1)
         if scaled.temperature is not None:
             quadratic /= scaled.temperature.square()

@@ -21,8 +21,9 @@ from .backend import (
 from .checks import check_floating, check_same_device, check_shape
 from .eager_fisher import room_for_product
 from .head_gradients import as_operands
-from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
+from .linear_arguments import check_head, checked_chunk
 from .linear_head import Head, Weight
+from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
 from .logits_arguments import check_logits, checked_rows
 from .rows import rows_of

@@ -37,16 +37,11 @@ from .divergence import (
 from .divergence_over_ranks import divergence_over_ranks
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .keywords import Unpack
-from .linear_arguments import (
-    check_head,
-    checked_chunk,
-    exact,
-    full_logits,
-    matmul_dtype,
-    wanted_gradients,
-)
+from .linear_arguments import check_head, checked_chunk
+from .linear_definition import full_logits
 from .linear_head import Head, Weight
 from .linear_plans import Needs, Room, room_for_slopes
+from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
 from .logits_arguments import checked_rows
 from .ranks import Group, all_reduced_rows, refuse_transforms_of_ranks
@@ -264,7 +259,7 @@ def divergence_of(
     options = _Options(
         checked_measure(direction, beta), transform.temperature,
         (transform.softcap, ref.softcap), (transform.scale, ref.scale),
-        checked_chunk(ours.chunk_size, _largest(ours), hidden.device),
+        checked_chunk(ours.chunk_size, ours.most_columns, hidden.device),
         backend_of(ours.impl, hidden, mask.numel() * rows),
         (matmul_dtype(hidden), matmul_dtype(ref.hidden)),
         (len(ours.weights), len(ref.weights)), sum_expected, entropy, ours.part,
@@ -298,19 +293,12 @@ def _agree(
     question = (
         use_triton(options.impl, ours.hidden), measure.swapped, measure.share is not None,
         options.entropy, options.sum_expected,
-        *wanted_gradients(ours.hidden, ours.weights, ours.bias),
-        *wanted_gradients(ref.hidden, ref.weights, ref.bias),
+        *ours.wanted_gradients, *ref.wanted_gradients,
     )  # fmt: skip
     wide = torch.promote_types(*options.dtypes)
     settings = (options.temperature, *options.caps, *options.scales, measure.share)
     asked = {"chunk_size": options.chunk, **numbered(question, wide, *settings)}
     outside_of_graphs(agreed_part)(part.group, part.size, mask, asked, part, token_temperature)
-
-
-def _largest(scorer: LinearScorer) -> int:
-    """The columns of the rank that has the most, so that all cut the same chunks."""
-    part = scorer.part
-    return scorer.vocab if part is None or part.largest is None else part.largest
 
 
 def _definition(

@@ -26,9 +26,11 @@ from .backend import (
 from .bucket_divergence import BucketMeasure, bucket_divergence
 from .bucket_logits import bucket_logits, write_bucket_gradient
 from .head_gradients import Gradients, LogitGradient, as_operands
-from .linear_arguments import check_head, checked_chunk, exact, full_logits, matmul_dtype
+from .linear_arguments import check_head, checked_chunk
+from .linear_definition import full_logits
 from .linear_head import Head, Weight
 from .linear_plans import Room, room_for_slopes
+from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
 from .logits_arguments import checked_rows
 from .sharded import is_dtensor

@@ -125,7 +125,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/rows.py", "test_token_stats.py",
+        "fastrlhf/ops/rows.py", "test_token_stats_backends.py",
         (
             "in place: overlapping windows",
             "if size > 1 and stride < span:", "if size > 1 and stride < 1:",
@@ -138,12 +138,20 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/eager_token_stats.py", "test_token_stats.py",
+        "fastrlhf/ops/eager_token_stats.py", "test_token_stats_hostile.py",
         (
             "eager: rows of nothing have a gradient",
             "active &= peak != -torch.inf", "active &= True",
             "masked_vocabulary and eager",
         ),
+        (
+            "eager: in place, rows without a gradient keep their logits",
+            "        put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "        pass",
+            "exactly_zero and eager",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/eager_token_stats.py", "test_token_stats_lse.py",
         (
             "eager: a row with a slope of the lse alone is zeros",
             "    for slope in others:\n", "    for slope in others[:1]:\n",
@@ -154,11 +162,6 @@ MUTANTS = [
             "*(None if slope is None else slope[index] for slope in others)",
             "*(None if slope is None else slope[: len(d_logprob[index])] for slope in others)",
             "any_slope and eager",
-        ),
-        (
-            "eager: in place, rows without a gradient keep their logits",
-            "        put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "        pass",
-            "exactly_zero and eager",
         ),
     ),
     *mutants_of(

@@ -50,7 +50,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_token_stats.py",
+        "fastrlhf/reference.py", "test_token_stats_lse.py",
         (
             "eager: the lse has no slope at the target",
             "target + d_lse * logprob.exp()", "target",
