@@ -1,71 +1,78 @@
-"""The docstrings of this library as reStructuredText.
+"""Docstrings and signatures of this library, as the reference shows them.
 
-They are Google's style with two liberties, for which napoleon has no parser: several arguments may
-share a description, also over two lines, and `Returns:` may be prose, or a list of named results.
+The docstrings are Google's style with two liberties, for which napoleon has no parser: several
+arguments may share a description, also over two lines, and `Returns:` may be prose, or a list of
+named results.
 """
 
 import re
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 
 from sphinx.application import Sphinx
+from sphinx.errors import PycodeError
+from sphinx.pycode import ModuleAnalyzer
+
+import fastrlhf
 
 # "Args:", "Returns:", or a sentence that ends in a colon, with an indented block below.
 _SECTION = re.compile(r"([A-Z].*[^:]):")
-_NAMES = re.compile(r"([\w*.]+(?:,\s+[\w*.]+)*):\s+(?=\S)")
+_NAMES = re.compile(r"[\w*.]+(?:,\s+[\w*.]+)*:\s+(?=\S)")
 _CODE = re.compile(r"(`[^`]*`)")
 
 
 def restructured(lines: list[str]) -> Iterator[str]:
-    """Yield the lines of a docstring, its sections as fields of definition lists."""
+    """Yield a docstring as reStructuredText: its sections are fields, in them definitions."""
     rest = [line.rstrip() for line in lines]
+    before = ""
     while rest:
         line = rest.pop(0)
-        block = _block_below(rest)
+        block = _indented_part(rest)
         heading = _SECTION.fullmatch(line)
-        if line == "Example:":  # a doctest: code, in which nothing is escaped
-            yield from ("", ":Example:", *block, "")
-            del rest[: len(block)]
-        elif heading and block and rest[0]:
-            yield ""
-            yield f":{heading[1]}:"
-            yield from _indented("\n".join(_entries(block)))
-            yield ""
+        if heading and block and block[0]:
+            if " " in heading[1]:  # a sentence is no name of a field
+                yield from (_escaped(line), *_definitions(block), "")
+            else:
+                yield from ("", f":{heading[1]}:", *_indented(_definitions(block)), "")
             del rest[: len(block)]
         elif line.endswith("::"):
             yield from (_escaped(line), *block)
             del rest[: len(block)]
+        elif not before and line[:1].islower() and _NAMES.match(line):  # the fields of a tuple
+            end = rest.index("") if "" in rest else len(rest)
+            yield from (*_definitions([line, *rest[:end]]), "")
+            del rest[:end]
         else:
             yield _escaped(line)
+        before = "" if line.endswith(":") and block else line
 
 
-def _block_below(lines: list[str]) -> list[str]:
+def _indented_part(lines: list[str]) -> list[str]:
     """What is indented, or empty, at the beginning."""
-    for i, line in enumerate(lines):
-        if line and not line.startswith(" "):
-            return lines[:i]
-    return list(lines)
+    end = next((i for i, x in enumerate(lines) if x and not x.startswith(" ")), len(lines))
+    return lines[:end]
 
 
-def _entries(block: list[str]) -> Iterator[str]:
-    """The lines of a section: named entries as definitions, all else as it is."""
-    below_name = False
-    for entry in re.split(r"\n(?=\S)", textwrap.dedent("\n".join(block))):
-        first, _, more = entry.partition("\n")
-        text = f"{first}\n{textwrap.dedent(more)}"
-        named = _NAMES.match(text)
-        if named is not None:
-            names = " ".join(named[1].split()).replace(", ", "``, ``")
-            yield from ("", f"``{names}``")
-            yield from _indented("\n".join(restructured(text[named.end() :].splitlines())))
-        else:
-            yield from [""] if below_name else []
-            yield from map(_escaped, text.splitlines())
-        below_name = named is not None
+def _definitions(block: list[str]) -> Iterator[str]:
+    """The paragraphs of a section: names with their definitions, examples, or prose."""
+    text = textwrap.dedent("\n".join(block)).strip("\n")
+    for paragraph in re.split(r"\n\n(?=\S)", text):
+        if paragraph.startswith(">>>"):
+            yield from ("", *paragraph.splitlines())
+            continue
+        if not _NAMES.match(paragraph):
+            yield from ("", *map(_escaped, paragraph.splitlines()))
+            continue
+        for entry in re.split(rf"\n(?={_NAMES.pattern})", paragraph):
+            names, _, description = entry.partition(":")
+            first, _, more = description.strip().partition("\n")
+            yield from ("", ", ".join(f"``{name}``" for name in re.split(r",\s+", names)))
+            yield from _indented(restructured([first, *textwrap.dedent(more).splitlines()]))
 
 
-def _indented(text: str) -> list[str]:
-    return textwrap.indent(text, "   ").splitlines()
+def _indented(lines: Iterator[str]) -> list[str]:
+    return textwrap.indent("\n".join(lines), "   ").splitlines()
 
 
 def _escaped(line: str) -> str:
@@ -81,6 +88,16 @@ def _process(app: Sphinx, what: str, name: str, it: object, options: object, lin
     lines[:] = restructured(lines)
 
 
+def _forget_overloads(app: Sphinx) -> None:
+    """Overloads tell a type checker what is returned; a reader wants the signature that has all."""
+    for name in fastrlhf.__all__:
+        analyzer = ModuleAnalyzer.for_module(getattr(fastrlhf, name).__module__)
+        with suppress(PycodeError):  # Sphinx cannot parse it, and so sees no overloads there
+            analyzer.analyze()
+            analyzer.overloads.clear()
+
+
 def setup(app: Sphinx) -> None:
-    """Have each docstring rewritten as it is read."""
+    """Have signatures and docstrings rewritten as they are read."""
+    app.connect("builder-inited", _forget_overloads)
     app.connect("autodoc-process-docstring", _process)

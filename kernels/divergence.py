@@ -56,7 +56,7 @@ class Side(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Sums over the columns that one lane, or a whole row has had so far."""
+    """Sums over the columns that one lane, or a whole row, has had so far."""
 
     value: tl.tensor  # of the terms of the divergence
     mean_p: tl.tensor  # E_p of the log-ratio of p to the other side, or to the mixture

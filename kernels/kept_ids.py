@@ -9,7 +9,8 @@ before. There are no atomics, and a result does not depend on what else is in a 
 
 Ids that nobody looks at, and rows whose factor is 0, are not read.
 
-Dims: N tokens, M kept ids of all of them, U hidden states, K their width, V vocabulary.
+Dims: N tokens, M kept ids of all of them, U hidden states, K their width, V vocabulary, S rows of a
+result.
 """
 
 from collections.abc import Sequence
@@ -117,8 +118,8 @@ def _weighted_sums_kernel(
 
 @triton.jit
 def _kept_stats_fwd_kernel(
-    logprob_out,  # (N,), as are all that follow
-    entropy_out,  # unused unless asked for, as are the last three
+    logprob_out,  # (N,) out, as are the next seven
+    entropy_out,  # unused unless asked for, as are the last three of them
     lse_out,
     peak_out,
     log_norm_out,
@@ -351,8 +352,9 @@ def kept_stats_backward(
     entropy, lse and mean logit, but for the first None where there is none.
     """
     logprob, entropy, peak, log_norm = stats
-    d_logprob, *others = (x if x is None else x.contiguous() for x in slopes)
-    given, slopes_asked = slope_options(d_logprob, *others)
+    d_logprob, *others = slopes
+    others = [x if x is None else x.contiguous() for x in others]
+    given, slopes_asked = slope_options(d_logprob.contiguous(), *others)
     d_logits = torch.empty_like(logits)
     pairs = logits.shape[0]
     _kept_stats_bwd_kernel[(triton.cdiv(pairs, _GRADIENTS),)](

@@ -287,8 +287,8 @@ def _target_of_ranks(place, present):
                        "ignore_index"]
 )  # fmt: skip
 def _token_stats_combine_kernel(
-    logprob_out,  # (N,), as are all that follow
-    entropy_out,  # unused unless asked for, as are the last three
+    logprob_out,  # (N,) out, as are the next seven
+    entropy_out,  # unused unless asked for, as are the last three of them
     lse_out,
     peak_out,
     log_norm_out,

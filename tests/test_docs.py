@@ -3,21 +3,23 @@
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.pages import DOCS, PAGES, ROOT, Block, blocks
+from support.pages import DOCS, PAGES, PRINTING, ROOT, Block, blocks
 from support.tiny_models import make
 from torch import Tensor
 
 import fastrlhf
 from fastrlhf import AdaptiveKLController, kto_kl
 
-EXAMPLES = blocks("python")
+EXAMPLES = [block for block in blocks("python") if not block.page.startswith(PRINTING)]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_examples_run(example: Block) -> None:
 
 def commands() -> Iterator[tuple[str, str]]:
     """The page and the line of each command of a shell, without its comment."""
-    for block in blocks("sh"):
+    for block in blocks("(?:ba)?sh"):
         for line in block.code.splitlines():
             if command := line.split("#")[0].strip():
                 yield block.page, command
@@ -60,7 +62,9 @@ def is_there(command: str) -> bool:
             for asked in re.findall(r"\[([\w,]+)\]", command)
             for extra in asked.split(",")
         )
-    return words[:2] == ["pre-commit", "install"] or words[0] in ("git", "cd", "accelerate")
+    if words[0] == "torchrun":
+        return all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+    return words == ["pre-commit", "install"]
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))
@@ -153,6 +157,80 @@ def test_the_site_has_an_entry_for_every_public_name(site: Path) -> None:
     for library in ("trl", "transformers"):
         wanted |= {f"fastrlhf.integrations.{library}.{x}" for x in ("patch", "unpatch", "patched")}
     assert wanted <= entries, wanted - entries
+
+
+def test_a_docstring_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="needs sphinx")
+    monkeypatch.syspath_prepend(DOCS)
+    docstrings = import_module("docstrings")
+    given = """\
+        Do |this| to *x*.
+
+        Eager equivalent::
+
+            a | b * c
+
+        Args:
+            x, y,
+                z: several, on
+                two lines.
+            w: one.
+
+        Options, which `f` takes:
+            a: one.
+
+        Returns:
+            loss: one, on
+            two lines.
+            metrics: the other.
+
+        Example:
+            >>> 2 * "a|"
+            'a|a|'
+
+        one: a field. Of two
+        lines."""
+    wanted = """\
+        Do ∣this∣ to \\*x\\*.
+
+        Eager equivalent::
+
+            a | b * c
+
+        :Args:
+
+           ``x``, ``y``, ``z``
+              several, on
+              two lines.
+
+           ``w``
+              one.
+
+        Options, which `f` takes:
+
+        ``a``
+           one.
+
+        :Returns:
+
+           ``loss``
+              one, on
+              two lines.
+
+           ``metrics``
+              the other.
+
+        :Example:
+
+           >>> 2 * "a|"
+           'a|a|'
+
+        ``one``
+           a field. Of two
+           lines.
+        """
+    found = "\n".join(docstrings.restructured(textwrap.dedent(given).splitlines()))
+    assert re.sub("\n\n+", "\n\n", found.strip()) == textwrap.dedent(wanted).strip()
 
 
 @pytest.mark.xdist_group("site")

@@ -65,9 +65,13 @@ def weights(of: object) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in of.parameters()]
 
 
-def test_there_is_an_example_of_each_kind_and_the_readme_lists_it() -> None:
+def test_every_example_is_listed_and_has_its_place_in_the_documentation() -> None:
     listed = re.findall(r"^\| \[(\w+)\.py\]", (FOLDER / "README.md").read_text("utf-8"), re.M)
     assert sorted(listed) == FILES
+    page = (FOLDER.parent / "docs" / "examples.md").read_text("utf-8")
+    assert (
+        sorted(re.findall(r"^```\{literalinclude\} \.\./examples/(\w+)\.py$", page, re.M)) == FILES
+    )
 
 
 @pytest.mark.parametrize("name", FILES)

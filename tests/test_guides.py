@@ -5,7 +5,9 @@ its own. A block of text that is introduced by "It prints" is what the block bef
 """
 
 import contextlib
+import importlib
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +17,10 @@ import pytest
 import fastrlhf
 
 DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS.parent / "benchmarks" / "results" / "cpu"
 PAGES = [
     *(DOCS / f"{name}.md" for name in ("start", "which_function", "faq", "distributed")),
-    *sorted((DOCS / "concepts").glob("*.md")),
-    *sorted((DOCS / "switching").glob("*.md")),
+    *sorted(page for part in ("concepts", "switching") for page in (DOCS / part).glob("*.md")),
 ]
 CODE = re.compile(
     r"^```python\n(.*?)^```\n(?:\nIt prints[^\n]*:\n\n```text\n(.*?)^```)?", re.M | re.S
@@ -87,9 +89,79 @@ def test_another_number_or_another_word_is_noticed() -> None:
         assert not near("loss 0.69315 at 3", other)
 
 
-def test_every_page_has_code_and_every_name_on_it_is_there() -> None:
-    for page in PAGES:
-        text = page.read_text("utf-8")
-        assert len(text.splitlines()) > 20, page
-        for name in re.findall(r"fastrlhf\.(\w+)\(", text):
-            assert hasattr(fastrlhf, name), (page, name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_function_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for name in re.findall(r"fastrlhf\.(\w+)\(", text):
+        assert hasattr(fastrlhf, name), name
+
+
+# Figures and pictures.
+
+
+def figures(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def text_of(page: str) -> str:
+    """Without the ends of its lines."""
+    return " ".join((DOCS / page).read_text("utf-8").split())
+
+
+def test_the_figures_of_memory_are_those_of_the_record() -> None:
+    peaks = {
+        (x["loss"], x["trained"] == "all", x["provider"]): round(x["peak_mib"])
+        for x in figures("lazy-logits")["records"]
+        if x["dtype"] == "float32"
+    }
+    shown = []
+    for loss in ("DPO, log_softmax and gather", "GRPO, and entropy as a metric"):
+        shown += [peaks[loss, False, provider] for provider in ("plain", "lazy_logits")]
+    said = "where the head is frozen, {} MiB become {} (DPO) and {} become {} (GRPO"
+    assert said.format(*shown) in text_of("concepts/memory.md")
+    (sizes,) = {
+        (x["sequences"], x["tokens"], x["vocab"]) for x in figures("lazy-logits")["records"]
+    }
+    said = "on {} sequences of {} tokens with V = {:,}"
+    assert said.format(*sizes) in text_of("concepts/memory.md")
+
+
+def test_the_sizes_under_the_picture_of_fewer_tokens_are_those_of_the_record() -> None:
+    sizes = figures("fewer-rows")["sizes"]
+    said = "{tokens:,} tokens, V = {vocab:,}, H = {width:,}, {dtype}"
+    assert said.format(**sizes) in text_of("concepts/plans.md")
+    assert f"V = {figures('numerics')['sizes']['vocab']:,}" in text_of("concepts/numerics.md")
+
+
+def test_plain_formulas_lose_what_ours_keep() -> None:
+    for measured in (x for x in figures("numerics").values() if "errors" in x):
+        for name, errors in measured["errors"].items():
+            if name.startswith("fastrlhf"):
+                assert max(errors) < 2e-6, name
+            else:
+                assert max(errors) >= 1, name
+
+
+def test_the_errors_are_measured_as_the_record_has_them() -> None:
+    numerics = importlib.import_module("numerics")
+    held = figures("numerics")
+    assert held["log-prob of a target that leads by"]["nats"] == numerics.LEADS
+    for found in (numerics.log_probs(), numerics.penalties()):
+        for name, errors in found.items():
+            if name.startswith("fastrlhf"):
+                assert max(errors) < 2e-6, name
+
+
+@pytest.mark.parametrize("name", ["matmuls", "memory", "fewer", "tails"])
+def test_a_picture_is_what_the_record_draws(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    concepts = importlib.import_module("concepts")
+    concepts.draw(name, tmp_path)
+    drawn, kept = (folder / f"{name}.svg" for folder in (tmp_path, DOCS / "pictures"))
+    # Versions of matplotlib place labels elsewhere by a hair: what is said is the same.
+    assert words(drawn) == words(kept)
+    assert any(f"pictures/{name}.svg" in page.read_text("utf-8") for page in PAGES)
+
+
+def words(picture: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>(.*?)</text>", picture.read_text("utf-8"), re.S)

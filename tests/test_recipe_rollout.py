@@ -1,7 +1,6 @@
 """What a rollout holds beside what plain transformers say of it, one sequence at a time."""
 
 import copy
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,16 +18,15 @@ from support.recipe_models import (  # noqa: E402, F401  the fixtures are of eve
     PEFT_READS_AN_OLD_NAME,
     VALUED,
     WORDS,
-    dropping,
     one_thread,
     plain_logits_one_by_one,
     randomize_adapters,
     write_tiny_model,
 )
+from support.rollout_models import CPU, GOOD, PROMPTS, assert_logprobs, hostile  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
     AutoTokenizer,
-    GenerationConfig,
     LlamaForTokenClassification,
 )
 
@@ -36,21 +34,16 @@ from fastrlhf import model_policy_loss  # noqa: E402
 from fastrlhf.recipes.models import add_adapters, load_model  # noqa: E402
 from fastrlhf.recipes.rollout import (  # noqa: E402
     Rollout,
-    adapters_off,
     completion_mask,
     end_tokens,
-    evaluating,
     rollout,
     token_logprobs,
 )
 
 pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
 
-CPU = torch.device("cpu")
-# Of 1 to 4 tokens, so that all but the longest are padded.
-PROMPTS = ["the", "the film was good", "film was", "was the film"] * 4
 NEW_TOKENS = 8
-GOOD = WORDS.index("good")
+
 # Far enough from 1 for the tail to be sampled, of which top-k and top-p would leave nothing.
 TEMPERATURE = 1.7
 
@@ -71,47 +64,6 @@ def adapted(loaded):
     policy = add_adapters(base, rank=2)
     randomize_adapters(policy)
     return policy, tokenizer
-
-
-def hostile() -> GenerationConfig:
-    """Everything that would make samples other than those of softmax(logits / temperature)."""
-    return GenerationConfig(
-        do_sample=True,
-        top_k=1,
-        top_p=0.1,
-        min_p=0.3,
-        typical_p=0.2,
-        epsilon_cutoff=0.1,
-        repetition_penalty=5.0,
-        no_repeat_ngram_size=1,
-        min_new_tokens=5,
-        max_new_tokens=2,
-        temperature=0.1,
-        bad_words_ids=[[GOOD]],
-        suppress_tokens=[WORDS.index("bad")],
-        begin_suppress_tokens=[EOS],
-        forced_eos_token_id=EOS,
-        num_beams=2,
-        renormalize_logits=True,
-        eos_token_id=[EOS, GOOD],
-        pad_token_id=EOS,
-    )
-
-
-def assert_logprobs(found: Tensor, model: nn.Module, batch: Rollout, temperature: float) -> None:
-    """Compare with log softmax(logits / temperature) of each sequence without its padding."""
-    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
-
-    def formula(dtype: torch.dtype) -> Tensor:
-        logits = plain_logits_one_by_one(model, ids, batch["attention_mask"], dtype)[:, :-1]
-        logprobs = (logits / temperature).log_softmax(-1)
-        return logprobs.gather(-1, ids[:, 1:, None])[..., 0]
-
-    assert found.shape == mask.shape and found.dtype == torch.float32
-    assert not found.requires_grad
-    assert (found[~mask] == 0).all()
-    plain, exact = formula(torch.float32), formula(torch.float64)
-    assert_as_accurate(found[mask], plain[mask], exact[mask], of="log-prob")
 
 
 def standard_score(hits: Tensor, chances: Tensor) -> float:
@@ -429,151 +381,6 @@ def test_hidden_states_are_what_enters_the_head(loaded, name) -> None:
     plain, exact = (torch.cat([x[0] for x in entered[i * rows :][:rows]]) for i in range(2))
     assert not batch["hidden_states"].requires_grad
     assert_as_accurate(found, plain, exact, of="hidden state")
-
-
-def test_dropout_is_off_and_each_module_is_put_back(loaded) -> None:
-    model, tokenizer = loaded
-    dropped = dropping(model)
-    model.train()
-    model.model.norm.eval()  # a module that its owner holds in another mode
-    before = [module.training for module in model.modules()]
-    own = model.generation_config = hostile()
-    batch = rollout(model, tokenizer, PROMPTS, new_tokens=4)
-    assert not dropped
-    assert [module.training for module in model.modules()] == before
-    assert model.generation_config is own
-    model.eval()
-    assert_logprobs(batch["logprobs"], model, batch, 1.0)
-
-
-def test_dropout_of_a_given_reference_is_off_too(loaded) -> None:
-    model, tokenizer = loaded
-    other = copy.deepcopy(model)
-    dropped = dropping(other)
-    before = [module.training for module in other.train().modules()]
-    batch = rollout(model, tokenizer, PROMPTS, new_tokens=4, ref_model=other)
-    assert [module.training for module in other.modules()] == before
-    assert not dropped
-    other.eval()
-    assert_logprobs(batch["ref_logprobs"], other, batch, 1.0)
-
-
-@pytest.mark.parametrize("kind", ["plain", "peft"])
-@pytest.mark.parametrize("call", [1, 6])  # while sampling; while scoring
-def test_an_exception_leaves_the_model_as_it_was(loaded, kind, call) -> None:
-    model, tokenizer = loaded
-    policy = model if kind == "plain" else add_adapters(model, rank=2)
-    policy.train()
-    own = model.generation_config = hostile()
-    before = [module.training for module in policy.modules()]
-    calls: list[int] = []
-
-    def fail(module: nn.Module, arguments: object) -> None:
-        calls.append(1)
-        if len(calls) == call:
-            raise RuntimeError("out of memory")
-
-    # Of 5 tokens the last is not read again while sampling: the fifth forward scores them.
-    with (
-        model.model.norm.register_forward_pre_hook(fail),
-        pytest.raises(RuntimeError, match="out of memory"),
-    ):
-        rollout(policy, tokenizer, ["the"] * 9, new_tokens=5)
-    assert len(calls) == call
-    assert [module.training for module in policy.modules()] == before
-    assert model.generation_config is own and policy.generation_config is own
-    if kind == "peft":
-        assert all(not layer.disable_adapters for layer in lora_layers(policy))
-
-
-def lora_layers(policy: nn.Module) -> list[nn.Module]:
-    layers = [module for module in policy.modules() if hasattr(module, "lora_A")]
-    assert layers
-    return layers
-
-
-def test_adapters_come_back_after_an_exception(adapted) -> None:
-    policy, _ = adapted
-    with pytest.raises(RuntimeError, match="stop"), adapters_off(policy):
-        assert all(layer.disable_adapters for layer in lora_layers(policy))
-        raise RuntimeError("stop")
-    assert all(not layer.disable_adapters for layer in lora_layers(policy))
-
-
-def test_a_wrapped_model_is_sampled_as_itself(loaded) -> None:
-    model, tokenizer = loaded
-
-    class Wrapper(nn.Module):
-        """What DistributedDataParallel is to a rollout: it calls its module."""
-
-        def __init__(self, module: nn.Module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *arguments: object, **options: object) -> object:
-            return self.module(*arguments, **options)
-
-    wrapped = Wrapper(model)
-    torch.manual_seed(5)
-    expected = rollout(model, tokenizer, PROMPTS[:4], new_tokens=4)
-    torch.manual_seed(5)
-    found = rollout(wrapped, tokenizer, PROMPTS[:4], new_tokens=4)
-    assert torch.equal(found["input_ids"], expected["input_ids"])
-    assert torch.equal(found["logprobs"], expected["logprobs"])
-
-
-@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, math.nan, math.inf])
-def test_a_temperature_must_be_positive(loaded, temperature) -> None:
-    model, tokenizer = loaded
-    own = model.generation_config
-    with pytest.raises(ValueError, match="temperature: expected a positive number, got"):
-        rollout(model, tokenizer, ["the"], temperature=temperature)
-    assert model.generation_config is own
-
-
-def test_a_temperature_may_be_an_int(loaded) -> None:
-    model, tokenizer = loaded
-    batch = rollout(model, tokenizer, PROMPTS[:4], new_tokens=4, temperature=2)
-    assert_logprobs(batch["logprobs"], model, batch, 2.0)
-
-
-@pytest.mark.parametrize("kind", ["plain", "peft"])
-def test_a_rollout_leaves_the_owner_of_a_generation_config(loaded, kind) -> None:
-    """A config on peft's wrapper would hide what is later set on the model inside."""
-    model, tokenizer = loaded
-    policy = model if kind == "plain" else add_adapters(model, rank=2)
-    own = model.generation_config
-    assert ("generation_config" in vars(policy)) == (kind == "plain")
-    rollout(policy, tokenizer, PROMPTS[:2], new_tokens=2)
-    assert ("generation_config" in vars(policy)) == (kind == "plain")
-    assert model.generation_config is policy.generation_config is own
-
-
-def test_evaluating_gives_each_module_its_mode_back(loaded) -> None:
-    model, _ = loaded
-    model.train()
-    model.model.norm.eval()
-    before = [module.training for module in model.modules()]
-    with pytest.raises(RuntimeError, match="stop"), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        raise RuntimeError("stop")
-    assert [module.training for module in model.modules()] == before
-    assert True in before and False in before
-
-
-def test_a_single_text_is_no_list_of_prompts(loaded) -> None:
-    model, tokenizer = loaded
-    with pytest.raises(TypeError, match=r"^prompts: expected a list of texts, got a single one$"):
-        rollout(model, tokenizer, "the film")
-    batch = rollout(model, tokenizer, ("the film",), new_tokens=1)
-    assert batch["prompts"] == ["the film"] and len(batch["input_ids"]) == 1
-
-
-@pytest.mark.parametrize("prompts, words", [([], "at least one"), (["the", ""], "an empty one")])
-def test_prompts_must_have_tokens(loaded, prompts, words) -> None:
-    model, tokenizer = loaded
-    with pytest.raises(ValueError, match=f"^prompts: expected .*{words}"):
-        rollout(model, tokenizer, prompts)
 
 
 def test_all_values_are_finite_and_belong_to_valued_words(loaded) -> None:

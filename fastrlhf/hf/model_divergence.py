@@ -172,7 +172,7 @@ class _BesideTeacher(NamedTuple):
     def work(self, ours: Scorer, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the divergence of each token (B, T), and the model's entropy if asked for."""
         comparison = _Comparison(ours, targets != IGNORED, self)
-        with torch.no_grad():  # of the teacher's forward
+        with torch.no_grad():  # for the teacher's forward
             at_head(self.teacher, self.batch, comparison.work)
         return comparison.divergence, comparison.entropies
 

@@ -1,9 +1,10 @@
 """The policy losses (PPO, GRPO and relatives) of a causal language model, computed inside its own
 forward.
 
-The options and tensors are those of `fastrlhf.losses.policy_arguments`. Before the model runs they
-are checked and aligned with the positions that predict the tokens; at the head, `policy_batch` and
-`policy_loss_of` compute the loss, as they do for `linear_policy_loss`.
+The options and tensors are those of `policy_options.py` and `policy_arguments.py` in
+`fastrlhf/losses`. Before the model runs they are checked and aligned with the positions that
+predict the tokens; at the head, `policy_batch` and `policy_loss_of` compute the loss, as they do
+for `linear_policy_loss`.
 
 Dims: B sequences, T tokens.
 """
@@ -14,13 +15,8 @@ from torch import Tensor, nn
 
 from fastrlhf.losses.fused_policy import policy_loss_of
 from fastrlhf.losses.policy import Metrics
-from fastrlhf.losses.policy_arguments import (
-    PER_SEQUENCE,
-    PolicyLossOptions,
-    PolicyOptions,
-    PolicyTensors,
-    policy_batch,
-)
+from fastrlhf.losses.policy_arguments import PER_SEQUENCE, PolicyTensors, policy_batch
+from fastrlhf.losses.policy_options import PolicyLossOptions, PolicyOptions
 from fastrlhf.losses.signatures import showing
 from fastrlhf.ops.checks import check_bool, check_mask
 from fastrlhf.ops.kept_ids import Support
@@ -189,6 +185,4 @@ class _PolicyLoss(NamedTuple):
             self.options, scorer.hidden.dtype, targets != IGNORED, *tensors,
             with_entropy=self.with_entropy, layout=layout_of("input_ids", targets, cu_seqlens),
         )  # fmt: skip
-        return policy_loss_of(
-            scorer, targets, batch, self.options, with_entropy=self.with_entropy
-        )  # fmt: skip
+        return policy_loss_of(scorer, targets, batch, self.options, with_entropy=self.with_entropy)

@@ -152,18 +152,18 @@ def model_token_stats(
         _statistics, names=names, entropy=entropy, entropy_grad=entropy_grad, with_stats=with_stats
     )
     done = at_head(model, batch, scored)
-    found = dict(zip(names, done.result[:, :-1].unbind(-1), strict=True))
-    found |= {name: x[:, :-1] for name, x in done.aside.items() if x is not None}
-    further = {name: found[name] for name in with_stats}
-    stats = stats_tuple(found["logprob"], found.get("entropy"), found["lse"], further)
+    values = dict(zip(names, done.result[:, :-1].unbind(-1), strict=True))
+    values |= {name: x[:, :-1] for name, x in done.aside.items() if x is not None}
+    further = {name: values[name] for name in with_stats}
+    stats = stats_tuple(values["logprob"], values.get("entropy"), values["lse"], further)
     return (stats, done.outputs) if return_outputs else stats
 
 
 def _statistics(
     scorer: Scorer, targets: Tensor, *, names: tuple[str, ...], **options: Any
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Those of these names, which have a gradient, in one tensor (B, T, 1 or 2); and the others by
-    name.
+    """Return the statistics of these names, which have a gradient, in one tensor (B, T, 1 or 2),
+    and the others by name.
     """
-    found = scorer.stats(targets, ignore_index=IGNORED, **options)._asdict()
-    return torch.stack([found.pop(name) for name in names], dim=-1), found
+    by_name = scorer.stats(targets, ignore_index=IGNORED, **options)._asdict()
+    return torch.stack([by_name.pop(name) for name in names], dim=-1), by_name

@@ -10,7 +10,7 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.penalties import check_estimator, kl_penalty
 from fastrlhf.ops.checks import (
     check_bool,
@@ -60,8 +60,7 @@ def whiten(
     check_mask("mask", mask)
     check_bool("shift_mean", shift_mean)
     check_group(group)
-    check_shape("mask", mask, tuple(x.shape), "the shape of x")
-    check_same_device("mask", mask, "x", x)
+    check_like("mask", mask, "x", x)
     inside = mask != 0
     x = torch.where(inside, x, 0.0).to(accumulation_dtype(x.dtype))
     count = sum_over_ranks(inside.sum(), group)
@@ -70,9 +69,10 @@ def whiten(
         return sum_over_ranks(entries.sum(), group) / divisor.clamp(min=1)
 
     mean = shared_by_ranks(over_batch(x, count), group)
-    # The rounding of the mean of large entries is all that is left of equal ones: once more.
-    rest = over_batch(torch.where(inside, x - mean, 0.0), count)
-    mean = mean + shared_by_ranks(rest, group)
+    # Subtracted twice: of equal large entries, what is left after the first time is the rounding of
+    # their mean.
+    correction = over_batch(torch.where(inside, x - mean, 0.0), count)
+    mean = mean + shared_by_ranks(correction, group)
     centred = torch.where(inside, x - mean, 0.0)
     variance = shared_by_ranks(over_batch(centred.square(), count - 1), group)
     scaled = centred * torch.rsqrt(variance + 1e-8)

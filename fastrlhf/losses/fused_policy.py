@@ -1,10 +1,11 @@
 """The policy losses from logits, in one launch, and from hidden states, at the fewest matmuls.
 
-The arguments are checked as those of `policy_loss` are (`policy_arguments.py`), and the formulas
-are its own (`policy.py`). From logits, on a GPU, the kernel computes loss and gradient at once
-through the operation `fastrlhf.ops.policy_loss`, which is called `policy_kernel` here. From hidden
-states, `policy_loss_of` hands the loss of a chunk of tokens to whatever scores tokens by a head
-(`fastrlhf.ops.scorer`); `model_policy_loss` takes that way too, in a model's own forward.
+The arguments are checked as those of `policy_loss` are, by `policy_options.py` and
+`policy_arguments.py`, and the formulas are its own, in `policy.py`. From logits, on a GPU, the
+kernel computes loss and gradient at once through the operation `fastrlhf.ops.policy_loss`, which is
+called `policy_kernel` here. From hidden states, `policy_loss_of` hands the loss of a chunk of
+tokens to whatever scores tokens by a head (`fastrlhf.ops.scorer`); `model_policy_loss` takes that
+way too, in a model's own forward.
 
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
@@ -14,15 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.policy import Metrics, loss_and_metrics, policy_metrics, token_losses
-from fastrlhf.losses.policy_arguments import (
+from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyTensors, policy_batch
+from fastrlhf.losses.policy_options import (
     OPTIONAL_TOKEN_TENSORS,
-    PolicyBatch,
     PolicyLossOptions,
     PolicyOptions,
     PolicyOptionsAndTensors,
-    PolicyTensors,
-    policy_batch,
 )
 from fastrlhf.losses.segments import segment_sums
 from fastrlhf.losses.signatures import showing
@@ -34,8 +34,6 @@ from fastrlhf.ops.checks import (
     check_indices_on_host,
     check_integer,
     check_mask,
-    check_same_device,
-    check_shape,
 )
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
@@ -139,8 +137,9 @@ def logits_policy_loss(
     over_ranks = group is not None or is_dtensor(logits)
     transform = checked_logits(
         logits, targets, temperature, softcap, scale, may_be_empty=over_ranks
-    )  # fmt: skip
-    _check_mask(mask, targets)
+    )
+    check_mask("mask", mask)
+    check_like("mask", mask, "targets", targets)
     with_entropy = entropy or options.entropy_coef != 0
     tensors = PolicyTensors(old_logprobs, advantages, ref_logprobs, rollout_weights, kl_weights)
     batch = policy_batch(
@@ -239,7 +238,8 @@ def linear_policy_loss(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
     scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
-    _check_mask(mask, targets)
+    check_mask("mask", mask)
+    check_like("mask", mask, "targets", targets)
     with_entropy = entropy or options.entropy_coef != 0
     tensors = PolicyTensors(old_logprobs, advantages, *optional_tensors)
     batch = policy_batch(
@@ -320,12 +320,6 @@ def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int | None) -> T
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
         check_indices_on_host("targets", of_mask, vocab, what)
     return torch.where(batch.active, targets.long(), MASKED_OUT)
-
-
-def _check_mask(mask: Tensor, targets: Tensor) -> None:
-    check_mask("mask", mask)
-    check_shape("mask", mask, tuple(targets.shape), "the shape of targets")
-    check_same_device("mask", mask, "targets", targets)
 
 
 def _kernel_has(options: PolicyOptions, logits: Tensor) -> bool:

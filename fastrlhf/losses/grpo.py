@@ -9,7 +9,7 @@ from typing import Literal, cast
 from torch import Tensor
 
 from fastrlhf.losses.policy import Metrics, policy_loss
-from fastrlhf.losses.policy_arguments import (
+from fastrlhf.losses.policy_options import (
     OPTIONAL_ARGUMENTS,
     PolicyArguments,
     PolicyLossOptions,

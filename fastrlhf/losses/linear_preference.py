@@ -226,9 +226,7 @@ class PairLoss(NamedTuple):
         """
         of_pairs, free_type = self.options.of_pairs, self.options.free_type
         if free_type is not None and self.ref_logps is not None:
-            raise ValueError(
-                f"ref_logps: expected None, loss_type {free_type!r} has no reference"
-            )  # fmt: skip
+            raise ValueError(f"ref_logps: expected None, loss_type {free_type!r} has no reference")
         if free_type is None and not of_pairs.reference_free and self.ref_logps is None:
             raise ValueError(
                 f"ref_logps: expected a tensor for loss_type {_type_as_given(of_pairs)}, got None"

@@ -180,9 +180,7 @@ class UnpairedLoss(NamedTuple):
 
     def of_tokens(self, tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
         sums = sequence_logprobs(tokens.logprob, tokens.mask, cu_seqlens=self.layout.cu_seqlens)
-        return kto_loss(
-            sums, self.ref_logps, self.desirable, self.kl, self.beta, **self.options
-        )  # fmt: skip
+        return kto_loss(sums, self.ref_logps, self.desirable, self.kl, self.beta, **self.options)
 
     def sets(self, targets: Tensor) -> Tensor:
         """A set for each sequence, whose loss is its own."""

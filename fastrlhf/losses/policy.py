@@ -7,8 +7,10 @@ the forms that start from logits or from hidden states, in `fused_policy.py`.
 Three functions are called `policy_loss`. The one here is what users call: it takes log-probs, and
 is plain PyTorch. `fastrlhf.ops.policy_loss.policy_loss` is the operation that takes logits and
 makes the gradient along with the loss, for `logits_policy_loss` on a GPU; it calls the launcher of
-the kernel, `fastrlhf.kernels.policy_loss.policy_loss`. `policy_arguments.py` checks what is given
-here, `surrogates.py` has the surrogates, `penalties.py` the KL penalties, `reduce.py` the weights.
+the kernel, `fastrlhf.kernels.policy_loss.policy_loss`.
+
+`policy_options.py` and `policy_arguments.py` check what is given here, `surrogates.py` has the
+surrogates, `penalties.py` the KL penalties, `reduce.py` the weights.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
@@ -16,23 +18,20 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.penalties import KL_ESTIMATORS, importance_corrected
-from fastrlhf.losses.policy_arguments import (
+from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyTensors, SequenceSums, policy_batch
+from fastrlhf.losses.policy_options import (
     OPTIONAL_ARGUMENTS,
     PolicyArguments,
-    PolicyBatch,
     PolicyLossOptions,
     PolicyOptions,
-    PolicyTensors,
-    SequenceSums,
-    policy_batch,
 )
 from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.signatures import showing
 from fastrlhf.losses.surrogates import SURROGATES, bounded_one_by_one
 from fastrlhf.ops import PolicyTokens
-from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.checks import check_floating
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
@@ -165,8 +164,7 @@ def policy_loss(
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens, group)
     if entropy is not None:
         check_floating("entropy", entropy)
-        check_shape("entropy", entropy, tuple(mask.shape), "the shape of mask")
-        check_same_device("entropy", entropy, "mask", mask)
+        check_like("entropy", entropy, "mask", mask)
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(
             f"entropy: expected a tensor for entropy_coef {options.entropy_coef}, got None"

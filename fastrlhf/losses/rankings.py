@@ -6,13 +6,12 @@ Dims: B sequences, P pairs, K rankings.
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.reward import plackett_luce_loss
 from fastrlhf.losses.unpaired import check_unpaired
 from fastrlhf.ops.checks import (
     check_integer,
     check_positive,
-    check_same_device,
-    check_shape,
 )
 from fastrlhf.reference import sequence_scores
 
@@ -83,8 +82,7 @@ def ranked_pairs(groups: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
         check_integer(name, x)
     if groups.ndim != 1:
         raise ValueError(f"groups: expected shape (B,), got {tuple(groups.shape)}")
-    check_shape("ranks", ranks, tuple(groups.shape), "the shape of groups")
-    check_same_device("ranks", ranks, "groups", groups)
+    check_like("ranks", ranks, "groups", groups)
     better = (groups[:, None] == groups) & (ranks[:, None] < ranks)
     yw_idxs, yl_idxs = better.nonzero(as_tuple=True)
     return yw_idxs, yl_idxs

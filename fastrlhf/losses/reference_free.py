@@ -136,7 +136,7 @@ def cpo_loss(
     if loss_type == "ipo":
         scores = mean_logps(logps, lengths, yw_idxs, yl_idxs)
     elif lengths is not None:
-        check_counts("lengths", lengths)  # though nothing looks at them
+        check_counts("lengths", lengths)  # this type does not use them
     chosen = yw_idxs.long()
     losses = contrast(scores[chosen] - scores[yl_idxs.long()], loss_type, beta, label_smoothing)
     return losses + alpha * chosen_nll(nll, -sums[chosen]), (beta * scores).detach()
@@ -225,7 +225,8 @@ def _log1mexp(x: Tensor) -> Tensor:
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
-    # Each branch sees only arguments that suit it: a branch not taken must not make NaN gradients.
+    # Each branch gets arguments in its own range alone: the gradient of a branch that is not taken
+    # would be NaN outside of it.
     return torch.where(
         near,
         torch.log(-torch.expm1(torch.where(near, x, -1.0))),

@@ -1,4 +1,5 @@
-"""What is left out because the policy that sampled it is too far from the one that is trained.
+"""Tokens and sequences that are left out because the policy that sampled them is too far from the
+one that is trained.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """

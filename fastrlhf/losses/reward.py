@@ -6,6 +6,7 @@ Dims: P pairs, M items, K groups.
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.segments import suffix_scan
 from fastrlhf.ops.backend import is_batched
@@ -13,8 +14,6 @@ from fastrlhf.ops.checks import (
     check_finite,
     check_floating,
     check_integer,
-    check_same_device,
-    check_shape,
     wide_integers,
 )
 from fastrlhf.reference import accumulation_dtype, log_add_exp, log_sigmoid
@@ -64,8 +63,7 @@ def reward_loss(
         margin = check_finite("margin", margin)
     for name, x in others.items():
         check_floating(name, x)
-        check_shape(name, x, tuple(chosen_scores.shape), "the shape of chosen_scores")
-        check_same_device(name, x, "chosen_scores", chosen_scores)
+        check_like(name, x, "chosen_scores", chosen_scores)
     center_coef = check_finite("center_coef", center_coef)
     dtype = accumulation_dtype(torch.promote_types(chosen_scores.dtype, rejected_scores.dtype))
     chosen, rejected = chosen_scores.to(dtype), rejected_scores.to(dtype)
@@ -119,8 +117,7 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
         raise ValueError(f"scores: expected shape (M,), got {tuple(scores.shape)}")
     for name, x in (("groups", groups), ("ranks", ranks)):
         check_integer(name, x)
-        check_shape(name, x, tuple(scores.shape), "the shape of scores")
-        check_same_device(name, x, "scores", scores)
+        check_like(name, x, "scores", scores)
     if is_batched(groups, ranks):
         raise RuntimeError(
             "plackett_luce_loss: does not work with groups or ranks batched by torch.func.vmap, "
@@ -136,7 +133,8 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
             "ranks: expected different ranks within a group, got two items of one rank"
         )
     s = scores.to(accumulation_dtype(scores.dtype))[order]
-    # -ln σ(s_k - lse of those behind it) keeps its accuracy where s_k is far ahead.
+    # The term -(s_k - lse of s_k and those behind) is -ln σ(s_k - lse of those behind), which keeps
+    # its accuracy where s_k is far ahead.
     behind = torch.cat((suffix_scan(log_add_exp, s, ids)[1:], s[-1:]))
     terms = torch.where(has_next, -log_sigmoid(torch.where(has_next, s - behind, 0.0)), 0.0)
     first = torch.ones_like(has_next)

@@ -121,7 +121,7 @@ def rollout_correction(
 
 
 def _of_level(tokens: RolloutTokens, level: str) -> tuple[Tensor, Units]:
-    """Log-ratios of tokens (B, T), or of sequences (B,), and which of them there are."""
+    """Return log-ratios of tokens (B, T), or of sequences (B,), and what they belong to."""
     if level == "token":
         return tokens.log_ratio, token_units(tokens)
     reduce = sequence_sums if level == "sequence" else sequence_means
@@ -141,7 +141,7 @@ def _weight_metrics(
     ratio: Tensor, weights: Tensor, low: Tensor, high: Tensor, units: Units
 ) -> Metrics:
     of_ratio, of_weights = moments(ratio, units), moments(weights, units)
-    del of_ratio["eff_sample_size"]  # of what nobody weighs with
+    del of_ratio["eff_sample_size"]  # it is a property of weights, which the ratios are not
     return {
         **{f"rollout_corr/ratio_{name}": value for name, value in of_ratio.items()},
         **{f"rollout_corr/rollout_is_{name}": value for name, value in of_weights.items()},

@@ -82,7 +82,7 @@ def metrics_of_tokens(tokens: RolloutTokens) -> Metrics:
         for of in (tokens.logprobs, tokens.rollout_logprobs, tokens.log_ratio)
     )
     of_product = tokens.layout.sums(tokens.log_ratio)
-    found = {
+    metrics = {
         "kl": token.mean(-x),
         "k3_kl": token.mean(expm1_minus(x)),
         "chi2_token": token.mean(expm1(saturated(2 * x))),
@@ -95,7 +95,7 @@ def metrics_of_tokens(tokens: RolloutTokens) -> Metrics:
         "log_ppl_abs_diff": sequence.mean(log_ppl_diff.abs()),
         "ppl_ratio": sequence.mean(log_ppl_diff.exp()),
     }
-    return {f"rollout_corr/{name}": value for name, value in found.items()} | {
+    return {f"rollout_corr/{name}": value for name, value in metrics.items()} | {
         "sampling/sampling_logp_difference/mean": token.mean(x.abs()),
         "sampling/sampling_logp_difference/max": token.largest(x.abs()),
     }
@@ -106,7 +106,7 @@ def moments(x: Tensor, units: Units) -> Metrics:
     and max, and the effective sample size, as a share of n: (Σx)² / (n Σx²).
     """
     largest = units.largest(x)
-    # Relative to the largest, whose square might be inf.
+    # Weights relative to the largest, since the squares of the weights might be inf.
     scale = torch.where(largest > 0, largest, 1.0)
     share = x / scale
     mean = units.mean(share)

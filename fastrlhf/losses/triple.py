@@ -74,7 +74,7 @@ def tpo_loss(
     if loss_type in ("ipo", "tpo-l"):
         scores = mean_logps(logps, lengths, yw_idxs, yl_idxs)
     elif lengths is not None:
-        check_counts("lengths", lengths)  # though nothing looks at them
+        check_counts("lengths", lengths)  # this type does not use them
     margin = scores[yw_idxs.long()] - scores[yl_idxs.long()]
     if loss_type == "tpo-l":
         losses = contrast(beta * margin - gamma, "sigmoid", 1.0, label_smoothing)

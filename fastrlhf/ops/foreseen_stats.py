@@ -1,12 +1,13 @@
 """Token statistics whose loss comes later, and whose gradient is mostly foreseen.
 
 A trainer that takes log-probs out of a model's forward, and makes a loss of them afterwards, needs
-4G where the head is trained: the loss's derivative with respect to each log-prob, its *slope*, is
-not known while the logits are there, and backward makes them again. But often the slopes can be
-foreseen, up to a factor that all tokens share: those of a cross-entropy are equal. Then the forward
-finishes the gradient for the foreseen slopes, 3G in all; backward compares them with what has come,
-and makes the logits again of those tokens alone whose slope is another. So a wrong guess costs
-time, never a wrong gradient.
+4G where the head is trained, with G for one matmul of tokens × hidden × vocabulary (RECOMPUTE in
+`linear_plans.py`): the loss's derivative with respect to each log-prob, its *slope*, is not known
+while the logits are there, and backward makes them again. But often the slopes can be foreseen, up
+to a factor that all tokens share: those of a cross-entropy are equal. Then the forward finishes the
+gradient for the foreseen slopes, 3G in all; backward compares them with what has come, and makes
+the logits again of those tokens alone whose slope is another. So a wrong guess costs time, never a
+wrong gradient.
 
 What the forward leaves for backward, the gradient for the foreseen slopes among it, serves once and
 is let go of. A second backward through the same graph makes all logits again.
@@ -16,6 +17,8 @@ need of as much memory for its first block anyway: a batch of one block costs 3G
 
 Entropies are treated likewise: nothing is kept for their gradient, which a log has no use for.
 Where a loss asks for it after all, backward makes the logits again.
+
+Used by `fastrlhf/integrations/trl_head.py`; what it foresees is in `trl_foresight.py` there.
 """
 
 from collections.abc import Callable
@@ -97,16 +100,16 @@ class _ForeseenStats(torch.autograd.Function):
         problem = LinearProblem.of(options, tensors)
         order = live_rows(problem.targets.reshape(-1), options.question.ignore_index)
         slope_of_logprob: list[Tensor] = []
-        ctx.left = None
+        ctx.leftover = None
         with exact(problem.hidden):
             bench = problem.workbench(order)
             spans = even_spans(bench.rows.size, options.chunk)
             if needs.head and foresight is not None:
-                all_stats, ctx.left = _with_foreseen_gradient(
+                all_stats, ctx.leftover = _with_foreseen_gradient(
                     bench, spans, needs, foresight, problem
                 )
             elif needs.head:
-                all_stats, ctx.left = _with_last_block(bench, spans)
+                all_stats, ctx.leftover = _with_last_block(bench, spans)
             elif needs.hidden:
                 all_stats, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
             else:
@@ -124,17 +127,17 @@ class _ForeseenStats(torch.autograd.Function):
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             totals = differentiable_gradients(problem, ctx.needs, d_logprob, d_entropy)
         else:
-            left, ctx.left = ctx.left, None  # it serves once
+            leftover, ctx.leftover = ctx.leftover, None  # it serves once
             if d_logprob is None:
                 sums = torch.promote_types(problem.options.dtype, torch.float32)
                 d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
             slopes = Slopes(d_logprob, d_entropy)
             if slope_of_logprob:
                 totals = _from_slope(problem, order, slope_of_logprob[0], slopes)
-            elif isinstance(left, _Foreseen):
-                totals = _from_foreseen(problem, order, ctx.needs, left, slopes)
+            elif isinstance(leftover, _Foreseen):
+                totals = _from_foreseen(problem, order, ctx.needs, leftover, slopes)
             else:
-                totals = _made_again(problem, order, ctx.needs, slopes, last_block=left)
+                totals = _recomputed(problem, order, ctx.needs, slopes, last_block=leftover)
             totals = problem.like_inputs(totals)
         return None, None, *in_order_of_tensors(totals)
 
@@ -157,14 +160,14 @@ def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ..
 
 def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[AllStats, _LastBlock | None]:
     """Statistics, and what is left of the last block: the forward of RECOMPUTE, but for that."""
-    all_stats, left = room_for_all_tokens(bench), None
+    all_stats, last = room_for_all_tokens(bench), None
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
         put(all_stats, block, stats)
-        left = _LastBlock(span, logits, stats) if span == spans[-1] else None
+        last = _LastBlock(span, logits, stats) if span == spans[-1] else None
         del logits  # before the next block makes its own
-    return all_stats, left
+    return all_stats, last
 
 
 def _with_foreseen_gradient(
@@ -202,38 +205,39 @@ def _from_slope(
     if slopes.entropy is not None:
         needs = Needs(True, [False] * len(problem.weights), False)
         of_entropy = Slopes(torch.zeros_like(slopes.logprob), slopes.entropy)
-        due = slopes.entropy[order] != 0
-        more = _made_again(problem, order[due], needs, of_entropy)[0]
+        recompute = slopes.entropy[order] != 0
+        more = _recomputed(problem, order[recompute], needs, of_entropy)[0]
         assert more is not None
         d_hidden = d_hidden + more.view(d_hidden.shape)
     return [d_hidden.view(problem.hidden.shape)] + [None] * (1 + len(problem.weights))
 
 
 def _from_foreseen(
-    problem: LinearProblem, order: Tensor, needs: Needs, left: _Foreseen, slopes: Slopes
+    problem: LinearProblem, order: Tensor, needs: Needs, leftover: _Foreseen, slopes: Slopes
 ) -> list[Tensor | None]:
     """Scale the gradient that was foreseen, and make up for the tokens whose slope is another."""
-    guess, came = left.slopes[order], slopes.logprob[order]
-    factor = came.new_zeros(())  # all is made again, where each token's gradient has two parts
+    foreseen, actual = leftover.slopes[order], slopes.logprob[order]
+    factor = actual.new_zeros(())  # where entropies have a gradient too, nothing foreseen is used
     if slopes.entropy is None:
-        factor = _common_factor(guess, came)
-    missed = came - factor * guess
-    alike = missed.abs() <= _SLACK * torch.finfo(came.dtype).eps * came.abs()
-    due = ~(alike & came.isfinite())
+        factor = _common_factor(foreseen, actual)
+    missed = actual - factor * foreseen
+    alike = missed.abs() <= _SLACK * torch.finfo(actual.dtype).eps * actual.abs()
+    recompute = ~(alike & actual.isfinite())
     if slopes.entropy is not None:
-        due |= slopes.entropy[order] != 0
-    totals = [None if total is None else total.mul_(factor) for total in left.gradient]
-    rows = order[due]
+        recompute |= slopes.entropy[order] != 0
+    totals = [None if total is None else total.mul_(factor) for total in leftover.gradient]
+    rows = order[recompute]
     if not rows.shape[0]:
         return totals
-    rest = torch.zeros_like(slopes.logprob).index_copy_(0, rows, missed[due])
+    rest = torch.zeros_like(slopes.logprob).index_copy_(0, rows, missed[recompute])
     again = Slopes(rest, slopes.entropy)
-    more = _made_again(problem, rows, needs, again, hidden_dtype=slopes.logprob.dtype)
+    more = _recomputed(problem, rows, needs, again, hidden_dtype=slopes.logprob.dtype)
     if totals[0] is not None and more[0] is not None:
-        # A row is of its token alone, so that nothing of what was foreseen need cancel there.
-        own, of_rest = (x.view(-1, problem.hidden.shape[-1]) for x in (totals[0], more[0]))
-        ratio = 1.0 if slopes.entropy is not None else (came / missed)[due].unsqueeze(1)
-        own[rows] = of_rest[rows] * ratio
+        # A hidden state's gradient is of its token alone. Where the slope was missed, it overwrites
+        # what was foreseen: to add to that what is missing would cancel digits.
+        d_hidden, of_rest = (x.view(-1, problem.hidden.shape[-1]) for x in (totals[0], more[0]))
+        ratio = 1.0 if slopes.entropy is not None else (actual / missed)[recompute].unsqueeze(1)
+        d_hidden[rows] = of_rest[rows] * ratio
     others = (
         None if a is None or b is None else a.add_(b)
         for a, b in zip(totals[1:], more[1:], strict=True)
@@ -241,15 +245,15 @@ def _from_foreseen(
     return [totals[0], *others]
 
 
-def _common_factor(guess: Tensor, came: Tensor) -> Tensor:
+def _common_factor(foreseen: Tensor, actual: Tensor) -> Tensor:
     """The factor that makes most slopes right: the median of what each would need."""
-    if not guess.numel():
-        return came.new_zeros(())
-    factor = torch.where(guess != 0, came / guess, torch.nan).nanmedian()
+    if not foreseen.numel():
+        return actual.new_zeros(())
+    factor = torch.where(foreseen != 0, actual / foreseen, torch.nan).nanmedian()
     return torch.where(factor.isfinite(), factor, 0.0)
 
 
-def _made_again(
+def _recomputed(
     problem: LinearProblem,
     order: Tensor,
     needs: Needs,

@@ -1,5 +1,8 @@
 """From gradients of logits, a block of rows at a time, to those of hidden states, weights and bias.
 
+The plans (`linear_plans.py`) make the gradient of a block's logits and hand it to `Gradients`,
+which multiplies it by the head (`linear_head.py`) and by the hidden states.
+
 Two things stand between the two on a GPU, where matmuls take 16-bit operands:
 
 - fp16 ends at 6e-8. The gradient of a mean over thousands of tokens is smaller than that in most of
@@ -181,7 +184,7 @@ class Gradients:
         for total in self.weights:
             if total is not None and self.unit is not None:
                 total.mul_(self.unit)
-        found = [None if self.hidden is None else self.hidden.view(hidden.shape)]
+        totals = [None if self.hidden is None else self.hidden.view(hidden.shape)]
         for wanted, total, of in (
             (self.wants_bias, self.bias, bias),
             *zip(self.wants_weights, self.weights, weights, strict=True),
@@ -189,8 +192,8 @@ class Gradients:
             if wanted and total is None:
                 assert isinstance(of, Tensor)
                 total = torch.zeros_like(of)
-            found.append(total)
-        return found
+            totals.append(total)
+        return totals
 
     def _add_waiting(self) -> None:
         """Add what waits to the gradients of weights and bias."""

@@ -1,21 +1,20 @@
 """Exact divergences over the vocabulary from the hidden states of two models: no logits are built.
 
-A block of tokens at a time, both heads make their logits, and the divergence is read from them. The
-gradient of a token's value with respect to its hidden state is a vector that the forward can keep,
-whatever comes of the value. That with respect to a head is a sum over tokens: it is computed along
-with the values as if all weighed the same, as in a sum or a mean; if they turn out not to, backward
-makes the logits again.
+A block of tokens at a time, both heads make their logits (`linear_divergence_sides.py`), and the
+divergence is read from them. Gradients are finished along with them (`value_gradients.py`): those
+of hidden states whatever comes of the values, those of heads as if all values weighed the same; if
+they turn out not to, backward makes the logits again. What the divergence of two rows of logits is,
+and its kernel, are in `divergence.py`. G is one matmul of tokens × hidden × vocabulary.
 
 Dims: N tokens, n tokens of the mask, H hidden (of each model its own), V vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from fastrlhf.reference import cap_slope, capped_logits
+from fastrlhf.reference import capped_logits
 
 from .backend import (
     backend_of,
@@ -29,65 +28,24 @@ from .backend import (
 )
 from .checks import check_bool, check_same_device, check_shape
 from .divergence import (
-    Measure,
     checked_measure,
     definition,
-    divergence_backward_into,
 )
-from .divergence_over_ranks import divergence_over_ranks
-from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .keywords import Unpack
 from .linear_arguments import check_head, checked_chunk
 from .linear_definition import full_logits
-from .linear_head import Head, Weight
-from .linear_plans import Needs, Room, room_for_slopes
+from .linear_divergence_sides import BothLogits, DivergenceOptions, Side, of_side, sides_of
+from .linear_head import Weight
+from .linear_plans import room_for_slopes
 from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
 from .logits_arguments import checked_rows
 from .ranks import Group, all_reduced_rows, refuse_transforms_of_ranks
 from .scorer import LinearScorer
 from .sharded import head_part, same_head_part
-from .stats_over_ranks import statistics_over_ranks
 from .transform import Transform, check_factor, checked_transform
-from .vocabulary_part import NOT_HERE, VocabularyPart, agreed_part, numbered
-
-
-class _Side(NamedTuple):
-    """One model: hidden states (N, H), the head, and what of them needs a gradient."""
-
-    hidden: Tensor
-    head: Head
-    wants: Needs
-    group: Group | None  # of ranks that share the vocabulary
-
-    @property
-    def trained(self) -> bool:
-        return self.wants.head
-
-    def gradients(self, rows: int, hidden: Tensor | None) -> Gradients:
-        return Gradients(self.head, rows, hidden, self.wants.weights, self.wants.bias, self.group)
-
-    def logits(self, rows: Tensor) -> Tensor:
-        return self.head.logits(self.hidden[rows].to(self.head.operands))
-
-
-class _Options(NamedTuple):
-    measure: Measure
-    temperature: float
-    caps: tuple[float | None, float | None]  # of the two sides
-    scales: tuple[float, float]
-    chunk: int
-    impl: str
-    dtypes: tuple[torch.dtype, torch.dtype]  # of the matmuls of the two sides
-    blocks: tuple[int, int]  # column blocks of the weights of the two sides
-    sum_expected: bool  # see `divergence_of`
-    entropy: bool  # of ours is asked for
-    part: VocabularyPart | None  # of a vocabulary that ranks share
-
-    @property
-    def one_transform(self) -> bool:
-        """Whether both sides scale and cap alike, as the kernel takes it."""
-        return self.caps[0] == self.caps[1] and self.scales[0] == self.scales[1]
+from .value_gradients import ValueGradients, weigh_alike
+from .vocabulary_part import agreed_part, numbered
 
 
 class LinearKLOptions(TypedDict, total=False):
@@ -256,7 +214,7 @@ def divergence_of(
         raise ValueError(f"ref_weight: expected {rows} rows, as weight has here, got {ref_rows}")
     mask = checked_rows(mask, hidden, "hidden")
     transform = checked_transform(ours.temperature, ours.softcap, ours.scale, mask)
-    options = _Options(
+    options = DivergenceOptions(
         checked_measure(direction, beta), transform.temperature,
         (transform.softcap, ref.softcap), (transform.scale, ref.scale),
         checked_chunk(ours.chunk_size, ours.most_columns, hidden.device),
@@ -285,7 +243,7 @@ def _agree(
     ref: LinearScorer,
     mask: Tensor,
     token_temperature: Tensor | None,
-    options: _Options,
+    options: DivergenceOptions,
 ) -> None:
     """Check that all ranks ask the same, of the same tokens."""
     part, measure = ours.part, options.measure
@@ -297,12 +255,16 @@ def _agree(
     )  # fmt: skip
     wide = torch.promote_types(*options.dtypes)
     settings = (options.temperature, *options.caps, *options.scales, measure.share)
-    asked = {"chunk_size": options.chunk, **numbered(question, wide, *settings)}
-    outside_of_graphs(agreed_part)(part.group, part.size, mask, asked, part, token_temperature)
+    compared = {"chunk_size": options.chunk, **numbered(question, wide, *settings)}
+    outside_of_graphs(agreed_part)(part.group, part.size, mask, compared, part, token_temperature)
 
 
 def _definition(
-    ours: LinearScorer, ref: LinearScorer, mask: Tensor, transform: Transform, options: _Options
+    ours: LinearScorer,
+    ref: LinearScorer,
+    mask: Tensor,
+    transform: Transform,
+    options: DivergenceOptions,
 ) -> Tensor:
     """The divergence by all logits, in what torch.func can differentiate and batch."""
     with exact(ours.hidden):
@@ -325,52 +287,40 @@ def _definition(
 
 
 class _LinearDivergence(torch.autograd.Function):
+    """Values and our entropies (N,), both models' logits made once, a block of tokens at a time."""
+
     @staticmethod
     def forward(ctx, options, mask, token_temperature, *tensors):
-        sides = _sides(options, tensors, ctx.needs_input_grad[3:])
+        sides = sides_of(options, tensors, ctx.needs_input_grad[3:])
         order = live_rows(mask.reshape(-1).to(torch.int64), 0)
-        slopes = [
-            room_for_slopes(side.hidden, alone=side.group is None)
-            if _keeps_slope(side, options)
-            else None
-            for side in sides
-        ]
-        summed = [
-            side.gradients(order.shape[0], None) if side.trained and options.sum_expected else None
-            for side in sides
-        ]
+        finished = [_finished(side, options, order.shape[0]) for side in sides]
         sums = torch.promote_types(sides[0].head.sums, sides[1].head.sums)
         values = torch.zeros(mask.numel(), dtype=sums, device=mask.device)
         entropies = torch.zeros_like(values if options.entropy else values[:0])
-        kept = []  # what backward would otherwise have to ask other ranks again
+        kept = []
         with exact(sides[0].hidden):
             for first, last in even_spans(order.shape[0], options.chunk):
                 rows = order[first:last]
-                block = _Block(options, sides, rows, token_temperature)
+                block = BothLogits(options, sides, rows, token_temperature)
                 values[rows] = block.values
                 if options.part is not None:
-                    kept.append(torch.cat((block.values.unsqueeze(0), block.stats)))
+                    kept.append(block.of_ranks())
                 if options.entropy:
                     entropies[rows] = block.entropy().to(sums)
-                for i, (side, slope, found) in enumerate(zip(sides, slopes, summed, strict=True)):
-                    if slope is None and found is None:
-                        continue
-                    room = side.head.room if found is None else found.room
-                    d_logits = block.d_logits(i, torch.ones_like(block.values), room)
-                    if slope is not None:
-                        slope[rows] = side.head.pull_back(d_logits).to(slope.dtype)
-                    if found is not None:
-                        found.add(rows, side.hidden[rows].to(side.head.operands), d_logits)
-            known = [
-                total
-                for i, found in enumerate(summed)
-                for total in _head_totals(found, _of_side(options, tensors, i))
-            ]
+                ones = torch.ones_like(block.values)
+                for i, gradients in enumerate(finished):
+                    if gradients.wanted:
+                        gradients.add(rows, block.d_logits(i, ones, gradients.room))
+            of_heads = []
+            for i, gradients in enumerate(finished):
+                _, bias, *weights = of_side(options, tensors, i)
+                of_heads += gradients.of_head(bias, weights)
         ctx.options = options
         ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]
         dense = [x if isinstance(x, Tensor) else None for x in tensors]
         of_ranks = torch.cat(kept, dim=1) if kept else None
-        ctx.save_for_backward(mask, order, token_temperature, of_ranks, *dense, *slopes, *known)
+        slopes = [gradients.slopes for gradients in finished]
+        ctx.save_for_backward(mask, order, token_temperature, of_ranks, *dense, *slopes, *of_heads)
         ctx.mark_non_differentiable(entropies)
         return values, entropies
 
@@ -381,73 +331,75 @@ class _LinearDivergence(torch.autograd.Function):
         options = ctx.options
         mask, order, token_temperature, of_ranks, *rest = ctx.saved_tensors
         dense, rest = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
-        slopes, known = rest[:2], rest[2:]
+        slopes, of_sum = rest[:2], rest[2:]
         tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
-        wanted = ctx.needs_input_grad[3:]
         upstream = torch.where(mask.reshape(-1), d_values, 0.0)
-        hiddens: list[Tensor | None] = [None, None]
-        if options.sum_expected and _are_alike(upstream[order]):
+        d_hiddens: list[Tensor | None] = [None, None]
+        if options.sum_expected and weigh_alike(upstream[order]):
             by = upstream[order][:1].sum()
-            heads = [None if total is None else total * by for total in known]
+            d_heads = [None if total is None else total * by for total in of_sum]
         else:
-            sides = _sides(options, tensors, wanted)
-            hiddens, heads = _recomputed(
-                options, sides, tensors, order, token_temperature, d_values, of_ranks
-            )
+            sides = sides_of(options, tensors, ctx.needs_input_grad[3:])
+            tokens = _Tokens(order, token_temperature, of_ranks)
+            d_hiddens, d_heads = _recomputed(options, sides, tensors, tokens, d_values)
         gradients: list[Tensor | None] = []
         for i in range(2):
-            hidden, *head = _of_side(options, tensors, i)
-            d_hidden = hiddens[i]
+            hidden, *head = of_side(options, tensors, i)
+            d_hidden = d_hiddens[i]
             if slopes[i] is not None:
                 d_hidden = slopes[i] * upstream.unsqueeze(1)
                 if options.part is not None:
                     d_hidden = all_reduced_rows(d_hidden, order, options.part.group)
                 d_hidden = d_hidden.view(hidden.shape)
-            of_head, heads = heads[: len(head)], heads[len(head) :]
-            for total, x in zip((d_hidden, *of_head), (hidden, *head), strict=True):
-                gradients.append(None if total is None else total.to(x.dtype))
+            d_head, d_heads = d_heads[: len(head)], d_heads[len(head) :]
+            for gradient, x in zip((d_hidden, *d_head), (hidden, *head), strict=True):
+                gradients.append(None if gradient is None else gradient.to(x.dtype))
         return None, None, None, *gradients
 
 
+class _Tokens(NamedTuple):
+    """The n tokens of the mask, as backward needs them to make their logits again."""
+
+    order: Tensor  # (n,) their numbers among all N
+    token_temperature: Tensor | None  # of all tokens
+    of_ranks: Tensor | None  # (7, n) values and statistics, where ranks share the vocabulary
+
+
 def _recomputed(
-    options: _Options,
-    sides: list[_Side],
+    options: DivergenceOptions,
+    sides: list[Side],
     tensors: list[Any],
-    order: Tensor,
-    token_temperature: Tensor | None,
+    tokens: _Tokens,
     d_values: Tensor,
-    of_ranks: Tensor | None,  # values and statistics (7, n), where ranks share the vocabulary
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of both hidden states, and of both heads, from logits that are made again."""
-    rows_of_hidden = [
-        torch.zeros_like(side.hidden)
-        if side.trained and side.wants.hidden and not _keeps_slope(side, options)
-        else None
-        for side in sides
-    ]
-    found = [
-        side.gradients(order.shape[0], hidden)
-        for side, hidden in zip(sides, rows_of_hidden, strict=True)
-    ]
+    order, token_temperature, of_ranks = tokens
+    totals = [side.gradients(order.shape[0], _room_for_hidden(side, options)) for side in sides]
     if any(side.trained for side in sides):
         _check_weights_are_there(tensors)
         with exact(sides[0].hidden):
             for first, last in even_spans(order.shape[0], options.chunk):
                 rows = order[first:last]
                 known = None if of_ranks is None else of_ranks[:, first:last].contiguous()
-                block = _Block(options, sides, rows, token_temperature, known)
+                block = BothLogits(options, sides, rows, token_temperature, known)
                 for i, side in enumerate(sides):
                     if side.trained:
-                        d_logits = block.d_logits(i, d_values[rows], found[i].room)
-                        found[i].add(rows, side.hidden[rows].to(side.head.operands), d_logits)
-    hiddens, heads = [], []
+                        d_logits = block.d_logits(i, d_values[rows], totals[i].room)
+                        totals[i].add(rows, side.hidden[rows].to(side.head.operands), d_logits)
+    d_hiddens, d_heads = [], []
     with exact(sides[0].hidden):
         for i in range(2):
-            hidden, bias, *weights = _of_side(options, tensors, i)
-            d_hidden, *d_head = found[i].totals(hidden, bias, weights)
-            hiddens.append(d_hidden)
-            heads += d_head
-    return hiddens, heads
+            hidden, bias, *weights = of_side(options, tensors, i)
+            d_hidden, *d_head = totals[i].totals(hidden, bias, weights)
+            d_hiddens.append(d_hidden)
+            d_heads += d_head
+    return d_hiddens, d_heads
+
+
+def _room_for_hidden(side: Side, options: DivergenceOptions) -> Tensor | None:
+    """Zeros for the gradient of hidden states, where forward has not kept it already."""
+    made_again = side.trained and side.wants.hidden and not _keeps_slope(side, options)
+    return torch.zeros_like(side.hidden) if made_again else None
 
 
 def _check_weights_are_there(tensors: list[Any]) -> None:
@@ -460,125 +412,18 @@ def _check_weights_are_there(tensors: list[Any]) -> None:
             )
 
 
-def _are_alike(values: Tensor) -> bool:
-    return not values.numel() or bool((values == values[0]).all())
+def _finished(side: Side, options: DivergenceOptions, rows: int) -> ValueGradients:
+    """Make room for the gradients of a side that forward finishes."""
+    slopes = of_sum = None
+    if _keeps_slope(side, options):
+        slopes = room_for_slopes(side.hidden, alone=side.group is None)
+    if side.trained and options.sum_expected:
+        of_sum = side.gradients(rows, None)
+    return ValueGradients(side.head, side.hidden, slopes, of_sum)
 
 
-class _Block:
-    """The logits of both models on some tokens, and their divergence."""
-
-    def __init__(
-        self,
-        options: _Options,
-        sides: list[_Side],
-        rows: Tensor,
-        token_temperature: Tensor | None,
-        known: Tensor | None = None,
-    ):
-        logits = [side.logits(rows) for side in sides]
-        cap, scale = options.caps[0], options.scales[0]
-        # Where the two differ, the kernel gets logits that are scaled and capped already.
-        self.slopes: list[Tensor | float] = [1.0, 1.0]
-        if not options.one_transform:
-            for i in range(2):
-                self.slopes[i] = _transform(logits[i], options.caps[i], options.scales[i])
-            cap, scale = None, 1.0
-        self.swapped, share = options.measure
-        self.pair = logits[::-1] if self.swapped else logits
-        self.mask = torch.ones_like(rows, dtype=torch.bool)
-        if token_temperature is not None:
-            token_temperature = token_temperature.reshape(-1)[rows]
-        self.transform = Transform(token_temperature, options.temperature, cap, scale)
-        self.share, self.impl = share, options.impl
-        self.operands = [side.head.operands for side in sides]
-        self.sums = [side.head.sums for side in sides]
-        self.part = options.part
-        if self.part is None:
-            self.values, self.stats = torch.ops.fastrlhf.divergence(
-                *self.pair, self.mask, *self.transform, share, options.impl
-            )
-        elif known is not None:  # by the forward
-            self.values, self.stats = known[0], known[1:]
-        else:
-            self.values, self.stats = divergence_over_ranks(
-                self.pair[0],
-                self.pair[1],
-                self.mask,
-                self.transform,
-                share,
-                self.part,
-                options.impl,
-            )
-
-    def entropy(self) -> Tensor:
-        """Our entropy of each token."""
-        ours = self.pair[1 if self.swapped else 0]
-        if self.part is not None:
-            nowhere = torch.full_like(self.mask, NOT_HERE, dtype=torch.int64)
-            return statistics_over_ranks(
-                ours, nowhere, self.transform, self.part, True, (), self.impl
-            )[1]
-        targets = torch.zeros_like(self.mask, dtype=torch.int64)
-        return torch.ops.fastrlhf.token_stats(
-            ours, targets, *self.transform, -100, True, False, self.impl
-        )[1]
-
-    def d_logits(self, side: int, d_values: Tensor, room: Room) -> LogitGradient:
-        """Compute the gradient with respect to the logits of a side, as operands of its matmuls."""
-        of_p, (logits_p, logits_q) = (side == 0) != self.swapped, self.pair
-        if logits_p.shape[1] == 0:  # of a rank that has nothing of the vocabulary
-            return LogitGradient(logits_p.to(self.operands[side]), None)
-        slope, operands = self.slopes[side], self.operands[side]
-        unscaled = isinstance(slope, float) and slope == 1.0
-        there = None if operands == self.sums[side] else room(len(d_values))
-        # fp16 is rounded to once the size of each row is known.
-        if there is not None and unscaled and operands != torch.float16:
-            out = there
-        else:
-            out = padded_rows(len(d_values), logits_p.shape[1], self.sums[side], d_values.device)
-        divergence_backward_into(
-            out, logits_p, logits_q, self.mask, self.stats, d_values.to(self.values.dtype),
-            self.transform, self.share, of_p, self.impl,
-        )  # fmt: skip
-        if not unscaled:
-            out.mul_(slope)
-        return as_operands(out, operands, there)
-
-
-def _transform(logits: Tensor, softcap: float | None, scale: float) -> Tensor | float:
-    """Scale and cap logits where they are, and return the slope of that."""
-    if softcap is None:
-        logits.mul_(scale)
-        return scale
-    slope = cap_slope(logits, softcap, scale).mul_(scale)
-    logits.mul_(scale / softcap).tanh_().mul_(softcap)
-    return slope
-
-
-def _of_side(options: _Options, tensors: Sequence[Any], side: int) -> list[Any]:
-    """Hidden states, bias and column blocks of the weight of a side."""
-    first = 2 + options.blocks[0]
-    return list(tensors[:first] if side == 0 else tensors[first:])
-
-
-def _sides(options: _Options, tensors: Sequence[Any], wanted: Sequence[bool]) -> list[_Side]:
-    """The policy and the reference."""
-    sides = []
-    for i, dtype in enumerate(options.dtypes):
-        hidden, bias, *weights = _of_side(options, tensors, i)
-        wants_hidden, wants_bias, *wants_weights = _of_side(options, wanted, i)
-        head = Head(weights, bias, dtype)
-        needs = Needs(wants_hidden, wants_weights, wants_bias)
-        group = None if options.part is None else options.part.group
-        sides.append(_Side(hidden.reshape(-1, hidden.shape[-1]), head, needs, group))
-    return sides
-
-
-def _head_totals(found: Gradients | None, tensors: list[Any]) -> list[Tensor | None]:
-    """Gradients of bias and weights, none where none were asked for."""
-    hidden, bias, *weights = tensors
-    return [None] * len(tensors[1:]) if found is None else found.totals(hidden, bias, weights)[1:]
-
-
-def _keeps_slope(side: _Side, options: _Options) -> bool:
+def _keeps_slope(side: Side, options: DivergenceOptions) -> bool:
+    """Whether forward keeps the gradient of each value with respect to its hidden state. Where
+    logits will be made again anyway, for the head, that of hidden states comes with them.
+    """
     return side.wants.hidden and (options.sum_expected or not side.trained)

@@ -16,16 +16,17 @@ from .ranks import refuse_transforms_of_ranks, shared_by_ranks, sum_over_ranks
 
 def kept_stats_of(problem: LinearProblem) -> KeptStats:
     """Compute the statistics (N,) of a problem with a support."""
-    kept, options, asked = problem.kept, problem.options, problem.options.question
+    kept, options = problem.kept, problem.options
+    entropy, with_stats = options.question.entropy, options.question.with_stats
     assert kept is not None
-    question = KeptQuestion(problem.transform, asked.entropy, asked.with_stats, options.impl)
+    question = KeptQuestion(problem.transform, entropy, with_stats, options.impl)
     row = kept.token if options.shared is None else options.shared.row[kept.token]
-    wanted = question.wanted(kept, lse=asked.lse)
-    ids, own = of_part(kept, options.part)
+    wanted = question.wanted(kept, lse=options.question.lse)
+    ids, here = of_part(kept, options.part)
     group = None if options.part is None else options.part.group
     if group is not None:
         refuse_transforms_of_ranks("linear_token_stats")
-    pairs = KeptRows(row, ids, wanted if own is None else wanted & own, options.dtype)
+    pairs = KeptRows(row, ids, wanted if here is None else wanted & here, options.dtype)
     hidden = problem.hidden.reshape(-1, problem.hidden.shape[-1])
     if group is not None:
         # Each rank's part of the gradient is rounded once they are added up.

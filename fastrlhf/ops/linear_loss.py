@@ -1,4 +1,12 @@
-"""A loss of one's own on token statistics from hidden states, at the fewest vocabulary matmuls."""
+"""A loss of one's own on token statistics from hidden states, at the fewest vocabulary matmuls.
+
+The loss is asked for while the logits of a chunk of tokens are there, so that its gradient is
+finished with it: 3G where the head is trained, 2G where it is frozen, with G for one matmul of
+tokens × hidden × vocabulary. `linear_plans.py` says why; the losses of `fastrlhf/losses/` come here
+through a `Scorer` (`scorer.py`), and all of them end in `loss_of`.
+
+Dims: N tokens, n tokens of a chunk.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -183,6 +191,7 @@ def _loss_and_known_gradient(
     side_inputs: tuple[Tensor, ...],
     groups: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, whose gradient is computed with it and handed to autograd as known."""
     inputs = (problem.hidden, problem.bias, *problem.weights)
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in inputs]
@@ -208,7 +217,9 @@ def _loss_and_known_gradient(
 
 
 def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, list[list[Span]]]:
-    """Order the live tokens, and cut them into what the loss must see at once, block by block."""
+    """Order the live tokens, and cut them into segments that the loss must see at once, each of the
+    spans whose logits are held at once: one, unless a group is too large for that.
+    """
     chunk = problem.options.chunk
     if groups is None:
         rows = problem.workbench(problem.order()).rows
@@ -241,13 +252,13 @@ class _ChunkLosses:
         self.losses: list[Tensor] = []
         self.aux: list[dict[str, Tensor]] = []
 
-    def __call__(self, span: Span, found: Statistics) -> Slopes:
+    def __call__(self, span: Span, given: Statistics) -> Slopes:
         index = self.order[slice(*span)]
         logprob, entropy, lse, mean_logit = (
             x.detach().requires_grad_(self.with_slopes) if x.numel() else None
-            for x in (found.logprob, found.entropy, found.lse, found.mean_logit)
+            for x in (given.logprob, given.entropy, given.lse, given.mean_logit)
         )
-        others = (x if x.numel() else None for x in (found.is_top1, found.log_sum_sq_probs))
+        others = (x if x.numel() else None for x in (given.is_top1, given.log_sum_sq_probs))
         assert logprob is not None and lse is not None
         stats = ChunkStats(logprob, entropy, lse, None, mean_logit, *others)
         return self._slopes(self.show(index, stats), stats)
@@ -270,8 +281,8 @@ class _ChunkLosses:
             return Slopes(zeros)
         leaves = (stats.logprob, stats.entropy, stats.lse, stats.mean_logit)
         there = [x for x in leaves if x is not None]
-        found = iter(torch.autograd.grad(loss, there, retain_graph=True, allow_unused=True))
-        g, *others = (None if x is None else next(found) for x in leaves)
+        slopes = iter(torch.autograd.grad(loss, there, retain_graph=True, allow_unused=True))
+        g, *others = (None if x is None else next(slopes) for x in leaves)
         return Slopes(zeros if g is None else g, *others)
 
     def total(self, zero: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

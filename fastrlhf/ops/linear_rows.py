@@ -50,8 +50,8 @@ class BlockStates(NamedTuple):
 
     def any(self, of_tokens: Tensor) -> Tensor:
         """Tell for which states something holds of any token: (m,)."""
-        found = torch.zeros_like(self.numbers, dtype=torch.bool)
-        return found.index_fill(0, self.of_token[of_tokens], True)
+        nowhere = torch.zeros_like(self.numbers, dtype=torch.bool)
+        return nowhere.index_fill(0, self.of_token[of_tokens], True)
 
 
 class Block(NamedTuple):

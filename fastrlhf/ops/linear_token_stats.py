@@ -1,4 +1,13 @@
-"""Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits."""
+"""Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits.
+
+From top to bottom: the public functions put their keywords into a `LinearProblem`
+(`linear_problem.py`); an autograd Function chooses a plan (`linear_plans.py`, which says what each
+costs) and runs it block by block; backward scales what was kept, or makes the logits again. Where
+the loss is known beforehand, `linear_loss.py` is cheaper; where it can be guessed,
+`foreseen_stats.py` is.
+
+Dims: N tokens, K width of the hidden states.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -292,7 +301,7 @@ def _times_slopes(
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor | None:
-    """Scale the kept vectors of each token by its upstream gradients."""
+    """Scale the kept vectors of each token by its upstream gradients: backward of KEEP_SLOPES."""
     live = problem.targets.reshape(-1) != problem.options.question.ignore_index
     d_hidden = None
     for slope, upstream in zip(slopes, (d_logprob, d_entropy), strict=True):
@@ -314,7 +323,9 @@ def _recomputed(
     d_entropy: Tensor | None,
     kept: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of hidden states, bias and weights from logits that are made again."""
+    """Gradients of hidden states, bias and weights from logits that are made again: backward of
+    RECOMPUTE.
+    """
     with exact(problem.hidden):
         if d_logprob is None:
             sums = accumulation_dtype(problem.options.dtype)

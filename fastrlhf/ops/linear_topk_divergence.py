@@ -1,10 +1,9 @@
 """The divergence of a student and a teacher of whom the likeliest words are known, from the
 student's hidden states: its logits are never built but for a block of tokens.
 
-The gradient of a token's value with respect to its hidden state is a vector that the forward keeps,
-whatever comes of the value. That with respect to the head is a sum over tokens: it is computed
-along with the values as if all weighed the same; if they turn out not to, backward makes the logits
-again.
+What of the gradient is known with the values, and when backward has to make the logits again, is
+said in `value_gradients.py`; the formulas are those of `topk_divergence.py`. G is one matmul of
+tokens × hidden × vocabulary.
 
 Dims: N tokens, n tokens of the mask, k words, H hidden, V vocabulary.
 """
@@ -37,6 +36,7 @@ from .sharded import is_dtensor
 from .teacher_words import TeacherWords, checked_words
 from .topk_divergence import Direction, divergence_by_definition
 from .transform import Transform, check_temperatures_on_host, checked_transform
+from .value_gradients import ValueGradients, weigh_alike
 
 
 class _Options(NamedTuple):
@@ -140,48 +140,45 @@ class _LinearTopkDivergence(torch.autograd.Function):
         wants_hidden, *wants_head = ctx.needs_input_grad[3:]
         blocks = _Blocks(options, words, hidden, bias, weight)
         order = live_rows(keep.to(torch.int64), 0)
-        slope = room_for_slopes(blocks.hidden, alone=True) if wants_hidden else None
-        found = blocks.gradients(order.shape[0], *wants_head) if any(wants_head) else None
+        slopes = room_for_slopes(blocks.hidden, alone=True) if wants_hidden else None
+        of_sum = blocks.gradients(order.shape[0], *wants_head) if any(wants_head) else None
+        finished = ValueGradients(blocks.head, blocks.hidden, slopes, of_sum)
         values = torch.zeros(keep.shape, dtype=blocks.head.sums, device=keep.device)
         with exact(hidden):
             for first, last in even_spans(order.shape[0], options.chunk):
                 rows = order[first:last]
-                if slope is None and found is None:
+                if not finished.wanted:
                     values[rows] = blocks.values(rows)
                     continue
-                room = blocks.head.room if found is None else found.room
-                values[rows], d_logits = blocks.values_and_gradient(rows, None, room)
-                if slope is not None:
-                    slope[rows] = blocks.head.pull_back(d_logits).to(slope.dtype)
-                if found is not None:
-                    found.add(rows, blocks.operands(rows), d_logits)
-            known = [None] * 2 if found is None else found.totals(hidden, bias, [weight])[1:]
+                values[rows], d_logits = blocks.values_and_gradient(rows, None, finished.room)
+                finished.add(rows, d_logits)
+            of_head = finished.of_head(bias, [weight])
         ctx.options, ctx.words, ctx.hidden_shape = options, words, hidden.shape
         ctx.codes = None if isinstance(weight, Tensor) else weight
         dense = weight if isinstance(weight, Tensor) else None
-        ctx.save_for_backward(keep, order, hidden, bias, dense, slope, *known)
+        ctx.save_for_backward(keep, order, hidden, bias, dense, slopes, *of_head)
         return values
 
     @staticmethod
     def backward(ctx, d_values):
         refuse_second_derivative("linear_topk_kl_divergence", "topk_kl_divergence")
         refuse_transforms("linear_topk_kl_divergence's backward", "topk_kl_divergence", d_values)
-        keep, order, hidden, bias, dense, slope, *known = ctx.saved_tensors
+        keep, order, hidden, bias, dense, slopes, *of_head = ctx.saved_tensors
         weight = dense if ctx.codes is None else ctx.codes
         upstream = torch.where(keep, d_values, 0.0)
         d_hidden, of_rows = None, upstream[order]
-        if slope is not None:
-            d_hidden = (slope * upstream.unsqueeze(1)).to(hidden.dtype).view(ctx.hidden_shape)
+        if slopes is not None:
+            d_hidden = (slopes * upstream.unsqueeze(1)).to(hidden.dtype).view(ctx.hidden_shape)
         wants_head = ctx.needs_input_grad[4:]
         if any(wants_head) and of_rows.numel():
-            if bool((of_rows == of_rows[0]).all()):
-                known = [None if total is None else total * of_rows[0] for total in known]
+            if weigh_alike(of_rows):
+                of_head = [None if total is None else total * of_rows[0] for total in of_head]
             else:
                 blocks = _Blocks(ctx.options, ctx.words, hidden, bias, weight)
-                known = _recomputed(blocks, order, of_rows, wants_head, bias, weight)
+                of_head = _recomputed(blocks, order, of_rows, wants_head, bias, weight)
         d_bias, d_weight = (
             None if total is None else total.to(x.dtype)
-            for total, x in zip(known, (bias, weight), strict=True)
+            for total, x in zip(of_head, (bias, weight), strict=True)
         )
         return None, None, None, d_hidden, d_bias, d_weight
 
@@ -197,13 +194,13 @@ def _recomputed(
     """Gradients of bias and weight, given those (n,) of the values, from logits that are made
     again.
     """
-    found = blocks.gradients(order.shape[0], *wants_head)
+    gradients = blocks.gradients(order.shape[0], *wants_head)
     with exact(blocks.hidden):
         for first, last in even_spans(order.shape[0], blocks.options.chunk):
             rows = order[first:last]
-            _, d_logits = blocks.values_and_gradient(rows, d_values[first:last], found.room)
-            found.add(rows, blocks.operands(rows), d_logits)
-        return found.totals(blocks.hidden, bias, [weight])[1:]
+            _, d_logits = blocks.values_and_gradient(rows, d_values[first:last], gradients.room)
+            gradients.add(rows, blocks.operands(rows), d_logits)
+        return gradients.totals(blocks.hidden, bias, [weight])[1:]
 
 
 class _Blocks:
@@ -229,7 +226,7 @@ class _Blocks:
 
     def values(self, rows: Tensor) -> Tensor:
         """The divergence of some tokens (n,)."""
-        return self._found(rows)[0]
+        return self._scored(rows)[0]
 
     def values_and_gradient(
         self, rows: Tensor, d_values: Tensor | None, room: Room
@@ -237,36 +234,36 @@ class _Blocks:
         """The same, and the gradient of their sum, or of one that d_values (n,) weighs, with
         respect to their logits, as operands of matmuls.
         """
-        values, buckets, logits, stats = self._found(rows, grad=True)
+        values, buckets, logits, stats = self._scored(rows, grad=True)
         upstream = torch.ones_like(values) if d_values is None else d_values.to(values)
         (d_buckets,) = autograd.grad(values, buckets, upstream)
         operands = self.head.operands
-        there = room(len(rows)) if operands != logits.dtype else None
+        rounded = room(len(rows)) if operands != logits.dtype else None
         # fp16 is rounded to once the size of each row is known.
-        out = logits if there is None or operands == torch.float16 else there
+        out = logits if rounded is None or operands == torch.float16 else rounded
         write_bucket_gradient(
             out, logits, self.words.ids[rows], torch.ones_like(rows, dtype=torch.bool), stats,
             d_buckets, self._transform(rows), self.options.impl,
         )  # fmt: skip
-        return values.detach(), as_operands(out, operands, there)
+        return values.detach(), as_operands(out, operands, rounded)
 
     def _transform(self, rows: Tensor) -> Transform:
         transform = self.options.transform
         tokens = transform.token_temperature
         return transform if tokens is None else transform._replace(token_temperature=tokens[rows])
 
-    def _found(
+    def _scored(
         self, rows: Tensor, *, grad: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Values, the buckets that they come from, logits, and statistics of the other words."""
         logits, words = self.head.logits(self.operands(rows)), self.words.at(rows)
-        everything, impl = torch.ones_like(rows, dtype=torch.bool), self.options.impl
+        whole_block, impl = torch.ones_like(rows, dtype=torch.bool), self.options.impl
         buckets, *stats = bucket_logits(
-            logits, words.ids, everything, self._transform(rows), impl=impl
+            logits, words.ids, whole_block, self._transform(rows), impl=impl
         )
         with torch.set_grad_enabled(grad):
             buckets = buckets.detach().requires_grad_(grad)
             values = bucket_divergence(
-                buckets, words.buckets(buckets), everything, self.options.measure, impl
+                buckets, words.buckets(buckets), whole_block, self.options.measure, impl
             )
         return values, buckets, logits, (stats[0], stats[1])

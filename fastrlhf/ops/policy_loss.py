@@ -2,6 +2,10 @@
 
 The kernel is all there is: where Triton does not run, the same numbers come from `token_stats` and
 a loss of its log-probs.
+
+`fastrlhf.logits_policy_loss` (in `fastrlhf.losses.fused_policy`) checks the arguments and comes
+here; from here the way goes to the kernel and its launcher, in `kernels/policy_loss.py`. The loss
+that is called `policy_loss` in public takes log-probs, and is in `fastrlhf.losses.policy`.
 """
 
 from typing import NamedTuple

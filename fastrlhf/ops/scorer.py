@@ -1,7 +1,9 @@
 """What a loss asks of a head: the statistics of its tokens, or the loss and its gradient at once.
 
 A loss is written once, for anything that scores tokens: hidden states and a weight that somebody
-has at hand, or what enters the head in the middle of a model's forward.
+has at hand (`LinearScorer`), or what enters the head in the middle of a model's forward (the
+scorers of `fastrlhf/hf/` and `fastrlhf/lazy/`). The losses of `fastrlhf/losses/` that take hidden
+states make a scorer by `linear_scorer`, and then ask nothing but its methods.
 
 Dims: K width of the hidden states, V vocabulary.
 """

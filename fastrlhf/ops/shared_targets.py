@@ -48,8 +48,8 @@ class SharedTargets(NamedTuple):
         of_leaders = self.factor.new_zeros(len(self.leader) + 1).scatter(0, rows, self.factor)
         follows = ~self.leads & (self.peak != -torch.inf)[self.of_token]
         both = self.factor, of_leaders[self.of_token]
-        own, of_leader = (torch.where(follows, x, 0.0) for x in both)
-        return own, of_leader
+        of_target, of_leader = (torch.where(follows, x, 0.0) for x in both)
+        return of_target, of_leader
 
     def sums(self, of_tokens: Tensor) -> Tensor:
         """Add up what the tokens (n,) of each row have: (m,)."""
@@ -57,10 +57,10 @@ class SharedTargets(NamedTuple):
 
     def add_targets(self, d_logits: Tensor, d_logprob: Tensor) -> None:
         """Complete gradients (m, V) that were computed as if all targets were leaders."""
-        own, of_leader = self.factors
+        of_target, of_leader = self.factors
         rows = self.of_token.repeat(2)
         columns = torch.cat((self.targets, self.leader[self.of_token]))
-        values = torch.cat((d_logprob * own, -d_logprob * of_leader)).to(d_logits.dtype)
+        values = torch.cat((d_logprob * of_target, -d_logprob * of_leader)).to(d_logits.dtype)
         if d_logits.device.type == "cpu" and d_logits.is_contiguous():
             d_logits.view(-1).index_add_(0, rows * d_logits.shape[1] + columns, values)
         else:
@@ -74,21 +74,21 @@ def shared_statistics(
     `Statistics`, and what their gradient takes.
     """
     of_token, targets, transform = states.of_token, block.targets, block.transform
-    own = logits[of_token, targets]
-    leader = _leaders(own, of_token, targets, len(logits))
+    target_logits = logits[of_token, targets]
+    leader = _leaders(target_logits, of_token, targets, len(logits))
     leads = targets == leader[of_token]
     logprob, entropy, lse, peak, log_norm, top1, mean, squares = statistics_of(
         leader, states.transform
     )
-    shared = SharedTargets(
-        of_token, targets, leader, leads, _factor(own, transform), logprob, entropy, peak, log_norm
-    )
+    factor = _factor(target_logits, transform)
+    of_leaders = logprob, entropy, peak, log_norm
+    shared = SharedTargets(of_token, targets, leader, leads, factor, *of_leaders)
 
     def of_tokens(x: Tensor) -> Tensor:
         return x[of_token] if x.numel() else x
 
     peaks, norms = of_tokens(peak), of_tokens(log_norm)
-    capped = capped_logits(own, transform.softcap, transform.scale)
+    capped = capped_logits(target_logits, transform.softcap, transform.scale)
     of_followers = (capped - peaks) / transform.of_rows - norms
     as_leader = leads | (peaks == -torch.inf)
     logprobs = torch.where(as_leader, of_tokens(logprob), of_followers)
@@ -105,13 +105,13 @@ def _factor(logits: Tensor, transform: Transform) -> Tensor:
     return slope / transform.of_rows
 
 
-def _leaders(own: Tensor, of_token: Tensor, targets: Tensor, rows: int) -> Tensor:
+def _leaders(target_logits: Tensor, of_token: Tensor, targets: Tensor, rows: int) -> Tensor:
     """The target (m,) of each row with the largest logit; of equal ones the first. NaN is larger
     than any.
     """
-    lowest = own.new_full((rows,), -torch.inf)
-    largest = lowest.scatter_reduce(0, of_token, own, "amax")
-    ahead = (own == largest[of_token]) | own.isnan()
+    lowest = target_logits.new_full((rows,), -torch.inf)
+    largest = lowest.scatter_reduce(0, of_token, target_logits, "amax")
+    ahead = (target_logits == largest[of_token]) | target_logits.isnan()
     beyond = torch.iinfo(targets.dtype).max
     candidates = torch.where(ahead, targets, beyond)
     return targets.new_full((rows,), beyond).scatter_reduce(0, of_token, candidates, "amin")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .backend import current_autocast, refuse_second_derivative, refuse_transforms
 from .scorer import LinearScorer
+from .value_gradients import weigh_alike
 
 # From a scorer and weights of the losses: the weighted sum, differentiable.
 WeightedSum = Callable[[LinearScorer, Tensor], Tensor]
@@ -78,7 +79,7 @@ class _SummedGradient(torch.autograd.Function):
         none = [None] * len(inputs)
         if weights.numel() == 0:
             return None, None, None, None, None, *none
-        if bool((weights == weights[0]).all()):
+        if weigh_alike(weights):
             return None, None, weights[0].clone(), None, None, *none
         wanted = ctx.needs_input_grad[5:]
         leaves = [
@@ -88,5 +89,5 @@ class _SummedGradient(torch.autograd.Function):
         with torch.enable_grad():
             total = ctx.again(d_losses, *leaves)
         of = [x for x in leaves if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(total, of))
-        return None, None, None, None, None, *(next(found) if want else None for want in wanted)
+        gradients = iter(torch.autograd.grad(total, of))
+        return None, None, None, None, None, *(next(gradients) if want else None for want in wanted)

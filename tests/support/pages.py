@@ -16,6 +16,11 @@ PAGES = {
         *sorted(DOCS.rglob("*.rst")),
     )
 }
+# Pages whose examples print what the page says: tests/test_guides.py runs those.
+PRINTING = (
+    "docs/start.md", "docs/which_function.md", "docs/faq.md", "docs/distributed.md",
+    "docs/concepts/", "docs/switching/",
+)  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -33,7 +38,7 @@ class Block(NamedTuple):
 
 
 def blocks(language: str) -> list[Block]:
-    """All blocks in a language, also those within a list."""
+    """All blocks in a language (a regular expression), also those within a list."""
     return [
         Block(page, language, re.sub(rf"^{indent}", "", code, flags=re.M))
         for page, text in PAGES.items()

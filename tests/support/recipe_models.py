@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from support.one_thread import one_thread  # noqa: F401  for the tests that import it from here
+
 EOS = 0
 VALUED = ["good", "bad", "great", "awful", "happy", "sad", "love", "hate"]
 WORDS = ["<eos>", "<unk>", "the", "film", "was", *VALUED]
@@ -20,19 +22,7 @@ PEFT_READS_AN_OLD_NAME = "ignore:.*is_gradient_checkpointing:FutureWarning"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share: threads would wait for each other most of the time.
-
-    It is of each module that imports it.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def as_on_a_cpu(one_thread: None) -> Iterator[None]:
+def as_on_a_cpu() -> Iterator[None]:
     """Run recipes as on a machine without a GPU: no interpreted kernels, accelerate on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)

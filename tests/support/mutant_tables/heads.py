@@ -384,8 +384,8 @@ MUTANTS = [
         ),
         (
             "linear loss: a slope of an lse that is not used",
-            "None if x is None else next(found) for x in leaves)",
-            "None if x is None else (y := next(found), zeros)[y is None] for x in leaves)",
+            "None if x is None else next(slopes) for x in leaves)",
+            "None if x is None else (y := next(slopes), zeros)[y is None] for x in leaves)",
             "only_a_loss",
         ),
         (
@@ -400,7 +400,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_loss.py", "test_linear_kept_ids.py",
+        "fastrlhf/ops/linear_loss.py", "test_linear_kept_ids_losses.py",
         (
             "kept ids: a loss of all tokens in one chunk",
             "index = order[slice(*whole(spans))]", "index = order",
@@ -455,7 +455,7 @@ MUTANTS = [
         "fastrlhf/ops/linear_divergence.py", "test_model_losses_heads.py",
         (
             "divergence: a known gradient for any weights",
-            "if options.sum_expected and _are_alike(upstream[order]):",
+            "if options.sum_expected and weigh_alike(upstream[order]):",
             "if options.sum_expected:",
             "divergence_is_that and by and reverse and wider",
         ),
@@ -480,7 +480,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/linear_divergence.py", "test_trl.py",
+        "fastrlhf/ops/linear_divergence_sides.py", "test_trl.py",
         (
             "divergence: the teacher's entropy",
             "ours = self.pair[1 if self.swapped else 0]", "ours = self.pair[1]",
@@ -509,7 +509,7 @@ MUTANTS = [
         "fastrlhf/ops/summed_gradient.py", "test_linear_cross_entropy.py",
         (
             "summed gradient: one upstream gradient for all",
-            "if bool((weights == weights[0]).all()):", "if True:",
+            "if weigh_alike(weights):", "if True:",
             "reductions and by and none",
         ),
         (
@@ -529,23 +529,23 @@ MUTANTS = [
         "fastrlhf/ops/foreseen_stats.py", "test_foreseen_stats.py",
         (
             "foreseen: any slopes are taken for those that were foreseen",
-            "missed = came - factor * guess", "missed = torch.zeros_like(came)",
+            "missed = actual - factor * foreseen", "missed = torch.zeros_like(actual)",
             "right_whatever_is_guessed and head",
         ),
         (
             "foreseen: slopes that are not finite are taken for foreseen ones",
-            "due = ~(alike & came.isfinite())", "due = ~alike",
+            "recompute = ~(alike & actual.isfinite())", "recompute = ~alike",
             "not_finite_are_seen",
         ),
         (
             "foreseen: what was foreseen of a hidden state need only be made up for",
-            "own[rows] = of_rest[rows] * ratio", "own[rows] += of_rest[rows]",
+            "d_hidden[rows] = of_rest[rows] * ratio", "d_hidden[rows] += of_rest[rows]",
             "lose_no_accuracy",
         ),
         (
             "foreseen: the factor is that of the first token",
-            "torch.where(guess != 0, came / guess, torch.nan).nanmedian()",
-            "(came / guess)[0]",
+            "torch.where(foreseen != 0, actual / foreseen, torch.nan).nanmedian()",
+            "(actual / foreseen)[0]",
             "as_many_matmuls",
         ),
         (
@@ -555,12 +555,12 @@ MUTANTS = [
         ),
         (
             "foreseen: an entropy's gradient is forgotten where slopes are foreseen",
-            "due |= slopes.entropy[order] != 0", "pass",
+            "recompute |= slopes.entropy[order] != 0", "pass",
             "right_whatever_is_guessed and head and equal",
         ),
         (
             "foreseen: what is left serves twice",
-            "left, ctx.left = ctx.left, None", "left = ctx.left",
+            "leftover, ctx.leftover = ctx.leftover, None", "leftover = ctx.leftover",
             "backward_twice or second_derivatives",
         ),
         (
@@ -579,8 +579,8 @@ MUTANTS = [
         "fastrlhf/ops/shared_targets.py", "test_shared_rows.py",
         (
             "shared rows: the smallest logit leads",
-            'largest = lowest.scatter_reduce(0, of_token, own, "amax")',
-            'largest = (-lowest).scatter_reduce(0, of_token, own, "amin")',
+            'largest = lowest.scatter_reduce(0, of_token, target_logits, "amax")',
+            'largest = (-lowest).scatter_reduce(0, of_token, target_logits, "amin")',
             "nearly_one",
         ),
         (
@@ -591,14 +591,14 @@ MUTANTS = [
         ),
         (
             "shared rows: the leader keeps what is of others",
-            "values = torch.cat((d_logprob * own, -d_logprob * of_leader))",
-            "values = torch.cat((d_logprob * own, 0 * of_leader))",
+            "values = torch.cat((d_logprob * of_target, -d_logprob * of_leader))",
+            "values = torch.cat((d_logprob * of_target, 0 * of_leader))",
             "its_own and eager and plain",
         ),
         (
             "shared rows: targets without their gradient",
-            "values = torch.cat((d_logprob * own, -d_logprob * of_leader))",
-            "values = torch.cat((0 * own, -d_logprob * of_leader))",
+            "values = torch.cat((d_logprob * of_target, -d_logprob * of_leader))",
+            "values = torch.cat((0 * of_target, -d_logprob * of_leader))",
             "its_own and eager and plain",
         ),
         (
@@ -677,7 +677,7 @@ MUTANTS = [
         "fastrlhf/ops/linear_topk_divergence.py", "test_linear_topk_divergence.py",
         (
             "words from hidden states: all values weigh as the first",
-            "if bool((of_rows == of_rows[0]).all()):", "if True:",
+            "if weigh_alike(of_rows):", "if True:",
             "every_gradient",
         ),
         (

@@ -35,7 +35,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/lazy/gradient.py", "test_lazy_chains.py",
+        "fastrlhf/lazy/gradient.py", "test_lazy_chains_autograd.py",
         (
             "lazy: a graph is never let go",
             "                self.inner = None\n", "                pass\n",
@@ -56,7 +56,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/lazy/graph.py", "test_lazy_chains.py",
+        "fastrlhf/lazy/graph.py", "test_lazy_chains_autograd.py",
         (
             "lazy: a term goes by the first of two that are watched",
             "            gradient = dense(gradient)  # else it would all go by the first\n",
@@ -65,7 +65,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/lazy/scores.py", "test_lazy_chains.py",
+        "fastrlhf/lazy/scores.py", "test_lazy_chains_modes.py",
         (
             "lazy: ignored tokens are remembered with zeros",
             "return -taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)",
@@ -112,7 +112,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/lazy/losses.py", "test_lazy_chains.py",
+        "fastrlhf/lazy/losses.py", "test_lazy_chains_modes.py",
         (
             "lazy: ignored labels are words",
             "    live = target != ignore_index\n", "    live = target == target\n",
@@ -128,7 +128,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/lazy/building.py", "test_lazy_chains.py",
+        "fastrlhf/lazy/building.py", "test_lazy_chains_autograd.py",
         (
             "lazy: a write is not in the graph",
             "            Replaced.apply(lazy, lazy._plain)\n", "",

@@ -119,8 +119,8 @@ MUTANTS = [
         ),
         (
             "kto: weights change places",
-            "desirable_weight * sigmoid(-gain),\n        undesirable_weight",
-            "undesirable_weight * sigmoid(-gain),\n        desirable_weight",
+            "desirable_weight * sigmoid(-above),\n        undesirable_weight",
+            "undesirable_weight * sigmoid(-above),\n        desirable_weight",
         ),
     ),
     *mutants_of(
@@ -193,7 +193,7 @@ MUTANTS = [
         ),
         (
             "supervised: a weight of 0 times what is infinite",
-            "torch.where(counts, x, 0.0) for x in found", "x for x in found",
+            "torch.where(counts, x, 0.0) for x in fields", "x for x in fields",
             "weight_zero and eager",
         ),
         (
@@ -382,7 +382,7 @@ MUTANTS = [
         ),
         (
             "process reward: a sequence without steps is certain",
-            "found = torch.where(counts > 0, found, -torch.inf)", "pass", "without_steps",
+            "log_scores = torch.where(counts > 0, log_scores, -torch.inf)", "pass", "without_steps",
         ),
         (
             "process reward: the least of all tokens",

@@ -291,7 +291,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/compiled.py", "test_compiled.py",
+        "fastrlhf/ops/compiled.py", "test_compiled_fallback.py",
         (
             "compiled: for the threads that there were when it was compiled",
             '"cpp.dynamic_threads": True', '"cpp.dynamic_threads": False',
@@ -313,6 +313,20 @@ MUTANTS = [
             "asked_again",
         ),
         (
+            "compiled: under fx tracing",
+            "or torch.jit.is_tracing() or is_fx_symbolic_tracing()", "or torch.jit.is_tracing()",
+            "traced_call",
+        ),
+        (
+            "compiled: warming up without the compiler's failures",
+            'if _required.get():\n                raise RuntimeError(f"{name} cannot be',
+            'if False:\n                raise RuntimeError(f"{name} cannot be',
+            "warming_up_fails",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/compiled.py", "test_compiled.py",
+        (
             "compiled: a lone row, which comes twice, in place",
             "not (variant.in_place and len(numbers) > 1)", "not variant.in_place",
             "takes_the_place",
@@ -323,21 +337,10 @@ MUTANTS = [
             "reads_what_it_has_written",
         ),
         (
-            "compiled: under fx tracing",
-            "or torch.jit.is_tracing() or is_fx_symbolic_tracing()", "or torch.jit.is_tracing()",
-            "traced_call",
-        ),
-        (
             "compiled: on disk with what is made for other vectors",
             'f"{of_compiler.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"',
             "of_compiler.cache_key_tag",
             "kept_apart",
-        ),
-        (
-            "compiled: warming up without the compiler's failures",
-            'if _required.get():\n                raise RuntimeError(f"{name} cannot be',
-            'if False:\n                raise RuntimeError(f"{name} cannot be',
-            "warming_up_fails",
         ),
     ),
     Mutant(
@@ -358,10 +361,10 @@ MUTANTS = [
         "tracing: what another thread compiles",
         "fastrlhf/ops/tracing.py",
         "return TracingContext.try_get() is not None", "return True",
-        "test_compiled.py", "another_thread",
+        "test_compiled_fallback.py", "another_thread",
     ),
     *mutants_of(
-        "fastrlhf/ops/fisher.py", "test_fisher.py",
+        "fastrlhf/ops/fisher.py", "test_fisher_linear.py",
         (
             "linear fisher: no slope of the cap backward",
             "as_operands(d_logits.mul_(slope), head.operands, room)",

@@ -18,41 +18,6 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference/scalars.py", "test_reports.py",
-        (
-            "reference: a sigmoid that saturates",
-            "    return torch.where(small, tail, 1 - tail)\n", "    return torch.sigmoid(x)\n",
-            "saturated",
-        ),
-        (
-            "reference: a log-sigmoid whose second derivative is PyTorch's",
-            "    return torch.where(negative, x, 0.0) - torch.log1p(decay)\n",
-            "    return F.logsigmoid(x)\n",
-            "saturated",
-        ),
-        (
-            "reference: PyTorch's logaddexp",
-            "torch.where(first, a, b) + torch.log1p(torch.exp(torch.where(first, b - a, a - b)))",
-            "torch.logaddexp(a, b)",
-            "distant",
-        ),
-        (
-            "reference: a slope that is one more than the value",
-            "    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), far)\n",
-            "    return torch.expm1(x)\n",
-            "nearly_zero",
-        ),
-    ),
-    *mutants_of(
-        "fastrlhf/reference/layout.py", "test_reports.py",
-        (
-            "reference: sums in the dtype of the policy",
-            "dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))",
-            "dtype = accumulation_dtype(policy.dtype)",
-            "token_sums",
-        ),
-    ),
-    *mutants_of(
         "fastrlhf/reference/row_gradient.py", "test_token_stats_lse.py",
         (
             "eager: the lse has no slope at the target",
@@ -92,7 +57,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference/layout.py", "test_advantages.py",
+        "fastrlhf/reference/layout.py", "test_shaped_rewards.py",
         (
             "rewards: the score on every token",
             "(counts.flip(-1).cumsum(-1).flip(-1) == 1)",
@@ -146,29 +111,6 @@ MUTANTS = [
             "masked_vocabulary and eager",
         ),
     ),
-    *mutants_of(
-        "fastrlhf/reference/token_statistics.py", "test_with_stats.py",
-        (
-            "definition: an entropy that has a gradient all the same",
-            "row_entropy if entropy_grad else row_entropy.detach()", "row_entropy",
-            "under_transforms",
-        ),
-        (
-            "statistics: further ones seem differentiable",
-            "further = {name: named[name].detach() for", "further = {name: named[name] for",
-            "requires_one",
-        ),
-        (
-            "statistics: an lse that seems differentiable",
-            "stats.entropy, stats.lse.detach(), further)", "stats.entropy, stats.lse, further)",
-            "requires_one or under_transforms",
-        ),
-        (
-            "definition: an ignored token on top",
-            "& (lse < torch.inf) & live & ~empty", "& (lse < torch.inf) & ~empty",
-            "under_transforms",
-        ),
-    ),
     Mutant(
         "eager K2: no slope of the mean logit",
         "fastrlhf/reference/row_gradient.py",
@@ -206,6 +148,64 @@ MUTANTS = [
             "target = torch.where(held, parts.target, 0.0).sum(0)",
             "target = torch.where(held, parts.target, 1.0).sum(0)",
             "of_the_whole and token_stats and eager and uneven",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/scalars.py", "test_reports.py",
+        (
+            "reference: a sigmoid that saturates",
+            "    return torch.where(small, tail, 1 - tail)\n", "    return torch.sigmoid(x)\n",
+            "saturated",
+        ),
+        (
+            "reference: a log-sigmoid whose second derivative is PyTorch's",
+            "    return torch.where(negative, x, 0.0) - torch.log1p(decay)\n",
+            "    return F.logsigmoid(x)\n",
+            "saturated",
+        ),
+        (
+            "reference: PyTorch's logaddexp",
+            "torch.where(first, a, b) + torch.log1p(torch.exp(torch.where(first, b - a, a - b)))",
+            "torch.logaddexp(a, b)",
+            "distant",
+        ),
+        (
+            "reference: a slope that is one more than the value",
+            "    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), far)\n",
+            "    return torch.expm1(x)\n",
+            "nearly_zero",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/layout.py", "test_reports.py",
+        (
+            "reference: sums in the dtype of the policy",
+            "dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))",
+            "dtype = accumulation_dtype(policy.dtype)",
+            "token_sums",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/token_statistics.py", "test_with_stats.py",
+        (
+            "definition: an entropy that has a gradient all the same",
+            "row_entropy if entropy_grad else row_entropy.detach()", "row_entropy",
+            "under_transforms",
+        ),
+        (
+            "statistics: further ones seem differentiable",
+            "further = {name: named[name].detach() for", "further = {name: named[name] for",
+            "requires_one",
+        ),
+        (
+            "statistics: an lse that seems differentiable",
+            "stats.entropy, stats.lse.detach(), further)", "stats.entropy, stats.lse, further)",
+            "requires_one or under_transforms",
+        ),
+        (
+            "definition: an ignored token on top",
+            "& (lse < torch.inf) & live & ~empty", "& (lse < torch.inf) & ~empty",
+            "under_transforms",
         ),
     ),
 ]  # fmt: skip

@@ -153,16 +153,19 @@ MUTANTS = [
             "keeps_all_up_to",
         ),
         (
-            "rollout: dropout while scoring",
-            'with evaluating(policy):\n        batch["logprobs"]',
-            'if True:\n        batch["logprobs"]',
-            "dropout_is_off",
-        ),
-        (
             "rollout: sequences are padded on the left",
             "(~valid).long().argsort(dim=1, stable=True)[:, :longest]",
             "valid.long().argsort(dim=1, stable=True)[:, -longest:]",
             "laid_out",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/recipes/rollout.py", "test_recipe_rollout_models.py",
+        (
+            "rollout: dropout while scoring",
+            'with evaluating(policy):\n        batch["logprobs"]',
+            'if True:\n        batch["logprobs"]',
+            "dropout_is_off",
         ),
         (
             "rollout: a reference drops out",
@@ -198,26 +201,6 @@ MUTANTS = [
             "interrupted",
         ),
         (
-            "run: the learning rate starts again",
-            "self.accelerator.register_for_checkpointing(self.schedule)", "pass",
-            "random_numbers_go_on",
-        ),
-        (
-            "run: the first step is as long as any",
-            "(step + 1) / (warmup + 1)", "1.0",
-            "rises_and_falls",
-        ),
-        (
-            "run: the gradients of all models are cut together",
-            "for parameters in self.trained:", "for parameters in [list(chain(*self.trained))]:",
-            "does_not_shorten",
-        ),
-        (
-            "run: a warm-up longer than the run",
-            "min(self.options.warmup_steps, total - 1)", "self.options.warmup_steps",
-            "rises_and_falls",
-        ),
-        (
             "run: a checkpoint holds the frozen model",
             "weights.clear()", "pass",
             "what_is_trained_alone",
@@ -236,6 +219,29 @@ MUTANTS = [
             "run: all processes have the samples of the first",
             "set_seed(self.options.seed, device_specific=True)", "set_seed(self.options.seed)",
             "two_processes",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/recipes/run.py", "test_recipe_run_steps.py",
+        (
+            "run: the learning rate starts again",
+            "self.accelerator.register_for_checkpointing(self.schedule)", "pass",
+            "random_numbers_go_on",
+        ),
+        (
+            "run: the first step is as long as any",
+            "(step + 1) / (warmup + 1)", "1.0",
+            "rises_and_falls",
+        ),
+        (
+            "run: the gradients of all models are cut together",
+            "for parameters in self.trained:", "for parameters in [list(chain(*self.trained))]:",
+            "does_not_shorten",
+        ),
+        (
+            "run: a warm-up longer than the run",
+            "min(self.options.warmup_steps, total - 1)", "self.options.warmup_steps",
+            "rises_and_falls",
         ),
     ),
     *mutants_of(
@@ -400,7 +406,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/recipes/finished.py", "test_recipe_run.py",
+        "fastrlhf/recipes/finished.py", "test_recipe_run_steps.py",
         (
             "finished: checkpoints of a former run stay",
             "shutil.rmtree(checkpoint)", "pass",
