@@ -1,5 +1,10 @@
 """Exact divergences of two distributions over the vocabulary, from logits.
 
+Forward and backward are operators that view both sides as rows (`rows`) and call the launcher of a
+backend: of `kernels/divergence.py`, `compiled_divergence` or `eager_divergence`. Where ranks share
+the vocabulary, `divergence_over_ranks` takes over; from hidden states, `linear_divergence` comes
+here with a block of logits at a time.
+
 Dims: N rows, V vocabulary.
 """
 

@@ -1,5 +1,8 @@
 """The Fisher information of the softmax times a tangent, from logits or from hidden states.
 
+The operator views both as rows (`rows`) and calls the launcher of a backend: of
+`kernels/fisher.py`, `compiled_fisher` or `eager_fisher`.
+
 Dims: N rows, H hidden, V vocabulary.
 """
 

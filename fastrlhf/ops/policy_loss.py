@@ -1,7 +1,8 @@
 """Logits → policy loss, with the gradient computed along with it: one launch of the kernel.
 
-The kernel is all there is: where Triton does not run, the same numbers come from `token_stats` and
-a loss of its log-probs.
+`logits_policy_loss` of `fastrlhf/losses/fused_policy.py` comes here with checked arguments where
+Triton runs, and the operator calls `kernels/policy_loss.py`. Where it does not, the same numbers
+come from `token_stats` and a loss of its log-probs.
 
 `fastrlhf.logits_policy_loss` (in `fastrlhf.losses.fused_policy`) checks the arguments and comes
 here; from here the way goes to the kernel and its launcher, in `kernels/policy_loss.py`. The loss

@@ -12,8 +12,8 @@ given is named once, in `_Inputs` and `_Upstream`.
 Dims: N rows, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +36,7 @@ from .taken_logits import kept_token_stats
 from .transform import TRANSFORM, Transform
 
 # Logits that the eager backend holds in fp32 at once (at least one row): 4 MiB stay in a CPU's
-# cache. Those of two tensors of logits have a bound of their own, in `eager_rows`, since they are
-# other passes with other needs of the cache.
+# cache. `eager_rows` has the bound of the other operations: each can be tuned without the other.
 _EAGER_CHUNK_LOGITS = 2**20
 
 
@@ -297,8 +296,10 @@ def _launchers(backend: str) -> _Launchers:
 
         return _Launchers(token_stats_forward, token_stats_backward)
     row_work = compiled_token_stats if backend == "compiled" else eager_token_stats
-    bounded = functools.partial(functools.partial, logits_at_once=_EAGER_CHUNK_LOGITS)
-    return _Launchers(bounded(row_work.token_stats_forward), bounded(row_work.token_stats_backward))
+    return _Launchers(
+        partial(row_work.token_stats_forward, logits_at_once=_EAGER_CHUNK_LOGITS),
+        partial(row_work.token_stats_backward, logits_at_once=_EAGER_CHUNK_LOGITS),
+    )
 
 
 class _Inputs(NamedTuple):
