@@ -27,7 +27,6 @@ from .linear_kept import kept_stats_of
 from .linear_plans import (
     Needs,
     Plan,
-    Slopes,
     choose_plan,
     recomputed_gradients,
     statistics,
@@ -36,6 +35,7 @@ from .linear_plans import (
 from .linear_precision import exact
 from .linear_problem import LinearInputs, LinearProblem
 from .linear_question import checked_question
+from .linear_statistics import Slopes
 from .ranks import Group, all_reduced_rows, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
 from .row_stats import shaped_stats
 from .sharded import head_part, replicated
