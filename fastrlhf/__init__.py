@@ -98,7 +98,7 @@ from .trpo import TrustRegionInfo, conjugate_gradient, fisher_vector_product, tr
 
 sft_loss = model_cross_entropy  # the name by which most look for it
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptiveEntropyCoefficient",

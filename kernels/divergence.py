@@ -15,30 +15,23 @@ Dims: N rows = outer x inner, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .launch import RowPlan, on_their_device, row_plan
-from .rows import (
-    finite_base,
-    strides,
-    tile_columns,
-    transform_options,
-)
+from .rows import Row, finite_base, load_tile, row_of, strides, tile_columns
 from .tiles import (
-    LOG2E,
-    capped_logits,
     exp,
     expm1,
     expm1_minus_near_0,
     log1p_near_0,
     log1p_surplus_near_0,
-    row_start,
-    row_temperature,
     stored,
 )
+from .transform import Transform, capped_logits, row_temperature, transform_options
 
 
 def _plan(kernel: str, softcap: float | None, *sides: torch.Tensor) -> RowPlan:
@@ -52,12 +45,30 @@ def _plan(kernel: str, softcap: float | None, *sides: torch.Tensor) -> RowPlan:
 PLANES = 6
 
 
+class Side(NamedTuple):
+    """One of the two distributions of a row, whose normaliser is known."""
+
+    logits: Row
+    base: tl.tensor  # the peak, or 0 in a row of nothing but -inf
+    norm: tl.tensor  # lse - base / temperature
+    inverse: tl.tensor  # e^-norm
+    share: tl.tensor  # of it in the mixture
+
+
+class Terms(NamedTuple):
+    """Sums over the columns that one lane, or a whole row has had so far."""
+
+    value: tl.tensor  # of the terms of the divergence
+    mean_p: tl.tensor  # E_p of the log-ratio of p to the other side, or to the mixture
+    mean_q: tl.tensor  # likewise of q; of a mixture alone
+    excess: tl.tensor  # by how much q sums to more than p
+
+
 @triton.jit
-def _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr):
-    """Logits of one side at the addresses x, transformed; -inf beyond the vocabulary."""
-    logits = tl.load(x, mask=inside, other=-float("inf"), eviction_policy=EVICTION)
-    z, _slope = capped_logits(logits.to(scale.dtype), scale, softcap, HAS_SOFTCAP)
-    if HAS_SOFTCAP:
+def _capped_tile(row, columns, inside, transform, acc: tl.constexpr, EVICTION: tl.constexpr):
+    """Logits of one side, transformed but for the temperature; -inf beyond the vocabulary."""
+    z, _ = capped_logits(load_tile(row, columns, inside, -float("inf"), acc, EVICTION), transform)
+    if transform.HAS_SOFTCAP:
         z = tl.where(inside, z, -float("inf"))
     return z
 
@@ -78,6 +89,28 @@ def _merge(peak, rest, rate):
     base = finite_base(row_peak)
     total = tl.sum(rest * tl.exp2((peak - base) * rate), axis=0)
     return base, total, (row_peak == -float("inf")) & (total == 0.0)
+
+
+@triton.jit
+def _normalisers(
+    row_p, row_q, within_tile, vocab, transform, acc: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The first sweep: what `_merge` says of p, and of q."""
+    peak_p = tl.full((LANES,), -float("inf"), acc)
+    peak_q = tl.full((LANES,), -float("inf"), acc)
+    rest_p = tl.zeros((LANES,), acc)
+    rest_q = tl.zeros((LANES,), acc)
+    for start in tl.range(0, vocab, TILE, num_stages=STAGES):
+        columns = (start + within_tile).to(tl.int64)
+        inside = columns < vocab
+        z_p = _capped_tile(row_p, columns, inside, transform, acc, "evict_last")
+        z_q = _capped_tile(row_q, columns, inside, transform, acc, "evict_last")
+        peak_p, rest_p = _add_side(z_p, peak_p, rest_p, transform.rate)
+        peak_q, rest_q = _add_side(z_q, peak_q, rest_q, transform.rate)
+    base_p, total_p, empty_p = _merge(peak_p, rest_p, transform.rate)
+    base_q, total_q, empty_q = _merge(peak_q, rest_q, transform.rate)
+    return base_p, total_p, empty_p, base_q, total_q, empty_q
 
 
 @triton.jit
@@ -133,108 +166,110 @@ def _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, share_p, share_q):
     return tl.where(tl.abs(w) < 0.5, of_near, -share_p * _mean(p, to_p) - share_q * _mean(q, to_q))
 
 
-# A NaN is a maximum's loss and a sum's gain: sums of NaN say NaN, as they should.
+@triton.jit
+def _add_mixture(terms, p, q, w, share_p, share_q):
+    """Take a tile of probabilities p and q, w = ln p - ln q, into the sums of a JSD."""
+    growth = expm1(-w)
+    excess_p = share_q * growth
+    excess_q = share_p * expm1(w)
+    by_the_larger = _by_the_larger(-w, share_p, share_q)
+    to_p = _log_to_mixture(-w, excess_p, by_the_larger)
+    to_q = _log_to_mixture(w, excess_q, by_the_larger)
+    added = _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, share_p, share_q)
+    value = terms.value + tl.sum(added, axis=1)
+    mean_p = terms.mean_p - tl.sum(_mean(p, to_p), axis=1)
+    mean_q = terms.mean_q - tl.sum(_mean(q, to_q), axis=1)
+    excess = terms.excess + tl.sum(tl.where(tl.abs(w) < 0.5, p * growth, q - p), axis=1)
+    return Terms(value, mean_p, mean_q, excess)
+
+
 @triton.jit
 def _sums_of_terms(
-    source_p,  # the first logit of a row of each side
-    source_q,
-    within_tile,
-    stride_vocab,
-    q_stride_vocab,
-    vocab,
-    base_p,
-    norm_p,
-    base_q,
-    norm_q,
-    inverse_p,  # 1 / the sum that each side's norm is the logarithm of
-    inverse_q,
-    row_t,
-    share_p,
-    share_q,
-    scale,
-    softcap,
-    MIXTURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The second sweep, backwards: the sum of the terms, the mean log-ratio of p and of q, and by
-    how much q sums to more than p.
+    p, q, within_tile, vocab, transform, acc: tl.constexpr,
+    MIXTURE: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The second sweep, backwards: the terms of a row.
+
+    A maximum passes over NaN, and a sum does not: a row with a NaN has NaN for its sums, as it
+    should.
     """
-    acc: tl.constexpr = scale.dtype
-    rate = LOG2E / row_t
-    per_t = 1.0 / row_t
-    part_p = tl.full((), share_p, acc)
-    part_q = tl.full((), share_q, acc)
-    sums = tl.zeros((LANES,), acc)
-    mean_p = tl.zeros((LANES,), acc)
-    mean_q = tl.zeros((LANES,), acc)
-    surplus = tl.zeros((LANES,), acc)
+    per_t = 1.0 / transform.temperature
+    rate = transform.rate
+    zero = tl.zeros((LANES,), acc)
+    terms = Terms(zero, zero, zero, zero)
     tiles = tl.cdiv(vocab, TILE)
     for done in tl.range(0, tiles, num_stages=STAGES):
         columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
         inside = columns < vocab
-        x = source_p + columns * stride_vocab
-        y = source_q + columns * q_stride_vocab
-        z_p = _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
-        z_q = _capped_tile(y, inside, scale, softcap, HAS_SOFTCAP, "evict_first")
-        p = tl.exp2((z_p - base_p) * rate) * inverse_p
-        q = tl.exp2((z_q - base_q) * rate) * inverse_q
-        w = _log_ratio(z_p, base_p, norm_p, z_q, base_q, norm_q, per_t)
+        z_p = _capped_tile(p.logits, columns, inside, transform, acc, "evict_first")
+        z_q = _capped_tile(q.logits, columns, inside, transform, acc, "evict_first")
+        of_p = tl.exp2((z_p - p.base) * rate) * p.inverse
+        of_q = tl.exp2((z_q - q.base) * rate) * q.inverse
+        w = _log_ratio(z_p, p.base, p.norm, z_q, q.base, q.norm, per_t)
         if MIXTURE:
-            growth = expm1(-w)
-            excess_p = part_q * growth
-            excess_q = part_p * expm1(w)
-            by_the_larger = _by_the_larger(-w, part_p, part_q)
-            to_p = _log_to_mixture(-w, excess_p, by_the_larger)
-            to_q = _log_to_mixture(w, excess_q, by_the_larger)
-            terms = _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, part_p, part_q)
-            sums += tl.sum(terms, axis=1)
-            mean_p -= tl.sum(_mean(p, to_p), axis=1)
-            mean_q -= tl.sum(_mean(q, to_q), axis=1)
-            surplus += tl.sum(tl.where(tl.abs(w) < 0.5, p * growth, q - p), axis=1)
+            terms = _add_mixture(terms, of_p, of_q, w, p.share, q.share)
         else:
-            sums += tl.sum(_kl_terms(p, q, w), axis=1)
-            mean_p += tl.sum(_mean(p, w), axis=1)
-    value = tl.sum(sums, axis=0)
-    of_p = tl.sum(mean_p, axis=0)
+            value = terms.value + tl.sum(_kl_terms(of_p, of_q, w), axis=1)
+            mean_p = terms.mean_p + tl.sum(_mean(of_p, w), axis=1)
+            terms = Terms(value, mean_p, zero, zero)
+    value = tl.sum(terms.value, axis=0)
+    mean_p = tl.sum(terms.mean_p, axis=0)
     if MIXTURE:
-        of_q = tl.sum(mean_q, axis=0)
-        excess = tl.sum(surplus, axis=0)
+        mean_q = tl.sum(terms.mean_q, axis=0)
+        excess = tl.sum(terms.excess, axis=0)
     else:
-        of_q = of_p
+        mean_q = mean_p
         # Both are inf where q alone is 0.
-        excess = tl.where(value == float("inf"), 0.0, value - of_p)
-    return value, of_p, of_q, excess
+        excess = tl.where(value == float("inf"), 0.0, value - mean_p)
+    return Terms(value, mean_p, mean_q, excess)
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "inner_q"])
+@triton.jit
+def _without_rounding(terms, p, q, empty_p, empty_q, MIXTURE: tl.constexpr):
+    """The value of a row: what its terms say, but for what comes of rounded normalisers, and for
+    sides of nothing but -inf.
+    """
+    # Of q over p, Σ(q - p) is rounding of the normalisers, and adds its square to what is nearly 0.
+    if MIXTURE:
+        curvature = p.share * q.share
+        rounding = 0.5 * curvature * terms.excess * terms.excess
+        if_q_is_empty = 0.0
+    else:
+        rounding = 0.5 * terms.excess * terms.excess
+        if_q_is_empty = float("inf")
+    value = tl.where(terms.value <= rounding, 0.0, terms.value - rounding)
+    value = tl.where(empty_q, if_q_is_empty, value)
+    # A row of nothing but -inf has no distribution, and so is no distance away from another; but
+    # where q is such a row, and p is not, q is 0 where p is not.
+    return tl.where(empty_p, 0.0, value)
+
+
+@triton.jit(do_not_specialize=["rows", "inner_p", "inner_q"])
 def _divergence_fwd_kernel(
-    logits_p,  # (outer, inner, V), any strides
-    logits_q,
-    mask,  # (N,)
-    token_temperature,  # (N,) or unused
     values,  # (N,) out
     stats,  # (PLANES, N) out
+    logits_p,  # (outer, inner, V), any strides, as those of q
+    logits_q,
+    mask,  # (N,)
     rows,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_vocab,
+    vocab,
+    inner_p,
+    p_stride_outer,
+    p_stride_inner,
+    p_stride_vocab,
     inner_q,
     q_stride_outer,
     q_stride_inner,
     q_stride_vocab,
-    vocab,
     share_p: tl.float64,  # of each side in the mixture
     share_q: tl.float64,
+    token_temperature,  # (N,) or unused
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
-    MIXTURE: tl.constexpr,
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    MIXTURE: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
@@ -252,85 +287,66 @@ def _divergence_fwd_kernel(
             tl.store(out + i * plane, 0.0)
         return
 
-    row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
-    rate = LOG2E / row_t
-    scale = tl.full((), scale, acc)
-    softcap = tl.full((), softcap, acc)
-    source_p = logits_p + row_start(row, inner, stride_outer, stride_inner)
-    source_q = logits_q + row_start(row, inner_q, q_stride_outer, q_stride_inner)
+    row_t, rate = row_temperature(
+        row, True, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
+    )
+    row_p = row_of(logits_p, row, inner_p, p_stride_outer, p_stride_inner, p_stride_vocab)
+    row_q = row_of(logits_q, row, inner_q, q_stride_outer, q_stride_inner, q_stride_vocab)
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
-
-    peak_p = tl.full((LANES,), -float("inf"), acc)
-    peak_q = tl.full((LANES,), -float("inf"), acc)
-    rest_p = tl.zeros((LANES,), acc)
-    rest_q = tl.zeros((LANES,), acc)
-    for start in tl.range(0, vocab, TILE, num_stages=STAGES):
-        columns = (start + within_tile).to(tl.int64)
-        inside = columns < vocab
-        x = source_p + columns * stride_vocab
-        y = source_q + columns * q_stride_vocab
-        z_p = _capped_tile(x, inside, scale, softcap, HAS_SOFTCAP, "evict_last")
-        z_q = _capped_tile(y, inside, scale, softcap, HAS_SOFTCAP, "evict_last")
-        peak_p, rest_p = _add_side(z_p, peak_p, rest_p, rate)
-        peak_q, rest_q = _add_side(z_q, peak_q, rest_q, rate)
-
-    base_p, total_p, empty_p = _merge(peak_p, rest_p, rate)
-    base_q, total_q, empty_q = _merge(peak_q, rest_q, rate)
-    norm_p = tl.log(total_p)
-    norm_q = tl.log(total_q)
-    value, of_p, of_q, excess = _sums_of_terms(
-        source_p, source_q, within_tile, stride_vocab, q_stride_vocab, vocab, base_p, norm_p,
-        base_q, norm_q, 1.0 / total_p, 1.0 / total_q, row_t, share_p, share_q, scale, softcap,
-        MIXTURE, HAS_SOFTCAP, LANES, TILE, STAGES,
+    base_p, total_p, empty_p, base_q, total_q, empty_q = _normalisers(
+        row_p, row_q, within_tile, vocab, Transform(scale, softcap, row_t, rate, HAS_SOFTCAP), acc,
+        LANES, TILE, STAGES,
     )  # fmt: skip
-    # Of q over p, Σ(q - p) is rounding of the normalisers, and adds its square to what is nearly 0.
-    if MIXTURE:
-        curvature = tl.full((), share_p, acc) * tl.full((), share_q, acc)
-        rounding = 0.5 * curvature * excess * excess
-        if_q_is_empty = 0.0
-    else:
-        rounding = 0.5 * excess * excess
-        if_q_is_empty = float("inf")
-    value = tl.where(value <= rounding, 0.0, value - rounding)
-    value = tl.where(empty_q, if_q_is_empty, value)
-    # A row of nothing but -inf has no distribution, and so is no distance away from another; but
-    # where q is such a row, and p is not, q is 0 where p is not.
-    value = tl.where(empty_p, 0.0, value)
-    tl.store(values + row, value)
+    part_p, part_q = tl.full((), share_p, acc), tl.full((), share_q, acc)
+    p = Side(row_p, base_p, tl.log(total_p), 1.0 / total_p, part_p)
+    q = Side(row_q, base_q, tl.log(total_q), 1.0 / total_q, part_q)
+    terms = _sums_of_terms(
+        p, q, within_tile, vocab, Transform(scale, softcap, row_t, rate, HAS_SOFTCAP), acc,
+        MIXTURE, LANES, TILE, STAGES,
+    )  # fmt: skip
+    tl.store(values + row, _without_rounding(terms, p, q, empty_p, empty_q, MIXTURE))
     tl.store(out, tl.where(empty_p, -float("inf"), base_p))
-    tl.store(out + plane, norm_p)
+    tl.store(out + plane, p.norm)
     tl.store(out + 2 * plane, tl.where(empty_q, -float("inf"), base_q))
-    tl.store(out + 3 * plane, norm_q)
-    tl.store(out + 4 * plane, of_p)
-    tl.store(out + 5 * plane, of_q)
+    tl.store(out + 3 * plane, q.norm)
+    tl.store(out + 4 * plane, terms.mean_p)
+    tl.store(out + 5 * plane, terms.mean_q)
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "inner_q"])
+@triton.jit
+def _normalised_side(norms, plane, row, share, acc: tl.constexpr):
+    """A side of which the normaliser is known: peak, log_norm and e^log_norm, a plane apart."""
+    base = finite_base(tl.load(norms))
+    norm, total = tl.load(norms + plane), tl.load(norms + 2 * plane)
+    return Side(row, base, norm, 1.0 / total, tl.full((), share, acc))
+
+
+@triton.jit(do_not_specialize=["rows", "inner_p", "inner_q"])
 def _divergence_sums_kernel(
+    sums,  # (4, N) out
     logits_p,  # (outer, inner, V), any strides: columns of rows of which ranks have others
     logits_q,
     mask,  # (N,)
-    token_temperature,  # (N,) or unused
     norms,  # (6, N): peak, log_norm and e^log_norm of whole rows, of p and of q
-    sums,  # (4, N) out
     rows,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_vocab,
+    vocab,
+    inner_p,
+    p_stride_outer,
+    p_stride_inner,
+    p_stride_vocab,
     inner_q,
     q_stride_outer,
     q_stride_inner,
     q_stride_vocab,
-    vocab,
-    share_p: tl.float64,
+    share_p: tl.float64,  # of each side in the mixture
     share_q: tl.float64,
+    token_temperature,  # (N,) or unused
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
-    MIXTURE: tl.constexpr,
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    MIXTURE: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
@@ -346,23 +362,22 @@ def _divergence_sums_kernel(
             tl.store(out + i * plane, 0.0)
         return
 
-    row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
-    place = norms + row
-    base_p = finite_base(tl.load(place))
-    base_q = finite_base(tl.load(place + 3 * plane))
-    value, of_p, of_q, excess = _sums_of_terms(
-        logits_p + row_start(row, inner, stride_outer, stride_inner),
-        logits_q + row_start(row, inner_q, q_stride_outer, q_stride_inner),
-        tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE), stride_vocab, q_stride_vocab, vocab,
-        base_p, tl.load(place + plane), base_q, tl.load(place + 4 * plane),
-        1.0 / tl.load(place + 2 * plane), 1.0 / tl.load(place + 5 * plane), row_t, share_p, share_q,
-        tl.full((), scale, acc), tl.full((), softcap, acc),
-        MIXTURE, HAS_SOFTCAP, LANES, LANES * VEC, STAGES,
+    row_t, rate = row_temperature(
+        row, True, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
+    )
+    row_p = row_of(logits_p, row, inner_p, p_stride_outer, p_stride_inner, p_stride_vocab)
+    row_q = row_of(logits_q, row, inner_q, q_stride_outer, q_stride_inner, q_stride_vocab)
+    within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
+    p = _normalised_side(norms + row, plane, row_p, share_p, acc)
+    q = _normalised_side(norms + row + 3 * plane, plane, row_q, share_q, acc)
+    terms = _sums_of_terms(
+        p, q, within_tile, vocab, Transform(scale, softcap, row_t, rate, HAS_SOFTCAP), acc,
+        MIXTURE, LANES, LANES * VEC, STAGES,
     )  # fmt: skip
-    tl.store(out, value)
-    tl.store(out + plane, excess)
-    tl.store(out + 2 * plane, of_p)
-    tl.store(out + 3 * plane, of_q)
+    tl.store(out, terms.value)
+    tl.store(out + plane, terms.excess)
+    tl.store(out + 2 * plane, terms.mean_p)
+    tl.store(out + 3 * plane, terms.mean_q)
 
 
 # Of the probabilities of the side that the gradient is of and of the other side, and the log-ratio
@@ -394,15 +409,16 @@ FORMULAS: dict[str, Callable] = {
 @triton.jit(do_not_specialize=["inner", "inner_other", "tiles", "rows"])
 def _divergence_bwd_kernel(
     d_own,  # (N, V) out
-    own,  # (outer, inner, V), any strides
+    own,  # (outer, inner, V), any strides, as those of the other
     other,
     mask,  # (N,)
-    token_temperature,  # (N,) or unused
-    own_stats,  # planes of peak and log_norm, N apart, as the next
+    own_stats,  # (2, N): peak and log_norm, as the next
     other_stats,
     mean,  # (N,)
     d_values,  # (N,)
     rows,
+    vocab,
+    tiles,
     d_stride_row,
     inner,
     stride_outer,
@@ -412,22 +428,22 @@ def _divergence_bwd_kernel(
     other_stride_outer,
     other_stride_inner,
     other_stride_vocab,
-    vocab,
-    tiles,
     share: tl.float64,  # of the own side in the mixture, and of the other
     share_other: tl.float64,
+    token_temperature,  # (N,) or unused
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
-    FORMULA: tl.constexpr,
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FORMULA: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
     VEC_STRIDE: tl.constexpr,
 ):
     acc: tl.constexpr = mean.dtype.element_ty
+    dtype: tl.constexpr = d_own.dtype.element_ty
     pid = tl.program_id(0)
     row = (pid // tiles).to(tl.int64)
     columns = (pid % tiles) * (LANES * VEC)
@@ -441,21 +457,25 @@ def _divergence_bwd_kernel(
     other_base = tl.load(other_stats + row)
     nothing = (base == -float("inf")) | (other_base == -float("inf"))
     if (tl.load(mask + row) == 0) | (g == 0.0) | nothing:
-        tl.store(destination, tl.zeros((LANES, VEC), d_own.dtype.element_ty), mask=inside)
+        tl.store(destination, tl.zeros((LANES, VEC), dtype), mask=inside)
         return
 
-    row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
-    scale = tl.full((), scale, acc)
-    softcap = tl.full((), softcap, acc)
+    row_t, rate = row_temperature(
+        row, True, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
+    )
     plane = rows.to(tl.int64)
-    x = tl.load(
-        own + row_start(row, inner, stride_outer, stride_inner) + columns * stride_vocab,
-        mask=inside, other=0.0,
-    ).to(acc)  # fmt: skip
-    place = row_start(row, inner_other, other_stride_outer, other_stride_inner)
-    y = tl.load(other + place + columns * other_stride_vocab, mask=inside, other=0.0).to(acc)
-    z, slope = capped_logits(x, scale, softcap, HAS_SOFTCAP)
-    z_other, _ = capped_logits(y, scale, softcap, HAS_SOFTCAP)
+    row_own = row_of(own, row, inner, stride_outer, stride_inner, stride_vocab)
+    row_other = row_of(
+        other, row, inner_other, other_stride_outer, other_stride_inner, other_stride_vocab
+    )
+    z, slope = capped_logits(
+        load_tile(row_own, columns, inside, 0.0, acc, ""),
+        Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
+    )
+    z_other, _ = capped_logits(
+        load_tile(row_other, columns, inside, 0.0, acc, ""),
+        Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
+    )  # fmt: skip
     per_t = 1.0 / row_t
     norm = tl.load(own_stats + plane + row)
     other_norm = tl.load(other_stats + plane + row)
@@ -466,7 +486,18 @@ def _divergence_bwd_kernel(
         own_p, other_p, w, tl.load(mean + row),
         tl.full((), share, acc), tl.full((), share_other, acc),
     )  # fmt: skip
-    tl.store(destination, stored(g * dz * (slope * per_t), d_own.dtype.element_ty), mask=inside)
+    tl.store(destination, stored(g * dz * (slope * per_t), dtype), mask=inside)
+
+
+def _sizes_and_shares(
+    rows: int, logits_p: torch.Tensor, logits_q: torch.Tensor, share: float | None
+) -> tuple[float, ...]:
+    """Arguments of the forward's kernels: sizes, strides, and the shares of p and q in a mixture,
+    which have no effect where there is none.
+    """
+    layouts = (logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q))
+    shares = (1.0, 0.0) if share is None else (1 - share, share)
+    return (rows, logits_p.shape[2], *layouts, *shares)
 
 
 @on_their_device
@@ -486,18 +517,16 @@ def divergence_forward(
     The mask, and temperatures of tokens, are contiguous (N,). Returns values (N,) and statistics
     (PLANES, N), in the wider dtype of the two, fp32 at least.
     """
-    rows, vocab = mask.numel(), logits_p.shape[2]
+    rows = mask.numel()
     acc = torch.promote_types(torch.promote_types(logits_p.dtype, logits_q.dtype), torch.float32)
     values, stats = (
         torch.empty(shape, dtype=acc, device=mask.device) for shape in ((rows,), (PLANES, rows))
     )
-    transform, token_temperature = transform_options(temperature, softcap, scale, values)
-    plan = _plan("divergence", softcap, logits_p, logits_q)
     _divergence_fwd_kernel[(rows,)](
-        logits_p, logits_q, mask, token_temperature, values, stats, rows,
-        logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q), vocab,
-        1.0 if share is None else 1 - share, 0.0 if share is None else share, **transform,
-        MIXTURE=share is not None, **plan.sweep_options(),
+        values, stats, logits_p, logits_q, mask,
+        *_sizes_and_shares(rows, logits_p, logits_q, share),
+        **transform_options(temperature, softcap, scale, values), MIXTURE=share is not None,
+        **_plan("divergence", softcap, logits_p, logits_q).sweep_options(),
     )  # fmt: skip
     return values, stats
 
@@ -519,15 +548,13 @@ def divergence_sums(
 
     Returns (4, N): the sum of the terms, that of q - p, and the mean log-ratios of p and q.
     """
-    rows, vocab = mask.numel(), logits_p.shape[2]
+    rows = mask.numel()
     sums = norms.new_empty(4, rows)
-    transform, token_temperature = transform_options(temperature, softcap, scale, norms)
-    plan = _plan("divergence", softcap, logits_p, logits_q)
     _divergence_sums_kernel[(rows,)](
-        logits_p, logits_q, mask, token_temperature, norms, sums, rows,
-        logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q), vocab,
-        1.0 if share is None else 1 - share, 0.0 if share is None else share, **transform,
-        MIXTURE=share is not None, **plan.sweep_options(),
+        sums, logits_p, logits_q, mask, norms,
+        *_sizes_and_shares(rows, logits_p, logits_q, share),
+        **transform_options(temperature, softcap, scale, norms), MIXTURE=share is not None,
+        **_plan("divergence", softcap, logits_p, logits_q).sweep_options(),
     )  # fmt: skip
     return sums
 
@@ -556,9 +583,10 @@ def divergence_backward(
     rows, vocab = mask.numel(), own.shape[2]
     plan = _plan("divergence_backward", softcap, own, other)
     tiles = triton.cdiv(vocab, plan.tile)
-    transform, token_temperature = transform_options(temperature, softcap, scale, mean)
     _divergence_bwd_kernel[(rows * tiles,)](
-        d_own, own, other, mask, token_temperature, own_stats, other_stats, mean, d_values, rows,
-        d_own.stride(0), own.shape[1], *strides(own), other.shape[1], *strides(other), vocab, tiles,
-        share, 1 - share, **transform, FORMULA=FORMULAS[formula], **plan.options(),
+        d_own, own, other, mask, own_stats, other_stats, mean, d_values,
+        rows, vocab, tiles, d_own.stride(0),
+        own.shape[1], *strides(own), other.shape[1], *strides(other), share, 1 - share,
+        **transform_options(temperature, softcap, scale, mean), FORMULA=FORMULAS[formula],
+        **plan.options(),
     )  # fmt: skip

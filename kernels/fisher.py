@@ -12,8 +12,37 @@ import triton
 import triton.language as tl
 
 from .launch import on_their_device, row_plan
-from .rows import finite_base, strides, tile_columns, transform_options
-from .tiles import LOG2E, row_start, row_temperature, stored
+from .rows import finite_base, load_tile, row_of, strides, tile_columns
+from .tiles import stored
+from .transform import row_temperature, transform_options
+
+
+@triton.jit
+def _mean_sweep(
+    row_x, row_u, within_tile, vocab, rate, acc: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The peak of a row, Σ e^(x - peak), and the mean of the tangent."""
+    peak = tl.full((LANES,), -float("inf"), acc)
+    total = tl.zeros((LANES,), acc)
+    moment = tl.zeros((LANES,), acc)
+    for start in tl.range(0, vocab, TILE, num_stages=STAGES):
+        columns = (start + within_tile).to(tl.int64)
+        inside = columns < vocab
+        x = load_tile(row_x, columns, inside, -float("inf"), acc, "evict_last")
+        u = load_tile(row_u, columns, inside, 0.0, acc, "evict_last")
+        new_peak = tl.maximum(peak, tl.max(x, axis=1))
+        base = finite_base(new_peak)
+        fade = tl.exp2((peak - base) * rate)
+        weight = tl.exp2((x - base[:, None]) * rate)
+        total = total * fade + tl.sum(weight, axis=1)
+        # What has no probability takes no part, whatever its tangent is; NaN does.
+        moment = moment * fade + tl.sum(tl.where(weight == 0, 0.0, weight * u), axis=1)
+        peak = new_peak
+    row_peak = tl.max(peak, axis=0)
+    fade = tl.exp2((peak - finite_base(row_peak)) * rate)
+    row_total = tl.sum(total * fade, axis=0)
+    return row_peak, row_total, tl.sum(moment * fade, axis=0) / row_total
 
 
 @triton.jit(do_not_specialize=["inner", "inner_u"])
@@ -23,7 +52,7 @@ def _fisher_kernel(
     logits,  # (outer, inner, V), any strides
     tangent,  # (outer, inner, V), any strides
     mask,  # (N,)
-    token_temperature,  # (N,) or unused
+    vocab,
     inner,
     stride_outer,
     stride_inner,
@@ -32,7 +61,7 @@ def _fisher_kernel(
     u_stride_outer,
     u_stride_inner,
     u_stride_vocab,
-    vocab,
+    token_temperature,  # (N,) or unused
     temperature: tl.float64,
     softcap: tl.float64,  # of no effect, as the next
     scale: tl.float64,
@@ -45,74 +74,44 @@ def _fisher_kernel(
     STAGES: tl.constexpr,
 ):
     acc: tl.constexpr = quadratic.dtype.element_ty
+    dtype: tl.constexpr = product.dtype.element_ty
     TILE: tl.constexpr = LANES * VEC
     row = tl.program_id(0).to(tl.int64)
     destination = product + row * vocab
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
     live = tl.load(mask + row) != 0
-    row_t = row_temperature(token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)
-    rate = LOG2E / row_t
-    source = logits + row_start(row, inner, stride_outer, stride_inner)
-    source_u = tangent + row_start(row, inner_u, u_stride_outer, u_stride_inner)
-
-    peak = tl.full((LANES,), -float("inf"), acc)
-    total = tl.zeros((LANES,), acc)
-    moment = tl.zeros((LANES,), acc)
+    row_t, rate = row_temperature(
+        row, live, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
+    )
+    row_x = row_of(logits, row, inner, stride_outer, stride_inner, stride_vocab)
+    row_u = row_of(tangent, row, inner_u, u_stride_outer, u_stride_inner, u_stride_vocab)
     # Of a row that is masked, no column is read.
-    for start in tl.range(0, tl.where(live, vocab, 0), TILE, num_stages=STAGES):
-        columns = (start + within_tile).to(tl.int64)
-        inside = columns < vocab
-        x = tl.load(
-            source + columns * stride_vocab, mask=inside, other=-float("inf"),
-            eviction_policy="evict_last",
-        ).to(acc)  # fmt: skip
-        u = tl.load(
-            source_u + columns * u_stride_vocab, mask=inside, other=0.0,
-            eviction_policy="evict_last",
-        ).to(acc)  # fmt: skip
-        new_peak = tl.maximum(peak, tl.max(x, axis=1))
-        base = finite_base(new_peak)
-        fade = tl.exp2((peak - base) * rate)
-        weight = tl.exp2((x - base[:, None]) * rate)
-        total = total * fade + tl.sum(weight, axis=1)
-        # What has no probability takes no part, whatever its tangent is; NaN does.
-        moment = moment * fade + tl.sum(tl.where(weight == 0, 0.0, weight * u), axis=1)
-        peak = new_peak
-    row_peak = tl.max(peak, axis=0)
-    base = finite_base(row_peak)
-    fade = tl.exp2((peak - base) * rate)
-    row_total = tl.sum(total * fade, axis=0)
-    mean = tl.sum(moment * fade, axis=0) / row_total
+    peak, total, mean = _mean_sweep(
+        row_x, row_u, within_tile, tl.where(live, vocab, 0), rate, acc,
+        LANES, TILE, STAGES,
+    )  # fmt: skip
+    base = finite_base(peak)
     # A row that is masked, or has nothing but -inf.
-    nothing = (row_peak == -float("inf")) & (row_total == 0.0)
+    nothing = (peak == -float("inf")) & (total == 0.0)
 
     squares = tl.zeros((LANES,), acc)
     # Divided once, not at every token.
-    inverse_total = 1.0 / row_total
+    inverse_total = 1.0 / total
     inverse_t2 = 1.0 / (row_t * row_t)
     tiles = tl.cdiv(vocab, TILE)
     read = tl.where(nothing, 0, vocab)
     for done in tl.range(0, tiles, num_stages=STAGES):
         columns = ((tiles - 1 - done) * TILE + within_tile).to(tl.int64)
         inside = columns < read
-        x = tl.load(
-            source + columns * stride_vocab, mask=inside, other=-float("inf"),
-            eviction_policy="evict_first",
-        ).to(acc)  # fmt: skip
-        u = tl.load(
-            source_u + columns * u_stride_vocab, mask=inside, other=0.0,
-            eviction_policy="evict_first",
-        ).to(acc)  # fmt: skip
+        x = load_tile(row_x, columns, inside, -float("inf"), acc, "evict_first")
+        u = load_tile(row_u, columns, inside, 0.0, acc, "evict_first")
         weight = tl.exp2((x - base) * rate)
         p = weight * inverse_total
         centred = u - mean
         value = tl.where(weight == 0, 0.0, p * centred)
         squares += tl.sum(tl.where(weight == 0, 0.0, value * centred), axis=1)
-        value = value * inverse_t2
-        tl.store(
-            destination + columns, stored(value, product.dtype.element_ty), mask=columns < vocab,
-            eviction_policy="evict_first",
-        )  # fmt: skip
+        value = stored(value * inverse_t2, dtype)
+        tl.store(destination + columns, value, mask=columns < vocab, eviction_policy="evict_first")
     variance = tl.where(nothing, 0.0, tl.sum(squares, axis=0) * inverse_t2)
     tl.store(quadratic + row, variance)
 
@@ -135,11 +134,11 @@ def fisher_product(
     acc = torch.promote_types(torch.promote_types(logits.dtype, tangent.dtype), torch.float32)
     product = torch.empty((rows, vocab), dtype=dtype, device=mask.device)
     quadratic = torch.empty(rows, dtype=acc, device=mask.device)
-    transform, token_temperature = transform_options(temperature, None, 1.0, quadratic)
     wider = max(logits.dtype, tangent.dtype, key=lambda dtype: dtype.itemsize)
     _fisher_kernel[(rows,)](
-        product, quadratic, logits, tangent, mask, token_temperature,
-        logits.shape[1], *strides(logits), tangent.shape[1], *strides(tangent), vocab,
-        **transform, **row_plan("fisher", vocab, wider).sweep_options(),
+        product, quadratic, logits, tangent, mask, vocab,
+        logits.shape[1], *strides(logits), tangent.shape[1], *strides(tangent),
+        **transform_options(temperature, None, 1.0, quadratic),
+        **row_plan("fisher", vocab, wider).sweep_options(),
     )  # fmt: skip
     return product, quadratic

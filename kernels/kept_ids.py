@@ -21,17 +21,21 @@ import triton.language as tl
 
 from .launch import on_their_device
 from .rows import (
-    add_further,
-    add_tile,
-    finite_base,
+    Asked,
+    Outputs,
+    Statistics,
+    add_to_both,
+    asked_options,
     gradient_tile,
-    log_sum_squares,
-    merged_lanes,
-    move_squares,
-    statistics,
-    transform_options,
+    load_slopes,
+    merged_lanes_of_both,
+    no_columns,
+    slope_options,
+    statistics_room,
+    store_statistics,
 )
-from .tiles import ASSERTING, LOG2E, capped_logits, row_temperature, stored
+from .tiles import ASSERTING, stored
+from .transform import Transform, capped_logits, row_temperature, transform_options
 
 # Ids of a program, and columns of the rows that it reads at once.
 _PRODUCTS, _PRODUCT_COLUMNS = 16, 128
@@ -113,6 +117,14 @@ def _weighted_sums_kernel(
 
 @triton.jit
 def _kept_stats_fwd_kernel(
+    logprob_out,  # (N,), as are all that follow
+    entropy_out,  # unused unless asked for, as are the last three
+    lse_out,
+    peak_out,
+    log_norm_out,
+    is_top1_out,
+    mean_out,
+    log_sum_squares_out,
     logits,  # (M,)
     ids,  # (M,)
     offsets,  # (N + 1,)
@@ -120,14 +132,6 @@ def _kept_stats_fwd_kernel(
     targets,  # (N,)
     own,  # (N,) where among the M the target is
     token_temperature,  # (N,) or unused
-    logprob_out,  # (N,), as are all below; the last three, and the entropy, unused unless asked for
-    entropy_out,
-    lse_out,
-    peak_out,
-    log_norm_out,
-    is_top1_out,
-    mean_out,
-    log_sum_squares_out,
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
@@ -144,67 +148,49 @@ def _kept_stats_fwd_kernel(
     if tl.load(live + row) == 0:
         return
     target = tl.load(targets + row)
-    row_t = row_temperature(token_temperature, temperature, row, True, acc, PER_TOKEN_TEMPERATURE)
+    row_t, rate = row_temperature(
+        row, True, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
+    )
     tl.device_assert(row_t > 0, "fastrlhf: a temperature is not positive")
-    rate = LOG2E / row_t
-    scale = tl.full((), scale, acc)
-    softcap = tl.full((), softcap, acc)
     start = tl.load(offsets + row)
     stop = tl.load(offsets + row + 1)
-
-    peak = tl.full((BLOCK,), -float("inf"), acc)
-    rest = tl.zeros((BLOCK,), acc)
-    moment = tl.zeros((BLOCK,), acc)
-    before, first_own = peak, peak
-    total, squares = rest, rest
+    sums, further = no_columns(BLOCK, acc)
     for first in range(start, stop, BLOCK):
         place = first + tl.arange(0, BLOCK)[:, None]
         inside = place < stop
         columns = tl.load(ids + place, mask=inside, other=-1)
         x = tl.load(logits + place, mask=inside, other=-float("inf"))
-        old_peak = peak
-        peak, rest, moment = add_tile(
-            x, inside, columns, target, peak, rest, moment, rate, scale, softcap,
-            HAS_SOFTCAP, WITH_ENTROPY,
+        sums, further = add_to_both(
+            x, inside, columns, target, sums, further,
+            Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
+            Asked(WITH_ENTROPY, WITH_TOP1, WITH_MEAN, WITH_SQUARES),
         )  # fmt: skip
-        if WITH_TOP1 or WITH_MEAN or WITH_SQUARES:
-            before, first_own, total, squares = add_further(
-                x, inside, columns, target, old_peak, peak, before, first_own, total, squares,
-                rate, scale, softcap, HAS_SOFTCAP, WITH_TOP1, WITH_MEAN, WITH_SQUARES,
-            )  # fmt: skip
-    row_peak, row_rest, row_moment = merged_lanes(peak, rest, moment, rate, WITH_ENTROPY)
-    capped, _ = capped_logits(tl.load(logits + tl.load(own + row)), scale, softcap, HAS_SOFTCAP)
-    logprob, entropy, log_norm, empty, base = statistics(
-        row_peak, row_rest, row_moment, capped, row_t, WITH_ENTROPY
+    sums, further = merged_lanes_of_both(
+        sums, further, rate, Asked(WITH_ENTROPY, WITH_TOP1, WITH_MEAN, WITH_SQUARES)
     )
-    tl.store(logprob_out + row, logprob)
-    tl.store(lse_out + row, base / row_t + log_norm)
-    tl.store(peak_out + row, tl.where(empty, -float("inf"), base))
-    tl.store(log_norm_out + row, log_norm)
-    if WITH_ENTROPY:
-        tl.store(entropy_out + row, entropy)
-    if WITH_TOP1:
-        top = tl.max(first_own, axis=0)
-        is_top1 = (top > tl.max(before, axis=0)) & (top == row_peak) & (log_norm == log_norm)
-        tl.store(is_top1_out + row, is_top1)
-    if WITH_MEAN:
-        tl.store(mean_out + row, tl.sum(total, axis=0) / (stop - start) / row_t)
-    if WITH_SQUARES:
-        squares = tl.sum(move_squares(peak, squares, finite_base(row_peak), rate), axis=0)
-        found = log_sum_squares(squares, capped, base, row_t, logprob, log_norm, empty)
-        tl.store(log_sum_squares_out + row, found)
+    capped, _ = capped_logits(
+        tl.load(logits + tl.load(own + row)), Transform(scale, softcap, row_t, rate, HAS_SOFTCAP)
+    )
+    out = Outputs(
+        logprob_out, entropy_out, lse_out, peak_out, log_norm_out, is_top1_out, mean_out,
+        log_sum_squares_out,
+    )  # fmt: skip
+    store_statistics(
+        out, row, True, True, sums, further, capped, stop - start,
+        Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
+        Asked(WITH_ENTROPY, WITH_TOP1, WITH_MEAN, WITH_SQUARES),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def _kept_stats_bwd_kernel(
-    d_logits,  # (M,)
+    d_logits,  # (M,) out
     logits,  # (M,)
     ids,  # (M,)
     token,  # (M,)
     targets,  # (N,), as are all below
     counts,
     active,
-    token_temperature,  # or unused
     logprob,
     entropy,  # unused without the gradient of the entropy
     peak,
@@ -214,6 +200,7 @@ def _kept_stats_bwd_kernel(
     d_lse,
     d_mean,
     pairs,
+    token_temperature,  # (N,) or unused
     temperature: tl.float64,
     softcap: tl.float64,
     scale: tl.float64,
@@ -229,28 +216,27 @@ def _kept_stats_bwd_kernel(
     inside = pair < pairs
     row = tl.load(token + pair, mask=inside, other=0)
     counting = inside & (tl.load(active + row, mask=inside, other=0) != 0)
-    row_t = row_temperature(
-        token_temperature, temperature, row, counting, acc, PER_TOKEN_TEMPERATURE
+    row_t, rate = row_temperature(
+        row, counting, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
     )
-    g = tl.load(d_logprob + row, mask=counting, other=0.0)
-    h, row_entropy, l, m = g, g, g, g  # unused, each without its statistic
+    count = tl.load(counts + row, mask=counting, other=1)
+    slopes = load_slopes(
+        d_logprob, d_entropy, d_lse, d_mean, row, counting, count,
+        WITH_ENTROPY, WITH_LSE, WITH_MEAN,
+    )  # fmt: skip
+    base = tl.load(peak + row, mask=counting, other=0.0)
+    row_entropy = base
     if WITH_ENTROPY:
-        h = tl.load(d_entropy + row, mask=counting, other=0.0)
         row_entropy = tl.load(entropy + row, mask=counting, other=0.0)
-    if WITH_LSE:
-        l = tl.load(d_lse + row, mask=counting, other=0.0)
-    if WITH_MEAN:
-        m = tl.load(d_mean + row, mask=counting, other=0.0)
-        m /= tl.load(counts + row, mask=counting, other=1)
+    log_norm_of_row = tl.load(log_norm + row, mask=counting, other=0.0)
+    logprob_of_row = tl.load(logprob + row, mask=counting, other=0.0)
     dx = gradient_tile(
         tl.load(logits + pair, mask=counting, other=0.0),
         tl.load(ids + pair, mask=counting, other=0),
         tl.load(targets + row, mask=counting, other=0),
-        tl.load(peak + row, mask=counting, other=0.0),
-        tl.load(log_norm + row, mask=counting, other=0.0),
-        tl.load(logprob + row, mask=counting, other=0.0),
-        row_entropy, g, h, row_t, tl.full((), scale, acc), tl.full((), softcap, acc), HAS_SOFTCAP,
-        WITH_ENTROPY, l, WITH_LSE, m, WITH_MEAN,
+        Statistics(logprob_of_row, row_entropy, base, log_norm_of_row),
+        slopes, Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
+        WITH_ENTROPY, WITH_LSE, WITH_MEAN,
     )  # fmt: skip
     # Of what was not loaded, all slopes are 0.
     tl.store(d_logits + pair, dx, mask=inside)
@@ -333,23 +319,14 @@ def kept_stats_forward(
     """Compute what `token_stats_forward` returns, over kept ids (M,) of N tokens, M > 0; of tokens
     that are not live nothing is written.
     """
-    tokens = targets.shape[0]
-    top1, mean, squares = (
-        name in with_stats for name in ("is_top1", "mean_logit", "log_sum_sq_probs")
-    )
-    wanted = (True, entropy, True, True, True, top1, mean, squares)
-    stats = [
-        torch.zeros(tokens if want else 0, dtype=logits.dtype, device=logits.device)
-        for want in wanted
-    ]
-    stats[5] = stats[5].bool()
-    transform, token_temperature = transform_options(temperature, softcap, scale, logits)
+    tokens, asked = targets.shape[0], asked_options(entropy, with_stats)
+    stats = tuple(x.zero_() for x in statistics_room(tokens, asked, logits, logits.dtype))
     _kept_stats_fwd_kernel[(tokens,)](
-        logits, ids, offsets, live, targets, own, token_temperature, *stats,
-        **transform, WITH_ENTROPY=entropy, WITH_TOP1=top1, WITH_MEAN=mean, WITH_SQUARES=squares,
+        *stats, logits, ids, offsets, live, targets, own,
+        **transform_options(temperature, softcap, scale, logits), **asked,
         BLOCK=_STATISTICS, num_warps=1, **ASSERTING,
     )  # fmt: skip
-    return tuple(stats)
+    return stats
 
 
 @on_their_device
@@ -373,16 +350,17 @@ def kept_stats_backward(
     `stats` are log-prob, entropy, peak and log_norm (N,), `slopes` the gradients of log-prob,
     entropy, lse and mean logit, but for the first None where there is none.
     """
-    d_logprob, d_entropy, d_lse, d_mean = slopes
     logprob, entropy, peak, log_norm = stats
+    d_logprob, *others = slopes
+    others = [x if x is None else x.contiguous() for x in others]
+    given, slopes_asked = slope_options(d_logprob.contiguous(), *others)
     d_logits = torch.empty_like(logits)
-    transform, token_temperature = transform_options(temperature, softcap, scale, logits)
-    _kept_stats_bwd_kernel[(triton.cdiv(logits.shape[0], _GRADIENTS),)](
-        d_logits, logits, ids, token, targets, counts, active, token_temperature,
-        logprob, logprob if d_entropy is None else entropy, peak, log_norm,
-        *(logprob if x is None else x.contiguous() for x in (d_logprob, d_entropy, d_lse, d_mean)),
-        logits.shape[0],
-        **transform, WITH_ENTROPY=d_entropy is not None, WITH_LSE=d_lse is not None,
-        WITH_MEAN=d_mean is not None, BLOCK=_GRADIENTS, num_warps=4,
+    pairs = logits.shape[0]
+    _kept_stats_bwd_kernel[(triton.cdiv(pairs, _GRADIENTS),)](
+        d_logits, logits, ids, token, targets, counts, active,
+        logprob, entropy if slopes_asked["WITH_ENTROPY"] else logprob, peak, log_norm, *given,
+        pairs,
+        **transform_options(temperature, softcap, scale, logits), **slopes_asked,
+        BLOCK=_GRADIENTS, num_warps=4,
     )  # fmt: skip
     return d_logits

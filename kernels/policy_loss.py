@@ -1,4 +1,4 @@
-"""Logits → policy loss of each token and its gradient with respect to the logits, one launch (K3).
+"""Logits → policy loss of each token and its gradient with respect to the logits, one launch.
 
 The gradient of a token's loss needs the token's log-prob, which needs the whole row, so a row is
 swept twice by one program: forward for the statistics, from which follow the loss and its slopes,
@@ -25,25 +25,19 @@ import triton.language as tl
 
 from .launch import on_their_device, row_plan
 from .rows import (
+    Slopes,
     add_tile,
     gradient_tile,
+    load_tile,
     merged_lanes,
+    no_columns,
+    row_of,
     statistics,
     strides,
     tile_columns,
-    transform_options,
 )
-from .tiles import (
-    ASSERTING,
-    LOG2E,
-    capped_logits,
-    exp,
-    expm1,
-    expm1_minus,
-    row_start,
-    row_temperature,
-    sigmoid,
-)
+from .tiles import ASSERTING, exp, expm1, expm1_minus, sigmoid
+from .transform import Transform, capped_logits, row_temperature, transform_options
 
 
 class PolicySettings(NamedTuple):
@@ -58,6 +52,16 @@ class PolicySettings(NamedTuple):
     entropy_coef: float
 
 
+class Bounds(NamedTuple):
+    """Those of the settings that a surrogate takes, in the kernel."""
+
+    low: tl.tensor
+    high: tl.tensor
+    dual: tl.tensor
+    tau_positive: tl.tensor
+    tau_negative: tl.tensor
+
+
 @triton.jit
 def _saturated(log_ratio):
     """The log of a ratio, which ends at 80, in fp64 at 700, and whether it has, when its derivative
@@ -70,13 +74,15 @@ def _saturated(log_ratio):
 
 
 @triton.jit
-def _clip(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+def _clip(log_ratio, logprob, advantage, bounds):
+    """PPO's clipped ratio times the advantage; with a dual clip, r ends where A is negative too."""
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
     bad = advantage < 0
-    too_low = bad & (ratio < low)
-    too_high = tl.where(bad, ratio > dual, ratio > high)
-    bounded = tl.where(too_low, low, tl.where(too_high, tl.where(bad, dual, high), ratio))
+    too_low = bad & (ratio < bounds.low)
+    too_high = tl.where(bad, ratio > bounds.dual, ratio > bounds.high)
+    bound = tl.where(bad, bounds.dual, bounds.high)
+    bounded = tl.where(too_low, bounds.low, tl.where(too_high, bound, ratio))
     slope = tl.where(too_low | too_high | ended, 0.0, -ratio * advantage)
     return -bounded * advantage, slope
 
@@ -88,23 +94,27 @@ def _likelihood(weight, logprob):
 
 
 @triton.jit
-def _cispo(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+def _cispo(log_ratio, logprob, advantage, bounds):
+    """Log-likelihood, weighted by the advantage and by a bounded ratio that has no gradient."""
     ratio = exp(_saturated(log_ratio)[0])
-    bounded = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
+    bounded = tl.where(ratio < bounds.low, bounds.low, ratio)
+    bounded = tl.where(ratio > bounds.high, bounds.high, bounded)
     return _likelihood(bounded * advantage, logprob)
 
 
 @triton.jit
-def _sapo(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+def _sapo(log_ratio, logprob, advantage, bounds):
+    """-(4/τ)·σ(τ·(r - 1))·A: a smooth gate in the place of a clip."""
     log_ratio, ended = _saturated(log_ratio)
-    tau = tl.where(advantage > 0, tau_positive, tau_negative)
+    tau = tl.where(advantage > 0, bounds.tau_positive, bounds.tau_negative)
     gate = tau * expm1(log_ratio)
     slope = -4.0 * sigmoid(gate) * sigmoid(-gate) * exp(log_ratio) * advantage
     return -(4.0 / tau) * sigmoid(gate) * advantage, tl.where(ended, 0.0, slope)
 
 
 @triton.jit
-def _plain(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+def _plain(log_ratio, logprob, advantage, bounds):
+    """Log-likelihood, weighted by the advantage."""
     return _likelihood(advantage, logprob)
 
 
@@ -122,12 +132,15 @@ def _unless_too_far(log_ratio, advantage, dual, too_low, too_high):
 
 
 @triton.jit
-def _dppo_tv(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+def _dppo_tv(log_ratio, logprob, advantage, bounds):
+    """-r·A, within bounds of how much probability the token has gained or lost."""
     # Of the larger probability, a share that needs no difference of nearly equal numbers.
     grown = log_ratio > 0
     larger = exp(tl.where(grown, logprob, logprob - log_ratio))
     moved = larger * tl.where(grown, -expm1(-log_ratio), expm1(log_ratio))
-    return _unless_too_far(log_ratio, advantage, dual, moved < low, moved > high)
+    return _unless_too_far(
+        log_ratio, advantage, bounds.dual, moved < bounds.low, moved > bounds.high
+    )
 
 
 @triton.jit
@@ -138,20 +151,23 @@ def _log_of_others(logprob):
 
 
 @triton.jit
-def _dppo_kl(log_ratio, logprob, advantage, low, high, dual, tau_positive, tau_negative):
+def _dppo_kl(log_ratio, logprob, advantage, bounds):
+    """-r·A, within bounds of KL(π_old‖π) of two outcomes: this token, or any other."""
     old = logprob - log_ratio
     of_token = tl.where(old == -float("inf"), 0.0, -exp(old) * log_ratio)
     divergence = of_token - expm1(old) * (_log_of_others(old) - _log_of_others(logprob))
-    too_low = (divergence > -low) & (log_ratio < 0)
-    too_high = (divergence > high) & (log_ratio > 0)
-    return _unless_too_far(log_ratio, advantage, dual, too_low, too_high)
+    too_low = (divergence > -bounds.low) & (log_ratio < 0)
+    too_high = (divergence > bounds.high) & (log_ratio > 0)
+    return _unless_too_far(log_ratio, advantage, bounds.dual, too_low, too_high)
 
 
 SURROGATES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "plain": _plain}
 SURROGATES |= {"dppo_tv": _dppo_tv, "dppo_kl": _dppo_kl}
 
 
-# Of x = ln ref - ln p; the derivative is with respect to ln p.
+# Estimators of KL(π‖ref) by the names that Schulman gave them in 2020; those with a "+" have the
+# value of one and the derivative of k2. Each takes x = ln ref - ln p, and gives its value and its
+# derivative with respect to ln p.
 @triton.jit
 def _k1(x):
     return -x, tl.where(x == x, 1.0, x)
@@ -208,7 +224,7 @@ def _corrected_k3(KL: tl.constexpr, x, log_ratio):
     constant = exp(_saturated(x + log_ratio)[0])
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
-    x = tl.where(x == float("inf"), 0.0, x)  # as above
+    x = tl.where(x == float("inf"), 0.0, x)  # of a token that the policy forbids, nothing is left
     near = tl.abs(x) < 1
     kl = tl.where(near, ratio * expm1_minus(x), constant - ratio * (1 + x))
     return kl, ratio * tl.where(ended, tl.where(near, -expm1(x), 1.0), -x)
@@ -221,16 +237,77 @@ def _penalty(kl_estimator: str, bias_correction: bool):
     return _corrected_k3 if kl_estimator == "k3" else _corrected
 
 
-_VECTORS = ["targets", "old_logprobs", "ref_logprobs", "advantages", "weights", "kl_weights"]
-_VECTORS += ["token_temperature", "losses", "logprobs", "entropies"]
+@triton.jit
+def _zero_row(destination, within_tile, vocab, TILE: tl.constexpr):
+    for start in range(0, vocab, TILE):
+        columns = start + within_tile
+        zeros = tl.zeros(columns.shape, destination.first.dtype.element_ty)
+        place = destination.first + columns.to(tl.int64) * destination.stride
+        tl.store(place, zeros, mask=columns < vocab)
 
 
 @triton.jit
-def _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE: tl.constexpr):
-    for start in range(0, vocab, TILE):
+def _row_statistics(
+    source, target, readable, live, within_tile, vocab, transform, with_entropy, acc: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The first sweep: statistics of a row, which stays in the cache as far as it fits there, and
+    whether it is nothing but -inf. A target that is not readable is NaN.
+    """
+    x_target = load_tile(source, target, readable, float("nan"), acc, "")
+    sums, _ = no_columns(LANES, acc)
+    # Of a row that is ignored, no column is read.
+    for start in tl.range(0, tl.where(live, vocab, 0), TILE, num_stages=STAGES):
         columns = start + within_tile
-        zeros = tl.zeros(columns.shape, destination.dtype.element_ty)
-        tl.store(destination + columns.to(tl.int64) * d_stride_vocab, zeros, mask=columns < vocab)
+        inside = columns < vocab
+        x = load_tile(source, columns, inside, -float("inf"), acc, "evict_last")
+        sums = add_tile(x, inside, columns, target, sums, transform, with_entropy)
+    capped, _ = capped_logits(x_target, transform)
+    return statistics(
+        merged_lanes(sums, transform.rate, with_entropy), capped, transform, with_entropy
+    )
+
+
+@triton.jit
+def _gradient_sweep(
+    destination, source, target, within_tile, vocab, stats, slopes, transform, with_entropy,
+    acc: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a row, from its end to its start. Neither its logits nor its gradient
+    are read again by this kernel, so they are the first to leave the cache.
+    """
+    tiles = tl.cdiv(vocab, TILE)
+    for done in tl.range(0, tiles, num_stages=STAGES):
+        columns = (tiles - 1 - done) * TILE + within_tile
+        inside = columns < vocab
+        x = load_tile(source, columns, inside, 0.0, acc, "evict_first")
+        dx = gradient_tile(x, columns, target, stats, slopes, transform, with_entropy)
+        tl.store(
+            destination.first + columns.to(tl.int64) * destination.stride,
+            dx.to(destination.first.dtype.element_ty),
+            mask=inside,
+            eviction_policy="evict_first",
+        )
+
+
+@triton.jit
+def _penalised(
+    loss, slope, row, logprob, log_ratio, ref_logprobs, kl_weights, weighs_kl, kl_coef,
+    KL: tl.constexpr, PENALTY: tl.constexpr,
+):  # fmt: skip
+    """A token's loss and its slope, with those of the KL penalty."""
+    kl, kl_slope = PENALTY(KL, tl.load(ref_logprobs + row) - logprob, log_ratio)
+    factor = tl.full((), kl_coef, logprob.dtype)
+    if weighs_kl != 0:
+        factor *= tl.load(kl_weights + row)
+        # Of a penalty that does not count, not even what is infinite.
+        kl, kl_slope = tl.where(factor == 0, 0.0, kl), tl.where(factor == 0, 0.0, kl_slope)
+    return loss + factor * kl, slope + factor * kl_slope
+
+
+# Slices of vectors start anywhere in memory, and no such start compiles the kernel anew.
+_VECTORS = ["targets", "old_logprobs", "ref_logprobs", "advantages", "weights", "kl_weights"]
+_VECTORS += ["token_temperature", "losses", "logprobs", "entropies"]
 
 
 @triton.jit(
@@ -239,17 +316,17 @@ def _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE: tl.constexp
 )
 def _policy_loss_kernel(
     d_logits,  # (outer, inner, V): gradient out; may be the memory of the logits
+    losses,  # (N,) out
+    logprobs,  # (N,) out
+    entropies,  # (N,) out
     logits,  # (outer, inner, V), any strides
-    targets,  # (N,)
-    token_temperature,  # (N,) or unused
-    old_logprobs,  # (N,), of no effect where on_policy is 1
-    ref_logprobs,  # (N,), of no effect where kl_coef is 0
-    advantages,  # (N,)
-    weights,  # (N,) of each token's loss in the loss that the gradient is of
-    kl_weights,  # (N,) of each token's penalty, of no effect unless weighs_kl is 1
-    losses,  # (N,) out, as are all below
-    logprobs,
-    entropies,
+    targets,  # (N,), as are all below
+    old_logprobs,  # of no effect where on_policy is 1
+    ref_logprobs,  # of no effect where kl_coef is 0
+    advantages,
+    weights,  # of each token's loss in the loss that the gradient is of
+    kl_weights,  # of each token's penalty, of no effect unless weighs_kl is 1
+    vocab,
     inner,
     d_stride_outer,
     d_stride_inner,
@@ -257,14 +334,10 @@ def _policy_loss_kernel(
     stride_outer,
     stride_inner,
     stride_vocab,
-    vocab,
     ignore_index,
     on_policy,  # 0 or 1, as are the next two
     weighs_kl,
     with_entropy,
-    temperature: tl.float64,
-    softcap: tl.float64,
-    scale: tl.float64,
     ratio_low: tl.float64,
     ratio_high: tl.float64,
     dual_clip: tl.float64,
@@ -272,11 +345,15 @@ def _policy_loss_kernel(
     tau_negative: tl.float64,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
+    token_temperature,  # (N,) or unused
+    temperature: tl.float64,
+    softcap: tl.float64,
+    scale: tl.float64,
+    PER_TOKEN_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     PENALTY: tl.constexpr,
-    PER_TOKEN_TEMPERATURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
@@ -286,70 +363,44 @@ def _policy_loss_kernel(
     acc: tl.constexpr = losses.dtype.element_ty
     TILE: tl.constexpr = LANES * VEC
     row = tl.program_id(0).to(tl.int64)
-    destination = d_logits + row_start(row, inner, d_stride_outer, d_stride_inner)
+    destination = row_of(d_logits, row, inner, d_stride_outer, d_stride_inner, d_stride_vocab)
+    source = row_of(logits, row, inner, stride_outer, stride_inner, stride_vocab)
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
     wide = tl.load(targets + row)
     live = wide != ignore_index
     target = wide.to(tl.int32)
-
-    row_t = row_temperature(token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)
+    row_t, rate = row_temperature(
+        row, live, token_temperature, temperature, acc, PER_TOKEN_TEMPERATURE
+    )
     in_vocab = (wide >= 0) & (wide < vocab)
     tl.device_assert(in_vocab | (live == 0), "fastrlhf: a target is outside [0, vocabulary)")
     tl.device_assert(row_t > 0, "fastrlhf: a temperature is not positive")
-    rate = LOG2E / row_t
-    scale = tl.full((), scale, acc)
-    softcap = tl.full((), softcap, acc)
-    source = logits + row_start(row, inner, stride_outer, stride_inner)
 
-    x_target = tl.load(
-        source + target.to(tl.int64) * stride_vocab, mask=live & in_vocab, other=float("nan")
-    )
-    peak = tl.full((LANES,), -float("inf"), acc)
-    rest = tl.zeros((LANES,), acc)
-    moment = tl.zeros((LANES,), acc)
-    # Of a row that is ignored, no column is read.
-    for start in tl.range(0, tl.where(live, vocab, 0), TILE, num_stages=STAGES):
-        columns = start + within_tile
-        inside = columns < vocab
-        x = tl.load(
-            source + columns.to(tl.int64) * stride_vocab,
-            mask=inside,
-            other=-float("inf"),
-            eviction_policy="evict_last",
-        ).to(acc)
-        peak, rest, moment = add_tile(
-            x, inside, columns, target, peak, rest, moment, rate, scale, softcap,
-            HAS_SOFTCAP, with_entropy,
-        )  # fmt: skip
-    row_peak, rest, moment = merged_lanes(peak, rest, moment, rate, with_entropy)
-    capped, _ = capped_logits(x_target.to(acc), scale, softcap, HAS_SOFTCAP)
-    logprob, entropy, log_norm, empty, base = statistics(
-        row_peak, rest, moment, capped, row_t, with_entropy
-    )
+    stats, empty = _row_statistics(
+        source, target, live & in_vocab, live, within_tile, vocab,
+        Transform(scale, softcap, row_t, rate, HAS_SOFTCAP), with_entropy, acc, LANES, TILE, STAGES,
+    )  # fmt: skip
 
+    logprob = stats.logprob
     advantage = tl.load(advantages + row)
     # On policy the ratio is 1, but NaN stays what it is.
     to_itself = tl.where(logprob == logprob, 0.0, logprob)
     log_ratio = tl.where(on_policy != 0, to_itself, logprob - tl.load(old_logprobs + row))
-    # Without an advantage, what the token was sampled with must not matter.
-    loss, slope = SURROGATE(
-        tl.where(advantage == 0, 0.0, log_ratio), logprob, advantage,
+    bounds = Bounds(
         tl.full((), ratio_low, acc), tl.full((), ratio_high, acc), tl.full((), dual_clip, acc),
         tl.full((), tau_positive, acc), tl.full((), tau_negative, acc),
     )  # fmt: skip
+    # Without an advantage, what the token was sampled with must not matter.
+    loss, slope = SURROGATE(tl.where(advantage == 0, 0.0, log_ratio), logprob, advantage, bounds)
     if kl_coef != 0:
-        kl, kl_slope = PENALTY(KL, tl.load(ref_logprobs + row) - logprob, log_ratio)
-        factor = tl.full((), kl_coef, acc)
-        if weighs_kl != 0:
-            factor *= tl.load(kl_weights + row)
-            # Of a penalty that does not count, not even what is infinite.
-            kl, kl_slope = tl.where(factor == 0, 0.0, kl), tl.where(factor == 0, 0.0, kl_slope)
-        loss += factor * kl
-        slope += factor * kl_slope
-    loss -= tl.full((), entropy_coef, acc) * entropy
+        loss, slope = _penalised(
+            loss, slope, row, logprob, log_ratio, ref_logprobs, kl_weights, weighs_kl, kl_coef,
+            KL, PENALTY,
+        )  # fmt: skip
+    loss -= tl.full((), entropy_coef, acc) * stats.entropy
     tl.store(losses + row, tl.where(live, loss, 0.0))
     tl.store(logprobs + row, tl.where(live, logprob, 0.0))
-    tl.store(entropies + row, tl.where(live, entropy, 0.0))
+    tl.store(entropies + row, tl.where(live, stats.entropy, 0.0))
 
     weight = tl.load(weights + row)
     g = weight * slope
@@ -357,34 +408,18 @@ def _policy_loss_kernel(
     # The target's logit, which every thread has read by itself, may be overwritten from here on.
     tl.debug_barrier()
     if (live == 0) | empty | ((g == 0) & (h == 0)):
-        _zero_row(destination, within_tile, d_stride_vocab, vocab, TILE)
+        _zero_row(destination, within_tile, vocab, TILE)
         return
-    tiles = tl.cdiv(vocab, TILE)
-    for done in tl.range(0, tiles, num_stages=STAGES):
-        columns = (tiles - 1 - done) * TILE + within_tile
-        inside = columns < vocab
-        x = tl.load(
-            source + columns.to(tl.int64) * stride_vocab,
-            mask=inside,
-            other=0.0,
-            eviction_policy="evict_first",
-        ).to(acc)
-        dx = gradient_tile(
-            x, columns, target, base, log_norm, logprob, entropy, g, h, row_t, scale, softcap,
-            HAS_SOFTCAP, with_entropy,
-        )  # fmt: skip
-        tl.store(
-            destination + columns.to(tl.int64) * d_stride_vocab,
-            dx.to(destination.dtype.element_ty),
-            mask=inside,
-            eviction_policy="evict_first",
-        )
+    _gradient_sweep(
+        destination, source, target, within_tile, vocab, stats, Slopes(g, h, 0.0, 0.0),
+        Transform(scale, softcap, row_t, rate, HAS_SOFTCAP), with_entropy, acc, TILE, STAGES,
+    )  # fmt: skip
 
 
 _SCALE_BLOCK = tl.constexpr(4096)
 
 
-# Of a size that is known to be a multiple of 16, it takes 16 bytes at once.
+# Where Triton knows that the size is a multiple of 16, each load and store is of 16 bytes.
 @triton.jit
 def _scale_kernel(values, factor, size):
     by = tl.load(factor)
@@ -417,45 +452,27 @@ def policy_loss(
     scale: float,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch K3 on logits (outer, inner, V): write the gradient of Σ weights·losses into d_logits,
-    which may be the logits themselves. Without old log-probs, the ratio is 1.
+    """Launch the kernel on logits (outer, inner, V): write the gradient of Σ weights·losses into
+    d_logits, which may be the logits themselves. Without old log-probs, the ratio is 1.
 
     All rows (N,) are contiguous, and but for the targets in the dtype of accumulation. Returns
     losses, log-probs and entropies (0 unless asked for), each (N,).
     """
     outer, inner, vocab = logits.shape
-    rows = outer * inner
     losses, logprobs, entropies = (torch.empty_like(weights) for _ in range(3))
-    transform, token_temperature = transform_options(temperature, softcap, scale, weights)
-    _policy_loss_kernel[(rows,)](
-        d_logits,
-        logits,
-        targets,
-        token_temperature,
-        weights if old_logprobs is None else old_logprobs,
-        weights if ref_logprobs is None else ref_logprobs,
-        advantages,
-        weights,
-        weights if kl_weights is None else kl_weights,
-        losses,
-        logprobs,
-        entropies,
-        inner,
-        *strides(d_logits),
-        *strides(logits),
-        vocab,
-        ignore_index,
-        int(old_logprobs is None),
-        int(kl_weights is not None),
-        int(entropy),
-        **transform,
-        **settings._asdict(),
-        SURROGATE=SURROGATES[surrogate],
-        KL=KL_ESTIMATORS[kl_estimator],
-        PENALTY=_penalty(kl_estimator, kl_bias_correction),
-        **row_plan("policy_loss", vocab, logits.dtype).sweep_options(),
-        **ASSERTING,
+    vectors = (
+        weights if x is None else x
+        for x in (old_logprobs, ref_logprobs, advantages, weights, kl_weights)
     )
+    _policy_loss_kernel[(outer * inner,)](
+        d_logits, losses, logprobs, entropies, logits, targets, *vectors,
+        vocab, inner, *strides(d_logits), *strides(logits),
+        ignore_index, int(old_logprobs is None), int(kl_weights is not None), int(entropy),
+        **settings._asdict(), **transform_options(temperature, softcap, scale, weights),
+        SURROGATE=SURROGATES[surrogate], KL=KL_ESTIMATORS[kl_estimator],
+        PENALTY=_penalty(kl_estimator, kl_bias_correction),
+        **row_plan("policy_loss", vocab, logits.dtype).sweep_options(), **ASSERTING,
+    )  # fmt: skip
     return losses, logprobs, entropies
 
 

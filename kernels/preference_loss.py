@@ -3,8 +3,8 @@ launch.
 
 For the losses that depend on a pair only through the margin Δ = s_chosen - s_rejected of the
 sequence scores s = ln π - ln π_ref, summed over tokens or averaged. The formula of a loss is a
-device function that the
-launcher hands to the kernel: from Δ it gives the loss and the slope dloss/dΔ.
+device function that the launcher hands to the kernel: from Δ it gives the loss and the slope
+dloss/dΔ.
 
 Forward, one program scores both sequences of a pair, and further programs, one a sequence, write
 the rewards. Backward, one program a sequence adds up the slopes of the pairs that it takes part in,
@@ -14,6 +14,8 @@ Packed sequences are (1, N), and cu_seqlens says where each begins and ends.
 
 Dims: B sequences, T tokens, N tokens of all packed sequences, P pairs.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +28,7 @@ _TOKENS = tl.constexpr(1024)  # tokens of a sequence that a program handles at o
 _PAIRS = tl.constexpr(256)  # and pairs
 
 
-# Not specialised, so that no batch compiles a kernel anew.
+# Arguments that Triton must not specialise on, so that no batch compiles a kernel anew.
 _VARYING = ["pairs", "sequences", "tokens", "policy_stride", "reference_stride", "mask_stride"]
 
 
@@ -89,45 +91,51 @@ def _kept(mask, row, start, stop, mask_stride, HAS_MASK: tl.constexpr):
     return token, keep
 
 
+class Tokens(NamedTuple):
+    """Where the log-probs of all sequences are, in the forward kernel."""
+
+    policy: tl.tensor
+    reference: tl.tensor
+    mask: tl.tensor
+    lengths: tl.tensor
+    cu_seqlens: tl.tensor
+    tokens: tl.tensor  # in a row
+    policy_stride: tl.tensor
+    reference_stride: tl.tensor
+    mask_stride: tl.tensor
+
+
 @triton.jit
 def _sequence_score(
-    policy,
-    reference,
-    mask,
-    lengths,
-    cu_seqlens,
-    sequence,
-    tokens,
-    policy_stride,
-    reference_stride,
-    mask_stride,
-    acc: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    REFERENCE_PER_TOKEN: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Σ(ln π - ln π_ref) of one sequence, and its number of tokens (at least 1)."""
+    of, sequence, acc: tl.constexpr, HAS_MASK: tl.constexpr, REFERENCE_PER_TOKEN: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Σ(ln π - ln π_ref) of one sequence of `Tokens`, and its number of tokens (at least 1)."""
     score = tl.zeros((), acc)
     count = tl.zeros((), acc)
-    row, first, stop = extent(cu_seqlens, sequence, tokens, PACKED)
+    row, first, stop = extent(of.cu_seqlens, sequence, of.tokens, PACKED)
     for start in range(first, stop, _TOKENS):
-        token, keep = _kept(mask, row, start, stop, mask_stride, HAS_MASK)
-        ratio = tl.load(policy + row * policy_stride + token, mask=keep, other=0.0).to(acc)
+        token, keep = _kept(of.mask, row, start, stop, of.mask_stride, HAS_MASK)
+        place = of.policy + row * of.policy_stride + token
+        ratio = tl.load(place, mask=keep, other=0.0).to(acc)
         if REFERENCE_PER_TOKEN:
-            place = reference + row * reference_stride + token
+            place = of.reference + row * of.reference_stride + token
             ratio -= tl.load(place, mask=keep, other=0.0).to(acc)
         score += tl.sum(ratio, axis=0)
         count += tl.sum(keep.to(acc), axis=0)
     if not REFERENCE_PER_TOKEN:
-        score -= tl.load(reference + sequence * reference_stride).to(acc)
+        score -= tl.load(of.reference + sequence * of.reference_stride).to(acc)
     if HAS_LENGTHS:
-        count = tl.load(lengths + sequence).to(acc)
+        count = tl.load(of.lengths + sequence).to(acc)
     return score, tl.maximum(count, 1.0)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["cu_seqlens"])
 def _preference_loss_fwd_kernel(
+    losses,  # (P,) out
+    slopes,  # (P,) out
+    rewards,  # (B,) out
+    weights,  # (B,) out: what one unit of a sequence's sum is worth in its score
     policy,  # (B, T) or packed (1, N), or (B, 1) sums
     reference,  # likewise, or (B,) sums
     mask,  # (B, T) or packed (1, N), or unused
@@ -135,10 +143,6 @@ def _preference_loss_fwd_kernel(
     cu_seqlens,  # (B + 1,) int64, or unused
     chosen,  # (P,)
     rejected,  # (P,)
-    losses,  # (P,)
-    slopes,  # (P,)
-    rewards,  # (B,)
-    weights,  # (B,): what one unit of a sequence's sum is worth in its score
     pairs,
     sequences,
     tokens,
@@ -166,14 +170,16 @@ def _preference_loss_fwd_kernel(
     tl.device_assert(in_batch, "fastrlhf: a pair names a sequence outside [0, B)")
     first = tl.where(is_pair & in_batch, first, tl.maximum(sequence, 0))
     second = tl.where(is_pair & in_batch, second, tl.maximum(sequence, 0))
+    of = Tokens(
+        policy, reference, mask, lengths, cu_seqlens, tokens, policy_stride, reference_stride,
+        mask_stride,
+    )  # fmt: skip
     score, count = _sequence_score(
-        policy, reference, mask, lengths, cu_seqlens, first, tokens, policy_stride,
-        reference_stride, mask_stride, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS, PACKED,
-    )  # fmt: skip
+        of, first, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS, PACKED
+    )
     other_score, other_count = _sequence_score(
-        policy, reference, mask, lengths, cu_seqlens, second, tokens, policy_stride,
-        reference_stride, mask_stride, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS, PACKED,
-    )  # fmt: skip
+        of, second, acc, HAS_MASK, REFERENCE_PER_TOKEN, HAS_LENGTHS, PACKED
+    )
     if AVERAGE:
         margin = score / count - other_score / other_count
         weight = 1.0 / count
@@ -250,38 +256,20 @@ def preference_loss_forward(
     rewards (B,) and weights dscore/dsum (B,).
     """
     acc = torch.promote_types(torch.promote_types(policy.dtype, reference.dtype), torch.float32)
-    packed = cu_seqlens is not None
     sequences = policy.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     losses, slopes = (policy.new_empty(len(chosen), dtype=acc) for _ in range(2))
     rewards, weights = (policy.new_empty(sequences, dtype=acc) for _ in range(2))
     _preference_loss_fwd_kernel[(len(chosen) + sequences,)](
-        policy,
-        reference,
-        policy if mask is None else mask,
-        policy if lengths is None else lengths,
-        cu_seqlens if packed else policy,
-        chosen,
-        rejected,
-        losses,
-        slopes,
-        rewards,
-        weights,
-        len(chosen),
-        sequences,
-        policy.shape[1],
-        policy.stride(0),
-        reference.stride(0),
-        0 if mask is None else mask.stride(0),
-        beta,
-        label_smoothing,
-        FORMULA=FORMULAS[formula],
-        AVERAGE=average,
-        HAS_MASK=mask is not None,
-        REFERENCE_PER_TOKEN=reference.ndim == 2,
-        HAS_LENGTHS=lengths is not None,
-        PACKED=packed,
-        **ASSERTING,
-    )
+        losses, slopes, rewards, weights, policy, reference,
+        policy if mask is None else mask, policy if lengths is None else lengths,
+        policy if cu_seqlens is None else cu_seqlens, chosen, rejected,
+        len(chosen), sequences, policy.shape[1],
+        policy.stride(0), reference.stride(0), 0 if mask is None else mask.stride(0),
+        beta, label_smoothing,
+        FORMULA=FORMULAS[formula], AVERAGE=average, HAS_MASK=mask is not None,
+        REFERENCE_PER_TOKEN=reference.ndim == 2, HAS_LENGTHS=lengths is not None,
+        PACKED=cu_seqlens is not None, **ASSERTING,
+    )  # fmt: skip
     return losses, slopes, rewards, weights
 
 
@@ -305,19 +293,9 @@ def preference_loss_backward(
     d_policy = weights.new_empty((1 if packed else sequences, tokens), dtype=dtype)
     d_sums = torch.empty_like(weights)
     _preference_loss_bwd_kernel[(sequences,)](
-        d_policy,
-        d_sums,
-        slopes if mask is None else mask,
-        cu_seqlens if packed else slopes,
-        chosen,
-        rejected,
-        slopes,
-        weights,
-        d_losses,
-        len(chosen),
-        tokens,
-        0 if mask is None else mask.stride(0),
-        HAS_MASK=mask is not None,
-        PACKED=packed,
-    )
+        d_policy, d_sums, slopes if mask is None else mask,
+        slopes if cu_seqlens is None else cu_seqlens, chosen, rejected, slopes, weights, d_losses,
+        len(chosen), tokens, 0 if mask is None else mask.stride(0),
+        HAS_MASK=mask is not None, PACKED=packed,
+    )  # fmt: skip
     return d_policy, d_sums

@@ -50,11 +50,11 @@ def _compose(far_scale, far_shift, near_scale, near_shift):
     ],
 )
 def _gae_kernel(
-    rewards,  # (B, T), neighbours in memory along T, as are all below
-    values,  # (B, T)
-    mask,  # (B, T)
     advantages,  # (B, T) contiguous, out
     returns,  # (B, T) contiguous, out
+    rewards,  # (B, T), neighbours in memory along T, as are the next two
+    values,  # (B, T)
+    mask,  # (B, T)
     cu_seqlens,  # (B + 1,) int64, or unused
     lams,  # (B,), or unused
     last_values,  # (B,), or unused
@@ -147,21 +147,10 @@ def gae(
             for x, number in ((lams, lam), (last_values, 0.0))
         ]
     _gae_kernel[(sequences,)](
-        rewards,
-        values,
-        mask,
-        advantages,
-        returns,
-        cu_seqlens if packed else rewards,
-        *of_sequences,
-        rewards.shape[1],
-        rewards.stride(0),
-        values.stride(0),
-        mask.stride(0),
-        gamma,
-        lam,
-        PACKED=packed,
-        PER_SEQUENCE=per_sequence,
+        advantages, returns, rewards, values, mask,
+        cu_seqlens if packed else rewards, *of_sequences,
+        rewards.shape[1], rewards.stride(0), values.stride(0), mask.stride(0), gamma, lam,
+        PACKED=packed, PER_SEQUENCE=per_sequence,
         BLOCK=_BLOCK.get(rewards.device.type, _GPU_BLOCK),
-    )
+    )  # fmt: skip
     return advantages, returns

@@ -148,33 +148,3 @@ def stored(x, dtype: tl.constexpr):
         return x.to(tl.float32).to(dtype)
     else:
         return x.to(dtype)
-
-
-@triton.jit
-def row_start(row, inner, stride_outer, stride_inner):
-    """Offset of a row of an (outer, inner, V) view; rows count in int64, so offsets pass 2^31."""
-    return (row // inner) * stride_outer + (row % inner) * stride_inner
-
-
-@triton.jit
-def capped_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """softcap·tanh(scale·x / softcap), the effective logits but for the temperature; and its
-    slope.
-    """
-    if HAS_SOFTCAP:
-        # Divided once, not at every token.
-        saturation, slope = tanh(x * (scale / softcap))
-        return softcap * saturation, slope * scale
-    else:
-        return x * scale, scale
-
-
-@triton.jit
-def row_temperature(
-    token_temperature, temperature, row, mask, acc: tl.constexpr, PER_TOKEN: tl.constexpr
-):
-    """Temperature of one row, or of a tile of rows: the row's own or the common one."""
-    if PER_TOKEN:
-        return tl.load(token_temperature + row, mask=mask, other=1.0).to(acc)
-    else:
-        return tl.full((), temperature, acc)

@@ -1,29 +1,264 @@
-"""The examples of the pages on losses, run as they stand; and that the names in them are there."""
+"""All pages of the documentation: their examples run, and what they name and link to is there."""
 
 import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.pages import DOCS, PAGES, PRINTING, ROOT, Block, blocks
 from support.tiny_models import make
 from torch import Tensor
 
 import fastrlhf
 from fastrlhf import AdaptiveKLController, kto_kl
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted((DOCS / "losses").glob("*.md"))
-BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", flags=re.M | re.S)
+EXAMPLES = [block for block in blocks("python") if not block.page.startswith(PRINTING)]
+
+
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=[f"{x.page}:{x.code.count(chr(10))}" for x in EXAMPLES]
+)
+def test_examples_run(example: Block) -> None:
+    for name in re.findall("^from (trl|transformers|fastrlhf.integrations) ", example.code, re.M):
+        pytest.importorskip(name, reason=f"needs {name}")
+    namespace = example.run()
+    for name in ("trl", "transformers"):  # what an example patches
+        if name in namespace:
+            namespace[name].unpatch()
+
+
+# Commands, and names of files.
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """The page and the line of each command of a shell, without its comment."""
+    for block in blocks("(?:ba)?sh"):
+        for line in block.code.splitlines():
+            if command := line.split("#")[0].strip():
+                yield block.page, command
+
+
+def is_there(command: str) -> bool:
+    """Whether what a command names exists: a target, a module, a file, an extra."""
+    words = [word for word in command.split() if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+        return all(word in targets for word in words[1:])
+    if "-m" in words[:2]:
+        return find_spec(words[words.index("-m") + 1]) is not None
+    if words[0].endswith("python"):
+        return (ROOT / words[1]).is_file()
+    if words[:2] == ["pip", "install"]:
+        extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M)
+        return all(
+            extra in extras
+            for asked in re.findall(r"\[([\w,]+)\]", command)
+            for extra in asked.split(",")
+        )
+    if words[0] == "torchrun":
+        return all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+    return words == ["pre-commit", "install"]
+
+
+@pytest.mark.parametrize(("page", "command"), list(commands()))
+def test_what_a_command_names_is_there(page: str, command: str) -> None:
+    assert is_there(command), f"{page}: {command}"
+
+
+def test_a_command_that_names_nothing_is_noticed() -> None:
+    for command in (
+        "make nothing", "python -m fastrlhf.nothing", "python benchmarks/nothing.py",
+        "pip install '.[nothing]'", "nothing",
+    ):  # fmt: skip
+        assert not is_there(command), command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page: str) -> None:
+    text = PAGES[page]
+    for recipe in re.findall(r"fastrlhf\.recipes\.([a-z_]+)", text):
+        assert (ROOT / "fastrlhf" / "recipes" / f"{recipe}.py").is_file(), recipe
+    for name in re.findall(
+        r"`(?:\w+=\w+ )?(?:python |pytest )?((?:benchmarks|tests|fastrlhf|examples)/\w[\w/]*\.\w+)",
+        text,
+    ):
+        if not re.search(r"[/_]x\.py$", name):  # x stands for any name
+            assert (ROOT / name).exists(), name
+    for target in re.findall(r"`make ([a-z-]+)`", text):
+        assert is_there(f"make {target}"), target
+    for extra in re.findall(r"pip install ['\"](\.\[\w+\])['\"]`", text):
+        assert is_there(f"pip install {extra}"), extra
+
+
+# Links and tables.
+
+
+def anchors(path: Path) -> set[str]:
+    """Those of a page's headings, as GitHub and MyST make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def leads_somewhere(link: str, page: Path) -> bool:
+    name, _, anchor = link.partition("#")
+    target = (page.parent / name) if name else page
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere_and_tables_have_as_many_cells_in_each_row(page: str) -> None:
+    text = PAGES[page]
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        assert link.startswith("http") or leads_somewhere(link, ROOT / page), link
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        cells = {len(re.sub(r"\\\|", "", row).split("|")) for row in table.splitlines()}
+        assert len(cells) == 1, table[:80]
+
+
+def test_a_link_that_leads_nowhere_is_noticed() -> None:
+    page = DOCS / "index.md"
+    assert leads_somewhere("guide/models.md#with-transformerstrainer", page)
+    assert not leads_somewhere("guide/models.md#nothing", page)
+    assert not leads_somewhere("guide/nothing.md", page)
+
+
+# The site.
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The website, of which any warning is an error."""
+    pytest.importorskip("sphinx", reason="needs sphinx")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, folder],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.xdist_group("site")
+def test_the_site_has_an_entry_for_every_public_name(site: Path) -> None:
+    from sphinx.util.inventory import InventoryFile
+
+    found = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    entries = {name for kind in found.data.values() for name in kind}
+    wanted = {f"fastrlhf.{name}" for name in fastrlhf.__all__}
+    for library in ("trl", "transformers"):
+        wanted |= {f"fastrlhf.integrations.{library}.{x}" for x in ("patch", "unpatch", "patched")}
+    assert wanted <= entries, wanted - entries
+
+
+def test_a_docstring_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="needs sphinx")
+    monkeypatch.syspath_prepend(DOCS)
+    docstrings = import_module("docstrings")
+    given = """\
+        Do |this| to *x*.
+
+        Eager equivalent::
+
+            a | b * c
+
+        Args:
+            x, y,
+                z: several, on
+                two lines.
+            w: one.
+
+        Options, which `f` takes:
+            a: one.
+
+        Returns:
+            loss: one, on
+            two lines.
+            metrics: the other.
+
+        Example:
+            >>> 2 * "a|"
+            'a|a|'
+
+        one: a field. Of two
+        lines."""
+    wanted = """\
+        Do ∣this∣ to \\*x\\*.
+
+        Eager equivalent::
+
+            a | b * c
+
+        :Args:
+
+           ``x``, ``y``, ``z``
+              several, on
+              two lines.
+
+           ``w``
+              one.
+
+        Options, which `f` takes:
+
+        ``a``
+           one.
+
+        :Returns:
+
+           ``loss``
+              one, on
+              two lines.
+
+           ``metrics``
+              the other.
+
+        :Example:
+
+           >>> 2 * "a|"
+           'a|a|'
+
+        ``one``
+           a field. Of two
+           lines.
+        """
+    found = "\n".join(docstrings.restructured(textwrap.dedent(given).splitlines()))
+    assert re.sub("\n\n+", "\n\n", found.strip()) == textwrap.dedent(wanted).strip()
+
+
+@pytest.mark.xdist_group("site")
+def test_the_site_shows_docstrings_as_they_are_meant(site: Path) -> None:
+    text = (site / "reference" / "logits.html").read_text(encoding="utf-8")
+    entry = text[
+        text.index('id="fastrlhf.token_stats"') : text.index('id="fastrlhf.token_logprobs"')
+    ]
+    for section in ("Args", "Returns", "Raises"):
+        assert f'<dt class="field-odd">{section}' in entry or (
+            f'<dt class="field-even">{section}' in entry
+        ), section
+    # An argument, a block of code, a link to another entry.
+    assert '<dt><code class="docutils literal notranslate"><span class="pre">logits</span>' in entry
+    assert '<div class="highlight"><pre>' in entry and "is_top1" in entry
+    assert 'href="#fastrlhf.shift_targets"' in entry
+    assert "`" not in re.sub(r"<[^>]*>", "", entry)
+
+
+# The pages on losses.
 
 
 def examples() -> dict[str, Any]:
-    """What all examples of the pages define."""
+    """What all examples of the pages on losses define."""
     names: dict[str, Any] = {}
-    for page in PAGES:
-        for indent, block in BLOCK.findall(page.read_text()):
-            code = re.sub(rf"^{indent}", "", block, flags=re.M)
-            exec(compile(code, str(page), "exec"), names)
+    for block in EXAMPLES:
+        if block.page.startswith("docs/losses/"):
+            names |= block.run()
     return names
 
 
@@ -109,20 +344,10 @@ def test_the_example_of_distillation_takes_what_a_server_sends() -> None:
     torch.testing.assert_close(loss, expected.sum() / batch["completion_mask"][:, 1:].sum())
 
 
-@pytest.mark.parametrize("page", [*PAGES, DOCS / "lazy_logits.md"], ids=lambda page: page.stem)
-def test_links_lead_somewhere_and_tables_have_as_many_cells_in_each_row(page: Path) -> None:
-    text = page.read_text()
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert link.startswith("http") or (page.parent / link.split("#")[0]).exists(), link
-    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
-        cells = {len(re.sub(r"\\\|", "", row).split("|")) for row in table.splitlines()}
-        assert len(cells) == 1, table[:80]
-
-
 def test_every_loss_type_has_a_row() -> None:
-    page = (PAGES[0].parent / "policy.md").read_text()
+    page = PAGES["docs/losses/policy.md"]
     for name in fastrlhf.losses.grpo._GRPO:
         assert f"\n| `{name}` |" in page, name
-    page = (PAGES[0].parent / "preference.md").read_text()
+    page = PAGES["docs/losses/preference.md"]
     for name in fastrlhf.losses.preference.LOSS_TYPES:
         assert f"`{name}`" in page, name

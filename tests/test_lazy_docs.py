@@ -2,18 +2,18 @@
 
 import copy
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.pages import PAGES, example
 from support.tiny_models import VOCAB, make
 from torch import Tensor, nn
 
 import fastrlhf
 
-PAGE = (Path(__file__).parent.parent / "docs" / "lazy_logits.md").read_text()
+PAGE = PAGES["docs/lazy_logits.md"]
 IDS = torch.arange(12).view(2, 6) % 7
 LABELS = IDS.masked_fill(IDS == 2, -100)
 ROW = re.compile(r"^\| `(.+?)` \| (.+) \|$", flags=re.M)
@@ -114,14 +114,12 @@ def test_the_tables_are_read_as_a_whole() -> None:
 
 
 def test_the_example_trains_and_builds_nothing() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
-    names: dict[str, Any] = {}
-    exec(compile(example, "lazy_logits.md", "exec"), names)
+    train = example("def train(model, optimizer", "docs/lazy_logits.md").run()["train"]
     model = make("Llama")
     before = copy.deepcopy(model.state_dict())
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": LABELS}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     fastrlhf.lazy_report(clear=True)
-    report = names["train"](model, optimizer, [batch, batch])
+    report = train(model, optimizer, [batch, batch])
     assert [use.calls for use in report.fused] == [2] and not report.built
     assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())

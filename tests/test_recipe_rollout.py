@@ -1,7 +1,6 @@
 """What a rollout holds beside what plain transformers say of it, one sequence at a time."""
 
 import copy
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ for name in ("transformers", "peft", "tokenizers"):
 
 from support import tiny_models  # noqa: E402
 from support.compare import assert_as_accurate, budget  # noqa: E402
+from support.pages import example  # noqa: E402
 from support.recipe_models import (  # noqa: E402, F401  the fixtures are of every test
     EOS,
     PEFT_READS_AN_OLD_NAME,
@@ -41,7 +41,6 @@ from fastrlhf.recipes.rollout import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
-ROOT = Path(__file__).parent.parent
 NEW_TOKENS = 8
 
 # Far enough from 1 for the tail to be sampled, of which top-k and top-p would leave nothing.
@@ -391,21 +390,9 @@ def test_all_values_are_finite_and_belong_to_valued_words(loaded) -> None:
     assert {word for text in batch["completions"] for word in text.split()} & set(VALUED)
 
 
-def readme_example(function: str) -> SimpleNamespace:
-    """Execute the README's example that defines a function."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = [
-        one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if f"def {function}(" in one
-    ]  # fmt: skip
-    namespace: dict = {}
-    exec(compile(example, "README.md", "exec"), namespace)
-    return SimpleNamespace(**namespace)
-
-
 def test_a_rollout_feeds_the_readme_s_ppo(adapted) -> None:
     policy, tokenizer = adapted
-    readme = readme_example("ppo_targets")
+    readme = SimpleNamespace(**example("def ppo_targets(").run())
     torch.manual_seed(0)
     config = copy.deepcopy(policy.get_base_model().config)
     config.num_labels = 1

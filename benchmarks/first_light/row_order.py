@@ -1,17 +1,18 @@
-"""A candidate for K3 that first light times beside it: one launch, in row order.
+"""A candidate for the policy loss's kernel that first light times beside it: one launch, in row
+order.
 
-K3 sweeps each row twice, hundreds of rows at once. At a large vocabulary they do not fit into the
-cache, so the second sweep reads from memory again. Here a program has a split of a row, as in K1,
-and then the gradient of the same split of a row that came a few megabytes earlier, which the cache
-still has whatever the vocabulary.
+That kernel sweeps each row twice, hundreds of rows at once. At a large vocabulary they do not fit
+into the cache, so the second sweep reads from memory again. Here a program has a split of a row, as
+in the statistics kernel, and then the gradient of the same split of a row that came a few megabytes
+earlier, which the cache still has whatever the vocabulary.
 
 A program takes its number when it starts, so whatever it waits for has started before it and waits
 for nothing later: the launch cannot block itself. The last split of a row to arrive makes the row's
 numbers, in a fixed order, so results have the same bits from run to run.
 
 It is here and not in `kernels/` because its counters and its waiting are worth their complexity
-only if K3 turns out to be as slow as predicted (see results/predictions.md). It does the plain
-case: clipped ratios, one temperature, no entropy.
+only if the policy loss's kernel turns out to be as slow as predicted (see results/predictions.md).
+It does the plain case: clipped ratios, one temperature, no entropy.
 """
 
 from __future__ import annotations
@@ -22,22 +23,31 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrlhf.kernels.launch import RowPlan, on_their_device, row_plan
-from fastrlhf.kernels.policy_loss import SURROGATES
+from fastrlhf.kernels.policy_loss import SURROGATES, Bounds
 from fastrlhf.kernels.rows import (
+    Slopes,
+    Statistics,
+    Sums,
     add_tile,
-    finite_base,
     gradient_tile,
     merged_lanes,
-    move_base,
+    no_columns,
     statistics,
     tile_columns,
 )
 from fastrlhf.kernels.tiles import LOG2E
+from fastrlhf.kernels.transform import Transform
 
 _CACHED_BYTES = 24e6  # of rows between a split's statistics and its gradient
 _TILES_PER_SPLIT = 4
 _clip = SURROGATES["clip"]
 _NUMBERS = tl.constexpr(4)  # of a row: base, log_norm, logprob, and the coefficient g
+
+
+@triton.jit
+def _plain_transform():
+    """Logits as they are: temperature 1, neither a scale nor a softcap."""
+    return Transform(1.0, 1.0, 1.0, LOG2E, False)
 
 
 @triton.jit
@@ -47,19 +57,16 @@ def _split_statistics(
 ):  # fmt: skip
     """Peak and rest of one split."""
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
-    peak = tl.full((LANES,), -float("inf"), tl.float32)
-    rest = tl.zeros((LANES,), tl.float32)
-    moment = tl.zeros((LANES,), tl.float32)
+    transform = _plain_transform()
+    sums, _ = no_columns(LANES, tl.float32)
     for start in range(first, tl.minimum(first + WIDTH, vocab), LANES * VEC):
         columns = start + within_tile
         inside = columns < vocab
         x = tl.load(
             source + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last"
         ).to(tl.float32)
-        peak, rest, moment = add_tile(
-            x, inside, columns, target, peak, rest, moment, LOG2E, 1.0, 1.0, False, False
-        )
-    return merged_lanes(peak, rest, moment, LOG2E, False)
+        sums = add_tile(x, inside, columns, target, sums, transform, False)
+    return merged_lanes(sums, transform.rate, False)
 
 
 @triton.jit
@@ -73,19 +80,19 @@ def _row_numbers(
     cell = row * splits + split
     peak = tl.load(partials + cell, mask=there, other=-float("inf"))
     rest = tl.load(partials + rows.to(tl.int64) * splits + cell, mask=there, other=0.0)
-    row_peak = tl.max(peak, axis=0)
-    rest, _ = move_base(peak, rest, rest, finite_base(row_peak), LOG2E, False)
+    transform = _plain_transform()
+    sums = merged_lanes(Sums(peak, rest, rest), transform.rate, False)
     x = tl.load(logits + row * vocab + target).to(tl.float32)
-    logprob, _, log_norm, _, base = statistics(row_peak, tl.sum(rest, axis=0), 0.0, x, 1.0, False)
+    stats, _ = statistics(sums, x, transform, False)
     loss, slope = _clip(
-        logprob - tl.load(old_logprobs + row), logprob, tl.load(advantages + row),
-        low, high, float("inf"), 1.0, 1.0,
+        stats.logprob - tl.load(old_logprobs + row), stats.logprob, tl.load(advantages + row),
+        Bounds(low, high, float("inf"), 1.0, 1.0),
     )  # fmt: skip
     tl.store(losses + row, loss)
     out = numbers + row * _NUMBERS
-    tl.store(out, base)
-    tl.store(out + 1, log_norm)
-    tl.store(out + 2, logprob)
+    tl.store(out, stats.base)
+    tl.store(out + 1, stats.log_norm)
+    tl.store(out + 2, stats.logprob)
     tl.store(out + 3, slope * tl.load(weights + row))
 
 
@@ -122,12 +129,12 @@ def _row_order_kernel(
     first = split * WIDTH
     if row < rows:
         target = tl.load(targets + row).to(tl.int32)
-        peak, rest, _ = _split_statistics(
+        sums = _split_statistics(
             logits + row * vocab, target, first, vocab, WIDTH, LANES, VEC, LANE_STRIDE, VEC_STRIDE
         )
         cell = row * splits + split
-        tl.store(partials + cell, peak)
-        tl.store(partials + rows.to(tl.int64) * splits + cell, rest)
+        tl.store(partials + cell, sums.peak)
+        tl.store(partials + rows.to(tl.int64) * splits + cell, sums.rest)
         if tl.atomic_add(arrived + row, 1, sem="acq_rel") == splits - 1:
             _row_numbers(
                 partials, logits, old_logprobs, advantages, weights, losses, numbers, row, target,
@@ -143,7 +150,8 @@ def _row_order_kernel(
         base = tl.load(numbers + earlier * _NUMBERS)
         log_norm = tl.load(numbers + earlier * _NUMBERS + 1)
         logprob = tl.load(numbers + earlier * _NUMBERS + 2)
-        g = tl.load(numbers + earlier * _NUMBERS + 3)
+        slopes = Slopes(tl.load(numbers + earlier * _NUMBERS + 3), 0.0, 0.0, 0.0)
+        stats = Statistics(logprob, 0.0, base, log_norm)
         within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
         for start in range(first, tl.minimum(first + WIDTH, vocab), LANES * VEC):
             columns = start + within_tile
@@ -151,9 +159,8 @@ def _row_order_kernel(
             place = earlier * vocab + columns
             x = tl.load(logits + place, mask=inside, other=0.0, eviction_policy="evict_first")
             dx = gradient_tile(
-                x.to(tl.float32), columns, target, base, log_norm, logprob, 0.0, g, 0.0, 1.0, 1.0,
-                1.0, False, False,
-            )  # fmt: skip
+                x.to(tl.float32), columns, target, stats, slopes, _plain_transform(), False
+            )
             tl.store(
                 d_logits + place, dx.to(d_logits.dtype.element_ty), mask=inside,
                 eviction_policy="evict_first",

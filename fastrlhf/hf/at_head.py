@@ -3,6 +3,11 @@
 Whatever is asked of a model's tokens, their statistics or a loss, happens in the call of the head
 in the middle of the model's own forward: there the hidden states are those that enter the head, and
 the weight is whole, however wrappers shard it.
+
+`model_token_stats` and the losses of models (`model_losses.py`, `model_preference.py`,
+`model_policy.py`, `model_divergence.py`) say what the work is. `model_inputs.py` and `packing.py`
+check what goes into the forward, `stand_in.py` takes the head's place, and `head_scorer.py` makes
+what the work is done with, a `Scorer`, of the hidden states and the head.
 """
 
 from collections.abc import Callable
@@ -51,8 +56,8 @@ IGNORED = -100  # the target of a token that is not scored
 _COMPARED_TOKENS = 4
 
 
-# Given what scores the model's tokens, and their targets (B, T), aligned with the positions that
-# predict them: a tensor for the model's graph, and anything else.
+# A function of what scores the model's tokens, and of their targets (B, T), aligned with the
+# positions that predict them. It returns a tensor for the model's graph, and anything else.
 Work = Callable[[Scorer, Tensor], tuple[Tensor, Any]]
 
 
@@ -60,8 +65,12 @@ class Done(NamedTuple):
     """What came of the work, and of the model's forward."""
 
     result: Tensor  # tied to the model's output, see `stand_in`
-    aside: Any
+    aside: Any  # what the work gave besides
     outputs: Any  # of the model's forward; of `at_head`, without its logits
+
+    def with_outputs(self, wanted: bool) -> tuple[Any, ...]:
+        """What the work gave, and behind it the model's outputs where they are wanted."""
+        return (self.result, self.aside, self.outputs) if wanted else (self.result, self.aside)
 
 
 def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
@@ -82,7 +91,8 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     check_keywords(base, batch.inputs, batch.options)
     batch = batch._replace(inputs=given_inputs(batch.inputs))
     check_causal(base)
-    # Where tokens of a tree start again is told by what predicts them.
+    # Where position_ids start again, a document does; but not in a tree of tokens, whose rows tell
+    # what predicts each.
     positions = batch.inputs.get("position_ids") if batch.rows is None else None
     scored = scored_tokens(ids, attention_mask, batch.mask, positions, batch.rows)
     if batch.rows is not None:
@@ -115,8 +125,9 @@ def in_place_of_head(
     work: Work,
     forward: Callable[[StandIn], tuple[Any, Tensor]],
 ) -> Done:
-    """Run a forward of a model, which returns anything and what came of the logits, with the work
-    in place of the model's head; once more where the logits have another map than was assumed.
+    """Run a forward of a model with the work in place of the model's head; once more where the
+    model does something else to its logits than was assumed. `forward` returns anything, which
+    becomes the outputs, and what the model has made of its logits.
     """
     base = base_model(model)
     module, name = head_module(base), type(base).__name__
@@ -126,9 +137,9 @@ def in_place_of_head(
         with stand_in.in_place():
             outputs, logits = forward(stand_in)
         result = stand_in.result(logits)
-        if not worker.looks or worker.confirmed(stand_in, logits):
+        if not worker.measures or worker.confirmed(stand_in, logits):
             return Done(result, worker.aside, outputs)
-        del worker, stand_in, outputs, logits, result  # and their graphs, before there are others
+        del worker, stand_in, outputs, logits, result  # frees their graphs before there are others
     raise RuntimeError(
         f"model: {name} does something else to its logits at each call; use token_stats on them"
     )
@@ -140,14 +151,14 @@ def _of_positions(batch: TokenBatch, targets: Tensor) -> float | Tensor:
     temperature = temperatures_of_layout(batch.temperature, targets, layout)
     if not isinstance(temperature, Tensor):
         return temperature
-    if temperature is not batch.temperature:  # of sequences, whose positions share one
+    if temperature is not batch.temperature:  # one for each sequence, spread to its positions
         return temperature
-    last = temperature.new_ones(())  # of the position that predicts nothing
+    last = temperature.new_ones(())  # for the last position, which predicts nothing
     expanded = token_temperatures(temperature, targets[:, 1:])
     return torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)
 
 
-def _there(x: Any, hidden: Tensor) -> Any:
+def _on_device_of(hidden: Tensor, x: Any) -> Any:
     """Bring a tensor, or a tuple of them, to where hidden states are."""
     if isinstance(x, tuple):
         return tuple(part.to(hidden.device) for part in x)
@@ -161,19 +172,21 @@ def _without_logits(output: Any) -> Any:
 
 
 class _Worker:
-    """Does the work on the hidden states that enter a head, in place of the head."""
+    """Does the work on the hidden states that enter a head, in place of the head: what a `StandIn`
+    calls.
+    """
 
     def __init__(
         self, base: Any, module: Any, targets: Tensor, batch: TokenBatch, virtual: int, work: Work
     ):
         self.base, self.module, self.targets, self.batch = base, module, targets, batch
         self.virtual, self.work = virtual, work
-        self.looks = False
+        self.measures = False  # whether what the model makes of its logits is looked at
         self.aside: Any = None
         self.map: LogitMap
         self.parts: HeadParts | None
 
-    def __call__(self, hidden: Tensor, own: Callable[..., Tensor]) -> tuple[Tensor, int]:
+    def __call__(self, hidden: Tensor, head_forward: Callable[..., Tensor]) -> tuple[Tensor, int]:
         hidden = without_virtual_tokens(hidden, self.targets.shape[1], self.virtual)
         if hidden.shape[:2] != self.targets.shape:
             raise ValueError(
@@ -182,45 +195,53 @@ class _Worker:
                 "leaves out positions"
             )
         targets = self.targets.to(hidden.device)
-        self.parts = parts = parts_within_call(self.module)
-        known = measured(self.base, self.module, parts)
-        due, self.map = known.is_due(), known.map
-        if parts is not None and parts.part is not None and hidden.device.type == "cpu":
-            # A hook on one rank alone is no reason to look for that one alone.
-            due = bool(gathered(torch.tensor(due).int(), parts.part.group).any())
-        known.calls += 1
-        if is_batched(targets, hidden):
-            if known.state is None:
-                raise RuntimeError(
-                    "model: the first call for a head, which looks at its logits, does not work "
-                    "under torch.func.vmap; call model_token_stats once outside"
-                )
-        else:
-            self.looks = due or hidden.device.type == "cpu"
-        scorer = self._scorer(hidden, own)
+        self.parts = parts_within_call(self.module)
+        due = self._begin_call(targets, hidden)
+        scorer = self._scorer(hidden, head_forward)
         result, self.aside = self.work(scorer, targets)
-        if self.looks and due and isinstance(scorer, LinearScorer):
+        if self.measures and due and isinstance(scorer, LinearScorer):
             some = (targets.reshape(-1) != IGNORED).nonzero()[:_COMPARED_TOKENS, 0]
             assert self.parts is not None
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
-            check_weight(self.module, own, self.parts, flat[some])
+            check_weight(self.module, head_forward, self.parts, flat[some])
         return result, scorer.vocab
 
-    def _scorer(self, hidden: Tensor, own: Callable[..., Tensor]) -> Scorer:
+    def _begin_call(self, targets: Tensor, hidden: Tensor) -> bool:
+        """Take the map that was measured before, and decide whether it is measured again in this
+        call. Returns whether the head itself is to be compared with its weight, too.
+        """
+        known, parts = measured(self.base, self.module, self.parts), self.parts
+        due, self.map = known.is_due(), known.map
+        if parts is not None and parts.part is not None and hidden.device.type == "cpu":
+            # All ranks measure if one does: a hook may have changed on that one alone.
+            due = bool(gathered(torch.tensor(due).int(), parts.part.group).any())
+        known.calls += 1
+        if not is_batched(targets, hidden):
+            self.measures = due or hidden.device.type == "cpu"
+        elif known.state is None:
+            raise RuntimeError(
+                "model: the first call for a head, which looks at its logits, does not work "
+                "under torch.func.vmap; call model_token_stats once outside"
+            )
+        return due
+
+    def _scorer(self, hidden: Tensor, head_forward: Callable[..., Tensor]) -> Scorer:
         batch, temperature = self.batch, self.batch.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature.to(hidden.device)
         chunk_size = batch.chunk_size
         if gathers_its_parts(self.module):
-            # One chunk: processes with more tokens would wait for those with fewer.
+            # One chunk: in each, all processes meet, and those with more tokens, which would have
+            # more chunks, would wait for the others for ever.
             chunk_size = max(1, self.targets.numel())
         return head_scorer(
-            hidden, own, self.parts, self.map, temperature=temperature, chunk_size=chunk_size,
-            impl=batch.impl, support=_there(batch.support, hidden), rows=_there(batch.rows, hidden),
+            hidden, head_forward, self.parts, self.map, temperature=temperature,
+            chunk_size=chunk_size, impl=batch.impl, support=_on_device_of(hidden, batch.support),
+            rows=_on_device_of(hidden, batch.rows),
         )  # fmt: skip
 
     def confirmed(self, stand_in: StandIn, logits: Tensor) -> bool:
-        """Whether the model does to its logits what was assumed. Remember what it does."""
+        """Remember what the model does to its logits. Returns whether it is what was assumed."""
         known = measured(self.base, self.module, self.parts)
         part = None if self.parts is None else self.parts.part
         known.map = stand_in.check(logits, self.map, part)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .head_parts import evaluating, head_module, text_config
 from .stand_in import StandIn
 
-# For each model that could be an encoder by its config, what is_decoder said when it was tried.
+# For each model that may be an encoder by its config, the value of is_decoder when it was tried.
 _causal: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 

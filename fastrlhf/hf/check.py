@@ -43,33 +43,41 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
     Raises:
         TypeError, ValueError: input_ids that are none.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> fastrlhf.check(model, {"input_ids": torch.tensor([[3, 1, 4, 1, 5]])})
+        ['mask: none is given, so the tokens of prompts are scored too']
     """
     ids = batch["input_ids"]
     check_ids(ids)
     mask_name = next((name for name in _MASKS if name in batch), None)
     attention = batch.get("attention_mask")
     inputs = {name: value for name, value in batch.items() if name not in (*_OF_TOKENS, mask_name)}
-    found = _of_model(model, inputs)
+    findings = _of_model(model, inputs)
     cu_seqlens = batch.get("cu_seqlens")
     if cu_seqlens is not None:
         packed = TokenBatch(ids, attention, given_inputs(inputs), cu_seqlens=cu_seqlens)
-        found += _of_packing(model, packed)
+        findings += _of_packing(model, packed)
     attended = torch.ones_like(ids, dtype=torch.bool)
     if isinstance(attention, Tensor) and attention.ndim == 2:
         if attention.shape != ids.shape or bool(((attention != 0) & (attention != 1)).any()):
-            return [*found, "attention_mask: is not of 0 and 1 in the shape of input_ids"]
+            return [*findings, "attention_mask: is not of 0 and 1 in the shape of input_ids"]
         attended = attention != 0
         if bool((attended[:, 1:] & ~attended[:, :-1]).any()) and inputs.get("position_ids") is None:
-            found += _of_left_padding(model)
+            findings += _of_left_padding(model)
     elif attention is None and _has_padding(model, ids):
-        found.append("attention_mask: none is given, but input_ids end in padding, which is scored")
+        findings.append(
+            "attention_mask: none is given, but input_ids end in padding, which is scored"
+        )
     if mask_name is None:
-        return [*found, "mask: none is given, so the tokens of prompts are scored too"]
-    return found + _of_mask(model, mask_name, batch[mask_name], ids, attended)
+        return [*findings, "mask: none is given, so the tokens of prompts are scored too"]
+    return findings + _of_mask(model, mask_name, batch[mask_name], ids, attended)
 
 
 def _of_model(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
-    found = []
+    findings = []
     base = base_model(model)
     name = type(base).__name__
     for looked_at in (
@@ -81,24 +89,26 @@ def _of_model(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
         try:
             looked_at()
         except (TypeError, ValueError, RuntimeError) as error:
-            found.append(str(error))
-    if found:
-        return found
+            findings.append(str(error))
+    if findings:
+        return findings
     try:
         head = lm_head(model)
     except (TypeError, ValueError, RuntimeError) as error:
         return [f"lm_head is not for this model: {error}"]
     if head.scale != 1.0:
-        found.append(f"model: {name} multiplies its logits by {head.scale:g}")
+        findings.append(f"model: {name} multiplies its logits by {head.scale:g}")
     if head.softcap is not None:
-        found.append(f"model: {name} caps its logits at {head.softcap:g}")
+        findings.append(f"model: {name} caps its logits at {head.softcap:g}")
     if head.bias is not None and bool((head.bias < torch.finfo(torch.float16).min).any()):
-        found.append(f"model: {name} rules out some words, whose log-probs are -inf")
+        findings.append(f"model: {name} rules out some words, whose log-probs are -inf")
     if model.training and any(
         isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()
     ):
-        found.append("model: is in training mode and has dropout, so log-probs vary between calls")
-    return found
+        findings.append(
+            "model: is in training mode and has dropout, so log-probs vary between calls"
+        )
+    return findings
 
 
 def _of_packing(model: nn.Module, packed: TokenBatch) -> list[str]:
@@ -134,23 +144,23 @@ def _of_mask(model: Any, name: str, mask: Any, ids: Tensor, attended: Tensor) ->
         ]
     if bool(((mask != 0) & (mask != 1)).any()):
         return [f"{name}: holds other numbers than 0 and 1"]
-    scored, found = mask != 0, []
+    scored, findings = mask != 0, []
     if bool((scored & ~attended).any()):
-        found.append(f"{name}: scores tokens of padding")
+        findings.append(f"{name}: scores tokens of padding")
     empty = int((~scored[:, 1:]).all(1).sum())
     if empty:
-        found.append(f"{name}: scores no token of {empty} of {len(ids)} sequences")
+        findings.append(f"{name}: scores no token of {empty} of {len(ids)} sequences")
     first = attended.int().argmax(1, keepdim=True)
     if bool(scored.gather(1, first).any()):
-        found.append(
+        findings.append(
             f"{name}: scores the first token of a sequence, which nothing predicts: is the prompt "
             "scored?"
         )
     last = attended & ~torch.cat((attended[:, 1:], torch.zeros_like(attended[:, :1])), dim=1)
     unscored = int((last & ~scored & scored.any(1, keepdim=True)).any(1).sum())
     if unscored:
-        found.append(
+        findings.append(
             f"{name}: leaves out the last token of {unscored} of {len(ids)} sequences: is the end "
             "of sequence scored?"
         )
-    return found
+    return findings

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.ops.backend import under_transform
-from fastrlhf.ops.linear_arguments import matmul_dtype
 from fastrlhf.ops.linear_head import Head, QuantizedWeight
+from fastrlhf.ops.linear_precision import matmul_dtype
 from fastrlhf.ops.ranks import gathered
 
 from .head_parts import HeadParts, evaluating
@@ -17,7 +17,7 @@ from .tensor_parallel import own_columns
 
 def check_weight(
     module: nn.Module,
-    own: Callable[..., Tensor],
+    head_forward: Callable[..., Tensor],
     parts: HeadParts,
     hidden: Tensor,
 ) -> None:
@@ -26,7 +26,7 @@ def check_weight(
     Raises:
         RuntimeError: where they differ; on all ranks, if on one.
     """
-    if not weight_is_used(module, own, parts, hidden):
+    if not weight_is_used(module, head_forward, parts, hidden):
         raise RuntimeError(
             f"model: the forward of its head, a {type(module).__name__}, gives other "
             "logits than its weight, so log-probs would be wrong; use token_stats on the "
@@ -37,23 +37,23 @@ def check_weight(
 @torch.no_grad()
 def weight_is_used(
     module: nn.Module,
-    own: Callable[..., Tensor],
+    head_forward: Callable[..., Tensor],
     parts: HeadParts,
     hidden: Tensor,
 ) -> bool:
     """Compare a head's own forward of some hidden states (n, H) with the products by its weight.
 
-    Nothing of it is left for backward: a checkpoint around the call counts what is, and the
-    call that it makes again does not look.
+    Nothing of it is kept for backward. A checkpoint around the call counts the tensors that are
+    kept, and its second call, in which the head is not compared again, must keep as many.
     """
     if not hidden.shape[0]:
         return True
     hidden = hidden.detach()
     if not under_transform():
-        # A 4-bit head on a CPU that sees no gradient coming packs its weight for good.
+        # On a CPU, a 4-bit head whose input needs no gradient packs its weight, and keeps it so.
         hidden.requires_grad_()
     with evaluating(module):  # the dropout of adapters would differ each time
-        logits = own_columns(own(hidden.unsqueeze(0))[0], parts.part)
+        logits = own_columns(head_forward(hidden.unsqueeze(0))[0], parts.part)
         wide, weights = with_adapters(parts, hidden)
     head = Head(weights, parts.bias, matmul_dtype(hidden))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -61,14 +61,14 @@ def weight_is_used(
     weight = parts.weight
     eight_bit = isinstance(weight, QuantizedWeight) and weight.table is None
     half = logits.dtype in (torch.bfloat16, torch.float16)
-    # Of the largest logit of a row. The module of an 8-bit head rounds its hidden states.
+    # A share of the largest logit of the row. The module of an 8-bit head rounds hidden states.
     tolerance = 0.1 if eight_bit else 2**-5 if half else 1e-3
     same = torch.ones((), dtype=torch.bool, device=expected.device)
-    if expected.numel():  # else of a rank that has no columns
+    if expected.numel():  # a rank may have no columns of the vocabulary
         error = (logits.to(expected) - expected).abs().amax(-1)
-        # Logits below the smallest normal number of their dtype have lost places of their own.
+        # Logits below the smallest normal number of their dtype have fewer digits.
         floor = torch.finfo(logits.dtype).tiny
         same = (error <= tolerance * expected.abs().amax(-1) + floor).all()
-    if parts.part is not None:  # what one rank raises, all do, or the others would wait
+    if parts.part is not None:  # all ranks raise if one does, or the others would wait for it
         same = gathered(same.int(), parts.part.group).all()
     return bool(same)

@@ -45,8 +45,8 @@ def base_model(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):  # peft
             model = model.get_base_model()
         elif not hasattr(type(model), "get_output_embeddings") and hasattr(model, "module"):
-            # DDP, FSDP, DeepSpeed: the last two pass on whatever is asked of them, but DeepSpeed's
-            # `config` is its own.
+            # DDP, FSDP, DeepSpeed. The last two would pass on whatever is asked of them, but the
+            # `config` of DeepSpeed is not the model's.
             model = model.module
         else:
             break
@@ -166,7 +166,7 @@ def parts_within_call(module: Any) -> HeadParts | None:
     None also for one of which parts are gathered by themselves.
     """
     if gathers_its_parts(module):
-        return None  # what is there of them, gathered ahead, is gone after their next call
+        return None  # parts that happen to be gathered now are gone after their own next call
     try:
         parts = head_parts(module)
         if parts is None and any(map(_is_cut, module.modules())):
@@ -218,8 +218,8 @@ def _is_cut(module: nn.Module) -> bool:
 
 def _is_part(weight: Any, part: VocabularyPart | None) -> bool:
     """Whether a DTensor (V, r) is cut into parts as the head is."""
-    own = vocabulary_part("weight", weight, 0)[1]
-    return own is not None and part is not None and own.is_that_of(part)
+    cut = vocabulary_part("weight", weight, 0)[1]
+    return cut is not None and part is not None and cut.is_that_of(part)
 
 
 def _tensor_parallel(module: Any) -> HeadParts:
@@ -233,7 +233,7 @@ def _tensor_parallel(module: Any) -> HeadParts:
 
 def _lora_parts(module: Any) -> HeadParts | None:
     if module.merged and module.disable_adapters:
-        module.unmerge()  # as its own forward would
+        module.unmerge()  # as the forward of the module would
     base = head_parts(module.get_base_layer())
     if base is None:
         return None

@@ -18,9 +18,9 @@ from .tensor_parallel import rows_of_rank, this_ranks
 
 def head_scorer(
     hidden: Tensor,
-    own: Callable[..., Tensor],
+    head_forward: Callable[..., Tensor],
     parts: HeadParts | None,
-    found: LogitMap,
+    logit_map: LogitMap,
     *,
     temperature: float | Tensor = 1.0,
     chunk_size: int | None = None,
@@ -29,25 +29,26 @@ def head_scorer(
     rows: Tensor | None = None,
 ) -> Scorer:
     """Score hidden states (B, T, H) by the parts of a head, or, where they cannot be told or no
-    linear map follows them, by the head's own forward.
+    linear map follows them, by the head's own forward (`head_forward`).
     """
-    if parts is None or (found.softcap is not None and found.offset is not None):
+    if parts is None or (logit_map.softcap is not None and logit_map.offset is not None):
         if parts is not None and parts.part is not None:
             raise RuntimeError(
                 "model: its head is tensor parallel, and its logits are capped and then added to, "
                 "which no linear operation does; use token_stats on the model's logits"
             )
         with torch.no_grad():
-            vocab = own(hidden[:1, :1]).shape[-1]
+            vocab = head_forward(hidden[:1, :1]).shape[-1]
         return ModuleScorer(
-            hidden, own, found, vocab, temperature, chunk_size, impl, support, rows
+            hidden, head_forward, logit_map, vocab, temperature, chunk_size, impl, support, rows
         )  # fmt: skip
     wide, weights = with_adapters(parts, hidden)
     if rows is not None:
         wide = wide.flatten(0, -2)
     return LinearScorer(
-        wide, weights, found.of_columns(parts.part).folded_bias(parts.bias), temperature,
-        found.softcap, found.scale, chunk_size, impl, part=parts.part, support=support, rows=rows,
+        wide, weights, logit_map.of_columns(parts.part).folded_bias(parts.bias), temperature,
+        logit_map.softcap, logit_map.scale, chunk_size, impl, part=parts.part, support=support,
+        rows=rows,
     )  # fmt: skip
 
 

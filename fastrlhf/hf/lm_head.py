@@ -31,6 +31,13 @@ class LMHead(NamedTuple):
     """Logits are softcap·tanh(scale·(W·h + b) / softcap), or scale·(W·h + b) without a softcap.
 
     Of a tensor parallel head, weight and bias are DTensors, which the linear operations take.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> head = fastrlhf.lm_head(model)
+        >>> head.options()
+        {'bias': None, 'scale': 1.0, 'softcap': None}
     """
 
     weight: Weight  # (V, H)
@@ -74,6 +81,13 @@ def lm_head(model: nn.Module) -> LMHead:
         RuntimeError: a weight that is sharded, offloaded or empty outside of the model's forward
             (FSDP, ZeRO-3, accelerate's offloading): use `model_token_stats`; logits of which no
             scale, softcap and offset can be told.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> head = fastrlhf.lm_head(model)
+        >>> head.weight.shape, head.bias, head.scale, head.softcap
+        (torch.Size([9, 64]), None, 1.0, None)
     """
     base = base_model(model)
     module = head_module(base)
@@ -106,6 +120,16 @@ def head_inputs(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> hidden, head = fastrlhf.head_inputs(model, ids)
+        >>> targets = fastrlhf.shift_targets(ids)
+        >>> stats = fastrlhf.linear_token_stats(hidden, head.weight, targets, **head.options())
+        >>> hidden.shape, stats.logprob.shape
+        (torch.Size([1, 5, 64]), torch.Size([1, 5]))
     """
     base = base_model(model)
     check_keywords(base, inputs)
@@ -117,7 +141,7 @@ def head_inputs(
     inputs = {"use_cache": False, **with_positions(base, attention_mask, inputs, model)}
     with stand_in.in_place():
         output = model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-    head_parts(module)  # which raises where the forward has taken away what was whole before
+    head_parts(module)  # raises where a weight that was whole before the forward is not any more
     hidden = stand_in.result(logits_of(output))
     hidden = without_virtual_tokens(hidden, input_ids.shape[1], virtual_tokens(model))
     known = measured(base, module, capture.parts)
@@ -148,7 +172,7 @@ class _Capture:
                 update = adapter.up.weight @ adapter.down.weight * adapter.scaling
                 self.weight = dense + update.to(dense.dtype)
         else:
-            # What the module makes of each unit vector, less what it makes of nothing.
+            # What the module makes of each unit vector, less what it makes of zeros.
             stored = module
             while not hasattr(stored, "in_features"):
                 stored = getattr(stored, "original_module", None) or stored.get_base_layer()
@@ -156,7 +180,8 @@ class _Capture:
                 stored.in_features, dtype=next(module.parameters()).dtype,
                 device=next(module.parameters()).device,
             )  # fmt: skip
-            # Its forward alone, without hooks: what they do to logits is measured with the rest.
+            # The forward without hooks: what they do to the logits is measured, as all that the
+            # model does to them.
             with evaluating(module):
                 forward = own_forward(module)
                 self.bias = forward(torch.zeros_like(unit[:1]))[0]
@@ -165,18 +190,20 @@ class _Capture:
     def __call__(self, hidden: Tensor, own_forward: Any) -> tuple[Tensor, int]:
         return hidden, self.weight.shape[0]
 
-    def head(self, found: LogitMap) -> LMHead:
-        if found.softcap is not None and found.offset is not None:
+    def head(self, logit_map: LogitMap) -> LMHead:
+        if logit_map.softcap is not None and logit_map.offset is not None:
             raise TypeError(
                 "model: its logits are capped and then added to, which the linear operations do "
                 "not know; use model_token_stats"
             )
-        if found.offset is not None and is_dtensor(self.weight):
+        if logit_map.offset is not None and is_dtensor(self.weight):
             raise TypeError(
                 "model: its head is tensor parallel and its logits are added to, which the linear "
                 "operations do not know together; use model_token_stats"
             )
-        return LMHead(self.weight, found.folded_bias(self.bias), found.scale, found.softcap)
+        return LMHead(
+            self.weight, logit_map.folded_bias(self.bias), logit_map.scale, logit_map.softcap
+        )
 
 
 @torch.no_grad()
@@ -188,7 +215,7 @@ def _compare_with_backbone(base: Any) -> None:
     """
     embeddings = base.get_input_embeddings().weight
     device = "cpu" if embeddings.is_meta else embeddings.device  # offloaded by accelerate
-    words = embeddings.shape[0] or 3  # 0 where they are gathered for their call alone
+    words = embeddings.shape[0] or 3  # 0 rows where ZeRO-3 gathers them for their call alone
     ids = torch.arange(1, 3, device=device).remainder(words).view(1, 2)
     inputs = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
     returned: list[Tensor] = []

@@ -42,7 +42,7 @@ class LogitMap(NamedTuple):
         want = self(rows)
         if made.shape != want.shape:
             return False
-        logits = want > _RULED_OUT  # of the others only this matters, that they are none
+        logits = want > _RULED_OUT  # words that are ruled out only have to be so in both
         if bool(((made > _RULED_OUT) != logits).any()):
             return False
         error = torch.where(logits, (made - want).abs(), 0.0).amax(-1)
@@ -92,16 +92,16 @@ def fit(rows: Tensor, made: Tensor) -> LogitMap | None:
         scale, softcap = _slope_and_cap(x, change, noise)
     if scale is None or not scale > 0:
         return None
-    found = LogitMap(
+    fitted = LogitMap(
         _rounded(scale),
         None if softcap is None else _rounded(softcap),
         offset.clone() if bool((offset != 0).any()) else None,
     )
-    return found if found.agrees(rows, made) else None
+    return fitted if fitted.agrees(rows, made) else None
 
 
 def _slope(x: Tensor, change: Tensor, noise: float) -> float | None:
-    """The factor by which a line through 0 fits; None: none does."""
+    """Fit a line through 0 and return its slope; None where no line fits."""
     slope = (x @ change) / (x @ x)
     error = (change - slope * x).abs().max()
     return float(slope) if error <= _PRECISION * change.abs().max() + noise else None
@@ -120,7 +120,7 @@ def _slope_and_cap(
     cap, scale = change.max().log(), (change / x)[x.argmin()].log()
     for _ in range(50):
         u = (scale - cap).exp() * x
-        # How much of a small step of ln scale is seen: 1 where nothing is capped.
+        # The derivative of ln change by ln scale: 1 where nothing is capped.
         seen = torch.where(u < 1e-4, 1.0, 2 * u / torch.sinh(2 * u.clamp(max=300)))
         missing = change.log() - cap - torch.tanh(u).log()
         by = torch.stack((seen, 1 - seen))
@@ -135,6 +135,8 @@ def _slope_and_cap(
 
 
 def _rounded(number: float) -> float:
-    """The number of six digits that is meant, if one is within the precision of fp32."""
+    """Round to six digits, which are those of the model's config, where that changes the number by
+    less than fp32 resolves.
+    """
     short = float(f"{number:.6g}")
     return short if abs(short - number) <= 2e-7 * abs(number) else number

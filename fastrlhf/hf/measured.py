@@ -15,18 +15,19 @@ from .head_parts import HeadParts, text_config
 from .logit_map import LogitMap
 from .stand_in import StandIn
 
-# Calls after which a GPU is asked again, which waits for it once. A CPU is asked every time.
+# Calls after which a head on a GPU is measured again, for which the host waits once. On a CPU it is
+# measured at every call.
 _CALLS_BETWEEN = 64
 
 
 @dataclass
 class Measured:
-    """What a head's logits go through, as it was found in some state of the model."""
+    """What was measured of a head in some state of the model."""
 
     state: tuple[Any, ...] | None = None
     map: LogitMap = field(default_factory=LogitMap)
     calls: int = 0
-    follows_backbone: bool = False  # what enters the head is what the backbone returns
+    follows_backbone: bool = False  # whether what enters the head is what the backbone returns
 
     def is_due(self) -> bool:
         """Whether the head itself is to be compared again."""
@@ -37,12 +38,13 @@ _measured: WeakKeyDictionary[nn.Module, Measured] = WeakKeyDictionary()
 
 
 def measured(base: Any, module: nn.Module, parts: HeadParts | None) -> Measured:
-    """What is known of a head, and forget it if its state is another."""
+    """Return what is known of a head, after forgetting what was measured in another state."""
     known, state = _measured.get(module), state_of(base, module, parts)
     if known is None:
         known = _measured[module] = Measured()
     elif known.state is not None and known.state != state:
-        # Most changes leave the map as it is: an adapter that is switched off for a reference.
+        # Most changes leave the map as it is, such as an adapter that is switched off to compute a
+        # reference, so it is the first guess.
         known = _measured[module] = Measured(map=known.map)
     return known
 
@@ -53,8 +55,13 @@ def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any
     for part in (module, base):
         hooks = part._forward_hooks, part._forward_pre_hooks
         patches = (vars(part).get(name) for name in ("forward", "_old_forward"))
-        own = (*(x.replaced if isinstance(x, StandIn) else x for x in patches), type(part).forward)
-        changes.append((type(part), *(tuple(map(id, h.values())) for h in hooks), *map(id, own)))
+        forwards = (
+            *(x.replaced if isinstance(x, StandIn) else x for x in patches),
+            type(part).forward,
+        )
+        changes.append(
+            (type(part), *(tuple(map(id, h.values())) for h in hooks), *map(id, forwards))
+        )
     numbers = tuple(
         (name, value)
         for name, value in vars(text_config(base)).items()
@@ -62,6 +69,6 @@ def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any
     )
     if parts is None:
         return (*changes, numbers, None)
-    # A parameter, and what torch.func.functional_call puts in its place, are of one kind.
+    # A parameter, and the tensor that torch.func.functional_call puts in its place, count as one.
     weight = Tensor if isinstance(parts.weight, Tensor) else type(parts.weight)
     return (*changes, numbers, weight, parts.bias is None, len(parts.adapters))

@@ -6,7 +6,7 @@ call of the teacher's head within: there both weights are whole, however wrapper
 Dims: B sequences, T tokens.
 """
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,57 @@ from .model_inputs import TokenBatch
 from .scored_divergence import scored_divergence
 
 
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    direction: str = "reverse",
+    beta: float = 0.5,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+    entropy: Literal[False] = False,
+    return_outputs: Literal[False] = False,
+    **inputs: Any,
+) -> Tensor: ...
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    entropy: Literal[True],
+    return_outputs: Literal[False] = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    entropy: Literal[False] = False,
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Any]: ...
+@overload
+def model_kl_divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    entropy: Literal[True],
+    return_outputs: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor, Any]: ...
 def model_kl_divergence(
     model: nn.Module,
     teacher: nn.Module,
@@ -79,6 +130,16 @@ def model_kl_divergence(
             teacher's is sharded by itself, and so no longer there.
 
     Source: 2306.13649 (GKD).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1)
+        >>> model, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> divergence = fastrlhf.model_kl_divergence(model, teacher, ids)
+        >>> divergence.mean().backward()
+        >>> divergence.shape
+        torch.Size([1, 4])
     """
     refuse_transforms("model_kl_divergence", "kl_divergence of the models' logits")
     check_bool("entropy", entropy)
@@ -90,31 +151,50 @@ def model_kl_divergence(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl
     )
 
-    def beside_teacher(ours: Scorer, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        recorded = torch.is_grad_enabled()
-        found: list[tuple[Tensor, Tensor | None]] = []
-
-        def compare(theirs: Scorer, _: Tensor) -> tuple[Tensor, None]:
-            _check_teacher(ours, theirs)
-            with torch.set_grad_enabled(recorded):
-                scored = targets != IGNORED
-                pair = scored_divergence(
-                    ours, theirs, scored, direction=direction, beta=beta, entropy=entropy
-                )
-                found[:] = [pair]
-            return pair[0].detach(), None
-
-        with torch.no_grad():
-            at_head(teacher, batch, compare)
-        return found[0]
-
-    done = at_head(model, batch, beside_teacher)
+    done = at_head(model, batch, _BesideTeacher(teacher, batch, direction, beta, entropy).work)
     results = [done.result[:, :-1]]
     if entropy:
         results.append(done.aside[:, :-1])
     if return_outputs:
         results.append(done.outputs)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+class _BesideTeacher(NamedTuple):
+    """The work at the model's head: run the teacher, and compare the two at the teacher's head."""
+
+    teacher: nn.Module
+    batch: TokenBatch
+    direction: str
+    beta: float
+    entropy: bool
+
+    def work(self, ours: Scorer, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the divergence of each token (B, T), and the model's entropy if asked for."""
+        comparison = _Comparison(ours, targets != IGNORED, self)
+        with torch.no_grad():  # for the teacher's forward
+            at_head(self.teacher, self.batch, comparison.work)
+        return comparison.divergence, comparison.entropies
+
+
+class _Comparison:
+    """The work at the teacher's head, within that at the model's, which has prepared it."""
+
+    def __init__(self, ours: Scorer, scored: Tensor, asked: _BesideTeacher):
+        self.ours, self.scored, self.asked = ours, scored, asked
+        self.recorded = torch.is_grad_enabled()
+        self.divergence: Tensor
+        self.entropies: Tensor | None
+
+    def work(self, theirs: Scorer, _: Tensor) -> tuple[Tensor, None]:
+        """Keep the divergence, with its graph, which the teacher's own result does not have."""
+        _check_teacher(self.ours, theirs)
+        with torch.set_grad_enabled(self.recorded):
+            self.divergence, self.entropies = scored_divergence(
+                self.ours, theirs, self.scored, direction=self.asked.direction,
+                beta=self.asked.beta, entropy=self.asked.entropy,
+            )  # fmt: skip
+        return self.divergence.detach(), None
 
 
 def _check_teacher(ours: Scorer, theirs: Scorer) -> None:

@@ -43,7 +43,7 @@ class TokenBatch(NamedTuple):
     impl: str = "auto"
     support: Support | None = None  # of the tokens (B, T-1) after the first
     rows: Tensor | None = None  # (B, T-1) the positions that predict these tokens
-    options: tuple[str, ...] = ()  # that the loss takes among the inputs
+    options: tuple[str, ...] = ()  # names that the loss takes as keywords, for an error message
 
 
 # Keywords that forwards of transformers take, and what to do instead of giving them.
@@ -82,7 +82,8 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any], options: tuple[str, 
         TypeError: a keyword that the forward does not name.
     """
     for name, instead in _REFUSED.items():
-        # A number of logits to keep that leaves out tokens is found by the hidden states that come.
+        # logits_to_keep may be a number. If it leaves out tokens, that is found at the head, where
+        # there are too few hidden states.
         given = inputs.get(name) is not None
         if given and not ("to_keep" in name and isinstance(inputs[name], int)):
             raise ValueError(f"{name}: expected none, {instead}")
@@ -132,8 +133,8 @@ def check_ids(input_ids: Tensor) -> None:
 
 
 def of_positions(name: str, x: Tensor, input_ids: Tensor) -> Tensor:
-    """Widen what is of the tokens input_ids[:, 1:] by a last column, so that each of T positions
-    has what is of the token that it predicts.
+    """Align a tensor of the tokens input_ids[:, 1:] with the positions that predict them: each of T
+    positions has the number of the token after it, and the last one, which predicts nothing, 0.
 
     Raises:
         TypeError, ValueError: a tensor of another shape than (B, T-1).
@@ -165,7 +166,7 @@ def support_of_positions(support: Support, targets: Tensor, ignored: int) -> Sup
     """
     sequences, tokens = targets.shape
     like = "one for each of the tokens input_ids[:, 1:], flattened, and the end"
-    # Whether its ids are of the vocabulary is known where the logits are made.
+    # Whether its ids are in the vocabulary is checked where the logits are made.
     kept = checked_support(support, targets[:, :-1], None, ignored, like=like)
     ids, offsets = support[0], kept.offsets
     place = torch.arange(tokens, device=offsets.device)
@@ -197,7 +198,7 @@ def rows_of_positions(rows: Tensor, scored: Tensor) -> Tensor:
             "rows: expected a position before that of the token which it predicts, got "
             f"{int(rows[late][0])} for the token at {int(position[late][0])}"
         )
-    # On a GPU, where nothing was checked yet.
+    # An assertion on the device, since the checks above look at the CPU only.
     inside = (of_scored >= 0) & (of_scored < tokens)
     assert_on_device((inside & ~late).all(), "rows: outside of the tokens, or not before one's own")
     first = torch.arange(sequences, device=rows.device).unsqueeze(1) * tokens
@@ -232,7 +233,7 @@ def scored_tokens(
     """
     scored = _wanted_tokens(input_ids, attention_mask, mask, rows)
     if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
-        # Where positions start again, another document does.
+        # Where positions start again, another document begins, whose first token nothing predicts.
         scored = scored.expand(input_ids.shape).clone()
         scored[:, 1:] &= position_ids[:, 1:] > position_ids[:, :-1]
     return scored
@@ -256,7 +257,7 @@ def _wanted_tokens(
     check_shape("attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
     attended = attention_mask != 0
     scored = attended.clone()
-    # What predicts the first token after padding on the left is padding.
+    # The first token after padding on the left would be predicted from padding.
     if rows is None or rows.shape != (len(attended), attended.shape[1] - 1):
         scored[:, 1:] &= attended[:, :-1]
     else:
@@ -304,5 +305,5 @@ def _has_no_positions(base: Any, model: Any) -> bool:
 
 
 def _counts_padding_itself(base: nn.Module) -> bool:
-    """As RoBERTa does, whose positions begin after that of the padding token."""
+    """Whether a model makes positions of input_ids and leaves out padding, as RoBERTa does."""
     return any(hasattr(part, "create_position_ids_from_input_ids") for part in base.modules())

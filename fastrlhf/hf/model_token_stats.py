@@ -131,6 +131,15 @@ def model_token_stats(
             each other.
         RuntimeError: logits that are not those of the head's weight, or are changed in a way that
             is no scale, softcap or offset; a forward that does not call the head once.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5], [8, 2, 6, 0, 0]])
+        >>> attention_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        >>> stats = fastrlhf.model_token_stats(model, ids, attention_mask, entropy=True)
+        >>> stats.logprob.shape, stats.logprob[1, 2:].tolist()
+        (torch.Size([2, 4]), [0.0, 0.0])
     """
     batch = TokenBatch(
         input_ids, attention_mask, inputs, mask, cu_seqlens, temperature, chunk_size, impl,
@@ -143,18 +152,18 @@ def model_token_stats(
         _statistics, names=names, entropy=entropy, entropy_grad=entropy_grad, with_stats=with_stats
     )
     done = at_head(model, batch, scored)
-    found = dict(zip(names, done.result[:, :-1].unbind(-1), strict=True))
-    found |= {name: x[:, :-1] for name, x in done.aside.items() if x is not None}
-    further = {name: found[name] for name in with_stats}
-    stats = stats_tuple(found["logprob"], found.get("entropy"), found["lse"], further)
+    values = dict(zip(names, done.result[:, :-1].unbind(-1), strict=True))
+    values |= {name: x[:, :-1] for name, x in done.aside.items() if x is not None}
+    further = {name: values[name] for name in with_stats}
+    stats = stats_tuple(values["logprob"], values.get("entropy"), values["lse"], further)
     return (stats, done.outputs) if return_outputs else stats
 
 
 def _statistics(
     scorer: Scorer, targets: Tensor, *, names: tuple[str, ...], **options: Any
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Those of these names, which have a gradient, in one tensor (B, T, 1 or 2); and the others by
-    name.
+    """Return the statistics of these names, which have a gradient, in one tensor (B, T, 1 or 2),
+    and the others by name.
     """
-    found = scorer.stats(targets, ignore_index=IGNORED, **options)._asdict()
-    return torch.stack([found.pop(name) for name in names], dim=-1), found
+    by_name = scorer.stats(targets, ignore_index=IGNORED, **options)._asdict()
+    return torch.stack([by_name.pop(name) for name in names], dim=-1), by_name

@@ -37,36 +37,44 @@ def update_reference(reference_model: nn.Module, model: nn.Module, alpha: float 
             models' with `deepspeed.zero.GatheredParameters`). Nothing is written then.
 
     Source: 2404.09656, section 3.
+
+    Example:
+        >>> policy, reference = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+        >>> _ = policy.weight.data.fill_(1.0), reference.weight.data.fill_(0.0)
+        >>> fastrlhf.update_reference(reference, policy, alpha=0.25)
+        >>> reference.weight.item()
+        0.25
     """
     for name, module in (("reference_model", reference_model), ("model", model)):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name}: expected a module, got {type(module).__name__}")
     alpha = check_between("alpha", alpha, 0, 1)
-    own, others = dict(reference_model.named_parameters()), dict(model.named_parameters())
-    _check_names(own, others)
-    for name, parameter in own.items():
-        _check_pair(name, parameter, others[name])
-    for name, parameter in own.items():
-        dtype = accumulation_dtype(torch.promote_types(parameter.dtype, others[name].dtype))
-        before, policy = parameter.to(dtype), others[name].to(parameter.device, dtype)
+    references = dict(reference_model.named_parameters())
+    policies = dict(model.named_parameters())
+    _check_names(references, policies)
+    for name, parameter in references.items():
+        _check_pair(name, parameter, policies[name])
+    for name, parameter in references.items():
+        dtype = accumulation_dtype(torch.promote_types(parameter.dtype, policies[name].dtype))
+        before, policy = parameter.to(dtype), policies[name].to(parameter.device, dtype)
         parameter.copy_(torch.lerp(before, policy, alpha))
 
 
-def _check_names(own: dict[str, nn.Parameter], others: dict[str, nn.Parameter]) -> None:
-    for name in own:
-        if name not in others:
+def _check_names(references: dict[str, nn.Parameter], policies: dict[str, nn.Parameter]) -> None:
+    for name in references:
+        if name not in policies:
             raise ValueError(f"model: expected parameter {name!r} of reference_model, got none")
-    for name in others:
-        if name not in own:
+    for name in policies:
+        if name not in references:
             raise ValueError(f"reference_model: expected parameter {name!r} of model, got none")
 
 
-def _check_pair(name: str, own: nn.Parameter, other: nn.Parameter) -> None:
-    if own is other:
+def _check_pair(name: str, reference: nn.Parameter, policy: nn.Parameter) -> None:
+    if reference is policy:
         raise ValueError(
             f"reference_model: expected parameters of its own, got {name!r} of model itself"
         )
-    for owner, x in (("reference_model", own), ("model", other)):
+    for owner, x in (("reference_model", reference), ("model", policy)):
         if x.dtype not in FLOATING_DTYPES:
             raise TypeError(f"{owner}: expected floating parameters, got {name!r} of {x.dtype}")
         if x.is_meta:
@@ -76,8 +84,8 @@ def _check_pair(name: str, own: nn.Parameter, other: nn.Parameter) -> None:
                 f"{owner}: expected whole parameters, got a part of {name!r}; call this within "
                 "deepspeed.zero.GatheredParameters, which must write back what rank 0 has"
             )
-    if own.shape != other.shape:
+    if reference.shape != policy.shape:
         raise ValueError(
-            f"reference_model: expected {name!r} of shape {tuple(other.shape)}, as model's, got "
-            f"{tuple(own.shape)}"
+            f"reference_model: expected {name!r} of shape {tuple(policy.shape)}, as model's, got "
+            f"{tuple(reference.shape)}"
         )

@@ -77,11 +77,11 @@ def _owner_of_loss(model: nn.Module) -> nn.Module:
     check_weights(module, name)
     if virtual_tokens(model):
         raise TypeError("model: labels of learned prompts (virtual tokens) are not known")
-    # Some wrappers (FSDP1, DeepSpeed) pass for the model that they hold.
+    # Some wrappers (FSDP1, DeepSpeed) have all attributes of the model that they hold.
     while not hasattr(type(base), "loss_function") and hasattr(base, "module"):
         base = base.module
     loss = getattr(base, "loss_function", None)
-    # Told by its name: transformers is not imported here.
+    # Recognised by its name, since transformers is not imported here.
     if getattr(loss, "__qualname__", None) != "ForCausalLMLoss":
         raise TypeError(f"model: the loss_function of {name} is no ForCausalLMLoss but {loss}")
     return base
@@ -115,7 +115,7 @@ class _LossStandIn:
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORED,
-        **kwargs: Any,  # of which the loss function itself takes no notice; shift_labels
+        **kwargs: Any,  # ignored, as ForCausalLMLoss does; shift_labels has been taken before
     ) -> Tensor:
         if self.logits is not None or ignore_index != IGNORED:
             raise TypeError(
@@ -129,9 +129,9 @@ class _LossStandIn:
 
 
 def _divided(total: Tensor, scored: Tensor, by: Tensor | int | None) -> Tensor:
-    """The mean over the scored tokens, or the sum by the number of items of a global batch.
+    """Divide the sum by the number of scored tokens, or of items of a global batch.
 
-    Without any of them it is NaN, as that of PyTorch, with gradients of zero.
+    Without any scored token the result is NaN, as that of PyTorch, with gradients of zero.
     """
     divisor = scored if by is None else torch.as_tensor(by, device=total.device)
     safe = torch.where(scored > 0, divisor, 1)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastrlhf.ops.kept_ids import Support, some_of_support
 from fastrlhf.ops.kept_stats import KeptQuestion
-from fastrlhf.ops.linear_arguments import checked_chunk, exact
+from fastrlhf.ops.linear_arguments import checked_chunk
 from fastrlhf.ops.linear_loss import ChunkStats, LossFunction, check_loss
+from fastrlhf.ops.linear_precision import exact
 from fastrlhf.ops.linear_rows import live_rows, order_by_group
 from fastrlhf.ops.scorer import in_chunks
 from fastrlhf.ops.sharded import LogitsPart
@@ -29,14 +30,14 @@ class ModuleScorer(NamedTuple):
     """A `Scorer` of the forward of a head's module, and of what its model does to the logits."""
 
     hidden: Tensor  # (B, T, H)
-    own: Callable[..., Tensor]  # from (1, n, H) to (1, n, V)
+    head_forward: Callable[..., Tensor]  # from (1, n, H) to (1, n, V)
     map: LogitMap
     vocab: int
     temperature: float | Tensor
     chunk_size: int | None
     impl: str
     support: Support | None = None  # the ids that tokens may be
-    rows: Tensor | None = None  # (B, T) which of all hidden states, flattened, predicts each token
+    rows: Tensor | None = None  # (B, T) which of the flattened hidden states predicts each token
 
     def stats(
         self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
@@ -44,7 +45,7 @@ class ModuleScorer(NamedTuple):
     ) -> TokenStats:  # fmt: skip
         with_stats = tuple(with_stats)
         rows = live_rows(targets.reshape(-1), ignore_index)
-        found = self._scored(
+        scored = self._scored(
             targets, rows, ignore_index, entropy, entropy_grad=entropy_grad, with_stats=with_stats
         )
 
@@ -54,13 +55,13 @@ class ModuleScorer(NamedTuple):
             zeros = values.new_zeros(targets.numel())
             return zeros.index_put((rows,), values).view(targets.shape)
 
-        entropies = found.entropy
+        entropies = scored.entropy
         if entropies is not None and not entropy_grad:
             entropies = entropies.detach()
-        further = {name: of_all(getattr(found, name)) for name in with_stats}
+        further = {name: of_all(getattr(scored, name)) for name in with_stats}
         further = {name: x.detach() for name, x in further.items()}
         return stats_tuple(
-            of_all(found.logprob), of_all(entropies), of_all(found.lse).detach(), further
+            of_all(scored.logprob), of_all(entropies), of_all(scored.lse).detach(), further
         )  # fmt: skip
 
     def loss(
@@ -73,19 +74,19 @@ class ModuleScorer(NamedTuple):
         if groups is not None:
             order, _ = order_by_group(order, groups.reshape(-1))
             groups = groups.reshape(-1)[order]
-        found = self._scored(
+        scored = self._scored(
             targets, order, ignore_index, entropy, of_loss=True, with_stats=with_stats
         )
         if order.shape[0] == 0:
-            return found.logprob.sum(), {}
+            return scored.logprob.sum(), {}
         sides = (x.reshape(-1)[order] for x in side_inputs)
         with exact(self.hidden):
-            loss, aux = check_loss(loss_fn(found._replace(groups=groups), *sides))
-        return loss.to(found.logprob.dtype), {name: x.detach() for name, x in aux.items()}
+            loss, aux = check_loss(loss_fn(scored._replace(groups=groups), *sides))
+        return loss.to(scored.logprob.dtype), {name: x.detach() for name, x in aux.items()}
 
     def logits(self, rows: Tensor) -> Tensor:
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
-        logits = self.own(hidden.unsqueeze(0))[0]
+        logits = self.head_forward(hidden.unsqueeze(0))[0]
         return self.map(logits.to(accumulation_dtype(logits.dtype)))
 
     def _scored(
@@ -118,17 +119,17 @@ class ModuleScorer(NamedTuple):
                 with_stats=with_stats, impl=self.impl, ignore_index=ignore_index,
                 temperature=temperature,
             )  # fmt: skip
-            found = ChunkStats(**stats._asdict(), groups=None)
+            chunk = ChunkStats(**stats._asdict(), groups=None)
             if not of_loss:
-                return found
+                return chunk
             if isinstance(temperature, Tensor):
                 temperature = temperature.unsqueeze(-1)
-            found = found._replace(lse=(logits / temperature).logsumexp(-1))
-            if found.mean_logit is not None:
-                found = found._replace(mean_logit=(logits / temperature).mean(-1))
-            return found
+            chunk = chunk._replace(lse=(logits / temperature).logsumexp(-1))
+            if chunk.mean_logit is not None:
+                chunk = chunk._replace(mean_logit=(logits / temperature).mean(-1))
+            return chunk
 
         size = checked_chunk(self.chunk_size, self.vocab, self.hidden.device)
         columns = zip(*in_chunks(score, rows, size), strict=True)
-        found: Any = (None if column[0] is None else torch.cat(column) for column in columns)
-        return ChunkStats(*found)
+        fields: Any = (None if column[0] is None else torch.cat(column) for column in columns)
+        return ChunkStats(*fields)

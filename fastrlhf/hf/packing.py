@@ -65,7 +65,7 @@ def check_restarts(model: nn.Module, base: Any, batch: TokenBatch) -> None:
     if not isinstance(positions, Tensor) or positions.ndim != 2 or _says_what_each_token_sees(mask):
         return
     restarts = positions[:, 1:] <= positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.ndim == 2:  # of padding they tell nothing
+    if isinstance(mask, Tensor) and mask.ndim == 2:  # positions of padding do not count
         restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
         if known_on_host(restarts) and restarts.any():
             raise ValueError(
@@ -79,7 +79,8 @@ def check_restarts(model: nn.Module, base: Any, batch: TokenBatch) -> None:
         if not restarts.any():
             return
         _refuse_cache(batch.inputs)
-    # On a GPU, only what a model that lets them see each other is given has to be awaited.
+    # Only for a model that does not keep sequences apart it matters whether there are restarts, and
+    # the host waits for a GPU to know.
     if not keeps_apart(model, base, positions.device) and bool(restarts.any()):
         _check_apart(model, base, positions.device)
 
@@ -149,14 +150,15 @@ def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool
     try:
         with (
             torch.inference_mode(False), torch.enable_grad(), evaluating(base), stand_in.in_place(),
-            saved_tensors_hooks(_as_it_is, _as_it_is),  # and not those of a checkpoint around it
+            saved_tensors_hooks(_as_it_is, _as_it_is),  # in place of those of a checkpoint around
         ):  # fmt: skip
             ids = torch.tensor([[5, 6, 7, 8]], device=device) % vocab
             positions = torch.tensor([[0, 1, 0, 1]], device=device)
             output = base(input_ids=ids, position_ids=positions, use_cache=False)
-            # Tied to the output, by whose gradient wrappers know that weights are needed again.
+            # The result is tied to the output, by whose gradient wrappers know that weights are
+            # needed again.
             entered = stand_in.result(logits_of(output))
-            return _reaches(embedded, entered) if embedded else True  # for all that is known
+            return _reaches(embedded, entered) if embedded else True  # not known to be apart
     finally:
         hook.remove()
 
@@ -168,7 +170,7 @@ def _as_it_is(x: Tensor) -> Tensor:
 def _reaches(embedded: list[Tensor], entered: Tensor) -> bool:
     """Whether a gradient flows from tokens 2 and 3 into the embeddings of tokens 0 and 1."""
     second = entered[:, 2:].float()
-    # Weights unlike each other: of normalised states, plain sums are constant.
+    # Different weights, since the plain sum of normalised states is constant.
     weights = torch.arange(second.numel(), device=second.device).cos().view(second.shape)
-    found = torch.autograd.grad((second * weights).sum(), embedded, allow_unused=True)
-    return any(x is not None and bool((x[:, :2] != 0).any()) for x in found)
+    gradients = torch.autograd.grad((second * weights).sum(), embedded, allow_unused=True)
+    return any(x is not None and bool((x[:, :2] != 0).any()) for x in gradients)

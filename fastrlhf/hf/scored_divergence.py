@@ -1,5 +1,7 @@
 """The divergence of what two heads make of the same tokens, however the heads are stored."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,15 +26,10 @@ def scored_divergence(
     our entropy, a value; 0 elsewhere.
     """
     if isinstance(ours, LinearScorer) and isinstance(theirs, LinearScorer):
-        frozen = _cut_as(ours, theirs)
-        frozen = frozen._replace(
-            hidden=frozen.hidden.detach(),
-            weights=[x.detach() if isinstance(x, Tensor) else x for x in frozen.weights],
-            bias=None if frozen.bias is None else frozen.bias.detach(),
-        )
         return divergence_of(
-            ours, frozen, scored, direction=direction, beta=beta, sum_expected=True, entropy=entropy
-        )
+            ours, _without_graph(_cut_as(ours, theirs)), scored, direction=direction, beta=beta,
+            sum_expected=True, entropy=entropy,
+        )  # fmt: skip
     if any(getattr(side, "part", None) is not None for side in (ours, theirs)):
         raise ValueError(
             "teacher: expected heads of which both are known as matrices, where one of them is "
@@ -41,37 +38,58 @@ def scored_divergence(
     temperatures = None
     if isinstance(ours.temperature, Tensor):
         temperatures = token_temperatures(ours.temperature, scored).reshape(-1)
+    of_logits = _OfLogits(ours, theirs, temperatures, direction, beta, entropy)
+    rows = scored.reshape(-1).nonzero()[:, 0]
+    size = max(checked_chunk(x.chunk_size, x.vocab, x.hidden.device) for x in (ours, theirs))
+    columns = torch.cat(in_chunks(of_logits.of_rows, rows, size))
+    values, *entropies = (
+        column.new_zeros(scored.numel()).index_put((rows,), column).view(scored.shape)
+        for column in columns.unbind(-1)
+    )
+    return values, entropies[0].detach() if entropy else None
 
-    def of_rows(rows: Tensor) -> Tensor:
-        """The divergences of some tokens (n, 1), or (n, 2) with the entropies."""
+
+class _OfLogits(NamedTuple):
+    """The divergence where the matrix of a head is not known: from the logits that it makes."""
+
+    ours: Scorer
+    theirs: Scorer
+    temperatures: Tensor | None  # (N,) of each token; None: one for all
+    direction: str
+    beta: float
+    entropy: bool
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Compute the divergences of some tokens (n, 1), or (n, 2) with the entropies."""
+        ours, theirs = self.ours, self.theirs
         with torch.no_grad():
             ref_logits = theirs.logits(rows)
         logits = ours.logits(rows)
         dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
-        temperature = ours.temperature if temperatures is None else temperatures[rows]
-        found = [
+        temperature = ours.temperature if self.temperatures is None else self.temperatures[rows]
+        columns = [
             kl_divergence(
-                logits.to(dtype), ref_logits.to(dtype), direction=direction, beta=beta,
+                logits.to(dtype), ref_logits.to(dtype), direction=self.direction, beta=self.beta,
                 impl=ours.impl, temperature=temperature,
             )
         ]  # fmt: skip
-        if entropy:
+        if self.entropy:
             stats = token_stats(
                 logits.detach(), torch.zeros_like(rows), entropy=True, temperature=temperature,
                 impl=ours.impl,
             )  # fmt: skip
             assert stats.entropy is not None
-            found.append(stats.entropy.to(found[0]))
-        return torch.stack(found, dim=-1)
+            columns.append(stats.entropy.to(columns[0]))
+        return torch.stack(columns, dim=-1)
 
-    rows = scored.reshape(-1).nonzero()[:, 0]
-    size = max(checked_chunk(x.chunk_size, x.vocab, x.hidden.device) for x in (ours, theirs))
-    parts = torch.cat(in_chunks(of_rows, rows, size))
-    values, *entropies = (
-        part.new_zeros(scored.numel()).index_put((rows,), part).view(scored.shape)
-        for part in parts.unbind(-1)
+
+def _without_graph(scorer: LinearScorer) -> LinearScorer:
+    """Detach a head that is not trained, and its hidden states."""
+    return scorer._replace(
+        hidden=scorer.hidden.detach(),
+        weights=[x.detach() if isinstance(x, Tensor) else x for x in scorer.weights],
+        bias=None if scorer.bias is None else scorer.bias.detach(),
     )
-    return values, entropies[0].detach() if entropy else None
 
 
 def _cut_as(ours: LinearScorer, theirs: LinearScorer) -> LinearScorer:

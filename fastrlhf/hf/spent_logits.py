@@ -1,4 +1,4 @@
-"""What a model has in the place of logits once its loss is made of them: nobody may read it.
+"""The tensor in the place of a model's logits once its loss has been made: nobody may read it.
 
 It is handed on, through the wrappers of a model to its caller, who has no use for it. Whoever reads
 it all the same (a forward that adds a penalty of its logits to the loss, a hook that logs their
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-# What hands a tensor on, or asks for anything but what it holds; the compiler asks a lot.
+# Functions that hand a tensor on, or ask for anything but what it holds; the compiler asks a lot.
 _HANDING_ON = {
     "__get__", "_is_view", "bfloat16", "clone", "contiguous", "cpu", "cuda", "data_ptr", "detach",
     "dim", "double", "element_size", "float", "half", "is_complex", "is_conj", "is_contiguous",

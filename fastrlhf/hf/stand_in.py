@@ -38,15 +38,16 @@ class StandIn:
         self.made: Tensor | None = None
         self.rows: Tensor
         self.own_forward: Callable[..., Tensor]
-        self.replaced: Callable[..., Tensor] | None = None  # a forward of the module's own, patched
+        # A patched forward that stood in the attributes of the module itself, if there was one.
+        self.replaced: Callable[..., Tensor] | None = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        # accelerate puts a forward that moves weights around the module's own.
+        # accelerate wraps the module's forward in one that moves weights.
         name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
-        own, attributes = own_forward(self.module, name), vars(self.module)
+        attributes = vars(self.module)
         before = {name: attributes[name]} if name in attributes else {}
-        self.own_forward, self.replaced = own, attributes.get(name)
+        self.own_forward, self.replaced = own_forward(self.module, name), attributes.get(name)
         attributes[name] = self
         try:
             yield
@@ -105,9 +106,9 @@ class StandIn:
             made = made[0].to(rows)
             if not trained and expected.agrees(rows, made):
                 return expected
-            found = None if trained else fit(rows, made)
-            if found is not None:
-                return found
+            fitted = None if trained else fit(rows, made)
+            if fitted is not None:
+                return fitted
         raise RuntimeError(
             f"model: {self.name} changes the logits of its head by more than a scale, a softcap "
             "and an offset of each word, so log-probs are not known; use token_stats on its logits"
@@ -151,7 +152,7 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, other):
         ctx.other = other.shape, other.dtype, other.device
-        return value.clone()  # and no view, which models could not write into
+        return value.clone()  # no view, since models may write into it
 
     @staticmethod
     def backward(ctx, d_value):

@@ -19,24 +19,25 @@ from fastrlhf.ops.vocabulary_part import VocabularyPart
 
 
 def plain_tensors(
-    hidden: Any, own: Callable[..., Any]
+    hidden: Any, head_forward: Callable[..., Any]
 ) -> tuple[Tensor, Callable[..., Any], Callable[[Tensor], Any]]:
-    """Hidden states as a plain tensor that is whole on every rank, a head's own forward of such
-    ones, and what makes of its output (..., V) what was expected of the head.
+    """Return hidden states as a plain tensor that is whole on every rank, a head's own forward that
+    takes such ones, and a function that gives an output (..., V) the form in which the head would
+    have returned it.
     """
     if not is_dtensor(hidden):
-        return hidden, own, lambda made: made
+        return hidden, head_forward, lambda made: made
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = hidden.device_mesh
     everywhere = [Replicate()] * mesh.ndim
-    # What every rank makes of its copy is the same, and so is the gradient.
+    # Every rank makes the same of its copy, so that the gradients are the same too.
     whole = hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
 
     def as_dtensor(x: Tensor) -> Any:
         return DTensor.from_local(x, mesh, everywhere, run_check=False)
 
-    return whole, lambda x: own(as_dtensor(x)), as_dtensor
+    return whole, lambda x: head_forward(as_dtensor(x)), as_dtensor
 
 
 def this_ranks(x: Any) -> Tensor:

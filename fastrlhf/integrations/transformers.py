@@ -56,6 +56,11 @@ def patch() -> None:
 
     Raises:
         ImportError: transformers is not there, or has another Trainer than is known.
+
+    Example:
+        >>> from fastrlhf.integrations import transformers
+        >>> transformers.patch()  # before training, or in the middle of it
+        >>> transformers.unpatch()
     """
     _replacements.install()
 
@@ -65,12 +70,23 @@ def unpatch() -> None:
 
     Raises:
         RuntimeError: somebody else's patch lies on this one.
+
+    Example:
+        >>> from fastrlhf.integrations import transformers
+        >>> transformers.patch()
+        >>> transformers.unpatch()
     """
     _replacements.remove()
 
 
 def patched() -> AbstractContextManager[None]:
-    """As `patch`, within a `with` statement. May be nested, and left in any order by threads."""
+    """As `patch`, within a `with` statement. May be nested, and left in any order by threads.
+
+    Example:
+        >>> from fastrlhf.integrations import transformers
+        >>> with transformers.patched():
+        ...     pass  # trainer.train()
+    """
     return _replacements.installed()
 
 

@@ -55,17 +55,34 @@ def patch() -> None:
 
     Raises:
         ImportError: TRL is not installed, or of a version whose trainers were never tried.
+
+    Example:
+        >>> from fastrlhf.integrations import trl
+        >>> trl.patch()  # before the trainer is made
+        >>> trl.unpatch()
     """
     _replacements.install()
 
 
 def unpatch() -> None:
-    """Put back exactly what `patch` replaced; without it, do nothing."""
+    """Put back exactly what `patch` replaced; without it, do nothing.
+
+    Example:
+        >>> from fastrlhf.integrations import trl
+        >>> trl.patch()
+        >>> trl.unpatch()
+    """
     _replacements.remove()
 
 
 def patched() -> AbstractContextManager[None]:
-    """Patch TRL within a `with` statement."""
+    """Patch TRL within a `with` statement.
+
+    Example:
+        >>> from fastrlhf.integrations import trl
+        >>> with trl.patched():
+        ...     pass  # make the trainer, and trainer.train()
+    """
     return _replacements.installed()
 
 

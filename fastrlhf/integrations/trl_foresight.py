@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops.foreseen_stats import Foresight
-from fastrlhf.ops.linear_plans import Statistics
+from fastrlhf.ops.linear_statistics import Statistics
 
 from .replacements import Replacement
 

@@ -22,7 +22,7 @@ from fastrlhf.hf.logit_map import LogitMap
 from fastrlhf.hf.scored_divergence import scored_divergence
 from fastrlhf.ops.backend import outside_of_graphs
 from fastrlhf.ops.foreseen_stats import foreseen_stats
-from fastrlhf.ops.linear_arguments import matmul_dtype
+from fastrlhf.ops.linear_precision import matmul_dtype
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 
 from .trl_foresight import current_foresight, loss_takes_entropy

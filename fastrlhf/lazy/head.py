@@ -91,6 +91,16 @@ def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
     Raises:
         TypeError: no model with a head that is known; it is left as it was.
         ValueError: an impl that is not known.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> fastrlhf.enable_lazy_logits(model)
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> logits = model(ids).logits  # not computed
+        >>> loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])  # nor here
+        >>> loss.backward()
+        >>> fastrlhf.disable_lazy_logits(model)
     """
     base = base_model(model)
     module = head_module(base)
@@ -110,6 +120,14 @@ def disable_lazy_logits(model: nn.Module) -> None:
 
     Raises:
         TypeError: as `enable_lazy_logits`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> fastrlhf.enable_lazy_logits(model)
+        >>> fastrlhf.disable_lazy_logits(model)
+        >>> type(model(torch.tensor([[3, 1]])).logits)
+        <class 'torch.Tensor'>
     """
     _disable(head_module(base_model(model)))
 
@@ -130,6 +148,13 @@ def lazy_logits(model: nn.Module, *, impl: str = "auto") -> Iterator[None]:
 
     Arguments, eager equivalent and errors are those of `enable_lazy_logits`. A model that was
     enabled before stays so afterwards.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> with fastrlhf.lazy_logits(model):  # around a loop that nobody edits
+        ...     model(ids, labels=ids).loss.backward()
     """
     module = head_module(base_model(model))
     was_enabled = module in _enabled

@@ -16,7 +16,12 @@ _PASSED_OVER = tuple(str(Path(x).parent) for x in (torch.__file__, __file__))
 
 @dataclass
 class LazyUse:
-    """What one line of code did with logits."""
+    """What one line of code did with logits.
+
+    Example:
+        >>> fastrlhf.LazyUse(site="train.py:12", what="argmax", plan="1G", calls=1, tokens=3)
+        LazyUse(site='train.py:12', what='argmax', plan='1G', calls=1, tokens=3, bytes=0)
+    """
 
     site: str  # file:line, the innermost that is neither PyTorch's nor this library's
     what: str  # the function that was fused, or for which the logits were built
@@ -28,7 +33,13 @@ class LazyUse:
 
 @dataclass(frozen=True)
 class LazyReport:
-    """What was fused and what was built; `print` it for a table."""
+    """What was fused and what was built; `print` it for a table.
+
+    Example:
+        >>> report = fastrlhf.LazyReport(fused=(), built=())
+        >>> print(report)
+        no lazy logits were used
+    """
 
     fused: tuple[LazyUse, ...]
     built: tuple[LazyUse, ...]
@@ -81,6 +92,15 @@ def lazy_report(*, clear: bool = False) -> LazyReport:
         "1G" where nothing needs a gradient, "2G" for a frozen head, "3G" for a trained one whose
         loss is known in the forward, "4G" where it comes later; "0G" of what came with something
         else that was asked of the same tokens, or is of a few words.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
+        >>> _ = fastrlhf.lazy_report(clear=True)
+        >>> with fastrlhf.lazy_logits(model):
+        ...     best = model(torch.tensor([[3, 1, 4]])).logits.argmax(-1)
+        >>> [(use.what, use.plan, use.tokens) for use in fastrlhf.lazy_report().fused]
+        [('argmax', '1G', 3)]
     """
     found = LazyReport(tuple(_fused.values()), tuple(_built.values()))
     if clear:

@@ -18,7 +18,7 @@ from fastrlhf.hf.scored_divergence import scored_divergence
 from fastrlhf.losses.cross_entropy import cross_entropies, summed_cross_entropy
 from fastrlhf.losses.cross_entropy_options import CrossEntropy
 from fastrlhf.ops.kept_logits import KeptRows, kept_logits
-from fastrlhf.ops.linear_arguments import exact, matmul_dtype
+from fastrlhf.ops.linear_precision import exact, matmul_dtype
 from fastrlhf.ops.scorer import LinearScorer, Scorer
 from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
 

@@ -1,4 +1,17 @@
-"""Losses as pure functions of log-probs: no vocabulary dimension, no device code."""
+"""Losses of log-probs, scores and values, as pure functions of tensors.
+
+Most know one number for each token or sequence, and neither a vocabulary nor a device. Those that
+start from logits or hidden states do have a vocabulary, which they leave to `fastrlhf.ops`; the
+formulas that they apply to the log-probs are the same as those of the others:
+
+- `cross_entropy`, `linear_cross_entropy` in `cross_entropy.py`;
+- `logits_policy_loss`, `linear_policy_loss` in `fused_policy.py`, with formulas in `policy.py`;
+- `linear_dpo_loss` in `linear_preference.py`, with formulas in `preference.py` and
+  `reference_free.py`; `linear_kto_loss` in `linear_unpaired.py`, with those of `unpaired.py`; both
+  by way of `fused_sequences.py`.
+
+Nothing here launches a kernel or writes a backward by itself: that is what `fastrlhf.ops` is for.
+"""
 
 from .advantages import shaped_rewards, whiten
 from .controllers import AdaptiveEntropyCoefficient, AdaptiveKLController, FixedKLController
@@ -13,7 +26,7 @@ from .linear_unpaired import KTOOptions, linear_kto_loss
 from .penalties import kl_penalty
 from .pf_ppo import pf_ppo_weights
 from .policy import policy_loss, ppo_loss
-from .policy_arguments import PolicyLossOptions
+from .policy_options import PolicyLossOptions
 from .preference import dpo_loss
 from .preference_options import DPOOptions
 from .process_reward import process_reward_loss, process_reward_scores

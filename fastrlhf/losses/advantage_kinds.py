@@ -31,7 +31,8 @@ def _leave_one_out(samples: Samples, eps: float) -> Tensor:
 
 
 def whitened(samples: Samples, eps: float) -> Tensor:
-    # Centred groups have mean 0, and so has the batch: to subtract it would add its rounding.
+    # Each group has mean 0 once it is centred, and so has the batch. Subtracting its mean would
+    # only add the rounding of that.
     rewards = samples.centred()
     return rewards / (batch_deviation(rewards, samples.counts) + eps)
 
@@ -58,10 +59,10 @@ def _best_of_k(samples: Samples, eps: float) -> Tensor:
     log_q = torch.log1p(-(right.unsqueeze(1) / remaining).clamp(max=1)).sum(1)
     of_right = torch.expm1(-log_q).rsqrt()
     of_wrong = -right / (number - right).clamp(min=1) * of_right
-    found = torch.where(samples.raw == 1, of_right, of_wrong)
-    found = torch.where(samples.counts & (right > 0), found, 0.0)
+    advantages = torch.where(samples.raw == 1, of_right, of_wrong)
+    advantages = torch.where(samples.counts & (right > 0), advantages, 0.0)
     strange = samples.sums(((samples.raw != 0) & (samples.raw != 1)).double()) > 0
-    return torch.where(strange, torch.nan, found).to(samples.raw.dtype)
+    return torch.where(strange, torch.nan, advantages).to(samples.raw.dtype)
 
 
 def _best_over_second(samples: Samples, eps: float) -> Tensor:
@@ -76,9 +77,9 @@ FORMULAS: dict[str, Formula] = {
     "grpo": standardised,
     "dr_grpo": centred,
     "rloo": _leave_one_out,
-    "reinforce++": standardised,  # of one group
+    "reinforce++": standardised,  # with the batch as its one group
     "reinforce++-baseline": whitened,
-    "remax": centred,  # not looked at: its baselines are given
+    "remax": centred,  # not used, since the baselines are given
     "opo": _optimal_baseline,
     "gpg": _of_those_with_gradient,
     "pass@k": _best_of_k,

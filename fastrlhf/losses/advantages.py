@@ -10,7 +10,7 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.penalties import check_estimator, kl_penalty
 from fastrlhf.ops.checks import (
     check_bool,
@@ -50,13 +50,17 @@ def whiten(
 
     Differentiable; with a group, the gradient is that of the sum of the ranks' losses. Raises
     TypeError, ValueError for dtypes, shapes or devices that do not fit, and for a wrong group.
+
+    Example:
+        >>> advantages = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> fastrlhf.whiten(advantages, torch.tensor([[True, False, True]]))
+        tensor([[-0.7071,  0.0000,  0.7071]])
     """
     check_floating("x", x)
     check_mask("mask", mask)
     check_bool("shift_mean", shift_mean)
     check_group(group)
-    check_shape("mask", mask, tuple(x.shape), "the shape of x")
-    check_same_device("mask", mask, "x", x)
+    check_like("mask", mask, "x", x)
     inside = mask != 0
     x = torch.where(inside, x, 0.0).to(accumulation_dtype(x.dtype))
     count = sum_over_ranks(inside.sum(), group)
@@ -65,9 +69,10 @@ def whiten(
         return sum_over_ranks(entries.sum(), group) / divisor.clamp(min=1)
 
     mean = shared_by_ranks(over_batch(x, count), group)
-    # The rounding of the mean of large entries is all that is left of equal ones: once more.
-    rest = over_batch(torch.where(inside, x - mean, 0.0), count)
-    mean = mean + shared_by_ranks(rest, group)
+    # Subtracted twice: of equal large entries, what is left after the first time is the rounding of
+    # their mean.
+    correction = over_batch(torch.where(inside, x - mean, 0.0), count)
+    mean = mean + shared_by_ranks(correction, group)
     centred = torch.where(inside, x - mean, 0.0)
     variance = shared_by_ranks(over_batch(centred.square(), count - 1), group)
     scaled = centred * torch.rsqrt(variance + 1e-8)
@@ -111,6 +116,12 @@ def shaped_rewards(
     Every sequence has all of its tokens here: there is no group, see `fastrlhf.losses.ranks`.
 
     Source: 2203.02155 (InstructGPT), 2009.01325.
+
+    Example:
+        >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.0]])
+        >>> scores, mask = torch.tensor([1.0]), torch.ones(1, 2)
+        >>> fastrlhf.shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.1)
+        tensor([[-0.0500,  1.0000]])
     """
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens)
     check_real("scores", scores)

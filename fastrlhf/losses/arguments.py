@@ -1,4 +1,11 @@
-"""Checks of the arguments that the losses of sequences share."""
+"""Checks of arguments that several losses share: tokens with their mask, and pairs of sequences.
+
+What a single argument has to be, whatever it is for (a dtype, a range, a mask of 0 and 1), is
+checked by `fastrlhf.ops.checks`. What policy losses alone take is in `policy_arguments.py`, what
+operations on hidden states take in `fastrlhf.ops.linear_arguments`.
+
+Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed, P pairs.
+"""
 
 import torch
 from torch import Tensor
@@ -19,6 +26,12 @@ from fastrlhf.ops.tracing import being_traced
 from fastrlhf.reference import ROWS, Layout
 
 
+def check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that a tensor has the shape of another one, and lies where that does."""
+    check_shape(name, x, tuple(like.shape), f"the shape of {like_name}")
+    check_same_device(name, x, like_name, like)
+
+
 def check_tokens(
     name: str,
     logps: Tensor,
@@ -26,17 +39,17 @@ def check_tokens(
     cu_seqlens: Tensor | None = None,
     group: Group | None = None,
 ) -> Layout:
-    """Check numbers of tokens and which of them count, and return how they lie, with a group over
-    its ranks.
+    """Check numbers of tokens, (B, T) or packed, and the mask of those that count.
+
+    Returns how the tokens lie: in rows or packed, and with a group spread over its ranks.
     """
     check_floating(name, logps)
     check_mask("mask", mask)
     layout = layout_of(name, logps, cu_seqlens, rows="(B, T) with a mask")
-    check_shape("mask", mask, tuple(logps.shape), f"the shape of {name}")
-    check_same_device("mask", mask, name, logps)
-    if check_group(group) is None:
+    check_like("mask", mask, name, logps)
+    if (group := check_group(group)) is None:
         return layout
-    if logps.ndim == 1:  # on one rank, N may be B
+    if logps.ndim == 1:  # on one rank, N may happen to be B
         raise ValueError(
             f"{name}: expected packed tokens (1, N) with a group, for (N,) could be taken for (B,) "
             f"of sequences, got {tuple(logps.shape)}"
@@ -53,8 +66,8 @@ def check_pairs(
     cu_seqlens: Tensor | None = None,
     group: Group | None = None,
 ) -> Layout:
-    """Check sequence log-probs, or with a mask token log-probs, and the indices of pairs into
-    them. Returns how the tokens lie, if there are any.
+    """Check log-probs of sequences, (B,), or with a mask of tokens, and indices of pairs into the
+    sequences. Returns how the tokens lie.
     """
     layout = ROWS if mask is None else check_tokens(name, logps, mask, cu_seqlens, group)
     check_floating(name, logps)
@@ -77,7 +90,7 @@ def check_pair_indices(
     layout: Layout = ROWS,
     names: tuple[str, str] = ("yw_idxs", "yl_idxs"),
 ) -> None:
-    """Check the indices of pairs, of these names, into the sequences of a tensor."""
+    """Check the indices of pairs, of these names, into the sequences of a tensor called `name`."""
     for index_name, index in zip(names, (yw_idxs, yl_idxs), strict=True):
         check_integer(index_name, index)
         if index.ndim != 1:
@@ -90,7 +103,11 @@ def check_pair_indices(
 
 
 def every_token(name: str, logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Make a mask of all packed tokens, none of which is padding. Rows need a mask of their own."""
+    """Make a mask of all packed tokens, none of which is padding.
+
+    Raises:
+        TypeError: tokens in rows, whose padding only a mask can tell.
+    """
     check_floating(name, logps)
     if cu_seqlens is None:
         raise TypeError("mask: expected a tensor, got NoneType")
@@ -98,8 +115,23 @@ def every_token(name: str, logps: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def check_lengths(lengths: Tensor | None, logps: Tensor, reason: str) -> None:
+    """Check the numbers of tokens (B,) that a loss of log-probs (B,) needs for a reason."""
     if lengths is None:
         raise ValueError(f"lengths: expected a tensor of shape (B,), or a mask: {reason}")
     check_counts("lengths", lengths)
     check_shape("lengths", lengths, (logps.shape[0],), "one for each sequence")
     check_same_device("lengths", lengths, "log-probs", logps)
+
+
+def check_generator(generator: torch.Generator | None, name: str, tensor: Tensor) -> None:
+    """Check a generator of random numbers, if there is one, for a tensor called `name`."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+        )
+    if generator.device.type != tensor.device.type:
+        raise ValueError(
+            f"generator: expected on {tensor.device}, the device of {name}, got {generator.device}"
+        )

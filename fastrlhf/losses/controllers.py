@@ -19,6 +19,11 @@ class FixedKLController:
 
     Args:
         kl_coef: at least 0; `value` from then on.
+
+    Example:
+        >>> controller = fastrlhf.FixedKLController(0.05)
+        >>> controller.update(12.0, n_steps=256)
+        0.05
     """
 
     kl_coef: float
@@ -61,6 +66,11 @@ class AdaptiveKLController:
         TypeError, ValueError: what is no positive number.
 
     Source: 1909.08593, section 2.2.
+
+    Example:
+        >>> controller = fastrlhf.AdaptiveKLController(init_kl_coef=0.2, target=6.0, horizon=10_000)
+        >>> controller.update(12.0, n_steps=256)  # twice the target
+        0.201024
     """
 
     init_kl_coef: float
@@ -123,6 +133,11 @@ class AdaptiveEntropyCoefficient:
 
     Source: 2505.22312 (Skywork-OR1), adaptive entropy control. There, the step whose entropy is
     seen takes the coefficient as it was before: that is `coefficient` before the update.
+
+    Example:
+        >>> controller = fastrlhf.AdaptiveEntropyCoefficient(target=0.5, delta=0.01)
+        >>> controller.update(0.3), controller.update(0.7)
+        (0.01, 0.0)
     """
 
     target: float

@@ -11,8 +11,9 @@ mask.
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
-from fastrlhf.losses.selection import of_all_ranks, part_of
+from fastrlhf.losses.arguments import check_generator, check_like, check_tokens
+from fastrlhf.losses.samples import of_all_ranks
+from fastrlhf.losses.selection import part_of
 from fastrlhf.ops.checks import (
     check_between,
     check_finite,
@@ -76,6 +77,12 @@ def clip_cov_mask(
             bounds in the wrong order; a generator of another device; a group that is none.
 
     Source: 2505.22617, section 4 (Clip-Cov); that at least one is dropped is its authors' code.
+
+    Example:
+        >>> logprobs = torch.tensor([[-0.1, -0.1, -2.0, -3.0]])
+        >>> advantages = torch.tensor([[3.0, 0.0, 0.0, -3.0]])
+        >>> fastrlhf.clip_cov_mask(logprobs, advantages, torch.ones(1, 4))
+        tensor([[False,  True,  True,  True]])
     """
     covariance, inside = _covariances(logprobs, advantages, mask, cu_seqlens, group)
     share, low = check_between("share", share, 0, 1), check_finite("low", low)
@@ -85,15 +92,14 @@ def clip_cov_mask(
     candidates = inside & (covariance >= low) & (covariance <= high)
     if eligible is not None:
         check_mask("eligible", eligible)
-        check_shape("eligible", eligible, tuple(logprobs.shape), "the shape of logprobs")
-        check_same_device("eligible", eligible, "logprobs", logprobs)
+        check_like("eligible", eligible, "logprobs", logprobs)
         candidates = candidates & (eligible != 0)
-    _check_generator(generator, logprobs)
-    # Of so many digits that no two are equal.
+    check_generator(generator, "logprobs", logprobs)
+    # fp64, so that no two draws are equal.
     draws = torch.rand(
         logprobs.shape, dtype=torch.float64, device=logprobs.device, generator=generator
     )
-    dropped = _first(torch.where(candidates, draws, -torch.inf), inside, share, group)
+    dropped = _largest(torch.where(candidates, draws, -torch.inf), inside, share, group)
     return inside & ~dropped
 
 
@@ -129,10 +135,16 @@ def kl_cov_mask(
             group that is none.
 
     Source: 2505.22617, section 4 (KL-Cov); that at least one is chosen is its authors' code.
+
+    Example:
+        >>> logprobs = torch.tensor([[-0.1, -0.1, -2.0, -3.0]])
+        >>> advantages = torch.tensor([[3.0, 0.0, 0.0, -3.0]])
+        >>> fastrlhf.kl_cov_mask(logprobs, advantages, torch.ones(1, 4), share=0.25)
+        tensor([[False, False, False,  True]])
     """
     covariance, inside = _covariances(logprobs, advantages, mask, cu_seqlens, group)
     share = check_between("share", share, 0, 1)
-    return _first(torch.where(inside, covariance, -torch.inf), inside, share, group)
+    return _largest(torch.where(inside, covariance, -torch.inf), inside, share, group)
 
 
 def _covariances(
@@ -144,7 +156,7 @@ def _covariances(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments. Returns (A - mean A)·(ln π - mean ln π) (B, T), and which tokens count.
 
-    Its mean over the tokens is the covariance of A and ln π, which is what entropy falls by.
+    Its mean over the tokens is the covariance of A and ln π, by which a step lowers the entropy.
     """
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens)
     check_group(group)
@@ -161,34 +173,25 @@ def _covariances(
 
 
 def _advantages_of_tokens(advantages: Tensor, logprobs: Tensor, layout: Layout) -> Tensor:
+    """Check advantages, and give each token that of its sequence where they are (B,)."""
     check_real("advantages", advantages)
     check_same_device("advantages", advantages, "logprobs", logprobs)
     shape, sequences = tuple(logprobs.shape), layout.sequences(logprobs)
-    # Packed tokens (N,), of which there may be B, are tokens.
+    # Of packed tokens (N,) there may be as many as sequences; then advantages are of tokens.
     if tuple(advantages.shape) == (sequences,) != shape:
         return layout.spread(advantages).expand(shape)
     check_shape("advantages", advantages, shape, "the shape of logprobs, or (B,)")
     return advantages
 
 
-def _check_generator(generator: torch.Generator | None, logprobs: Tensor) -> None:
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        kind = type(generator).__name__
-        raise TypeError(f"generator: expected a torch.Generator or None, got {kind}")
-    if generator.device.type != logprobs.device.type:
-        raise ValueError(
-            f"generator: expected on {logprobs.device}, the device of logprobs, got "
-            f"{generator.device}"
-        )
+def _largest(scores: Tensor, inside: Tensor, share: float, group: Group | None) -> Tensor:
+    """Tell which scores are among the ⌊share·n⌋ largest, at least one, of those that are not -inf.
 
-
-def _first(scores: Tensor, inside: Tensor, share: float, group: Group | None) -> Tensor:
-    """Which scores are among the ⌊share·n⌋ largest, at least one, of those that are not -inf."""
-    everything, own = of_all_ranks(scores, group)
+    Over ranks, the largest are those of all of them.
+    """
+    (all_scores,), this_rank = of_all_ranks([scores.reshape(-1)], group)
     wanted = part_of(share, sum_over_ranks(inside.sum(), group)).clamp(min=1)
-    order = everything.argsort(descending=True, stable=True)
+    order = all_scores.argsort(descending=True, stable=True)
     is_first = torch.arange(len(order), device=order.device) < wanted
     chosen = torch.zeros_like(is_first).scatter(0, order, is_first)
-    return chosen[own].view(scores.shape) & (scores > -torch.inf)
+    return chosen[this_rank].view(scores.shape) & (scores > -torch.inf)

@@ -97,6 +97,13 @@ def cross_entropy(
             weights that do not fit.
 
     Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5; DFT 2508.05629 Eq. 7-9.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> loss = fastrlhf.cross_entropy(logits, torch.tensor([0, 2]), label_smoothing=0.1)
+        >>> loss.backward()
+        >>> loss.detach()
+        tensor(0.8031)
     """
     options = CrossEntropy(label_smoothing, z_loss, loss_type).checked()
     normalizer = check_reduction_of_losses(reduction, normalizer)
@@ -164,6 +171,14 @@ def linear_cross_entropy(
         RuntimeError: under `torch.func` transforms.
 
     Source: label smoothing 1512.00567; z-loss 2204.02311 (PaLM), section 5.
+
+    Example:
+        >>> hidden = torch.eye(2, requires_grad=True)
+        >>> weight = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]], requires_grad=True)
+        >>> loss = fastrlhf.linear_cross_entropy(hidden, weight, torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> loss.detach(), weight.grad.shape
+        (tensor(0.7531), torch.Size([3, 2]))
     """
     loss = CrossEntropy.parse("linear_cross_entropy", dict(options))
     normalizer = check_reduction_of_losses(reduction, normalizer)
@@ -190,12 +205,10 @@ def cross_entropies(
     """Compute the loss of each token (...), 0 without a target, with the gradient of their sum made
     along with it; see `with_summed_gradient`.
     """
-    total, found = summed_cross_entropy(
-        scorer, targets, options, weights, ignore_index=ignore_index
-    )
+    total, aux = summed_cross_entropy(scorer, targets, options, weights, ignore_index=ignore_index)
     losses = total.detach().new_zeros(targets.shape)
-    if found:
-        losses = losses.view(-1).index_put((found["token"],), found["losses"]).view(targets.shape)
+    if aux:
+        losses = losses.view(-1).index_put((aux["positions"],), aux["losses"]).view(targets.shape)
     if not total.requires_grad:
         return losses
 
@@ -220,23 +233,27 @@ def summed_cross_entropy(
     ignore_index: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the losses of the tokens (...) with a target, each times its weight, if there are any;
-    with d_losses, what is weighed once more by them.
+    and, if given, times d_losses, which are weights that backward asks for.
 
-    Returns the sum, and of these tokens in some order `token`, their numbers as if flat, and
-    detached `losses`, `nll` and `z_loss`, of which the last two are without weights; nothing where
-    there are none.
+    Returns the sum, and of these tokens, in some order, their `positions` as if they were flat, and
+    detached `losses`, `nll` and `z_loss`, of which the last two are without weights; an empty dict
+    where there are no such tokens.
     """
-    sides = {"token": torch.arange(targets.numel(), device=targets.device).view(targets.shape)}
+    sides = {"positions": torch.arange(targets.numel(), device=targets.device).view(targets.shape)}
     weights = checked_weights(weights, targets)
     named = {"weights": weights, "d_losses": d_losses}
     sides |= {name: x for name, x in named.items() if x is not None}
 
     def of_chunk(stats: ChunkStats, *chunk: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        of = dict(zip(sides, chunk, strict=True))
-        losses = options.of_tokens(stats, of.get("weights"))
-        total = (losses * of["d_losses"]).sum() if "d_losses" in of else losses.sum()
-        known = {"losses": losses, "nll": -stats.logprob, "z_loss": options.z_losses(stats.lse)}
-        return total, {"token": of["token"], **known}
+        given = dict(zip(sides, chunk, strict=True))
+        losses = options.of_tokens(stats, given.get("weights"))
+        total = (losses * given["d_losses"]).sum() if "d_losses" in given else losses.sum()
+        return total, {
+            "positions": given["positions"],
+            "losses": losses,
+            "nll": -stats.logprob,
+            "z_loss": options.z_losses(stats.lse),
+        }
 
     return scorer.loss(
         of_chunk, targets, *sides.values(),

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.reduce import check_reduction
 from fastrlhf.losses.signatures import check_options
 from fastrlhf.ops.checks import (
@@ -16,8 +17,6 @@ from fastrlhf.ops.checks import (
     check_between,
     check_one_of,
     check_real,
-    check_same_device,
-    check_shape,
 )
 
 LossType = Literal["nll", "dft"]
@@ -89,20 +88,20 @@ class CrossEntropy(NamedTuple):
         return self.label_smoothing > 0 or self.z_loss > 0
 
     def of_tokens(self, stats: _Stats, weights: Tensor | None = None) -> Tensor:
-        """The losses of some tokens, times their weights, if there are any."""
-        found: tuple[Tensor | None, ...] = (stats.logprob, stats.lse, stats.mean_logit)
+        """Compute the losses of some tokens, times their weights, if there are any."""
+        fields: tuple[Tensor | None, ...] = (stats.logprob, stats.lse, stats.mean_logit)
         if weights is not None:  # where one is 0, statistics may be infinite or NaN
             counts = weights != 0
-            found = tuple(None if x is None else torch.where(counts, x, 0.0) for x in found)
-        logprob, lse, mean_logit = found
+            fields = tuple(None if x is None else torch.where(counts, x, 0.0) for x in fields)
+        logprob, lse, mean_logit = fields
         assert logprob is not None and lse is not None
         losses = -logprob
         if self.loss_type == "dft":
             p = logprob.detach().exp()
             losses = torch.where(p != 0, losses, 0.0) * p
         if mean_logit is not None:
-            every_word = lse - mean_logit
-            losses = (1 - self.label_smoothing) * losses + self.label_smoothing * every_word
+            over_vocabulary = lse - mean_logit  # the mean of -ln p over all words
+            losses = (1 - self.label_smoothing) * losses + self.label_smoothing * over_vocabulary
         if self.z_loss != 0:
             losses = losses + self.z_losses(lse)
         return losses if weights is None else losses * weights.to(losses.dtype)
@@ -130,8 +129,7 @@ def checked_weights(weights: Tensor | None, targets: Tensor) -> Tensor | None:
     if weights is None:
         return None
     check_real("weights", weights)
-    check_shape("weights", weights, tuple(targets.shape), "the shape of targets")
-    check_same_device("weights", weights, "targets", targets)
+    check_like("weights", weights, "targets", targets)
     return weights.detach()
 
 

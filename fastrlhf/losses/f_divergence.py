@@ -19,9 +19,9 @@ def f_score(s: Tensor, divergence: str, alpha: float) -> Tensor:
 
     The constant f'(1) makes the score of a ratio of 1 zero; the difference of two scores is free of
     it. "reverse_kl" ln u, "forward_kl" 1 - 1/u, "js" ln(2u / (1 + u)), "alpha" (1 - u^-α)/α, which
-    goes from the reverse KL at α → 0 to the forward KL at 1. 1/u ends at e^80
-    (e^700 in fp64), where it keeps the slope that it has there: so that the loss of a pair that is
-    won has gradient 0, and no NaN.
+    goes from the reverse KL at α → 0 to the forward KL at 1. 1/u does not grow beyond e^80 (e^700
+    in fp64), and keeps the slope that it has there: so the loss of a pair that is won by far has
+    gradient 0, and not NaN.
     """
     if divergence == "reverse_kl":
         return s

@@ -1,48 +1,48 @@
 """The policy losses from logits, in one launch, and from hidden states, at the fewest matmuls.
 
+The arguments are checked as those of `policy_loss` are, by `policy_options.py` and
+`policy_arguments.py`, and the formulas are its own, in `policy.py`. From logits, on a GPU, the
+kernel computes loss and gradient at once through the operation `fastrlhf.ops.policy_loss`, which is
+called `policy_kernel` here. From hidden states, `policy_loss_of` hands the loss of a chunk of
+tokens to whatever scores tokens by a head (`fastrlhf.ops.scorer`); `model_policy_loss` takes that
+way too, in a model's own forward.
+
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.policy import Metrics, policy_metrics, reduced_loss, token_losses
-from fastrlhf.losses.policy_arguments import (
-    BESIDE,
-    PolicyBatch,
+from fastrlhf.losses.arguments import check_like
+from fastrlhf.losses.policy import Metrics, loss_and_metrics, policy_metrics, token_losses
+from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyTensors, policy_batch
+from fastrlhf.losses.policy_options import (
+    OPTIONAL_TOKEN_TENSORS,
     PolicyLossOptions,
     PolicyOptions,
     PolicyOptionsAndTensors,
-    policy_batch,
 )
 from fastrlhf.losses.segments import segment_sums
 from fastrlhf.losses.signatures import showing
-from fastrlhf.ops import (
-    ChunkStats,
-    PolicyFormula,
-    Weight,
-    policy_loss,
-    token_stats,
-)
+from fastrlhf.ops import ChunkStats, PolicyFormula, PolicyTokens, Weight, token_stats
+from fastrlhf.ops import policy_loss as policy_kernel
 from fastrlhf.ops.backend import check_impl, is_batched, under_transform, use_triton
 from fastrlhf.ops.checks import (
     check_bool,
     check_indices_on_host,
     check_integer,
     check_mask,
-    check_same_device,
-    check_shape,
 )
 from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.layout import layout_of
+from fastrlhf.ops.logits_arguments import checked_logits
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import Scorer, laid_out, linear_scorer
 from fastrlhf.ops.sharded import is_dtensor, replicated
 from fastrlhf.ops.targets import MASKED_OUT
-from fastrlhf.ops.token_stats import checked_logits
 from fastrlhf.ops.tracing import being_traced
 from fastrlhf.ops.transform import temperatures_of_layout
 
@@ -115,6 +115,16 @@ def logits_policy_loss(
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> actions = torch.tensor([[0, 1, 2], [3, 4, 5]])
+        >>> old = fastrlhf.token_logprobs(logits.detach(), actions)
+        >>> advantages, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 3)
+        >>> loss, metrics = fastrlhf.logits_policy_loss(logits, actions, old, advantages, mask)
+        >>> loss.backward()
+        >>> logits.grad[0, 0, :2]
+        tensor([-0.1458,  0.0208])
     """
     options = PolicyOptions.parse("logits_policy_loss", policy_options)
     check_bool("entropy", entropy)
@@ -124,38 +134,34 @@ def logits_policy_loss(
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
     temperature = temperatures_of_layout(temperature, targets, layout)
-    shared = group is not None or is_dtensor(logits)
-    transform = checked_logits(logits, targets, temperature, softcap, scale, may_be_empty=shared)
-    _check_mask(mask, targets)
+    over_ranks = group is not None or is_dtensor(logits)
+    transform = checked_logits(
+        logits, targets, temperature, softcap, scale, may_be_empty=over_ranks
+    )
+    check_mask("mask", mask)
+    check_like("mask", mask, "targets", targets)
     with_entropy = entropy or options.entropy_coef != 0
+    tensors = PolicyTensors(old_logprobs, advantages, ref_logprobs, rollout_weights, kl_weights)
     batch = policy_batch(
-        options, logits.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        kl_weights, with_entropy=with_entropy, layout=layout,
-    )  # fmt: skip
-    targets = _active_targets(targets, batch, None if shared else logits.shape[-1])
-    one_launch = (
-        torch.is_grad_enabled() and logits.requires_grad
-        and not options.needs_sequences and options.reduction != "none"
-        # The scale that keeps fp16 gradients from vanishing comes with the backward.
-        and logits.dtype != torch.float16 and not shared and support is None
-    )  # fmt: skip
+        options, logits.dtype, mask, *tensors, with_entropy=with_entropy, layout=layout
+    )
+    targets = _active_targets(targets, batch, None if over_ranks else logits.shape[-1])
+    one_launch = support is None and not over_ranks and _kernel_has(options, logits)
     if use_triton(impl, logits) and one_launch and not under_transform():
-        loss, logprobs, entropies = policy_loss(
+        loss, logprobs, entropies = policy_kernel(
             logits, targets, batch.tokens, transform, _formula(options),
             ignore_index=MASKED_OUT, entropy=with_entropy, inplace=inplace_backward,
         )  # fmt: skip
-        found = entropies if with_entropy else None
-        return loss, policy_metrics(options, batch, logprobs, found)
+        return loss, policy_metrics(options, batch, logprobs, entropies if with_entropy else None)
     stats = token_stats(
         logits, targets, temperature=temperature, softcap=softcap, scale=scale,
         ignore_index=MASKED_OUT, entropy=with_entropy, inplace_backward=inplace_backward, impl=impl,
         support=support, group=group,
     )  # fmt: skip
-    loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
-    return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
+    return loss_and_metrics(options, batch, stats.logprob, stats.entropy)
 
 
-@showing(PolicyOptionsAndTensors, {**dict.fromkeys(BESIDE), **PolicyOptions()._asdict()})
+@showing(PolicyOptionsAndTensors, {**OPTIONAL_TOKEN_TENSORS, **PolicyOptions()._asdict()})
 def linear_policy_loss(
     hidden: Tensor,
     weight: Weight,
@@ -213,21 +219,32 @@ def linear_policy_loss(
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
+
+    Example:
+        >>> hidden, weight = torch.ones(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> actions = torch.tensor([[0, 1, 2], [3, 4, 5]])
+        >>> old = fastrlhf.linear_token_logprobs(hidden.detach(), weight, actions)
+        >>> batch = actions, old, torch.tensor([1.0, -0.5]), torch.ones(2, 3)
+        >>> loss, metrics = fastrlhf.linear_policy_loss(hidden, weight, *batch)
+        >>> loss.backward()
+        >>> loss.detach(), hidden.grad.shape
+        (tensor(-0.2500), torch.Size([2, 3, 4]))
     """
     given: dict[str, Any] = {**options_and_tensors}
-    beside = [given.pop(name, None) for name in BESIDE]
+    optional_tensors = [given.pop(name, None) for name in OPTIONAL_TOKEN_TENSORS]
     options = PolicyOptions.parse("linear_policy_loss", given)
     check_bool("entropy", entropy)
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
     scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
-    _check_mask(mask, targets)
+    check_mask("mask", mask)
+    check_like("mask", mask, "targets", targets)
     with_entropy = entropy or options.entropy_coef != 0
+    tensors = PolicyTensors(old_logprobs, advantages, *optional_tensors)
     batch = policy_batch(
-        options, hidden.dtype, mask, old_logprobs, advantages, *beside,
-        with_entropy=with_entropy, layout=layout,
-    )  # fmt: skip
+        options, hidden.dtype, mask, *tensors, with_entropy=with_entropy, layout=layout
+    )
     return policy_loss_of(scorer, targets, batch, options, with_entropy=with_entropy)
 
 
@@ -243,62 +260,83 @@ def policy_loss_of(
     mask = batch.mask
     targets = _active_targets(targets, batch, scorer.vocab)
     if under_transform() or options.reduction == "none":
-        stats = scorer.stats(
-            targets, ignore_index=MASKED_OUT, entropy=with_entropy, lse=False
-        )  # fmt: skip
-        loss = reduced_loss(options, batch, stats.logprob, stats.entropy)
-        return loss, policy_metrics(options, batch, stats.logprob, stats.entropy)
-    names, sides = zip(
-        *((name, x) for name, x in batch.tokens._asdict().items() if x is not None), strict=True
+        stats = scorer.stats(targets, ignore_index=MASKED_OUT, entropy=with_entropy, lse=False)
+        return loss_and_metrics(options, batch, stats.logprob, stats.entropy)
+    given = {name: x for name, x in batch.tokens._asdict().items() if x is not None}
+    chunk_loss = _ChunkLoss(options, batch.tokens, tuple(given))
+    positions = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+    loss, aux = scorer.loss(
+        chunk_loss.of_chunk, targets, positions, *given.values(),
+        groups=batch.layout.ids(mask) if options.needs_sequences else None,
+        ignore_index=MASKED_OUT, entropy=with_entropy, lse=False,
+    )  # fmt: skip
+    logprobs, entropies = (
+        _put_back(aux, name, loss.detach(), mask) for name in ("logprob", "entropy")
     )
+    return loss, policy_metrics(options, batch, logprobs, entropies if with_entropy else None)
+
+
+class _ChunkLoss(NamedTuple):
+    """The loss of a chunk of tokens, for `linear_loss`, and what the metrics need of the chunk."""
+
+    options: PolicyOptions
+    whole: PolicyTokens  # of the batch
+    names: tuple[str, ...]  # of the fields of PolicyTokens that are given, in their order
 
     def of_chunk(
-        stats: ChunkStats, token: Tensor, *chunk: Tensor
+        self, stats: ChunkStats, positions: Tensor, *of_tokens: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = batch.tokens._replace(**dict(zip(names, chunk, strict=True)))
+        """`of_tokens`: the chunk's part of each given field; `positions`: of its tokens, as if the
+        batch were flat.
+        """
+        tokens = self.whole._replace(**dict(zip(self.names, of_tokens, strict=True)))
 
         def sums(x: Tensor) -> Tensor:
             assert stats.groups is not None
             return segment_sums(x, stats.groups)
 
-        losses = token_losses(options, tokens, stats.logprob, stats.entropy, sums)
-        found = {"token": token, "logprob": stats.logprob}
+        losses = token_losses(self.options, tokens, stats.logprob, stats.entropy, sums)
+        aux = {"positions": positions, "logprob": stats.logprob}
         if stats.entropy is not None:
-            found["entropy"] = stats.entropy
-        return (losses * tokens.weights).sum(), found
+            aux["entropy"] = stats.entropy
+        return (losses * tokens.weights).sum(), aux
 
-    token = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-    loss, aux = scorer.loss(
-        of_chunk, targets, token, *sides,
-        groups=batch.layout.ids(mask) if options.needs_sequences else None,
-        ignore_index=MASKED_OUT, entropy=with_entropy, lse=False,
-    )  # fmt: skip
 
-    def of_all(name: str) -> Tensor:
-        values = loss.detach().new_zeros(mask.numel())
-        return (values.index_put((aux["token"],), aux[name]) if aux else values).view(mask.shape)
-
-    entropies = of_all("entropy") if with_entropy else None
-    return loss, policy_metrics(options, batch, of_all("logprob"), entropies)
+def _put_back(aux: dict[str, Tensor], name: str, like: Tensor, mask: Tensor) -> Tensor:
+    """Put what the chunks of `_ChunkLoss` gave back in its place, in zeros of the mask's shape."""
+    values = like.new_zeros(mask.numel())
+    if name in aux:
+        values = values.index_put((aux["positions"],), aux[name])
+    return values.view(mask.shape)
 
 
 def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int | None) -> Tensor:
-    """Targets (B, T) of the active tokens, all others ignored."""
-    hidden_from_us = being_traced() or is_batched(targets, batch.mask)
-    if vocab is not None and not hidden_from_us:
-        wanted = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
+    """Return the targets (B, T) of the active tokens, with all others ignored. With a vocab, check
+    those of the mask on the CPU.
+    """
+    can_be_looked_at = not being_traced() and not is_batched(targets, batch.mask)
+    if vocab is not None and can_be_looked_at:
+        of_mask = targets[batch.mask] if targets.device.type == "cpu" else targets[:0]
         what = "wherever the mask is set: is the mask aligned with the targets, not with the ids?"
-        check_indices_on_host("targets", wanted, vocab, what)
+        check_indices_on_host("targets", of_mask, vocab, what)
     return torch.where(batch.active, targets.long(), MASKED_OUT)
 
 
-def _check_mask(mask: Tensor, targets: Tensor) -> None:
-    check_mask("mask", mask)
-    check_shape("mask", mask, tuple(targets.shape), "the shape of targets")
-    check_same_device("mask", mask, "targets", targets)
+def _kernel_has(options: PolicyOptions, logits: Tensor) -> bool:
+    """Whether the kernel computes a loss with these options, and its gradient with it."""
+    return (
+        torch.is_grad_enabled()
+        and logits.requires_grad
+        and not options.needs_sequences
+        and options.reduction != "none"
+        # fp16 gradients are kept from vanishing by a scale, which comes with the backward; the
+        # kernel makes them before.
+        and logits.dtype != torch.float16
+    )
 
 
 def _formula(options: PolicyOptions) -> PolicyFormula:
+    """Write the options as the kernel takes them."""
     bounds = options.bounds
     dual_clip = torch.inf if bounds.dual_clip is None else bounds.dual_clip
     settings = (

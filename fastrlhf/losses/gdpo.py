@@ -70,6 +70,11 @@ def gdpo_advantages(
             count and are not finite, which would make the batch NaN; a wrong group.
 
     Source: 2601.05242 (GDPO) §3.
+
+    Example:
+        >>> rewards = torch.tensor([[1.0, 2.0], [0.0, 0.0], [1.0, 9.0]])  # two of each answer
+        >>> fastrlhf.gdpo_advantages(rewards, torch.tensor([0, 0, 0]))
+        tensor([ 0.1228, -1.0557,  0.9329])
     """
     check_real("rewards", rewards)
     if rewards.ndim != 2:
@@ -82,7 +87,7 @@ def gdpo_advantages(
         valid = counting(valid, rewards[:, :1].squeeze(1)).unsqueeze(1).expand(rewards.shape)
     counts = counting(valid, rewards)
     parts = rewards.to(dtype), groups.long(), counts.to(torch.uint8)
-    (rewards, groups, counts), own = of_all_ranks(parts, group)
+    (rewards, groups, counts), this_rank = of_all_ranks(parts, group)
     counts = counts != 0
     rewards = kept(rewards, counts)
     check_batch_is_finite(rewards, "a batch that is standardised")
@@ -90,7 +95,7 @@ def gdpo_advantages(
     for column, counted, weight in zip(rewards.unbind(1), counts.unbind(1), factors, strict=True):
         samples, places = in_groups(column, groups, counted, counted)
         total = total + weight * (samples.centred() / (samples.deviation() + eps))[places]
-    return (total / (batch_deviation(total, counts.any(1)) + eps))[own]
+    return (total / (batch_deviation(total, counts.any(1)) + eps))[this_rank]
 
 
 def _weights(

@@ -17,6 +17,7 @@ from fastrlhf.losses.advantage_kinds import (
     scaled_by_batch,
     whitened,
 )
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.samples import (
     check_batch_is_finite,
     check_groups,
@@ -30,8 +31,6 @@ from fastrlhf.ops.checks import (
     check_one_of,
     check_positive,
     check_real,
-    check_same_device,
-    check_shape,
     check_whole,
     known_on_host,
 )
@@ -113,6 +112,11 @@ def group_advantages(
     Source: 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO), 2501.03262 (REINFORCE++ and
     its baseline), 2310.10505 (ReMax), 2505.23585 (OPO), 2504.02546 (GPG), 2508.10751 §2.4 (pass@k),
     2503.19595 (grpo_passk, as verl calls it).
+
+    Example:
+        >>> rewards, groups = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
+        >>> fastrlhf.group_advantages(rewards, groups, kind="rloo")
+        tensor([ 1., -1.,  1., -1.])
     """
     check_real("rewards", rewards)
     if rewards.ndim != 1:
@@ -130,7 +134,7 @@ def group_advantages(
         lengths = counts
     # In dtypes that are the same on every rank, and that all backends send.
     parts = rewards.to(dtype), groups.long(), counts.to(torch.uint8), lengths.to(dtype)
-    (rewards, groups, counts, lengths), own = of_all_ranks(parts, group)
+    (rewards, groups, counts, lengths), this_rank = of_all_ranks(parts, group)
     counts = counts != 0
     rewards = kept(rewards, counts)
     if kind == "pass@k":
@@ -138,9 +142,9 @@ def group_advantages(
     if kind == "reinforce++":
         groups = torch.zeros_like(groups)
     if kind == "reinforce++" or formula in (scaled_by_batch, whitened):
-        check_batch_is_finite(rewards, _words(kind, scale_rewards))
+        check_batch_is_finite(rewards, _option_as_given(kind, scale_rewards))
     samples, places = in_groups(rewards, groups, counts, lengths, k)
-    return formula(samples, eps)[places][own]
+    return formula(samples, eps)[places][this_rank]
 
 
 def _formula(kind: str, scale_rewards: str | None) -> Formula:
@@ -156,7 +160,7 @@ def _formula(kind: str, scale_rewards: str | None) -> Formula:
     return SCALED[scale_rewards]
 
 
-def _words(kind: str, scale_rewards: str | None) -> str:
+def _option_as_given(kind: str, scale_rewards: str | None) -> str:
     return f"kind {kind!r}" if scale_rewards is None else f"scale_rewards {scale_rewards!r}"
 
 
@@ -169,8 +173,7 @@ def _check_of_kind(name: str, x: Tensor | None, kind: str, its_kind: str, reward
     if x is None:
         raise ValueError(f"{name}: expected a tensor of shape (B,) for kind {kind!r}, got None")
     (check_counts if name == "lengths" else check_real)(name, x)
-    check_shape(name, x, tuple(rewards.shape), "the shape of rewards")
-    check_same_device(name, x, "rewards", rewards)
+    check_like(name, x, "rewards", rewards)
 
 
 def _check_k(k: int | None, kind: str) -> None:

@@ -9,8 +9,8 @@ from typing import Literal, cast
 from torch import Tensor
 
 from fastrlhf.losses.policy import Metrics, policy_loss
-from fastrlhf.losses.policy_arguments import (
-    OPTIONAL_TENSORS,
+from fastrlhf.losses.policy_options import (
+    OPTIONAL_ARGUMENTS,
     PolicyArguments,
     PolicyLossOptions,
     PolicyOptions,
@@ -109,13 +109,18 @@ def grpo_options(loss_type: LossType, **changes: Unpack[PolicyLossOptions]) -> P
     Raises:
         ValueError: an unknown loss_type.
         TypeError: an unknown option; what they are is checked by the function that takes them.
+
+    Example:
+        >>> options = fastrlhf.grpo_options("dapo", kl_coef=0.01)
+        >>> options["clip_high"], options["reduction"], options["kl_coef"]
+        (0.28, 'token-mean', 0.01)
     """
     check_one_of("loss_type", loss_type, _GRPO)
     check_options("grpo_options", changes, PolicyOptions._fields)
     return cast(PolicyLossOptions, {**_GRPO[loss_type], **changes})
 
 
-@showing(PolicyArguments, {**OPTIONAL_TENSORS, **_OPTIONS})
+@showing(PolicyArguments, {**OPTIONAL_ARGUMENTS, **_OPTIONS})
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -130,8 +135,17 @@ def grpo_loss(
     Eager equivalent: `policy_loss(..., **{**grpo_options(loss_type), **options})`, with its
     arguments, returns and errors. Advantages come from `group_advantages`; the papers' penalty is
     ref_logprobs and a kl_coef (0.04 in 2402.03300), which is 0 here unless given.
+
+    Example:
+        >>> old = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]])  # two answers to one prompt
+        >>> logprobs = torch.tensor([[-0.9, -1.8], [-3.0, -1.0]])
+        >>> advantages = fastrlhf.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+        >>> mask = torch.ones(2, 2)
+        >>> loss, metrics = fastrlhf.grpo_loss(logprobs, old, advantages, mask, loss_type="dapo")
+        >>> loss
+        tensor(-0.0577)
     """
-    known = ("loss_type", *OPTIONAL_TENSORS, *PolicyOptions._fields)
+    known = ("loss_type", *OPTIONAL_ARGUMENTS, *PolicyOptions._fields)
     check_options("grpo_loss", options, known)
     recipe = cast(PolicyArguments, {**grpo_options(loss_type), **options})
     return policy_loss(logprobs, old_logprobs, advantages, mask, **recipe)

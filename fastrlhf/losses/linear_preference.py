@@ -1,5 +1,9 @@
 """Preference losses from hidden states: the logits are never built.
 
+`PairLoss` has all that a loss of pairs takes but the log-probs of the tokens, and computes it from
+them by the formulas of `preference.py` and `reference_free.py`. `fused_sequences.py` decides in
+which order the log-probs come. `model_dpo_loss` makes the same object, and hands it to the head.
+
 Dims: B sequences, T tokens, P pairs, H hidden, V vocabulary.
 """
 
@@ -10,8 +14,12 @@ import torch
 from torch import Tensor
 
 from fastrlhf.losses.arguments import check_pair_indices
-from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
-from fastrlhf.losses.preference import LOSS_TYPES, dpo_loss_of
+from fastrlhf.losses.fused_sequences import (
+    SequenceTokens,
+    layout_on_device_of,
+    sequence_loss_of,
+)
+from fastrlhf.losses.preference import LOSS_TYPES, PairInputs, dpo_loss_of
 from fastrlhf.losses.preference_options import (
     OF_THE_BATCH,
     PairLossType,
@@ -34,18 +42,26 @@ from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import laid_out, linear_scorer
 from fastrlhf.reference import Layout
 
-_FREE = ("simpo", "cpo", "orpo")
-# What the reference-free types take of the options.
-_OF_FREE = ("loss_type", "label_smoothing", "discopop_tau", "gamma", "alpha")
+_REFERENCE_FREE = ("simpo", "cpo", "orpo")
+# The options of `dpo_loss` that may be given with a reference-free type too.
+_REFERENCE_FREE_OPTIONS = ("loss_type", "label_smoothing", "discopop_tau")
 
-
-# Those that no other type has: simpo's margin, the weight of cpo's likelihood.
+# The options that no other type has: simpo's margin, the weight of cpo's likelihood.
 _MARGIN_AND_LIKELIHOOD = {"gamma": 0.5, "alpha": 1.0}
 LINEAR_DPO_DEFAULTS = {**PreferenceOptions()._asdict(), **_MARGIN_AND_LIKELIHOOD}
 
 
 class LinearDPOOptions(SharedDPOOptions, total=False):
-    """The options of `linear_dpo_loss`, for `**options: Unpack[LinearDPOOptions]`; see there."""
+    """The options of `linear_dpo_loss`, for `**options: Unpack[LinearDPOOptions]`; see there.
+
+    Example:
+        >>> options: fastrlhf.LinearDPOOptions = {"loss_type": "simpo", "gamma": 0.5}
+        >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(10, 4)
+        >>> ids, pair = torch.ones(2, 3, dtype=torch.long), (torch.tensor([0]), torch.tensor([1]))
+        >>> losses, _ = fastrlhf.linear_dpo_loss(hidden, weight, ids, None, *pair, 2.0, **options)
+        >>> losses
+        tensor([0.9741])
+    """
 
     loss_type: PairLossType | Literal["simpo", "cpo", "orpo"] | Sequence[PairLossType]
     gamma: float
@@ -128,113 +144,160 @@ def linear_dpo_loss(
             to a type that has no reference.
 
     Source: as `dpo_loss`, `simpo_loss`, `cpo_loss` and `orpo_loss`.
+
+    Example:
+        >>> hidden = torch.ones(2, 3, 4, requires_grad=True)  # of the chosen, and the rejected
+        >>> weight, ids = torch.zeros(8, 4), torch.tensor([[0, 1, 2], [3, 4, 5]])
+        >>> ref_logps, pair = torch.tensor([-6.0, -6.0]), (torch.tensor([0]), torch.tensor([1]))
+        >>> losses, rewards = fastrlhf.linear_dpo_loss(hidden, weight, ids, ref_logps, *pair)
+        >>> losses.mean().backward()
+        >>> losses.detach()
+        tensor([0.6931])
     """
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
     scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
-    checked = LinearOptions.parse("linear_dpo_loss", options)
-    loss = pair_loss(checked, ref_logps, yw_idxs, yl_idxs, beta, layout, impl)
+    checked = LinearPairOptions.parse("linear_dpo_loss", options)
+    loss = PairLoss(checked, ref_logps, yw_idxs, yl_idxs, beta, layout, impl).checked()
     ignore_index = check_ignore_index(ignore_index)
     return sequence_loss_of(scorer, wide_integers(targets), loss, ignore_index=ignore_index)
 
 
-class LinearOptions(NamedTuple):
-    """The options of `linear_dpo_loss`, checked: those of `dpo_loss`, or a type without reference
-    and those that it takes.
+class LinearPairOptions(NamedTuple):
+    """The options of `linear_dpo_loss`, checked: those of `dpo_loss`, and, of a type without a
+    reference, its name and numbers.
     """
 
-    free_type: str | None
+    free_type: str | None  # "simpo", "cpo" or "orpo"; None: a type of `dpo_loss`
     of_pairs: PreferenceOptions
     gamma: float
     alpha: float
 
     @classmethod
-    def parse(cls, function: str, given: Mapping[str, Any]) -> "LinearOptions":
+    def parse(cls, function: str, given: Mapping[str, Any]) -> "LinearPairOptions":
         """Make options from the keywords of a function, to which an unknown one is a TypeError."""
         names = (*PreferenceOptions._fields, *_MARGIN_AND_LIKELIHOOD)
         check_options(function, given, names)
         loss_type = given.get("loss_type", "sigmoid")
         free_type = None
         if isinstance(loss_type, str):
-            check_one_of("loss_type", loss_type, (*LOSS_TYPES, *_FREE))
-            free_type = loss_type if loss_type in _FREE else None
-        # Also those that the type does not look at.
+            check_one_of("loss_type", loss_type, (*LOSS_TYPES, *_REFERENCE_FREE))
+            free_type = loss_type if loss_type in _REFERENCE_FREE else None
+        # Checked whatever the type is, though most do not look at them.
         gamma = check_finite("gamma", given.get("gamma", _MARGIN_AND_LIKELIHOOD["gamma"]))
         alpha = check_finite("alpha", given.get("alpha", _MARGIN_AND_LIKELIHOOD["alpha"]))
         of_pairs = {name: x for name, x in given.items() if name not in _MARGIN_AND_LIKELIHOOD}
         if free_type is not None:
             del of_pairs["loss_type"]
-        found = PreferenceOptions.parse(function, of_pairs, LOSS_TYPES)
+        options = PreferenceOptions.parse(function, of_pairs, LOSS_TYPES)
         if free_type is not None:
-            default = PreferenceOptions().checked(LOSS_TYPES)
-            for name in found._fields:
-                if name not in _OF_FREE and getattr(found, name) != getattr(default, name):
-                    raise ValueError(f"{name}: loss_type {free_type!r} does not take it")
-        return cls(free_type, found, gamma, alpha)
+            _check_reference_free(free_type, options)
+        return cls(free_type, options, gamma, alpha)
 
 
-def pair_loss(
-    options: LinearOptions,
-    ref_logps: Tensor | None,
-    yw_idxs: Tensor,
-    yl_idxs: Tensor,
-    beta: float,
-    layout: Layout,
-    impl: str,
-) -> SequenceLoss:
-    """Bind everything but the token log-probs and their mask."""
-    of_pairs = options.of_pairs
-    without = options.free_type is not None
-    if without and ref_logps is not None:
-        raise ValueError(
-            f"ref_logps: expected None, loss_type {options.free_type!r} has no reference"
+def _check_reference_free(free_type: str, options: PreferenceOptions) -> None:
+    """Raise for an option of `dpo_loss` that a reference-free type does not have."""
+    defaults = PreferenceOptions().checked(LOSS_TYPES)
+    for name, value in options._asdict().items():
+        if name not in _REFERENCE_FREE_OPTIONS and value != getattr(defaults, name):
+            raise ValueError(f"{name}: loss_type {free_type!r} does not take it")
+
+
+class PairLoss(NamedTuple):
+    """A loss of preference pairs with all of its arguments but the log-probs of the tokens: a
+    `SequenceLoss`.
+    """
+
+    options: LinearPairOptions
+    ref_logps: Tensor | None
+    yw_idxs: Tensor  # (P,)
+    yl_idxs: Tensor  # (P,)
+    beta: float
+    layout: Layout
+    impl: str
+
+    def checked(self) -> "PairLoss":
+        """Return the loss.
+
+        Raises:
+            ValueError: no log-probs of a reference for a type that needs them, or some for one that
+                has no reference.
+        """
+        of_pairs, free_type = self.options.of_pairs, self.options.free_type
+        if free_type is not None and self.ref_logps is not None:
+            raise ValueError(f"ref_logps: expected None, loss_type {free_type!r} has no reference")
+        if free_type is None and not of_pairs.reference_free and self.ref_logps is None:
+            raise ValueError(
+                f"ref_logps: expected a tensor for loss_type {_type_as_given(of_pairs)}, got None"
+            )
+        return self
+
+    @property
+    def function(self) -> str:
+        return "linear_dpo_loss"
+
+    @property
+    def one_by_one(self) -> bool:
+        # Some types sort over the batch, so that no loss is known before all log-probs are.
+        sorts = any(name in OF_THE_BATCH for name in self.options.of_pairs.loss_type)
+        return not sorts and not getattr(self.ref_logps, "requires_grad", False)
+
+    @property
+    def with_stats(self) -> tuple[str, ...]:
+        return ("log_sum_sq_probs",) if self.options.of_pairs.use_weighting else ()
+
+    def on_device_of(self, targets: Tensor) -> "PairLoss":
+        device, ref_logps = targets.device, self.ref_logps
+        return self._replace(
+            ref_logps=None if ref_logps is None else ref_logps.to(device),
+            yw_idxs=self.yw_idxs.to(device),
+            yl_idxs=self.yl_idxs.to(device),
+            layout=layout_on_device_of(targets, self.layout),
         )
-    if not without and not of_pairs.reference_free and ref_logps is None:
-        raise ValueError(f"ref_logps: expected a tensor for loss_type {_named(of_pairs)}, got None")
-    # Some sort over the batch, so the loss of a pair is not known before all log-probs are.
-    one_by_one = not any(name in OF_THE_BATCH for name in of_pairs.loss_type)
 
-    def with_reference(tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
-        return dpo_loss_of(
-            of_pairs, tokens.logprob, ref_logps, yw_idxs, yl_idxs, beta, mask=tokens.mask,
-            log_sum_sq_probs=tokens.log_sum_sq_probs, cu_seqlens=layout.cu_seqlens, impl=impl,
-            whole_mask=tokens.whole_mask,
+    def of_tokens(self, tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
+        if self.options.free_type is not None:
+            return self._reference_free(tokens)
+        given = PairInputs(
+            tokens.logprob, self.ref_logps, self.yw_idxs, self.yl_idxs, mask=tokens.mask,
+            log_sum_sq_probs=tokens.log_sum_sq_probs, cu_seqlens=self.layout.cu_seqlens,
         )  # fmt: skip
+        return dpo_loss_of(
+            self.options.of_pairs, given, self.beta, impl=self.impl, whole_mask=tokens.whole_mask
+        )
 
-    def of_sequences(tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
-        sums = sequence_logprobs(tokens.logprob, tokens.mask, cu_seqlens=layout.cu_seqlens)
-        counts, smoothing = layout.counts(tokens.mask), of_pairs.label_smoothing
-        if options.free_type == "simpo":
+    def sets(self, targets: Tensor) -> Tensor:
+        check_pair_indices("targets", targets, self.yw_idxs, self.yl_idxs, self.layout)
+        sequences = self.layout.sequences(targets)
+        return _sharing_pairs(sequences, self.yw_idxs.long(), self.yl_idxs.long())
+
+    def present(self, sequences: Tensor) -> Tensor:
+        return sequences[self.yw_idxs.long()] | sequences[self.yl_idxs.long()]
+
+    def _reference_free(self, tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
+        """Compute simpo, cpo or orpo, of the sums over the tokens of each sequence."""
+        sums = sequence_logprobs(tokens.logprob, tokens.mask, cu_seqlens=self.layout.cu_seqlens)
+        lengths = self.layout.counts(tokens.mask)
+        pair, smoothing = (self.yw_idxs, self.yl_idxs), self.options.of_pairs.label_smoothing
+        if self.options.free_type == "simpo":
             return simpo_loss(
-                sums, counts, yw_idxs, yl_idxs, beta, options.gamma, label_smoothing=smoothing
+                sums, lengths, *pair, self.beta, self.options.gamma, label_smoothing=smoothing
             )
-        if options.free_type == "cpo":
+        if self.options.free_type == "cpo":
             return cpo_loss(
-                sums, yw_idxs, yl_idxs, beta, alpha=options.alpha, label_smoothing=smoothing
+                sums, *pair, self.beta, alpha=self.options.alpha, label_smoothing=smoothing
             )
-        return orpo_loss(sums, counts, yw_idxs, yl_idxs, beta)
-
-    def sets(targets: Tensor) -> Tensor:
-        check_pair_indices("targets", targets, yw_idxs, yl_idxs, layout)
-        return _sharing_pairs(layout.sequences(targets), yw_idxs.long(), yl_idxs.long())
-
-    return SequenceLoss(
-        "linear_dpo_loss", of_sequences if without else with_reference, layout,
-        one_by_one=one_by_one and not getattr(ref_logps, "requires_grad", False),
-        sets=sets,
-        present=lambda present: present[yw_idxs.long()] | present[yl_idxs.long()],
-        with_stats=("log_sum_sq_probs",) if of_pairs.use_weighting else (),
-    )  # fmt: skip
+        return orpo_loss(sums, lengths, *pair, self.beta)
 
 
-def _named(options: PreferenceOptions) -> str:
-    """The type, or types, as they were given."""
+def _type_as_given(options: PreferenceOptions) -> str:
+    """Write the type, or the types, as the caller did."""
     return repr(options.loss_type[0] if len(options.loss_type) == 1 else options.loss_type)
 
 
 def _sharing_pairs(sequences: int, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
-    """Number the sets of sequences that pairs connect: (B,)."""
+    """Number the sets of sequences that pairs connect: (B,), by union-find."""
     leader = list(range(sequences))
 
     def lead(i: int) -> int:

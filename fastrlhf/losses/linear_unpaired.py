@@ -1,14 +1,21 @@
 """KTO from hidden states: the logits are never built.
 
+`UnpairedLoss` has all that `kto_loss` takes but the log-probs of the tokens. `fused_sequences.py`
+decides in which order these come; `model_kto_loss` makes the same object, and hands it to the head.
+
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
 
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.fused_sequences import SequenceLoss, SequenceTokens, sequence_loss_of
+from fastrlhf.losses.fused_sequences import (
+    SequenceTokens,
+    layout_on_device_of,
+    sequence_loss_of,
+)
 from fastrlhf.losses.sequences import sequence_logprobs
 from fastrlhf.losses.signatures import check_options, showing
 from fastrlhf.losses.unpaired import KTOLossType, check_labels, kto_loss
@@ -28,7 +35,15 @@ from fastrlhf.reference import Layout
 
 
 class KTOOptions(TypedDict, total=False):
-    """The options of `kto_loss`, for `**options: Unpack[KTOOptions]`; see there."""
+    """The options of `kto_loss`, for `**options: Unpack[KTOOptions]`; see there.
+
+    Example:
+        >>> options: fastrlhf.KTOOptions = {"desirable_weight": 1.0, "undesirable_weight": 2.0}
+        >>> logps, labels = torch.tensor([-10.0, -12.0]), torch.tensor([True, False])
+        >>> losses, _ = fastrlhf.kto_loss(logps, logps, labels, kl=0.0, **options)
+        >>> losses
+        tensor([0.5000, 1.0000])
+    """
 
     loss_type: KTOLossType
     desirable_weight: float
@@ -95,43 +110,81 @@ def linear_kto_loss(
         TypeError, ValueError: as `linear_token_stats` and `kto_loss`.
 
     Source: as `kto_loss`.
+
+    Example:
+        >>> hidden, weight = torch.ones(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> ids, ref_logps = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([-7.0, -6.0])
+        >>> desirable = torch.tensor([True, False])
+        >>> batch = ids, ref_logps, desirable
+        >>> losses, rewards = fastrlhf.linear_kto_loss(hidden, weight, *batch, kl=0.5)
+        >>> losses.mean().backward()
+        >>> losses.detach()
+        tensor([0.4935, 0.4816])
     """
     scorer = linear_scorer(
         hidden, weight, bias, temperature, softcap, scale, chunk_size, impl, group, support, rows
     )
     scorer, targets, layout = laid_out(scorer, targets, cu_seqlens)
     check_options("linear_kto_loss", options, KTOOptions.__annotations__)
-    loss = unpaired_loss(targets, ref_logps, desirable, kl, beta, layout, options)
+    loss = UnpairedLoss(ref_logps, desirable, kl, beta, layout, options).checked(targets)
     ignore_index = check_ignore_index(ignore_index)
     return sequence_loss_of(scorer, wide_integers(targets), loss, ignore_index=ignore_index)
 
 
-def unpaired_loss(
-    tokens: Tensor,
-    ref_logps: Tensor,
-    desirable: Tensor,
-    kl: Tensor | float | None,
-    beta: float,
-    layout: Layout,
-    options: KTOOptions,
-) -> SequenceLoss:
-    """Bind everything but the token log-probs and their mask; `tokens` are of their shape."""
-    sequences = layout.sequences(tokens)
-    check_floating("ref_logps", ref_logps)
-    check_shape("ref_logps", ref_logps, (sequences,), "one sum for each of B sequences")
-    check_same_device("ref_logps", ref_logps, "targets", tokens)
-    # What is wrong with the rest is found before any work is done.
-    nothing = torch.zeros_like(ref_logps)
-    check_labels(desirable, nothing)
-    kto_loss(nothing, nothing, desirable, kl, beta, **options)
+class UnpairedLoss(NamedTuple):
+    """KTO's loss with all of its arguments but the log-probs of the tokens: a `SequenceLoss`."""
 
-    def of_tokens(found: SequenceTokens) -> tuple[Tensor, Tensor]:
-        sums = sequence_logprobs(found.logprob, found.mask, cu_seqlens=layout.cu_seqlens)
-        return kto_loss(sums, ref_logps, desirable, kl, beta, **options)
+    ref_logps: Tensor  # (B,)
+    desirable: Tensor  # (B,)
+    kl: Tensor | float | None
+    beta: float
+    layout: Layout
+    options: KTOOptions
 
-    return SequenceLoss(
-        "linear_kto_loss", of_tokens, layout,
-        one_by_one=not ref_logps.requires_grad,
-        sets=lambda targets: torch.arange(sequences),
-        present=lambda present: present,
-    )  # fmt: skip
+    def checked(self, tokens: Tensor) -> "UnpairedLoss":
+        """Return the loss, of which what is wrong is found here, before any work is done. `tokens`
+        are of the shape of the log-probs.
+
+        Raises:
+            TypeError, ValueError: as `kto_loss`.
+        """
+        sequences = self.layout.sequences(tokens)
+        check_floating("ref_logps", self.ref_logps)
+        check_shape("ref_logps", self.ref_logps, (sequences,), "one sum for each of B sequences")
+        check_same_device("ref_logps", self.ref_logps, "targets", tokens)
+        zeros = torch.zeros_like(self.ref_logps)
+        check_labels(self.desirable, zeros)
+        kto_loss(zeros, zeros, self.desirable, self.kl, self.beta, **self.options)
+        return self
+
+    @property
+    def function(self) -> str:
+        return "linear_kto_loss"
+
+    @property
+    def one_by_one(self) -> bool:
+        return not self.ref_logps.requires_grad
+
+    @property
+    def with_stats(self) -> tuple[str, ...]:
+        return ()
+
+    def on_device_of(self, targets: Tensor) -> "UnpairedLoss":
+        device, kl = targets.device, self.kl
+        return self._replace(
+            ref_logps=self.ref_logps.to(device),
+            desirable=self.desirable.to(device),
+            kl=kl.to(device) if isinstance(kl, Tensor) else kl,
+            layout=layout_on_device_of(targets, self.layout),
+        )
+
+    def of_tokens(self, tokens: SequenceTokens) -> tuple[Tensor, Tensor]:
+        sums = sequence_logprobs(tokens.logprob, tokens.mask, cu_seqlens=self.layout.cu_seqlens)
+        return kto_loss(sums, self.ref_logps, self.desirable, self.kl, self.beta, **self.options)
+
+    def sets(self, targets: Tensor) -> Tensor:
+        """A set for each sequence, whose loss is its own."""
+        return torch.arange(self.layout.sequences(targets))
+
+    def present(self, sequences: Tensor) -> Tensor:
+        return sequences

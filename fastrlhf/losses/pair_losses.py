@@ -1,5 +1,10 @@
 """The losses of pairs that are more than a function of the margin between two sequences.
 
+Each is a function of the scores of a batch of pairs, and a row of `PAIR_LOSSES`. In formulas,
+a = β·s_w and b = β·s_l are β times the scores of the chosen and the rejected sequence, d is β times
+the margin between them, ℓ(x) is -ln σ(x), and ε is the label smoothing. `pair_scores.py` makes the
+scores from log-probs.
+
 Dims: P pairs.
 """
 
@@ -15,8 +20,8 @@ from fastrlhf.reference import MARGIN_LOSSES, log_sigmoid, sigmoid, sigmoid_loss
 
 
 class Pairs(NamedTuple):
-    """Scores of each pair, (P,): s = ln π - ln π_ref, and ln π_ref itself for losses that sort it
-    alone.
+    """Scores of each pair, (P,): s = ln π - ln π_ref, and ln π_ref by itself, for losses that sort
+    it apart from s.
     """
 
     chosen: Tensor
@@ -24,15 +29,16 @@ class Pairs(NamedTuple):
     chosen_ref: Tensor
     rejected_ref: Tensor
     margin: Tensor  # between the two scores: s, or what an f-divergence makes of it
-    mean_margin: Tensor  # likewise of the scores over the tokens, where those are known
-    nll: Tensor | None  # its part of that of the tokens of all chosen sequences, if asked for
+    mean_margin: Tensor  # the same of scores per token, where the numbers of tokens are known
+    # -ln π of the chosen sequence over the mean number of tokens of the chosen ones, if asked for.
+    nll: Tensor | None
 
 
 def _exo_pair(pairs: Pairs, beta: float, options: PreferenceOptions) -> Tensor:
     """KL(σ(d) ‖ 1-ε) of the policy's preference from the smoothed label: EXO, 2402.00856 Eq. 16."""
     d = beta * pairs.margin
-    kept = _negative_entropy(d) - sigmoid(d) * math.log1p(-options.label_smoothing)
-    return kept + _negative_entropy(-d) - sigmoid(-d) * math.log(options.label_smoothing)
+    of_label = _negative_entropy(d) - sigmoid(d) * math.log1p(-options.label_smoothing)
+    return of_label + _negative_entropy(-d) - sigmoid(-d) * math.log(options.label_smoothing)
 
 
 def _negative_entropy(d: Tensor) -> Tensor:
@@ -74,12 +80,13 @@ def _discopop(pairs: Pairs, beta: float, options: PreferenceOptions) -> Tensor:
     """ℓ(d)·(1-m) + e^-d·m with m = σ(d/τ): DiscoPOP, 2406.08414 Eq. 5."""
     d = beta * pairs.margin
     gate = d / options.discopop_tau
-    # One exponent for e^-d·m: apart, the factors are inf and 0 for a strongly negative d. There,
-    # ln m is the gate but for a trifle, and d is taken off the gate before either can be infinite.
+    # e^-d·m is computed as one power of e, since its factors are inf and 0 for a strongly negative
+    # d. ln m is gate - ln(1 + e^gate), which is also -ln(1 + e^-gate): of the two, the one whose
+    # logarithm is small. Where d < 0, gate - d is one product of d, so that neither is infinite.
     negative = d < 0
     rate = torch.where(negative, 1 / options.discopop_tau - 1, d.new_full((), -1.0))
-    trifle = torch.log1p(torch.exp(torch.where(negative, gate, -gate)))
-    return -log_sigmoid(d) * sigmoid(-gate) + torch.exp(rate * d - trifle)
+    small = torch.log1p(torch.exp(torch.where(negative, gate, -gate)))
+    return -log_sigmoid(d) * sigmoid(-gate) + torch.exp(rate * d - small)
 
 
 def _aot(pairs: Pairs, beta: float, options: PreferenceOptions) -> Tensor:
@@ -123,6 +130,7 @@ LOSS_TYPES = (*MARGIN_LOSSES, *PAIR_LOSSES)
 
 
 def loss_of_pairs(name: str, pairs: Pairs, beta: float, options: PreferenceOptions) -> Tensor:
+    """Compute the loss of a type of `LOSS_TYPES` for each pair, (P,)."""
     if name not in MARGIN_LOSSES:
         return PAIR_LOSSES[name](pairs, beta, options)
     loss = MARGIN_LOSSES[name]

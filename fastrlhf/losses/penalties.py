@@ -5,16 +5,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.ratios import saturated
-from fastrlhf.ops.checks import check_floating, check_one_of, check_same_device, check_shape
+from fastrlhf.ops.checks import check_floating, check_one_of
 from fastrlhf.reference import accumulation_dtype, expm1_minus
 
 
 def _with_gradient_of_k2(value: Tensor, x: Tensor) -> Tensor:
+    """Return the value, with the gradient of x²/2."""
     return value.detach() + (x.square() - x.detach().square()) / 2
 
 
-# Of x = ln ref - ln π.
+# The estimators by name, as functions of x = ln ref - ln π; see `kl_penalty`. k1, k2 and k3 are
+# Schulman's names.
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda x: -x,
     "k1+": lambda x: _with_gradient_of_k2(-x, x),
@@ -64,11 +67,17 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown estimator.
 
     Source: Schulman, "Approximating KL divergence" (2020); k3 as a loss in 2402.03300 Eq. 4.
+
+    Example:
+        >>> logprobs, ref_logprobs = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+        >>> fastrlhf.kl_penalty(logprobs, ref_logprobs, "k1")
+        tensor([ 0.5000, -1.0000])
+        >>> fastrlhf.kl_penalty(logprobs, ref_logprobs, "k3")
+        tensor([0.1065, 0.7183])
     """
     check_floating("logprobs", logprobs)
     check_floating("ref_logprobs", ref_logprobs)
-    check_shape("ref_logprobs", ref_logprobs, tuple(logprobs.shape), "the shape of logprobs")
-    check_same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    check_like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     check_estimator("estimator", estimator)
     dtype = accumulation_dtype(logprobs.dtype)
     return KL_ESTIMATORS[estimator](ref_logprobs.to(dtype) - logprobs.to(dtype))
@@ -89,13 +98,14 @@ def importance_corrected(
     log_product is x + ln r, without a gradient where that is a constant, ln ref - ln π_old.
     """
     ratio = saturated(log_ratio).exp()
-    # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
+    # A token that the policy forbids has the ratio 0, and so no penalty and no gradient.
     forbidden = x == torch.inf
     x, log_product = (torch.where(forbidden, 0.0, y) for y in (x, log_product))
     if estimator != "k3":
         return ratio * KL_ESTIMATORS[estimator](x)
     near = x.abs() < 1
     close = ratio * expm1_minus(torch.where(near, x, 0.0))
-    # r·e^x, a large constant, must not leave its rounding in the gradient, -r·x.
+    # r·e^x is π_ref/π_old, a constant, and can be large. As a product of r and e^x it would leave
+    # its rounding in the gradient, which is -r·x.
     far = saturated(log_product).exp() - ratio * (1 + x)
     return torch.where(near, close, far)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_generator
 from fastrlhf.losses.samples import check_batch_is_finite, counting, kept, of_all_ranks
 from fastrlhf.ops.checks import check_at_least, check_one_of, check_real
 from fastrlhf.ops.ranks import Group, check_group
@@ -16,10 +17,11 @@ from fastrlhf.reference import accumulation_dtype
 FiltrationMethod = Literal["pow", "max_min", "max_random"]
 _METHODS = ("pow", "max_min", "max_random")
 
-# Of the best samples, and of each other one: what verl has.
+# The shares of "max_random", of the best samples and of each other one, as verl has them.
 _OF_BEST, _OF_OTHERS = 0.4, 0.1
 
-# Shares of draws are whole numbers up to this, whose sums are exact, and 0 where a weight is.
+# For drawing, shares are rounded to whole numbers up to this: their sums are exact, and a sample of
+# share 0 is never drawn.
 _FINEST_SHARE = 2.0**40
 
 
@@ -68,30 +70,34 @@ def pf_ppo_weights(
             a wrong group.
 
     Source: 2409.06957 (PF-PPO), in the form that verl has.
+
+    Example:
+        >>> fastrlhf.pf_ppo_weights(torch.tensor([1.0, 0.0, -2.0]), power=1.0)
+        tensor([1., 0., 2.])
     """
     check_real("scores", scores)
     if scores.ndim != 1:
         raise ValueError(f"scores: expected shape (B,), got {tuple(scores.shape)}")
     check_one_of("method", method, _METHODS)
     power = check_at_least("power", power, 0)
-    _check_generator(generator, scores)
+    check_generator(generator, "scores", scores)
     check_group(group)
     dtype = accumulation_dtype(scores.dtype)
     parts = scores.to(dtype), counting(valid, scores, "scores").to(torch.uint8)
-    (scores, counts), own = of_all_ranks(parts, group)
+    (scores, counts), this_rank = of_all_ranks(parts, group)
     counts = counts != 0
     scores = kept(scores, counts)
     check_batch_is_finite(scores, "a batch that is drawn from", "scores")
     shares = _shares(scores.double(), counts, method, power)
     number = counts.sum()
-    found = shares * (number / shares.sum().clamp(min=1))
+    weights = shares * (number / shares.sum().clamp(min=1))
     if generator is not None:
-        found = _drawn(shares, number, generator)
-    return torch.where(scores.isfinite().all(), found, torch.nan).to(dtype)[own]
+        weights = _drawn(shares, number, generator)
+    return torch.where(scores.isfinite().all(), weights, torch.nan).to(dtype)[this_rank]
 
 
 def _shares(scores: Tensor, counts: Tensor, method: str, power: float) -> Tensor:
-    """What each is drawn by, relative to the largest share, which is 1."""
+    """Compute the share by which each sample is drawn, relative to the largest, which is 1."""
     if not len(scores):
         return scores
     largest = torch.where(counts, scores, -torch.inf).amax()
@@ -108,25 +114,12 @@ def _shares(scores: Tensor, counts: Tensor, method: str, power: float) -> Tensor
 
 
 def _drawn(shares: Tensor, number: Tensor, generator: torch.Generator) -> Tensor:
-    """How many of so many draws find each sample."""
+    """Count how often each sample is drawn, in so many draws as there are samples that count."""
     upto = (shares * _FINEST_SHARE).round().long().cumsum(0)
     size, device = len(shares), shares.device
     uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=device)
     total = upto[-1:].expand(size)
     place = torch.minimum((uniform * total).long(), total - 1)
-    found = torch.searchsorted(upto, place, right=True).clamp(max=size - 1)
+    drawn = torch.searchsorted(upto, place, right=True).clamp(max=size - 1)
     counted = (torch.arange(size, device=device) < number).long()
-    return torch.zeros_like(upto).scatter_add_(0, found, counted).to(shares.dtype)
-
-
-def _check_generator(generator: torch.Generator | None, scores: Tensor) -> None:
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
-        )
-    if generator.device.type != scores.device.type:
-        raise ValueError(
-            f"generator: expected on {scores.device}, the device of scores, got {generator.device}"
-        )
+    return torch.zeros_like(upto).scatter_add_(0, drawn, counted).to(shares.dtype)

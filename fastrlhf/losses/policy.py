@@ -4,35 +4,41 @@ The loss of a token is its surrogate, plus a KL penalty, minus an entropy bonus;
 is a weighted sum, with weights that the mask alone decides. That is why the same functions serve
 the forms that start from logits or from hidden states, in `fused_policy.py`.
 
+Three functions are called `policy_loss`. The one here is what users call: it takes log-probs, and
+is plain PyTorch. `fastrlhf.ops.policy_loss.policy_loss` is the operation that takes logits and
+makes the gradient along with the loss, for `logits_policy_loss` on a GPU; it calls the launcher of
+the kernel, `fastrlhf.kernels.policy_loss.policy_loss`.
+
+`policy_options.py` and `policy_arguments.py` check what is given here, `surrogates.py` has the
+surrogates, `penalties.py` the KL penalties, `reduce.py` the weights.
+
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.penalties import KL_ESTIMATORS, importance_corrected
-from fastrlhf.losses.policy_arguments import (
-    OPTIONAL_TENSORS,
+from fastrlhf.losses.policy_arguments import PolicyBatch, PolicyTensors, SequenceSums, policy_batch
+from fastrlhf.losses.policy_options import (
+    OPTIONAL_ARGUMENTS,
     PolicyArguments,
-    PolicyBatch,
     PolicyLossOptions,
     PolicyOptions,
-    Sums,
-    policy_batch,
 )
 from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.signatures import showing
 from fastrlhf.losses.surrogates import SURROGATES, bounded_one_by_one
 from fastrlhf.ops import PolicyTokens
-from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.checks import check_floating
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
 
 Metrics = dict[str, Tensor]
 
-_PPO_DEFAULTS = {**OPTIONAL_TENSORS, **PolicyOptions()._asdict()}
+_PPO_DEFAULTS = {**OPTIONAL_ARGUMENTS, **PolicyOptions()._asdict()}
 del _PPO_DEFAULTS["surrogate"]
 
 
@@ -144,27 +150,34 @@ def policy_loss(
     Source: 1707.06347 Eq. 7; dual clip 1912.09729; 2507.18071 Eq. 5 to 7, and for GSPO-token 13;
     2506.13585; 2511.20347; DPPO 2602.04879; GMPO 2507.20673; VESPO 2602.10693; k2 against π_old
     2602.02276; the corrected k3 and the off-policy mask 2512.02556, section 3.1.
+
+    Example:
+        >>> old = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, 0.0]])
+        >>> logprobs = (old + 0.1).requires_grad_()
+        >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+        >>> loss, metrics = fastrlhf.policy_loss(logprobs, old, torch.tensor([1.0, -0.5]), mask)
+        >>> loss.backward()
+        >>> loss.detach(), metrics["policy/approxkl_avg"]
+        (tensor(-0.4421), tensor(0.0050))
     """
     options = PolicyOptions.parse("policy_loss", policy_options)
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens, group)
     if entropy is not None:
         check_floating("entropy", entropy)
-        check_shape("entropy", entropy, tuple(mask.shape), "the shape of mask")
-        check_same_device("entropy", entropy, "mask", mask)
+        check_like("entropy", entropy, "mask", mask)
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(
             f"entropy: expected a tensor for entropy_coef {options.entropy_coef}, got None"
         )
+    tensors = PolicyTensors(old_logprobs, advantages, ref_logprobs, rollout_weights, kl_weights)
     batch = policy_batch(
-        options, logprobs.dtype, mask, old_logprobs, advantages, ref_logprobs, rollout_weights,
-        kl_weights, with_entropy=entropy is not None, layout=layout,
-    )  # fmt: skip
+        options, logprobs.dtype, mask, *tensors, with_entropy=entropy is not None, layout=layout
+    )
     dtype = accumulation_dtype(logprobs.dtype)
     logprobs = torch.where(batch.mask, logprobs, 0.0).to(dtype)
     if entropy is not None:
         entropy = torch.where(batch.mask, entropy, 0.0).to(dtype)
-    loss = reduced_loss(options, batch, logprobs, entropy)
-    return loss, policy_metrics(options, batch, logprobs, entropy)
+    return loss_and_metrics(options, batch, logprobs, entropy)
 
 
 @showing(PolicyArguments, _PPO_DEFAULTS)
@@ -180,6 +193,13 @@ def ppo_loss(
 
     Eager equivalent: `-torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)[mask].mean()`. Source:
     1707.06347 Eq. 7.
+
+    Example:
+        >>> old = torch.tensor([[-1.0, -2.0, -0.5]])
+        >>> advantages, mask = torch.tensor([[1.0, -0.5, 0.2]]), torch.ones(1, 3)
+        >>> loss, metrics = fastrlhf.ppo_loss(old + 0.3, old, advantages, mask, clip_high=0.2)
+        >>> loss, metrics["clip_ratio/high_mean"]
+        (tensor(-0.2550), tensor(0.6667))
     """
     if "surrogate" in options:
         raise TypeError(
@@ -188,15 +208,16 @@ def ppo_loss(
     return policy_loss(logprobs, old_logprobs, advantages, mask, **options)
 
 
-def reduced_loss(
+def loss_and_metrics(
     options: PolicyOptions, batch: PolicyBatch, logprobs: Tensor, entropy: Tensor | None
-) -> Tensor:
-    """Sum the weighted losses of all tokens, from log-probs that are 0 outside the mask; or return
-    them, where they are not reduced.
+) -> tuple[Tensor, Metrics]:
+    """Sum the weighted losses of all tokens, from log-probs that are 0 outside the mask, or return
+    them where they are not reduced; and the metrics of the same log-probs.
     """
     losses = token_losses(options, batch.tokens, logprobs, entropy, batch.sums)
     losses = torch.where(batch.mask, losses, 0.0) * batch.tokens.weights
-    return losses if options.reduction == "none" else batch.layout.total(losses)
+    loss = losses if options.reduction == "none" else batch.layout.total(losses)
+    return loss, policy_metrics(options, batch, logprobs, entropy)
 
 
 def token_losses(
@@ -204,20 +225,22 @@ def token_losses(
     tokens: PolicyTokens,
     logprobs: Tensor,
     entropy: Tensor | None,
-    sums: Sums,
+    sums: SequenceSums,
 ) -> Tensor:
     """Compute the loss of each token, of whatever shape the tokens are."""
-    own_log_ratio = token_log_ratio(tokens, logprobs)
-    log_ratio = shared_log_ratio(options, own_log_ratio, tokens, sums)
+    token_log_ratios = token_log_ratio(tokens, logprobs)
+    surrogate_log_ratios = surrogate_log_ratio(options, token_log_ratios, tokens, sums)
     # Without an advantage, what a token was sampled with must not matter: 0·NaN would.
-    of_surrogate = torch.where(tokens.advantages == 0, 0.0, log_ratio)
+    of_surrogate = torch.where(tokens.advantages == 0, 0.0, surrogate_log_ratios)
     formula = SURROGATES[options.surrogate].formula
     losses = formula(of_surrogate, logprobs, tokens.advantages, options.bounds)
     if options.off_policy_mask_threshold is not None:
-        gone = _off_policy(options.off_policy_mask_threshold, tokens, own_log_ratio, sums)
-        losses = torch.where(gone, 0.0, losses)
+        left_out = _off_policy(options.off_policy_mask_threshold, tokens, token_log_ratios, sums)
+        losses = torch.where(left_out, 0.0, losses)
     if options.kl_coef != 0:
-        losses = losses + options.kl_coef * _penalty(options, tokens, logprobs, log_ratio)
+        losses = losses + options.kl_coef * _penalty(
+            options, tokens, logprobs, surrogate_log_ratios
+        )
     if options.entropy_coef != 0:
         assert entropy is not None
         losses = losses - options.entropy_coef * entropy
@@ -227,10 +250,14 @@ def token_losses(
 def _penalty(
     options: PolicyOptions, tokens: PolicyTokens, logprobs: Tensor, log_ratio: Tensor
 ) -> Tensor:
+    """Compute the KL penalty of each token, from its log-prob and the log of the ratio that the
+    surrogate is of.
+    """
     assert tokens.ref_logprobs is not None
     x = tokens.ref_logprobs - logprobs
     if tokens.kl_weights is not None:
-        # Of a penalty that does not count, not even what is infinite, and no gradient of it.
+        # A penalty of weight 0 leaves nothing, even where it is infinite (0·inf would be NaN), and
+        # has no gradient.
         counts = tokens.kl_weights != 0
         x, log_ratio = (torch.where(counts, y, 0.0) for y in (x, log_ratio))
     if options.kl_bias_correction:
@@ -246,16 +273,18 @@ def _penalty(
 def token_log_ratio(tokens: PolicyTokens, logprobs: Tensor) -> Tensor:
     """Compute ln π - ln π_old of each token; 0, but with its gradient, where π_old is π."""
     if tokens.old_logprobs is None:
-        # A token that both forbid has the ratio 1 too.
+        # A token that is forbidden (log-prob -inf) is so by both, and its ratio is 1 too.
         logprobs = torch.where(logprobs == -torch.inf, 0.0, logprobs)
         return logprobs - logprobs.detach()
     return logprobs - tokens.old_logprobs
 
 
-def shared_log_ratio(
-    options: PolicyOptions, log_ratio: Tensor, tokens: PolicyTokens, sums: Sums
+def surrogate_log_ratio(
+    options: PolicyOptions, log_ratio: Tensor, tokens: PolicyTokens, sums: SequenceSums
 ) -> Tensor:
-    """Compute the log of the ratio that the surrogate is of, from those of the tokens."""
+    """Compute the log of the ratio that the surrogate is of, from those of the tokens: the token's
+    own, or one that all tokens of its sequence share.
+    """
     if options.ratio_level == "token":
         return log_ratio
     if SURROGATES[options.surrogate].one_by_one:
@@ -267,14 +296,20 @@ def shared_log_ratio(
     mean = total / sums(torch.ones_like(log_ratio)).clamp(min=1)
     if options.ratio_level == "sequence":
         return mean
-    own = torch.where(log_ratio.isinf(), 0.0, log_ratio)
-    return mean.detach() + own - own.detach()
+    # "sequence-token": the value of the sequence's ratio, with the gradient of the token's own.
+    finite = torch.where(log_ratio.isinf(), 0.0, log_ratio)
+    return mean.detach() + finite - finite.detach()
 
 
-def _off_policy(threshold: float, tokens: PolicyTokens, log_ratio: Tensor, sums: Sums) -> Tensor:
-    """Which tokens the off-policy mask leaves out."""
-    held = log_ratio.detach()
-    drift = -sums(held) / sums(torch.ones_like(held)).clamp(min=1)
+def _off_policy(
+    threshold: float, tokens: PolicyTokens, log_ratio: Tensor, sums: SequenceSums
+) -> Tensor:
+    """Tell which tokens the off-policy mask leaves out: those with a negative advantage, in
+    sequences that the policy makes less likely than π_old did by more than the threshold, in nats
+    per token.
+    """
+    constant = log_ratio.detach()
+    drift = -sums(constant) / sums(torch.ones_like(constant)).clamp(min=1)
     return (drift > threshold) & (tokens.advantages < 0)
 
 
@@ -285,41 +320,51 @@ def policy_metrics(
     """Compute the metrics of `policy_loss` from log-probs, which inactive tokens need not have."""
     mask, scored, active, tokens, layout = batch
     logprobs = torch.where(active, logprobs, 0.0)
-    own_log_ratio = token_log_ratio(tokens, logprobs)
-    log_ratio = shared_log_ratio(options, own_log_ratio, tokens, batch.sums)
-    surrogate = SURROGATES[options.surrogate]
-    limited = own_log_ratio if surrogate.one_by_one else log_ratio
-    too_low, too_high = surrogate.limits(limited, logprobs, options.bounds)
-    low = scored & too_low & (tokens.advantages < 0)
-    high = scored & too_high & (tokens.advantages > 0)
-    of_sequences = options.ratio_level != "token" and not surrogate.one_by_one
     dtype = logprobs.dtype
-
-    def share(of: Tensor) -> Tensor:
-        if of_sequences:
-            return _share_of_sequences(batch, of, dtype)
-        return masked_mean(of.to(dtype), mask, layout)
-
-    metrics = {
-        "clip_ratio/low_mean": share(low),
-        "clip_ratio/high_mean": share(high),
-        "clip_ratio/region_mean": share(low | high),
-        "policy/approxkl_avg": masked_mean(own_log_ratio.square() / 2, scored, layout),
-    }
+    token_log_ratios = token_log_ratio(tokens, logprobs)
+    surrogate_log_ratios = surrogate_log_ratio(options, token_log_ratios, tokens, batch.sums)
+    metrics = _clip_metrics(options, batch, logprobs, token_log_ratios, surrogate_log_ratios)
+    metrics["policy/approxkl_avg"] = masked_mean(token_log_ratios.square() / 2, scored, layout)
     if tokens.ref_logprobs is not None:
-        kl = _penalty(options, tokens._replace(kl_weights=None), logprobs, log_ratio)
+        kl = _penalty(options, tokens._replace(kl_weights=None), logprobs, surrogate_log_ratios)
         metrics["kl"] = masked_mean(kl, mask, layout)
     if entropy is not None:
         metrics["entropy"] = masked_mean(entropy, mask, layout)
     if options.off_policy_mask_threshold is not None:
         threshold = options.off_policy_mask_threshold
-        gone = scored & _off_policy(threshold, tokens, own_log_ratio, batch.sums)
-        metrics["off_policy_mask/masked_mean"] = masked_mean(gone.to(dtype), mask, layout)
+        left_out = scored & _off_policy(threshold, tokens, token_log_ratios, batch.sums)
+        metrics["off_policy_mask/masked_mean"] = masked_mean(left_out.to(dtype), mask, layout)
     return metrics
 
 
+def _clip_metrics(
+    options: PolicyOptions,
+    batch: PolicyBatch,
+    logprobs: Tensor,
+    token_log_ratios: Tensor,
+    surrogate_log_ratios: Tensor,
+) -> Metrics:
+    """Compute the shares of tokens whose ratio is clipped, or of sequences where they share it."""
+    surrogate = SURROGATES[options.surrogate]
+    bounded = token_log_ratios if surrogate.one_by_one else surrogate_log_ratios
+    too_low, too_high = surrogate.limits(bounded, logprobs, options.bounds)
+    low = batch.scored & too_low & (batch.tokens.advantages < 0)
+    high = batch.scored & too_high & (batch.tokens.advantages > 0)
+    by_sequence = options.ratio_level != "token" and not surrogate.one_by_one
+    share = _share_of_sequences if by_sequence else _share_of_tokens
+    return {
+        "clip_ratio/low_mean": share(batch, low, logprobs.dtype),
+        "clip_ratio/high_mean": share(batch, high, logprobs.dtype),
+        "clip_ratio/region_mean": share(batch, low | high, logprobs.dtype),
+    }
+
+
+def _share_of_tokens(batch: PolicyBatch, clipped: Tensor, dtype: torch.dtype) -> Tensor:
+    return masked_mean(clipped.to(dtype), batch.mask, batch.layout)
+
+
 def _share_of_sequences(batch: PolicyBatch, clipped: Tensor, dtype: torch.dtype) -> Tensor:
-    """Share of the clipped sequences, where their tokens share a ratio."""
+    """Compute the share of clipped sequences among those that have tokens."""
     lengths = batch.layout.counts(batch.mask)
     of_sequences = batch.layout.counts(clipped).to(dtype) / lengths.clamp(min=1)
     return masked_mean(of_sequences, lengths > 0)

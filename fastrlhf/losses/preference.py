@@ -3,8 +3,15 @@
 A loss that depends on the margin between the two sequences alone is a row of `MARGIN_LOSSES` (in
 `fastrlhf.reference`, and with a kernel); any other is a row of `PAIR_LOSSES` of `pair_losses.py`.
 
+The options are checked in `preference_options.py`, the log-probs and the indices of pairs here and
+in `arguments.py`. From there the way goes to the kernel, through `fastrlhf.ops.preference_loss`, or
+to `pair_scores.py`, which makes the scores and sums the losses. The same losses from hidden states
+are in `linear_preference.py`, and those of a model in `hf/model_preference.py`.
+
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed, P pairs.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,66 +131,93 @@ def dpo_loss(
 
     Source: 2305.18290 Eq. 7; MPO 2411.10442, RPO 2404.19733, DPOP 2402.13228, f-DPO 2309.16240,
     LD-DPO 2409.06411, WPO 2406.11827; the types as their functions say.
+
+    Example:
+        >>> pi_logps = torch.tensor([-10.0, -12.0, -14.0, -11.0], requires_grad=True)
+        >>> ref_logps = torch.tensor([-11.0, -12.0, -13.0, -12.0])
+        >>> chosen, rejected = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> losses, rewards = fastrlhf.dpo_loss(pi_logps, ref_logps, chosen, rejected, beta=0.1)
+        >>> losses.detach(), rewards
+        (tensor([0.5981, 0.7444]), tensor([ 0.1000,  0.0000, -0.1000,  0.1000]))
+        >>> losses.mean().backward()
     """
-    return dpo_loss_of(
-        PreferenceOptions.parse("dpo_loss", options, LOSS_TYPES), pi_logps, ref_logps, yw_idxs,
-        yl_idxs, beta, lengths=lengths, mask=mask, log_sum_sq_probs=log_sum_sq_probs,
-        cu_seqlens=cu_seqlens, group=group, impl=impl,
-    )  # fmt: skip
+    given = PairInputs(
+        pi_logps, ref_logps, yw_idxs, yl_idxs, lengths, mask, log_sum_sq_probs, cu_seqlens
+    )
+    options_of_pairs = PreferenceOptions.parse("dpo_loss", options, LOSS_TYPES)
+    return dpo_loss_of(options_of_pairs, given, beta, group=group, impl=impl)
+
+
+class PairInputs(NamedTuple):
+    """The tensors of `dpo_loss`, as the caller gave them; see there."""
+
+    pi_logps: Tensor
+    ref_logps: Tensor | None
+    yw_idxs: Tensor
+    yl_idxs: Tensor
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def with_mask(self, group: Group | None) -> "PairInputs":
+        """Mark all packed tokens where they have no mask.
+
+        Raises:
+            ValueError: a group, over which only tokens can be spread, with log-probs of sequences.
+        """
+        spread = check_group(group) is not None
+        if self.mask is not None:
+            return self
+        if spread and self.cu_seqlens is None:
+            raise ValueError(
+                "group: expected None for log-probs of sequences; sequence_logprobs(..., "
+                "group=group) adds up their tokens"
+            )
+        if self.cu_seqlens is None:
+            return self
+        return self._replace(mask=every_token("pi_logps", self.pi_logps, self.cu_seqlens))
 
 
 def dpo_loss_of(
     options: PreferenceOptions,
-    pi_logps: Tensor,
-    ref_logps: Tensor | None,
-    yw_idxs: Tensor,
-    yl_idxs: Tensor,
+    given: PairInputs,
     beta: float,
     *,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    log_sum_sq_probs: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     group: Group | None = None,
     impl: str = "auto",
     whole_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `dpo_loss` does with options that are checked. `whole_mask`: that of the whole
-    batch, of which the mask has some sequences.
+    batch, where only some of its sequences are here.
     """
-    if check_group(group) is not None and mask is None and cu_seqlens is None:
-        raise ValueError(
-            "group: expected None for log-probs of sequences; sequence_logprobs(..., group=group) "
-            "adds up their tokens"
-        )
-    if mask is None and cu_seqlens is not None:
-        mask = every_token("pi_logps", pi_logps, cu_seqlens)
-    layout = check_pairs("pi_logps", pi_logps, yw_idxs, yl_idxs, mask, cu_seqlens, group)
-    ref_logps = _checked_reference(ref_logps, pi_logps, mask, layout, options)
-    _check_tokens_known(options, pi_logps, ref_logps, mask, log_sum_sq_probs, group)
+    given = given.with_mask(group)
+    layout = check_pairs(
+        "pi_logps", given.pi_logps, given.yw_idxs, given.yl_idxs, given.mask, given.cu_seqlens,
+        group,
+    )  # fmt: skip
+    ref_logps = _checked_reference(options, given, layout)
+    _check_tokens_known(options, given, ref_logps, group)
     beta = check_positive("beta", beta)
     check_impl(impl)
-    if options.averages and mask is None:
-        check_lengths(lengths, pi_logps, f"{options.averages} averages over tokens")
-    elif lengths is not None:
-        check_counts("lengths", lengths)  # though nothing looks at them
-        lengths = None
+    lengths = _needed_lengths(options, given)
+    pi_logps, mask = given.pi_logps, given.mask
     if mask is not None:
         pi_logps, mask = layout.tokens(pi_logps), layout.tokens(mask)
-    logps, pair = Logps(pi_logps, ref_logps, mask, lengths, layout), (yw_idxs, yl_idxs)
+    logps = Logps(pi_logps, ref_logps, mask, lengths, layout)
     if options.one_margin_loss is not None:
-        return _margin_losses(logps, pair, beta, options, group, impl)
-    pair = yw_idxs.long(), yl_idxs.long()
+        return _kernel_losses(logps, (given.yw_idxs, given.yl_idxs), beta, options, group, impl)
+    pair = given.yw_idxs.long(), given.yl_idxs.long()
     losses = summed_losses(logps, pair, beta, options, mask if whole_mask is None else whole_mask)
     if options.use_weighting:
-        assert mask is not None and log_sum_sq_probs is not None
-        weights = weights_of(pi_logps, layout.tokens(log_sum_sq_probs), mask, layout)
+        assert mask is not None and given.log_sum_sq_probs is not None
+        weights = weights_of(pi_logps, layout.tokens(given.log_sum_sq_probs), mask, layout)
         losses = losses * (weights[pair[0]] * weights[pair[1]])
     scores = f_score(logps.scores(options.average), options.f_divergence, options.f_alpha)
     return losses, (beta * scores).detach()
 
 
-def _margin_losses(
+def _kernel_losses(
     logps: Logps,
     pair: tuple[Tensor, Tensor],
     beta: float,
@@ -191,9 +225,10 @@ def _margin_losses(
     group: Group | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of a type that has a kernel."""
+    """Compute the losses and rewards of a type that has a kernel."""
     assert options.one_margin_loss is not None
-    if logps.mask is not None and group is not None:  # its tokens first: the rest is of sequences
+    if logps.mask is not None and group is not None:
+        # The ranks add up their tokens first; from then on each has the numbers of all sequences.
         sums = logps.scores()
         lengths = logps.layout.counts(logps.mask)
         logps = Logps(sums, torch.zeros_like(sums), None, lengths, ROWS)
@@ -204,44 +239,50 @@ def _margin_losses(
     )  # fmt: skip
 
 
-def _checked_reference(
-    ref_logps: Tensor | None,
-    pi_logps: Tensor,
-    mask: Tensor | None,
-    layout: Layout,
-    options: PreferenceOptions,
-) -> Tensor:
-    """Check the log-probs of the reference; zeros (B,) where it is not to count."""
-    sums = (layout.sequences(pi_logps),)
-    nothing = pi_logps.new_zeros(sums) if options.reference_free else None
-    given = nothing if ref_logps is None else ref_logps
-    if given is None:
+def _needed_lengths(options: PreferenceOptions, given: PairInputs) -> Tensor | None:
+    """Return the lengths where they are needed: for an average over tokens, without a mask. Others
+    are checked all the same.
+    """
+    if options.averages and given.mask is None:
+        check_lengths(given.lengths, given.pi_logps, f"{options.averages} averages over tokens")
+        return given.lengths
+    if given.lengths is not None:
+        check_counts("lengths", given.lengths)
+    return None
+
+
+def _checked_reference(options: PreferenceOptions, given: PairInputs, layout: Layout) -> Tensor:
+    """Check the log-probs of the reference and return them, or zeros (B,) where it is not to count,
+    whatever was given.
+    """
+    pi_logps, ref_logps = given.pi_logps, given.ref_logps
+    of_sequences = (layout.sequences(pi_logps),)
+    zeros = pi_logps.new_zeros(of_sequences) if options.reference_free else None
+    if ref_logps is None:
+        ref_logps = zeros
+    if ref_logps is None:
         raise TypeError(
             "ref_logps: expected a tensor, got NoneType; without a reference, reference_free=True"
         )
-    check_floating("ref_logps", given)
-    check_same_device("ref_logps", given, "pi_logps", pi_logps)
-    if mask is not None and (given.ndim == 2 or given.shape == pi_logps.shape):
-        check_shape("ref_logps", given, tuple(pi_logps.shape), "the shape of pi_logps")
-        given = layout.tokens(given)
+    check_floating("ref_logps", ref_logps)
+    check_same_device("ref_logps", ref_logps, "pi_logps", pi_logps)
+    of_tokens = ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape
+    if given.mask is not None and of_tokens:
+        check_shape("ref_logps", ref_logps, tuple(pi_logps.shape), "the shape of pi_logps")
+        ref_logps = layout.tokens(ref_logps)
     else:
-        check_shape("ref_logps", given, sums, "one sum for each of B sequences")
-    return given if nothing is None else nothing
+        check_shape("ref_logps", ref_logps, of_sequences, "one sum for each of B sequences")
+    return ref_logps if zeros is None else zeros
 
 
 def _check_tokens_known(
-    options: PreferenceOptions,
-    pi_logps: Tensor,
-    ref_logps: Tensor,
-    mask: Tensor | None,
-    log_sum_sq_probs: Tensor | None,
-    group: Group | None,
+    options: PreferenceOptions, given: PairInputs, ref_logps: Tensor, group: Group | None
 ) -> None:
     """Raise where options look at tokens that are not given."""
     for name, asked in (
         ("ld_alpha", options.ld_alpha is not None), ("use_weighting", options.use_weighting),
     ):  # fmt: skip
-        if asked and mask is None:
+        if asked and given.mask is None:
             raise ValueError(f"mask: expected a tensor with {name}, which is of tokens, got None")
     if options.ld_alpha is not None:
         if group is not None:
@@ -253,10 +294,10 @@ def _check_tokens_known(
                 "ref_logps: expected log-probs of tokens, of the shape of pi_logps, with ld_alpha, "
                 f"got {tuple(ref_logps.shape)}"
             )
-    if log_sum_sq_probs is None:
+    if given.log_sum_sq_probs is None:
         if options.use_weighting:
             raise ValueError("log_sum_sq_probs: expected a tensor with use_weighting, got None")
         return
-    check_log_sum_sq_probs(log_sum_sq_probs, "pi_logps", pi_logps)
+    check_log_sum_sq_probs(given.log_sum_sq_probs, "pi_logps", given.pi_logps)
     if not options.use_weighting:
         raise ValueError("log_sum_sq_probs: expected None without use_weighting, got a tensor")

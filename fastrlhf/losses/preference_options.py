@@ -20,12 +20,12 @@ PairLossType = Literal[
     "sppo_hard", "apo_zero", "apo_down", "discopop", "aot", "aot_unpaired", "sft",
 ]  # fmt: skip
 
-# Losses that sort over the batch: those of one pair are not known before all log-probs are.
+# Types that sort over the batch: the loss of a pair is not known before all log-probs are.
 OF_THE_BATCH = ("aot", "aot_unpaired")
 
-# Losses of the difference between the two scores of a pair, and no other function of them. Only
-# these know what to do with other scores than the log-ratio: under an f-divergence, the score of
-# one sequence lacks a term of its prompt, which only the difference is free of.
+# Types that depend on the two scores of a pair by their difference alone. Only these may have other
+# scores than the log-ratio: under an f-divergence, a score lacks a term that depends on the prompt,
+# which is the same for both sequences and falls out of the difference.
 OF_THE_MARGIN = (*MARGIN_LOSSES, "exo_pair", "discopop")
 
 
@@ -46,7 +46,15 @@ class SharedDPOOptions(TypedDict, total=False):
 
 
 class DPOOptions(SharedDPOOptions, total=False):
-    """The options of `dpo_loss`, for `**options: Unpack[DPOOptions]`; see there."""
+    """The options of `dpo_loss`, for `**options: Unpack[DPOOptions]`; see there.
+
+    Example:
+        >>> options: fastrlhf.DPOOptions = {"loss_type": "sigmoid", "label_smoothing": 0.1}
+        >>> pair = torch.tensor([-10.0, -14.0]), torch.tensor([-11.0, -13.0])
+        >>> losses, _ = fastrlhf.dpo_loss(*pair, torch.tensor([0]), torch.tensor([1]), **options)
+        >>> losses
+        tensor([0.6181])
+    """
 
     loss_type: PairLossType | Sequence[PairLossType]
 
@@ -88,7 +96,7 @@ class PreferenceOptions(NamedTuple):
             check_bool(name, getattr(self, name))
         check_one_of("f_divergence", self.f_divergence, F_DIVERGENCES)
         smoothing = check_between("label_smoothing", self.label_smoothing, 0, 0.5)
-        found = self._replace(
+        checked = self._replace(
             loss_type=types,
             loss_weights=_weights(self.loss_weights, len(types)),
             label_smoothing=smoothing,
@@ -103,9 +111,9 @@ class PreferenceOptions(NamedTuple):
             else check_between("ld_alpha", self.ld_alpha, 0, 1),
         )
         for loss_type in types:
-            found._check_type(loss_type)
-        found._check_together()
-        return found
+            checked._check_type(loss_type)
+        checked._check_together()
+        return checked
 
     @property
     def types(self) -> dict[str, float]:

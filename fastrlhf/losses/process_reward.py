@@ -78,6 +78,13 @@ def process_reward_loss(
 
     Source: 2312.08935, the loss L_PRM of section 3.2 (with the minus sign that makes it one), there
     "sequence-sum"; labels as shares its Eq. 4.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 2.0, 0.0, -1.0]])
+        >>> labels = torch.tensor([[-100.0, 1.0, -100.0, 0.0]])  # two tokens end a step
+        >>> loss, metrics = fastrlhf.process_reward_loss(scores, labels)
+        >>> loss, metrics["rewards/accuracies"]
+        (tensor(0.2201), tensor(1.))
     """
     check_floating("scores", scores)
     check_real("labels", labels)
@@ -134,6 +141,14 @@ def process_reward_scores(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an unknown word for how.
 
     Source: the product 2305.20050; the minimum 2312.08935, section 3.4; the last step 2408.03314.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 2.0, 0.0, -1.0]])
+        >>> ends = torch.tensor([[False, True, False, True]])
+        >>> fastrlhf.process_reward_scores(scores, ends, "min")
+        tensor([0.2689])
+        >>> fastrlhf.process_reward_scores(scores, ends, "product")
+        tensor([0.2369])
     """
     check_floating("scores", scores)
     check_dense("mask", mask)
@@ -145,14 +160,14 @@ def process_reward_scores(
     s = torch.where(inside, scores, 0.0)
     r = log_sigmoid(s)
     if how == "min":
-        found = _extreme(r, inside, layout, "amin")
+        log_scores = _extreme(r, inside, layout, "amin")
     elif how == "mean":
-        found = _log_mean(s, r, inside, layout)
+        log_scores = _log_mean(s, r, inside, layout)
     else:
         counted = inside if how == "product" else layout.last(mask)
-        found = layout.sums(torch.where(counted, r, 0.0))
-    found = torch.where(counts > 0, found, -torch.inf)
-    return found if log else found.exp()
+        log_scores = layout.sums(torch.where(counted, r, 0.0))
+    log_scores = torch.where(counts > 0, log_scores, -torch.inf)
+    return log_scores if log else log_scores.exp()
 
 
 def _one_score(name: str, scores: Tensor, like: Tensor, like_name: str = "labels") -> Tensor:
@@ -179,24 +194,24 @@ def _check_labels(labels: Tensor) -> None:
 
 
 def _log_mean(s: Tensor, r: Tensor, inside: Tensor, layout: Layout) -> Tensor:
-    """Ln of the mean of e^r within the mask, (B,), for r = ln σ(s): by way of the largest, or where
-    the mean is nearly 1, of what is missing.
+    """Compute ln of the mean of e^r within the mask, (B,), for r = ln σ(s): relative to the
+    largest, or, where the mean is near 1, from 1 minus the mean, of which no digits are lost.
     """
     counts = layout.counts(inside).clamp(min=1)
     missing = layout.sums(torch.where(inside, sigmoid(-s), 0.0)) / counts
     peak = _extreme(r.detach(), inside, layout, "amax").clamp(min=torch.finfo(r.dtype).min)
-    rest = layout.sums(torch.where(inside, (r - layout.spread(peak)).exp(), 0.0)) / counts
+    mean = layout.sums(torch.where(inside, (r - layout.spread(peak)).exp(), 0.0)) / counts
     none = layout.sums((inside & (r > -torch.inf)).to(r.dtype)) == 0
-    # What is not taken has a slope of 0, and so must not be ln 0.
-    near, rest = missing < 0.5, torch.where(rest > 0, rest, 1.0)
-    far = torch.where(none, -torch.inf, peak + rest.log())
+    # A branch that is not taken has a slope of 0, which times that of ln 0 would be NaN.
+    near, mean = missing < 0.5, torch.where(mean > 0, mean, 1.0)
+    far = torch.where(none, -torch.inf, peak + mean.log())
     return torch.where(near, torch.log1p(-missing.clamp(max=0.5)), far)
 
 
 def _extreme(x: Tensor, inside: Tensor, layout: Layout, how: Any) -> Tensor:
-    """The least or the largest of each sequence, (B,), within the mask; 0 if it has none."""
+    """Find the least or the largest of each sequence, (B,), within the mask; 0 if it has none."""
     without = torch.inf if how == "amin" else -torch.inf
     values = torch.where(inside, x, without).reshape(-1)
     start = values.new_full((layout.sequences(x),), without)
-    found = start.scatter_reduce(0, layout.ids(x).reshape(-1), values, how)
-    return torch.where(layout.counts(inside) > 0, found, 0.0)
+    extremes = start.scatter_reduce(0, layout.ids(x).reshape(-1), values, how)
+    return torch.where(layout.counts(inside) > 0, extremes, 0.0)

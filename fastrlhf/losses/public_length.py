@@ -26,7 +26,7 @@ def length_desensitized(
 
 
 def _weighed(all_tokens: Tensor, first: Tensor, alpha: float) -> Tensor:
-    # A factor of 0 would make NaN of an infinite log-prob.
+    # Without the factors 0 and 1: 0 times an infinite log-prob would be NaN.
     if alpha in (0, 1):
         return all_tokens if alpha else first
     return alpha * all_tokens + (1 - alpha) * first
@@ -39,9 +39,11 @@ def _first_tokens(
     inside = (mask != 0).reshape(-1)
     values = torch.where(inside, x.reshape(-1), 0.0)
     ids = layout.ids(mask).reshape(-1)
-    up_to = suffix_scan(torch.add, values.flip(0), ids.flip(0)).flip(0)  # each token, (N,)
+    # The sum of the values of a sequence up to each of its tokens, (N,).
+    up_to = suffix_scan(torch.add, values.flip(0), ids.flip(0)).flip(0)
     up_to = torch.cat((up_to.new_zeros(1), up_to))
-    # The place of a token is found by how many of the mask there are up to it, of all sequences.
+    # counted: of the tokens of the mask in all sequences, how many there are up to each position.
+    # Where it reaches those of the sequences before, and `count` more, is the token to stop at.
     counted, counts = inside.cumsum(0), layout.counts(mask)
     before = counts.cumsum(0) - counts
     places = (torch.searchsorted(counted, before[i] + count) + 1 for i in pair)

@@ -6,13 +6,12 @@ Dims: B sequences, P pairs, K rankings.
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.reward import plackett_luce_loss
 from fastrlhf.losses.unpaired import check_unpaired
 from fastrlhf.ops.checks import (
     check_integer,
     check_positive,
-    check_same_device,
-    check_shape,
 )
 from fastrlhf.reference import sequence_scores
 
@@ -43,6 +42,14 @@ def plackett_luce_dpo_loss(
         TypeError, ValueError, RuntimeError: as `dpo_loss` and `plackett_luce_loss`.
 
     Source: 2305.18290 appendix A.3, Eq. 20.
+
+    Example:
+        >>> pi_logps = torch.tensor([-10.0, -12.0, -14.0])  # of one prompt, the best first
+        >>> ref_logps = torch.tensor([-11.0, -12.0, -13.0])
+        >>> groups, ranks = torch.tensor([0, 0, 0]), torch.tensor([1, 2, 3])
+        >>> losses, rewards = fastrlhf.plackett_luce_dpo_loss(pi_logps, ref_logps, groups, ranks)
+        >>> losses, rewards
+        (tensor([1.6463]), tensor([ 0.1000,  0.0000, -0.1000]))
     """
     check_unpaired(pi_logps, ref_logps)
     rewards = check_positive("beta", beta) * sequence_scores(pi_logps, ref_logps, None)
@@ -64,13 +71,18 @@ def ranked_pairs(groups: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
+
+    Example:
+        >>> groups, ranks = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 2, 3, 2, 1])
+        >>> chosen, rejected = fastrlhf.ranked_pairs(groups, ranks)
+        >>> chosen, rejected
+        (tensor([0, 0, 1, 4]), tensor([1, 2, 2, 3]))
     """
     for name, x in (("groups", groups), ("ranks", ranks)):
         check_integer(name, x)
     if groups.ndim != 1:
         raise ValueError(f"groups: expected shape (B,), got {tuple(groups.shape)}")
-    check_shape("ranks", ranks, tuple(groups.shape), "the shape of groups")
-    check_same_device("ranks", ranks, "groups", groups)
+    check_like("ranks", ranks, "groups", groups)
     better = (groups[:, None] == groups) & (ranks[:, None] < ranks)
     yw_idxs, yl_idxs = better.nonzero(as_tuple=True)
     return yw_idxs, yl_idxs

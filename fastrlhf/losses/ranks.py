@@ -123,6 +123,17 @@ def global_normalizer(
             this process; an unknown word for the gradients.
 
     Source: huggingface.co/blog/gradient_accumulation, on means of means.
+
+    Example:
+        >>> masks = [torch.tensor([[1, 1, 0]]), torch.tensor([[1, 1, 1]])]  # of two micro-batches
+        >>> tokens = fastrlhf.global_normalizer(masks)
+        >>> tokens
+        tensor(5)
+        >>> logprobs = torch.zeros(1, 3)
+        >>> batch = logprobs, logprobs, torch.ones(1), masks[0]
+        >>> loss, _ = fastrlhf.ppo_loss(*batch, normalizer=tokens)
+        >>> loss
+        tensor(-0.4000)
     """
     check_one_of("gradients", gradients, ("sum", "mean"))
     masks = [mask] if isinstance(mask, Tensor) or not isinstance(mask, Iterable) else list(mask)
@@ -131,7 +142,7 @@ def global_normalizer(
     if not masks:
         raise ValueError("mask: expected at least one (one without entries, on an idle rank)")
     count = torch.stack([(x != 0).sum().to(masks[0].device) for x in masks]).sum()
-    if check_group(group) is not None:
+    if (group := check_group(group)) is not None:
         count = summed(count, group)
     count = count.clamp(min=1)
     ranks = 1 if group is None else size_of(group)

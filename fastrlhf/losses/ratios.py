@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def saturated(log_ratio: Tensor) -> Tensor:
-    """Let the log of a ratio end at 80 (700 in fp64), with its derivative.
+    """Bound the log of a ratio, and so its derivative, at 80 (700 in fp64).
 
-    Beyond lies inf, which makes NaN of every product with 0.
+    Not far beyond, the ratio would be inf, whose product with 0 is NaN.
     """
     return at_most(log_ratio, 700.0 if log_ratio.dtype == torch.float64 else 80.0)
 
@@ -18,5 +18,5 @@ def at_most(x: Tensor, bound: float) -> Tensor:
 
 
 def at_least(x: Tensor, bound: float) -> Tensor:
-    """Bound x from below, likewise."""
+    """Bound x from below: `x.clamp(min=bound)`, but the gradient of NaN is NaN, and not 0."""
     return torch.where(x < bound, bound, x)

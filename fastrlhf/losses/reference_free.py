@@ -64,6 +64,14 @@ def simpo_loss(
         TypeError, ValueError: as `dpo_loss`.
 
     Source: 2405.14734 Eq. 6.
+
+    Example:
+        >>> logps = torch.tensor([-10.0, -12.0, -14.0, -11.0])  # of four answers
+        >>> lengths = torch.tensor([10, 8, 7, 11])
+        >>> chosen, rejected = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> losses, rewards = fastrlhf.simpo_loss(logps, lengths, chosen, rejected)
+        >>> losses, rewards
+        (tensor([0.2014, 1.7014]), tensor([-2., -3., -4., -2.]))
     """
     beta = check_positive("beta", beta)
     gamma = check_finite("gamma", gamma)
@@ -112,6 +120,13 @@ def cpo_loss(
         TypeError, ValueError: as `dpo_loss`; label_smoothing with a type that has none.
 
     Source: 2401.08417 Eq. 5 and 6; the types as TRL's CPOTrainer has them.
+
+    Example:
+        >>> logps = torch.tensor([-10.0, -12.0, -14.0, -11.0])  # of four answers
+        >>> chosen, rejected = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> losses, rewards = fastrlhf.cpo_loss(logps, chosen, rejected, alpha=0.5)
+        >>> losses, rewards
+        (tensor([5.5130, 6.7444]), tensor([-1.0000, -1.2000, -1.4000, -1.1000]))
     """
     check_pairs("logps", logps, yw_idxs, yl_idxs, None)
     beta = check_positive("beta", beta)
@@ -121,7 +136,7 @@ def cpo_loss(
     if loss_type == "ipo":
         scores = mean_logps(logps, lengths, yw_idxs, yl_idxs)
     elif lengths is not None:
-        check_counts("lengths", lengths)  # though nothing looks at them
+        check_counts("lengths", lengths)  # this type does not use them
     chosen = yw_idxs.long()
     losses = contrast(scores[chosen] - scores[yl_idxs.long()], loss_type, beta, label_smoothing)
     return losses + alpha * chosen_nll(nll, -sums[chosen]), (beta * scores).detach()
@@ -167,6 +182,14 @@ def orpo_loss(
         log-prob, detached.
 
     1 - e^m is taken without cancellation. Raises as `dpo_loss`. Source: 2403.07691 Eq. 6 and 7.
+
+    Example:
+        >>> logps = torch.tensor([-10.0, -12.0, -14.0, -11.0])  # of four answers
+        >>> lengths = torch.tensor([10, 8, 7, 11])
+        >>> chosen, rejected = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> losses, rewards = fastrlhf.orpo_loss(logps, lengths, chosen, rejected)
+        >>> losses
+        tensor([1.0238, 1.6107])
     """
     beta = check_positive("beta", beta)
     mean = mean_logps(logps, lengths, yw_idxs, yl_idxs)
@@ -202,7 +225,8 @@ def _log1mexp(x: Tensor) -> Tensor:
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
-    # Each branch sees only arguments that suit it: a branch not taken must not make NaN gradients.
+    # Each branch gets arguments in its own range alone: the gradient of a branch that is not taken
+    # would be NaN outside of it.
     return torch.where(
         near,
         torch.log(-torch.expm1(torch.where(near, x, -1.0))),

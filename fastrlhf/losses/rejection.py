@@ -1,4 +1,5 @@
-"""What is left out because the policy that sampled it is too far from the one that is trained.
+"""Tokens and sequences that are left out because the policy that sampled them is too far from the
+one that is trained.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
@@ -73,6 +74,13 @@ def rollout_rejection(
 
     Source: Liu et al., "When speed kills stability" (richardli.xyz/rl-collapse); Schulman,
     "Approximating KL divergence" (2020).
+
+    Example:
+        >>> rollout, logprobs = torch.tensor([[-1.0, -4.0]]), torch.tensor([[-1.1, -2.0]])
+        >>> mask = torch.ones(1, 2)
+        >>> keep, metrics = fastrlhf.rollout_rejection(logprobs, rollout, mask, upper=0.5)
+        >>> keep
+        tensor([[ True, False]])
     """
     check_one_of("level", level, get_args(RejectionLevel))
     check_one_of("estimator", estimator, get_args(RejectionEstimator))

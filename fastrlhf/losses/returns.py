@@ -59,6 +59,11 @@ def monte_carlo_returns(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; gamma outside [0, 1].
 
     Source: 1506.02438 Eq. 18, with values 0.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.0, 1.0]])
+        >>> fastrlhf.monte_carlo_returns(rewards, torch.ones(1, 3), gamma=0.5)
+        tensor([[0.2500, 0.5000, 1.0000]])
     """
     check_real("rewards", rewards)
     nothing = torch.zeros_like(rewards, dtype=accumulation_dtype(rewards.dtype))
@@ -89,6 +94,12 @@ def outcome_rewards(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+        >>> fastrlhf.outcome_rewards(torch.tensor([1.0, -1.0]), mask)
+        tensor([[ 0.,  1.,  0.],
+                [ 0.,  0., -1.]])
     """
     check_real("scores", scores)
     check_mask("mask", mask)
@@ -120,6 +131,10 @@ def length_adaptive_lambda(lengths: Tensor, *, alpha: float = 0.05) -> Tensor:
         TypeError, ValueError: lengths that are no counts; alpha ≤ 0.
 
     Source: 2504.05118 (VAPO) §4.2.
+
+    Example:
+        >>> fastrlhf.length_adaptive_lambda(torch.tensor([10, 40, 1000]))
+        tensor([0.0000, 0.5000, 0.9800])
     """
     check_counts("lengths", lengths)
     alpha = check_positive("alpha", alpha)

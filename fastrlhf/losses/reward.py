@@ -6,6 +6,7 @@ Dims: P pairs, M items, K groups.
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.reduce import masked_mean
 from fastrlhf.losses.segments import suffix_scan
 from fastrlhf.ops.backend import is_batched
@@ -13,8 +14,6 @@ from fastrlhf.ops.checks import (
     check_finite,
     check_floating,
     check_integer,
-    check_same_device,
-    check_shape,
     wide_integers,
 )
 from fastrlhf.reference import accumulation_dtype, log_add_exp, log_sigmoid
@@ -47,6 +46,12 @@ def reward_loss(
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
 
     Source: Bradley & Terry (1952), 2203.02155 Eq. 1; margin 2307.09288 Eq. 2; centring 2312.09244.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 1.0])
+        >>> loss, metrics = fastrlhf.reward_loss(chosen, rejected)
+        >>> loss, metrics["rewards/accuracies"]
+        (tensor([0.1269, 0.9741]), tensor(0.5000))
     """
     check_floating("chosen_scores", chosen_scores)
     if chosen_scores.ndim != 1:
@@ -58,8 +63,7 @@ def reward_loss(
         margin = check_finite("margin", margin)
     for name, x in others.items():
         check_floating(name, x)
-        check_shape(name, x, tuple(chosen_scores.shape), "the shape of chosen_scores")
-        check_same_device(name, x, "chosen_scores", chosen_scores)
+        check_like(name, x, "chosen_scores", chosen_scores)
     center_coef = check_finite("center_coef", center_coef)
     dtype = accumulation_dtype(torch.promote_types(chosen_scores.dtype, rejected_scores.dtype))
     chosen, rejected = chosen_scores.to(dtype), rejected_scores.to(dtype)
@@ -102,14 +106,18 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
         RuntimeError: groups or ranks that torch.func.vmap batches; it may batch scores.
 
     Source: Plackett (1975), Luce (1959); 2305.18290 appendix A.3.
+
+    Example:
+        >>> scores = torch.tensor([2.0, 1.0, -1.0])  # of one prompt, the best first
+        >>> fastrlhf.plackett_luce_loss(scores, torch.tensor([0, 0, 0]), torch.tensor([1, 2, 3]))
+        tensor([0.4759])
     """
     check_floating("scores", scores)
     if scores.ndim != 1:
         raise ValueError(f"scores: expected shape (M,), got {tuple(scores.shape)}")
     for name, x in (("groups", groups), ("ranks", ranks)):
         check_integer(name, x)
-        check_shape(name, x, tuple(scores.shape), "the shape of scores")
-        check_same_device(name, x, "scores", scores)
+        check_like(name, x, "scores", scores)
     if is_batched(groups, ranks):
         raise RuntimeError(
             "plackett_luce_loss: does not work with groups or ranks batched by torch.func.vmap, "
@@ -125,7 +133,8 @@ def plackett_luce_loss(scores: Tensor, groups: Tensor, ranks: Tensor) -> Tensor:
             "ranks: expected different ranks within a group, got two items of one rank"
         )
     s = scores.to(accumulation_dtype(scores.dtype))[order]
-    # -ln σ(s_k - lse of those behind it) keeps its accuracy where s_k is far ahead.
+    # The term -(s_k - lse of s_k and those behind) is -ln σ(s_k - lse of those behind), which keeps
+    # its accuracy where s_k is far ahead.
     behind = torch.cat((suffix_scan(log_add_exp, s, ids)[1:], s[-1:]))
     terms = torch.where(has_next, -log_sigmoid(torch.where(has_next, s - behind, 0.0)), 0.0)
     first = torch.ones_like(has_next)

@@ -94,6 +94,13 @@ def rollout_correction(
     Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training"
     (fengyao.notion.site/off-policy-rl, TIS); Liu et al., "When speed kills stability"
     (richardli.xyz/rl-collapse, MIS and geometric means); IcePop: 2510.18855.
+
+    Example:
+        >>> rollout = torch.tensor([[-1.0, -2.0, -4.0]])  # what the engine says that sampled
+        >>> logprobs = torch.tensor([[-1.0, -1.9, -2.0]])  # what the trainer says
+        >>> weights, metrics = fastrlhf.rollout_correction(logprobs, rollout, torch.ones(1, 3))
+        >>> weights
+        tensor([[1.0000, 1.1052, 2.0000]])
     """
     check_one_of("mode", mode, get_args(RolloutMode))
     level, treatment = mode.split("_")
@@ -114,7 +121,7 @@ def rollout_correction(
 
 
 def _of_level(tokens: RolloutTokens, level: str) -> tuple[Tensor, Units]:
-    """Log-ratios of tokens (B, T), or of sequences (B,), and which of them there are."""
+    """Return log-ratios of tokens (B, T), or of sequences (B,), and what they belong to."""
     if level == "token":
         return tokens.log_ratio, token_units(tokens)
     reduce = sequence_sums if level == "sequence" else sequence_means
@@ -134,7 +141,7 @@ def _weight_metrics(
     ratio: Tensor, weights: Tensor, low: Tensor, high: Tensor, units: Units
 ) -> Metrics:
     of_ratio, of_weights = moments(ratio, units), moments(weights, units)
-    del of_ratio["eff_sample_size"]  # of what nobody weighs with
+    del of_ratio["eff_sample_size"]  # it is a property of weights, which the ratios are not
     return {
         **{f"rollout_corr/ratio_{name}": value for name, value in of_ratio.items()},
         **{f"rollout_corr/rollout_is_{name}": value for name, value in of_weights.items()},

@@ -62,6 +62,12 @@ def rollout_metrics(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; a group that is none.
 
     Source: Schulman, "Approximating KL divergence" (2020); the names are verl's and TRL's.
+
+    Example:
+        >>> rollout, logprobs = torch.tensor([[-1.0, -4.0]]), torch.tensor([[-1.1, -3.9]])
+        >>> metrics = fastrlhf.rollout_metrics(logprobs, rollout, torch.ones(1, 2))
+        >>> metrics["rollout_corr/k3_kl"]
+        tensor(0.0050)
     """
     tokens = rollout_tokens(logprobs, rollout_logprobs, mask, cu_seqlens, group)
     return metrics_of_tokens(tokens)
@@ -76,7 +82,7 @@ def metrics_of_tokens(tokens: RolloutTokens) -> Metrics:
         for of in (tokens.logprobs, tokens.rollout_logprobs, tokens.log_ratio)
     )
     of_product = tokens.layout.sums(tokens.log_ratio)
-    found = {
+    metrics = {
         "kl": token.mean(-x),
         "k3_kl": token.mean(expm1_minus(x)),
         "chi2_token": token.mean(expm1(saturated(2 * x))),
@@ -89,7 +95,7 @@ def metrics_of_tokens(tokens: RolloutTokens) -> Metrics:
         "log_ppl_abs_diff": sequence.mean(log_ppl_diff.abs()),
         "ppl_ratio": sequence.mean(log_ppl_diff.exp()),
     }
-    return {f"rollout_corr/{name}": value for name, value in found.items()} | {
+    return {f"rollout_corr/{name}": value for name, value in metrics.items()} | {
         "sampling/sampling_logp_difference/mean": token.mean(x.abs()),
         "sampling/sampling_logp_difference/max": token.largest(x.abs()),
     }
@@ -100,7 +106,7 @@ def moments(x: Tensor, units: Units) -> Metrics:
     and max, and the effective sample size, as a share of n: (Σx)² / (n Σx²).
     """
     largest = units.largest(x)
-    # Relative to the largest, whose square might be inf.
+    # Weights relative to the largest, since the squares of the weights might be inf.
     scale = torch.where(largest > 0, largest, 1.0)
     share = x / scale
     mean = units.mean(share)

@@ -1,7 +1,9 @@
 """How far the policy that is trained is from the one that sampled, for each token and sequence.
 
 An inference engine does not compute the log-probs that the trainer does, even from the same
-weights, and often its weights are older. What corrects for that starts here.
+weights, and often its weights are older. `rollout.py` corrects for that by weights of tokens,
+`rejection.py` by leaving some out, and `rollout_metrics.py` measures it; all start from the
+`RolloutTokens` that are made here.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
@@ -11,19 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.ratios import saturated
-from fastrlhf.ops.checks import check_floating, check_same_device, check_shape
+from fastrlhf.ops.checks import check_floating
 from fastrlhf.ops.ranks import Group, gathered
 from fastrlhf.reference import Layout, accumulation_dtype
 
-# In place of a log-ratio of inf, so that its sum with -inf is no NaN; its square is finite.
+# Stands for a log-ratio of inf, so that its sum with -inf is no NaN. Its square is finite in fp32.
 _LARGEST = 1e18
 
 
 class RolloutTokens(NamedTuple):
-    """The tokens of a batch, as if there were none outside of the mask. Each (B, T), or as packed
-    as the mask.
+    """What is known of the tokens of a batch, 0 outside of the mask; each (B, T), or packed, of the
+    shape of the mask.
     """
 
     inside: Tensor  # bool
@@ -37,7 +39,9 @@ class RolloutTokens(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What numbers are of: every token, or every sequence, of which each rank has all."""
+    """What the numbers of a metric belong to: the tokens of this rank, or all sequences, which
+    every rank has.
+    """
 
     tokens: RolloutTokens
     there: Tensor  # (B, T) or (B,) bool: which are in the mask, or have tokens in it
@@ -57,8 +61,8 @@ class Units(NamedTuple):
 
     def largest(self, x: Tensor) -> Tensor:
         """Find the largest of those that are there; 0 if none are."""
-        found = torch.where(self.there, x, -torch.inf).reshape(-1)
-        largest = torch.cat((found, found.new_full((1,), -torch.inf))).amax()
+        counted = torch.where(self.there, x, -torch.inf).reshape(-1)
+        largest = torch.cat((counted, counted.new_full((1,), -torch.inf))).amax()
         if self.tokens.group is not None and not self.are_sequences:
             largest = gathered(largest, self.tokens.group).amax()
         return torch.where(self.number > 0, largest, 0.0)
@@ -88,16 +92,13 @@ def rollout_tokens(
     """
     layout = check_tokens("logprobs", logprobs, mask, cu_seqlens, group)
     check_floating("rollout_logprobs", rollout_logprobs)
-    check_shape(
-        "rollout_logprobs", rollout_logprobs, tuple(logprobs.shape), "the shape of logprobs"
-    )
-    check_same_device("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
+    check_like("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
     dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, rollout_logprobs.dtype))
     inside = mask != 0
-    own, engine = (torch.where(inside, x.to(dtype), 0.0) for x in (logprobs, rollout_logprobs))
-    log_ratio = torch.where(own == engine, 0.0, own - engine)
+    ours, engines = (torch.where(inside, x.to(dtype), 0.0) for x in (logprobs, rollout_logprobs))
+    log_ratio = torch.where(ours == engines, 0.0, ours - engines)
     log_ratio = torch.where(log_ratio == torch.inf, _LARGEST, log_ratio)
-    return RolloutTokens(inside, layout.counts(inside), own, engine, log_ratio, layout, group)
+    return RolloutTokens(inside, layout.counts(inside), ours, engines, log_ratio, layout, group)
 
 
 def token_units(tokens: RolloutTokens) -> Units:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.losses.segments import segment_sums, suffix_scan
 from fastrlhf.ops.checks import (
     check_integer,
@@ -76,7 +77,7 @@ def in_groups(
 
 
 def of_all_ranks(parts: Sequence[Tensor], group: Group | None) -> tuple[Sequence[Tensor], slice]:
-    """Join what each rank has of some tensors, and say which part is this rank's."""
+    """Join tensors of all ranks along their first dimension, and say which part is this rank's."""
     return (parts, slice(None)) if group is None else concatenated(parts, group)
 
 
@@ -100,13 +101,12 @@ def counting(valid: Tensor | None, rewards: Tensor, name: str = "rewards") -> Te
     if valid is None:
         return torch.ones_like(rewards, dtype=torch.bool)
     check_mask("valid", valid)
-    check_shape("valid", valid, tuple(rewards.shape), f"the shape of {name}")
-    check_same_device("valid", valid, name, rewards)
+    check_like("valid", valid, name, rewards)
     return valid != 0
 
 
 def kept(rewards: Tensor, counts: Tensor) -> Tensor:
-    """Rewards in the dtype of the results, 0 where they do not count."""
+    """Return rewards in the dtype of the results, 0 where they do not count."""
     return torch.where(counts, rewards.to(accumulation_dtype(rewards.dtype)), 0.0)
 
 

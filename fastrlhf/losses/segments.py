@@ -18,8 +18,8 @@ def suffix_scan(combine: Callable[[Tensor, Tensor], Tensor], values: Tensor, ids
     while step < values.shape[0]:
         same = ids[step:] == ids[:-step]
         head, ahead = values[:-step], values[step:]
-        # What combine makes where nothing follows is dropped, and so must its gradient be: of
-        # zeros, that is finite.
+        # Where nothing follows in the segment, what `combine` makes is dropped, and its gradient,
+        # times 0, must not be NaN: it combines zeros, where the gradient is finite.
         joined = combine(*(torch.where(same, x, 0.0) for x in (head, ahead)))
         joined = torch.where(same, joined, head)
         values = torch.cat((joined, values[-step:]))
@@ -31,6 +31,7 @@ def segment_sums(values: Tensor, ids: Tensor) -> Tensor:
     """Give each element (M,) the sum of its segment."""
     after = suffix_scan(torch.add, values, ids)
     before = suffix_scan(torch.add, values.flip(0), ids.flip(0)).flip(0)
-    # Of what stands before, not with the element itself to be subtracted, which may be infinite.
+    # The sum of what stands before an element is that up to the element before. Subtracting the
+    # element from the sum up to it would give NaN where it is infinite.
     has_previous = ids[1:] == ids[:-1]
     return torch.cat((after[:1], after[1:] + torch.where(has_previous, before[:-1], 0.0)))

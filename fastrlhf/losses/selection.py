@@ -3,20 +3,20 @@
 A selection is a mask (B, T) of constants, to be used as `rollout_weights` of `policy_loss`, so that
 means go on to count all tokens.
 
-Dims: B sequences, T tokens of each, n tokens in the mask, M entries of all ranks.
+Dims: B sequences, T tokens of each, n tokens in the mask.
 """
 
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
+from fastrlhf.losses.samples import of_all_ranks
 from fastrlhf.ops.checks import (
     check_between,
     check_floating,
     check_mask,
-    check_same_device,
-    check_shape,
 )
-from fastrlhf.ops.ranks import Group, check_group, concatenated, sum_over_ranks
+from fastrlhf.ops.ranks import Group, check_group, sum_over_ranks
 from fastrlhf.reference import accumulation_dtype
 
 
@@ -50,33 +50,31 @@ def top_entropy_mask(
             group that is none.
 
     Source: 2506.01939 ("Beyond the 80/20 rule").
+
+    Example:
+        >>> entropy = torch.tensor([[0.1, 2.0, 0.3, 0.2, 1.5]])
+        >>> fastrlhf.top_entropy_mask(entropy, torch.ones(1, 5), share=0.4)
+        tensor([[False,  True, False, False,  True]])
     """
     check_floating("entropy", entropy)
     check_mask("mask", mask)
-    check_shape("mask", mask, tuple(entropy.shape), "the shape of entropy")
-    check_same_device("mask", mask, "entropy", entropy)
+    check_like("mask", mask, "entropy", entropy)
     share = check_between("share", share, 0, 1)
     check_group(group)
     inside = mask != 0
     inside = inside & ~entropy.isnan()
     entropy = torch.where(inside, entropy, -torch.inf).to(accumulation_dtype(entropy.dtype))
-    all_of_them, _ = of_all_ranks(entropy, group)
-    # One more, for where there are none.
-    in_order = torch.cat((all_of_them, all_of_them.new_full((1,), -torch.inf)))
+    (entropies,), _ = of_all_ranks([entropy.reshape(-1)], group)
+    # One more entry, so that a batch without tokens has one too.
+    in_order = torch.cat((entropies, entropies.new_full((1,), -torch.inf)))
     in_order = in_order.sort(descending=True).values
     before = part_of(share, sum_over_ranks(inside.sum(), group) - 1).clamp(min=0)
-    # Not in_order[before], which would wait for the number.
+    # gather, since in_order[before] would wait for the number.
     return inside & (entropy >= in_order.gather(0, before.unsqueeze(0)))
 
 
 def part_of(share: float, count: Tensor) -> Tensor:
-    """⌊share·count⌋, but of 0.29 and 100 it is 29, which no float of 0.29 would give."""
+    """Compute ⌊share·count⌋ of the share as it is written: of 0.29 and 100 it is 29, though the
+    float next to 0.29 lies below it.
+    """
     return (count.double() * share * (1 + 1e-12)).floor().long()
-
-
-def of_all_ranks(x: Tensor, group: Group | None) -> tuple[Tensor, slice]:
-    """Every rank's entries, (M,), and where those of this rank stand."""
-    if group is None:
-        return x.reshape(-1), slice(None)
-    (everything,), own = concatenated([x.reshape(-1)], group)
-    return everything, own

@@ -36,6 +36,14 @@ def sequence_logprobs(
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit; neither mask nor cu_seqlens; a
             group that is none, or without this process.
+
+    Example:
+        >>> token_logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, 0.0]])
+        >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+        >>> fastrlhf.sequence_logprobs(token_logprobs, mask)
+        tensor([-3.5000, -4.0000])
+        >>> fastrlhf.sequence_logprobs(token_logprobs, mask, average=True)
+        tensor([-1.1667, -2.0000])
     """
     if mask is None:
         mask = every_token("token_logprobs", token_logprobs, cu_seqlens)

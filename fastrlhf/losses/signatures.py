@@ -26,9 +26,9 @@ def showing(
     def decorated(function: F) -> F:
         given = signature(function)
         *named, options = given.parameters.values()
-        rest = [options] if and_others else []
+        others = [options] if and_others else []
         function.__signature__ = given.replace(  # type: ignore[attr-defined]
-            parameters=[*named, *shown, *rest]
+            parameters=[*named, *shown, *others]
         )
         return function
 

@@ -49,7 +49,7 @@ def cispo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds)
 
 def sapo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
     """Compute -(4/τ)·σ(τ(r - 1))·A with τ by the sign of A: SAPO, 2511.20347 Eq. 5 and 6."""
-    # Of the dtype of A: torch.where of two numbers would round them to fp32.
+    # As a tensor of the dtype of A: torch.where of two plain numbers would make fp32 of them.
     tau = torch.where(
         advantage > 0, advantage.new_full((), bounds.tau_positive), bounds.tau_negative
     )
@@ -80,15 +80,15 @@ def _unless_too_far(
     bounds: Bounds,
     limits: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """-r·A where the advantage does not lead further away. Beyond dual_clip, the ratio and the
-    weight of the gradient stay what they are there.
+    """Compute -r·A, and 0 where a token is beyond its limits and the advantage leads further away.
+    Beyond dual_clip, the ratio and the weight of the gradient stay what they are at dual_clip.
     """
     too_low, too_high = limits
     ratio = saturated(log_ratio).exp()
     if bounds.dual_clip is not None:
         ratio = at_most(ratio, bounds.dual_clip).detach() * _one_with_gradient(logprob)
-    gone = torch.where(advantage > 0, too_high, too_low)
-    return torch.where(gone, 0.0, -ratio * advantage)
+    too_far = torch.where(advantage > 0, too_high, too_low)
+    return torch.where(too_far, 0.0, -ratio * advantage)
 
 
 def _one_with_gradient(logprob: Tensor) -> Tensor:
@@ -109,16 +109,17 @@ def vespo(log_ratio: Tensor, logprob: Tensor, advantage: Tensor, bounds: Bounds)
     2602.10693.
     """
     k_positive, rate_positive, k_negative, rate_negative = bounds.vespo_shape
+    # As tensors of the dtype of A: torch.where of two plain numbers would make fp32 of them.
     number, good = advantage.new_full, advantage > 0
     k = torch.where(good, number((), k_positive), k_negative)
     rate = torch.where(good, number((), rate_positive), rate_negative)
-    held = saturated(log_ratio).detach()
-    weight = (k * held - rate * expm1(held)).exp()
+    constant = saturated(log_ratio).detach()
+    weight = (k * constant - rate * expm1(constant)).exp()
     return _likelihood(weight * advantage, logprob)
 
 
 def _likelihood(weight: Tensor, logprob: Tensor) -> Tensor:
-    """-weight·ln π, and 0 for weight 0 even where ln π is -inf."""
+    """Compute -weight·ln π, and 0 for weight 0 even where ln π is -inf."""
     return torch.where(weight == 0, 0.0, -weight * logprob)
 
 
@@ -131,7 +132,8 @@ def bounded_one_by_one(log_ratio: Tensor, advantage: Tensor, bounds: Bounds) -> 
     return torch.where(advantage < 0, from_below, from_above)
 
 
-# Where a token has moved further than its bounds, below and above: of each, (...) bool.
+# The limits of a surrogate: which tokens have moved further than its bounds, below and above, each
+# (...) bool.
 
 
 def _ratio_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -140,8 +142,11 @@ def _ratio_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[T
 
 
 def _tv_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """Of π - π_old for the token: the total variation of "this token, or another", with a sign."""
-    # Of the larger of the two, a share that needs no difference of nearly equal numbers.
+    """Find where π - π_old of the token is out of bounds: but for its sign, that is the total
+    variation between two policies that choose between this token and any other.
+    """
+    # As a share of the larger of the two, since their difference would lose digits where they are
+    # nearly equal.
     grown = log_ratio > 0
     larger = torch.where(grown, logprob, logprob - log_ratio).exp()
     moved = larger * torch.where(grown, -expm1(-log_ratio), expm1(log_ratio))
@@ -149,7 +154,9 @@ def _tv_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[Tens
 
 
 def _kl_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """Of KL(π_old‖π) of "this token, or another", with the sign of π - π_old."""
+    """Find where KL(π_old‖π), with the sign of π - π_old, is out of bounds, for two policies that
+    choose between this token and any other.
+    """
     old = logprob - log_ratio
     of_token = torch.where(old == -torch.inf, 0.0, -old.exp() * log_ratio)
     divergence = of_token - expm1(old) * (_log_of_others(old) - _log_of_others(logprob))
@@ -159,7 +166,7 @@ def _kl_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[Tens
 
 
 def _log_of_others(logprob: Tensor) -> Tensor:
-    """ln(1 - p), of a probability below 1 by the least that there is."""
+    """Compute ln(1 - p) from ln p, for p = 1 that of the largest p below 1."""
     return torch.log(-expm1(logprob.clamp(max=-torch.finfo(logprob.dtype).tiny)))
 
 

@@ -57,6 +57,13 @@ def tpo_loss(
         TypeError, ValueError: as `cpo_loss`.
 
     Source: 2405.16681; hinge and ipo as TRL's TPOTrainer.
+
+    Example:
+        >>> logps = torch.tensor([-10.0, -14.0, -9.0])
+        >>> chosen, rejected, gold = torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> losses, rewards = fastrlhf.tpo_loss(logps, chosen, rejected, gold, beta=0.1)
+        >>> losses, rewards
+        (tensor([9.5130]), tensor([-1.0000, -1.4000, -0.9000]))
     """
     check_pairs("logps", logps, yw_idxs, yl_idxs, None)
     check_pair_indices("logps", logps, yw_idxs, gold_idxs, names=("yw_idxs", "gold_idxs"))
@@ -67,7 +74,7 @@ def tpo_loss(
     if loss_type in ("ipo", "tpo-l"):
         scores = mean_logps(logps, lengths, yw_idxs, yl_idxs)
     elif lengths is not None:
-        check_counts("lengths", lengths)  # though nothing looks at them
+        check_counts("lengths", lengths)  # this type does not use them
     margin = scores[yw_idxs.long()] - scores[yl_idxs.long()]
     if loss_type == "tpo-l":
         losses = contrast(beta * margin - gamma, "sigmoid", 1.0, label_smoothing)

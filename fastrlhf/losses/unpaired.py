@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastrlhf.losses.arguments import check_like
 from fastrlhf.ops.checks import (
     check_at_least,
     check_finite,
@@ -16,7 +17,6 @@ from fastrlhf.ops.checks import (
     check_one_of,
     check_positive,
     check_real,
-    check_same_device,
     check_shape,
 )
 from fastrlhf.ops.ranks import Group, check_group, summed
@@ -60,6 +60,13 @@ def kto_loss(
         TypeError, ValueError: as `dpo_loss`.
 
     Source: 2402.01306 Eq. 8; 2408.06266 Eq. 7.
+
+    Example:
+        >>> pi_logps, ref_logps = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -12.5])
+        >>> desirable = torch.tensor([True, False])
+        >>> losses, rewards = fastrlhf.kto_loss(pi_logps, ref_logps, desirable, kl=0.75)
+        >>> losses, rewards
+        (tensor([0.4938, 0.4938]), tensor([0.1000, 0.0500]))
     """
     check_unpaired(pi_logps, ref_logps)
     check_labels(desirable, pi_logps)
@@ -69,11 +76,11 @@ def kto_loss(
     undesirable_weight = check_at_least("undesirable_weight", undesirable_weight, 0)
     scores = sequence_scores(pi_logps, ref_logps, None)
     baseline = _baseline(kl, scores, loss_type)
-    gain = beta * (scores - baseline)
+    above = beta * (scores - baseline)
     losses = torch.where(
         desirable != 0,
-        desirable_weight * sigmoid(-gain),
-        undesirable_weight * sigmoid(gain),
+        desirable_weight * sigmoid(-above),
+        undesirable_weight * sigmoid(above),
     )
     return losses, (beta * scores).detach()
 
@@ -97,11 +104,16 @@ def kto_kl(pi_logps: Tensor, ref_logps: Tensor, *, group: Group | None = None) -
         TypeError, ValueError: as `kto_loss`; a group that is none, or without this process.
 
     Source: 2402.01306, section 4.1.
+
+    Example:
+        >>> pi_logps, ref_logps = torch.tensor([-20.0, -18.0]), torch.tensor([-21.0, -18.5])
+        >>> fastrlhf.kto_kl(pi_logps, ref_logps)
+        tensor(0.7500)
     """
     check_unpaired(pi_logps, ref_logps)
     scores = sequence_scores(pi_logps.detach(), ref_logps.detach(), None)
     total, count = scores.sum(), scores.new_full((), scores.shape[0])
-    if check_group(group) is not None:
+    if (group := check_group(group)) is not None:
         total, count = summed(torch.stack((total, count)), group).unbind()
     return (total / count.clamp(min=1)).clamp(min=0)
 
@@ -112,18 +124,19 @@ def check_unpaired(pi_logps: Tensor, ref_logps: Tensor) -> None:
     if pi_logps.ndim != 1:
         raise ValueError(f"pi_logps: expected shape (B,), got {tuple(pi_logps.shape)}")
     check_floating("ref_logps", ref_logps)
-    check_shape("ref_logps", ref_logps, tuple(pi_logps.shape), "the shape of pi_logps")
-    check_same_device("ref_logps", ref_logps, "pi_logps", pi_logps)
+    check_like("ref_logps", ref_logps, "pi_logps", pi_logps)
 
 
 def check_labels(desirable: Tensor, pi_logps: Tensor) -> None:
+    """Check which sequences (B,) are desirable."""
     check_mask("desirable", desirable)
-    check_shape("desirable", desirable, tuple(pi_logps.shape), "the shape of pi_logps")
-    check_same_device("desirable", desirable, "pi_logps", pi_logps)
+    check_like("desirable", desirable, "pi_logps", pi_logps)
 
 
 def _baseline(kl: Tensor | float | None, scores: Tensor, loss_type: str) -> Tensor:
-    """Clamp the estimate of the divergence at 0; a constant."""
+    """Return the estimate of the divergence that scores are compared with, at least 0 and without a
+    gradient; 0 for a type that has no such baseline.
+    """
     if loss_type == "apo_zero_unpaired":
         if kl is not None:
             raise ValueError(

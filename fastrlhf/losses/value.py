@@ -6,14 +6,12 @@ Dims: B sequences, T tokens of each in rows, N tokens of all where they are pack
 import torch
 from torch import Tensor
 
-from fastrlhf.losses.arguments import check_tokens
+from fastrlhf.losses.arguments import check_like, check_tokens
 from fastrlhf.losses.reduce import Reduction, check_reduction, masked_mean, token_weights
 from fastrlhf.ops.checks import (
     check_at_least,
     check_floating,
     check_real,
-    check_same_device,
-    check_shape,
 )
 from fastrlhf.ops.ranks import Group
 from fastrlhf.reference import accumulation_dtype
@@ -71,6 +69,13 @@ def value_loss(
             reduction, or one that the normalizer does not go with.
 
     Source: PPO's reference implementation, with the ½ of 2005.12729 and TRL.
+
+    Example:
+        >>> values, old_values = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.4, 0.2]])
+        >>> returns, mask = torch.tensor([[1.0, 1.0]]), torch.ones(1, 2)
+        >>> loss, metrics = fastrlhf.value_loss(values, old_values, returns, mask)
+        >>> loss, metrics["val/clipfrac_avg"]
+        (tensor(0.1525), tensor(0.5000))
     """
     layout = check_tokens("values", values, mask, cu_seqlens, group)
     others = {"returns": returns}
@@ -79,8 +84,7 @@ def value_loss(
         others["old_values"] = old_values  # type: ignore[assignment]
     for name, x in others.items():
         (check_real if name == "returns" else check_floating)(name, x)
-        check_shape(name, x, tuple(values.shape), "the shape of values")
-        check_same_device(name, x, "values", values)
+        check_like(name, x, "values", values)
     normalizer = check_reduction(reduction, normalizer, may_be_none=True)
     inside, dtype = mask != 0, accumulation_dtype(values.dtype)
     values = torch.where(inside, values, 0.0).to(dtype)

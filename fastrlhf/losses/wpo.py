@@ -47,6 +47,12 @@ def wpo_weights(
             cu_seqlens.
 
     Source: 2406.11827.
+
+    Example:
+        >>> logprobs = torch.tensor([[-0.1, -0.3], [-2.0, 0.0]])
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> fastrlhf.wpo_weights(logprobs, mask)
+        tensor([0.8187, 0.1353])
     """
     if mask is None:
         mask = every_token("logprobs", logprobs, cu_seqlens)

@@ -51,6 +51,12 @@ def set_backend(backend: str) -> None:
 
     Raises:
         TypeError, ValueError: anything else.
+
+    Example:
+        >>> fastrlhf.set_backend("eager")
+        >>> fastrlhf.get_backend()
+        'eager'
+        >>> fastrlhf.set_backend("auto")
     """
     global _chosen
     check_impl(backend, "backend")
@@ -58,7 +64,13 @@ def set_backend(backend: str) -> None:
 
 
 def get_backend() -> str:
-    """Return what `impl="auto"` stands for: see `set_backend`."""
+    """Return what `impl="auto"` stands for: see `set_backend`.
+
+    Example:
+        >>> fastrlhf.set_backend("auto")
+        >>> fastrlhf.get_backend()
+        'auto'
+    """
     if _chosen is not None:
         return _chosen
     of_environment = os.environ.get(_VARIABLE) or "auto"

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastrlhf.reference import accumulation_dtype, cap_slope, capped_logits, row_sums
 
 from .backend import backend_of, under_transform
-from .token_stats import can_overwrite, eager_chunks, rows_of, take, take_rows
+from .eager_rows import runs_or_chunks
+from .rows import can_overwrite, of_rows, rows_of, take_rows
 from .transform import Transform, check_temperatures_on_host, flat_temperature
 from .vocabulary_part import IGNORED, NOT_HERE
 
@@ -117,9 +118,9 @@ def _forward(
     options: dict[str, Any] = {"softcap": softcap, "scale": scale}
     if backend_of(impl, logits, logits.numel()) == "triton":
         return _by_kernel(rows, ids, keep, temperatures, options)
-    for some in eager_chunks(keep, rows):
+    for some in runs_or_chunks(keep, rows):
         found = buckets_of_rows(
-            take_rows(rows, some), ids[some], temperature=take(temperatures, some), **options
+            take_rows(rows, some), ids[some], temperature=of_rows(temperatures, some), **options
         )
         for whole, part in zip((buckets, peak, log_norm), found, strict=True):
             whole[some] = part

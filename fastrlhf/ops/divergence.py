@@ -3,7 +3,7 @@
 Dims: N rows, V vocabulary.
 """
 
-import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from . import compiled_rows
+from . import compiled_divergence, eager_divergence
 from .backend import backend_of, check_impl, outside_of_graphs, under_transform
 from .checks import (
     check_between,
     check_floating,
-    check_mask,
     check_one_of,
     check_same_device,
     check_shape,
 )
-from .compiled import NotCompiled
-from .eager_rows import chunks, of_rows, take_rows
+from .eager_divergence import no_divergence, wider
+from .logits_arguments import check_logits, checked_rows
 from .ranks import Group
+from .rows import rows_of
 from .sharded import logits_part, same_part
-from .token_stats import rows_of, zero_inactive
 from .transform import (
+    TRANSFORM,
     Transform,
     check_temperatures_on_host,
     checked_transform,
@@ -117,14 +117,20 @@ def kl_divergence(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; an option out of range.
 
     Source: the jsd 2306.13649 Eq. 1 (GKD).
+
+    Example:
+        >>> logits, ref_logits = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+        >>> fastrlhf.kl_divergence(logits, ref_logits)
+        tensor([0.3642])
+        >>> fastrlhf.kl_divergence(logits, ref_logits, direction="jsd", beta=0.5)
+        tensor([0.0874])
     """
     own = logits_part(logits, group)
     logits, ref_logits = own.logits, same_part("ref_logits", ref_logits, own.part)
     shared = own.group is not None
     check_floating("logits", logits)
     check_floating("ref_logits", ref_logits)
-    if logits.ndim == 0 or (logits.shape[-1] == 0 and not shared):
-        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
+    check_logits(logits, may_be_empty=shared)
     check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
     check_same_device("ref_logits", ref_logits, "logits", logits)
     mask = checked_rows(mask, logits, "logits")
@@ -156,106 +162,131 @@ def definition(
     )  # fmt: skip
 
 
-def checked_rows(mask: Tensor | None, logits: Tensor, name: str) -> Tensor:
-    """Check a mask of the rows of (..., V), or make one of everything."""
-    shape = tuple(logits.shape[:-1])
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=logits.device)
-    check_mask("mask", mask)
-    check_shape("mask", mask, shape, f"{name} without the last dimension")
-    check_same_device("mask", mask, name, logits)
-    return mask != 0
+class _Launchers(NamedTuple):
+    """Who does the row work, whatever the backend: of logits (outer, inner, V), and a mask (N,)."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., None]
 
 
-def wider(logits_p: Tensor, logits_q: Tensor) -> torch.dtype:
-    return reference.accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
-
-
-@torch.library.custom_op("fastrlhf::divergence", mutates_args=())
-def _forward(
-    logits_p: Tensor,
-    logits_q: Tensor,
-    mask: Tensor,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    share: float | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    acc, keep = wider(logits_p, logits_q), mask.reshape(-1).contiguous()
-    backend = backend_of(impl, logits_p, logits_p.numel())
-    check_temperatures_on_host(token_temperature, mask)
-    options: dict[str, Any] = {"share": share, "softcap": softcap, "scale": scale}
-    temperatures = flat_temperature(token_temperature, temperature, acc)
-    if backend == "triton" and keep.numel():
+def _launchers(backend: str) -> _Launchers:
+    """Choose the backend."""
+    if backend == "triton":
         from fastrlhf.kernels.divergence import divergence_forward
 
-        sides = rows_of(logits_p), rows_of(logits_q)
-        return divergence_forward(*sides, keep, temperature=temperatures, **options)
-    found = torch.zeros(7, keep.numel(), dtype=acc, device=mask.device)
-    if not (
-        backend == "compiled" and _compiled(found, logits_p, logits_q, keep, temperatures, options)
-    ):
-        for rows in chunks(keep, logits_p.shape[-1]):
-            of_chunk = reference.divergence_and_stats(
-                take_rows(logits_p, rows), take_rows(logits_q, rows),
-                temperature=of_rows(temperatures, rows), **options,
-            )  # fmt: skip
-            found[:, rows] = torch.stack(of_chunk)
-    return found[0].clone(), found[1:].clone()
+        return _Launchers(divergence_forward, _kernel_backward)
+    row_work = compiled_divergence if backend == "compiled" else eager_divergence
+    return _Launchers(row_work.divergence_forward, row_work.divergence_backward)
 
 
-def _compiled(
-    found: Tensor,
-    logits_p: Tensor,
-    logits_q: Tensor,
-    keep: Tensor,
-    temperatures: float | Tensor,
-    options: dict[str, Any],
-) -> bool:
-    """Find values and statistics (7, N) by compiled functions; False where there are none."""
-    with contextlib.suppress(NotCompiled):
-        sides = rows_of(logits_p), rows_of(logits_q)
-        mixed = options["share"] is not None
-        for rows in compiled_rows.chunks(keep, logits_p.shape[-1], held=True, mixed=mixed):
-            of_chunk = compiled_rows.divergence(*sides, rows, temperature=temperatures, **options)
-            found[:, rows] = torch.stack(of_chunk)
-        return True
-    return False
-
-
-@_forward.register_fake
-def _forward_fake(logits_p, logits_q, mask, *options):
-    dtype = wider(logits_p, logits_q)
-    values = torch.empty(mask.numel(), dtype=dtype, device=mask.device)
-    return values, values.new_empty(6, mask.numel())
-
-
-@torch.library.custom_op("fastrlhf::divergence_backward", mutates_args=())
-def _backward(
-    logits_p: Tensor,
-    logits_q: Tensor,
+def _kernel_backward(
+    d_own: Tensor,
+    own: Tensor,
+    other: Tensor,
     mask: Tensor,
     stats: Tensor,
     d_values: Tensor,
-    token_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    scale: float,
-    share: float | None,
+    *,
     of_p: bool,
-    impl: str,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Gradient with respect to one side, in its dtype or another."""
-    own = logits_p if of_p else logits_q
-    d_own = torch.empty(own.shape, dtype=dtype or own.dtype, device=own.device)
-    transform = Transform(token_temperature, temperature, softcap, scale)
-    divergence_backward_into(
-        d_own, logits_p, logits_q, mask, stats, d_values, transform, share, of_p, impl
+    share: float | None,
+    **transform: Any,
+) -> None:
+    """Launch the kernel, which knows the sides as its own and the other one."""
+    from fastrlhf.kernels.divergence import divergence_backward
+
+    pairs = (stats[:2], stats[2:4]) if of_p else (stats[2:4], stats[:2])
+    of_q = 0.0 if share is None else share
+    divergence_backward(
+        d_own, own, other, mask, *pairs, stats[4 if of_p else 5], d_values.contiguous(),
+        formula="mixture" if share is not None else "first" if of_p else "second",
+        share=1 - of_q if of_p else of_q, **transform,
+    )  # fmt: skip
+
+
+class _Inputs(NamedTuple):
+    """What the forward operator is given, in the order of its schema."""
+
+    logits_p: Tensor
+    logits_q: Tensor
+    mask: Tensor
+    token_temperature: Tensor | None
+    temperature: float
+    softcap: float | None
+    scale: float
+    share: float | None
+    impl: str
+
+    @property
+    def transform(self) -> Transform:
+        return Transform(self.token_temperature, self.temperature, self.softcap, self.scale)
+
+
+@torch.library.custom_op(
+    "fastrlhf::divergence", mutates_args=(),
+    schema=f"(Tensor logits_p, Tensor logits_q, Tensor mask, {TRANSFORM}, float? share, str impl) "
+    "-> (Tensor, Tensor)",
+)  # fmt: skip
+def _forward(*inputs):
+    given = _Inputs(*inputs)
+    logits_p, logits_q, mask = given[:3]
+    check_temperatures_on_host(given.token_temperature, mask)
+    backend = backend_of(given.impl, logits_p, logits_p.numel())
+    if mask.numel() == 0:
+        return no_divergence(logits_p, logits_q, mask)
+    temperature = flat_temperature(
+        given.token_temperature, given.temperature, wider(logits_p, logits_q)
     )
+    return _launchers(backend).forward(
+        rows_of(logits_p), rows_of(logits_q), mask.reshape(-1).contiguous(), share=given.share,
+        temperature=temperature, softcap=given.softcap, scale=given.scale,
+    )  # fmt: skip
+
+
+@_forward.register_fake
+def _forward_fake(*inputs):
+    given = _Inputs(*inputs)
+    values = torch.empty(
+        given.mask.numel(), dtype=wider(given.logits_p, given.logits_q), device=given.mask.device
+    )
+    return values, values.new_empty(6, given.mask.numel())
+
+
+class _Side(NamedTuple):
+    """What the backward operator is given after the statistics, in the order of its schema."""
+
+    d_values: Tensor
+    token_temperature: Tensor | None
+    temperature: float
+    softcap: float | None
+    scale: float
+    share: float | None
+    of_p: bool  # the gradient is that of p
+    impl: str
+    dtype: torch.dtype | None = None  # of the gradient; None: that of the side
+
+    def room(self, logits_p: Tensor, logits_q: Tensor) -> Tensor:
+        own = logits_p if self.of_p else logits_q
+        return torch.empty(own.shape, dtype=self.dtype or own.dtype, device=own.device)
+
+
+@torch.library.custom_op(
+    "fastrlhf::divergence_backward", mutates_args=(),
+    schema="(Tensor logits_p, Tensor logits_q, Tensor mask, Tensor stats, Tensor d_values, "
+    f"{TRANSFORM}, float? share, bool of_p, str impl, ScalarType? dtype=None) -> Tensor",
+)  # fmt: skip
+def _backward(logits_p, logits_q, mask, stats, *side):
+    asked = _Side(*side)
+    d_own = asked.room(logits_p, logits_q)
+    divergence_backward_into(
+        d_own, logits_p, logits_q, mask, stats, asked.d_values, Transform(*asked[1:5]),
+        asked.share, asked.of_p, asked.impl,
+    )  # fmt: skip
     return d_own
+
+
+@_backward.register_fake
+def _backward_fake(logits_p, logits_q, mask, stats, *side):
+    return _Side(*side).room(logits_p, logits_q)
 
 
 def divergence_backward_into(
@@ -271,60 +302,27 @@ def divergence_backward_into(
     impl: str,
 ) -> None:
     """Write the gradient with respect to one side into d_own (..., V), whose rows can start
-    anywhere, from what the forward operator found.
+    anywhere, from the statistics (6, N) of the forward operator.
     """
-    own, other = (logits_p, logits_q) if of_p else (logits_q, logits_p)
-    keep, acc = mask.reshape(-1).contiguous(), d_values.dtype
-    temperatures = flat_temperature(transform.token_temperature, transform.temperature, acc)
-    options: dict[str, Any] = {"softcap": transform.softcap, "scale": transform.scale}
     if d_own.numel() == 0:
         return
-    d_rows = d_own.view(-1, d_own.shape[-1])
-    backend = backend_of(impl, own, own.numel())
-    if backend == "triton":
-        from fastrlhf.kernels.divergence import divergence_backward
-
-        pairs = (stats[:2], stats[2:4]) if of_p else (stats[2:4], stats[:2])
-        of_q = 0.0 if share is None else share
-        divergence_backward(
-            d_rows, rows_of(own), rows_of(other), keep, *pairs, stats[4 if of_p else 5],
-            d_values.contiguous(), temperature=temperatures, **options,
-            formula="mixture" if share is not None else "first" if of_p else "second",
-            share=1 - of_q if of_p else of_q,
-        )  # fmt: skip
-        return
-    active = keep & (d_values != 0)
-    zero_inactive(d_rows, active)
-    options |= {"of_p": of_p, "share": share}
-    if backend == "compiled":
-        with contextlib.suppress(NotCompiled):
-            sides = rows_of(own), rows_of(other)
-            mixed = share is not None
-            for rows in compiled_rows.chunks(active, d_own.shape[-1], held=True, mixed=mixed):
-                compiled_rows.write_divergence_gradient(
-                    d_rows.unsqueeze(0), *sides, rows, d_values, stats,
-                    temperature=temperatures, **options,
-                )  # fmt: skip
-            return
-    for rows in chunks(active, d_own.shape[-1]):
-        d_rows[rows] = reference.divergence_backward(
-            take_rows(own, rows), take_rows(other, rows), d_values[rows], stats=stats[:, rows],
-            temperature=of_rows(temperatures, rows), **options,
-        ).to(d_own.dtype)  # fmt: skip
-
-
-@_backward.register_fake
-def _backward_fake(logits_p, logits_q, mask, stats, d_values, *options):
-    of_p = next(option for option in reversed(options) if isinstance(option, bool))
-    dtype = options[-1] if isinstance(options[-1], torch.dtype) else None
-    own = logits_p if of_p else logits_q
-    return torch.empty(own.shape, dtype=dtype or own.dtype, device=own.device)
+    own, other = (logits_p, logits_q) if of_p else (logits_q, logits_p)
+    temperature = flat_temperature(
+        transform.token_temperature, transform.temperature, d_values.dtype
+    )
+    _launchers(backend_of(impl, own, own.numel())).backward(
+        d_own.view(-1, d_own.shape[-1]), rows_of(own), rows_of(other),
+        mask.reshape(-1).contiguous(), stats, d_values, of_p=of_p, share=share,
+        temperature=temperature, softcap=transform.softcap, scale=transform.scale,
+    )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    logits_p, logits_q, mask, token_temperature, *options = inputs
-    ctx.save_for_backward(logits_p, logits_q, mask, token_temperature, output[1])
-    ctx.options = options
+    given = _Inputs(*inputs)
+    ctx.save_for_backward(
+        given.logits_p, given.logits_q, given.mask, given.token_temperature, output[1]
+    )
+    ctx.options = given.temperature, given.softcap, given.scale, given.share, given.impl
 
 
 def _autograd(ctx, d_values, _):
@@ -344,8 +342,8 @@ def _autograd(ctx, d_values, _):
             )  # fmt: skip
         inputs = [x for x, want in zip(sides, wanted, strict=True) if want]
         upstream = d_values.view(value.shape)
-        found = iter(torch.autograd.grad(value, inputs, upstream, create_graph=again))
-        gradients = [next(found) if want else None for want in wanted]
+        graded = iter(torch.autograd.grad(value, inputs, upstream, create_graph=again))
+        gradients = [next(graded) if want else None for want in wanted]
     else:
         transform = (token_temperature, temperature, softcap, scale)
         gradients = [
@@ -354,7 +352,7 @@ def _autograd(ctx, d_values, _):
             else None
             for want, of_p in zip(wanted, (True, False), strict=True)
         ]
-    return *gradients, *(None for _ in range(len(ctx.options) + 2))
+    return *gradients, *(None,) * (len(_Inputs._fields) - 2)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -14,16 +14,17 @@ from torch import Tensor
 from fastrlhf import reference
 
 from .backend import use_triton, wanted_or_detached
-from .divergence import Measure, divergence_backward_into, wider
-from .eager_rows import chunks, of_rows, take_rows
+from .divergence import Measure, divergence_backward_into
+from .eager_divergence import wider
+from .eager_rows import chunks, copied_rows
 from .ranks import (
     gathered,
     refuse_derivatives_of_ranks,
     refuse_transforms_of_ranks,
     summed,
 )
+from .rows import of_rows, rows_of
 from .sharded import LogitsPart
-from .token_stats import rows_of
 from .transform import Transform, check_temperatures_on_host, flat_temperature
 from .vocabulary_part import IGNORED, NOT_HERE, VocabularyPart, numbered
 
@@ -108,7 +109,7 @@ def divergence_over_ranks(
     elif part.size:
         for rows in chunks(keep, part.size):
             found = reference.divergence_sums(
-                take_rows(logits_p, rows), take_rows(logits_q, rows),
+                copied_rows(logits_p, rows), copied_rows(logits_q, rows),
                 ((norms[0, rows], norms[1, rows]), (norms[3, rows], norms[4, rows])),
                 share=share, temperature=of_rows(temperature, rows), softcap=transform.softcap,
                 scale=transform.scale,
@@ -149,7 +150,7 @@ def _parts(
         return torch.where(keep, token_stats_message(rows_of(logits), question)[:2], nothing)
     for rows in chunks(keep, logits.shape[-1]):
         found = reference.row_parts(
-            take_rows(logits, rows).to(acc), torch.full_like(rows, NOT_HERE),
+            copied_rows(logits, rows).to(acc), torch.full_like(rows, NOT_HERE),
             temperature=of_rows(temperature, rows), softcap=softcap, scale=scale, entropy=False,
         )  # fmt: skip
         nothing[0, rows], nothing[1, rows] = found.peak, found.rest

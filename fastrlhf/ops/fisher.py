@@ -3,14 +3,14 @@
 Dims: N rows, H hidden, V vocabulary.
 """
 
-import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastrlhf import reference
 
-from . import compiled_rows
+from . import compiled_fisher, eager_fisher
 from .backend import (
     backend_of,
     check_impl,
@@ -19,15 +19,15 @@ from .backend import (
     under_transform,
 )
 from .checks import check_floating, check_same_device, check_shape
-from .compiled import NotCompiled
-from .divergence import checked_rows
-from .eager_rows import chunks, of_rows, take_rows
+from .eager_fisher import room_for_product
 from .head_gradients import as_operands
-from .linear_arguments import check_head, checked_chunk, exact, matmul_dtype
+from .linear_arguments import check_head, checked_chunk
 from .linear_head import Head, Weight
+from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
+from .logits_arguments import check_logits, checked_rows
+from .rows import rows_of
 from .sharded import is_dtensor
-from .token_stats import rows_of, zero_inactive
 from .transform import check_temperatures_on_host, checked_transform, flat_temperature
 
 
@@ -75,11 +75,16 @@ def softmax_fisher_product(
             positive.
 
     Source: 1502.05477 appendix C.
+
+    Example:
+        >>> logits, tangent = torch.zeros(1, 4), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        >>> product, quadratic = fastrlhf.softmax_fisher_product(logits, tangent)
+        >>> product, quadratic
+        (tensor([[ 0.1875, -0.0625, -0.0625, -0.0625]]), tensor([0.1875]))
     """
     check_floating("logits", logits)
     check_floating("tangent", tangent)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
+    check_logits(logits)
     check_shape("tangent", tangent, tuple(logits.shape), "the shape of logits")
     check_same_device("tangent", tangent, "logits", logits)
     mask = checked_rows(mask, logits, "logits")
@@ -104,36 +109,25 @@ def _product(
     temperature: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    acc = reference.accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
     check_temperatures_on_host(token_temperature, mask)
-    temperatures = flat_temperature(token_temperature, temperature, acc)
-    keep = mask.reshape(-1).contiguous()
+    keep, dtype = mask.reshape(-1).contiguous(), tangent.dtype
+    acc = reference.accumulation_dtype(torch.promote_types(logits.dtype, dtype))
+    rows_t = flat_temperature(token_temperature, temperature, acc)
+    sides = rows_of(logits), rows_of(tangent)
     backend = backend_of(impl, logits, logits.numel())
-    if backend == "triton" and keep.numel():
+    if keep.numel() == 0:
+        return room_for_product(*sides, keep, dtype)
+    return _launcher(backend)(*sides, keep, temperature=rows_t, dtype=dtype)
+
+
+def _launcher(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Choose the backend."""
+    if backend == "triton":
         from fastrlhf.kernels.fisher import fisher_product
 
-        return fisher_product(
-            rows_of(logits), rows_of(tangent), keep, temperature=temperatures, dtype=tangent.dtype
-        )
-    vocab = logits.shape[-1]
-    product = torch.empty(keep.numel(), vocab, dtype=tangent.dtype, device=tangent.device)
-    quadratic = torch.zeros(keep.numel(), dtype=acc, device=tangent.device)
-    zero_inactive(product, keep)
-    if backend == "compiled":
-        with contextlib.suppress(NotCompiled):
-            sides = rows_of(logits), rows_of(tangent)
-            for rows in compiled_rows.chunks(keep, vocab):
-                quadratic[rows] = compiled_rows.write_fisher_product(
-                    product.unsqueeze(0), *sides, rows, temperatures, acc
-                )
-            return product, quadratic
-    for rows in chunks(keep, vocab):
-        of_chunk, quadratic[rows] = reference.fisher_product(
-            take_rows(logits, rows), take_rows(tangent, rows), None,
-            temperature=of_rows(temperatures, rows),
-        )  # fmt: skip
-        product[rows] = of_chunk.to(product.dtype)
-    return product, quadratic
+        return fisher_product
+    row_work = compiled_fisher if backend == "compiled" else eager_fisher
+    return row_work.fisher_product
 
 
 @_product.register_fake
@@ -185,6 +179,13 @@ def linear_softmax_fisher_product(
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `softmax_fisher_product`.
         RuntimeError: under a torch.func transform.
+
+    Example:
+        >>> hidden, weight = torch.ones(1, 2), torch.zeros(4, 2)
+        >>> tangent = torch.tensor([[1.0, 0.0]])
+        >>> products = fastrlhf.linear_softmax_fisher_product(hidden, weight, tangent)
+        >>> products[0].shape, products[1].shape
+        (torch.Size([1, 2]), torch.Size([1]))
     """
     refuse_transforms("linear_softmax_fisher_product", "softmax_fisher_product")
     if is_dtensor(weight):
@@ -224,9 +225,9 @@ def linear_softmax_fisher_product(
                 slope = slope.mul_(transform.scale)
             of_rows = temperatures[rows] if isinstance(temperatures, Tensor) else None
             logits = reference.capped_logits(x, transform.softcap, transform.scale)
-            everything = rows >= 0
+            every_row = rows >= 0
             d_logits, quadratic[rows] = torch.ops.fastrlhf.fisher_product(
-                logits, moved.mul_(slope), everything, of_rows, transform.temperature, impl
+                logits, moved.mul_(slope), every_row, of_rows, transform.temperature, impl
             )
             room = head.room(len(rows)) if head.operands != d_logits.dtype else None
             d_logits = as_operands(d_logits.mul_(slope), head.operands, room)

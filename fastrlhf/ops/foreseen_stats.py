@@ -27,12 +27,10 @@ from torch import Tensor
 from fastrlhf.reference import TokenStats
 
 from .backend import under_transform, wanted_or_detached
-from .linear_arguments import LinearProblem, exact
+from .linear_definition import differentiable_gradients
 from .linear_plans import (
-    Found,
+    AllStats,
     Needs,
-    Slopes,
-    Statistics,
     Workbench,
     put,
     recomputed_gradients,
@@ -40,12 +38,15 @@ from .linear_plans import (
     room_for_slopes,
     statistics,
 )
+from .linear_precision import exact
+from .linear_problem import LinearProblem
 from .linear_rows import Block, Span, even_spans, live_rows
+from .linear_statistics import Slopes, Statistics
 from .linear_token_stats import (
-    differentiable_gradients,
+    in_order_of_tensors,
     keep_problem,
     kept_problem,
-    stats_of_found,
+    shaped_like_targets,
     token_stats_of,
 )
 
@@ -66,18 +67,12 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
     slope is another than was foreseen, or whose entropy has a gradient, costs 3G more (2G where the
     head is frozen). On a GPU, backward waits once for how many those are.
     """
-    elsewhere = problem.options.part, problem.options.shared, problem.kept
-    if under_transform() or any(x is not None for x in elsewhere):
+    not_served = problem.options.part, problem.options.shared, problem.kept
+    if under_transform() or any(x is not None for x in not_served):
         return token_stats_of(problem)
-    found = _ForeseenStats.apply(
-        problem.options,
-        foresight,
-        *wanted_or_detached(
-            problem.hidden, problem.bias, problem.targets, problem.token_temperature,
-            *problem.weights,
-        ),
-    )  # fmt: skip
-    return stats_of_found(problem, found)
+    tensors = wanted_or_detached(*problem.tensors())
+    all_stats = _ForeseenStats.apply(problem.options, foresight, *tensors)
+    return shaped_like_targets(all_stats, problem)
 
 
 class _LastBlock(NamedTuple):
@@ -97,30 +92,31 @@ class _Foreseen(NamedTuple):
 
 class _ForeseenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, foresight, hidden, bias, targets, token_temperature, *weights):
-        wanted = ctx.needs_input_grad
-        ctx.needs = needs = Needs(wanted[2], list(wanted[6:]), wanted[3])
-        problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
-        order = live_rows(targets.reshape(-1), options.ignore_index)
+    def forward(ctx, options, foresight, *tensors):
+        ctx.needs = needs = Needs.of(ctx.needs_input_grad[2:])
+        problem = LinearProblem.of(options, tensors)
+        order = live_rows(problem.targets.reshape(-1), options.question.ignore_index)
         slope_of_logprob: list[Tensor] = []
         ctx.left = None
-        with exact(hidden):
+        with exact(problem.hidden):
             bench = problem.workbench(order)
             spans = even_spans(bench.rows.size, options.chunk)
             if needs.head and foresight is not None:
-                found, ctx.left = _with_foreseen_gradient(bench, spans, needs, foresight, problem)
+                all_stats, ctx.left = _with_foreseen_gradient(
+                    bench, spans, needs, foresight, problem
+                )
             elif needs.head:
-                found, ctx.left = _with_last_block(bench, spans)
+                all_stats, ctx.left = _with_last_block(bench, spans)
             elif needs.hidden:
-                found, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
+                all_stats, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
             else:
-                found, _ = statistics(bench, spans)
-        # Backward needs nothing but what may have a gradient.
-        problem = problem._replace(options=options._replace(with_stats=()))
+                all_stats, _ = statistics(bench, spans)
+        question = options.question._replace(with_stats=())  # which has no gradient
+        problem = problem._replace(options=options._replace(question=question))
         keep_problem(ctx, problem, order, slope_of_logprob)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*found[2:])
-        return tuple(found)
+        ctx.mark_non_differentiable(*all_stats[2:])
+        return tuple(all_stats)
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
@@ -139,58 +135,55 @@ class _ForeseenStats(torch.autograd.Function):
                 totals = _from_foreseen(problem, order, ctx.needs, left, slopes)
             else:
                 totals = _made_again(problem, order, ctx.needs, slopes, last_block=left)
-            inputs = problem.hidden, problem.bias, *problem.weights
-            totals = [
-                None if total is None or x is None else total.to(x.dtype)
-                for total, x in zip(totals, inputs, strict=True)
-            ]
-        d_hidden, d_bias, *d_weights = totals
-        return None, None, d_hidden, d_bias, None, None, *d_weights
+            totals = problem.like_inputs(totals)
+        return None, None, *in_order_of_tensors(totals)
 
 
 def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ...]:
-    """Statistics, and ∂logprob/∂hidden (N, K) of each token: P1, but for the entropy's."""
-    found = room_for_all_tokens(bench)
+    """Statistics, and ∂logprob/∂hidden (N, K) of each token: the plan KEEP_SLOPES, but
+    for the entropy's slope.
+    """
+    all_stats = room_for_all_tokens(bench)
     slope = room_for_slopes(bench.rows.hidden, alone=True)
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
-        put(found, block, stats)
+        put(all_stats, block, stats)
         unit = Slopes(torch.ones_like(stats.logprob))
-        dz = bench.d_logits(block, logits, stats, unit, room=bench.head.room)
-        slope[block.place] = bench.head.pull_back(dz).to(slope.dtype)
-    return found, slope
+        d_logits = bench.d_logits(block, logits, stats, unit, room=bench.head.room)
+        slope[block.place] = bench.head.pull_back(d_logits).to(slope.dtype)
+    return all_stats, slope
 
 
-def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[Found, _LastBlock | None]:
-    """Statistics, and what is left of the last block: the forward of P4, but for that."""
-    found, left = room_for_all_tokens(bench), None
+def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[AllStats, _LastBlock | None]:
+    """Statistics, and what is left of the last block: the forward of RECOMPUTE, but for that."""
+    all_stats, left = room_for_all_tokens(bench), None
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
-        put(found, block, stats)
+        put(all_stats, block, stats)
         left = _LastBlock(span, logits, stats) if span == spans[-1] else None
         del logits  # before the next block makes its own
-    return found, left
+    return all_stats, left
 
 
 def _with_foreseen_gradient(
     bench: Workbench, spans: list[Span], needs: Needs, foresight: Foresight, problem: LinearProblem
-) -> tuple[Found, _Foreseen]:
-    """Statistics, and the gradient for the slopes that are foreseen: P2 with a guess."""
-    found = room_for_all_tokens(bench)
-    slopes = torch.zeros_like(found[0])
+) -> tuple[AllStats, _Foreseen]:
+    """Statistics, and the gradient for the slopes that are foreseen: WITH_LOSS, by a guess."""
+    all_stats = room_for_all_tokens(bench)
+    slopes = torch.zeros_like(all_stats[0])
     gradients = bench.gradients(needs, bench.head.sums)
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
-        put(found, block, stats)
+        put(all_stats, block, stats)
         guess = _guess(foresight, stats, block)
         slopes[block.place] = guess
         bench.differentiate(block, logits, stats, Slopes(guess), gradients)
         del logits  # before the next block makes its own
     known = gradients.totals(problem.hidden, problem.bias, problem.weights)
-    return found, _Foreseen(slopes, known)
+    return all_stats, _Foreseen(slopes, known)
 
 
 def _guess(foresight: Foresight, stats: Statistics, block: Block) -> Tensor:
@@ -204,7 +197,7 @@ def _from_slope(
     problem: LinearProblem, order: Tensor, slope: Tensor, slopes: Slopes
 ) -> list[Tensor | None]:
     """Scale the kept vector of each token by its upstream gradient, and add what entropies ask."""
-    live = problem.targets.reshape(-1) != problem.options.ignore_index
+    live = problem.targets.reshape(-1) != problem.options.question.ignore_index
     d_hidden = slope * torch.where(live, slopes.logprob, 0.0).unsqueeze(1)
     if slopes.entropy is not None:
         needs = Needs(True, [False] * len(problem.weights), False)

@@ -3,7 +3,6 @@
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastrlhf import reference
 
-from . import compiled_rows
+from . import compiled_gae
 from .backend import backend_of, is_batched, under_transform, use_triton
 from .checks import (
     assert_on_device,
@@ -24,7 +23,6 @@ from .checks import (
     known_on_host,
     token_contiguous,
 )
-from .compiled import NotCompiled
 from .layout import layout_of
 from .tracing import being_traced
 
@@ -79,6 +77,13 @@ def gae(
             [0, 1] (of lam (B,) on a GPU, an assertion there).
 
     Source: 1506.02438 Eq. 16; 2504.05118 (VAPO) for λ of each sequence and of the returns.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]])
+        >>> mask = torch.ones(1, 3)
+        >>> advantages, returns = fastrlhf.gae(rewards, values, mask, gamma=1.0, lam=0.5)
+        >>> advantages, returns
+        (tensor([[0.1250, 0.2500, 0.5000]]), tensor([[0.6250, 0.7500, 1.0000]]))
     """
     check_real("rewards", rewards)
     layout = layout_of("rewards", rewards, cu_seqlens)
@@ -118,11 +123,9 @@ def _estimates(
         tokens = (layout.tokens(x) for x in (rewards, values, mask))
         return _scan(*tokens, gamma, *_apart(lam), last_values, layout.cu_seqlens)
     if layout.cu_seqlens is None:
-        backend = "eager" if under_transform() else backend_of(impl, rewards, 0)
-        if backend == "compiled" and rewards.numel() and not being_traced():
-            with contextlib.suppress(NotCompiled):
-                return compiled_rows.gae(rewards, values, mask, **options)
-        return reference.gae(rewards, values, mask, **options)
+        by_compiled = not under_transform() and backend_of(impl, rewards, 0) == "compiled"
+        by_compiled = by_compiled and rewards.numel() > 0 and not being_traced()
+        return (compiled_gae if by_compiled else reference).gae(rewards, values, mask, **options)
     tokens = (x.reshape(-1) for x in (rewards, values, mask, layout.ids(rewards)))
     if under_transform():
         return reference.packed_gae(*tokens, **options)

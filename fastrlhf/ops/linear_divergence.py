@@ -31,24 +31,19 @@ from .checks import check_bool, check_same_device, check_shape
 from .divergence import (
     Measure,
     checked_measure,
-    checked_rows,
     definition,
     divergence_backward_into,
 )
 from .divergence_over_ranks import divergence_over_ranks
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .keywords import Unpack
-from .linear_arguments import (
-    check_head,
-    checked_chunk,
-    exact,
-    full_logits,
-    matmul_dtype,
-    wanted_gradients,
-)
+from .linear_arguments import check_head, checked_chunk
+from .linear_definition import full_logits
 from .linear_head import Head, Weight
 from .linear_plans import Needs, Room, room_for_slopes
+from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
+from .logits_arguments import checked_rows
 from .ranks import Group, all_reduced_rows, refuse_transforms_of_ranks
 from .scorer import LinearScorer
 from .sharded import head_part, same_head_part
@@ -199,6 +194,14 @@ def linear_kl_divergence(
         RuntimeError: an entropy under `torch.func` transforms.
 
     Source: 2306.13649 (GKD).
+
+    Example:
+        >>> hidden, weight = torch.eye(2, requires_grad=True), torch.eye(2)
+        >>> ref_hidden, ref_weight = torch.zeros(2, 3), torch.zeros(2, 3)  # of another width
+        >>> divergence = fastrlhf.linear_kl_divergence(hidden, weight, ref_hidden, ref_weight)
+        >>> divergence.mean().backward()
+        >>> divergence.detach()
+        tensor([0.1109, 0.1109])
     """
     check_bool("entropy", entropy)
     if entropy:
@@ -256,7 +259,7 @@ def divergence_of(
     options = _Options(
         checked_measure(direction, beta), transform.temperature,
         (transform.softcap, ref.softcap), (transform.scale, ref.scale),
-        checked_chunk(ours.chunk_size, _largest(ours), hidden.device),
+        checked_chunk(ours.chunk_size, ours.most_columns, hidden.device),
         backend_of(ours.impl, hidden, mask.numel() * rows),
         (matmul_dtype(hidden), matmul_dtype(ref.hidden)),
         (len(ours.weights), len(ref.weights)), sum_expected, entropy, ours.part,
@@ -290,19 +293,12 @@ def _agree(
     question = (
         use_triton(options.impl, ours.hidden), measure.swapped, measure.share is not None,
         options.entropy, options.sum_expected,
-        *wanted_gradients(ours.hidden, ours.weights, ours.bias),
-        *wanted_gradients(ref.hidden, ref.weights, ref.bias),
+        *ours.wanted_gradients, *ref.wanted_gradients,
     )  # fmt: skip
     wide = torch.promote_types(*options.dtypes)
     settings = (options.temperature, *options.caps, *options.scales, measure.share)
     asked = {"chunk_size": options.chunk, **numbered(question, wide, *settings)}
     outside_of_graphs(agreed_part)(part.group, part.size, mask, asked, part, token_temperature)
-
-
-def _largest(scorer: LinearScorer) -> int:
-    """The columns of the rank that has the most, so that all cut the same chunks."""
-    part = scorer.part
-    return scorer.vocab if part is None or part.largest is None else part.largest
 
 
 def _definition(

@@ -31,7 +31,14 @@ _GPU_SLICE_ELEMENTS = 2**26
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A frozen (V, K) matrix in codes: `table[code]`, or the code itself, times a scale."""
+    """A frozen (V, K) matrix in codes: `table[code]`, or the code itself, times a scale.
+
+    Example:
+        >>> codes = torch.tensor([[2, -1], [0, 4], [1, 1]], dtype=torch.int8)
+        >>> weight = fastrlhf.QuantizedWeight(codes, torch.full((3,), 0.5), 2, None, torch.float32)
+        >>> fastrlhf.linear_token_logprobs(torch.ones(1, 2), weight, torch.tensor([1]))
+        tensor([-0.4644])
+    """
 
     codes: Tensor  # (V, K) integer; with a table (V, K/2) uint8, two codes each, the high one first
     scales: Tensor  # (runs,) one for each run of weights, in row-major order

@@ -9,19 +9,18 @@ from fastrlhf.reference import accumulation_dtype
 from .kept_ids import of_part
 from .kept_logits import KeptRows, kept_logits
 from .kept_stats import KeptQuestion, KeptStats, kept_stats
-from .linear_arguments import LinearProblem, exact
+from .linear_precision import exact
+from .linear_problem import LinearProblem
 from .ranks import refuse_transforms_of_ranks, shared_by_ranks, sum_over_ranks
 
 
 def kept_stats_of(problem: LinearProblem) -> KeptStats:
     """Compute the statistics (N,) of a problem with a support."""
-    kept, options = problem.kept, problem.options
+    kept, options, asked = problem.kept, problem.options, problem.options.question
     assert kept is not None
-    question = KeptQuestion(
-        problem.transform, options.entropy, options.with_stats, options.impl
-    )  # fmt: skip
+    question = KeptQuestion(problem.transform, asked.entropy, asked.with_stats, options.impl)
     row = kept.token if options.shared is None else options.shared.row[kept.token]
-    wanted = question.wanted(kept, lse=options.lse)
+    wanted = question.wanted(kept, lse=asked.lse)
     ids, own = of_part(kept, options.part)
     group = None if options.part is None else options.part.group
     if group is not None:

@@ -9,26 +9,31 @@ from torch import Tensor
 from .backend import outside_of_graphs, refuse_second_derivative, refuse_transforms
 from .checks import check_dense, check_integer, check_same_device, check_shape
 from .kept_ids import Support
-from .linear_arguments import LinearProblem, checked_problem, exact
+from .linear_arguments import checked_problem
 from .linear_head import Weight
 from .linear_kept import kept_stats_of
-from .linear_plans import (
-    Needs,
-    Plan,
-    Slopes,
-    Statistics,
-    choose_plan,
-    loss_alone,
-    loss_and_gradients,
-    whole,
-)
+from .linear_loss_plans import loss_alone, loss_and_gradients, whole
+from .linear_plans import Needs, Plan, choose_plan
+from .linear_precision import exact
+from .linear_problem import LinearInputs, LinearProblem
+from .linear_question import checked_question
 from .linear_rows import Span, live_rows, order_by_group, pack_groups, states_of_groups
+from .linear_statistics import Slopes, Statistics
 from .ranks import Group
 from .sharded import head_part, replicated
 
 
 class ChunkStats(NamedTuple):
-    """What a loss sees of n tokens at a time: `TokenStats`, and the groups that they belong to."""
+    """What a loss sees of n tokens at a time: `TokenStats`, and the groups that they belong to.
+
+    Example:
+        >>> def z_loss(stats: fastrlhf.ChunkStats):
+        ...     return 1e-4 * stats.lse.square().sum() - stats.logprob.sum()
+        >>> hidden, weight, targets = torch.ones(3, 4), torch.zeros(8, 4), torch.tensor([0, 1, 2])
+        >>> loss, _ = fastrlhf.linear_loss(z_loss, hidden, weight, targets)
+        >>> loss
+        tensor(6.2396)
+    """
 
     logprob: Tensor  # (n,)
     entropy: Tensor | None  # (n,), None unless asked for
@@ -109,15 +114,25 @@ def linear_loss(
     Raises:
         TypeError, ValueError: as `linear_token_stats`; groups or side inputs that do not fit; a
             loss_fn that returns anything else.
+
+    Example:
+        >>> def loss_fn(stats, weights):
+        ...     return -(stats.logprob * weights).sum(), {"tokens": torch.tensor(len(weights))}
+        >>> hidden, weight = torch.ones(3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> targets, weights = torch.tensor([0, 1, -100]), torch.tensor([1.0, 0.5, 0.0])
+        >>> loss, metrics = fastrlhf.linear_loss(loss_fn, hidden, weight, targets, weights)
+        >>> loss.backward()
+        >>> loss.detach(), metrics
+        (tensor(3.1192), {'tokens': tensor(2)})
     """
     refuse_transforms("linear_loss", "linear_token_stats and a loss of it")
     head = head_part(hidden, [weight], bias, group)
-    problem = checked_problem(
-        head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
-        temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
-        entropy=entropy, chunk_size=chunk_size, impl=impl, part=head.part, support=support,
+    inputs = LinearInputs(
+        *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part, support=support,
         rows=rows,
     )  # fmt: skip
+    question = checked_question(ignore_index, entropy=entropy)
+    problem = checked_problem(inputs, replicated("targets", targets), question)
     return loss_of(problem, loss_fn, side_inputs, groups)
 
 
@@ -172,20 +187,22 @@ def _loss_and_known_gradient(
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in inputs]
     needs = Needs(wanted[0], wanted[2:], wanted[1])
-    plan = choose_plan(needs, loss_known=True, grouped=groups is not None)
+    plan = choose_plan(needs, loss_known=True)
     order, segments = _segments(problem, groups)
-    chunks = _ChunkLosses(loss_fn, order, side_inputs, groups, with_slopes=plan is not Plan.P0)
+    chunks = _ChunkLosses(
+        loss_fn, order, side_inputs, groups, with_slopes=plan is not Plan.READ_ONLY
+    )
     with torch.no_grad(), exact(problem.hidden):
         bench = problem.workbench(order)
         # fp32, since the scale of the loss is not known: fp16 could lose small gradients.
         gradients = bench.gradients(needs, bench.head.sums)
-        if plan is Plan.P0:
+        if plan is Plan.READ_ONLY:
             loss_alone(bench, segments, chunks)
         else:
             loss_and_gradients(bench, segments, chunks, gradients)
         known = gradients.totals(problem.hidden, problem.bias, problem.weights)
     loss, aux = chunks.total(bench.rows.hidden.new_zeros((), dtype=bench.head.sums))
-    if plan is Plan.P0:
+    if plan is Plan.READ_ONLY:
         return loss, aux
     return _WithKnownGradient.apply(loss, known, *inputs), aux
 
@@ -197,7 +214,7 @@ def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, li
         rows = problem.workbench(problem.order()).rows
         assert rows.order is not None
         return rows.order, [[span] for span in rows.spans(chunk)]
-    order = live_rows(problem.targets.reshape(-1), problem.options.ignore_index)
+    order = live_rows(problem.targets.reshape(-1), problem.options.question.ignore_index)
     order, sizes = order_by_group(order, groups.reshape(-1))
     shared = problem.options.shared
     states = None if shared is None else states_of_groups(shared.state[order], sizes)

@@ -1,33 +1,35 @@
 """The plans: which vocabulary matmuls an operation from hidden states does, and when.
 
-G is one matmul of the rows with a target, 2·n·V·H operations. What needs a gradient, and what is
-known when, decides:
+G is the cost of one matmul of the rows with a target: 2·n·V·H operations. What needs a gradient,
+and whether the loss is known while the logits are there, decide:
 
-| plan | for                                                          | forward  | backward | sum |
-|------|--------------------------------------------------------------|----------|----------|-----|
-| P0   | nothing needs a gradient                                     | G        |          | 1G  |
-| P1   | statistics, and hidden states alone need a gradient          | G + G    |          | 2G  |
-| P2   | a loss that each token has by itself                         | G + G·k  |          | 3G  |
-| P3   | a loss that groups of tokens have, a group at a time         | G + G·k  |          | 3G  |
-| P4   | statistics, and the weight needs a gradient                  | G        | G + G·k  | 4G  |
+| `Plan`      | for                                                 | forward | backward | sum |
+|-------------|-----------------------------------------------------|---------|----------|-----|
+| READ_ONLY   | nothing needs a gradient                            | G       |          | 1G  |
+| KEEP_SLOPES | statistics, and hidden alone needs a gradient       | G + G   |          | 2G  |
+| WITH_LOSS   | a loss that is known block by block                 | G + G·k |          | 3G  |
+| RECOMPUTE   | statistics, and the weight needs a gradient         | G       | G + G·k  | 4G  |
 
 k is how many of hidden states and weight need a gradient: the sums are for both, and G less for
-one. So P2 and P3 cost 2G where the weight is frozen, as P1 does.
+one. So WITH_LOSS costs 2G where the weight is frozen, as KEEP_SLOPES does. (Tests and benchmarks
+number them: P0 is READ_ONLY, P1 KEEP_SLOPES, P2 WITH_LOSS of single tokens, P3 WITH_LOSS of groups
+of tokens, P4 RECOMPUTE.)
 
-P1 works because the gradient of a token's log-prob with respect to its hidden state, u, is a vector
-that the forward can keep: backward, whatever the loss, is a product of u with a number. The
-entropy, if its gradient is asked for, is a second such vector, and one G more. P2 and P3 learn the
-loss's derivative while the logits are still there. P4 must make the logits again. A group that is
-larger than a block is scored block by block, and its logits are made again once its loss is known:
-G more, in bounded memory.
+KEEP_SLOPES works because the gradient of a token's log-prob with respect to its hidden state, u, is
+a vector that the forward can keep: backward, whatever the loss, is a product of u with a number.
+The entropy, if its gradient is asked for, is a second such vector, and one G more. WITH_LOSS learns
+the loss's derivative while the logits are still there (`linear_loss_plans.py`). RECOMPUTE must make
+the logits again.
 
 Only tokens that have a gradient are multiplied backward: after clipping, masks and advantages of
-zero, often a fraction f of them. P2 and P3 then cost G + 2G·f, P4 G + 3G·f.
+zero, often a fraction f of them. WITH_LOSS then costs G + 2G·f, RECOMPUTE G + 3G·f.
+
+Dims: N tokens, n of a block, K width of the hidden states, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from functools import reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +39,10 @@ from fastrlhf.reference import FURTHER_STATS, accumulation_dtype
 
 from .head_gradients import Gradients, LogitGradient, as_operands, padded_rows
 from .linear_head import Head
-from .linear_rows import Block, Rows, Span, at, even_spans
-from .shared_targets import SharedTargets, shared_statistics
+from .linear_question import TokenQuestion
+from .linear_rows import Block, Rows, Span, at
+from .linear_statistics import Slopes, Statistics
+from .shared_targets import shared_statistics
 from .stats_over_ranks import statistics_over_ranks
 from .token_stats import all_statistics
 from .transform import Transform
@@ -52,6 +56,12 @@ class Needs(NamedTuple):
     weights: list[bool]
     bias: bool
 
+    @staticmethod
+    def of(wanted: Sequence[bool]) -> "Needs":
+        """Of what autograd says of the tensors of a `LinearProblem`."""
+        hidden, bias, _, _, *weights = wanted
+        return Needs(hidden, weights, bias)
+
     @property
     def head(self) -> bool:
         """Anything whose gradient is a sum over tokens."""
@@ -61,77 +71,23 @@ class Needs(NamedTuple):
 class Plan(Enum):
     """What is done with the logits while they are there."""
 
-    P0 = "read the statistics"
-    P1 = "keep the gradient of each statistic"
-    P2 = "ask for the loss of each token, and finish its gradient"
-    P3 = "ask for the loss of each group, and finish its gradient"
-    P4 = "read the statistics, and make the logits again backward"
+    READ_ONLY = "read the statistics"
+    KEEP_SLOPES = "keep the gradient of each statistic"
+    WITH_LOSS = "ask for the loss of tokens or groups of them, and finish its gradient"
+    RECOMPUTE = "read the statistics, and make the logits again backward"
 
 
-def choose_plan(needs: Needs, *, loss_known: bool, grouped: bool = False) -> Plan:
+def choose_plan(needs: Needs, *, loss_known: bool) -> Plan:
     """Choose the plan of fewest matmuls."""
     if not (needs.hidden or needs.head):
-        return Plan.P0
+        return Plan.READ_ONLY
     if loss_known:
-        return Plan.P3 if grouped else Plan.P2
-    return Plan.P4 if needs.head else Plan.P1
+        return Plan.WITH_LOSS
+    return Plan.RECOMPUTE if needs.head else Plan.KEEP_SLOPES
 
 
-class Statistics(NamedTuple):
-    """Of n tokens: what `token_stats` returns, and what its gradient needs besides; each (n,)."""
-
-    logprob: Tensor
-    entropy: Tensor  # empty unless asked for, as are the three below the lse
-    lse: Tensor
-    is_top1: Tensor
-    mean_logit: Tensor
-    log_sum_sq_probs: Tensor
-    peak: Tensor
-    log_norm: Tensor
-    shared: SharedTargets | None = None  # where tokens share rows of logits
-
-    @staticmethod
-    def of(values: Iterable[Any], shared: SharedTargets | None = None) -> "Statistics":
-        return Statistics(*values)._replace(shared=shared)
-
-    def of_leaders(self) -> "Statistics":
-        """Of the m rows that the tokens share, with the target of each that leads it; what the
-        gradient does not take is empty.
-        """
-        assert self.shared is not None
-        logprob, entropy, peak, log_norm = self.shared[-4:]
-        nothing = logprob.new_empty(0)
-        others = (nothing,) * 4
-        return Statistics(logprob, entropy, *others, peak, log_norm)
-
-
-class Slopes(NamedTuple):
-    """Of n tokens: the derivatives of a loss with respect to their statistics; each (n,), or None
-    where the loss does not depend on the statistic.
-    """
-
-    logprob: Tensor
-    entropy: Tensor | None = None
-    lse: Tensor | None = None
-    mean_logit: Tensor | None = None
-
-    @staticmethod
-    def of(values: Iterable[Any]) -> "Slopes":
-        return Slopes(*values)
-
-    def at(self, place: slice | Tensor) -> "Slopes":
-        """Take those of some tokens."""
-        others = (None if slope is None else slope[place] for slope in self[1:])
-        return Slopes(self.logprob[place], *others)
-
-    def counting(self) -> Tensor:
-        """Tell which tokens have a gradient at all: (n,) bool."""
-        nonzero = [slope != 0 for slope in self if slope is not None]
-        return reduce(torch.logical_or, nonzero)
-
-
-# Rows are left out of a matmul where so many can be, and at least one in so many: below that, what
-# is launched and moved for it costs as much.
+# Rows are left out of a matmul where at least _FEWEST of them can be, and at least one in _ONE_IN:
+# with fewer, to launch and move what leaves them out costs as much as it saves.
 _FEWEST = 8
 _ONE_IN = 8
 
@@ -145,15 +101,16 @@ def few_enough(wanted: Tensor) -> Tensor | None:
     return index if left_out >= max(_FEWEST, wanted.shape[0] / _ONE_IN) else None
 
 
-Found = tuple[Tensor, ...]  # what `token_stats` returns, of all N tokens; empty unless asked for
+# What `token_stats` returns, of all N tokens; empty unless asked for.
+AllStats = tuple[Tensor, ...]
 
-# Logprob, entropy, peak and log_norm of the n rows that count, which the gradient of logits takes.
-Kept = tuple[Tensor, ...]
-
-
-_NO_TARGET = -(2**31)  # no row is ignored where it leads
+# Logprob, entropy, peak and log_norm of the n rows that count: what the gradient of their logits
+# takes.
+KeptStatistics = tuple[Tensor, ...]
 
 Room = Callable[[int], Tensor]  # makes room for gradients of so many rows of logits
+
+_NO_TARGET = -(2**31)  # an ignore_index for rows that all have a target
 
 
 class Workbench(NamedTuple):
@@ -161,9 +118,7 @@ class Workbench(NamedTuple):
 
     head: Head
     rows: Rows
-    entropy: bool
-    entropy_grad: bool
-    with_stats: tuple[str, ...]
+    question: TokenQuestion
     impl: str
     part: VocabularyPart | None = None  # of a vocabulary that ranks share
 
@@ -179,29 +134,32 @@ class Workbench(NamedTuple):
         )  # fmt: skip
 
     def score(self, block: Block) -> tuple[Tensor, Statistics]:
-        """Make the logits of a block, and read their statistics: G."""
+        """Make the logits of a block, and read their statistics: G, one vocabulary matmul."""
         logits = self.head.logits(block.hidden.to(self.head.operands))
-        asked = self.entropy, self.with_stats
         if block.states is not None:
-
-            def of_leaders(leader: Tensor, transform: Transform) -> tuple[Tensor, ...]:
-                return all_statistics(
-                    logits, leader, transform, _NO_TARGET, *asked, False, self.impl
-                )
-
-            found, shared = shared_statistics(logits, block, block.states, of_leaders)
-            return logits, Statistics.of(found, shared)
+            values, shared = shared_statistics(
+                logits, block, block.states, partial(self._read, logits)
+            )
+            return logits, Statistics.of(values, shared)
+        targets, transform, question = block.targets, block.transform, self.question
         if self.part is None:
-            found = all_statistics(
-                logits, block.targets, block.transform, self.rows.ignore_index, *asked, False,
+            values = self._read(logits, targets, transform, self.rows.ignore_index)
+        else:
+            values = statistics_over_ranks(
+                logits, targets, transform, self.part, question.entropy, question.with_stats,
                 self.impl,
             )  # fmt: skip
-        else:
-            found = statistics_over_ranks(
-                logits, block.targets, block.transform, self.part, *asked, self.impl
-            )
-        logprob, entropy, lse, peak, log_norm, top1, mean, squares = found
+        logprob, entropy, lse, peak, log_norm, top1, mean, squares = values
         return logits, Statistics(logprob, entropy, lse, top1, mean, squares, peak, log_norm)
+
+    def _read(
+        self, logits: Tensor, targets: Tensor, transform: Transform, ignore_index: int = _NO_TARGET
+    ) -> tuple[Tensor, ...]:
+        """Read the statistics of rows of logits, each with a target."""
+        return all_statistics(
+            logits, targets, transform, ignore_index, self.question.entropy,
+            self.question.with_stats, False, self.impl,
+        )  # fmt: skip
 
     def d_logits(
         self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes,
@@ -214,13 +172,29 @@ class Workbench(NamedTuple):
         if self.part is not None:
             if self.part.size == 0:
                 return LogitGradient(logits.to(operands), None)
-            if slopes.mean_logit is not None:  # K2 divides it by the columns that it has
+            if slopes.mean_logit is not None:  # the operator divides by the columns that it has
                 share = self.part.size / self.part.vocab
                 slopes = slopes._replace(mean_logit=slopes.mean_logit * share)
         # fp16 is rounded to once the size of each row is known.
-        exact = self.head.sums if operands == torch.float16 else operands
-        there = room(len(logits)) if operands != logits.dtype else None
-        shared, of_tokens, targets, transform = stats.shared, slopes, block.targets, block.transform
+        dtype = self.head.sums if operands == torch.float16 else operands
+        rounded = room(len(logits)) if operands != logits.dtype else None
+        in_place = overwrite and logits.dtype == dtype
+        if in_place:
+            out = logits
+        elif rounded is None or dtype != operands:
+            out = padded_rows(len(logits), self.head.vocab, dtype, logits.device)
+        else:
+            out = rounded
+        self._write_gradient(out, in_place, block, logits, stats, slopes)
+        return as_operands(out, operands, rounded)
+
+    def _write_gradient(
+        self, out: Tensor, in_place: bool, block: Block, logits: Tensor, stats: Statistics,
+        of_tokens: Slopes,
+    ) -> None:  # fmt: skip
+        """Write the gradient (n, V) of Σ slopes·statistics; in place, over the logits."""
+        slopes, targets, transform = of_tokens, block.targets, block.transform
+        shared = stats.shared
         if shared is not None and block.states is not None:
             targets, transform = shared.leader, block.states.transform
             stats = stats.of_leaders()
@@ -229,18 +203,12 @@ class Workbench(NamedTuple):
             logits, targets, stats.logprob, stats.entropy, stats.peak, stats.log_norm,
             slopes.logprob, slopes.entropy, *transform, self.impl, slopes.lse, slopes.mean_logit,
         )  # fmt: skip
-        if overwrite and logits.dtype == exact:
+        if in_place:
             torch.ops.fastrlhf.token_stats_backward_(*arguments)
-            out = logits
         else:
-            if there is None or exact != operands:
-                out = padded_rows(len(logits), self.head.vocab, exact, logits.device)
-            else:
-                out = there
             torch.ops.fastrlhf.token_stats_backward_into(out, *arguments)
         if shared is not None:
             shared.add_targets(out, of_tokens.logprob)
-        return as_operands(out, operands, there)
 
     def differentiate(
         self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes, gradients: Gradients
@@ -248,20 +216,22 @@ class Workbench(NamedTuple):
         """Turn the logits into their gradient and hand it on: G each for hidden states and weight,
         of the tokens that have a gradient.
         """
-        dz = self.d_logits(block, logits, stats, slopes, room=gradients.room)
+        d_logits = self.d_logits(block, logits, stats, slopes, room=gradients.room)
         counting, place = slopes.counting(), block.place
         if block.states is not None:
             place = block.states.rows
             counting = block.states.any(counting)
         some = self.few_enough(counting)
         if some is None:
-            # Whatever they hold, they must not spoil the sums over rows.
+            # Rows without a gradient add 0 times their hidden state to sums over rows: NaN, where
+            # that is infinite.
             hidden = torch.where(counting.unsqueeze(1), block.hidden, 0.0)
         elif len(some) == 0:
             return
         else:
-            place, hidden, dz = at(place, some), block.hidden[some], dz.leading(some)
-        gradients.add(place, hidden.to(self.head.operands), dz)
+            place, hidden = at(place, some), block.hidden[some]
+            d_logits = d_logits.leading(some)
+        gradients.add(place, hidden.to(self.head.operands), d_logits)
 
     def few_enough(self, wanted: Tensor) -> Tensor | None:
         """Find the wanted rows, if it is worth leaving out the others; None too where they cannot
@@ -280,31 +250,35 @@ class Workbench(NamedTuple):
         return self._replace(rows=self.rows._replace(order=order[some]))
 
 
-def statistics(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Kept]:
-    """Read the statistics of all tokens: P0, and the forward of P4.
+def statistics(bench: Workbench, spans: Iterable[Span]) -> tuple[AllStats, KeptStatistics]:
+    """Read the statistics of all tokens: READ_ONLY, and the forward of RECOMPUTE.
 
     Where ranks share the vocabulary, what backward would have to ask them again is returned too.
     """
-    found = room_for_all_tokens(bench)
+    all_stats = room_for_all_tokens(bench)
     parts = []
     for span in spans:
         block = bench.rows.block(span)
         stats = bench.score(block)[1]
-        put(found, block, stats)
+        put(all_stats, block, stats)
         if bench.part is not None:
             parts.append((stats.logprob, stats.entropy, stats.peak, stats.log_norm))
-    return found, tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+    return all_stats, tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
-def statistics_and_slopes(bench: Workbench, spans: Iterable[Span]) -> tuple[Found, Tensor, Tensor]:
-    """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K): P1."""
-    found = room_for_all_tokens(bench)
-    alone = not bench.entropy_grad and bench.part is None
+def statistics_and_slopes(
+    bench: Workbench, spans: Iterable[Span]
+) -> tuple[AllStats, Tensor, Tensor]:
+    """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K):
+    KEEP_SLOPES.
+    """
+    all_stats = room_for_all_tokens(bench)
+    alone = not bench.question.entropy_grad and bench.part is None
     u_logprob = room_for_slopes(bench.rows.hidden, alone=alone)
-    u_entropy = torch.zeros_like(u_logprob if bench.entropy_grad else u_logprob[:0])
+    u_entropy = torch.zeros_like(u_logprob if bench.question.entropy_grad else u_logprob[:0])
     for span in spans:
-        _slopes_of_block(bench, bench.rows.block(span), found, u_logprob, u_entropy)
-    return found, u_logprob, u_entropy
+        _slopes_of_block(bench, bench.rows.block(span), all_stats, u_logprob, u_entropy)
+    return all_stats, u_logprob, u_entropy
 
 
 def room_for_slopes(hidden: Tensor, *, alone: bool) -> Tensor:
@@ -321,24 +295,31 @@ def room_for_slopes(hidden: Tensor, *, alone: bool) -> Tensor:
 
 
 def _slopes_of_block(
-    bench: Workbench, block: Block, found: Found, u_logprob: Tensor, u_entropy: Tensor
+    bench: Workbench, block: Block, all_stats: AllStats, u_logprob: Tensor, u_entropy: Tensor
 ) -> None:
     logits, stats = bench.score(block)
-    put(found, block, stats)
+    put(all_stats, block, stats)
     one, zero = torch.ones_like(stats.logprob), torch.zeros_like(stats.logprob)
-    if bench.entropy_grad:
+    if bench.question.entropy_grad:
         slopes = Slopes(zero, one)
-        dz = bench.d_logits(block, logits, stats, slopes, room=bench.head.room, overwrite=False)
-        u_entropy[block.place] = bench.head.pull_back(dz).to(u_entropy.dtype)
-        del dz
-    dz = bench.d_logits(block, logits, stats, Slopes(one), room=bench.head.room)
-    u_logprob[block.place] = bench.head.pull_back(dz).to(u_logprob.dtype)
+        d_logits = bench.d_logits(
+            block, logits, stats, slopes, room=bench.head.room, overwrite=False
+        )
+        u_entropy[block.place] = bench.head.pull_back(d_logits).to(u_entropy.dtype)
+        del d_logits
+    d_logits = bench.d_logits(block, logits, stats, Slopes(one), room=bench.head.room)
+    u_logprob[block.place] = bench.head.pull_back(d_logits).to(u_logprob.dtype)
 
 
 def recomputed_gradients(
-    bench: Workbench, spans: Iterable[Span], slopes: Slopes, gradients: Gradients, kept: Kept = ()
+    bench: Workbench,
+    spans: Iterable[Span],
+    slopes: Slopes,
+    gradients: Gradients,
+    kept: KeptStatistics = (),
 ) -> None:
-    """Make the logits again and finish, given the gradients (N,) of the statistics: P4 backward.
+    """Make the logits again and finish, given the gradients (N,) of the statistics: RECOMPUTE
+    backward.
 
     Where ranks share the vocabulary, their statistics were kept, and nobody is asked again.
     """
@@ -353,83 +334,30 @@ def recomputed_gradients(
         del logits  # before the next block makes its own
 
 
-def _statistics_kept(kept: Kept) -> Statistics:
+def _statistics_kept(kept: KeptStatistics) -> Statistics:
     logprob, entropy, peak, log_norm = kept
     nothing = logprob.new_empty(0)
     return Statistics(logprob, entropy, nothing, nothing, nothing, nothing, peak, log_norm)
 
 
-# Given the statistics of a span of the ordered rows, the derivatives of the loss.
-Loss = Callable[[Span, Statistics], Slopes]
-
-
-def loss_alone(bench: Workbench, segments: Iterable[list[Span]], loss: Loss) -> None:
-    """Show each segment's statistics to the loss: P0 where there is a loss."""
-    for spans in segments:
-        loss(whole(spans), _statistics_of(bench, spans))
-
-
-def loss_and_gradients(
-    bench: Workbench, segments: Iterable[list[Span]], loss: Loss, gradients: Gradients
-) -> None:
-    """Show each segment's statistics to the loss and finish the gradient: P2, P3.
-
-    A segment is what the loss must see at once: one block or, if that is too large, several.
-    """
-    for spans in segments:
-        if len(spans) == 1:
-            block = bench.rows.block(spans[0])
-            logits, stats = bench.score(block)
-            bench.differentiate(block, logits, stats, loss(spans[0], stats), gradients)
-            del logits  # before the next block makes its own
-            continue
-        slopes = loss(whole(spans), _statistics_of(bench, spans))
-        _differentiate_again(bench, spans, slopes, gradients)
-
-
-def _differentiate_again(
-    bench: Workbench, spans: list[Span], slopes: Slopes, gradients: Gradients
-) -> None:
-    """Make the logits of consecutive spans again, given the slopes of all their rows."""
-    order = None if bench.rows.order is None else bench.rows.order[slice(*whole(spans))]
-    some = bench.few_enough(slopes.counting())
-    if order is not None and some is not None:
-        order, slopes = order[some], slopes.at(some)
-    again = bench._replace(rows=bench.rows._replace(order=order), with_stats=())
-    size = max(last - first for first, last in spans)
-    for span in even_spans(again.rows.size, size):
-        block = again.rows.block(span)
-        again.differentiate(block, *again.score(block), slopes.at(slice(*span)), gradients)
-
-
-def whole(spans: list[Span]) -> Span:
-    return spans[0][0], spans[-1][1]
-
-
-def _statistics_of(bench: Workbench, spans: list[Span]) -> Statistics:
-    """Read the statistics of some spans, one after the other."""
-    parts = [bench.score(bench.rows.block(span))[1] for span in spans]
-    columns = zip(*(part[:-1] for part in parts), strict=True)
-    return Statistics.of(torch.cat(values) for values in columns)
-
-
-def room_for_all_tokens(bench: Workbench) -> Found:
+def room_for_all_tokens(bench: Workbench) -> AllStats:
     """Make zeros, which are the statistics of ignored tokens."""
     tokens, dtype = bench.rows.targets.shape[0], bench.head.sums
     logprob, lse = (bench.rows.hidden.new_zeros(tokens, dtype=dtype) for _ in range(2))
     is_top1, mean_logit, log_squares = (
         lse.new_zeros(
-            tokens if name in bench.with_stats else 0,
+            tokens if name in bench.question.with_stats else 0,
             dtype=torch.bool if name == "is_top1" else dtype,
         )
         for name in FURTHER_STATS
     )
-    entropy = lse.new_zeros(tokens if bench.entropy else 0)
+    entropy = lse.new_zeros(tokens if bench.question.entropy else 0)
     return logprob, entropy, lse, is_top1, mean_logit, log_squares
 
 
-def put(found: Found, block: Block, stats: Statistics) -> None:
-    values: tuple[Any, ...] = stats[: len(found)]
-    for whole, part in zip(found, values, strict=True):
-        if whole.numel():
-            whole[block.place] = part
+def put(all_stats: AllStats, block: Block, stats: Statistics) -> None:
+    """Write the statistics of a block where its tokens are."""
+    values: tuple[Any, ...] = stats[: len(all_stats)]
+    for of_all, of_block in zip(all_stats, values, strict=True):
+        if of_all.numel():
+            of_all[block.place] = of_block

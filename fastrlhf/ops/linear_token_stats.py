@@ -11,17 +11,11 @@ from fastrlhf.reference import TokenStats, accumulation_dtype
 
 from .backend import outside_of_graphs, under_transform, wanted_or_detached
 from .kept_ids import Support
-from .linear_arguments import (
-    LinearProblem,
-    checked_problem,
-    exact,
-    full_logits,
-    written_out,
-)
+from .linear_arguments import checked_problem
+from .linear_definition import differentiable_gradients, stats_by_logits
 from .linear_head import Weight
 from .linear_kept import kept_stats_of
 from .linear_plans import (
-    Kept,
     Needs,
     Plan,
     Slopes,
@@ -30,10 +24,13 @@ from .linear_plans import (
     statistics,
     statistics_and_slopes,
 )
+from .linear_precision import exact
+from .linear_problem import LinearInputs, LinearProblem
+from .linear_question import checked_question
 from .ranks import Group, all_reduced_rows, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .row_stats import shaped_stats
 from .sharded import head_part, replicated
 from .shared_slopes import statistics_and_shared_slopes, times_shared_slopes
-from .token_stats import shaped_stats
 
 
 def linear_token_stats(
@@ -129,15 +126,24 @@ def linear_token_stats(
             `token_stats`.
 
     The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.
+
+    Example:
+        >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 0.0]], requires_grad=True)
+        >>> weight = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])  # of the head, (V, H)
+        >>> stats = fastrlhf.linear_token_stats(hidden, weight, torch.tensor([0, 2]), entropy=True)
+        >>> stats.logprob.detach(), stats.entropy.detach()
+        (tensor([-0.4076, -1.0986]), tensor([0.8324, 1.0986]))
+        >>> stats.logprob.sum().backward()
     """
     head = head_part(hidden, [weight], bias, group)
-    problem = checked_problem(
-        head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
-        temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
-        entropy=entropy, chunk_size=chunk_size, impl=impl, entropy_grad=entropy_grad,
-        with_stats=with_stats, part=head.part, support=support, rows=rows,
+    inputs = LinearInputs(
+        *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part, support=support,
+        rows=rows,
     )  # fmt: skip
-    return token_stats_of(problem)
+    question = checked_question(
+        ignore_index, entropy=entropy, entropy_grad=entropy_grad, with_stats=with_stats
+    )
+    return token_stats_of(checked_problem(inputs, replicated("targets", targets), question))
 
 
 def linear_token_logprobs(
@@ -161,14 +167,19 @@ def linear_token_logprobs(
 
     Eager equivalent: `F.linear(hidden, weight, bias).float().log_softmax(-1).gather(-1,
     targets[..., None])[..., 0]`.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+        >>> fastrlhf.linear_token_logprobs(hidden, weight, torch.tensor([0, 2]))
+        tensor([-0.4076, -1.0986])
     """
     head = head_part(hidden, [weight], bias, group)
-    problem = checked_problem(
-        head.hidden, head.weights, replicated("targets", targets), bias=head.bias,
-        temperature=temperature, softcap=softcap, scale=scale, ignore_index=ignore_index,
-        entropy=False, chunk_size=chunk_size, impl=impl, part=head.part, support=support, rows=rows,
-        lse=False,
+    inputs = LinearInputs(
+        *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part, support=support,
+        rows=rows,
     )  # fmt: skip
+    question = checked_question(ignore_index, lse=False)
+    problem = checked_problem(inputs, replicated("targets", targets), question)
     return token_stats_of(problem).logprob
 
 
@@ -176,101 +187,102 @@ def token_stats_of(problem: LinearProblem) -> TokenStats:
     """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
     if problem.kept is not None:
         stats = outside_of_graphs(kept_stats_of)(problem)
-        grad = problem.options.entropy_grad
+        grad = problem.options.question.entropy_grad
         return reference.public_stats(stats.shaped(problem.targets.shape, entropy_grad=grad))
     over_ranks = problem.options.part is not None
     if over_ranks:
         refuse_transforms_of_ranks("linear_token_stats")
     if under_transform():
-        return _definition(problem, problem.hidden, problem.bias, problem.weights)
+        return stats_by_logits(problem, problem.hidden, problem.bias, problem.weights)
     apply = _LinearTokenStats.apply
-    in_graphs = not over_ranks and problem.options.shared is None
-    found = (apply if in_graphs else outside_of_graphs(apply))(
-        problem.options,
-        *wanted_or_detached(
-            problem.hidden, problem.bias, problem.targets, problem.token_temperature,
-            *problem.weights,
-        ),
-    )  # fmt: skip
-    return stats_of_found(problem, found)
+    if over_ranks or problem.options.shared is not None:
+        apply = outside_of_graphs(apply)
+    all_stats = apply(problem.options, *wanted_or_detached(*problem.tensors()))
+    return shaped_like_targets(all_stats, problem)
 
 
-def stats_of_found(problem: LinearProblem, found: Sequence[Tensor]) -> TokenStats:
+def shaped_like_targets(all_stats: Sequence[Tensor], problem: LinearProblem) -> TokenStats:
     """Give the statistics (N,) of all tokens, as the plans find them, the shape of the targets."""
-    options = problem.options
-    return shaped_stats(found, problem.targets.shape, options.entropy, options.with_stats)
+    question = problem.options.question
+    return shaped_stats(all_stats, problem.targets.shape, question.entropy, question.with_stats)
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """P0, P1 and P4: statistics whose upstream gradients come later."""
+    """Statistics whose upstream gradients come later: one of the plans READ_ONLY, KEEP_SLOPES and
+    RECOMPUTE of `linear_plans.py`.
+    """
 
     @staticmethod
-    def forward(ctx, options, hidden, bias, targets, token_temperature, *weights):
-        wanted = ctx.needs_input_grad
-        needs = Needs(wanted[1], list(wanted[5:]), wanted[2])
+    def forward(ctx, options, *tensors):
+        ctx.needs = needs = Needs.of(ctx.needs_input_grad[1:])
         plan = choose_plan(needs, loss_known=False)
-        problem = LinearProblem(hidden, list(weights), bias, targets, token_temperature, options)
+        problem = LinearProblem.of(options, tensors)
         order = problem.order()
-        others: tuple[Tensor, ...]
-        with exact(hidden):
+        kept: tuple[Tensor, ...]
+        with exact(problem.hidden):
             bench = problem.workbench(order)
             spans = bench.rows.spans(options.chunk)
-            if plan is Plan.P1 and options.shared is not None:
-                found, others = statistics_and_shared_slopes(bench, spans)
-            elif plan is Plan.P1:
-                found, *slopes = statistics_and_slopes(bench, spans)
-                others = tuple(slopes)
+            if plan is not Plan.KEEP_SLOPES:
+                all_stats, kept = statistics(bench, spans)
+            elif options.shared is not None:
+                all_stats, kept = statistics_and_shared_slopes(bench, spans)
             else:
-                found, others = statistics(bench, spans)
-        ctx.needs, ctx.keeps_slopes = needs, plan is Plan.P1
-        # Backward needs nothing but what has a gradient.
-        options = options._replace(entropy=options.entropy_grad, with_stats=())
-        keep_problem(ctx, problem._replace(options=options), order, others)
+                all_stats, *slopes = statistics_and_slopes(bench, spans)
+                kept = tuple(slopes)
+        ctx.keeps_slopes = plan is Plan.KEEP_SLOPES
+        options = options._replace(question=options.question.of_gradient)
+        keep_problem(ctx, problem._replace(options=options), order, kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*found[1 if not options.entropy_grad else 2 :])
-        return found
+        entropy_grad = options.question.entropy
+        ctx.mark_non_differentiable(*all_stats[2 if entropy_grad else 1 :])
+        return all_stats
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, *_):
-        problem, order, others = kept_problem(ctx)
-        if problem.options.part is not None:
+        problem, order, kept = kept_problem(ctx)
+        options = problem.options
+        if options.part is not None:
             refuse_derivatives_of_ranks("linear_token_stats", d_logprob, d_entropy)
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
-            d_hidden, d_bias, *d_weights = differentiable_gradients(
-                problem, ctx.needs, d_logprob, d_entropy
-            )
-        elif ctx.keeps_slopes and problem.options.shared is not None:
-            if not problem.options.entropy:
-                d_entropy = None
-            d_hidden = times_shared_slopes(problem, others, d_logprob, d_entropy)
-            d_bias, d_weights = None, [None] * len(problem.weights)
-        elif ctx.keeps_slopes:
-            d_hidden = _times_slopes(problem, order, others, d_logprob, d_entropy)
-            d_bias, d_weights = None, [None] * len(problem.weights)
+            gradients = differentiable_gradients(problem, ctx.needs, d_logprob, d_entropy)
         else:
-            d_hidden, d_bias, *d_weights = _recomputed(
-                problem, order, ctx.needs, d_logprob, d_entropy, tuple(others)
-            )
-        return None, d_hidden, d_bias, None, None, *d_weights
+            if not options.question.entropy:
+                d_entropy = None
+            if not ctx.keeps_slopes:
+                gradients = _recomputed(problem, order, ctx.needs, d_logprob, d_entropy, kept)
+            else:
+                if options.shared is not None:
+                    d_hidden = times_shared_slopes(problem, kept, d_logprob, d_entropy)
+                else:
+                    d_hidden = _times_slopes(problem, order, kept, d_logprob, d_entropy)
+                gradients = [d_hidden, None, *(None for _ in problem.weights)]
+        return None, *in_order_of_tensors(gradients)
+
+
+def in_order_of_tensors(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden states, bias and weights as those of `LinearProblem.tensors`, of which
+    targets and temperatures have none.
+    """
+    d_hidden, d_bias, *d_weights = gradients
+    return d_hidden, d_bias, None, None, *d_weights
 
 
 def keep_problem(
-    ctx: Any, problem: LinearProblem, order: Tensor | None, others: Sequence[Tensor | None]
+    ctx: Any, problem: LinearProblem, order: Tensor | None, more: Sequence[Tensor | None]
 ) -> None:
-    """Keep what a backward needs."""
-    hidden, weights, bias, targets, token_temperature, ctx.options, _ = problem
-    ctx.codes = [None if isinstance(weight, Tensor) else weight for weight in weights]
-    dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
-    ctx.save_for_backward(hidden, bias, targets, token_temperature, order, *dense, *others)
+    """Keep what a backward needs: the problem, the order of its rows, and more tensors."""
+    ctx.options, tensors = problem.options, problem.tensors()
+    ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]  # of quantized weights
+    dense = [x if isinstance(x, Tensor) else None for x in tensors]
+    ctx.save_for_backward(order, *dense, *more)
 
 
 def kept_problem(ctx: Any) -> tuple[LinearProblem, Any, list[Any]]:
-    """Return what was kept: the problem, the order of its rows, and the others."""
-    hidden, bias, targets, token_temperature, order, *rest = ctx.saved_tensors
-    dense, others = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
-    weights = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
-    problem = LinearProblem(hidden, weights, bias, targets, token_temperature, ctx.options)
-    return problem, order, others
+    """Return what `keep_problem` kept."""
+    order, *rest = ctx.saved_tensors
+    dense, more = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
+    tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
+    return LinearProblem.of(ctx.options, tensors), order, more
 
 
 def _times_slopes(
@@ -281,10 +293,9 @@ def _times_slopes(
     d_entropy: Tensor | None,
 ) -> Tensor | None:
     """Scale the kept vectors of each token by its upstream gradients."""
-    live = problem.targets.reshape(-1) != problem.options.ignore_index
+    live = problem.targets.reshape(-1) != problem.options.question.ignore_index
     d_hidden = None
-    upstreams = d_logprob, d_entropy if problem.options.entropy else None
-    for slope, upstream in zip(slopes, upstreams, strict=True):
+    for slope, upstream in zip(slopes, (d_logprob, d_entropy), strict=True):
         if upstream is not None:
             part = slope * torch.where(live, upstream, 0.0).unsqueeze(1)
             d_hidden = part if d_hidden is None else d_hidden.add_(part)
@@ -301,64 +312,17 @@ def _recomputed(
     needs: Needs,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
-    kept: Kept,
+    kept: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of hidden states, bias and weights from logits that are made again."""
     with exact(problem.hidden):
         if d_logprob is None:
             sums = accumulation_dtype(problem.options.dtype)
             d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
-        slopes = Slopes(d_logprob, d_entropy if problem.options.entropy else None)
+        slopes = Slopes(d_logprob, d_entropy)
         bench = problem.workbench(order).with_gradient_alone(slopes)
         gradients = bench.gradients(needs)
         spans = bench.rows.spans(problem.options.chunk)
-        recomputed_gradients(bench, spans, slopes, gradients, kept)
+        recomputed_gradients(bench, spans, slopes, gradients, tuple(kept))
         totals = gradients.totals(problem.hidden, problem.bias, problem.weights)
-    return [
-        None if total is None or x is None else total.to(x.dtype)
-        for total, x in zip(totals, (problem.hidden, problem.bias, *problem.weights), strict=True)
-    ]
-
-
-def differentiable_gradients(
-    problem: LinearProblem, needs: Needs, d_logprob: Tensor | None, d_entropy: Tensor | None
-) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated, or batched: by autograd, through the
-    logits.
-    """
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, so that a path from one input to another is not walked here.
-        hidden = problem.hidden.view_as(problem.hidden)
-        bias = None if problem.bias is None else problem.bias.view_as(problem.bias)
-        weights = [weight[0 : weight.shape[0]] for weight in problem.weights]
-        stats = _definition(problem, hidden, bias, weights)
-    outputs = [
-        (value, upstream.view(value.shape))
-        for value, upstream in ((stats.logprob, d_logprob), (stats.entropy, d_entropy))
-        if value is not None and upstream is not None
-    ]
-    values, upstream = zip(*outputs, strict=True)
-    wanted = needs.hidden, needs.bias, *needs.weights
-    tensors = (hidden, bias, *weights)
-    inputs = [x for x, want in zip(tensors, wanted, strict=True) if want and x is not None]
-    found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=again))
-    return [next(found) if want else None for want in wanted]
-
-
-def _definition(
-    problem: LinearProblem, hidden: Tensor, bias: Tensor | None, weights: Sequence[Weight]
-) -> TokenStats:
-    """Compute the statistics by the logits, in what torch.func can differentiate and batch."""
-    options, targets = problem.options, problem.targets
-    weight = torch.cat([weight[0 : weight.shape[0]] for weight in weights], dim=1)
-    live = targets != options.ignore_index
-    if options.shared is not None:
-        hidden = written_out(hidden, options.shared.row, targets)
-    with exact(hidden):
-        return reference.token_stats(
-            full_logits(hidden, weight, bias, live, options.dtype), targets,
-            temperature=problem.temperature, softcap=options.softcap, scale=options.scale,
-            ignore_index=options.ignore_index, entropy=options.entropy,
-            entropy_grad=options.entropy_grad, with_stats=options.with_stats,
-        )  # fmt: skip
+    return problem.like_inputs(totals)

@@ -25,12 +25,14 @@ from .backend import (
 )
 from .bucket_divergence import BucketMeasure, bucket_divergence
 from .bucket_logits import bucket_logits, write_bucket_gradient
-from .divergence import checked_rows
 from .head_gradients import Gradients, LogitGradient, as_operands
-from .linear_arguments import check_head, checked_chunk, exact, full_logits, matmul_dtype
+from .linear_arguments import check_head, checked_chunk
+from .linear_definition import full_logits
 from .linear_head import Head, Weight
 from .linear_plans import Room, room_for_slopes
+from .linear_precision import exact, matmul_dtype
 from .linear_rows import even_spans, live_rows
+from .logits_arguments import checked_rows
 from .sharded import is_dtensor
 from .teacher_words import TeacherWords, checked_words
 from .topk_divergence import Direction, divergence_by_definition
@@ -97,6 +99,14 @@ def linear_topk_kl_divergence(
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `topk_kl_divergence`.
+
+    Example:
+        >>> hidden, weight = torch.ones(1, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> teacher = torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[3, 5]])  # log-probs, ids
+        >>> divergence = fastrlhf.linear_topk_kl_divergence(hidden, weight, *teacher)
+        >>> divergence.detach()
+        tensor([1.0023])
+        >>> divergence.sum().backward()
     """
     for name, x in (("hidden", hidden), ("weight", weight)):
         if is_dtensor(x):

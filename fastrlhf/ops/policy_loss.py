@@ -2,6 +2,10 @@
 
 The kernel is all there is: where Triton does not run, the same numbers come from `token_stats` and
 a loss of its log-probs.
+
+`fastrlhf.logits_policy_loss` (in `fastrlhf.losses.fused_policy`) checks the arguments and comes
+here; from here the way goes to the kernel and its launcher, in `kernels/policy_loss.py`. The loss
+that is called `policy_loss` in public takes log-probs, and is in `fastrlhf.losses.policy`.
 """
 
 from typing import NamedTuple
@@ -12,7 +16,8 @@ from torch import Tensor
 from fastrlhf import reference
 
 from .backend import refuse_second_derivative, refuse_transforms
-from .token_stats import can_overwrite, check_values_on_host, flat_rows
+from .logits_arguments import check_values_on_host
+from .rows import can_overwrite, flat_rows
 from .tracing import being_traced
 from .transform import Transform
 

@@ -9,7 +9,7 @@ Dims: W ranks of the group.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .backend import under_transform
 
-# Of whatever type a group has, for a build of torch without distributed has none.
-Group = Any  # torch.distributed.ProcessGroup
+if TYPE_CHECKING:
+    Group: TypeAlias = dist.ProcessGroup
+else:  # a build of torch without distributed has no type of groups
+    Group = Any
 
 
 def check_group(group: Group | None) -> Group | None:

@@ -8,7 +8,7 @@ Dims: K width of the hidden states, V vocabulary.
 
 from collections.abc import Callable, Iterable
 from functools import reduce
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,19 @@ from fastrlhf.reference import Layout, TokenStats, accumulation_dtype, capped_lo
 from .backend import under_transform
 from .checks import check_integer
 from .kept_ids import Support
+from .keywords import Unpack
 from .layout import layout_of
-from .linear_arguments import LinearProblem, check_head, checked_problem, exact, matmul_dtype
+from .linear_arguments import check_head, checked_problem
 from .linear_head import Weight
 from .linear_loss import LossFunction, loss_of
+from .linear_precision import exact, matmul_dtype
+from .linear_problem import LinearInputs, LinearProblem
+from .linear_question import QuestionKeywords, checked_question
 from .linear_rows import even_spans
 from .linear_token_stats import token_stats_of
 from .ranks import Group
 from .sharded import head_part, replicated
 from .transform import temperatures_of_layout
-from .vocabulary_part import VocabularyPart
 
 Result = TypeVar("Result")
 
@@ -75,63 +78,26 @@ class Scorer(Protocol):
         """
 
 
-class LinearScorer(NamedTuple):
-    """A weight, in column blocks, applied to hidden states; see `checked_problem`."""
+class LinearScorer(LinearInputs):
+    """A weight, in column blocks, applied to hidden states."""
 
-    hidden: Tensor  # (..., K)
-    weights: list[Weight]
-    bias: Tensor | None = None
-    temperature: float | Tensor = 1.0
-    softcap: float | None = None
-    scale: float = 1.0
-    chunk_size: int | None = None
-    impl: str = "auto"
-    dtype: torch.dtype | None = None  # of the matmuls
-    part: VocabularyPart | None = None  # of a vocabulary that ranks share
-    support: Support | None = None  # the ids that tokens may be
-    rows: Tensor | None = None  # (...) which of hidden states (U, K) predicts each token
-
-    @property
-    def vocab(self) -> int:
-        return self.weights[0].shape[0] if self.part is None else int(self.part.vocab)
-
-    @property
-    def head_is_trained(self) -> bool:
-        """Whether a gradient of weight or bias is asked for."""
-        head = (*self.weights, self.bias)
-        return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in head)
+    __slots__ = ()
 
     def problem(
-        self, targets: Tensor, *, ignore_index: int, entropy: bool, entropy_grad: bool = True,
-        with_stats: Iterable[str] = (), lse: bool = True,
-    ) -> LinearProblem:  # fmt: skip
-        return checked_problem(
-            self.hidden, self.weights, targets, bias=self.bias, temperature=self.temperature,
-            softcap=self.softcap, scale=self.scale, ignore_index=ignore_index, entropy=entropy,
-            chunk_size=self.chunk_size, impl=self.impl, entropy_grad=entropy_grad,
-            with_stats=with_stats, dtype=self.dtype, part=self.part, support=self.support,
-            rows=self.rows, lse=lse,
-        )  # fmt: skip
+        self, targets: Tensor, *, ignore_index: int, **question: Unpack[QuestionKeywords]
+    ) -> LinearProblem:
+        return checked_problem(self, targets, checked_question(ignore_index, **question))
 
     def stats(
-        self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
-        entropy_grad: bool = True, with_stats: Iterable[str] = (), lse: bool = True,
-    ) -> TokenStats:  # fmt: skip
-        return token_stats_of(
-            self.problem(
-                targets, ignore_index=ignore_index, entropy=entropy, entropy_grad=entropy_grad,
-                with_stats=with_stats, lse=lse,
-            )
-        )  # fmt: skip
+        self, targets: Tensor, *, ignore_index: int, **question: Unpack[QuestionKeywords]
+    ) -> TokenStats:
+        return token_stats_of(self.problem(targets, ignore_index=ignore_index, **question))
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
-        ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
-        with_stats: Iterable[str] = (), lse: bool = True,
+        ignore_index: int, groups: Tensor | None = None, **question: Unpack[QuestionKeywords],
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        problem = self.problem(
-            targets, ignore_index=ignore_index, entropy=entropy, with_stats=with_stats, lse=lse
-        )
+        problem = self.problem(targets, ignore_index=ignore_index, **question)
         return loss_of(problem, loss_fn, side_inputs, groups)
 
     def logits(self, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""P1 where tokens share hidden states: what the forward keeps for the backward.
+"""Where tokens share hidden states: the plan KEEP_SLOPES, what the forward keeps for the backward.
 
 Kept is u = ∂logprob/∂hidden of the leader of each state (see `shared_targets`). That of another
 target y of the state differs from it by two rows of the weight, those of y and of the leader, which
@@ -14,32 +14,33 @@ import torch
 from torch import Tensor
 
 from .add_at import add_at
-from .linear_arguments import LinearProblem
-from .linear_plans import Found, Slopes, Workbench, put, room_for_all_tokens, room_for_slopes
+from .linear_plans import AllStats, Workbench, put, room_for_all_tokens, room_for_slopes
+from .linear_problem import LinearProblem
 from .linear_rows import Span
+from .linear_statistics import Slopes
 from .weighted_rows import add_weighted_rows, sorted_sums
 
 
 def statistics_and_shared_slopes(
     bench: Workbench, spans: Iterable[Span]
-) -> tuple[Found, tuple[Tensor, ...]]:
+) -> tuple[AllStats, tuple[Tensor, ...]]:
     """Read the statistics, and what backward takes: of each state ∂logprob/∂hidden of its leader,
     and ∂entropy/∂hidden (S, K); and of tokens (N,) that do not lead their state the leader, the
     factor of their target's logit, and that of the leader's.
     """
     shared, tokens = bench.rows.shared, bench.rows.targets
     assert shared is not None
-    found = room_for_all_tokens(bench)
+    all_stats = room_for_all_tokens(bench)
     of_states = bench.rows.hidden.new_empty(()).expand(
         len(shared.row_of_state), bench.rows.hidden.shape[1]
     )
     u_logprob = room_for_slopes(of_states, alone=False)
-    u_entropy = torch.zeros_like(u_logprob if bench.entropy_grad else u_logprob[:0])
-    leader, factors = torch.zeros_like(tokens), found[0].new_zeros(2, len(tokens))
+    u_entropy = torch.zeros_like(u_logprob if bench.question.entropy_grad else u_logprob[:0])
+    leader, factors = torch.zeros_like(tokens), all_stats[0].new_zeros(2, len(tokens))
     for span in spans:
         block = bench.rows.block(span)
         logits, stats = bench.score(block)
-        put(found, block, stats)
+        put(all_stats, block, stats)
         states, targets = block.states, stats.shared
         assert states is not None and targets is not None
         leader[block.place] = targets.leader[targets.of_token]
@@ -49,14 +50,14 @@ def statistics_and_shared_slopes(
         of_leaders = stats.of_leaders()
         one, zero = torch.ones_like(of_leaders.logprob), torch.zeros_like(of_leaders.logprob)
         room = bench.head.room
-        if bench.entropy_grad:
+        if bench.question.entropy_grad:
             slopes = Slopes(zero, one)
-            dz = bench.d_logits(alone, logits, of_leaders, slopes, room=room, overwrite=False)
-            u_entropy[states.numbers] = bench.head.pull_back(dz).to(u_entropy.dtype)
-            del dz
-        dz = bench.d_logits(alone, logits, of_leaders, Slopes(one), room=room)
-        u_logprob[states.numbers] = bench.head.pull_back(dz).to(u_logprob.dtype)
-    return found, (u_logprob, u_entropy, leader, *factors)
+            d_logits = bench.d_logits(alone, logits, of_leaders, slopes, room=room, overwrite=False)
+            u_entropy[states.numbers] = bench.head.pull_back(d_logits).to(u_entropy.dtype)
+            del d_logits
+        d_logits = bench.d_logits(alone, logits, of_leaders, Slopes(one), room=room)
+        u_logprob[states.numbers] = bench.head.pull_back(d_logits).to(u_logprob.dtype)
+    return all_stats, (u_logprob, u_entropy, leader, *factors)
 
 
 def times_shared_slopes(
@@ -69,7 +70,7 @@ def times_shared_slopes(
     shared, hidden = problem.options.shared, problem.hidden
     u_logprob, u_entropy, leader, own_factor, leader_factor = kept
     targets = problem.targets.reshape(-1)
-    live = targets != problem.options.ignore_index
+    live = targets != problem.options.question.ignore_index
     assert shared is not None
 
     def of_states(upstream: Tensor) -> Tensor:

@@ -19,21 +19,15 @@ import torch
 from torch import Tensor
 
 from fastrlhf import reference
-from fastrlhf.reference import FURTHER_STATS, RowParts, TokenStats
+from fastrlhf.reference import FURTHER_STATS, RowParts, RowStats, TokenStats
 
+from . import compiled_token_stats, eager_token_stats
 from .backend import backend_of, use_triton, wanted_or_detached
 from .checks import wide_integers
 from .ranks import gathered, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
+from .row_stats import Question, ignored_rows, put_stats, shaped_stats
+from .rows import can_overwrite, of_rows, rows_of
 from .sharded import LogitsPart
-from .token_stats import (
-    Question,
-    can_overwrite,
-    empty_statistics,
-    parts_of_rows,
-    rows_of,
-    shaped_stats,
-    take,
-)
 from .transform import Transform, check_temperatures_on_host, flat_temperature
 from .vocabulary_part import IGNORED, VocabularyPart, numbered
 
@@ -67,9 +61,10 @@ def token_stats_over_ranks(
         transform, part, entropy, entropy and entropy_grad, with_stats, inplace, impl
     )
     logits = wanted_or_detached(own.logits)[0]
-    found = _TokenStatsOverRanks.apply(logits, own_targets, transform.token_temperature, options)
-    logprob, row_entropy, lse, _, _, *further = found
-    return shaped_stats((logprob, row_entropy, lse, *further), targets.shape, entropy, with_stats)
+    stats = RowStats(
+        *_TokenStatsOverRanks.apply(logits, own_targets, transform.token_temperature, options)
+    )
+    return shaped_stats(stats.of_tokens, targets.shape, entropy, with_stats)
 
 
 class _Options(NamedTuple):
@@ -86,31 +81,32 @@ class _TokenStatsOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, token_temperature, options):
         transform, part, entropy, _, with_stats, _, impl = options
-        found = statistics_over_ranks(logits, targets, transform, part, entropy, with_stats, impl)
-        logprob, row_entropy, _, peak, log_norm, *further = found
+        stats = statistics_over_ranks(logits, targets, transform, part, entropy, with_stats, impl)
         ctx.save_for_backward(
-            logits, targets, token_temperature, logprob, row_entropy, peak, log_norm
-        )
+            logits, targets, token_temperature, stats.logprob, stats.entropy, stats.peak,
+            stats.log_norm,
+        )  # fmt: skip
         ctx.options = options
-        top1, mean_logit, squares = further
-        constant = [peak, log_norm, top1, squares]
-        constant += [] if options.entropy_grad else [row_entropy]
-        constant += [] if "mean_logit" in with_stats else [mean_logit]
+        constant = [stats.peak, stats.log_norm, stats.is_top1, stats.log_sum_sq_probs]
+        constant += [] if options.entropy_grad else [stats.entropy]
+        constant += [] if "mean_logit" in with_stats else [stats.mean_logit]
         ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
-        return found
+        return tuple(stats)
 
     @staticmethod
-    def backward(ctx, d_logprob, d_entropy, d_lse, _peak, _log_norm, _top1, d_mean, _squares):
-        refuse_derivatives_of_ranks("token_stats", d_logprob, d_entropy, d_lse, d_mean)
+    def backward(ctx, *d_stats):
+        d = RowStats(*d_stats)
+        d_logprob, d_mean = d.logprob, d.mean_logit
+        refuse_derivatives_of_ranks("token_stats", d_logprob, d.entropy, d.lse, d_mean)
         logits, targets, token_temperature, *stats = ctx.saved_tensors
         options = ctx.options
-        if d_mean is not None:  # K2 divides it by the columns that it has
+        if d_mean is not None:  # which is then divided by the columns that there are here
             d_mean = d_mean * (options.part.size / options.part.vocab)
         if d_logprob is None:
             d_logprob = torch.zeros_like(stats[0])
-        saved = (logits, targets, *stats, d_logprob, d_entropy, token_temperature)
-        saved += (*options.transform[1:], options.impl, d_lse, d_mean)
+        saved = (logits, targets, *stats, d_logprob, d.entropy, token_temperature)
+        saved += (*options.transform[1:], options.impl, d.lse, d_mean)
         if logits.shape[-1] == 0:
             d_logits = torch.zeros_like(logits)
         elif options.inplace and can_overwrite(logits):
@@ -129,7 +125,7 @@ def statistics_over_ranks(
     entropy: bool,
     with_stats: tuple[str, ...],
     impl: str,
-) -> tuple[Tensor, ...]:
+) -> RowStats:
     """Compute what `all_statistics` does of logits (..., V) whose other columns are on other ranks;
     without a gradient. The targets are the part's own.
     """
@@ -146,7 +142,7 @@ def statistics_over_ranks(
     return _by_formulas(logits, question, part, impl)
 
 
-def _by_kernels(logits: Tensor, question: Question, part: VocabularyPart) -> tuple[Tensor, ...]:
+def _by_kernels(logits: Tensor, question: Question, part: VocabularyPart) -> RowStats:
     from fastrlhf.kernels.token_stats import (
         RowQuestion,
         token_stats_message,
@@ -154,33 +150,28 @@ def _by_kernels(logits: Tensor, question: Question, part: VocabularyPart) -> tup
     )
 
     targets, temperature, softcap, scale, entropy, with_stats = question
-    of_rows = RowQuestion(targets, temperature, softcap, scale, IGNORED, entropy, with_stats)
+    of_kernel = RowQuestion(targets, temperature, softcap, scale, IGNORED, entropy, with_stats)
     if part.size:
-        message = token_stats_message(rows_of(logits), of_rows)
+        message = token_stats_message(rows_of(logits), of_kernel)
     else:
-        message = _of_no_columns(of_rows.constants, targets, logits)
-    *found, mean_logit, squares = token_stats_of_messages(gathered(message, part.group), of_rows)
-    if "mean_logit" in with_stats:
-        mean_logit = mean_logit / part.vocab
-    return *found, mean_logit, squares
+        message = _of_no_columns(of_kernel.constants, targets, logits)
+    stats = RowStats(*token_stats_of_messages(gathered(message, part.group), of_kernel))
+    if "mean_logit" not in with_stats:
+        return stats
+    return stats._replace(mean_logit=stats.mean_logit / part.vocab)
 
 
-def _by_formulas(
-    logits: Tensor, question: Question, part: VocabularyPart, impl: str
-) -> tuple[Tensor, ...]:
+def _by_formulas(logits: Tensor, question: Question, part: VocabularyPart, impl: str) -> RowStats:
     targets, temperature, _, _, entropy, with_stats = question
-    stats = empty_statistics(logits, targets.numel(), entropy, with_stats)
+    stats = ignored_rows(logits, targets.numel(), entropy, with_stats)
     index = (targets != IGNORED).nonzero().squeeze(1)
     message = _message(logits, question, index, impl)
     messages = iter(gathered(message, part.group).unbind(1))
     nothing = message.new_empty(0)
     of_ranks = RowParts(*(next(messages) if want else nothing for want in question.asked))
-    row_temperature = take(temperature, index)
+    row_temperature = of_rows(temperature, index)
     merged = reference.merged_parts(of_ranks, row_temperature)
-    found = reference.statistics_of_parts(merged, part.vocab, row_temperature)
-    for whole, some in zip(stats, found, strict=True):
-        if whole.numel():
-            whole[index] = some
+    put_stats(stats, index, reference.statistics_of_parts(merged, part.vocab, row_temperature))
     return stats
 
 
@@ -190,10 +181,11 @@ def _message(logits: Tensor, question: Question, index: Tensor, impl: str) -> Te
     if logits.shape[-1] == 0:
         constants = [x for x, want in zip(_OF_NO_COLUMNS, question.asked, strict=True) if want]
         return _of_no_columns(constants, index, logits)
-    backend = backend_of(impl, logits, logits.numel())
+    compiled = backend_of(impl, logits, logits.numel()) == "compiled"
+    row_parts = (compiled_token_stats if compiled else eager_token_stats).row_parts
     messages = [
         torch.stack([x for x, want in zip(parts, question.asked, strict=True) if want])
-        for parts in parts_of_rows(rows_of(logits), question, targets != IGNORED, backend)
+        for parts in row_parts(rows_of(logits), question, targets != IGNORED)
     ]
     return (
         torch.cat(messages, dim=1)

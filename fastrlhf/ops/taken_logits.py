@@ -14,9 +14,10 @@ from .backend import outside_of_graphs, under_transform, use_triton
 from .checks import wide_integers
 from .kept_ids import Support, checked_support, of_part, said_with_support
 from .kept_stats import KeptQuestion, KeptStats, kept_stats
+from .logits_arguments import check_values_on_host
 from .ranks import refuse_transforms_of_ranks, sum_over_ranks
+from .rows import can_overwrite, rows_of
 from .sharded import LogitsPart
-from .token_stats import can_overwrite, check_values_on_host, rows_of
 from .transform import Transform
 from .vocabulary_part import IGNORED, VocabularyPart, numbered
 

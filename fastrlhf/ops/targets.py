@@ -36,6 +36,13 @@ def shift_targets(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
+
+    Example:
+        >>> input_ids = torch.tensor([[5, 6, 7, 8]])
+        >>> fastrlhf.shift_targets(input_ids)
+        tensor([[   6,    7,    8, -100]])
+        >>> fastrlhf.shift_targets(input_ids, mask=torch.tensor([[0, 0, 1, 1]]))
+        tensor([[-100,    7,    8, -100]])
     """
     check_integer("input_ids", input_ids)
     if input_ids.ndim == 0:

@@ -11,7 +11,7 @@ from .backend import backend_of, check_impl, under_transform
 from .bucket_divergence import BucketMeasure, bucket_divergence
 from .bucket_logits import bucket_logits, definition
 from .checks import check_bool, check_floating
-from .divergence import checked_rows
+from .logits_arguments import checked_rows
 from .sharded import is_dtensor
 from .teacher_words import TeacherWords, checked_words
 from .transform import Transform, check_temperatures_on_host, checked_transform
@@ -99,6 +99,15 @@ def topk_kl_divergence(
             probabilities exceed 1 (checked here on the CPU; on a GPU, by an assertion).
 
     Source: the jsd 2306.13649 Eq. 1 (GKD); skewed 2402.03898, section 3.1 (DistiLLM).
+
+    Example:
+        >>> logits = torch.zeros(1, 8, requires_grad=True)
+        >>> teacher_ids = torch.tensor([[3, 5]])  # the likeliest words of a teacher
+        >>> teacher_logprobs = torch.tensor([[0.6, 0.3]]).log()
+        >>> divergence = fastrlhf.topk_kl_divergence(logits, teacher_logprobs, teacher_ids)
+        >>> divergence.detach()
+        tensor([1.0023])
+        >>> divergence.sum().backward()
     """
     if is_dtensor(logits):
         raise TypeError("logits: expected a tensor, got a DTensor, which is not served here")

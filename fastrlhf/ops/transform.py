@@ -39,6 +39,10 @@ class Transform(NamedTuple):
         return self._replace(token_temperature=flat)
 
 
+# The fields of `Transform` in the schema of an operator on logits.
+TRANSFORM = "Tensor? token_temperature, float temperature, float? softcap, float scale"
+
+
 def checked_transform(
     temperature: float | Tensor, softcap: float | None, scale: float, targets: Tensor
 ) -> Transform:

@@ -64,6 +64,11 @@ def warm_up(
         TypeError, ValueError: an unknown operation, or an option as `token_stats`.
         RuntimeError: of "compiled", there is no C++ compiler, or no vector instructions; PyTorch's
             compiler failed, is turned off, or cannot work under a mode or a tracer.
+
+    Example:
+        >>> seconds = fastrlhf.warm_up(torch.bfloat16, entropy=True, impl="eager")
+        >>> seconds > 0
+        True
     """
     names = check_names("operations", operations, OPERATIONS)
     check_bool("entropy", entropy)

@@ -5,7 +5,7 @@
     batch = rollout(model, tokenizer, prompts, new_tokens=64)
     batch["scores"] = my_reward(batch["prompts"], batch["completions"])  # (B,)
 
-What comes out is a dict with the keys of the steps in the README.
+What comes out is a dict with the keys of the steps in `docs/guide/ppo.md`.
 """
 
 import math

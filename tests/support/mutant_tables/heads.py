@@ -228,21 +228,9 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/ops/linear_plans.py", "test_linear_loss.py",
         (
-            "plans: slopes of another block of the group",
-            "slopes.at(slice(*span)), gradients)",
-            "slopes.at(slice(span[1] - span[0])), gradients)",
-            "groups_reach",
-        ),
-        (
             "plans: the slope of the lse is lost",
             "self.impl, slopes.lse, slopes.mean_logit,", "self.impl, None, slopes.mean_logit,",
             "lse_is_differentiable and eager",
-        ),
-        (
-            "plans: slopes of entropy and lse of another block of the group",
-            "slope[place] for slope in self[1:]",
-            "slope[: len(slope[place])] for slope in self[1:]",
-            "lse_is_differentiable and eager and groups",
         ),
     ),
     *mutants_of(
@@ -260,7 +248,7 @@ MUTANTS = [
         ),
         (
             "plans: the trained head is forgotten",
-            "return Plan.P4 if needs.head else Plan.P1", "return Plan.P1",
+            "return Plan.RECOMPUTE if needs.head else Plan.KEEP_SLOPES", "return Plan.KEEP_SLOPES",
             "values_and_gradients and eager",
         ),
     ),
@@ -268,18 +256,20 @@ MUTANTS = [
         "fastrlhf/ops/linear_plans.py", "test_with_stats.py",
         (
             "plans: an entropy's slope that nobody asked for",
-            "    if bench.entropy_grad:\n        slopes", "    if bench.entropy:\n        slopes",
+            "    if bench.question.entropy_grad:\n        slopes",
+            "    if bench.question.entropy:\n        slopes",
             "without_the_entropy or those_of_the_logits",
         ),
         (
             "plans: a slope that is alone in the dtype of two",
-            "alone = not bench.entropy_grad and", "alone = not bench.entropy and",
+            "alone = not bench.question.entropy_grad and", "alone = not bench.question.entropy and",
             "one_slope_alone",
         ),
         (
             "plans: what is further asked for stays as it was made",
-            "= stats[: len(found)]\n    for whole, part in zip(found, values, strict=True)",
-            "= stats[:3]\n    for whole, part in zip(found, values, strict=False)",
+            "= stats[: len(all_stats)]\n"
+            "    for of_all, of_block in zip(all_stats, values, strict=True)",
+            "= stats[:3]\n    for of_all, of_block in zip(all_stats, values, strict=False)",
             "those_of_the_logits",
         ),
     ),
@@ -287,8 +277,8 @@ MUTANTS = [
         "fastrlhf/ops/linear_plans.py", "test_vocabulary_over_ranks_accuracy.py",
         (
             "shared: slopes are rounded before they are added",
-            "alone = not bench.entropy_grad and bench.part is None",
-            "alone = not bench.entropy_grad",
+            "alone = not bench.question.entropy_grad and bench.part is None",
+            "alone = not bench.question.entropy_grad",
             "that_cancel and linear_token",
         ),
     ),
@@ -304,12 +294,6 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/ops/linear_plans.py", "test_zero_coefficients.py",
         (
-            "no gradient: that of the entropy does not count",
-            "nonzero = [slope != 0 for slope in self if slope is not None]",
-            "nonzero = [self.logprob != 0]",
-            "any_statistic",
-        ),
-        (
             "no gradient: all rows are multiplied",
             "return index if left_out >= max(_FEWEST, wanted.shape[0] / _ONE_IN) else None",
             "return None",
@@ -322,8 +306,8 @@ MUTANTS = [
         ),
         (
             "no gradient: hidden states of other rows",
-            "at(place, some), block.hidden[some], dz.leading(some)",
-            "at(place, some), block.hidden[: len(some)], dz.leading(some)",
+            "at(place, some), block.hidden[some]\n",
+            "at(place, some), block.hidden[: len(some)]\n",
             "ones_own and few",
         ),
         (
@@ -331,11 +315,6 @@ MUTANTS = [
             "some = None if order is None else self.few_enough(slopes.at(order).counting())",
             "some = None",
             "comes_later and few",
-        ),
-        (
-            "no gradient: slopes in the order of all tokens of a group",
-            "order, slopes = order[some], slopes.at(some)", "order = order[some]",
-            "ones_own and True-16",
         ),
     ),
     *mutants_of(
@@ -353,6 +332,41 @@ MUTANTS = [
             "no gradient: blocks of no rows are multiplied",
             "        elif len(some) == 0:\n            return\n", "",
             "without_any_gradient",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_loss_plans.py", "test_linear_loss.py",
+        (
+            "plans: slopes of another block of the group",
+            "slopes.at(slice(*span)), gradients)",
+            "slopes.at(slice(span[1] - span[0])), gradients)",
+            "groups_reach",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_statistics.py", "test_linear_loss.py",
+        (
+            "plans: slopes of entropy and lse of another block of the group",
+            "slope[place] for slope in self[1:]",
+            "slope[: len(slope[place])] for slope in self[1:]",
+            "lse_is_differentiable and eager and groups",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_statistics.py", "test_zero_coefficients.py",
+        (
+            "no gradient: that of the entropy does not count",
+            "nonzero = [slope != 0 for slope in self if slope is not None]",
+            "nonzero = [self.logprob != 0]",
+            "any_statistic",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/linear_loss_plans.py", "test_zero_coefficients.py",
+        (
+            "no gradient: slopes in the order of all tokens of a group",
+            "order, slopes = order[some], slopes.at(some)", "order = order[some]",
+            "ones_own and True-16",
         ),
     ),
     *mutants_of(
@@ -411,12 +425,12 @@ MUTANTS = [
         "fastrlhf/ops/linear_token_stats.py", "test_with_stats.py",
         (
             "linear stats: an entropy without gradient that claims one",
-            "1 if not options.entropy_grad else 2", "2",
+            "2 if entropy_grad else 1", "2",
             "those_of_the_logits",
         ),
         (
             "linear stats: further statistics that claim a gradient",
-            "*found[1 if not options.entropy_grad else 2 :]", "found[2]",
+            "*all_stats[2 if entropy_grad else 1 :]", "all_stats[2]",
             "those_of_the_logits",
         ),
     ),

@@ -35,7 +35,7 @@ MUTANTS = [
         "fastrlhf/hf/own_module.py", "test_linear_loss.py",
         (
             "model: an own module's mean logit without a slope",
-            "found = found._replace(mean_logit=(logits / temperature).mean(-1))", "pass",
+            "chunk = chunk._replace(mean_logit=(logits / temperature).mean(-1))", "pass",
             "further_statistics",
         ),
     ),
@@ -60,7 +60,7 @@ MUTANTS = [
         ),
         (
             "model: an own module that is not run where nothing is scored",
-            "return found.logprob.sum(), {}", "return self.hidden.new_zeros(()), {}",
+            "return scored.logprob.sum(), {}", "return self.hidden.new_zeros(()), {}",
             "nothing_is_scored_by_an_own_module",
         ),
     ),
@@ -83,8 +83,8 @@ MUTANTS = [
         ),
         (
             "tensor parallel: the offset of other words",
-            "found.of_columns(parts.part).folded_bias(parts.bias)",
-            "found.folded_bias(parts.bias)",
+            "logit_map.of_columns(parts.part).folded_bias(parts.bias)",
+            "logit_map.folded_bias(parts.bias)",
             "whole_model and offset",
         ),
     ),
@@ -126,13 +126,13 @@ MUTANTS = [
         "fastrlhf/hf/model_losses.py", "test_model_losses.py",
         (
             "model loss: a normalizer that is not used",
-            "mean_of(total, targets != IGNORED, normalizer)",
-            "mean_of(total, targets != IGNORED, None)",
+            "mean_of(total, scored, normalizer)",
+            "mean_of(total, scored, None)",
             "metrics_are_those",
         ),
         (
             "model loss: weights that are not looked at",
-            "targets, options, here, ignore_index=IGNORED",
+            "targets, options, weights_there, ignore_index=IGNORED",
             "targets, options, None, ignore_index=IGNORED",
             "tokens_weigh",
         ),
@@ -276,7 +276,7 @@ MUTANTS = [
         ),
         (
             "lm_head: a merged adapter that is switched off",
-            "module.unmerge()  # as its own forward would", "pass",
+            "module.unmerge()  # as the forward of the module would", "pass",
             "switched_off",
         ),
         (

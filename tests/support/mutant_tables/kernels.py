@@ -6,128 +6,85 @@ MUTANTS = [
     *mutants_of(
         "kernels/token_stats.py", "test_token_stats.py",
         (
-            "K1: columns past the end are logits of 0",
-            'stride_vocab, mask=inside, other=-float("inf")\n        ).to(acc)\n        if WORDS',
-            "stride_vocab, mask=inside, other=0.0\n        ).to(acc)\n        if WORDS",
+            "statistics: columns past the end are logits of 0",
+            'x = load_tile(source, columns, inside, -float("inf"), acc, "")',
+            'x = load_tile(source, columns, inside, 0.0, acc, "")',
             "match_the_oracle and triton and 5003",
         ),
         (
-            "K1: the smallest peak of the splits",
+            "statistics: the smallest peak of the splits",
             "row_peak = tl.max(peak, axis=1)", "row_peak = tl.min(peak, axis=1)",
             "several_splits and triton",
         ),
         (
-            "K1: the lse without the temperature",
-            "tl.where(live, base / row_t + log_norm, 0.0)", "tl.where(live, base + log_norm, 0.0)",
-            "match_the_oracle and triton and scaled and 1000",
-        ),
-        (
-            "K2: a slope of 0 alone ends the row",
-            "without_gradient &= h == 0.0", "without_gradient |= h == 0.0",
+            "gradient: a slope of 0 alone ends the row",
+            "(slopes.logprob == 0.0) & (slopes.entropy == 0.0)",
+            "(slopes.logprob == 0.0) | (slopes.entropy == 0.0)",
             "either_statistic and triton",
         ),
         (
-            "K2: a zero slope of the log-prob alone ends the row",
-            "without_gradient &= h == 0.0", "without_gradient = g == 0.0",
+            "gradient: a zero slope of the log-prob alone ends the row",
+            "(slopes.logprob == 0.0) & (slopes.entropy == 0.0)", "(slopes.logprob == 0.0)",
             "either_statistic and triton",
         ),
     ),
     *mutants_of(
         "kernels/token_stats.py", "test_token_stats_hostile.py",
         (
-            "K1: ignored rows are live",
-            "live = inside & (target != ignore_index)\n    row_t = row_temperature("
-            "token_temperature, temperature, row, live, acc, PER_TOKEN_TEMPERATURE)\n"
-            "    tl.device_assert",
-            "live = inside\n    row_t = row_temperature(token_temperature, "
-            "temperature, row, live, acc, PER_TOKEN_TEMPERATURE)\n    tl.device_assert",
+            "statistics: ignored rows are live",
+            "live = inside & (target != ignore_index)",
+            "live = inside",
             "exactly_zero and triton",
         ),
         (
-            "K1: splits that are not there are read",
-            "present = live[:, None] & (split < splits)\n    plane = stride_plane",
-            "present = live[:, None] & (split >= 0)\n    plane = stride_plane",
-            "masked_vocabulary and triton",
-        ),
-        (
-            "K1: a row of nothing has a peak",
-            'tl.where(live & (empty == 0), base, -float("inf"))',
-            'tl.where(live, base, -float("inf"))',
+            "statistics: splits that are not there are read",
+            "split, live[:, None] & (split < splits)",
+            "split, live[:, None] & (split >= 0)",
             "masked_vocabulary and triton",
         ),
     ),
     *mutants_of(
         "kernels/token_stats.py", "test_token_stats_lse.py",
         (
-            "K2: a zero slope of the lse alone ends the row",
-            "without_gradient &= l == 0.0", "without_gradient |= l == 0.0",
+            "gradient: a zero slope of the lse alone ends the row",
+            "no_slope &= (slopes.lse == 0.0)", "no_slope |= (slopes.lse == 0.0)",
             "any_slope and triton",
         ),
         (
-            "K2: a row with a slope of the lse alone is zeros",
-            "without_gradient &= l == 0.0", "without_gradient &= True",
-            "any_slope and triton",
-        ),
-        (
-            "K2: the slope of the lse is that of the log-prob",
-            "d_logprob if d_lse is None else d_lse", "d_logprob",
+            "gradient: a row with a slope of the lse alone is zeros",
+            "no_slope &= (slopes.lse == 0.0) & (slopes.total == 0.0)",
+            "no_slope &= (slopes.total == 0.0)",
             "any_slope and triton",
         ),
     ),
     *mutants_of(
         "kernels/token_stats.py", "test_token_stats_backends.py",
         (
-            "K2: the other inner dimension",
-            "    destination += columns.to(tl.int64) * d_stride_vocab\n\n    base",
-            "    destination += columns.to(tl.int64)\n\n    base",
+            "gradient: the other inner dimension",
+            "destination = out.first + columns.to(tl.int64) * out.stride",
+            "destination = out.first + columns.to(tl.int64)",
             "layouts and True",
         ),
     ),
     *mutants_of(
         "kernels/token_stats.py", "test_with_stats.py",
         (
-            "K1: squares of lanes relative to their own peaks",
-            "squares = move_squares(peak, squares, finite_base(row_peak), rate)",
-            "squares = squares * 1.0",
-            "match_the_oracle and triton and plain and 5003",
-        ),
-        (
-            "K1: squares of splits relative to their own peaks",
-            "tl.sum(move_squares(peak, squares, base[:, None], split_rate), axis=1)",
+            "statistics: squares of splits relative to their own peaks",
+            "tl.sum(move_squares(peak, squares, base, rate), axis=1)",
             "tl.sum(squares, axis=1)",
             "several_splits and triton",
         ),
         (
-            "K1: a rival in another split is not seen",
-            "is_top1 = (own > before) & (own == row_peak)", "is_top1 = (own > before)",
-            "several_splits and triton",
-        ),
-        (
-            "K1: the first of equal logits is not asked for",
-            "is_top1 = (own > before) & (own == row_peak)", "is_top1 = (own == row_peak)",
-            "first_is_on_top and triton",
-        ),
-        (
-            "K1: a top token beside NaN",
-            " & (log_norm == log_norm)", "",
-            "without_a_distribution and triton",
-        ),
-        (
-            "K1: a mean logit without temperature",
-            "total / vocab / row_t", "total / vocab",
-            "match_the_oracle and triton and scaled and 33",
-        ),
-        (
-            "K1: squares in the place of the mean",
-            "tl.where(live, total / vocab / row_t, 0.0), mask=inside)\n        place += plane",
-            "tl.where(live, total / vocab / row_t, 0.0), mask=inside)",
+            "statistics: squares in the place of the mean",
+            "place, mask=present, other=0.0), axis=1)\n        place += plane",
+            "place, mask=present, other=0.0), axis=1)",
             "match_the_oracle and triton and plain and 33",
         ),
     ),
     *mutants_of(
         "kernels/token_stats.py", "test_vocabulary_over_ranks.py",
         (
-            "shared: K1 reads the target before the columns of a part",
+            "shared: the statistics read the target before the columns of a part",
             "here = live & (target >= 0) & (target < vocab)",
             "here = live & (target < vocab)",
             "of_the_whole and token_stats and triton and uneven",
@@ -140,10 +97,8 @@ MUTANTS = [
         ),
         (
             "shared: the squares of a message are relative to another peak",
-            "squares = move_squares(peak, squares, finite_base(row_peak)[:, None], rate)\n      "
-            "  tl.store(out",
-            "squares = move_squares(peak, squares, 0.0 * row_peak[:, None], rate)\n        "
-            "tl.store(out",
+            "squares = tl.sum(move_squares(peak, squares, base, rate), axis=1)",
+            "squares = tl.sum(move_squares(peak, squares, 0.0 * base, rate), axis=1)",
             "options_mean and token_stats and triton and sum_sq",
         ),
     ),
@@ -151,8 +106,8 @@ MUTANTS = [
         "kernels/token_stats.py", "test_vocabulary_over_ranks_accuracy.py",
         (
             "shared: a target that no rank holds counts",
-            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))',
-            'capped = tl.where(tl.max(held.to(tl.int32), axis=1) >= 0, capped, -float("inf"))',
+            'return tl.where(tl.max(held.to(tl.int32), axis=1) > 0, capped, -float("inf"))',
+            'return tl.where(tl.max(held.to(tl.int32), axis=1) >= 0, capped, -float("inf"))',
             "hostile_logits and token_stats and scattered and triton",
         ),
     ),
@@ -176,8 +131,8 @@ MUTANTS = [
         ),
         (
             "rows: an empty sum meets inf * 0",
-            "(moment + rest * tl.where(fade > 0, shift, 0.0)) * fade",
-            "(moment + rest * shift) * fade",
+            "(moment + sums.rest * tl.where(fade > 0, shift, 0.0)) * fade",
+            "(moment + sums.rest * shift) * fade",
             "masked_vocabulary and triton",
         ),
         (
@@ -193,8 +148,8 @@ MUTANTS = [
         ),
         (
             "rows: 0 * -inf in the gradient",
-            "dz -= tl.where(p > 0, h * p * (bits * LN2 + entropy), 0.0)",
-            "dz -= h * p * (bits * LN2 + entropy)",
+            "dz -= tl.where(p > 0, h * p * (bits * LN2 + stats.entropy), 0.0)",
+            "dz -= h * p * (bits * LN2 + stats.entropy)",
             "masked_vocabulary and triton",
         ),
     ),
@@ -202,8 +157,8 @@ MUTANTS = [
         "kernels/rows.py", "test_token_stats.py",
         (
             "rows: capped columns past the end",
-            'capped = tl.where(inside, capped, -float("inf"))\n    new_peak',
-            "capped = capped * 1.0\n    new_peak",
+            'capped = tl.where(inside, capped, -float("inf"))\n    peak',
+            "capped = capped * 1.0\n    peak",
             "match_the_oracle and triton and capped and 1000",
         ),
         (
@@ -213,23 +168,23 @@ MUTANTS = [
         ),
         (
             "rows: a log-prob that cancels",
-            "logprob = log_sigmoid(target_shift - tl.log(rest))",
+            "logprob = log_sigmoid(target_shift - tl.log(sums.rest))",
             "logprob = target_shift - log_norm",
             "nearly_one and triton",
         ),
         (
             "rows: 1 - p by subtraction",
-            "-g * expm1(logprob)", "g - g * p",
+            "-g * expm1(stats.logprob)", "g - g * p",
             "nearly_one and triton",
         ),
         (
             "rows: the gradient in bits",
-            "h * p * (bits * LN2 + entropy)", "h * p * (bits + entropy)",
+            "h * p * (bits * LN2 + stats.entropy)", "h * p * (bits + stats.entropy)",
             "match_the_oracle and triton and plain and 33",
         ),
         (
             "rows: the gradient without the temperature",
-            "return dz * (slope * (1.0 / row_t))", "return dz * slope",
+            "return dz * (slope * (1.0 / transform.temperature))", "return dz * slope",
             "match_the_oracle and triton and scaled and 33",
         ),
         (
@@ -243,23 +198,23 @@ MUTANTS = [
         "kernels/rows.py", "test_token_stats_lse.py",
         (
             "rows: the lse has no slope at the target",
-            "l * p - g * expm1(logprob), (l - g) * p", "0.0 - g * expm1(logprob), (l - g) * p",
+            "l * p - g * expm1", "0.0 - g * expm1",
             "gradient_of_the_lse and triton and 33",
         ),
         (
             "rows: the lse has no slope beside the target",
-            "l * p - g * expm1(logprob), (l - g) * p", "l * p - g * expm1(logprob), (0.0 - g) * p",
+            "g * expm1(stats.logprob), (l - g) * p", "g * expm1(stats.logprob), (0.0 - g) * p",
             "gradient_of_the_lse and triton and 33",
         ),
         (
             "rows: 1 - p by subtraction beside the lse",
-            "l * p - g * expm1(logprob), (l - g) * p", "g + (l - g) * p, (l - g) * p",
+            "l * p - g * expm1(stats.logprob), (l - g) * p", "g + (l - g) * p, (l - g) * p",
             "both_tails and triton",
         ),
         (
             "rows: slopes of log-prob and lse that do not cancel",
-            "l * p - g * expm1(logprob), (l - g) * p",
-            "l * p - g * expm1(logprob), l * (p * (1.0 + 1e-6)) - g * p",
+            "l * p - g * expm1(stats.logprob), (l - g) * p",
+            "l * p - g * expm1(stats.logprob), l * (p * (1.0 + 1e-6)) - g * p",
             "slopes_that_cancel and triton",
         ),
     ),
@@ -273,9 +228,10 @@ MUTANTS = [
         ),
         (
             "further: columns past the end have a square",
-            '    if HAS_SOFTCAP:\n        capped = tl.where(inside, capped, -float("inf"))\n'
-            "    if WITH_TOP1",
-            "    if WITH_TOP1",
+            "    if transform.HAS_SOFTCAP:\n"
+            '        capped = tl.where(inside, capped, -float("inf"))\n'
+            "    if asked.top1",
+            "    if asked.top1",
             "as_low_as_the_cap and triton",
         ),
         (
@@ -295,13 +251,13 @@ MUTANTS = [
         ),
         (
             "further: the target has a square among the others",
-            "weight = tl.where(columns == target, 0.0, tl.exp2((capped - base[:, None]) * rate))",
-            "weight = tl.exp2((capped - base[:, None]) * rate)",
+            "others = tl.where(columns == target, 0.0, tl.exp2(bits))",
+            "others = tl.exp2(bits)",
             "match_the_oracle and triton and plain and 33",
         ),
         (
             "further: weights for their squares",
-            "squares += tl.sum(weight * weight, axis=1)", "squares += tl.sum(weight, axis=1)",
+            "squares += tl.sum(others * others, axis=1)", "squares += tl.sum(others, axis=1)",
             "match_the_oracle and triton and plain and 33",
         ),
         (
@@ -311,7 +267,8 @@ MUTANTS = [
         ),
         (
             "further: squares stay when the peak moves",
-            "squares = move_squares(old_peak, squares, base, rate)", "squares = squares * 1.0",
+            "squares = move_squares(old_peak, squares, base, transform.rate)",
+            "squares = squares * 1.0",
             "several_splits and triton",
         ),
         (
@@ -326,12 +283,14 @@ MUTANTS = [
         ),
         (
             "further: the target's square is left out",
-            "tl.log(squares + square) - 2.0 * log_norm", "tl.log(squares) - 2.0 * log_norm",
+            "tl.log(squares + square) - 2.0 * stats.log_norm",
+            "tl.log(squares) - 2.0 * stats.log_norm",
             "unlikely_target and triton",
         ),
         (
             "further: one norm for the two of a square",
-            "tl.log(squares + square) - 2.0 * log_norm", "tl.log(squares + square) - log_norm",
+            "tl.log(squares + square) - 2.0 * stats.log_norm",
+            "tl.log(squares + square) - stats.log_norm",
             "match_the_oracle and triton and plain and 33",
         ),
         (
@@ -342,15 +301,15 @@ MUTANTS = [
         ),
         (
             "further: the target's weight without the temperature",
-            "weight = tl.exp2((target_capped - base) / row_t * LOG2E)",
-            "weight = tl.exp2((target_capped - base) * LOG2E)",
+            "weight = tl.exp2((target_capped - stats.base) / row_t * LOG2E)",
+            "weight = tl.exp2((target_capped - stats.base) * LOG2E)",
             "match_the_oracle and triton and scaled and 33",
         ),
     ),
     Mutant(
-        "K2: no slope of the mean logit",
+        "gradient: no slope of the mean logit",
         "kernels/rows.py",
-        "        dz += m\n", "        dz += 0 * m\n",
+        "        dz += slopes.total\n", "        dz += 0 * slopes.total\n",
         "test_linear_cross_entropy.py", "as_accurate and triton and dtype0 and smoothed",
     ),
     *mutants_of(
@@ -382,11 +341,11 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/tiles.py", "test_token_stats_backends.py",
+        "kernels/rows.py", "test_token_stats_backends.py",
         (
-            "tiles: rows and blocks change places",
-            "return (row // inner) * stride_outer + (row % inner) * stride_inner",
-            "return (row % inner) * stride_outer + (row // inner) * stride_inner",
+            "rows: rows and blocks change places",
+            "view + (row // inner) * stride_outer + (row % inner) * stride_inner",
+            "view + (row % inner) * stride_outer + (row // inner) * stride_inner",
             "layouts and triton",
         ),
     ),
@@ -452,8 +411,8 @@ MUTANTS = [
         ),
         (
             "kept ids, kernel: the mean over a block",
-            "tl.sum(total, axis=0) / (stop - start) / row_t",
-            "tl.sum(total, axis=0) / BLOCK / row_t",
+            "sums, further, capped, stop - start,",
+            "sums, further, capped, BLOCK,",
             "further and triton",
         ),
         (
@@ -469,6 +428,63 @@ MUTANTS = [
             "kept ids, kernel: ids that nobody looks at are read",
             "inside &= tl.load(wanted + pair, mask=inside, other=0) != 0", "pass",
             "kept_ids",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats.py",
+        (
+            "statistics: the lse without the temperature",
+            "lse = stats.base / row_t + stats.log_norm", "lse = stats.base + stats.log_norm",
+            "match_the_oracle and triton and scaled and 1000",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats_hostile.py",
+        (
+            "statistics: a row of nothing has a peak",
+            'tl.where(live & (empty == 0), stats.base, -float("inf"))',
+            'tl.where(live, stats.base, -float("inf"))',
+            "masked_vocabulary and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_token_stats_lse.py",
+        (
+            "gradient: the slope of the lse is that of the log-prob",
+            "others = (d_entropy, d_lse, d_mean)",
+            "others = (d_entropy, None if d_lse is None else d_logprob, d_mean)",
+            "any_slope and triton",
+        ),
+    ),
+    *mutants_of(
+        "kernels/rows.py", "test_with_stats.py",
+        (
+            "statistics: squares of lanes relative to their own peaks",
+            "tl.sum(move_squares(sums.peak, squares, base, rate), axis=0)",
+            "tl.sum(squares, axis=0)",
+            "match_the_oracle and triton and plain and 5003",
+        ),
+        (
+            "statistics: a rival in another split is not seen",
+            "(further.own > further.before) & (further.own == sums.peak)",
+            "(further.own > further.before)",
+            "several_splits and triton",
+        ),
+        (
+            "statistics: the first of equal logits is not asked for",
+            "(further.own > further.before) & (further.own == sums.peak)",
+            "(further.own == sums.peak)",
+            "first_is_on_top and triton",
+        ),
+        (
+            "statistics: a top token beside NaN",
+            "is_top1 &= stats.log_norm == stats.log_norm", "is_top1 &= True",
+            "without_a_distribution and triton",
+        ),
+        (
+            "statistics: a mean logit without temperature",
+            "further.total / count / row_t", "further.total / count",
+            "match_the_oracle and triton and scaled and 33",
         ),
     ),
 ]  # fmt: skip

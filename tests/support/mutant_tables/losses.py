@@ -7,7 +7,7 @@ MUTANTS = [
         "fastrlhf/losses/preference.py", "test_packed.py",
         (
             "packed: a reference of tokens is taken for one of sequences",
-            "given.ndim == 2 or given.shape == pi_logps.shape", "given.ndim == 2",
+            "ref_logps.ndim == 2 or ref_logps.shape == pi_logps.shape", "ref_logps.ndim == 2",
             "every_type or tokens_shape",
         ),
     ),
@@ -29,7 +29,7 @@ MUTANTS = [
         ),
         (
             "ranks: sums are taken for tokens of ranks",
-            "if check_group(group) is not None and mask is None and cu_seqlens is None:",
+            "if spread and self.cu_seqlens is None:",
             "if False:",
             "named",
         ),
@@ -119,8 +119,8 @@ MUTANTS = [
         ),
         (
             "kto: weights change places",
-            "desirable_weight * sigmoid(-gain),\n        undesirable_weight",
-            "undesirable_weight * sigmoid(-gain),\n        desirable_weight",
+            "desirable_weight * sigmoid(-above),\n        undesirable_weight",
+            "undesirable_weight * sigmoid(-above),\n        desirable_weight",
         ),
     ),
     *mutants_of(
@@ -143,8 +143,8 @@ MUTANTS = [
         "fastrlhf/losses/linear_preference.py", "test_linear_dpo_loss.py",
         (
             "linear dpo: a pair with an empty sequence is dropped",
-            "present[yw_idxs.long()] | present[yl_idxs.long()]",
-            "present[yw_idxs.long()] & present[yl_idxs.long()]",
+            "sequences[self.yw_idxs.long()] | sequences[self.yl_idxs.long()]",
+            "sequences[self.yw_idxs.long()] & sequences[self.yl_idxs.long()]",
             "one_sequence_has_no",
         ),
     ),
@@ -193,7 +193,7 @@ MUTANTS = [
         ),
         (
             "supervised: a weight of 0 times what is infinite",
-            "torch.where(counts, x, 0.0) for x in found", "x for x in found",
+            "torch.where(counts, x, 0.0) for x in fields", "x for x in fields",
             "weight_zero and eager",
         ),
         (
@@ -206,7 +206,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/trpo.py", "test_trpo.py",
+        "fastrlhf/trpo/step.py", "test_trpo.py",
         (
             "trpo: ratios overflow",
             "return saturated(logprobs - batch.old).exp() * batch.advantages",
@@ -225,19 +225,25 @@ MUTANTS = [
             "natural_gradient or realised_kl",
         ),
         (
-            "trpo: steps add up",
-            "p.copy_(_wide(old) + part.view(p.shape))", "p.copy_(_wide(p) + part.view(p.shape))",
-            "is_shortened",
-        ),
-        (
-            "trpo: no token counts",
-            "return self.summed(own.float()).clamp(min=1)", "return self.summed(own.float())",
-            "without_tokens",
-        ),
-        (
             "trpo: the old policy moves along",
             "return output.clone() if shared else output", "return output",
             "parameters_themselves",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/parameters.py", "test_trpo.py",
+        (
+            "trpo: steps add up",
+            "p.copy_(wide(old) + part)", "p.copy_(wide(p) + part)",
+            "is_shortened",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/policy.py", "test_trpo.py",
+        (
+            "trpo: no token counts",
+            "return self.summed(here.float()).clamp(min=1)", "return self.summed(here.float())",
+            "without_tokens",
         ),
         (
             "trpo: the temperature is forgotten",
@@ -246,7 +252,23 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/trpo.py", "test_conjugate_gradient.py",
+        "fastrlhf/trpo/policy.py", "test_trpo_over_ranks.py",
+        (
+            "trpo: without a group every process is alone",
+            "return dist.group.WORLD", "return None",
+            "two_processes",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/policy.py", "test_losses_over_ranks.py",
+        (
+            "trpo: ranks of a group go their own ways",
+            "dist.all_reduce(x, group=self.group)", "pass",
+            "trust_region and 2",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/trpo/conjugate_gradient.py", "test_conjugate_gradient.py",
         (
             "trpo: an operator that is not definite",
             "going = (square > floor) & (curvature > 0)", "going = square > floor",
@@ -260,24 +282,9 @@ MUTANTS = [
         ),
         (
             "trpo: the solution of a target of size one",
-            "return (x * (size / first_gain)).to(", "return (x * (1 / first_gain)).to(",
+            "return (x * (size / first_product_size)).to(",
+            "return (x * (1 / first_product_size)).to(",
             "scales_with or solved_at_once",
-        ),
-    ),
-    *mutants_of(
-        "fastrlhf/trpo.py", "test_losses_over_ranks.py",
-        (
-            "trpo: ranks of a group go their own ways",
-            "dist.all_reduce(x, group=self.group)", "pass",
-            "trust_region and 2",
-        ),
-    ),
-    *mutants_of(
-        "fastrlhf/trpo.py", "test_trpo_over_ranks.py",
-        (
-            "trpo: without a group every process is alone",
-            "return dist.group.WORLD", "return None",
-            "two_processes",
         ),
     ),
     *mutants_of(
@@ -375,7 +382,7 @@ MUTANTS = [
         ),
         (
             "process reward: a sequence without steps is certain",
-            "found = torch.where(counts > 0, found, -torch.inf)", "pass", "without_steps",
+            "log_scores = torch.where(counts > 0, log_scores, -torch.inf)", "pass", "without_steps",
         ),
         (
             "process reward: the least of all tokens",

@@ -125,7 +125,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/token_stats.py", "test_token_stats_backends.py",
+        "fastrlhf/ops/rows.py", "test_token_stats_backends.py",
         (
             "in place: overlapping windows",
             "if size > 1 and stride < span:", "if size > 1 and stride < 1:",
@@ -138,7 +138,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/token_stats.py", "test_token_stats_hostile.py",
+        "fastrlhf/ops/eager_token_stats.py", "test_token_stats_hostile.py",
         (
             "eager: rows of nothing have a gradient",
             "active &= peak != -torch.inf", "active &= True",
@@ -146,12 +146,12 @@ MUTANTS = [
         ),
         (
             "eager: in place, rows without a gradient keep their logits",
-            "    _put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "    pass",
+            "        put_rows(d_rows, (~active).nonzero().squeeze(1), 0.0)", "        pass",
             "exactly_zero and eager",
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/token_stats.py", "test_token_stats_lse.py",
+        "fastrlhf/ops/eager_token_stats.py", "test_token_stats_lse.py",
         (
             "eager: a row with a slope of the lse alone is zeros",
             "    for slope in others:\n", "    for slope in others[:1]:\n",
@@ -165,11 +165,11 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/token_stats.py", "test_token_stats.py",
+        "fastrlhf/ops/eager_rows.py", "test_token_stats.py",
         (
             "eager: no row is a chunk too small",
-            "size = max(1, _EAGER_CHUNK_LOGITS // rows.shape[2])",
-            "size = _EAGER_CHUNK_LOGITS // rows.shape[2]",
+            "size = max(1, (logits_at_once or _CHUNK_LOGITS) // rows.shape[2])",
+            "size = (logits_at_once or _CHUNK_LOGITS) // rows.shape[2]",
             "eager_chunks",
         ),
     ),
@@ -177,7 +177,7 @@ MUTANTS = [
         "fastrlhf/ops/token_stats.py", "test_with_stats.py",
         (
             "statistics: an entropy without gradient has one",
-            "        row_entropy = row_entropy.detach()\n", "        pass\n",
+            "        stats = stats._replace(entropy=stats.entropy.detach())\n", "        pass\n",
             "requires_one or without_the_entropy",
         ),
         (
@@ -190,14 +190,14 @@ MUTANTS = [
         "fastrlhf/ops/token_stats.py", "test_cross_entropy.py",
         (
             "statistics: a slope of the lse that is dropped",
-            "arguments += (temperature, softcap, scale, impl, d_lse, d_mean)",
-            "arguments += (temperature, softcap, scale, impl, None, d_mean)",
+            "given.scale, given.impl, d.lse, d_mean,", "given.scale, given.impl, None, d_mean,",
             "of_the_formula and eager",
         ),
         (
             "statistics: a second derivative without the lse",
-            "upstream = (d_logprob, d_entropy, d_lse, d_mean)",
-            "upstream = (d_logprob, d_entropy, None, d_mean)", "second_derivatives",
+            "_gradient_by_autograd(given, (d_logprob, d_entropy, d.lse, d_mean))",
+            "_gradient_by_autograd(given, (d_logprob, d_entropy, None, d_mean))",
+            "second_derivatives",
         ),
     ),
     *mutants_of(
@@ -214,18 +214,13 @@ MUTANTS = [
         ),
         (
             "compiled: a softcap is compiled in",
-            "        _number(softcap, of_rows),\n", "        softcap,\n",
+            "        number(softcap, of_rows),\n", "        softcap,\n",
             "compiled_anew",
         ),
         (
             "compiled: spans of the first rows",
             "done += len(some)", "done += 0",
             "spans_of_rows",
-        ),
-        (
-            "compiled: squares that are too large to add up",
-            " & (found != torch.inf)", "",
-            "all_columns",
         ),
         (
             "compiled: sums of whole runs alone",
@@ -239,20 +234,31 @@ MUTANTS = [
             "all_columns",
         ),
         (
-            "compiled: ln V, in fp32, beside a small divergence",
-            "peak_q, a + d, b + e, c + f)", "peak_q, *added((a, b, c, d, e, f)))",
-            "small_divergences",
-        ),
-        (
             "compiled: a gradient that is written into a copy",
             "    there = _view_by_number(d_rows, index)\n",
-            "    there = _found_by_number(d_rows, index)\n",
+            "    there = by_number(d_rows, index)\n",
             "columns_at_any_distance",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/compiled_fisher.py", "test_compiled.py",
+        (
+            "compiled: squares that are too large to add up",
+            " & (quadratic != torch.inf)", "",
+            "all_columns",
         ),
         (
             "compiled: a variance from moments that cancel",
-            "sure = (found > mean.square())", "sure = (found == found)",
+            "sure = (quadratic > mean.square())", "sure = (quadratic == quadratic)",
             "all_columns",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/ops/compiled_divergence.py", "test_compiled.py",
+        (
+            "compiled: ln V, in fp32, beside a small divergence",
+            "peak_q, a + d, b + e, c + f)", "peak_q, *compiled_rows.added((a, b, c, d, e, f)))",
+            "small_divergences",
         ),
     ),
     Mutant(
@@ -272,12 +278,12 @@ MUTANTS = [
     ),
     Mutant(
         "compiled: a KL of small numbers from one pass",
-        "fastrlhf/ops/compiled_rows.py",
+        "fastrlhf/ops/compiled_divergence.py",
         "_LARGE_DIVERGENCE = 0.5", "_LARGE_DIVERGENCE = -1.0",
         "test_divergence_accuracy.py", "nearly_equal and compiled and reverse",
     ),
     *mutants_of(
-        "fastrlhf/ops/compiled_rows.py", "test_returns.py",
+        "fastrlhf/ops/compiled_gae.py", "test_returns.py",
         (
             "gae, compiled: the last value follows nothing",
             "[after if last_values is None else last_values.to(dtype), *following]",

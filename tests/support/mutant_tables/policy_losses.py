@@ -7,7 +7,7 @@ MUTANTS = [
         "fastrlhf/losses/policy_arguments.py", "test_packed.py",
         (
             "packed: of tokens or of sequences, as it happens",
-            "of_tokens = layout is not ROWS and tuple(x.shape) == shape", "of_tokens = False",
+            "of_tokens = self.layout is not ROWS and tuple(x.shape) == shape", "of_tokens = False",
             "tokens_shape_is_of_tokens",
         ),
     ),
@@ -74,8 +74,8 @@ MUTANTS = [
         "fastrlhf/losses/fused_sequences.py", "test_linear_preference_options.py",
         (
             "fused sequences: the tokens of a group are all there are",
-            "losses, _ = loss.of_tokens(SequenceTokens(here, mask, **back))",
-            "losses, _ = loss.of_tokens(SequenceTokens(here, here, **back))",
+            "losses, _ = self.loss.of_tokens(SequenceTokens(of_chunk, self.mask, **in_place))",
+            "losses, _ = self.loss.of_tokens(SequenceTokens(of_chunk, of_chunk, **in_place))",
             "from_hidden_states and MPO and True",
         ),
     ),
@@ -97,7 +97,7 @@ MUTANTS = [
         ),
         (
             "policy: GSPO-token has the gradient of the whole sequence",
-            "return mean.detach() + own - own.detach()", "return mean",
+            "return mean.detach() + finite - finite.detach()", "return mean",
             "those_of_the_papers and sequence-token",
         ),
     ),
@@ -150,8 +150,8 @@ MUTANTS = [
         "fastrlhf/losses/policy.py", "test_losses_over_ranks.py",
         (
             "ranks: the distance from the sampler is that of this rank's tokens",
-            "masked_mean(own_log_ratio.square() / 2, scored, layout)",
-            "masked_mean(own_log_ratio.square() / 2, scored)",
+            "masked_mean(token_log_ratios.square() / 2, scored, layout)",
+            "masked_mean(token_log_ratios.square() / 2, scored)",
             "of_the_whole and policy_calls and 2-False",
         ),
         (
@@ -166,8 +166,8 @@ MUTANTS = [
         ),
         (
             "ranks: shares of clipped tokens are those of this rank",
-            "masked_mean(of.to(dtype), mask, layout)",
-            "masked_mean(of.to(dtype), mask)",
+            "masked_mean(clipped.to(dtype), batch.mask, batch.layout)",
+            "masked_mean(clipped.to(dtype), batch.mask)",
             "of_the_whole and policy_calls and 2-False",
         ),
     ),
@@ -220,8 +220,8 @@ MUTANTS = [
         "fastrlhf/losses/surrogates.py", "test_policy_loss.py",
         (
             "policy: DPPO leaves out what comes back",
-            "gone = torch.where(advantage > 0, too_high, too_low)",
-            "gone = torch.where(advantage > 0, too_low, too_high)",
+            "too_far = torch.where(advantage > 0, too_high, too_low)",
+            "too_far = torch.where(advantage > 0, too_low, too_high)",
             "those_of_the_papers and dppo or certain_tokens",
         ),
         (
@@ -232,7 +232,7 @@ MUTANTS = [
         ),
         (
             "policy: VESPO's weight has a gradient",
-            "held = saturated(log_ratio).detach()", "held = saturated(log_ratio)",
+            "constant = saturated(log_ratio).detach()", "constant = saturated(log_ratio)",
             "those_of_the_papers and vespo",
         ),
     ),
@@ -314,7 +314,7 @@ MUTANTS = [
         ),
         (
             "whiten: equal large entries",
-            "mean = mean + shared_by_ranks(rest, group)", "mean = mean * 1.0",
+            "mean = mean + shared_by_ranks(correction, group)", "mean = mean * 1.0",
             "no_deviation",
         ),
     ),
@@ -337,7 +337,7 @@ MUTANTS = [
         ),
         (
             "whiten: the gradient of the rounding of the mean is that of this rank",
-            "mean = mean + shared_by_ranks(rest, group)", "mean = mean + rest",
+            "mean = mean + shared_by_ranks(correction, group)", "mean = mean + correction",
             "whitened and 3",
         ),
         (
@@ -402,7 +402,7 @@ MUTANTS = [
         ),
         (
             "pass@k: other rewards pass",
-            "torch.where(strange, torch.nan, found)", "found * 1.0", "zeros_and_ones",
+            "torch.where(strange, torch.nan, advantages)", "advantages * 1.0", "zeros_and_ones",
         ),
         (
             "grpo_passk: several best ones",
@@ -435,7 +435,7 @@ MUTANTS = [
         ),
         (
             "pf-ppo: a NaN is a weight like others",
-            "torch.where(scores.isfinite().all(), found, torch.nan)", "found.nan_to_num()",
+            "torch.where(scores.isfinite().all(), weights, torch.nan)", "weights.nan_to_num()",
             "not_hidden",
         ),
     ),
@@ -475,7 +475,7 @@ MUTANTS = [
         "fastrlhf/losses/groups.py", "test_losses_over_ranks.py",
         (
             "advantages: groups are what this rank has of them",
-            "own = of_all_ranks(parts, group)", "own = parts, slice(None)",
+            "this_rank = of_all_ranks(parts, group)", "this_rank = parts, slice(None)",
             "several_ranks and 2",
         ),
     ),
@@ -500,7 +500,7 @@ MUTANTS = [
         "fastrlhf/losses/gdpo.py", "test_losses_over_ranks.py",
         (
             "gdpo: groups are what this rank has of them",
-            "own = of_all_ranks(parts, group)", "own = parts, slice(None)",
+            "this_rank = of_all_ranks(parts, group)", "this_rank = parts, slice(None)",
             "comparisons and 2",
         ),
     ),
@@ -508,7 +508,7 @@ MUTANTS = [
         "fastrlhf/losses/rollout_tokens.py", "test_rollout_correction.py",
         (
             "rollouts: what both sides rule out is NaN",
-            "torch.where(own == engine, 0.0, own - engine)", "own - engine",
+            "torch.where(ours == engines, 0.0, ours - engines)", "ours - engines",
             "rules_out",
         ),
         (

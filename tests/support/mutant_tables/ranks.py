@@ -104,8 +104,8 @@ MUTANTS = [
         "fastrlhf/ops/stats_over_ranks.py", "test_vocabulary_over_ranks.py",
         (
             "shared: the mean of the kernels is that of this rank's columns",
-            "mean_logit = mean_logit / part.vocab",
-            "mean_logit = mean_logit / max(part.size, 1)",
+            "_replace(mean_logit=stats.mean_logit / part.vocab)",
+            "_replace(mean_logit=stats.mean_logit / max(part.size, 1))",
             "options_mean and token_stats and triton and mean_logit",
         ),
         (

@@ -4,7 +4,7 @@ from mutant import Mutant, mutants_of
 
 MUTANTS = [
     *mutants_of(
-        "fastrlhf/reference.py", "test_packed.py",
+        "fastrlhf/reference/advantages.py", "test_packed.py",
         (
             "packed: an eager scan steps over borders",
             "same = ids[step:] == ids[:-step]", "same = ids[step:] >= ids[:-step]",
@@ -18,39 +18,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_reports.py",
-        (
-            "reference: a sigmoid that saturates",
-            "    return torch.where(small, tail, 1 - tail)\n", "    return torch.sigmoid(x)\n",
-            "saturated",
-        ),
-        (
-            "reference: a log-sigmoid whose second derivative is PyTorch's",
-            "    return torch.where(negative, x, 0.0) - torch.log1p(decay)\n",
-            "    return F.logsigmoid(x)\n",
-            "saturated",
-        ),
-        (
-            "reference: PyTorch's logaddexp",
-            "torch.where(first, a, b) + torch.log1p(torch.exp(torch.where(first, b - a, a - b)))",
-            "torch.logaddexp(a, b)",
-            "distant",
-        ),
-        (
-            "reference: a slope that is one more than the value",
-            "    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), far)\n",
-            "    return torch.expm1(x)\n",
-            "nearly_zero",
-        ),
-        (
-            "reference: sums in the dtype of the policy",
-            "dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))",
-            "dtype = accumulation_dtype(policy.dtype)",
-            "token_sums",
-        ),
-    ),
-    *mutants_of(
-        "fastrlhf/reference.py", "test_token_stats_lse.py",
+        "fastrlhf/reference/row_gradient.py", "test_token_stats_lse.py",
         (
             "eager: the lse has no slope at the target",
             "target + d_lse * logprob.exp()", "target",
@@ -64,19 +32,19 @@ MUTANTS = [
     ),
     Mutant(
         "compiled: fp32 sums",
-        "fastrlhf/reference.py",
+        "fastrlhf/reference/effective_logits.py",
         "return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)",
         "return x.sum(-1, keepdim=True)",
         "test_compiled.py", "equal_numbers",
     ),
     Mutant(
         "reference: the excess of the mixture where the sides are near alone",
-        "fastrlhf/reference.py",
+        "fastrlhf/reference/divergence_terms.py",
         "small = gap < 40\n", "small = gap.abs() < 0.5\n",
         "test_divergence_accuracy.py", "nearly_one_side and eager",
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_returns.py",
+        "fastrlhf/reference/advantages.py", "test_returns.py",
         (
             "gae: the last value of rows follows nothing",
             "after_the_end = nothing if last_values is None else last_values.to(dtype)\n",
@@ -89,7 +57,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_shaped_rewards.py",
+        "fastrlhf/reference/layout.py", "test_shaped_rewards.py",
         (
             "rewards: the score on every token",
             "(counts.flip(-1).cumsum(-1).flip(-1) == 1)",
@@ -98,7 +66,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_linear_cross_entropy.py",
+        "fastrlhf/reference/row_statistics.py", "test_linear_cross_entropy.py",
         (
             "eager K1: a mean logit without temperature",
             "mean_logit = total / vocab / temperature", "mean_logit = total / vocab",
@@ -111,7 +79,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_with_stats.py",
+        "fastrlhf/reference/row_statistics.py", "test_with_stats.py",
         (
             "eager K1: a top token beside NaN",
             "& ~log_norm.isnan() & ~empty", "& ~empty",
@@ -142,35 +110,15 @@ MUTANTS = [
             "log_squares = torch.where(empty, 0.0, log_squares)", "log_squares = log_squares * 1.0",
             "masked_vocabulary and eager",
         ),
-        (
-            "definition: an entropy that has a gradient all the same",
-            "row_entropy if entropy_grad else row_entropy.detach()", "row_entropy",
-            "under_transforms",
-        ),
-        (
-            "statistics: further ones seem differentiable",
-            "further = {name: named[name].detach() for", "further = {name: named[name] for",
-            "requires_one",
-        ),
-        (
-            "statistics: an lse that seems differentiable",
-            "stats.entropy, stats.lse.detach(), further)", "stats.entropy, stats.lse, further)",
-            "requires_one or under_transforms",
-        ),
-        (
-            "definition: an ignored token on top",
-            "& (lse < torch.inf) & live & ~empty", "& (lse < torch.inf) & ~empty",
-            "under_transforms",
-        ),
     ),
     Mutant(
         "eager K2: no slope of the mean logit",
-        "fastrlhf/reference.py",
+        "fastrlhf/reference/row_gradient.py",
         "dz.add_(slopes.mean.unsqueeze(-1))", "pass",
         "test_linear_cross_entropy.py", "loss_is_that and smoothed and all",
     ),
     *mutants_of(
-        "fastrlhf/reference.py", "test_vocabulary_over_ranks.py",
+        "fastrlhf/reference/row_statistics.py", "test_vocabulary_over_ranks.py",
         (
             "shared: sums of ranks do not fade",
             "peak, (parts.rest * fade).sum(0),",
@@ -200,6 +148,64 @@ MUTANTS = [
             "target = torch.where(held, parts.target, 0.0).sum(0)",
             "target = torch.where(held, parts.target, 1.0).sum(0)",
             "of_the_whole and token_stats and eager and uneven",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/scalars.py", "test_reports.py",
+        (
+            "reference: a sigmoid that saturates",
+            "    return torch.where(small, tail, 1 - tail)\n", "    return torch.sigmoid(x)\n",
+            "saturated",
+        ),
+        (
+            "reference: a log-sigmoid whose second derivative is PyTorch's",
+            "    return torch.where(negative, x, 0.0) - torch.log1p(decay)\n",
+            "    return F.logsigmoid(x)\n",
+            "saturated",
+        ),
+        (
+            "reference: PyTorch's logaddexp",
+            "torch.where(first, a, b) + torch.log1p(torch.exp(torch.where(first, b - a, a - b)))",
+            "torch.logaddexp(a, b)",
+            "distant",
+        ),
+        (
+            "reference: a slope that is one more than the value",
+            "    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), far)\n",
+            "    return torch.expm1(x)\n",
+            "nearly_zero",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/layout.py", "test_reports.py",
+        (
+            "reference: sums in the dtype of the policy",
+            "dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))",
+            "dtype = accumulation_dtype(policy.dtype)",
+            "token_sums",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/reference/token_statistics.py", "test_with_stats.py",
+        (
+            "definition: an entropy that has a gradient all the same",
+            "row_entropy if entropy_grad else row_entropy.detach()", "row_entropy",
+            "under_transforms",
+        ),
+        (
+            "statistics: further ones seem differentiable",
+            "further = {name: named[name].detach() for", "further = {name: named[name] for",
+            "requires_one",
+        ),
+        (
+            "statistics: an lse that seems differentiable",
+            "stats.entropy, stats.lse.detach(), further)", "stats.entropy, stats.lse, further)",
+            "requires_one or under_transforms",
+        ),
+        (
+            "definition: an ignored token on top",
+            "& (lse < torch.inf) & live & ~empty", "& (lse < torch.inf) & ~empty",
+            "under_transforms",
         ),
     ),
 ]  # fmt: skip

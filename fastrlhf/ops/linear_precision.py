@@ -1,0 +1,25 @@
+"""In which dtype the matmuls of a head run, under autocast or without it.
+
+Operations from hidden states follow `F.linear`: the dtype of the hidden states and weights, or that
+of autocast. Only their operands are rounded to it; sums are fp32 or fp64 (see `linear_head.py`), so
+that autocast has to stay out of what happens to these.
+"""
+
+import torch
+from torch import Tensor
+
+
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of a matmul of hidden states: theirs, or that of autocast."""
+    autocast = autocast_decides(hidden)
+    return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+
+
+def autocast_decides(hidden: Tensor) -> bool:
+    """Whether autocast decides the dtype of a matmul of hidden states: it leaves fp64 alone."""
+    return torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+
+
+def exact(hidden: Tensor) -> torch.autocast:
+    """Keep autocast, whose dtype the operands have already, from rounding fp32 sums."""
+    return torch.autocast(hidden.device.type, enabled=False)
