@@ -10,7 +10,7 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
-    tests: str  # a file in tests/, the narrowest selection of which is enough
+    tests: str  # a pattern of files in tests/, the narrowest selection of which is enough
     select: str = ""  # what pytest takes as -k
     equivalent: str = ""  # why no test can tell it from the original, if none can
 
@@ -18,5 +18,5 @@ class Mutant(NamedTuple):
 def mutants_of(
     file: str, tests: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]
 ) -> list[Mutant]:
-    """Make the mutants of one file that one test file should notice: name, old, new, selection."""
+    """Make the mutants of one file that the same tests should notice: name, old, new, selection."""
     return [Mutant(row[0], file, row[1], row[2], tests, *row[3:]) for row in rows]

@@ -72,14 +72,14 @@ def check_imports(copy: Path) -> None:
         raise RuntimeError(f"expected to import fastrlhf from {copy}, got {found}")
 
 
-def run_tests(copy: Path, name: str, test_file: str, select: str) -> Result:
+def run_tests(copy: Path, name: str, tests: str, select: str) -> Result:
     """Run tests until one fails."""
     keywords = ["-k", select] if select else []
     start = time.perf_counter()
     try:
         done = run_python(
-            copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test_file}",
-            *keywords,
+            copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *keywords,
+            *sorted(str(path) for path in (copy / "tree/tests").glob(tests)),
         )  # fmt: skip
         # Any other code says that the tests did not run: a wrong selection, a broken import.
         outcome, output = {0: "survived", 1: "killed"}.get(done.returncode, "error"), done.stdout
@@ -117,12 +117,12 @@ def unchanged(mutants: Iterable[Mutant]) -> list[Callable[[Path], Result]]:
     for mutant in mutants:
         wanted.setdefault(mutant.tests, set()).add(mutant.select)
 
-    def run(test_file: str) -> Callable[[Path], Result]:
-        selected = wanted[test_file]
+    def run(tests: str) -> Callable[[Path], Result]:
+        selected = wanted[tests]
         either = "" if "" in selected else " or ".join(f"({x})" for x in sorted(selected))
-        return lambda copy: run_tests(copy, f"unchanged: {test_file}", test_file, either)
+        return lambda copy: run_tests(copy, f"unchanged: {tests}", tests, either)
 
-    return [run(test_file) for test_file in sorted(wanted)]
+    return [run(tests) for tests in sorted(wanted)]
 
 
 def mutated(mutants: Iterable[Mutant]) -> list[Callable[[Path], Result]]:

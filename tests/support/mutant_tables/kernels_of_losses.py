@@ -74,7 +74,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/preference_loss.py", "test_preference.py",
+        "kernels/preference_loss.py", "test_preference*.py",
         (
             "pairs: the slope without beta",
             "return loss, beta * slope", "return loss, slope",
@@ -99,7 +99,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/preference_loss.py", "test_preference_tokens.py",
+        "kernels/preference_loss.py", "test_preference*.py",
         (
             "pairs: a mean over no tokens",
             "return score, tl.maximum(count, 1.0)", "return score, count",
@@ -142,7 +142,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/divergence.py", "test_divergence.py",
+        "kernels/divergence.py", "test_divergence*.py",
         (
             "divergence: a side beyond the vocabulary",
             "z = tl.where(inside, z, -float(\"inf\"))", "z = tl.where(inside, z, 0.0)",
@@ -303,7 +303,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "kernels/policy_loss.py", "test_logits_policy_loss.py",
+        "kernels/policy_loss.py", "test_logits_policy_loss*.py",
         (
             "policy kernel: the slope of |x| at 0",
             "tl.where(x < 0, 1.0, x * 0.0)", "tl.where(x <= 0, 1.0, x * 0.0)",

@@ -112,7 +112,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/lazy/losses.py", "test_lazy_chains_modes.py",
+        "fastrlhf/lazy/losses.py", "test_lazy_chains*.py",
         (
             "lazy: ignored labels are words",
             "    live = target != ignore_index\n", "    live = target == target\n",
@@ -128,7 +128,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/lazy/building.py", "test_lazy_chains_autograd.py",
+        "fastrlhf/lazy/building.py", "test_lazy_chains*.py",
         (
             "lazy: a write is not in the graph",
             "            Replaced.apply(lazy, lazy._plain)\n", "",

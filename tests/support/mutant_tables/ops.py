@@ -12,7 +12,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/preference_loss.py", "test_packed.py",
+        "fastrlhf/ops/preference_loss.py", "test_packed*.py",
         (
             "packed: the second derivative of rows",
             "return ROWS if cu_seqlens is None else Runs(cu_seqlens, policy)", "return ROWS",
@@ -64,7 +64,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/layout.py", "test_packed_errors.py",
+        "fastrlhf/ops/layout.py", "test_packed*.py",
         (
             "layout: borders of any end",
             "    if last != end:\n", "    if last > end:\n",
@@ -138,7 +138,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/eager_token_stats.py", "test_token_stats_hostile.py",
+        "fastrlhf/ops/eager_token_stats.py", "test_token_stats*.py",
         (
             "eager: rows of nothing have a gradient",
             "active &= peak != -torch.inf", "active &= True",
@@ -201,7 +201,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/ops/compiled_rows.py", "test_compiled.py",
+        "fastrlhf/ops/compiled_rows.py", "test_compiled*.py",
         (
             "compiled: rows are found by their place among those that count",
             "return rows[0], index", "return rows[0], torch.arange(len(index))",
@@ -347,14 +347,14 @@ MUTANTS = [
         "compiled: sizes that are equal by chance",
         "fastrlhf/ops/compiled.py",
         "of_sizes.patch(use_duck_shape=False)", "of_sizes.patch(use_duck_shape=True)",
-        "test_compiled.py", "compiled_anew or survives",
+        "test_compiled*.py", "compiled_anew or survives",
         equivalent="no sizes of the example are equal: it is for what compiles after a reset",
     ),
     Mutant(
         "compiled: a lone row as it is",
         "fastrlhf/ops/compiled.py",
         "len(x) != 1:\n        return x", "True:\n        return x",
-        "test_compiled.py", "compiled_anew",
+        "test_compiled*.py", "compiled_anew",
         equivalent="without guards a 1 is a size as any other; the row comes twice for safety",
     ),
     Mutant(

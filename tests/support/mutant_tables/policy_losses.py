@@ -102,7 +102,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/policy.py", "test_policy_loss_options.py",
+        "fastrlhf/losses/policy.py", "test_policy_loss*.py",
         (
             "policy: the off-policy mask keeps what has drifted",
             "(drift > threshold) & (tokens.advantages < 0)",
@@ -142,7 +142,7 @@ MUTANTS = [
         "fastrlhf/losses/policy.py",
         "mean = total / sums(torch.ones_like(log_ratio)).clamp(min=1)",
         "mean = total / sums(torch.ones_like(log_ratio))",
-        "test_policy_loss.py", "those_of_the_papers or without_tokens",
+        "test_policy_loss*.py", "those_of_the_papers or without_tokens",
         "0/0 is the log-ratio of tokens outside of the mask alone, whose advantage is 0, which "
         "replaces it by 0; a where drops its gradient, and the metrics look at no such token",
     ),
@@ -217,7 +217,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "fastrlhf/losses/surrogates.py", "test_policy_loss.py",
+        "fastrlhf/losses/surrogates.py", "test_policy_loss*.py",
         (
             "policy: DPPO leaves out what comes back",
             "too_far = torch.where(advantage > 0, too_high, too_low)",
