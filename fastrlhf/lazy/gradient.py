@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .source import Source
     from .tensor import LazyTensor
 
-# Calls of heads. The references are weak, since a loss that somebody keeps also keeps its graph.
+# Calls of heads. The references are weak, since a loss that somebody keeps also keeps its graph,
+# which would keep what entered the heads.
 Heads = frozenset["weakref.ref[Source]"]
 
 _aten = torch.ops.aten
