@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 examples/tensor_parallel.py --model Qwen/Qwen3-0.6B
 
 Forward, 12 bytes a token are gathered, and no logits; backward, the gradient of the hidden states
-is added up. Here the backbone is whole on every rank. A head that torch's or transformers' tensor
-parallelism cuts needs none of this: give the model to `sft_loss` and its siblings.
+is added up. Here the backbone is whole on every rank, and a head that is tied to the embeddings is
+untied. One that torch's or transformers' tensor parallelism cuts needs none of this: give the model
+to `sft_loss` and its siblings.
 """
 
 import argparse
