@@ -69,7 +69,7 @@ def train(options: SFTOptions) -> dict[str, Any]:
     run.report.line(f"Loss of held-out texts: {loss_before:.3f} -> {loss_after:.3f} nats a token")
     panels = [Panel("Cross-entropy, nats a token", "loss")]
     if run.accelerator.is_main_process:
-        # A copy is merged, because the policy's adapters are still to be saved, and turned off where
+        # A copy is merged: the policy's adapters are still to be saved, and to be turned off where
         # the reference is needed.
         merged = copy.deepcopy(policy).merge_and_unload()
         merged.save_pretrained(run.output / "model")
