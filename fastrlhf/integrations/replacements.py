@@ -17,9 +17,9 @@ class Replacement(NamedTuple):
 class Replacements:
     """Replacements that are in place while anybody wants them to be.
 
-    That is between `install` and `remove`, and as long as somebody is inside of `installed`, from
-    whatever threads. `find` looks for what is to be replaced, when it first is, and raises where it
-    does not know what it finds.
+    They are wanted between `install` and `remove`, and while any thread is inside of `installed`.
+    `find` is called when they are put in place. It looks up what to replace, and raises an error
+    where it does not know what it finds.
     """
 
     def __init__(self, find: Callable[[], list[Replacement]]):
@@ -31,7 +31,7 @@ class Replacements:
         self._there: list[Replacement] = []
 
     def install(self) -> None:
-        """Put the replacements in place, if they are not. Twice is as once."""
+        """Put the replacements in place, if they are not. A second call changes nothing."""
         with self._lock:
             self._put_in_place()
             self._wanted = True
@@ -68,7 +68,7 @@ class Replacements:
         if self._there:
             return
         found = self._find()
-        # What the owner itself has: of a class, the function and not what is bound to it.
+        # From the owner's own dict: of a class, this is the function and not a bound method.
         self._before = [Replacement(x.owner, x.name, vars(x.owner)[x.name]) for x in found]
         self._there = found
         for owner, name, value in found:

@@ -7,20 +7,21 @@
 Eager equivalent: the Trainer as it is. Losses, logged metrics and gradients are the same to
 rounding, and the matmuls are as many, but the logits (tokens × vocabulary) are not held.
 
-The class is patched, and not derived from, so that the Trainers that other code makes have it too.
-`Trainer.compute_loss` runs as it is, in it the model's own forward, and in that the loss is made
-where the logits would be (see `fastrlhf.hf.own_loss`): counts of tokens over accumulated batches
-and devices, labels that are no input ids, and what a mixture of experts adds are those of
-transformers. Evaluation is served where no logits are asked for: without compute_metrics.
+The class is patched, and not derived from, so that Trainers that other code makes are served too.
+`Trainer.compute_loss` runs as it is, and in it the model's own forward; within that, the loss is
+computed where the logits would be (see `fastrlhf.hf.own_loss`). So counts of tokens over
+accumulated batches and devices, labels that are no input ids, and the losses that a mixture of
+experts adds stay those of transformers. Evaluation is served where no logits are asked for: without
+compute_metrics.
 
 What cannot be served keeps its own loss, and a warning in the log says once why: label smoothing,
-compute_loss_func, outputs that are asked for too, DataParallel, a model whose loss is another or
+compute_loss_func, outputs that are asked for too, DataParallel, a model that has another loss or
 whose forward, or a hook, reads its logits after the loss, a head of unknown class. A Trainer whose
 own compute_loss does not call that of its base class is not reached. `use_liger_kernel=True`, which
 would fuse the same loss, is a ValueError when the loss is taken.
 
-The logits of a block of tokens are held at a time, 64 MiB in fp32 (512 MiB on a GPU): of a smaller
-batch, all of them.
+The logits of a block of tokens are held at a time, 64 MiB in fp32 (512 MiB on a GPU). Of a batch
+smaller than that, all logits are held.
 """
 
 import inspect
@@ -44,18 +45,19 @@ Method = Callable[..., Any]
 
 _logger = logging.getLogger(__name__)
 
-# Whether only the loss is wanted of the step of evaluation that is being made.
+# Whether the current step of evaluation wants the loss only.
 _loss_only: ContextVar[bool] = ContextVar("_loss_only", default=False)
-# Models whose loss was tried to be fused and could not be, and what was said of any.
+# Models whose loss could not be fused when that was tried, and the warnings that were logged.
 _left_alone: WeakSet[nn.Module] = WeakSet()
 _said: set[str] = set()
 
 
 def patch() -> None:
-    """Let every Trainer take the loss of a causal language model fused. Twice is as once.
+    """Let every Trainer take the loss of a causal language model fused. A second call changes
+    nothing.
 
     Raises:
-        ImportError: transformers is not there, or has another Trainer than is known.
+        ImportError: transformers is not there, or its Trainer is not one that is known.
 
     Example:
         >>> from fastrlhf.integrations import transformers
@@ -66,10 +68,10 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Take `patch` back. Within `patched()` that holds on until it is left.
+    """Take `patch` back. Within `patched()`, the patch stays in place until that is left.
 
     Raises:
-        RuntimeError: somebody else's patch lies on this one.
+        RuntimeError: other code has patched the same methods since.
 
     Example:
         >>> from fastrlhf.integrations import transformers
@@ -155,7 +157,7 @@ def _fused_compute_loss(own: Method) -> Method:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             why = str(error)
-        found = call()  # whose error, where it fails too, is the one to see
+        found = call()  # if this fails too, its error is the one that the user should see
         _left_alone.add(_innermost(model))
         _say(model, why)
         return found
@@ -168,7 +170,7 @@ def _fused_prediction_step(own: Method, compute_loss: Method) -> Method:
     def prediction_step(
         self: Any, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
-        # A loss of one's own around that of the Trainer may look at the logits.
+        # A compute_loss of a subclass, around that of the Trainer, may look at the logits.
         plain = getattr(self.compute_loss, "__func__", None) is compute_loss
         token = _loss_only.set(bool(prediction_loss_only) and plain)
         try:
@@ -180,7 +182,7 @@ def _fused_prediction_step(own: Method, compute_loss: Method) -> Method:
 
 
 def _has_fusible_loss(trainer: Any, model: Any, inputs: Any, return_outputs: bool) -> bool:
-    """Whether to try; where that depends on how the Trainer is set up, say why not."""
+    """Whether to try to fuse the loss. If how the Trainer is set up forbids that, log why."""
     # TRL's trainers have a fused loss of their own in the model's forward.
     if not isinstance(inputs.get("labels"), Tensor) or "fused_lm_head" in inputs:
         return False

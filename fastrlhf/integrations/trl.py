@@ -8,17 +8,18 @@
 
 The losses, their options and their metrics stay TRL's own. What is replaced is the step that they
 all share, in which hidden states become per-token log-probs (`trl.trainer.utils.add_fused_lm_head`)
-or, for distillation, a divergence. So there is one such line for `SFTTrainer`, `DPOTrainer`,
+or, for distillation, a divergence. So this one line serves `SFTTrainer`, `DPOTrainer`,
 `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and `DistillationTrainer`, their subclasses included.
 
-In matmuls G of the scored tokens with the head: 2G where the head is frozen, as with LoRA, and 4G
-where it is trained, less G for the last block of tokens (see `foreseen_stats`); 3G for
+The cost, in matmuls of the scored tokens with the head (G): 2G where the head is frozen, as with
+LoRA, and 4G where it is trained, less G for the last block of tokens (see `foreseen_stats`); 3G for
 `SFTTrainer`, and for `GRPOTrainer` in the first update after a rollout (see `trl_foresight`). TRL
-itself needs 3G and 4G, and on a CPU scores prompts too. Besides, a LoRA adapter of the head is
-trained, which TRL refuses, a quantized head is read as what its codes stand for, and a word whose
-logit is -inf leaves the entropy a number.
+itself needs 3G and 4G, and on a CPU scores prompts too.
 
-What still builds logits is what asks for them: `compute_metrics`, `compute_loss_func`, label
+Beyond what TRL does, a LoRA adapter of the head is trained, which TRL refuses; a quantized head is
+read as what its codes stand for; and the entropy stays a number where a word's logit is -inf.
+
+Logits are still built for what asks for them: `compute_metrics`, `compute_loss_func`, label
 smoothing. Heads whose weight is shared out by ZeRO-3 and trained are left to TRL.
 """
 
@@ -50,11 +51,11 @@ _adapters_refused: ContextVar[bool] = ContextVar("adapters_refused", default=Fal
 def patch() -> None:
     """Put TRL's trainers on fastrlhf's kernels, until `unpatch`.
 
-    Trainers are to be made afterwards, or their heads have to be plain ones. Calling it twice
-    changes nothing.
+    Make trainers afterwards: those made before are served only if their heads are plain ones. A
+    second call changes nothing.
 
     Raises:
-        ImportError: TRL is not installed, or of a version whose trainers were never tried.
+        ImportError: TRL is not installed, or in a version whose trainers were never tried.
 
     Example:
         >>> from fastrlhf.integrations import trl
@@ -113,7 +114,7 @@ def _find() -> list[Replacement]:
         Replacement(distillation, "_compute_loss", with_known_heads(distillation._compute_loss)),
         *foreseeing(sft_trainer.SFTTrainer, grpo_trainer.GRPOTrainer),
     ]
-    # Only tokens with a label reach the head, on a CPU too.
+    # Where TRL believes that it uses Triton, only tokens with a label reach the head: on a CPU too.
     for module in (utils, distillation_trainer):
         found.append(Replacement(module, "_use_triton", _always))
     for module, trainer in (
@@ -149,8 +150,8 @@ def _check_version() -> None:
 
 
 def _made_under_the_patch(init: Any) -> Any:
-    """Let a trainer be made as one of TRL's, but for what goes together with the patch and what
-    does not.
+    """Make a trainer as TRL does, but refuse options that do not go together with the patch, and
+    accept an adapter of the head where the patch can train it.
     """
 
     @functools.wraps(init)
@@ -161,7 +162,7 @@ def _made_under_the_patch(init: Any) -> Any:
                 "use_liger_kernel: expected False where fastrlhf patches TRL, whose head it "
                 "replaces; Liger's kernels of other layers are there by liger_kernel.transformers"
             )
-        # TRL casts the base layer of a head alone.
+        # With this option, TRL casts the base layer of a head alone, and not its adapter.
         token = _adapters_refused.set(getattr(given, "cast_lm_head_to_fp32", False))
         try:
             init(self, *args, **kwargs)
@@ -196,13 +197,15 @@ class _AdapterCheck(type):
 
 
 class _RefusedAdapter(metaclass=_AdapterCheck):
-    """In the place of peft's BaseTunerLayer, by which TRL's trainers recognise an adapter of a head
-    to refuse it: no head is an instance, but while a trainer is made that has to refuse it.
+    """Stands for peft's BaseTunerLayer, by which TRL's trainers recognise an adapter of a head, to
+    refuse it. No head is an instance, except while a trainer is made that has to refuse adapters.
     """
 
 
 def _known(function: Any, in_place_of: Any) -> Any:
-    """What to put in a function's place. Raise ImportError unless TRL calls it as is known here."""
+    """What to put in a function's place. Raise ImportError unless TRL calls it with the arguments
+    that are known here.
+    """
     ours = in_place_of(function)
     expected = list(inspect.signature(ours.apply).parameters)
     found = list(inspect.signature(function.forward).parameters)[1:]

@@ -1,17 +1,17 @@
-"""What TRL's trainers will ask of the log-probs, told before they do.
+"""Tells the kernels beforehand what the losses of TRL's trainers will ask of the log-probs.
 
-A trained head costs 3G instead of 4G where the derivatives of the loss with respect to the
-log-probs, its slopes, are foreseen (see `fastrlhf.ops.foreseen_stats`; a wrong guess costs time
-only):
+A trained head costs 3G instead of 4G (G: a matmul of the scored tokens with the head) where the
+derivatives of the loss with respect to the log-probs, its slopes, are foreseen. How that is used is
+in `fastrlhf.ops.foreseen_stats`; a wrong guess costs time only. What is foreseen:
 
-- `SFTTrainer`: a cross-entropy has the same slope for each token, and the loss "dft" that of the
-  token's probability.
+- `SFTTrainer`: a cross-entropy has the same slope for each token, and the loss "dft" has the
+  token's probability as its slope.
 - `GRPOTrainer`, in the first update after a rollout: the policy is the one that sampled, so all
   ratios are 1, and the slopes do not depend on the log-probs. The trainer's own loss is asked for
   them, once, with zeros for log-probs, on a copy of the trainer that logs nothing.
 
-The slopes of DPO, KTO and RLOO hang on the log-probs of whole sequences, which are not known before
-the last of them has left the head.
+The slopes of DPO, KTO and RLOO depend on the log-probs of whole sequences, which are not known
+before the last token has been through the head.
 """
 
 import copy
@@ -31,7 +31,7 @@ from fastrlhf.ops.linear_statistics import Statistics
 
 from .replacements import Replacement
 
-# From how many tokens reach the head, what is foreseen of them; None: nothing.
+# Takes how many tokens reach the head, and returns what is foreseen of their slopes, or None.
 _Foreseer = Callable[[int], Foresight | None]
 
 _foreseer: ContextVar[_Foreseer | None] = ContextVar("foreseer", default=None)
@@ -64,7 +64,8 @@ def foreseeing(sft_trainer: Any, grpo_trainer: Any) -> list[Replacement]:
     @functools.wraps(grpo)
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
         foreseer = None
-        # A trainer that does these otherwise may do something else to itself, or its model, too.
+        # A subclass with other versions of these methods may also change itself or its model in
+        # them, so its loss is not asked beforehand.
         its_own = type(self)._compute_loss, type(self)._get_per_token_logps_and_entropies
         if its_own == (_compute_loss, log_probs) and _is_first_update(self, inputs):
             foreseer = _OfItsLoss(self, grpo, inputs)
@@ -124,7 +125,7 @@ class _OfItsLoss:
 
 
 class _Stub:
-    """In the place of a model with a fused head: returns zeros for the statistics of its tokens."""
+    """Stands for a model with a fused head, and returns zeros for the statistics of its tokens."""
 
     logprobs: Tensor | None = None  # (n,) of the tokens with a label
 

@@ -1,8 +1,9 @@
-"""What TRL's trainers call in place of their own functions of a head: log-probs, divergences.
+"""What TRL's trainers call under the patch in place of TRL's own log-probs and divergences.
 
-They are handed hidden states and the head's weight. Of which module that weight is, and so whether
-an adapter belongs to it or what its codes stand for, is told by who calls: the forward of a model
-that was given a fused head, or the loss of a DistillationTrainer, says beforehand.
+These functions are handed hidden states and the head's weight, but not its module. The module is
+needed to know whether an adapter belongs to the weight, or what the codes of a quantized weight
+stand for. So the callers name it beforehand (`heads_in_play`): the forward of a model that was
+given a fused head, and the loss of a DistillationTrainer. `trl` puts all of this in place.
 """
 
 import functools
@@ -37,7 +38,7 @@ _STATISTICS = {
 }
 _IGNORED = -100
 
-# The modules of the heads, of whose weights TRL reads one.
+# The head modules of the models that are being called; TRL hands on the weight of one of them.
 _heads: ContextVar[tuple[Any, ...]] = ContextVar("heads", default=())
 
 
@@ -173,7 +174,7 @@ def _statistics(
     elif scorer.head_is_trained:
         foresight = current_foresight(targets.numel())
         stats = foreseen_stats(scorer.problem(targets, **options), foresight)
-    elif loss_takes_entropy():  # whose gradient the forward then keeps as well
+    elif loss_takes_entropy():  # the forward then keeps the entropy's gradient as well
         stats = scorer.stats(targets, **options)
     else:
         stats = foreseen_stats(scorer.problem(targets, **options), None)
@@ -202,7 +203,7 @@ def _scorer(
 
 
 def _is_shared_out(weight: Any, *, backward_needs_it: bool = False) -> bool:
-    """Whether ZeRO-3 has, or in time for the backward will have, taken a weight away."""
+    """Whether ZeRO-3 has taken a weight away, or will have when the backward needs it."""
     shared_out = hasattr(weight, "ds_id") and (weight.requires_grad or not backward_needs_it)
     if shared_out:
         _say_once("a head under DeepSpeed's ZeRO-3 is left to TRL's own kernels")
@@ -226,7 +227,7 @@ def head_of(weight: Any, bias: Tensor | None) -> tuple[Any, HeadParts | None]:
         if module.weight is weight:
             try:
                 return module, head_parts(module)
-            except TypeError:  # of a class that is not known, or packed for a CPU by bitsandbytes
+            except TypeError:  # a class that is not known, or one packed for a CPU by bitsandbytes
                 return module, None
     if any(map(has_adapter, heads)):
         raise RuntimeError(
@@ -234,7 +235,8 @@ def head_of(weight: Any, bias: Tensor | None) -> tuple[Any, HeadParts | None]:
             "fastrlhf.integrations.trl cannot serve; use fastrlhf.model_linear_loss in a loss of "
             "your own"
         )
-    # Gathered from its shards; or of a trainer that was made before `patch`, without adapters.
+    # The weight was gathered from its shards, or the trainer was made before `patch`. In both cases
+    # it has no adapters.
     return None, parts_of_weight(weight, bias)
 
 

@@ -1,5 +1,7 @@
-"""The call of a module once more, in the state that it was in: with the adapters that were active,
-the parameters that it had, in training or not.
+"""A later call of a module in the state that it was in before: with the adapters that were active,
+the parameters that it had, and in training mode or not.
+
+A `Source` calls its head later than the model did, and needs it as it was then.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,12 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Of what is in the attributes that a module's forward goes by.
+# The types of the attributes that a module's forward depends on, which are restored for a call.
 _KINDS = bool, int, float, str, tuple, list, dict, set
 
 
 class AsItWas:
-    """A forward of a module, whose attributes are for each call what they were at first."""
+    """A module's forward. For each call, the module's attributes are what they were when this was
+    made.
+    """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Tensor]):
         self._forward = forward

@@ -1,4 +1,8 @@
-"""Calls that ask for the gradient of a lazy tensor, who get it as that of plain logits."""
+"""Calls that ask for the gradient of a lazy tensor: hooks, retain_grad, grad, torch.autograd.grad.
+
+They get the gradient of plain logits. On its way it is a `gradient.LazyGradient`, so it has to be
+turned into numbers before other code reads it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +24,14 @@ def _natively(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_beside(x: LazyTensor) -> bool:
-    """Whether the plain tensor has a place of its own in the graph, and not behind the lazy one."""
+    """Whether there is a plain tensor whose gradients do not pass through the lazy one."""
     return x.is_built and not x.is_under_plain
 
 
 def register_hook(recipe: Recipe, x: LazyTensor, hook: Callable[[Tensor], Any]) -> Any:
-    """The hooks of torch.distributed only wait for a gradient; others look at it."""
+    """Register a hook. Those of torch.distributed only wait for a gradient, and may get a lazy one;
+    others read it.
+    """
     if is_scaled(x):
         x.plain()
     if _is_beside(x):
@@ -52,13 +58,15 @@ def retain_grad(recipe: Recipe, x: LazyTensor) -> None:
         return x.plain().retain_grad()
     if not x.retains_grad and not x.is_leaf:
         x.is_watched = True
-        # Kept as a lazy one, it would hold the logits that hold it.
+        # If a lazy gradient were kept, it would hold the logits, which hold it.
         _natively(Tensor.register_hook, x, dense)
     return _natively(Tensor.retain_grad, x)
 
 
 def _refuse_another_part(x: LazyTensor) -> None:
-    """A gradient that also arrives at the lazy tensor is not all that there is."""
+    """Refuse, in backward, a gradient that also arrives at the lazy tensor: what the plain tensor
+    gets is then only a part.
+    """
     if not is_replaced(x) and x.requires_grad:
         _natively(Tensor.register_hook, x, _refuse)
 
@@ -76,7 +84,7 @@ def grad(recipe: Recipe, x: LazyTensor) -> Any:
     found = _natively(_GRAD.__get__, x)
     if isinstance(found, LazyGradient):
         found = dense(found, x)
-        _natively(_GRAD.__set__, x, found)  # to be written into
+        _natively(_GRAD.__set__, x, found)  # so that it can be written into
     return found
 
 
@@ -86,7 +94,7 @@ def gradients(recipe: Recipe, outputs: Any, inputs: Any, *args: Any, **kwargs: A
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     beside = {n for n, x in enumerate(inputs) if isinstance(x, LazyTensor) and _is_beside(x)}
     both = [n for n in beside if not is_replaced(inputs[n])]
-    # What arrives at the plain tensor, and what at the lazy one.
+    # Where gradients arrive at the plain tensor and at the lazy one, both are asked for and added.
     asked = [x.plain() if n in beside else x for n, x in enumerate(inputs)]
     asked += [inputs[n] for n in both]
     may_be_unused = kwargs.get("allow_unused") or kwargs.get("materialize_grads")
@@ -123,7 +131,8 @@ def backward(
     _natively(torch.autograd.backward, tensors, *args, inputs=inputs, **kwargs)
 
 
-OF_GRADIENT: dict[Any, Callable[..., Any]] = {  # for which a leaf is not built
+# They are called for built tensors too, and do not build a leaf.
+OF_GRADIENT: dict[Any, Callable[..., Any]] = {
     Tensor.register_hook: register_hook,
     Tensor.requires_grad_: requires_grad_,
     Tensor.retain_grad: retain_grad,

@@ -1,4 +1,6 @@
-"""Calls that are not known of lazy tensors: they get plain ones, and nobody sees a difference."""
+"""Calls of functions that are not known: they are given plain tensors, for which the logits are
+built, and return what they would have returned without lazy logits.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def call_with_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any) -> Any:
-    """Call a function that is not known: of plain tensors."""
+    """Call a function that is not known, with plain tensors in place of lazy ones."""
     note_of_building(func, lazies)
     written = lazies[0] if args and args[0] is lazies[0] and _writes(func, kwargs) else None
     for lazy in lazies:
@@ -27,7 +29,8 @@ def call_with_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any)
     found = func(*plain_args, **plain_kwargs)
     if written is None:
         return found
-    # In the graph of whoever holds these, they are now what was written.
+    # The lazy tensors of this memory take the plain ones' place in the graph: whoever holds them
+    # holds what was written.
     for lazy in written.history.alive():
         if lazy.memory is not written.memory or not torch.is_grad_enabled():
             continue
@@ -40,7 +43,7 @@ def call_with_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any)
 
 
 def _check_not_watched(written: LazyTensor) -> None:
-    """Refuse to write into logits of which a view stands in the graph by itself."""
+    """Refuse to write into logits of which a view has a place of its own in the graph."""
     for lazy in written.history.alive():
         if lazy.memory is written.memory and lazy.recipe is not None and lazy.is_under_plain:
             of = lazy.recipe.args[0]

@@ -1,4 +1,8 @@
-"""Calls that make few numbers of all words of a token: here the logits are needed, and not built.
+"""Functions that reduce the words of each token to few numbers: gather, argmax, logsumexp, sum, ...
+
+Here a chain of lazy tensors ends, since numbers have to be returned. `scores` computes them from
+what entered the head, without building logits. A function here returns NotImplemented for a call
+that is not known in this form; then the logits are built (see `building`).
 
 Dims: V vocabulary.
 """
@@ -18,12 +22,12 @@ from .report import Cost
 from .tensor import LazyTensor, computed
 from .views import Part, of_all_dims
 
-_OF_FEW_WORDS = Cost(0, 0, 0)  # products of a few rows of the weight
+_OF_FEW_WORDS = Cost(0, 0, 0)  # products with a few rows of the weight, no matmul of all words
 _OF_LOGPROBS = Cost(1, 2, 4, of_statistics=True)
 _OF_ONE_LOOK = Cost(1, 1, 1)
-_OF_MEAN_OF_ALL_WORDS = Cost(1, 5, 8)  # if its gradient is asked for, which is seldom
+_OF_MEAN_OF_ALL_WORDS = Cost(1, 5, 8)  # 5 and 8 only if a gradient comes, which is seldom
 _COSTS = {
-    Kind.LOGITS: _OF_FEW_WORDS,  # by the mean row of the weight
+    Kind.LOGITS: _OF_FEW_WORDS,  # their mean is a product with the mean row of the weight
     Kind.LOGPROBS: Cost(1, 2, 3),
     Kind.ENTROPY_TERMS: Cost(1, 3, 4, of_statistics=True),
     Kind.LOGIT_TERMS: Cost(1, 3, 4, of_statistics=True),
@@ -31,11 +35,11 @@ _COSTS = {
     Kind.CROSS_TERMS: Cost(3, 4, 5),
 }
 
-# Of some words
+# Functions that take chosen words
 
 
 def gather(recipe: Recipe, x: LazyTensor, dim: int, index: Tensor, **options: Any) -> Any:
-    """Of one word of each token or of several."""
+    """Take the numbers of one word of each token, or of several."""
     words = x.meaning()
     alike = isinstance(index, Tensor) and index.ndim == x.ndim and index.device == x.device
     if options.get("sparse_grad") or not alike or x.vocab_dim != -1 or not is_vocab_dim(x, dim):
@@ -51,7 +55,7 @@ def gather(recipe: Recipe, x: LazyTensor, dim: int, index: Tensor, **options: An
 
 
 def take_along_dim(recipe: Recipe, x: LazyTensor, indices: Any, dim: Any = None) -> Any:
-    """`gather` of indices that need no broadcasting."""
+    """As `gather`, for indices that need no broadcasting; others are not known."""
     known = isinstance(indices, Tensor) and dim is not None and indices.ndim == x.ndim
     if not known or indices.shape[:-1] != x.shape[:-1]:
         return NotImplemented
@@ -59,7 +63,7 @@ def take_along_dim(recipe: Recipe, x: LazyTensor, indices: Any, dim: Any = None)
 
 
 def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
-    """x[..., ids]: of a number, or a tensor, beside numbers of the tokens."""
+    """x[..., ids]: one word for each token, as a number or a tensor, after indices of tokens."""
     given = index if isinstance(index, tuple) else (index,)
     parts, words = of_all_dims(given, x.ndim), x.meaning()
     if parts is None or words is None or x.vocab_dim != -1 or any(p is None for p in parts):
@@ -68,7 +72,7 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
     vocab = x.shape[-1]
     is_view = not any(isinstance(part, Tensor) and part.ndim for part in parts)
     if is_view and (words.kind is Kind.LOGITS or torch.is_inference_mode_enabled()):
-        return NotImplemented  # through which the logits may be written into
+        return NotImplemented  # writing into the view would write into the logits
     if isinstance(ids, int):
         if any(isinstance(part, Tensor) for part in lead) or not -vocab <= ids < vocab:
             return NotImplemented
@@ -85,7 +89,7 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
         chosen = chosen.viewed(lambda rows: rows.expand(shape), ("expand", shape), distinct=False)
         ids = ids.expand(shape)
     elif any(not isinstance(part, slice) for part in lead) and ids.ndim:
-        return NotImplemented  # PyTorch puts the dimensions of such in another order
+        return NotImplemented  # PyTorch puts the dimensions of such a result in another order
     else:
         shape = torch.Size((*shape, *ids.shape))
         if ids.ndim > 1:
@@ -101,13 +105,14 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
 def _of_words(
     recipe: Recipe, x: LazyTensor, words: Words, targets: Tensor, shape: torch.Size
 ) -> Any:  # fmt: skip
-    # A copy, for the gradient of what is asked for later, when these may have been written into.
+    # A copy, since backward and later questions read the targets when the caller may have written
+    # into them.
     compute = _of_targets(words, targets.to(torch.int64, copy=True))
     if compute is None:
         return NotImplemented
     cost = _OF_FEW_WORDS if words.kind is Kind.LOGITS else _OF_LOGPROBS
     if targets.ndim > words.first.rows.numbers.ndim and words.first.part_of is None:
-        cost = cost._replace(of_statistics=False)  # several words have a pass of their own
+        cost = cost._replace(of_statistics=False)  # several words are scored in their own pass
     return computed(recipe, [x], lambda: compute().view(shape), dtype=x.dtype, cost=cost)
 
 
@@ -122,7 +127,7 @@ def _of_targets(words: Words, targets: Tensor) -> Callable[[], Tensor] | None:
     return None
 
 
-# The largest
+# Functions that find the largest words
 
 
 def argmax(recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
@@ -173,13 +178,13 @@ def topk(
 
 
 def _ordered(x: LazyTensor) -> Distribution | None:
-    """The distribution whose words are in the order of these numbers."""
+    """The distribution whose logits order the words as these numbers do; None if none is known."""
     words = x.meaning()
     known = (Kind.LOGITS, Kind.LOGPROBS, Kind.PROBS)
     if words is None or words.kind not in known or x.vocab_dim != -1 or not words.factor > 0:
         return None
     of = words.first
-    # With an offset, the order is that of sums that are rounded twice.
+    # With an offset, plain tensors would have the order of sums that are rounded twice.
     return of if scores.is_linear(of) and of.offset is None else None
 
 
@@ -251,7 +256,7 @@ def add_up(
 
 
 def _sum_over_words(words: Words) -> Callable[[], Tensor] | None:
-    """What computes the sum over the words of each token; None: nothing does."""
+    """A function that computes the sum over the words of each token; None: there is none."""
     of, factor = words.first, words.factor
     linear = scores.is_linear(of)
     found: Any = {

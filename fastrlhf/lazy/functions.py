@@ -1,4 +1,8 @@
-"""Which functions of PyTorch are known of a lazy tensor, and what is done in their place."""
+"""The functions of PyTorch that are known, and what is called in place of each.
+
+`tensor` looks a function up here. `KNOWN` has those that work without built logits; `OF_FORM` has
+those that need no numbers at all. For any other function, the logits are built (see `building`).
+"""
 
 import functools
 import inspect
@@ -14,11 +18,13 @@ from .asked_gradients import OF_GRADIENT
 from .recipe import Recipe
 from .tensor import LazyTensor
 
-Known = Callable[..., Any]  # of a recipe, and what the function is given; NotImplemented: build
+# Called with a Recipe and the function's own arguments. It returns what the function would, or
+# NotImplemented to have the logits built.
+Known = Callable[..., Any]
 
 
 def _of_logits(known: Known) -> Known:
-    """A function of a lazy tensor whose last dimension is the vocabulary."""
+    """Limit what is known to lazy tensors whose last dimension is the vocabulary."""
 
     @functools.wraps(known)
     def of(recipe: Recipe, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +55,7 @@ def _getter(attribute: str) -> Any:
     return getattr(Tensor, attribute).__get__
 
 
-# What only asks for the form of a tensor, or for its place in the graph: methods, and attributes.
+# Methods and attributes that only ask for the form of a tensor, or for its place in the graph.
 _OF_FORM = (
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous "
     "stride storage_offset get_device __len__ is_conj is_neg is_inference is_signed "

@@ -1,9 +1,9 @@
 """The gradient of lazy logits, which is lazy too.
 
-It is a tensor of the logits' shape that holds nothing but what was computed of them, in the inner
-graph (see `source`), and the gradients that came for it. Where the head was called it is turned
-into the gradients of hidden states and weight. Somebody who reads it on the way gets the gradient
-of plain logits, which are built for it.
+It is a tensor of the logits' shape without numbers. It refers to what was computed of the logits in
+the inner graph (see `source`), and to the gradients that came for that. When it arrives where the
+head was called, it is turned into the gradients of hidden states and weight (`Source.gradients`).
+Code that reads it on the way gets the gradient of plain logits, which are built for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .source import Source
     from .tensor import LazyTensor
 
-# Calls of heads; weakly, since a loss that is kept keeps its graph.
+# Calls of heads. The references are weak, since a loss that somebody keeps also keeps its graph,
+# which would keep what entered the heads.
 Heads = frozenset["weakref.ref[Source]"]
 
 _aten = torch.ops.aten
@@ -34,10 +35,10 @@ _HANDED_ON = {
 
 
 class Computed:
-    """Something that was computed in the inner graph, and what it is of plain logits.
+    """Something that was computed in the inner graph, and how plain logits would give the same.
 
-    inner: the result, with its graph; or what makes it, of a value whose gradient costs much, and
-    is seldom asked for.
+    inner: the result, with its graph; or a function that makes it, for a value whose gradient costs
+    much, and is seldom asked for.
     """
 
     def __init__(
@@ -45,11 +46,11 @@ class Computed:
         of_plain: Callable[[], Tensor] | None,
     ):  # fmt: skip
         self.inner: Tensor | Callable[[], Tensor] | None = inner
-        self.heads = heads  # how many have to differentiate it
-        self.of_plain = of_plain  # None: it is the logits themselves
+        self.heads = heads  # how many heads have yet to differentiate it
+        self.of_plain = of_plain  # computes it from plain logits; None: it is the logits themselves
 
     def graph(self) -> Tensor:
-        """The result, with its graph, unless a backward that was said to be the last let it go."""
+        """The result, with its graph; an error if a backward without retain_graph released it."""
         inner = still_there(self.inner)
         return inner if isinstance(inner, Tensor) else inner()
 
@@ -73,7 +74,7 @@ Terms = list[Term]
 
 
 def is_last() -> bool:
-    """Whether what is kept for this backward may be let go."""
+    """Whether this backward is without retain_graph, so that what is kept for it is released."""
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -87,7 +88,10 @@ def still_there(x: Any) -> Any:
 
 
 class LazyGradient(Tensor):
-    """A gradient of logits: what was computed of them, and a gradient as it is, if any."""
+    """A gradient of logits: the sum of its terms and, if there is one, of a plain gradient `rest`.
+
+    of: the lazy tensor that it is the gradient of.
+    """
 
     of: LazyTensor | Gone
     terms: Terms
@@ -149,21 +153,21 @@ def _added_to(a: Tensor, b: Any) -> Tensor:
 
 
 def parted(gradient: Tensor) -> tuple[Terms, Tensor | None]:
-    """What was computed, and a gradient as it is."""
+    """The terms of a gradient, and its plain rest."""
     if isinstance(gradient, LazyGradient):
         return gradient.terms, gradient.rest
     return [], gradient
 
 
 def dense(gradient: Any, of: LazyTensor | None = None) -> Any:
-    """The gradient of plain logits, from one that is lazy; anything else as it is."""
+    """Turn a lazy gradient into that of plain logits; return anything else as it is."""
     if not isinstance(gradient, LazyGradient):
         return gradient
     total = gradient.rest
     with torch.enable_grad():
         lazy = gradient.of if of is None else of
         plain = lazy.plain()  # built, if it was not
-        at: Any = lazy if lazy.is_leaf else plain  # of a leaf there may be several plain tensors
+        at: Any = lazy if lazy.is_leaf else plain  # a leaf may have several plain tensors
         for computed, upstream, _ in gradient.terms:
             part = upstream
             if computed.of_plain is not None:
@@ -176,7 +180,7 @@ def dense(gradient: Any, of: LazyTensor | None = None) -> Any:
 
 @contextmanager
 def _unwatched(plain: Tensor) -> Iterator[None]:
-    """Keep hooks and retain_grad from what is no gradient of the loss."""
+    """Keep hooks and retain_grad from seeing a gradient that is not that of the loss."""
     hooks: Any = plain._backward_hooks or {}
     waiting, kept = dict(hooks), plain.grad if plain.retains_grad else None
     hooks.clear()
@@ -189,7 +193,7 @@ def _unwatched(plain: Tensor) -> Iterator[None]:
 
 
 class Gone:
-    """In the place of a lazy tensor that nobody holds any more, or that was something else."""
+    """Stands for a lazy tensor that nobody holds any more, or that was written into since."""
 
     def __init__(self, like: Tensor, heads: Heads = frozenset()):
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device

@@ -1,9 +1,10 @@
 """The graph of lazy logits.
 
 The logits of a call stand in PyTorch's graph where the head's output would: behind the hidden
-states and the head's parameters. What is computed of them, a few numbers for each token, is made in
-a graph of its own (see `source`); the gradient of these numbers passes back to the logits, through
-whatever wrappers and users put between, as a `LazyGradient`.
+states and the head's parameters. What is computed of them, a few numbers for each token, is
+computed in a graph of its own (see `source`). In PyTorch's graph, the gradient of these numbers
+passes back to the logits as a `LazyGradient` (see `gradient`), through whatever wrappers and users
+put between. The functions below are the nodes of that graph.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ class Derived(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         wanted, recipe, parents = ctx.needs_input_grad[2:], ctx.recipe, ctx.parents
-        if is_last():  # for somebody may keep the loss
+        if is_last():  # release these, for somebody may keep the loss, and so this graph
             ctx.recipe, ctx.parents = None, [Gone(x, x.heads) for x in parents]
         if gradient is None:
             return None, None, *(None for _ in wanted)
+        # What was computed goes back by one parent alone. Where the ways of the parents are looked
+        # at in different places, each needs its own gradient, a plain one.
         if len({x.stops() for x, wants in zip(parents, wanted, strict=True) if wants}) > 1:
             gradient = dense(gradient)  # else it would all go by the first
         terms, rest = parted(gradient)
@@ -87,7 +90,7 @@ class Derived(torch.autograd.Function):
 
 
 class Used(torch.autograd.Function):
-    """Numbers that were computed of tensors over the vocabulary."""
+    """A few numbers for each token that were computed of tensors over the vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, computed: Computed, value: Tensor, *parents: LazyTensor) -> Tensor:
@@ -110,8 +113,8 @@ class Used(torch.autograd.Function):
 
 
 class Built(torch.autograd.Function):
-    """The logits, once they are made after all; or another lazy tensor, in whose place in the graph
-    others have a part.
+    """The logits, once they are built; or a tensor made from them, once built, if other code has a
+    part in its place in the graph: a hook, a torch.autograd.Function, or a leaf.
     """
 
     @staticmethod
@@ -119,11 +122,12 @@ class Built(torch.autograd.Function):
         ctx: Any, computed: Computed | None, inner: Tensor, logits: weakref.ref[LazyTensor],
         at: Tensor,
     ) -> Tensor:  # fmt: skip
-        # Weakly, since they hold what is returned.
+        # A weak reference, since the lazy tensor holds what is returned.
         ctx.computed, ctx.logits = computed, logits
         lazy = logits()
         ctx.heads = frozenset() if lazy is None else lazy.heads
-        # Shares what it holds, and is no view, which could not be written into.
+        # A tensor on the same memory. It is no view, since PyTorch would not let users write into a
+        # view that is made here.
         return torch.empty_like(inner[:0]).set_(
             inner.untyped_storage(), inner.storage_offset(), inner.shape, inner.stride()
         )
@@ -145,7 +149,7 @@ def is_built(plain: Tensor) -> bool:
 
 
 class Passed(torch.autograd.Function):
-    """A place in the graph, to be found again after another has been given to a tensor."""
+    """Keeps the place of a lazy tensor in the graph, to be found after a write gave it another."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyTensor) -> Tensor:
@@ -179,7 +183,7 @@ class Scaled(torch.autograd.Function):
 
 
 class Replaced(torch.autograd.Function):
-    """A tensor over the vocabulary that was written into is what was written."""
+    """Puts a lazy tensor that was written into behind the plain tensor with what was written."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyTensor, plain: Tensor) -> Any:
@@ -197,7 +201,7 @@ def is_scaled(lazy: LazyTensor) -> bool:
 
 
 def is_replaced(lazy: LazyTensor) -> bool:
-    """Whether a lazy tensor hangs on its plain one in the graph, which was written into."""
+    """Whether a lazy tensor stands behind its plain one in the graph, which was written into."""
     return isinstance(lazy.grad_fn, Replaced._backward_cls)
 
 
@@ -207,7 +211,7 @@ def _of_parents(
     parents: Sequence[LazyTensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of parents by what plain ones would have been turned into."""
+    """Gradients of parents, from the same call on their plain tensors."""
     if gradient is None:
         return [None] * len(parents)
     again = torch.is_grad_enabled()
@@ -223,7 +227,7 @@ def _of_parents(
 def heads_of(tensors: Sequence[LazyTensor]) -> Heads:
     """The heads that gradients of lazy tensors reach."""
     none: Heads = frozenset()
-    with torch._C.DisableTorchFunctionSubclass():  # which takes longer than the rest
+    with torch._C.DisableTorchFunctionSubclass():  # that dispatch takes longer than the rest
         return none.union(*(x.heads for x in tensors if x.requires_grad))
 
 
@@ -233,7 +237,9 @@ def _shared_out(
     parents: Sequence[LazyTensor | Gone],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of parents: what was computed goes once to each head, by whichever parent."""
+    """Gradients of parents: each term goes once to each head, by the first parent that leads
+    there.
+    """
     found: list[Tensor | None] = []
     for parent, rest, wants in zip(parents, rests, wanted, strict=True):
         if not wants:
@@ -242,6 +248,6 @@ def _shared_out(
         its = [x._replace(heads=x.heads & parent.heads) for x in terms if x.heads & parent.heads]
         terms = [x._replace(heads=x.heads - parent.heads) for x in terms]
         gradient = LazyGradient(parent, its, rest) if its else rest
-        # A leaf would keep a lazy one, and be held by it.
+        # A leaf keeps its gradient, and a lazy gradient would hold the leaf.
         found.append(dense(gradient) if parent.is_leaf else gradient)
     return found

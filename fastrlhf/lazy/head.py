@@ -2,8 +2,8 @@
 
 The class of the head's module is replaced by one of the same name, whose forward returns lazy
 logits; the rest of the model runs as it is, and what it does to its logits (a scale, a softcap, a
-loss of labels) is done to lazy ones. Copies of a model, and pickled ones, have the own class, and
-the replicas of DataParallel, which have that of the original, make logits as ever.
+loss of labels) is done to lazy ones. Copies of a model, and pickled ones, have the head's own class
+again. The replicas of DataParallel have the replaced class, but make plain logits as ever.
 """
 
 import copyreg
@@ -53,7 +53,7 @@ class _Enabled:
     impl: str
     wanted: int = 0  # how many wait for the end of it
     calls: int = 0
-    state: Any = None  # in which the head was compared with its weight
+    state: Any = None  # the head's state when it was last compared with its weight
     said: set[str] = field(default_factory=set)
 
 
@@ -67,29 +67,30 @@ def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
     device as without. Functions of PyTorch that take few numbers of it for each token
     (cross-entropy, log-softmax and gather, log-sum-exp, entropy, argmax, ...) are computed from the
     hidden states, without building logits, forward and backward. Any other function builds them,
-    once, and gives what it would have given. `lazy_report` tells which did.
+    once, and gives what it would have given. `lazy_report` tells which functions built them.
 
     Args:
         model: a causal language model of transformers, wrapped or not, whose head `lm_head` knows;
             or an encoder or encoder-decoder with such a head.
-        impl: as `token_stats`.
+        impl: as in `token_stats`.
 
     Results are those of plain logits to rounding: log-probs and sums are computed in fp32 of logits
     that are not rounded to the model's dtype, and rounded to the dtype that the plain loop would
-    have. Built logits are the model's own, bit for bit (but where a LoRA adapter of the head has a
-    dropout, or FSDP2 shards the head).
+    have. Built logits are the model's own, bit for bit (except where a LoRA adapter of the head has
+    a dropout, or FSDP2 shards the head).
 
-    The gradient with respect to the logits passes through hooks and wrappers as a tensor that is
-    made of what was computed; whoever reads it gets the plain one, for which logits are built.
+    Hooks and wrappers pass the gradient with respect to the logits on as a tensor that stands for
+    it; code that reads its numbers gets the plain gradient, for which the logits are built.
 
-    Logits have to be used before the head's weight changes: after a step of the optimizer, that is
-    a RuntimeError. A head that is tensor parallel, or whose weight FSDP1, ZeRO-3 or accelerate's
-    offloading takes away after its call, makes logits as ever, and the log says so once. Where
-    FSDP2 shards the head, a copy of its weight is held as long as its logits are. A single position
-    for each sequence, as in generation, is computed at once. Twice is as once.
+    Logits have to be used before the head's weight changes: to use them after a step of the
+    optimizer is a RuntimeError. A head that is tensor parallel, or whose weight FSDP1, ZeRO-3 or
+    accelerate's offloading takes away after its call, makes plain logits as ever, and the log says
+    so once. Where FSDP2 shards the head, a copy of its weight is held as long as its logits are. A
+    single position for each sequence, as in generation, is computed at once. A second call changes
+    nothing.
 
     Raises:
-        TypeError: no model with a head that is known; it is left as it was.
+        TypeError: the model has no head that is known; it is left as it was.
         ValueError: an impl that is not known.
 
     Example:
@@ -106,7 +107,7 @@ def enable_lazy_logits(model: nn.Module, *, impl: str = "auto") -> None:
     module = head_module(base)
     check_weights(module, type(base).__name__)
     check_impl(impl)
-    with suppress(NotWholeError):  # of a weight that is whole in its own call only
+    with suppress(NotWholeError):  # the weight may be whole only during the head's own call
         head_parts(module)
     if module not in _enabled:
         _enabled[module] = _Enabled(ref(base), _modules_above(model, module), impl)
@@ -163,7 +164,7 @@ def lazy_logits(model: nn.Module, *, impl: str = "auto") -> Iterator[None]:
         yield
     finally:
         if not was_enabled:
-            _disable(module)  # which may be no longer the head: peft puts adapters around it
+            _disable(module)  # not the head of now, since peft may have put adapters around it
 
 
 def _modules_above(model: nn.Module, module: nn.Module) -> list[ref[nn.Module]]:
@@ -175,7 +176,7 @@ def _put_in_place(module: nn.Module) -> None:
     if name is None:
         cls: Any = type(module)
         module.__class__ = _lazy_class(cls)
-    else:  # a forward of the module's own, which its class's does not see
+    else:  # the module itself has a forward, which hides its class's
         vars(module)[name] = _LazyForward(module, vars(module)[name])
 
 
@@ -184,18 +185,20 @@ def _take_away(module: nn.Module) -> None:
     if name is not None and isinstance(vars(module)[name], _LazyForward):
         vars(module)[name] = vars(module)[name].fastrlhf_own
     own = vars(type(module)).get("_fastrlhf_own_class")
-    if own is not None:  # else a wrapper (FSDP2) has put its class above
+    if own is not None:  # if it is None, a wrapper (FSDP2) has put its own class above
         module.__class__ = own
 
 
 def _own_forward_attribute(module: nn.Module) -> str | None:
-    """Accelerate puts a forward that moves weights around the module's own."""
+    """The attribute that holds a forward of the module itself, if it has one. Where accelerate has
+    put a forward that moves weights around the module's own, that is `_old_forward`.
+    """
     names = ("_old_forward", "forward")
     return next((name for name in names if name in vars(module)), None)
 
 
 class _LazyForward:
-    """A forward with lazy logits in place of those of a module's own."""
+    """A forward that returns lazy logits in place of those that a module's own would compute."""
 
     def __init__(self, module: nn.Module, own: Callable[..., Any]):
         self.module, self.fastrlhf_own = module, own
@@ -205,8 +208,8 @@ class _LazyForward:
 
 
 class _LazyForwards:
-    """The forward of a class, but lazy of its modules; like any method, it comes after a forward
-    that somebody puts into a module itself.
+    """A descriptor for the forward of a class: of the class, it is the own one; of its modules, the
+    lazy one. Like any method, it gives way to a forward that somebody puts into a module itself.
     """
 
     def __init__(self, own: Callable[..., Any]):
@@ -225,7 +228,8 @@ def _lazy_class(cls: Any) -> Any:
         forward = _LazyForwards(cls.forward)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            # As an object of the own class, whose name this one has; __newobj__ wants that of both.
+            # Pickled as an object of the own class, whose name this class has. The usual way,
+            # __newobj__, takes no class but the object's.
             _, _, *state = super().__reduce_ex__(protocol)
             return (copyreg._reconstructor, (cls, object, None), *state)  # type: ignore[attr-defined]
 
@@ -271,7 +275,7 @@ def _say(enabled: _Enabled, why: str) -> None:
 
 
 def _is_plain(hidden: Tensor) -> bool:
-    """Whether hidden states are such as a head takes, in no transform, of several tokens."""
+    """Whether these are plain floating-point hidden states of some tokens, in no transform."""
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting() or under_transform()
     known = type(hidden) is Tensor and hidden.is_floating_point() and hidden.ndim >= 2
     return known and not traced and hidden.shape[:-1].numel() > 0
@@ -281,7 +285,7 @@ def _why_not(
     enabled: _Enabled, module: nn.Module, own: Callable[..., Tensor], hidden: Tensor,
     parts: HeadParts | None,
 ) -> str:  # fmt: skip
-    """Why logits cannot wait; nothing if they can."""
+    """Why logits cannot wait; an empty text if they can."""
     goes = any(map(_weights_go_away, module.modules())) or gathers_its_parts(module)
     offloads = any(getattr(x, "offload", False) for x in _hooks(module))
     if goes or offloads or (parts is None and _is_sharded(enabled)):
@@ -302,8 +306,9 @@ def _why_not(
 
 
 def _weights_go_away(part: nn.Module) -> bool:
-    """Whether ZeRO-3 of DeepSpeed, FSDP1 or a call with other parameters (torch.func) hold those of
-    a module for its call only: the last two as tensors that are no parameters.
+    """Whether a module has its weights during its call only, by DeepSpeed's ZeRO-3, FSDP1, or a
+    call with other parameters (torch.func). With the last two, they are tensors that are no
+    parameters.
     """
     weights = [getattr(part, name, None) for name in ("weight", "bias", *part._parameters)]
     there = [x for x in weights if isinstance(x, Tensor)]

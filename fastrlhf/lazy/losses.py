@@ -1,4 +1,7 @@
-"""The losses of torch.nn.functional that are of all words of a token."""
+"""The losses of torch.nn.functional that are known: cross_entropy, nll_loss and kl_div.
+
+They return NotImplemented for a call that is not known in this form; then the logits are built.
+"""
 
 from typing import Any
 
@@ -19,7 +22,7 @@ def cross_entropy(
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
-    """The logits and one word for each token, or the probabilities of all."""
+    """Of logits or log-probs, and as target one word for each token or the probabilities of all."""
     words = x.meaning() if isinstance(x, LazyTensor) else None
     if words is None or words.factor != 1 or words.kind not in (Kind.LOGITS, Kind.LOGPROBS):
         return NotImplemented
@@ -35,7 +38,7 @@ def nll_loss(
     recipe: Recipe, x: LazyTensor, target: Any, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
 ) -> Any:  # fmt: skip
-    """The log-probs and one word for each token."""
+    """Of log-probs, and as target one word for each token."""
     words = x.meaning() if isinstance(x, LazyTensor) else None
     if words is None or words.factor != 1 or words.kind is not Kind.LOGPROBS:
         return NotImplemented
@@ -71,7 +74,7 @@ def _of_words(
             losses = scores.cross_entropy_of(of, targets, label_smoothing=label_smoothing)
             return losses if weights is None else losses * weights
         total = scores.sum_of_cross_entropy(of, targets, weights, label_smoothing)
-        # Without any token gradients of zero, whatever it is divided by: as PyTorch's.
+        # Without any token, gradients are zero whatever the total is divided by, as in PyTorch.
         total = torch.where(live.any(), total, total.detach())
         if reduction == "sum":
             return total

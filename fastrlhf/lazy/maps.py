@@ -1,4 +1,9 @@
-"""Calls that make a number for each word of another number for each word."""
+"""Functions that turn a number for each word into another number for each word: casts, division by
+a temperature, softmax, products of two tensors, ...
+
+They compute nothing: each returns a lazy tensor with another meaning (see `meaning`). For a call
+whose result has no such meaning they return NotImplemented; then the logits are built.
+"""
 
 import math
 from typing import Any
@@ -13,7 +18,7 @@ from .views import copied, is_one_of_several, same
 
 
 def dtype_of(recipe: Recipe, *examples: Any, **options: Any) -> torch.dtype:
-    """The dtype that a function returns now, autocast included, told by a call on no tokens."""
+    """The dtype that a function returns now, autocast included; a call on no tokens tells."""
     given = [
         torch.empty((0, 1), dtype=x.dtype, device=x.device) if isinstance(x, LazyTensor) else x
         for x in examples
@@ -25,7 +30,7 @@ def is_vocab_dim(x: LazyTensor, dim: Any) -> bool:
     return isinstance(dim, int) and -x.ndim <= dim < x.ndim and dim % x.ndim - x.ndim == x.vocab_dim
 
 
-# Precision and place
+# Precision and device
 
 
 def unchanged(recipe: Recipe, x: LazyTensor, **options: Any) -> Any:
@@ -82,7 +87,7 @@ def to(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def moved(recipe: Recipe, x: LazyTensor, device: Any = None) -> Any:
-    """cpu, cuda: to where it is."""
+    """cpu, cuda: only to the device that it is on already."""
     name = recipe.func.__name__
     there = x.device if device is None else torch.device(name, device)
     return x if x.device.type == name and there == x.device else NotImplemented
@@ -123,7 +128,7 @@ def divide(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
 
 
 def _number(y: Any) -> float | None:
-    """A number that needs no gradient, and no waiting for a device."""
+    """The finite number that y is, if that takes no gradient and no wait for a device; or None."""
     if isinstance(y, Tensor) and type(y) is Tensor and y.ndim == 0 and y.device.type == "cpu":
         y = None if y.requires_grad or y.is_complex() else y.item()
     if isinstance(y, bool) or not isinstance(y, int | float) or not math.isfinite(y):
@@ -139,7 +144,7 @@ def _times(recipe: Recipe, x: LazyTensor, factor: float) -> Any:
 
 
 def _of_tokens(x: LazyTensor, y: Tensor) -> Tensor | None:
-    """One number for each token, of a tensor that is divided by; None: it is something else."""
+    """A divisor as one number for each token; None: it is something else."""
     lead = x.shape[:-1]
     known = type(y) is Tensor and y.device == x.device and y.is_floating_point()
     if not known or y.requires_grad or x.vocab_dim != -1 or y.ndim > x.ndim:
@@ -166,7 +171,7 @@ def tanh(recipe: Recipe, x: LazyTensor) -> Any:
 
 
 def add(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
-    """A number of each word more, as BART has it."""
+    """Add a constant for each word, as BART does."""
     if not isinstance(x, LazyTensor):
         x, y = y, x
     words = x.meaning()
@@ -185,16 +190,16 @@ def add(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
 
 
 def write(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
-    """X /= y and x *= y: others that see the same numbers have to be built, if they are used."""
+    """Write in place, x /= y and x *= y; others in the same memory are built if they are used."""
     words = x.meaning() if isinstance(x, LazyTensor) else None
     if options or words is None or words.kind is not Kind.LOGITS or isinstance(y, LazyTensor):
         return NotImplemented
     if x.requires_grad and not recipe.grad:
-        return NotImplemented  # a factor of the numbers, and none of their gradient
+        return NotImplemented  # under no_grad, the numbers get the factor, their gradient does not
     if x.is_of_others or any(y.is_watched for y in x.history.alive() if y.memory is x.memory):
-        return NotImplemented  # whose gradients are those of before
+        return NotImplemented  # their gradients are those of the numbers before the write
     if not words.first.rows.distinct or (x.requires_grad and is_one_of_several(x)):
-        return NotImplemented  # PyTorch refuses
+        return NotImplemented  # PyTorch refuses to write into such views
     divides = "div" in recipe.func.__name__
     number = _number(y)
     if number is not None and number > 0:
@@ -234,7 +239,7 @@ def _softmax(
     words = x.meaning()
     if words is None or not is_vocab_dim(x, dim):
         return NotImplemented
-    if words.kind is Kind.LOGPROBS and words.factor > 0:  # which are logits of the same
+    if words.kind is Kind.LOGPROBS and words.factor > 0:  # log-probs are logits of the same softmax
         words = Words(Kind.LOGITS, (words.first.scaled(words.factor),))
     if words.kind is not Kind.LOGITS:
         return NotImplemented
@@ -258,7 +263,7 @@ def exponential(recipe: Recipe, x: LazyTensor) -> Any:
 
 
 def clamp(recipe: Recipe, x: LazyTensor, min: Any = None, max: Any = None) -> Any:
-    """Of log-probs that are -inf, for which an entropy has the least number instead."""
+    """Clamp log-probs at the least number of their dtype, as entropies do in place of -inf."""
     words, least = x.meaning(), torch.finfo(x.dtype).min
     if not isinstance(min, float) or min > least or max is not None:
         return NotImplemented
@@ -267,11 +272,11 @@ def clamp(recipe: Recipe, x: LazyTensor, min: Any = None, max: Any = None) -> An
     return same(recipe, x, words._replace(kind=Kind.FLOORED_LOGPROBS))
 
 
-# Of two
+# Functions of two tensors
 
 
 def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
-    """p·ln p, p·z, p·ln q and p·(ln p - ln q), which are added up over the words."""
+    """p·ln p, p·z, p·ln q and p·(ln p - ln q), whose sums over the words `endings` computes."""
     pair = _aligned(x, y)
     if pair is None:
         return NotImplemented
@@ -329,7 +334,8 @@ def _promoted(x: LazyTensor, y: LazyTensor) -> torch.dtype:
     return torch.promote_types(x.dtype, y.dtype)
 
 
-# What a log-sum-exp is of, that was computed, for as long as nobody writes into it.
+# A computed log-sum-exp notes which distribution it is of, so that z - lse is recognised as ln p.
+# The note holds for as long as nobody writes into the log-sum-exp, which its version tells.
 def remember_lse(lse: Tensor, of: Distribution) -> None:
     if not lse.is_inference():
         lse._fastrlhf_lse_of = (of, lse._version)  # type: ignore[attr-defined]
@@ -344,7 +350,7 @@ def _is_lse_of(y: Any, of: Distribution, x: LazyTensor) -> bool:
     if known is None or any(z._backward_hooks or z.retains_grad for z in (y, lse)):
         return False
     whole, version = known
-    # One that is detached is another tensor, which is not known.
+    # A detached log-sum-exp is another tensor, without the note.
     return version == y._version and whole.same_as(of) and y.requires_grad != of.constant
 
 

@@ -22,19 +22,19 @@ LAID_OUT = "laid out anew"  # the step of a view that leaves tokens in their ord
 
 
 class Rows(NamedTuple):
-    """Which of the hidden states of a head each token is of."""
+    """The number of each token's hidden state, among those that entered a head."""
 
     numbers: Tensor  # (...) int64, numbers of hidden states
-    distinct: bool = True  # whether none comes twice
-    # How these rows were made from all: two sets of rows that were made alike are the same. A GPU
-    # would have to be awaited to compare numbers.
+    distinct: bool = True  # whether no hidden state comes twice
+    # The steps that made these rows from all: two sets of rows with the same steps are the same. To
+    # compare numbers instead, a GPU would have to be awaited.
     path: tuple[Any, ...] = ()
 
     def viewed(self, view: View, step: Any, *, distinct: bool) -> Rows:
         return Rows(view(self.numbers), self.distinct and distinct, (*self.path, step))
 
     def flat(self) -> Rows:
-        """The same, one after the other, however they were laid out last."""
+        """The same rows in one dimension; their path forgets how they were laid out last."""
         path = self.path
         while path and path[-1][0] == LAID_OUT:
             path = path[:-1]
@@ -72,7 +72,7 @@ class OfSource(NamedTuple):
 class Distribution(NamedTuple):
     """The softmax of logits of some tokens.
 
-    Of a head's logits z the logits are (scale·z + offset) / temperature, or with a cap
+    From a head's logits z, these logits are (scale·z + offset) / temperature, or with a cap
     factor·tanh(scale·z) / temperature.
     """
 
@@ -83,8 +83,9 @@ class Distribution(NamedTuple):
     factor: float = 1.0
     temperature: Tensor | None = None  # of each token, in the shape of the rows
     constant: bool = False  # whether no gradient goes back to the logits
-    # Where a loop goes through parts of these tokens one by one, what they are parts of, and the
-    # places (...) there: all are computed at once, when the first is asked for.
+    # Where a loop goes through the parts of a tensor one by one: the whole, and the places (...) of
+    # these tokens in it. Statistics of the whole are computed at once when the first part is asked
+    # for.
     part_of: tuple[Distribution, Tensor] | None = None
     offset: Tensor | None = None  # (V,) of each word, a constant
 
@@ -123,7 +124,7 @@ class Distribution(NamedTuple):
         return self._changed(capped=True)
 
     def divided(self, by: Tensor) -> Distribution:
-        """With a temperature more, of each token."""
+        """With the logits of each token divided by a further temperature."""
         temperature = by if self.temperature is None else self.temperature * by
         return self._alone(temperature=temperature)
 
@@ -131,7 +132,7 @@ class Distribution(NamedTuple):
         return self._changed(constant=not wanted)
 
     def _changed(self, **changes: Any) -> Distribution:
-        """With a change of all tokens, and so of what they are part of."""
+        """With a change that holds for all tokens alike, so also for what they are part of."""
         changed = self._replace(**changes)
         if self.part_of is None:
             return changed
@@ -139,7 +140,9 @@ class Distribution(NamedTuple):
         return changed._replace(part_of=(whole._changed(**changes), places))
 
     def _alone(self, **changes: Any) -> Distribution:
-        """With a change by a tensor, which is another for each part that a loop changes."""
+        """With a change by a tensor. In a loop, that is another for each part, so that these tokens
+        are no longer part of a whole.
+        """
         return self._replace(**changes, part_of=None)
 
     def added(self, offset: Tensor) -> Distribution:
@@ -147,14 +150,16 @@ class Distribution(NamedTuple):
 
     @property
     def rules_out(self) -> bool:
-        """Whether the offset of a word is -inf: 0·ln 0, which PyTorch adds up, is not a number."""
+        """Whether a word is ruled out, by an offset of -inf. PyTorch's sums over the words then
+        contain 0·ln 0, which is not a number.
+        """
         return self.offset is not None and not bool(self.offset.isfinite().all())
 
     def same_as(self, other: Distribution) -> bool:
         return self.source is other.source and self.of_source() == other.of_source()
 
     def of_source(self) -> OfSource:
-        """What tells it from others of its source, without holding that."""
+        """What tells this from other distributions of its source, without holding the source."""
         return OfSource(
             self.rows,
             self.scale,
@@ -167,14 +172,14 @@ class Distribution(NamedTuple):
 
 
 def are_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors, into which nobody writes, are one, by where they lie in memory."""
+    """Whether two tensors, into which nobody writes, are the same numbers in the same memory."""
     if a is None or b is None or a is b:
         return a is b
     return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 class Kind(Enum):
-    """A number for each word v, of distributions p, or p and q."""
+    """What the number of each word v is, in terms of a distribution p, or of p and q."""
 
     LOGITS = auto()  # z_v
     LOGPROBS = auto()  # ln p_v
@@ -199,11 +204,11 @@ class Words(NamedTuple):
         return self.of[0]
 
     def viewed(self, view: View, step: Any, *, distinct: bool = True) -> Words:
-        """The same of other tokens: those that a view of the tokens has."""
+        """The same of those tokens that a view of the tokens chooses."""
         return self._replace(of=tuple(x.viewed(view, step, distinct=distinct) for x in self.of))
 
     def same_as(self, other: Words) -> bool:
-        """Whether these are the same numbers, of whatever gradient."""
+        """Whether these are the same numbers, with or without a gradient."""
         alike = self[::2] == other[::2] and len(self.of) == len(other.of)
         pairs = zip(self.constant().of, other.constant().of, strict=False)
         return alike and all(a.same_as(b) for a, b in pairs)

@@ -1,8 +1,9 @@
-"""How a lazy tensor would be made: the call that made it, to be made once more of plain tensors.
+"""The calls that made lazy tensors, kept so that they can be repeated on plain tensors.
 
-The calls on one head's logits are remembered in their order, those that write into them among them,
-and what is still wanted is made in that order: views see what was written through others, as they
-would have.
+A `Recipe` is one such call. A `History` has all calls on the logits of one call of a head in their
+order, including those that write into a tensor. When the logits have to be built, it repeats in
+that order what somebody still holds: so a view sees what was written through another view, as it
+would have with plain logits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Recipe(NamedTuple):
     kwargs: dict[str, Any]
     grad: bool
     autocast: Callable[[], torch.autocast]
-    seen: list[tuple[Tensor, int]]  # other tensors among its arguments, and their versions
+    seen: list[tuple[Tensor, int]]  # plain tensors among the arguments, and their versions then
 
     @classmethod
     def of(cls, func: Any, args: Any, kwargs: Any, device: torch.device) -> Recipe:
@@ -40,14 +41,15 @@ class Recipe(NamedTuple):
         return cls(func, args, kwargs, torch.is_grad_enabled(), autocast, seen)
 
     def after(self, *args: Any) -> Recipe:
-        """The same with arguments before the others."""
+        """The same call, with these arguments before the others."""
         return self._replace(args=(*args, *self.args))
 
     def on_plain(self) -> Any:
-        """The same of plain tensors.
+        """Repeat the call, with plain tensors in place of lazy ones.
 
         Raises:
-            RuntimeError: one of the others was written into, so that it would not be the same.
+            RuntimeError: another tensor among the arguments was written into since, so that the
+                result would not be the same.
         """
         if any(x._version != version for x, version in self.seen):
             raise RuntimeError(
@@ -60,16 +62,18 @@ class Recipe(NamedTuple):
 
 
 def plain(x: Any) -> Any:
-    """Anything, with plain tensors in place of lazy ones."""
+    """Any nested structure, with plain tensors in place of lazy ones."""
     from .tensor import LazyTensor
 
     return tree_map(lambda x: x.plain() if isinstance(x, LazyTensor) else x, x)
 
 
 class _Weakly:
-    """A lazy tensor that may be gone: then by how it was made, if it is a view of one that is not.
+    """A weak reference to a lazy tensor that was written into.
 
-    The history of a tensor may not hold it, or it would be there until garbage is collected.
+    If nobody holds the tensor any more, but still one that it was a view of, the view is made again
+    by its recipe. The reference is weak, since a tensor that is held by its own history would stay
+    in memory until the garbage collector runs.
     """
 
     def __init__(self, lazy: LazyTensor):
@@ -82,7 +86,7 @@ class _Weakly:
             self._recipe = lazy.recipe._replace(args=tuple(others))
 
     def plain(self) -> Tensor | None:
-        """The plain tensor; None: nobody holds a view of it."""
+        """The plain tensor; None: nobody holds the lazy one, or what it was a view of."""
         lazy = self._lazy()
         if lazy is not None:
             return lazy.plain()
@@ -94,7 +98,7 @@ class _Written(NamedTuple):
     """A call that wrote into a lazy tensor."""
 
     target: _Weakly
-    call: Recipe  # without the tensor
+    call: Recipe  # without its first argument, which is the target
 
     def on_plain(self) -> None:
         target = self.target.plain()
@@ -103,12 +107,12 @@ class _Written(NamedTuple):
 
 
 class History:
-    """What was made of the logits of one head, in its order."""
+    """The lazy tensors made from one call of a head, and the writes into them, in their order."""
 
     def __init__(self) -> None:
         self._steps: list[weakref.ref[LazyTensor] | _Written] = []
-        # Numbers that were computed, and would be views: (what, its memory, its version, whose
-        # memory it would have).
+        # Results that were computed, and would be views of a plain tensor: (the result, a tensor on
+        # its memory, its version then, `LazyTensor.memory` of what it would be a view of).
         self._views: list[tuple[weakref.ref[Tensor], Tensor, int, object]] = []
 
     def made(self, lazy: LazyTensor) -> None:
@@ -120,11 +124,13 @@ class History:
         self._steps.append(_Written(_Weakly(lazy), call))
 
     def viewed(self, lazy: LazyTensor, view: Tensor) -> None:
-        """Remember numbers that were computed, and would share the memory of plain ones."""
+        """Remember a computed result that would share its memory with the plain tensor."""
         self._views.append((weakref.ref(view), view.detach(), view._version, lazy.memory))
 
     def check_views(self, lazy: LazyTensor, *, writes: bool) -> None:
-        """Raise RuntimeError where one of two that would share their memory was written into."""
+        """Raise RuntimeError where a lazy tensor and a computed result would share their memory,
+        and one of them was written into. `writes`: whether the lazy one is about to be.
+        """
         for view, numbers, version, memory in self._views:
             is_seen = writes and view() is not None
             if memory is lazy.memory and (is_seen or numbers._version != version):
@@ -138,7 +144,7 @@ class History:
         return [lazy for lazy in made if lazy is not None]
 
     def make_all(self) -> None:
-        """Make everything that somebody still holds."""
+        """Make the plain tensors of all lazy ones that somebody still holds."""
         with torch.inference_mode(False), _as_outside():
             for step in tuple(self._steps):
                 if isinstance(step, _Written):
@@ -149,8 +155,9 @@ class History:
 
 
 def _as_outside() -> AbstractContextManager[Any]:
-    """Hide what is saved for backward from a checkpoint, which would count it: logits would have
-    been made outside of it.
+    """Hide from an activation checkpoint what is saved for backward while logits are built.
+
+    A checkpoint counts what is saved within it, but plain logits would have been made outside.
     """
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return nullcontext()

@@ -1,4 +1,8 @@
-"""What became of logits that were not computed, by the line of code that asked for something."""
+"""A record of what lazy logits were used for, by the line of code that called a function on them.
+
+`tensor` notes what was computed without logits, `building` what needed them; `lazy_report` shows
+both, so that a user finds the lines that still build logits.
+"""
 
 import logging
 import sys
@@ -23,7 +27,7 @@ class LazyUse:
         LazyUse(site='train.py:12', what='argmax', plan='1G', calls=1, tokens=3, bytes=0)
     """
 
-    site: str  # file:line, the innermost that is neither PyTorch's nor this library's
+    site: str  # file:line of the innermost caller outside of PyTorch and this library
     what: str  # the function that was fused, or for which the logits were built
     plan: str  # matmuls of the vocabulary, forward and backward together; "" for what was built
     calls: int = 0
@@ -63,15 +67,19 @@ class LazyReport:
 
 
 class Cost(NamedTuple):
-    """Matmuls of the vocabulary, G of the tokens, forward and backward together."""
+    """How many matmuls of the vocabulary something costs, forward and backward together.
+
+    The unit is G, one matmul of all the tokens with the head's weight. Which field applies depends
+    on whether a gradient is wanted, and whether the head is trained.
+    """
 
     no_gradient: int
     frozen_head: int
     trained_head: int
-    of_statistics: bool = False  # which are shared by all that is asked of the same tokens
+    of_statistics: bool = False  # from statistics that all questions on the same tokens share
 
     def plan(self, *, differentiable: bool, trained: bool) -> str:
-        """In words, such as "4G"."""
+        """The cost that applies, as text such as "4G"."""
         kinds = {(True, True): self.trained_head, (True, False): self.frozen_head}
         return f"{kinds.get((differentiable, trained), self.no_gradient)}G"
 
@@ -90,8 +98,8 @@ def lazy_report(*, clear: bool = False) -> LazyReport:
         LazyReport, whose `fused` and `built` hold a LazyUse for each line of code and function, and
         whose text is a table. `plan` counts matmuls of the vocabulary, in units of the tokens:
         "1G" where nothing needs a gradient, "2G" for a frozen head, "3G" for a trained one whose
-        loss is known in the forward, "4G" where it comes later; "0G" of what came with something
-        else that was asked of the same tokens, or is of a few words.
+        loss is known in the forward, "4G" where the loss comes later; "0G" for what was computed
+        along with something else on the same tokens, or concerns only a few words.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,6 +1,8 @@
-"""What is asked of the logits of tokens, by what scores tokens without them.
+"""Statistics of the logits of tokens: log-probs, log-sum-exp, entropies, divergences, ...
 
-All of it is differentiable with respect to what entered the head, unless it says otherwise.
+`endings` and `losses` call these functions. They ask a scorer of the source (`Source.scorer`),
+which scores tokens without holding all their logits. Results are differentiable with respect to
+what entered the head, unless a docstring says otherwise.
 
 Dims: U hidden states, V vocabulary.
 """
@@ -24,15 +26,15 @@ from fastrlhf.reference import TokenStats, accumulation_dtype, capped_logits
 
 from .meaning import Distribution, OfSource
 
-_OF_TWO = 4  # a divergence holds of both logits, and of its terms
-IGNORED = -(2**30)  # no id of a word, and what int32 holds
+_OF_TWO = 4  # how much more than log-probs a divergence holds: both logits, and its terms
+IGNORED = -(2**30)  # not the id of any word, and within int32
 
 
 def _scorer_and_targets(
     of: Distribution, targets: Tensor
 ) -> tuple[Scorer, Tensor, Callable[..., Tensor]]:
-    """A scorer of the tokens of a distribution, their targets as it takes them, and what takes
-    their results (...) from its own.
+    """A scorer of the tokens of a distribution, the targets in the order of its tokens, and a
+    function that brings its results into the shape of `targets`.
 
     targets: in the shape of the tokens, or (..., k), for several of each token.
     """
@@ -46,7 +48,7 @@ def _scorer_and_targets(
     if not of.rows.distinct or rows is not of.rows.numbers:
         scorer = of.source.scorer(of, temperature=temperature, rows=flat)
         return scorer, targets.reshape(-1), lambda found: found.view(targets.shape)
-    # Each hidden state has one token or none, which is ignored, and costs nothing.
+    # Each hidden state is scored as one token. One that no token has is ignored and costs nothing.
     whole = targets.new_full((of.source.tokens,), IGNORED)
     whole[flat] = targets.reshape(-1)
     if temperature is not None:
@@ -63,12 +65,12 @@ class Known:
     targets: Tensor
     stats: TokenStats
     entropy_grad: bool
-    may_be_ruled_out: bool  # a target, of which an offset is -inf
-    with_gradient: Tensor | None = None  # the lse, once it is asked for
+    may_be_ruled_out: bool  # whether a target may be a word whose offset is -inf
+    with_gradient: Tensor | None = None  # the lse with its gradient, once it is asked for
 
     def serves(self, of: OfSource, *, entropy_grad: bool) -> bool:
-        """Whether what is asked for is here, whatever the targets: a value, or one with its
-        gradient.
+        """Whether these answer a question that depends on no target, whether it is for values only
+        or, in grad mode, for gradients too.
         """
         in_graph = self.stats.logprob.requires_grad or not torch.is_grad_enabled()
         enough = self.entropy_grad or not entropy_grad
@@ -79,8 +81,8 @@ class Known:
         return replace(self, stats=TokenStats(*of_tokens), with_gradient=None)
 
     def lse(self, of: Distribution) -> Tensor:
-        """The log-sum-exp, with the gradient of z - ln p, which is that of the lse whatever the
-        word; of a head that is a matrix.
+        """The log-sum-exp, of a head that is a matrix. Its gradient is computed as that of
+        z - ln p for the target, which equals the lse whatever the word.
         """
         if not self.stats.logprob.requires_grad:
             return self.stats.lse
@@ -91,13 +93,14 @@ class Known:
 
 
 def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: bool = False) -> Known:
-    """Statistics of the tokens, flat, with these targets or with any.
+    """Statistics of the tokens, in one dimension, with these targets or, if None, with any.
 
-    What is asked of one distribution is found in one pass, and has one backward: where the head is
-    trained, the entropy and its gradient cost no matmul of their own, and its value never does.
+    All that is asked of one distribution is found in one pass, and has one backward: the value of
+    the entropy never costs a matmul of its own, and where the head is trained, nor does its
+    gradient.
     """
     source, of = of.source, of.flat()
-    # A value is the same whether a gradient goes back or not.
+    # Compared as if a gradient went back, since a value is the same whether one does or not.
     asked = of.with_gradient(True).of_source()
     may_be_ruled_out = of.offset is not None and targets is not None
     if targets is None:
@@ -115,11 +118,11 @@ def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: boo
 
 
 def _whole(of: Distribution) -> tuple[Distribution, Tensor | None]:
-    """The tokens that statistics are computed of, and the places of these among them, if it is not
-    all.
+    """The distribution to compute statistics of, and the places of these tokens in it, or None
+    where it has just these tokens.
 
-    A loop that scales each part in its own way has no use for statistics of the whole: once these
-    were computed with another scale, a part is computed alone.
+    A loop that scales each part in its own way has no use for statistics of the whole: once
+    statistics of the whole were computed with another scale, a part is computed alone.
     """
     if of.part_of is None:
         return of, None
@@ -131,7 +134,7 @@ def _whole(of: Distribution) -> tuple[Distribution, Tensor | None]:
 
 
 def _of_places(found: Tensor, of: Distribution, places: Tensor | None) -> Tensor:
-    """Statistics of tokens, from those of the whole, flat."""
+    """Statistics of these tokens, from those of the whole, which are in one dimension."""
     return found.view(of.rows.numbers.shape) if places is None else found[places]
 
 
@@ -147,7 +150,7 @@ def logprobs(of: Distribution, targets: Tensor) -> Tensor:
 
 
 def picked(of: Distribution, targets: Tensor) -> Tensor:
-    """The logits of the targets, by products of a few rows; of a head that is a matrix."""
+    """The logits of the targets, by products with a few rows of a head that is a matrix."""
     scorer = of.source.scorer(of)
     assert isinstance(scorer, LinearScorer)
     rows, temperature = of.rows.numbers, of.temperature
@@ -209,7 +212,7 @@ def mean_logits(of: Distribution) -> Tensor:
     if has_mean_row(of):
         return _by_mean_row(of)
     if torch.is_grad_enabled():
-        # lse - (lse - mean), of which both have a gradient.
+        # mean = lse - (lse - mean), where both terms have a gradient.
         every_word = cross_entropy_of(of, _some_word(of), label_smoothing=1.0)
         return log_sum_exp(of) - every_word
     scorer, laid_out, taken = _scorer_and_targets(of, _some_word(of))
@@ -240,8 +243,8 @@ def cross_entropy_of(of: Distribution, targets: Tensor, *, label_smoothing: floa
     """The cross-entropy of each token, 0 where the target is IGNORED."""
     scorer, laid_out, taken = _scorer_and_targets(of, targets)
     if label_smoothing == 0 or not is_linear(of):
-        # Each may get a factor of its own, as a mask or a ratio is. Others do not share it, since
-        # tokens without a target have no statistics.
+        # A loss for each token, since each may get a factor of its own, such as a mask or a ratio.
+        # Nothing is shared with other questions, since tokens without a target get no statistics.
         return -taken(scorer.stats(laid_out, ignore_index=IGNORED, lse=False).logprob)
     assert isinstance(scorer, LinearScorer)
     options = CrossEntropy(label_smoothing)
@@ -256,7 +259,9 @@ def is_linear(of: Distribution) -> bool:
 def sum_of_cross_entropy(
     of: Distribution, targets: Tensor, weights: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    """The sum of those, each times its weight: with its gradient in the forward."""
+    """The sum of these cross-entropies, each times its weight. Its gradient is computed in the
+    forward already.
+    """
     scorer, laid_out, _ = _scorer_and_targets(of, targets)
     if weights is not None:
         flat = of.rows.numbers.reshape(-1)
@@ -270,7 +275,7 @@ def sum_of_cross_entropy(
 
 
 def are_comparable(p: Distribution, q: Distribution) -> bool:
-    """Whether `divergences` of them is known, with its gradients."""
+    """Whether `divergences` is known for these two, with its gradients."""
     alike = p.source.vocab == q.source.vocab and p.source.device == q.source.device
     tokens = p.rows.numbers.shape == q.rows.numbers.shape and p.temperature is q.temperature
     return alike and tokens and (p.constant or q.constant)
@@ -290,7 +295,7 @@ def divergences(p: Distribution, q: Distribution) -> Tensor:
 
 
 def soft_cross_entropies(p: Distribution, q: Distribution) -> Tensor:
-    """-Σ p ln q of each token, which is KL(p || q) and the entropy of p."""
+    """-Σ p ln q of each token, which is KL(p || q) plus the entropy of p."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not p.constant):
         of_p = entropies(p)
     return divergences(p, q) + of_p
@@ -298,8 +303,8 @@ def soft_cross_entropies(p: Distribution, q: Distribution) -> Tensor:
 
 @torch.no_grad()
 def best(of: Distribution, reduce: Callable[[Tensor], Any], dtype: torch.dtype) -> list[Any]:
-    """What a function finds among the logits (n, V) of some tokens at a time, as positive
-    temperatures leave it.
+    """What `reduce` finds in the logits (n, V) of some tokens at a time. Temperatures are left out,
+    since positive ones do not change the order of words.
     """
     rows, source = of.rows.numbers.reshape(-1), of.source
     scorer = source.scorer(of)

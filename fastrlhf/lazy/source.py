@@ -1,11 +1,12 @@
-"""What entered a head, and how its logits, or what is asked of them, are made of it.
+"""One call of a head: what entered it, and how its logits, or statistics of them, are computed.
 
-Everything is computed in a graph of its own, the *inner* one, that starts at the hidden states and
-ends in a few numbers for each token. It is differentiated when the gradient of the logits arrives
-where the head was called (see `graph`), which is when plain logits would be: so wrappers of models
-that look at the gradient of an output, or prepare a weight for backward, see what they are used to.
+Everything is computed in a graph of its own, the *inner* graph, which starts at the hidden states
+and the head's parameters and ends in a few numbers for each token. It is differentiated when, in
+the user's graph, the gradient of the logits arrives where the head was called (see `graph`). That
+is when plain logits would be differentiated: so wrappers of models that look at the gradient of an
+output, or prepare a weight for backward, see what they are used to.
 
-Dims: H hidden, K hidden and the ranks of adapters, U hidden states, V vocabulary.
+Dims: H hidden, K hidden plus the ranks of adapters, U hidden states, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,8 @@ from .as_it_was import AsItWas
 from .gradient import Terms, dense
 from .meaning import Distribution, Rows
 
-# Of a batch, an eighth is held as logits at a time, or as many tokens as keep a matmul busy.
+# The logits of an eighth of a batch are held at a time, or those of as many tokens as keep a matmul
+# busy, if that is more.
 _PARTS = 8
 _FEWEST_TOKENS = {"cpu": 32}
 _FEWEST_TOKENS_OF_GPU = 1024
@@ -54,17 +56,18 @@ class Source:
         self.shape = torch.Size((*hidden.shape[:-1], self.vocab))
         self.device = hidden.device
         self.tokens = hidden.shape[:-1].numel()
-        # One for all tokens, however few are scored at a time.
+        # One backend, chosen by the size of all tokens, however few are scored at a time.
         self.backend = backend_of(impl, hidden, self.tokens * self.vocab)
         self.wide, self.weights = self.hidden, list[Weight]()
-        # What adapters make of the hidden states, with their dropout, is made once, now.
+        # What adapters make of the hidden states, with their dropout, is computed once, now: all
+        # that is asked later sees the same draw.
         drops = parts is not None and any(_drops(x.dropout) for x in parts.adapters)
         if parts is not None:
             with torch.set_grad_enabled(self.requires_grad):
                 self.wide, self.weights = with_adapters(parts, self.hidden)
                 if holds_weight:
                     self.weights = [x.clone() if isinstance(x, Tensor) else x for x in self.weights]
-        self.known: list[Any] = []  # statistics that were computed, for who asks for more of them
+        self.known: list[Any] = []  # `scores.Known` computed so far, for questions that share them
         self.own_is_there = not (holds_weight or drops)
         looked_at = [hidden, *(() if holds_weight else module.parameters())]
         self._seen = [(x, _version(x)) for x in looked_at]
@@ -75,7 +78,7 @@ class Source:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What the inner graph starts from, and has a gradient."""
+        """The tensors that the inner graph starts from, and that have a gradient."""
         hidden = [self.hidden] if self.hidden.requires_grad else []
         return [*hidden, *self.parameters]
 
@@ -90,13 +93,15 @@ class Source:
 
     @contextmanager
     def at_work(self, *, differentiable: bool) -> Iterator[None]:
-        """Compute as the head's own call would have."""
+        """Compute under the modes that the head's own call was made in."""
         self.check_unchanged()
         with torch.set_grad_enabled(differentiable and self.requires_grad), self.autocast():
             yield
 
     def logits(self) -> Tensor:
-        """All logits (..., V), in the inner graph: the model's own, where nothing was drawn."""
+        """All logits (..., V), in the inner graph: by the module's own forward, unless a dropout
+        was drawn, or only a copy of the weight is there.
+        """
         if self.own_is_there:
             return self.own(self.hidden)
         rows = torch.arange(self.tokens, device=self.device)
@@ -111,8 +116,8 @@ class Source:
         )
 
     def gradients(self, terms: Terms, rest: Tensor | None) -> list[Tensor | None]:
-        """Gradients of hidden states and parameters, from those of what was computed of the
-        logits, and a gradient of the logits themselves.
+        """Gradients of hidden states and parameters, from the gradients of what was computed of the
+        logits (`terms`), and a gradient of the logits themselves (`rest`).
         """
         outputs = [(computed.graph(), dense(upstream)) for computed, upstream, _ in terms]
         if rest is not None:
@@ -131,7 +136,7 @@ class Source:
     def differentiable_gradients(
         self, hidden: Tensor, parameters: Sequence[Tensor], gradient: Tensor
     ) -> list[Tensor | None]:
-        """The same from a gradient of the logits, by what can be differentiated once more."""
+        """The same from a gradient of the logits; the result can be differentiated once more."""
         if not self.own_is_there:
             raise RuntimeError(
                 "lazy_logits: gradients of a head with a dropout, or whose weight a wrapper takes "
@@ -156,9 +161,10 @@ class Source:
     ) -> Scorer:
         """What scores tokens by the logits of a distribution.
 
-        The tokens are (U,) of all hidden states; or, with the numbers of their hidden states, rows,
-        any; or those of some hidden states only. The temperature is of these tokens. `held`: how
-        many times as much as log-probs what is computed holds of each.
+        There is one token for each of the U hidden states; or, with `rows`, any tokens, given by
+        the numbers of their hidden states; or, with `only`, one for each of some hidden states.
+        The temperature is that of these tokens. `held`: how many times as much memory for a token
+        as log-probs what is to be computed takes.
         """
         softcap = of.factor if of.capped else None
         scale = of.scale * of.factor if of.capped else of.scale
@@ -180,7 +186,7 @@ class Source:
         )  # fmt: skip
 
     def bias_of(self, of: Distribution) -> Tensor | None:
-        """The bias of a head that is a matrix, with what the logits of a distribution have more."""
+        """The bias of a head that is a matrix, with the offset of a distribution added."""
         bias = None if self.parts is None else self.parts.bias
         return LogitMap(of.scale, offset=of.offset).folded_bias(bias)
 
@@ -192,8 +198,8 @@ class Source:
 
 
 def _no_tokens(module: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states of no token, of which a head makes logits at no cost; or of one, where the
-    kernels of quantized heads want some.
+    """Hidden states of no token, by which a head shows its dtype and vocabulary at no cost; or of
+    one token for a quantized head, whose kernels need some.
     """
     quantized = any(type(x).__module__.startswith("bitsandbytes") for x in module.modules())
     return hidden.reshape(1, -1, hidden.shape[-1])[:, : 1 if quantized else 0]
@@ -204,5 +210,5 @@ def _drops(dropout: nn.Module) -> bool:
 
 
 def _version(x: Tensor) -> tuple[int, ...]:
-    """What changes with a tensor's numbers."""
+    """A key that changes when a tensor's numbers do."""
     return () if x.is_inference() else (x._version, x.data_ptr())

@@ -1,12 +1,12 @@
-"""The tensor that stands for logits, or for what was made of them, and was not computed.
+"""The lazy tensor: it stands for logits, or for a tensor made from them, and holds no numbers.
 
-Every function of PyTorch that it is given to comes by `__torch_function__`. Those that are known
-(see `functions`) make another lazy tensor of it, or compute what they return from what entered the
-head. For any other, the logits are built, once, and from then on all tensors that were made of them
-are what they would have been.
+Every function of PyTorch that is given a lazy tensor arrives at `__torch_function__`. A known
+function (see `functions`) makes another lazy tensor, or computes its result from what entered the
+head. For any other function, the logits are built, once, and from then on all tensors that were
+made from them are the plain ones that they would have been.
 
-Functions below that level, of which PyTorch's own autograd makes a graph (`__torch_dispatch__`:
-within a torch.autograd.Function, or a collective), get built logits too.
+Functions below that level (`__torch_dispatch__`: within a torch.autograd.Function, or a
+collective), whose graph PyTorch's own autograd makes, get built logits too.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ _HANDED_ON = {_aten.detach.default, _aten.alias.default}
 class LazyTensor(Tensor):
     """Numbers for each word of a vocabulary that are computed once somebody asks for them."""
 
-    words: Words | None  # None: only the recipe tells what they are
+    words: Words | None  # what the numbers mean; None: only the recipe tells
     vocab_dim: int  # where the vocabulary is, counted from the end
-    recipe: Recipe | None  # None: the logits of a head
+    recipe: Recipe | None  # the call that made it; None: a head did, these are its logits
     history: History
     sources: frozenset[Source]
     _heads: Heads
     memory: object  # the same for tensors that would share their memory
-    is_watched: bool  # whether somebody looks at its gradient
-    _before: Tensor | None  # with the place in the graph that it had before it was written into
-    _node: Any  # its place in the graph, once it is built
-    _plain: Tensor | None  # of a leaf without a graph, which would hold the leaf
-    _led: weakref.ref[Tensor] | None  # the same with its graph, while somebody holds it
+    is_watched: bool  # whether a hook or retain_grad looks at its gradient
+    _before: Tensor | None  # keeps its place in the graph from before it was written into
+    _node: Any  # its place in the graph (grad_fn) when it was built
+    _plain: Tensor | None  # once built; that of a leaf has no graph, which would hold the leaf
+    _led: weakref.ref[Tensor] | None  # a leaf's plain tensor with a graph, while somebody holds it
 
     @staticmethod
     def __new__(
@@ -84,7 +84,7 @@ class LazyTensor(Tensor):
         return made
 
     def plain(self) -> Tensor:
-        """The tensor that this one would be, built if it was not."""
+        """The plain tensor that this one stands for; it is built if it was not yet."""
         if self._plain is None:
             self.history.make_all()
         elif self.grad_fn is not self._node:
@@ -101,21 +101,23 @@ class LazyTensor(Tensor):
 
     @property
     def heads(self) -> Heads:
-        """Those that its gradient reaches; or would, if it did not end in a leaf."""
+        """The calls of heads that its gradient reaches; of a leaf, where the gradient ends, those
+        that it would reach otherwise.
+        """
         return frozenset(map(weakref.ref, self.sources)) if self._is_end else self._heads
 
     @property
     def _is_end(self) -> bool:
-        """Whether it is a leaf, which keeps its gradient."""
+        """Whether it is a leaf that requires a gradient, which ends here and is kept."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.requires_grad and self.is_leaf
 
     def meaning(self) -> Words | None:
-        """What these numbers are, and which of them have a gradient."""
+        """What these numbers are, and which have a gradient; None: only the recipe tells."""
         if self.words is None or not self.requires_grad:
             return self.words and self.words.constant()
         if not any(source.requires_grad for source in self.sources):
-            return None  # requires_grad_()
+            return None  # requires_grad_() made it a leaf
         if self.is_of_others and not self._is_as_its_parent():
             return None
         if len(self.words.of) > 1:
@@ -124,13 +126,15 @@ class LazyTensor(Tensor):
 
     @property
     def is_of_others(self) -> bool:
-        """Whether it has a place in the graph that others gave it: as what a
-        torch.autograd.Function returned, or as a leaf.
+        """Whether other code gave it its place in the graph: a torch.autograd.Function returned it,
+        or it was made a leaf.
         """
         return self.requires_grad and self.recipe is not None and not self.recipe.grad
 
     def _is_as_its_parent(self) -> bool:
-        """Whether a function of others passes numbers on, whose gradient it may pass on too."""
+        """Whether that other code passed the numbers on as they were, and so may pass on their
+        gradient too.
+        """
         assert self.recipe is not None
         parent = self.recipe.args[0]
         if self.words is None or parent.words is None or self.shape != parent.shape:
@@ -138,7 +142,9 @@ class LazyTensor(Tensor):
         return self.dtype == parent.dtype and self.words.same_as(parent.words)
 
     def stops(self) -> frozenset[int]:
-        """Where on its way to the logits its gradient is looked at, changed by others, or ends."""
+        """The tensors, by id, at which its gradient, on the way to the logits, is looked at, may be
+        changed by other code, or ends.
+        """
         if self.recipe is None:
             return frozenset()
         own = frozenset({id(self)} if self.is_watched or self.is_of_others else ())
@@ -149,11 +155,11 @@ class LazyTensor(Tensor):
 
     @property
     def is_under_plain(self) -> bool:
-        """Whether the plain tensor hangs on this one in the graph."""
+        """Whether gradients of the plain tensor pass through this one."""
         return self._plain is not None and (self._is_end or is_built(self._plain))
 
     def make_plain(self) -> None:
-        """Make the plain tensor, what it is made of being there."""
+        """Make the plain tensor; those that it is made from have been made before."""
         if self._plain is not None:
             return
         self._node = self.grad_fn
@@ -176,14 +182,16 @@ class LazyTensor(Tensor):
             self._plain = Built.apply(computed, inner.detach(), of, at)
 
     def lead_here(self) -> None:
-        """Have gradients of the plain tensor come to this one."""
+        """Make gradients of the plain tensor pass through this one."""
         assert self._plain is not None
         at = self if self._before is None else self._before
         with torch.enable_grad():
             self._plain = Built.apply(None, self._plain.detach(), weakref.ref(self), at)
 
     def _leading_here(self) -> Tensor:
-        """The plain tensor of a leaf; held weakly, since its graph holds the leaf."""
+        """The plain tensor of a leaf, with a graph that leads to the leaf. It is held weakly, since
+        that graph holds the leaf.
+        """
         led = None if self._led is None else self._led()
         if led is None:
             with torch.enable_grad():
@@ -208,16 +216,16 @@ class LazyTensor(Tensor):
         with enable_reentrant_dispatch():
             plain_args, plain_kwargs = plain((args, kwargs or {}))
         found = func(*plain_args, **plain_kwargs)
-        return args[0] if args and found is plain_args[0] else found  # it was written into
+        return args[0] if args and found is plain_args[0] else found  # the first: an in-place call
 
 
 @functools.cache
 def _called_outside_of_graphs() -> Callable[..., Any]:
-    return torch.compiler.disable(_called)  # made once: that takes longer than most calls
+    return torch.compiler.disable(_called)  # made once, since that takes longer than most calls
 
 
 def _called(func: Any, args: Any, kwargs: Any) -> Any:
-    """What a function of PyTorch returns that is given lazy tensors."""
+    """Call a function of PyTorch that was given lazy tensors."""
     from .asked_gradients import OF_GRADIENT
     from .functions import KNOWN, OF_FORM
 
@@ -225,7 +233,7 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     lazies = list(lazy_tensors((args, kwargs)))
-    if not lazies:  # they are within something that is no list, tuple or dict
+    if not lazies:  # the lazy tensors are within something other than a list, tuple or dict
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if func in OF_GRADIENT or (func in KNOWN and not any(x.is_built for x in lazies)):
@@ -236,7 +244,7 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _known(func: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
-    """What a known function returns; NotImplemented where it is called in a way that is not."""
+    """What a known function returns; NotImplemented for a call that is not known in this form."""
     from .functions import KNOWN, signature
 
     if "input" in kwargs and not args:
@@ -256,7 +264,7 @@ def lazy_tensors(x: Any) -> Iterator[LazyTensor]:
 
 
 def logits_of(source: Source, hidden: Tensor) -> LazyTensor:
-    """The logits of a call of a head, in the graph of its hidden states and parameters."""
+    """The lazy logits of a call of a head, in the graph behind its hidden states and parameters."""
     like = torch.empty(source.shape, dtype=source.dtype, device="meta")
     words, history = Words(Kind.LOGITS, (source.whole,)), History()
 
@@ -277,8 +285,8 @@ def derived(
     vocab_dim: int = -1,
     view: bool = False,
 ) -> LazyTensor:
-    """What a call makes of lazy tensors: another one, of a shape and dtype; a view of the first or
-    not.
+    """Make the lazy tensor that a call on lazy tensors returns, with the shape, strides and dtype
+    of `like`. `view`: whether it would share the memory of the first of them.
     """
     parents = list(lazy_tensors((recipe.args, recipe.kwargs)))
     histories = {id(x.history): x.history for x in parents}
@@ -287,7 +295,7 @@ def derived(
     if words is not None and not differentiable:
         words = words.constant()
 
-    # Also where nothing is differentiated, which a torch.autograd.Function may put into the graph.
+    # Also where no gradient is wanted: a torch.autograd.Function may put the result into the graph.
     heads = heads_of(parents)
 
     def make() -> LazyTensor:
@@ -304,7 +312,7 @@ def derived(
 
 
 def _remade(lazy: LazyTensor, recipe: Recipe) -> LazyTensor:
-    """Another tensor of the same numbers, whose graph PyTorch makes."""
+    """Another lazy tensor of the same numbers, whose place in the graph PyTorch makes."""
     made = LazyTensor(
         lazy.words, recipe, lazy.history, lazy.sources, lazy.heads, like=form_of(lazy),
         vocab_dim=lazy.vocab_dim,
@@ -315,7 +323,7 @@ def _remade(lazy: LazyTensor, recipe: Recipe) -> LazyTensor:
 
 
 def written(recipe: Recipe, lazy: LazyTensor, words: Words) -> LazyTensor:
-    """A call that writes into a lazy tensor, after which it is something else."""
+    """Note a call that writes into a lazy tensor, which means `words` from then on."""
     lazy.history.check_views(lazy, writes=True)
     for other in lazy.history.alive():
         if other is not lazy and other.memory is lazy.memory:
@@ -345,7 +353,7 @@ def computed(
 ) -> Tensor:
     """What a call returns, a few numbers for each token, computed without logits.
 
-    again_for_gradient: compute the value without a graph, and with one only if a gradient comes.
+    again_for_gradient: compute the value without a graph, and again with one if a gradient comes.
     """
     differentiable = recipe.grad and any(x.requires_grad for x in parents)
     for parent in parents:
@@ -368,7 +376,7 @@ def computed(
     plan = cost.plan(differentiable=differentiable, trained=trained)
     note_fused(name_of(recipe.func), plan, tokens)
     if not differentiable or not (found.requires_grad or again_for_gradient):
-        return found.clone()  # its owner may write into it, and what is remembered stays
+        return found.clone()  # the caller may write into it, and must not change what is remembered
     inner = functools.partial(result, with_graph=True) if again_for_gradient else found
     heads = len(heads_of(parents))
     return Used.apply(Computed(inner, heads, recipe.on_plain), found.detach(), *parents)

@@ -1,8 +1,8 @@
-"""Calls that choose among the tokens of logits, or lay them out anew.
+"""Functions that choose among the tokens of logits, or lay them out anew: indexing, reshape, split.
 
-A tensor over the vocabulary is laid out as the numbers of its tokens are, each with all its words:
-so a view of it is the same view of those numbers, from one tensor of which all shapes and strides
-are told.
+A lazy tensor has one number for each token, which says where the token's words come from (see
+`meaning.Rows`). These numbers are an ordinary tensor, laid out as the tokens are. So a view of the
+lazy tensor is the same view of that tensor, from which its shape and strides follow.
 
 Dims: V vocabulary.
 """
@@ -20,7 +20,7 @@ from .tensor import LazyTensor, derived, form_of
 
 
 def of_rows(index: Tensor, vocab: int, dtype: torch.dtype, vocab_dim: int = -1) -> Tensor:
-    """A tensor on the meta device that lies as numbers of tokens (...) do, each with V words."""
+    """A tensor on the meta device, laid out as numbers of tokens (...) are, each with V words."""
     strides = [n * vocab for n in index.stride()]
     made = torch.empty_strided((*index.shape, vocab), (*strides, 1), dtype=dtype, device="meta")
     return made.movedim(-1, vocab_dim)
@@ -30,8 +30,8 @@ def viewed(
     recipe: Recipe, x: LazyTensor, view: View, step: Any, *, distinct: bool = True,
     dtype: torch.dtype | None = None, vocab_dim: int = -1, is_part: bool = False,
 ) -> Any:  # fmt: skip
-    """Some tokens of a tensor, chosen or laid out by a view of their numbers; one of the parts that
-    a loop goes through, or not.
+    """Some tokens of a tensor, chosen or laid out by a view of their numbers. `is_part`: whether
+    this is one of the parts that a loop goes through.
     """
     words = x.meaning()
     if words is None or x.stride(x.vocab_dim) != 1:
@@ -47,7 +47,7 @@ def viewed(
 def same(
     recipe: Recipe, x: LazyTensor, words: Words | None, dtype: torch.dtype | None = None
 ) -> Any:
-    """The same tokens, of whatever meaning, laid out as the function does."""
+    """The same tokens with `words` as their meaning, laid out as the function lays them out."""
     if words is None:
         return NotImplemented
     args, kwargs = tree_map(_form, (recipe.args, recipe.kwargs))
@@ -56,7 +56,7 @@ def same(
 
 
 def copied(recipe: Recipe, x: LazyTensor, dtype: torch.dtype | None = None) -> Any:
-    """The same numbers in another tensor, which lies as this one where this one has no gaps."""
+    """A copy of the same numbers, which is laid out as `x` where `x` has no gaps."""
     words = x.meaning()
     if words is None:
         return NotImplemented
@@ -69,8 +69,10 @@ def _form(x: Any) -> Any:
 
 
 def _lying_as(words: Words, x: LazyTensor, form: Tensor) -> Words:
-    """The same words, with numbers of tokens that lie as a tensor does; if each of these lies in
-    one piece: else no view of it is told (see `viewed`).
+    """The same words, with numbers of tokens that are laid out as the tensor `form`.
+
+    Where the words of a token do not lie in one piece they stay as they are, since `viewed` then
+    knows no view of the result.
     """
     form = form.movedim(x.vocab_dim, -1)
     strides = [n // form.shape[-1] for n in form.stride()[:-1]]
@@ -87,7 +89,7 @@ def _lying_as(words: Words, x: LazyTensor, form: Tensor) -> Words:
 
 
 def getitem(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
-    """x[index], of which all words of a token are taken."""
+    """x[index], where all words of a token are taken."""
     given = index if isinstance(index, tuple) else (index,)
     parts = of_all_dims(given, x.ndim)
     if parts is None or (len(parts) and parts[-1] != slice(None)):
@@ -139,10 +141,10 @@ def _dims_of(part: Any) -> int | None:
 
 
 def _told(x: Any) -> Any:
-    """What tells an index from others, and keeps a tensor, whose id would be another's."""
+    """A key that tells an index from others. It keeps a tensor, lest its id become another's."""
     if not isinstance(x, Tensor):
         return repr(x)
-    # Of a tensor of inference mode nobody knows whether it was written into.
+    # A tensor of inference mode does not tell whether it was written into, so it equals no other.
     return object() if x.is_inference() else (_Kept(x), x._version)
 
 
@@ -170,7 +172,7 @@ def reshape(recipe: Recipe, x: LazyTensor, *shape: Any) -> Any:
 
 
 def transpose(recipe: Recipe, x: LazyTensor, *dims: Any, **named: Any) -> Any:
-    """transpose, permute, movedim, mT: wherever the vocabulary goes."""
+    """transpose, permute, movedim, mT: the vocabulary may become any dimension."""
     words = x.meaning()
     if words is None:
         return NotImplemented
@@ -215,14 +217,15 @@ def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     return tuple(found)
 
 
-# Of two parts, a prompt and its completion, often one alone is wanted.
+# From so many parts on, a loop over all of them is expected. Of two, such as a prompt and its
+# completion, often one alone is wanted.
 _PARTS_OF_A_LOOP = 3
-# How many arguments come before dim.
+# How many arguments of a function come before dim.
 _BEFORE_DIM = {"split": 1, "chunk": 1, "unbind": 0, "tensor_split": 1, "split_with_sizes": 1}
 
 
 def is_one_of_several(x: LazyTensor) -> bool:
-    """Whether this is a view that a call made along with others, or a view of one."""
+    """Whether this is one of several views that a call made, such as split, or a view of one."""
     while x.recipe is not None and isinstance(of := x.recipe.args[0], LazyTensor):
         if of.memory is not x.memory:
             break
@@ -240,7 +243,7 @@ def _dim_of(recipe: Recipe, args: Any, kwargs: Any) -> int | None:
 
 
 class Part:
-    """One of what a function returns."""
+    """A function that returns the n-th of those that another function returns."""
 
     def __init__(self, function: Any, n: int):
         self.function, self.n = function, n
@@ -281,7 +284,7 @@ def expand(recipe: Recipe, x: LazyTensor, *sizes: Any) -> Any:
 
 
 def broadcast(recipe: Recipe, *tensors: Any) -> Any:
-    """broadcast_tensors: each expanded to the shape of all."""
+    """broadcast_tensors: each is expanded to their common shape."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return NotImplemented
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))

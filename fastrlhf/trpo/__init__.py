@@ -1,8 +1,8 @@
 """TRPO: the natural gradient of a policy over a vocabulary, and a step within its trust region.
 
-The policy is a function without arguments that returns logits, or with a head, hidden states, of
-whatever parameters are to be trained: a closure over a model and a batch. Dropout has to be off, so
-that the policy is a function.
+The policy is a function without arguments: a closure over a model, whose parameters are to be
+trained, and a batch. It returns logits or, where a head is given, the hidden states that enter it.
+Dropout has to be off, so that the policy returns the same each time.
 
     step.py                a step: along the natural gradient, as far as an exact KL allows. Begin
                            here: it calls the others
@@ -11,9 +11,9 @@ that the policy is a function.
     policy.py              the policy on this rank's part of a batch, its head, sums over ranks
     parameters.py          the parameters as one vector
 
-Where torch.distributed is initialised, batches are parts of one: counts of tokens, gradients, F v,
-KL and surrogate are summed over all ranks, or those of a `group`, whose parameters thus stay the
-same. A rank may have any number of tokens, none included.
+Where torch.distributed is initialised, each rank's batch is a part of one: counts of tokens,
+gradients, F v, KL and surrogate are summed over all ranks, or over those of a `group`. So the
+parameters stay the same on all of these. A rank may have any number of tokens, none included.
 """
 
 from .conjugate_gradient import conjugate_gradient

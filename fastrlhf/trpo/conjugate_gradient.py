@@ -38,10 +38,11 @@ def conjugate_gradient(
         operator: x (D,) → A x (D,).
         target: (D,).
         iterations: at most so many products.
-        tolerance: bound of |target - A x|² / |target|² at which x stays as it is.
+        tolerance: once |target - A x|² / |target|² is no more than this, x stays as it is.
 
     Returns:
-        x (D,), and the relative residual |target - A x| / |target| (0-d), as the recurrence has it.
+        x (D,), and the relative residual |target - A x| / |target| (0-d), as the recurrence of the
+        method has it.
 
     A target of 0 has the solution 0. Residuals below the square of what the dtype resolves count as
     none. The scales of operator and target do not matter, as long as x itself can be represented.
@@ -103,7 +104,7 @@ def conjugate_gradient(
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Largest magnitude (0-d), to divide by: 1 for nothing but zeros, or nothing at all."""
+    """Largest magnitude (0-d), to divide by; 1 if all elements are zero, or there are none."""
     if x.numel() == 0:
         return wide(x.new_ones(()))
     largest = wide(x).abs().max()

@@ -1,14 +1,14 @@
 """The Fisher information of a policy's parameters times a vector; the matrix F is never built.
 
-F v = Jᵀ w takes the tangent u = J v of the logits, what the Fisher information of the softmax makes
-of it, w = p⊙(u - pᵀu) for each token, and one backward; with a head, both stay hidden states, and
-no logits are built.
+F v = Jᵀ w takes three steps: the tangent u = J v of the logits; what the Fisher information of the
+softmax makes of it, w = p⊙(u - pᵀu) for each token; and one backward. With a head, the tangent and
+the gradient of hidden states take the place of u and w, and no logits are built.
 
-J v comes from forward-mode differentiation, which costs one forward more, or where an operation of
-the model has none, from two backwards. Of the backends of scaled_dot_product_attention, only
-"math" has either (flash, memory-efficient and cuDNN attention have neither), so it is chosen here
-for as long as it is needed; a model has to use that function, or plain operations
-(attn_implementation "sdpa" or "eager").
+J v comes from forward-mode differentiation, which costs one forward more, or, where an operation of
+the model has no forward-mode derivative, from two backwards. Of the backends of
+scaled_dot_product_attention, only "math" supports either way (flash, memory-efficient and cuDNN
+attention support neither), so it is chosen here for as long as it is needed. A model has to use
+that function, or plain operations (attn_implementation "sdpa" or "eager").
 
 Dims: T tokens, H hidden, V vocabulary, D parameters.
 """
@@ -50,7 +50,7 @@ def fisher_vector_product(
 ) -> Tensor:
     """Multiply the Fisher information of a policy's parameters, a mean over tokens, by a vector.
 
-    It is the Hessian of the mean KL(π_old‖π), and of KL(π‖π_old), where π is π_old.
+    That matrix is the Hessian of the mean KL(π_old‖π), and of KL(π‖π_old), where π is π_old.
 
     Eager equivalent, with J the (tokens·V, D) Jacobian of the logits and c = mask / mask.sum()::
 
@@ -74,8 +74,9 @@ def fisher_vector_product(
     Returns:
         (D,) in the dtype of the vector, fp32 at least; not differentiable.
 
-    Cost: "forward" one forward with tangents, about two forwards, and one backward; "double-vjp" a
-    forward and three backwards or so. From logits, a few tensors of their size; with a head, none.
+    Cost: "forward" takes one forward with tangents, which is as much as about two forwards, and one
+    backward; "double-vjp" takes a forward and about three backwards. From logits, a few tensors of
+    their size are held; with a head, none.
 
     Raises:
         TypeError, ValueError: shapes that do not fit; an unknown mode.
@@ -100,7 +101,7 @@ def fisher_vector_product(
 
 
 class FisherProduct:
-    """The operator v → (F + λI) v on vectors (D,), for a policy as it is when it is called.
+    """The operator v → (F + λI) v on vectors (D,), for the policy as it is at each call.
 
     It remembers where forward mode failed, so that later products do not try it again.
     """
@@ -116,7 +117,7 @@ class FisherProduct:
         return self.policy.summed(product).to(vector.dtype) + self.damping * vector
 
     def _output_and_tangent(self, tangents: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The output with its graph, and how it moves when the parameters move by tangents."""
+        """The output with its graph, and its tangent for these tangents of the parameters."""
         if self.mode != "double-vjp":
             try:
                 return _by_forward_mode(self.policy, tangents)
@@ -149,7 +150,7 @@ def _by_forward_mode(policy: PolicyOnBatch, tangents: list[Tensor]) -> tuple[Ten
             output, moved = forward_ad.unpack_dual(policy.output())
         if moved is None:
             raise ValueError("params: expected parameters that the policy's output depends on")
-        # Returned from the dual level, so that the backward does not carry tangents on.
+        # The dual level ends before the backward, so that the backward does not carry tangents on.
         return output, moved.detach().clone()
 
 

@@ -1,7 +1,8 @@
 """A policy on this rank's part of a batch: its output, its head, and means over all ranks' tokens.
 
-The step needs its log-probs and their gradient, the Fisher product its output and how that moves;
-both take means over the tokens that count, of all ranks, which are defined here alone.
+`step.py` needs the policy's log-probs and their gradient, `fisher.py` its output and how the output
+moves with the parameters. Both take means over the tokens that count, of all ranks; such means are
+defined here alone.
 
 Dims: T tokens, H hidden, V vocabulary.
 """
@@ -74,7 +75,7 @@ class PolicyOnBatch:
         return x
 
     def count(self, rows: Tensor) -> Tensor:
-        """Number of tokens that count, of all ranks, at least 1; `rows` has one element a token."""
+        """Number of tokens that count, of all ranks, at least 1. `rows`: one element per token."""
         here = rows.new_full((), rows.numel()) if self.mask is None else self.mask.sum().to(rows)
         return self.summed(here.float()).clamp(min=1)
 
@@ -89,7 +90,7 @@ class PolicyOnBatch:
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Choose the one backend of attention that can be differentiated forward and twice."""
+    """Choose the one backend of attention that has forward-mode and second derivatives."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 

@@ -2,7 +2,8 @@
 
 The surrogate mean(r·A) is differentiated once; conjugate gradients solve (F + λI)x = g for its
 gradient g (`conjugate_gradient.py`), with products that `fisher.py` makes; and the step along x is
-shortened until the policy that it leads to, evaluated on the whole batch, is within the region.
+shortened until the policy that it leads to, evaluated on the whole batch, improves the surrogate
+and is within the trust region.
 
 Dims: B sequences, T tokens, H hidden, V vocabulary, D parameters.
 """
@@ -78,25 +79,26 @@ def trpo_step(
 ) -> TrustRegionInfo:
     """Take one TRPO step: along the natural gradient, as far as an exact KL allows.
 
-    It solves (F + λI)x = g for the gradient g of mean(r·A), goes √(2·max_kl / xᵀ(F + λI)x)·x, and
-    halts on the way back where the surrogate improves and the exact mean KL(old‖new), over the
-    whole vocabulary, is at most max_kl.
+    It solves (F + λI)x = g for the gradient g of mean(r·A), moves the parameters by
+    √(2·max_kl / xᵀ(F + λI)x)·x, and shortens that step until the surrogate improves and the exact
+    mean KL(old‖new), over the whole vocabulary, is at most max_kl.
 
     Args:
         policy, params, temperature, head, mode, group: as `fisher_vector_product`.
         targets: (...) integer, the tokens that were sampled, aligned with what the policy returns.
         advantages: the shape of targets, or (B,) for targets (B, T).
         mask: (...) bool or 0/1, the tokens that count; the others can hold anything.
-        old_logprobs: (...) log-probs of when the tokens were sampled, in nats; None: the policy as
-            it is now, which it must be in any case for the step to be TRPO's.
+        old_logprobs: (...) log-probs of when the tokens were sampled, in nats; None: those of the
+            policy as it is now. For the step to be TRPO's, the tokens must in any case be sampled
+            from the policy as it is now.
         max_kl: δ, in nats per token.
         damping: λ, which keeps directions that the batch says little about in check.
         cg_iterations: products with F.
         backtrack_ratio, max_backtracks: by how much a step that fails is shortened, and how often.
 
     Returns:
-        TrustRegionInfo. Parameters are changed in place if a step is accepted, and otherwise the
-        same bits as before.
+        TrustRegionInfo. Parameters are changed in place if a step is accepted, and otherwise keep
+        the same bits as before.
 
     Cost: one forward and backward for g, cg_iterations products with F, and one forward for each
     step tried. Memory, with a head: the hidden states of the old policy and a few vectors of D
@@ -144,7 +146,7 @@ def trpo_step(
             if accepted:
                 improvement = surrogate - before.surrogate
                 return TrustRegionInfo(True, improvement, kl, residual, step, i)
-    finally:  # an error on the way included
+    finally:  # after an error on the way too
         if not accepted:
             parameters.restore(saved)
     zero = torch.zeros_like(before.surrogate)
@@ -152,7 +154,7 @@ def trpo_step(
 
 
 class _Batch(NamedTuple):
-    """The tokens, as if there were nothing outside of the mask."""
+    """The tokens of a batch, cleared of whatever was outside of the mask."""
 
     targets: Tensor  # MASKED_OUT where the mask is 0
     advantages: Tensor
@@ -184,8 +186,8 @@ def _differentiated(on_batch: PolicyOnBatch, batch: _Batch) -> tuple[_Before, Te
 
 
 def _kept(output: Tensor, parameters: Parameters) -> Tensor:
-    """What the policy returned, for when its parameters have moved: a copy, where it lies in the
-    memory of one of them.
+    """What the policy returned, so that it stays as it is when the parameters move: a copy, where
+    it lies in the memory of one of them.
     """
     output = output.detach()
     memory = output.untyped_storage().data_ptr()
