@@ -68,7 +68,7 @@ def best_of_n(scores: Sequence[Sequence[float]], n: int) -> Estimate:
 def kl_of_best_of_n(n: int) -> float:
     """Bound the KL from best of n to the sampled model: ln n - (n - 1)/n nats a text.
 
-    The bound equals the KL if no two texts have the same score. Here the same text can be drawn
-    twice, so the KL is less than the bound (arXiv:2401.01879).
+    The bound equals the KL if scores are continuous, so that no two texts have the same score. Here
+    the same text can be drawn twice, so the KL is less than the bound (arXiv:2401.01879).
     """
     return math.log(n) - (n - 1) / n

@@ -1,6 +1,6 @@
 """Sample completions from a policy, with all tensors that a step of training needs.
 
-The step may be one of PPO, GRPO, TRPO or distillation:
+The step may be one of PPO, GRPO, TRPO or distillation. For example:
 
     from fastrlhf.recipes.rollout import rollout
 
