@@ -1,4 +1,4 @@
-"""A step of loops in plain PyTorch, as they are and within `fastrlhf.lazy_logits`.
+"""Time a step of loops in plain PyTorch, unchanged and within `fastrlhf.lazy_logits`.
 
     python benchmarks/bench_lazy_logits.py [--loops NAME ...] [--rounds N] [--output DIR]
 

@@ -214,7 +214,7 @@ def _hold(
             turn = _turn(provider, batch, kind)
             outcomes[name] = {"peak_mib": _warm_up(turn, device)}
             turns[name] = turn
-        except Exception as error:  # whatever a provider raises is its outcome
+        except Exception as error:  # any exception becomes the provider's result
             outcomes[name] = {"status": reason(error)}
         batch.restore(logits=kind == BOTH and provider.spends_logits)
         _release(device)

@@ -76,7 +76,7 @@ def take_turns(
             try:
                 with turns[name].around():
                     times[name].append(stopwatch.seconds(turns[name].work))
-            except Exception as error:  # whatever a provider raises is its outcome
+            except Exception as error:  # any exception becomes the provider's result
                 # The traceback is dropped, because its frames hold tensors.
                 errors[name] = error.with_traceback(None)
                 del times[name]

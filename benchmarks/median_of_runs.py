@@ -1,4 +1,4 @@
-"""Make one result of the same benchmarks run in several processes.
+"""Combine the results of benchmarks that ran in several processes into one result.
 
     python benchmarks/median_of_runs.py RUN.json RUN.json RUN.json --output RESULTS.json
 

@@ -297,7 +297,7 @@ def _fused_policy_packed(step: Step) -> Tensor:
     )[0]  # fmt: skip
 
 
-# TRL's fused head.
+# Providers through TRL's fused head.
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def _load_liger() -> Function:
     return logprobs
 
 
-# Liger's cross-entropy computes its gradient in the forward, in the memory of the logits.
+# Liger's cross-entropy writes its gradient into the logits in its forward, so it spends them.
 FUSED_LOGPROBS = {
     "fastrlhf": Provider(lambda: _fused),
     "fastrlhf, in place": Provider(lambda: _fused_inplace, spends_logits=True, backward_only=True),

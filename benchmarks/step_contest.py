@@ -132,7 +132,7 @@ def hold(
                 outcomes[name] = {"peak_mib": peak / 2**20, "worst_error_ratio": worst}
                 outcomes[name] |= further(work)
             turns[name] = Turn(functools.partial(timed, work, name), step.forget, entrant.around)
-        except Exception as error:  # whatever an entrant raises is its outcome
+        except Exception as error:  # any exception becomes the entrant's result
             outcomes[name] = {"status": reason(error)}
         found = None
         step.forget()

@@ -157,7 +157,7 @@ class Kind(NamedTuple):
     plain: Callable[[TrainerStep], Tensor]  # the formula that the check evaluates in fp64
     inputs: Callable[[Step], Inputs]
     example: dict[str, str]  # a row of the data set, which it demands at its creation
-    options: dict[str, Any]  # of its config
+    options: dict[str, Any]  # options of its config
 
 
 KINDS = {

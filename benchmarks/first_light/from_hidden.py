@@ -231,8 +231,8 @@ def check_small_gradients(report: Reporter, machine: Machine) -> None:
     for name in ("linear_loss", "linear_token_logprobs"):
         operation = OPERATIONS[name]
         for size in _SMALL:
-            # linear_loss is a mean here. This is undone, so that each token's gradient has the
-            # size.
+            # linear_loss is a mean here. Its division is undone, so that the gradient of each token
+            # is of the order of `size`.
             factor = size * float(case.tokens.live.sum()) if name == "linear_loss" else size
             wanted = ("hidden", "weight")
             _, exact = _scaled(operation.plain, case.double(), factor)

@@ -169,7 +169,7 @@ def _divergence(direction: str, transformed: bool = False) -> Operation:
         sides = (plain.log_softmax(x[name], *options) for name in ("logits", "other_logits"))
         return {"divergence": plain.divergence(*sides, direction, _SHARE)}
 
-    # Plain PyTorch has no gradient of a mixture of two zeros.
+    # Plain PyTorch has no gradient of a mixture of two probabilities that are both 0.
     return Operation(ours, formula, None, transformed, pair=True, shared_zeros=direction != "jsd")
 
 

@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 class Cuda:
-    """A GPU."""
+    """The calls of first light to CUDA, on a GPU."""
 
     device = torch.device("cuda")
     jobs = 8  # processes that share the GPU while nothing is timed
@@ -131,7 +131,7 @@ class Cuda:
 
 
 class Interpreted:
-    """A CPU, under Triton's interpreter."""
+    """The same calls on a CPU, where Triton's interpreter runs the kernels."""
 
     device = torch.device("cpu")
     jobs = 2

@@ -1,4 +1,4 @@
-"""The sections of first light in their order, within its seconds.
+"""Run the sections of first light in their order, within its limit of seconds.
 
 First the rates of the card are measured, to which all timings are compared. Then the checks run in
 parallel, together with the compilation of the kernels that will be timed. Then the timings run one

@@ -66,7 +66,7 @@ class Reporter:
         """Do some work. If it fails, a note is reported and the section goes on."""
         try:
             work()
-        except Exception as error:  # whatever a timing or a peer raises is its outcome
+        except Exception as error:  # any exception is reported as a note
             self.note(name, _describe(error))
 
     def demand(self, name: str, work: Callable[[], Found]) -> Found | None:
