@@ -49,7 +49,7 @@ _OPERATIONS = ("token_stats", "logits_policy_loss", "linear_dpo_loss", "linear_p
 
 
 def make_importable(folder: str) -> None:
-    """Make the package importable here and in the tests, without the rest of the repository."""
+    """Make the package importable, also in the tests, without the repository's root on the path."""
     Path(folder, "fastrlhf").symlink_to(ROOT / "fastrlhf")
     sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))

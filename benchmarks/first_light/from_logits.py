@@ -280,7 +280,7 @@ def check_hostile_values(report: Reporter, machine: Machine) -> None:
     ratio = found.double() / exact
     one = torch.ones_like(ratio)
     # The logarithm of the log-prob is up to 16 and is accurate to a few roundings. So the relative
-    # error of the log-prob itself may be 16 times as many.
+    # error of the log-prob itself may be 16 times as large.
     verdict = judge_values(ratio, one, one, 16 * machine.slack(torch.float32))
     report.check("log-probs where p is nearly 1", verdict)
     other = logits.clone()
