@@ -1,7 +1,8 @@
 """The exact KL from a policy to a reference, both given by logits; the policy is trained.
 
-A read of both and a write of the gradient are the least, since the mean over tokens is known
-beforehand; this library, whose values may get any gradient, reads both again backward.
+The least work is one read of both logits and one write of the gradient, because the mean over
+tokens is known beforehand. This library allows any gradient of its values, so its backward reads
+both logits again.
 """
 
 from batch import IGNORED

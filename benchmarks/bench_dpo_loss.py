@@ -1,4 +1,4 @@
-"""DPO from logits: a token's gradient depends on its pair, so the logits are read twice."""
+"""DPO from logits: the logits are read twice, because gradients depend on the whole pair."""
 
 import losses
 from contest import BOTH, FORWARD, Operation

@@ -8,7 +8,7 @@ import fastrlhf
 
 
 def _eager(batch):
-    """The loop that trainers write, backwards over the tokens that count."""
+    """Compute GAE with the loop that trainers write, backwards over the tokens that count."""
     rewards, values, mask = batch.upstream * batch.mask, batch.logprobs * batch.mask, batch.mask
     following = advantage = torch.zeros_like(values[:, 0])
     result = []

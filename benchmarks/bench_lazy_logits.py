@@ -1,11 +1,11 @@
-"""A step of loops in plain PyTorch, as they are and within `fastrlhf.lazy_logits`.
+"""Time a step of loops in plain PyTorch, unchanged and within `fastrlhf.lazy_logits`.
 
     python benchmarks/bench_lazy_logits.py [--loops NAME ...] [--rounds N] [--output DIR]
 
-A Llama of two layers whose head and vocabulary are those of SmolLM2-135M: with all parameters
-trained (the head is tied to the embeddings), in fp32 and in bf16, and with LoRA on attention, in
-fp32. What the loops are, `lazy_loops.py` says, and `step_contest.py` how they are checked and
-timed. With --output it writes lazy-logits.json and lazy-logits.md; `--tiny` is a tiny model.
+The model is a Llama of two layers with the head and vocabulary of SmolLM2-135M. It is trained in
+three ways: all parameters (the head is tied to the embeddings) in fp32 and in bf16, and LoRA on
+attention in fp32. `lazy_loops.py` defines the loops, and `step_contest.py` checks and times them.
+With --output, lazy-logits.json and lazy-logits.md are written; `--tiny` takes a tiny model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SIZES = {
 
 
 def models(arguments: argparse.Namespace, device: torch.device) -> Iterator[nn.Module]:
-    """Trained in two ways, and in two dtypes."""
+    """Yield the models: trained in two ways, and in two dtypes."""
     sizes = TINY if arguments.tiny else _SIZES
     for dtype, trained in (
         (torch.float32, True), (torch.float32, False), (torch.bfloat16, True)
@@ -46,7 +46,7 @@ def models(arguments: argparse.Namespace, device: torch.device) -> Iterator[nn.M
 
 
 def contest(name: str, step: TrainerStep, device: torch.device, rounds: int) -> list[Record]:
-    """Check, count the memory of, and time a loop as it is and with lazy logits."""
+    """Check a loop with and without lazy logits, and measure its memory and time."""
     loop = LOOPS[name]
     step = loop.step(step)
 
@@ -67,7 +67,7 @@ def _lazy(step: TrainerStep) -> Iterator[None]:
 
 
 def _reported(work: Work) -> Record:
-    """What a step did with lazy logits; what is not logged once more."""
+    """Return which uses of lazy logits a step fused, and for which it built the logits."""
     fastrlhf.lazy_report(clear=True)
     work()
     found = fastrlhf.lazy_report(clear=True)
@@ -78,7 +78,7 @@ def _reported(work: Work) -> Record:
 
 
 def tables(machine: dict[str, Any], records: list[Record]) -> str:
-    """What was measured, a row a loop."""
+    """Make the table of the measurements, one row for each loop."""
     rows = []
     for key, group in groupby(records, key=lambda r: [r[x] for x in ("loss", "trained", "dtype")]):
         members = {record["provider"]: record for record in group}
@@ -124,7 +124,7 @@ def _of_model(
 
 
 def main() -> int:
-    """Measure what the arguments ask for, and print the table."""
+    """Run the command: measure the chosen loops and print the table."""
     return step_contest.run_command(
         Command(
             __doc__.splitlines()[0], "lazy-logits", "--loops", list(LOOPS), list(LOOPS), _of_model,

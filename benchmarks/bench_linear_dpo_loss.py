@@ -1,4 +1,4 @@
-"""DPO from hidden states: whole pairs at a time, or through token log-probs."""
+"""DPO from hidden states, either in chunks of whole pairs or through token log-probs."""
 
 import losses
 import torch
@@ -27,7 +27,8 @@ def _load_liger():
     loss = LigerFusedLinearDPOLoss(
         IGNORED, losses.BETA, compute_nll_loss=False, use_ref_model=False, average_log_prob=False
     )
-    # It marks its inputs as dynamic for the compiler, which is not to be seen by the others.
+    # The loss marks its inputs as dynamic for the compiler. It gets views, so that the tensors of
+    # the batch keep no mark when the other providers use them.
     return lambda batch: loss(
         batch.weight, batch.hidden.view_as(batch.hidden), batch.targets.view_as(batch.targets)
     )[0]

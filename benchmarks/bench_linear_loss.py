@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states through `linear_loss`: what most peers are made for."""
+"""Cross-entropy from hidden states through `linear_loss`; most peers are made for this loss."""
 
 import losses
 from batch import IGNORED
@@ -48,7 +48,7 @@ OPERATION = Operation(
         "fastrlhf": Provider(lambda: _fused),
         **plain(_eager),
         **composed(PEER_LINEAR_LOGPROBS, losses.nll),
-        # These have a sum or a mean of their own, which saves them work:
+        # These providers compute the sum or mean themselves, which saves them work:
         "F.linear_cross_entropy": Provider(load_linear_cross_entropy(linear_cross_entropy)),
         "cut-cross-entropy": Provider(_load_cut_cross_entropy, gpu_only=True, compiles=True),
         "Liger fused linear cross-entropy": Provider(_load_liger, gpu_only=True),

@@ -1,4 +1,4 @@
-"""GRPO's clipped loss from hidden states: a token at a time, or through token log-probs."""
+"""GRPO's clipped loss from hidden states, either in chunks of tokens or through log-probs."""
 
 import losses
 from contest import Operation
@@ -23,7 +23,7 @@ def _load_liger():
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
 
     def of_completions(batch):
-        # It projects whatever it is given, so it gets the completions alone, as in TRL.
+        # The loss projects all hidden states it is given, so it gets only completions, as in TRL.
         kept = (slice(None), slice(batch.shape.prompt_tokens, None))
         return loss(
             batch.hidden[kept], batch.weight, batch.targets[kept], batch.mask[kept].long(),

@@ -1,7 +1,7 @@
-"""Token log-probs from hidden states, for any gradient of theirs.
+"""Token log-probs from hidden states, when their gradient may be anything.
 
-With a trained head, three matmuls are the least if all logits are kept; this library makes them
-again instead, which is a fourth.
+With a trained head, three matmuls are the least if all logits are kept between forward and
+backward. This library does not keep the logits but computes them again, which is a fourth matmul.
 """
 
 from contest import Operation

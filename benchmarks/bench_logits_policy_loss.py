@@ -1,4 +1,7 @@
-"""PPO's clipped loss from logits: the gradient comes with it, so a read and a write are enough."""
+"""PPO's clipped loss from logits.
+
+The gradient is computed together with the loss, so one read and one write of the logits are enough.
+"""
 
 import losses
 from contest import BOTH, FORWARD, Operation
@@ -18,7 +21,7 @@ def _fused(batch, logits=None, **options):
 
 
 def _fused_inplace(batch):
-    # Through a view, so that a leaf stands for the output of a head.
+    # A view of the leaf is passed, since the output of a head is not a leaf either.
     return _fused(batch, batch.logits.view_as(batch.logits), inplace_backward=True)
 
 

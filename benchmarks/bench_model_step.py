@@ -2,10 +2,11 @@
 
     python benchmarks/bench_model_step.py [--losses SFT DPO GRPO] [--rounds N] [--output DIR]
 
-Forward, loss and backward, with all parameters trained (the head is tied to the embeddings) and
-with LoRA on attention. The optimizer's step, the same for all, is left out. What the batch is and
-who takes part, `model_step.py` says, and `step_contest.py` how they are checked and timed. With
---output it writes model-step.json and model-step.md; `--tiny` is a tiny random model.
+A step is forward, loss and backward, once with all parameters trained (the head is tied to the
+embeddings) and once with LoRA on attention. The optimizer's step is left out, since it is the same
+for all. `model_step.py` defines the batch and the providers, and `step_contest.py` checks and times
+them. With --output, model-step.json and model-step.md are written; `--tiny` takes a tiny random
+model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import nn
 def contest(
     loss: str, step: Step, device: torch.device, rounds: int, *, compiling: bool = True
 ) -> list[Record]:
-    """Check, count the memory of, and time the providers of a loss: a record each."""
+    """Check the providers of a loss and measure memory and time; return one record for each."""
     plain, providers = LOSSES[loss]
 
     def load(provider: Provider) -> Work:
@@ -47,7 +48,7 @@ def contest(
 
 
 def tables(machine: dict[str, Any], records: list[Record]) -> str:
-    """What was measured, a row a provider."""
+    """Make the table of the measurements, one row for each provider."""
     rows = []
     for (loss, trained), group in groupby(records, key=lambda r: (r["loss"], r["trained"])):
         members = list(group)
@@ -85,7 +86,7 @@ def _of_model(
 
 
 def main() -> int:
-    """Measure what the arguments ask for, and print the table."""
+    """Run the command: measure the chosen losses and print the table."""
     return step_contest.run_command(
         Command(
             __doc__.splitlines()[0], "model-step", "--losses", list(LOSSES), ["SFT", "DPO"],

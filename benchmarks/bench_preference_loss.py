@@ -1,4 +1,4 @@
-"""DPO from token log-probs: the part after the vocabulary, bound by launches."""
+"""DPO from token log-probs: no vocabulary is involved, so launches of kernels are the cost."""
 
 import losses
 from contest import BOTH, FORWARD, Operation

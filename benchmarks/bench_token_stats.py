@@ -1,4 +1,7 @@
-"""Token log-probs from logits, for any gradient: a read forward, a read and a write backward."""
+"""Token log-probs from logits, when their gradient may be anything.
+
+The forward reads the logits once; the backward reads them once and writes their gradient.
+"""
 
 from contest import BOTH, FORWARD, Operation
 from providers import FUSED_LOGPROBS, PEER_LOGPROBS, eager_logprobs, plain

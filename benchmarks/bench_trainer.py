@@ -2,9 +2,10 @@
 
     python benchmarks/bench_trainer.py [--trainers SFT DPO GRPO] [--rounds N] [--output DIR]
 
-With all parameters trained (the head is tied to the embeddings) and with LoRA on attention. What is
-timed and who takes part, `trainer_step.py` says, and `step_contest.py` how they are checked and
-timed. With --output it writes trainer.json and trainer.md; `--tiny` is a tiny random model.
+The model is trained once with all parameters (the head is tied to the embeddings) and once with
+LoRA on attention. `trainer_step.py` defines the step and the contestants, and `step_contest.py`
+checks and times them. With --output, trainer.json and trainer.md are written; `--tiny` takes a tiny
+random model.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _COMPARED = ("TRL", "TRL, prompts skipped", "patched")
 def contest(
     name: str, model: nn.Module, sequences: int, tokens: int, device: torch.device, rounds: int
 ) -> list[Record]:
-    """Check, count memory and matmuls of, and time the contestants of a trainer: a record each."""
+    """Check a trainer's contestants and measure memory, matmuls and time; one record for each."""
     step = make_trainer_step(make_step(model, sequences, tokens))
     if name == "GRPO":
         step = with_prompts_on_the_left(step)
@@ -64,7 +65,7 @@ def contest(
 
 
 def operations(work: Callable[[], object], step: TrainerStep) -> int:
-    """Of the matmuls of some work, whose gradients are dropped."""
+    """Count the operations of the matmuls of some work, and drop its gradients."""
     with MatmulAudit() as audit:
         work()
     step.forget()
@@ -72,7 +73,7 @@ def operations(work: Callable[[], object], step: TrainerStep) -> int:
 
 
 def tables(machine: dict[str, Any], records: list[Record]) -> str:
-    """What was measured, a row a contestant."""
+    """Make the table of the measurements, one row for each contestant."""
     compared = [x for x in _COMPARED if any(record["provider"] == x for record in records)]
     rows = []
     for (name, trained), group in groupby(records, key=lambda r: (r["loss"], r["trained"])):
@@ -117,7 +118,7 @@ def _of_model(
 
 
 def main() -> int:
-    """Measure what the arguments ask for, and print the table."""
+    """Run the command: measure the chosen trainers and print the table."""
     return step_contest.run_command(
         Command(
             __doc__.splitlines()[0], "trainer", "--trainers", list(KINDS), list(KINDS), _of_model,

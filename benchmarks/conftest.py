@@ -1,8 +1,9 @@
-"""From contests of providers to pytest-benchmark: a test for each provider, batch and direction.
+"""Report contests of providers through pytest-benchmark.
 
-Providers must take turns to be compared, while pytest-benchmark finishes one test before the next.
-So the first test of a contest runs all of it, and each test then replays its provider's times on a
-clock of its own. Selecting tests (`-k`) selects who takes part.
+There is a test for each provider, batch and direction. To be comparable, providers must take turns,
+but pytest-benchmark finishes one test before it starts the next. So the first test of a contest
+runs the whole contest, and each test then replays the measured times of its provider on a clock
+made for this. Selecting tests (`-k`) selects the providers that take part.
 """
 
 import environment
@@ -15,7 +16,8 @@ import fastrlhf
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
-    # As for batches of a training step; the small ones of the checks shall check the same.
+    # Batches of a training step take this backend; the small batches of the checks must take it
+    # too.
     fastrlhf.set_backend("compiled")
 _CONTESTS = pytest.StashKey[dict]()
 _NOT_TIMED = pytest.StashKey[list]()
@@ -23,7 +25,7 @@ _elapsed = 0.0
 
 
 def replayed() -> float:
-    """The time on the clock that moves by what was measured."""
+    """Read the replay clock, which advances only by measured times."""
     return _elapsed
 
 
@@ -47,7 +49,7 @@ def pytest_configure(config) -> None:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """Give a test of a benchmark file every batch, direction and provider of its operation."""
+    """Parametrize a test with all batches, directions and providers of its operation."""
     if "outcome" not in metafunc.fixturenames:
         return
     operation = metafunc.module.OPERATION
@@ -73,7 +75,7 @@ def _title(operation, shape, kind) -> str:
 
 @pytest.fixture
 def outcome(request, benchmark, shape, kind, provider):
-    """Report what this provider achieved in its contest."""
+    """Return a function that reports the result of this provider in its contest."""
 
     def report() -> None:
         operation = request.module.OPERATION
@@ -114,7 +116,7 @@ def pytest_benchmark_generate_machine_info() -> dict:
 
 
 def pytest_benchmark_update_json(config, output_json) -> None:
-    """Keep who could not be timed, and why, beside those who were; and nothing twice."""
+    """Add the providers that could not be timed, with the reason, and remove what is doubled."""
     output_json["not_timed"] = config.stash[_NOT_TIMED]
     for benchmark in output_json["benchmarks"]:
         benchmark["params"] = None  # they are in the name and in extra_info
@@ -122,7 +124,7 @@ def pytest_benchmark_update_json(config, output_json) -> None:
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    """Print the peak memory of each benchmark, which the table of times has no column for."""
+    """Print the peak memory of each benchmark; the table of times has no column for it."""
     session = getattr(config, "_benchmarksession", None)
     measured = [b for b in session.benchmarks if "peak_mib" in b.extra_info] if session else []
     if measured:

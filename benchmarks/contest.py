@@ -1,8 +1,8 @@
-"""An operation, the check that each provider must pass, and the contest of those that do.
+"""An operation, the check that each of its providers must pass, and the contest of those that do.
 
-What each is asked is the same: the same batch, dtype and gradients. "forward" is without
-gradients, as a reference model runs it; "forward + backward" makes the gradient of every leaf.
-The outcome is one record a provider, whether it was timed or could not be.
+All providers get the same batch in the same dtype, and compute the same gradients. The kind
+"forward" is without gradients, as a reference model runs; "forward + backward" also computes the
+gradient of every leaf. The outcome is one record for each provider, whether it was timed or not.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from fastrlhf.recipes.memory import peak_memory
 
 FORWARD, BOTH = "forward", "forward + backward"
 
-# Relative errors that right sums and gradients stay below: of sums in fp32, and of logits rounded
-# to bf16. A number for each token is known better; what few entries add up to, worse.
+# Correct sums and gradients have smaller relative errors than this: in fp32 because of the order of
+# sums, in bf16 because logits are rounded. The tolerance is multiplied by _PER_TOKEN for a result
+# with one number for each token, which is more exact, and by _TAIL for a part of a gradient that
+# few entries add up to, which is less exact.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _PER_TOKEN, _TAIL = 0.2, 3.0
 
@@ -35,7 +37,7 @@ Record = dict[str, Any]
 
 
 class Wrong(Exception):
-    """A provider's result is not what the operation means."""
+    """A provider's result differs from the operation's definition."""
 
 
 class Unavailable(Exception):
@@ -44,27 +46,31 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Operation:
-    """What the providers of one benchmark file compute, and the least that takes."""
+    """What the providers of one benchmark file compute, and the least work that it takes."""
 
     name: str
     source: Source
     providers: Mapping[str, Provider]
     exact: Function  # plain PyTorch, which the check evaluates in fp64
-    # From logits and log-probs: how often the rows that count, and all rows, cross the memory.
+    # For operations from logits or log-probs: how often the rows that count cross the memory, and
+    # how often all rows do, by kind.
     passes: Mapping[str, tuple[int, int]] | None = None
-    # From hidden states, of the rows that count: forward, and with backward of a frozen and of a
-    # trained head.
+    # For operations from hidden states: how many matmuls of the rows that count are needed in the
+    # forward, in forward and backward with a frozen head, and in both with a trained head.
     matmuls: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def from_hidden(self) -> bool:
-        """Whether matmuls, not bytes, are what it costs."""
+        """Whether the cost of the operation is in matmuls, and not in bytes."""
         return self.passes is None
 
     def limit(
         self, shape: Shape, kind: str, device: torch.device, plan: Provider | None = None
     ) -> float:
-        """Seconds that this device needs for the operation's least, or for what a plan must do."""
+        """Return the seconds that this device needs for the least work of the operation.
+
+        With a provider as `plan`, return those for the work that the provider's own plan requires.
+        """
         if self.passes is None:
             matmuls = self.matmuls[0 if kind == FORWARD else 1 + shape.trained]
             if kind == BOTH and shape.trained and plan and plan.matmuls:
@@ -84,7 +90,7 @@ class Operation:
         return self.passes is None or BOTH in self.passes
 
     def kinds(self, shape: Shape) -> tuple[str, ...]:
-        """What is timed of it: forward alone once, since it does not depend on who is trained."""
+        """Kinds to time. Forward alone is timed once: it does not depend on a trained head."""
         if not self.differentiable:
             return (FORWARD,)
         return (BOTH,) if shape.trained else (FORWARD, BOTH)
@@ -95,7 +101,7 @@ class Operation:
 
 
 def run(function: Function, batch: Batch, kind: str) -> Tensor:
-    """Compute, and with backward leave the gradients in the leaves."""
+    """Compute the function; with backward, the gradients are left in the leaves."""
     if kind == FORWARD:
         with torch.no_grad():
             return function(batch)
@@ -113,7 +119,7 @@ def passes_check(
     kind: str,
     device: torch.device,
 ) -> bool:
-    """Check a provider on a batch, for the same arguments once."""
+    """Check a provider on a batch. The result is cached, so that each check runs once."""
     batch = make_batch(source, shape, device, gradients=kind == BOTH)
     check(exact, provider.load(), batch, kind, spends_logits=provider.spends_logits)
     return True
@@ -124,8 +130,9 @@ def check(
 ) -> None:
     """Raise `Wrong` unless result and gradients are those of the plain formula in fp64.
 
-    What is compared apart would be hidden by the rest: in a gradient of logits the targets'
-    entries and the others, and of gradients along the vocabulary what lies beyond a kernel's tile.
+    Some parts are compared separately, because larger parts would hide their errors: in a gradient
+    of logits, the targets' entries and the other entries; in gradients along the vocabulary, the
+    entries beyond a kernel's first tile.
     """
     reference = batch.exact()
     expected = run(exact, reference, kind).detach()
@@ -144,7 +151,7 @@ def check(
             tail = (x[..., TILE:] if name == "logits" else x[TILE:] for x in gradients)
             parts[f"gradient of {name} beyond {TILE} tokens"] = (*tail, _TAIL)
     for part, (found, expected, slack) in parts.items():
-        # Not "greater": NaN must not pass.
+        # Written with "not <=", because ">" would let NaN pass.
         if not (error := _relative_error(found, expected)) <= slack * TOLERANCE[batch.shape.dtype]:
             raise Wrong(f"{part} off by {error:.1e}")
     for name, value in batch.tensors().items():
@@ -154,7 +161,7 @@ def check(
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """Relative error; of a single number near 0, relative to a tenth."""
+    """Compute a relative error. The error of a single number near 0 is relative to 0.1."""
     floor = 0.1 if expected.ndim == 0 else torch.finfo(torch.float64).tiny
     return float((found.double() - expected).norm() / expected.norm().clamp(min=floor))
 
@@ -168,15 +175,15 @@ def contest(
     seconds: float = 2.0,
     rounds: tuple[int, int] = (5, 20),
 ) -> list[Record]:
-    """Check, warm up and time providers, which take turns for about so many seconds.
+    """Check, warm up and time providers, which take turns for about `seconds`.
 
     Returns:
-        A record a provider: what was run, and times in ms with the peak of memory in MiB beyond the
-        batch, or in "status" why there are none.
+        A record for each provider: what was run, its times in ms and its peak memory in MiB beyond
+        the batch. If it has no times, "status" says why.
     """
     names = operation.entrants(kind) if names is None else list(names)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peers and the compiler say
+        warnings.simplefilter("ignore")  # of peers and of the compiler
         outcomes = _hold(operation, shape, kind, device, names, seconds, rounds)
     return [_described(operation, shape, kind, device, name) | outcomes[name] for name in names]
 
@@ -198,7 +205,8 @@ def _hold(
         try:
             if provider.gpu_only and device.type != "cuda":
                 raise Unavailable("needs a GPU")
-            # Of a single number little can be seen: its gradient says more, of forward alone too.
+            # A single number shows few errors and its gradient shows more, so the gradient is
+            # checked even if only the forward is timed.
             for checked in {kind, BOTH} if operation.differentiable else {kind}:
                 passes_check(
                     provider, operation.exact, operation.source, shape.small(), checked, device
@@ -206,7 +214,7 @@ def _hold(
             turn = _turn(provider, batch, kind)
             outcomes[name] = {"peak_mib": _warm_up(turn, device)}
             turns[name] = turn
-        except Exception as error:  # whatever a provider raises is its outcome
+        except Exception as error:  # any exception becomes the provider's result
             outcomes[name] = {"status": reason(error)}
         batch.restore(logits=kind == BOTH and provider.spends_logits)
         _release(device)
@@ -229,20 +237,20 @@ def failed(
     names: Iterable[str],
     error: Exception,
 ) -> list[Record]:
-    """Records of a contest that could not be held."""
+    """Return the records of a contest that could not be held."""
     outcome = {"status": reason(error)}
     return [_described(operation, shape, kind, device, name) | outcome for name in names]
 
 
 def _turn(provider: Provider, batch: Batch, kind: str) -> Turn:
-    # Loaded anew: what a compiler made for the small batch is not asked to fit this one.
+    # The provider is loaded again, so that code compiled for the small batch is not used here.
     work = functools.partial(run, provider.load(), batch, kind)
     spent = kind == BOTH and provider.spends_logits
     return Turn(work, functools.partial(batch.restore, logits=spent))
 
 
 def _warm_up(turn: Turn, device: torch.device) -> float:
-    """Run twice, the second time with the memory counted; return the peak in MiB."""
+    """Run the work twice, and return the peak memory of the second run in MiB."""
     turn.work()
     turn.after()
     _, peak = peak_memory(turn.work, device)
@@ -256,7 +264,7 @@ def _release(device: torch.device) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Say in a line why there is no time."""
+    """Describe in one line why a provider has no time."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = (str(error).strip().splitlines() or [""])[0]

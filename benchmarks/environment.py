@@ -1,4 +1,4 @@
-"""What the figures of a run were measured with."""
+"""Describe the software and hardware with which figures were measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross
 
 
 def describe(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
-    """Versions, the device, and its measured rates: bytes copied and matmuls of the dtypes."""
+    """Return versions, the device, and its measured rates of copies and matmuls in the dtypes."""
     gpu = device.type == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -41,8 +41,9 @@ def describe(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
 
 
 def publish(figures: dict[str, Any]) -> None:
-    """Write figures of the CPU, and what they were measured with, to standard output as JSON, and
-    to the file that the command line names.
+    """Write figures of the CPU as JSON, with the environment in which they were measured.
+
+    They go to standard output, and to the file that the command line names.
     """
     record = {"environment": describe(torch.device("cpu"), [torch.float32]), **figures}
     text = json.dumps(record, indent=1) + "\n"

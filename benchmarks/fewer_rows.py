@@ -1,11 +1,14 @@
-"""A policy loss where not every token meets every word: kept ids, tokens without a gradient, hidden
-states that predict several tokens; each of them, and all together.
+"""Time a policy loss that does not need the logits of every token for every word.
 
-Usage: python benchmarks/fewer_rows.py [FILE]. Medians of the seconds of forward and backward, which
-take turns, and peak memory, go to standard output as JSON, and to FILE.
+There are three reasons for this, which are measured one by one and all together: tokens that keep
+only some ids of the vocabulary, tokens without a gradient, and hidden states that predict several
+tokens.
 
-How many ids tokens keep is drawn to be as with top-p sampling, from a distribution in which 47% of
-the tokens keep one, the median is 2, the mean 8, and the 99th percentile 82.
+Usage: python benchmarks/fewer_rows.py [FILE]. Median times of forward and backward, of losses that
+take turns, and peak memory go to standard output as JSON, and to FILE.
+
+The number of ids that a token keeps is drawn to resemble top-p sampling, from a distribution in
+which 47% of the tokens keep one id, the median is 2, the mean 8, and the 99th percentile 82.
 """
 
 import statistics
@@ -24,14 +27,14 @@ from fastrlhf.recipes.memory import peak_memory
 
 SEQUENCES, TOKENS, VOCAB, WIDTH = 8, 128, 32_000, 1024
 DTYPE, DEVICE = torch.bfloat16, torch.device("cpu")
-ALONE, LOG_MEDIAN, LOG_SPREAD = 0.47, 1.796, 1.252  # of the ids kept beside the target
+ALONE, LOG_MEDIAN, LOG_SPREAD = 0.47, 1.796, 1.252  # of the number of ids kept beside the target
 SECONDS, ROUNDS = 30.0, (5, 11)
 
 Run = Callable[[], Any]
 
 
 def support_of(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids that tokens keep, the target first."""
+    """Draw the ids that each token keeps, the target first."""
     flat = targets.reshape(-1)
     others = (LOG_MEDIAN + LOG_SPREAD * torch.randn(len(flat))).exp().round().long()
     others = torch.where(torch.rand(len(flat)) < ALONE, 0, others.clamp(1, 2000))
@@ -44,7 +47,7 @@ def support_of(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Batch:
-    """Tokens of which a share f has an advantage, and hidden states, of which there are U for N."""
+    """N tokens, a share of which has an advantage, and U hidden states that predict them."""
 
     def __init__(self, live: float, states: float, trained: bool) -> None:
         shape = SEQUENCES, TOKENS
@@ -71,11 +74,11 @@ class Batch:
         )[0]  # fmt: skip
 
     def written_out(self, **options: Any) -> Tensor:
-        """A hidden state for each token."""
+        """Compute the loss with one hidden state for each token, without shared rows."""
         return self.loss(self.hidden[self.rows], **options)
 
     def gathered(self) -> Tensor:
-        """What one writes for kept ids: rows of hidden states and of the weight, side by side."""
+        """Compute the loss of kept ids in plain PyTorch, by gathering rows of states and weight."""
         ids, offsets = self.support
         token = torch.repeat_interleave(offsets.diff())
         hidden = self.hidden[self.rows.reshape(-1)]
@@ -91,7 +94,7 @@ class Batch:
 
 
 def all_rows(loss: Run) -> Run:
-    """The loss with the backward of all rows, whatever their gradient."""
+    """Make the backward of a loss include all rows, even those whose gradient is 0."""
 
     def run() -> Any:
         usual = linear_plans._FEWEST

@@ -1,23 +1,23 @@
-"""Everything that needs a GPU, in one command: is it right and fast there, in minutes or in hours.
+"""Check and time everything that needs a GPU in one command, in minutes or in hours.
 
     python benchmarks/gpu.py --first-light [--seconds 240] [--output DIR]
     python benchmarks/gpu.py [--minutes 8] [--output DIR] [--tests]
 
-The first is for the first minutes on a new card: every operation against fp64, then each kernel
-beside the card's own limits. It writes first-light.json. `--device cpu --tiny` runs every line of
-it interpreted, on a CPU, but for what is CUDA's own.
+The first form is for the first minutes on a new card. It compares every operation with fp64, then
+times each kernel beside the card's own limits, and writes first-light.json. `--device cpu --tiny`
+runs all of it interpreted on a CPU, except for the lines that call CUDA itself.
 
-The second holds the contests with plain PyTorch and the peers. With --tests it spends half of its
-minutes on them, and the rest on the test suite. It writes results.json, results.csv, tables.md and
-the pictures (these need matplotlib; `report.py` makes them later from the JSON as well), and
-tests.txt. The batches come in the order of what they tell: the central one of every operation, what
-compiles first apart from the others, then those that differ from it in one thing, and so on until
-the time is over. `--minutes 180` should have time for all. The suite by itself is
+The second form holds the contests with plain PyTorch and the peers. With --tests it spends half of
+its minutes on them, and the rest on the test suite. It writes results.json, results.csv, tables.md,
+the pictures (these need matplotlib; `report.py` can make them later from the JSON) and tests.txt.
+The most telling batches come first: the central batch of every operation, then batches that differ
+from it in one property, and so on until the time is over. Providers that compile first have
+contests of their own. `--minutes 180` should be enough for all. The suite by itself is
 
     python -m pytest -n 2 --maxschedchunk 1 tests/test_real_sizes.py tests
 
-All need torch, triton and transformers, the tests pytest, and no installation of this package;
-peers take part where they can be imported.
+All of these need torch, triton and transformers, and the tests need pytest. This package need not
+be installed. Peers take part if they can be imported.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-_CONTESTS_SHARE = 0.5  # of the minutes, if the tests are to run as well
+_CONTESTS_SHARE = 0.5  # share of the minutes, if the tests run too
 _REPORT_SECONDS = 20
-_COMPILE_SECONDS = 60  # what must be left for a contest of what compiles first
-# The files of the benchmarks, the most telling first.
+_COMPILE_SECONDS = 60  # a contest of providers that compile needs so many left
+# The files of the benchmarks; the most telling come first.
 _OPERATIONS = ("token_stats", "logits_policy_loss", "linear_dpo_loss", "linear_policy_loss",
                "linear_token_stats", "linear_loss", "divergence", "linear_divergence", "dpo_loss",
                "fisher", "preference_loss", "gae")  # fmt: skip
 
 
 def make_importable(folder: str) -> None:
-    """Let the package be imported without the root of the repository, by the tests too."""
+    """Make the package importable, also in the tests, without the repository's root on the path."""
     Path(folder, "fastrlhf").symlink_to(ROOT / "fastrlhf")
     sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
 
 
 class Contest(NamedTuple):
-    """What is timed together."""
+    """One contest: the providers that are timed together."""
 
     operation: Any
     shape: Any
@@ -66,9 +66,9 @@ class Contest(NamedTuple):
 
 
 def plan(device: torch.device) -> Iterator[Contest]:
-    """The most telling contests first.
+    """Yield the contests, the most telling first.
 
-    What takes long to compile has contests of its own, at the central batches alone.
+    Providers that take long to compile have contests of their own, only at the central batches.
     """
     from contest import BOTH
     from shapes import shapes, stages
@@ -88,7 +88,7 @@ def plan(device: torch.device) -> Iterator[Contest]:
 
 
 def measure(output: Path, device: torch.device, deadline: float) -> None:
-    """Run contests until the time is over; the JSON on the disk is complete after each of them."""
+    """Run contests until the time is over. After each of them a complete JSON file is written."""
     from contest import contest, failed
     from environment import describe
 
@@ -123,7 +123,7 @@ def _write(output: Path, report: dict[str, Any]) -> None:
 
 
 def add_tests(output: Path, seconds: float) -> str:
-    """Run the tests for so long, and add to the JSON how they ended."""
+    """Run the tests for at most `seconds`, and add their outcome to the JSON file."""
     outcome = gpu_tests.run_tests(output, seconds)
     print(f"tests: {outcome}", flush=True)
     if (output / "results.json").exists():
@@ -134,7 +134,7 @@ def add_tests(output: Path, seconds: float) -> str:
 
 
 def main() -> int:
-    """Read the arguments, and run what they ask for."""
+    """Run the command: first light or the contests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<name of the GPU>")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
@@ -153,11 +153,14 @@ def main() -> int:
 
 
 def run_first_light(arguments: argparse.Namespace) -> int:
-    """Check and time everything briefly. Nothing before this may touch the GPU: see sections.py."""
-    # Whoever asks in this process whether there is a GPU is not to touch it either.
+    """Check and time everything briefly.
+
+    Nothing may touch the GPU before this, because sections are forked processes: see sections.py.
+    """
+    # Asking in this process whether there is a GPU must not touch the GPU either.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if arguments.device == "cpu":
-        # Before triton is imported: it decides at the decoration of a kernel.
+        # This must be set before triton is imported, which reads it when it decorates a kernel.
         os.environ["TRITON_INTERPRET"] = "1"
         sys.path.append(str(ROOT / "tests"))
         from support.interpreter import look_up_the_language_once
@@ -171,7 +174,7 @@ def run_first_light(arguments: argparse.Namespace) -> int:
 
 
 def run_contests(arguments: argparse.Namespace) -> int:
-    """Measure and report; run the tests if they are asked for."""
+    """Run the contests, run the tests if asked to, and write the report."""
     start, seconds = time.monotonic(), 60 * arguments.minutes
     if not torch.cuda.is_available():
         print("no GPU here: nothing measured")
@@ -188,7 +191,7 @@ def run_contests(arguments: argparse.Namespace) -> int:
 
 
 def write_report(output: Path) -> None:
-    """Make of the JSON what the machine's packages allow."""
+    """Write the parts of the report for which packages are installed, from the JSON file."""
     results = output / "results.json"
     print(results)
     try:

@@ -11,22 +11,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Beginnings of file names: of those that look at files, at the compiler or at recipes on the CPU,
-# which a GPU changes nothing about; and of those that tell the most.
+# Beginnings of the names of test files. The first are tests of files, of the compiler or of recipes
+# on the CPU, for which a GPU makes no difference. The second are the most telling tests.
 _WITHOUT_GPU = ("compile_lint", "packaging", "imports", "readme", "demo", "trpo_learns",
                 "benchmark", "first_light", "trl_parity")  # fmt: skip
 _TESTS_FIRST = ("real_sizes", "token_stats", "logits_policy_loss", "divergence", "fisher")
-# Each holds kernels, and in the tests past 2^31 elements up to 30 GiB of the GPU's memory.
+# There are few workers, because each holds GPU memory: that of kernels, and up to 30 GiB in the
+# tests past 2^31 elements.
 _WORKERS = 2
 
 
 def run_tests(output: Path, seconds: float) -> str:
-    """Run the suite for so long at most, into a file; return how it ended."""
+    """Run the suite for at most `seconds`, write its output to a file, and return how it ended."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *test_files()]
     if importlib.util.find_spec("xdist"):
-        # A test at a time for each worker, so that the order is that of the files.
+        # Workers get one test at a time, so that tests run in the order of the files.
         command += ["-p", "xdist.plugin", "-n", str(_WORKERS), "--maxschedchunk", "1"]
-    # Other plugins of the machine could warn, and warnings are errors here.
+    # Installed plugins are not loaded: they could warn, and warnings are errors here.
     quiet = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     with (output / "tests.txt").open("w") as log:
         tests = subprocess.Popen(
@@ -44,7 +45,7 @@ def run_tests(output: Path, seconds: float) -> str:
 
 
 def test_files() -> list[str]:
-    """Return the files of the tests that a GPU matters to, the most telling first."""
+    """Return the test files for which a GPU matters, the most telling first."""
     names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     named = sorted(name for name in names if not name.startswith(_WITHOUT_GPU))
     first = [name for start in _TESTS_FIRST for name in named if name.startswith(start)]
@@ -53,7 +54,7 @@ def test_files() -> list[str]:
 
 
 def _stop(tests: subprocess.Popen) -> None:
-    """Let pytest say what failed so far, then end it with all of its workers."""
+    """Let pytest report what failed so far, then end it and all of its workers."""
     tests.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         tests.wait(timeout=15)

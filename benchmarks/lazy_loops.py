@@ -1,6 +1,7 @@
-"""Loops that compute something of a model's logits, as people write them in plain PyTorch.
+"""Training and evaluation loops on a model's logits, as people write them in plain PyTorch.
 
-None of them knows of this library. Each is timed as it is, and within `fastrlhf.lazy_logits`.
+None of them uses this library. `bench_lazy_logits.py` times each unchanged, and within
+`fastrlhf.lazy_logits`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from trainer_step import TrainerStep
 
 TEMPERATURE = 0.9
 ENTROPY_BONUS = 0.01
-_SHARPER = 2.0  # than the student is the teacher
+_SHARPER = 2.0  # factor by which the teacher is more certain than the student
 
 
 @dataclass(frozen=True)
 class Evaluated(TrainerStep):
-    """A step that nothing is learnt in."""
+    """A step of an evaluation, in which nothing is trained."""
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {}
@@ -53,7 +54,7 @@ def _dpo(step: TrainerStep) -> Tensor:
 
 
 def _chosen_and_entropy(step: TrainerStep) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Log-probs at a temperature, and what computes the entropy of each token."""
+    """Return log-probs at a temperature, and a function that computes each token's entropy."""
     logits = logits_of(step)[:, :-1] / TEMPERATURE
     chosen = logits.gather(-1, step.ids[:, 1:, None]).squeeze(-1)
 
@@ -65,7 +66,7 @@ def _chosen_and_entropy(step: TrainerStep) -> tuple[Tensor, Callable[[], Tensor]
 
 
 def _grpo_with_entropy(step: TrainerStep) -> Tensor:
-    """The entropy is a metric."""
+    """Compute a GRPO loss, with the entropy as a metric."""
     logprobs, entropy = _chosen_and_entropy(step)
     with torch.no_grad():
         entropy()
@@ -73,7 +74,7 @@ def _grpo_with_entropy(step: TrainerStep) -> Tensor:
 
 
 def _grpo_with_bonus(step: TrainerStep) -> Tensor:
-    """The entropy is in the loss."""
+    """Compute a GRPO loss with an entropy bonus."""
     logprobs, entropy = _chosen_and_entropy(step)
     return clipped_loss(logprobs, step) - ENTROPY_BONUS * _mean(entropy(), step)
 
@@ -99,14 +100,14 @@ def _evaluation(step: TrainerStep) -> Tensor:
 
 
 def _dpo_with_sigmoid(step: TrainerStep) -> Tensor:
-    """Also a function that is not known, for which the logits are built."""
+    """Compute a DPO loss with a function that lazy logits do not know, so they build the logits."""
     logits = logits_of(step)
     odds = logits[:, :-1].sigmoid().mean(-1).float()
     return dpo_loss(_logprobs(logits, step), step) + _mean(odds, step)
 
 
 def with_teacher(step: Step) -> TrainerStep:
-    """Add a model to learn from, far enough away for the divergence to be known in fp32."""
+    """Add a teacher. It differs enough from the student that fp32 resolves their divergence."""
     teacher = copy.deepcopy(step.base).requires_grad_(False).eval()
     with torch.no_grad():
         teacher.model.norm.weight.mul_(_SHARPER)
@@ -114,13 +115,13 @@ def with_teacher(step: Step) -> TrainerStep:
 
 
 class Loop(NamedTuple):
-    """What computes a loss, or what an evaluation is after, by plain PyTorch."""
+    """A loop in plain PyTorch: a loss, or the result of an evaluation."""
 
     compute: Callable[[Any], Tensor]
     evaluates: bool = False
 
     def step(self, step: TrainerStep) -> TrainerStep:
-        """As the contest has it, which looks for gradients where there should be some."""
+        """Return the step for the contest, which looks for no gradients in an evaluation."""
         return Evaluated(**vars(step)) if self.evaluates else step
 
 

@@ -1,8 +1,9 @@
-"""What a call of a lazy tensor costs beside what it computes: the time of calls on logits so small
-that computing takes next to nothing.
+"""Measure what a call of a lazy tensor costs, apart from the computation itself.
 
-Usage: python benchmarks/lazy_overhead.py [FILE]. Medians in microseconds, of plain logits and of
-lazy ones, which take turns, go to standard output as JSON, and to FILE.
+The logits are so small that the computation takes next to no time.
+
+Usage: python benchmarks/lazy_overhead.py [FILE]. Medians in microseconds of calls on plain and on
+lazy logits, which take turns, go to standard output as JSON, and to FILE.
 """
 
 import statistics
@@ -23,7 +24,7 @@ IDS = torch.arange(TOKENS)[None]
 
 
 def head_and_loss(model: nn.Module) -> Callable[[], Any]:
-    """The call of the head and one that is fused, forward and backward."""
+    """Return a call of the head and a fused loss on it, with the backward."""
     hidden = torch.randn(1, TOKENS, TINY["hidden_size"], requires_grad=True)
 
     def work() -> None:
@@ -33,7 +34,7 @@ def head_and_loss(model: nn.Module) -> Callable[[], Any]:
 
 
 def of_logits(work: Callable[[Tensor], Any], *, build: bool = False) -> Callable[..., Any]:
-    """What is done with logits that are there."""
+    """Make the call of a function on logits that exist already; `build`: that are built already."""
 
     def make(model: nn.Module) -> Callable[[], Any]:
         with torch.no_grad():
@@ -55,7 +56,7 @@ CALLS: dict[str, Callable[[nn.Module], Callable[[], Any]]] = {
 
 
 def medians(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Of microseconds."""
+    """Time calls that take turns, and return their medians in microseconds."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(ROUNDS):
         for name, work in works.items():
@@ -66,14 +67,14 @@ def medians(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def measured(call: Callable[[nn.Module], Callable[[], Any]]) -> dict[str, float]:
-    """Of two models that are alike, of which one makes lazy logits."""
+    """Time a call on two equal models, of which the second makes lazy logits."""
     plain, lazy = (random_model(torch.device("cpu"), **TINY) for _ in range(2))
     with fastrlhf.lazy_logits(lazy):
         return medians({"plain": call(plain), "lazy": call(lazy)})
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the command: measure all calls and publish the figures."""
     taken = {name: measured(call) for name, call in CALLS.items()}
     sizes = {"tokens": TOKENS, "vocab": TINY["vocab_size"], "width": TINY["hidden_size"]}
     publish({"sizes": sizes, "microseconds": taken})

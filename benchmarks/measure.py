@@ -1,4 +1,4 @@
-"""Time and memory of pieces of work that take turns, and what the device itself can do."""
+"""Time pieces of work that take turns, and measure the rates of the device itself."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 
 Work = Callable[[], object]
 
-# Larger than the last cache of any GPU: written between timed runs, so that each finds its inputs
-# in memory.
+# So many bytes are written between timed runs. They are more than the last cache of any GPU holds,
+# so that each run has to read its inputs from memory.
 _FLUSH_BYTES = 2**28
-# About half a millisecond, for which the GPU waits while the host launches: in a training step the
-# host is ahead as well.
+# The GPU waits for about half a millisecond while the host launches kernels. So the host is ahead
+# of the GPU, as it is in a training step.
 _HEAD_START_CYCLES = 1_000_000
 
 
 class Stopwatch:
-    """Times work on a device: with events and cold caches on a GPU, by the clock on the CPU."""
+    """Time work on a device: with events and cold caches on a GPU, with the clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Reserve what the flushing of the caches needs."""
+        """Allocate the memory that is written to flush the caches."""
         self._flush = None
         if device.type == "cuda":
             self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -48,7 +48,7 @@ class Stopwatch:
 
 
 class Turn(NamedTuple):
-    """Work to time, and what is done after each run of it and around it, which is not timed."""
+    """Work to time, with untimed work `after` each run and a context `around` it."""
 
     work: Work
     after: Work
@@ -58,13 +58,14 @@ class Turn(NamedTuple):
 def take_turns(
     turns: Mapping[str, Turn], device: torch.device, seconds: float, rounds: tuple[int, int]
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Time each piece of work once a round, starting with another one each round.
+    """Time each piece of work once in every round. Each round starts with another piece.
 
-    The first round, which is not kept, says how many of them fit into `seconds`, within the two
-    bounds of `rounds`.
+    The times of the first round are not kept: they tell how many rounds fit into `seconds`. The
+    number of rounds stays within the two bounds of `rounds`.
 
     Returns:
-        Seconds of each, and the errors of those that failed, which are out from then on.
+        The seconds of each piece, and the errors of pieces that failed. A piece that fails takes no
+        part in later rounds.
     """
     stopwatch = Stopwatch(device)
     times: dict[str, list[float]] = {name: [] for name in turns}
@@ -75,8 +76,8 @@ def take_turns(
             try:
                 with turns[name].around():
                     times[name].append(stopwatch.seconds(turns[name].work))
-            except Exception as error:  # whatever a provider raises is its outcome
-                # Not its frames: they hold tensors.
+            except Exception as error:  # any exception becomes the provider's result
+                # The traceback is dropped, because its frames hold tensors.
                 errors[name] = error.with_traceback(None)
                 del times[name]
             turns[name].after()
@@ -92,7 +93,7 @@ def take_turns(
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
-    """The 20th, the 50th and the 80th of 100."""
+    """Return the 20th, 50th and 80th percentile."""
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return fifths[0], statistics.median(times), fifths[3]
 
@@ -104,7 +105,7 @@ def _median_seconds(work: Work, device: torch.device) -> float:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy on this very device reads and writes."""
+    """Measure how many bytes per second a copy reads and writes on this device."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**28, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
@@ -112,7 +113,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matmul on this very device."""
+    """Measure the operations per second of a large matmul on this device."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)

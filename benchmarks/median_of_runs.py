@@ -1,10 +1,11 @@
-"""Make one result of the same benchmarks run in several processes.
+"""Combine the results of benchmarks that ran in several processes into one result.
 
     python benchmarks/median_of_runs.py RUN.json RUN.json RUN.json --output RESULTS.json
 
-A process has its share of luck: where its memory lies, what else the machine does meanwhile. Of
-each contest, in which providers take turns and so share their luck, one run is kept whole: that in
-which this library did as well beside the best of the others as in the median run.
+The times of a process depend on chance: on where its memory lies, and on what else the machine does
+meanwhile. Within a contest providers take turns, so chance affects them alike. Therefore one run of
+each contest is kept whole: the run in which the ratio of this library's time to that of the fastest
+other provider is the median of the runs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 Report = dict[str, Any]
-Contest = list[dict[str, Any]]  # the benchmarks of one, a provider each
+Contest = list[dict[str, Any]]  # the benchmarks of one contest, one for each provider
 
 OURS = "fastrlhf"
 
 
 def median_of_runs(reports: list[Report]) -> Report:
-    """Choose a run of each contest; what describes the machine is that of the first."""
+    """Choose a run of each contest. The description of the machine is that of the first run."""
     runs_of: dict[str, list[Contest]] = defaultdict(list)
     for report in reports:
         of_report: dict[str, Contest] = defaultdict(list)
@@ -43,7 +44,7 @@ def median_of_runs(reports: list[Report]) -> Report:
 
 
 def _beside_the_best(contest: Contest) -> float:
-    """Our time over that of the fastest other."""
+    """Return the ratio of this library's time to that of the fastest other provider."""
     times = {b["extra_info"]["provider"]: b["extra_info"]["median_ms"] for b in contest}
     others = [time for name, time in times.items() if not name.startswith(OURS)]
     return times[OURS] / min(others) if others else times[OURS]
@@ -61,7 +62,7 @@ def _who(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Read the runs, and write what was chosen of them."""
+    """Run the command: read the runs and write the chosen contests."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", required=True, type=Path)

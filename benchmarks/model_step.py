@@ -1,19 +1,19 @@
-"""A training step of a language model, forward, loss and backward, and who can compute it.
+"""A training step of a language model: forward, loss and backward, and its providers.
 
-The batch is one of answers of different lengths: the mean is half of the longest, so half of the
-padded batch is padding, on the right, and half of each sequence is a prompt, which no loss counts.
-Packed, the same tokens stand in one row without padding. Ids are random, which changes no cost.
-What is known before the step in every trainer is given: the reference's log-probs of whole answers
-for DPO, the log-probs of when the answers were sampled, and the advantages, for GRPO.
+The answers of the batch have different lengths. Their mean is half of the longest, so half of the
+padded batch is padding, which is on the right. Half of each sequence is a prompt, which no loss
+counts. The packed batch has the same tokens in one row without padding. Ids are random, which
+changes no cost. What every trainer knows before the step is given: for DPO the reference's
+log-probs of whole answers; for GRPO the advantages and the log-probs at the time of sampling.
 
-A provider is a function of a `Step` that returns the loss. What each of them is:
+A provider is a function of a `Step` that returns the loss. The providers are:
 
 - fastrlhf: `model_cross_entropy`, `model_dpo_loss` and `model_policy_loss`, padded and packed.
-- eager: logits of the whole batch, upcast as transformers do, and the plain loss; of the packed row
-  for SFT too, as transformers' padding-free collator gives it.
-- TRL fused head: `trl.trainer.utils.add_fused_lm_head`, through which SFT, DPO and GRPO trainers go
-  in TRL 1.16. Without Triton devices it computes all positions, on a GPU those that count. The
-  padding-free row is TRL's own for SFT; DPO's is disabled in TRL 1.16.
+- eager: logits of the whole batch, upcast as in transformers, and the plain loss. For SFT also of
+  the packed row, as transformers' padding-free collator makes it.
+- TRL fused head: `trl.trainer.utils.add_fused_lm_head`, which the SFT, DPO and GRPO trainers of TRL
+  1.16 use. Without Triton devices it computes all positions, on a GPU only those that count. The
+  padding-free row is TRL's own for SFT; for DPO it is disabled in TRL 1.16.
 - TRL selective_log_softmax: TRL's log-probs from logits of the whole batch.
 - F.linear_cross_entropy, Liger: from the hidden states of the whole batch and the head.
 """
@@ -45,19 +45,19 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Step:
-    """A model, and a batch of it, padded and packed."""
+    """A model and its batch, which is available padded and packed."""
 
     model: nn.Module
     ids: Tensor  # (B, T)
     attention: Tensor  # (B, T)
-    mask: Tensor  # (B, T) the tokens of the answers
+    mask: Tensor  # (B, T), true at tokens of the answers
     ref_logps: Tensor  # (B,)
     old: Tensor  # (B, T-1), of the tokens ids[:, 1:]
     advantages: Tensor  # (B,)
 
     @property
     def base(self) -> Any:
-        """The model without the wrapper of its adapters."""
+        """The model without the wrapper of its LoRA adapters."""
         wrapped = isinstance(self.model, peft.PeftModel)
         return self.model.get_base_model() if wrapped else self.model
 
@@ -68,41 +68,41 @@ class Step:
 
     @property
     def labels(self) -> Tensor:
-        """(B, T), IGNORED where nothing is learnt."""
+        """Labels (B, T), which are IGNORED outside of the answers."""
         return self.ids.masked_fill(~self.mask, IGNORED)
 
     @property
     def targets(self) -> Tensor:
-        """(B, T-1), those of ids[:, 1:]."""
+        """Targets (B, T-1): the labels of ids[:, 1:]."""
         return self.labels[:, 1:]
 
     def packed(self, x: Tensor) -> Tensor:
-        """Of what is (B, T), the tokens without padding, (1, N)."""
+        """Return the entries of a (B, T) tensor that are not padding, as one row (1, N)."""
         return x[self.attention != 0][None]
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """Where the packed sequences begin and end, (B + 1,)."""
+        """Offsets (B + 1,) at which the packed sequences begin and end."""
         return F.pad(self.attention.sum(-1).cumsum(0), (1, 0))
 
     @property
     def positions(self) -> Tensor:
-        """The place of each packed token in its sequence, (1, N)."""
+        """Position (1, N) of each packed token in its sequence."""
         return self.packed(torch.arange(self.ids.shape[1], device=self.ids.device) + 0 * self.ids)
 
     @property
     def packed_old(self) -> Tensor:
-        """(1, N-1)."""
+        """Log-probs at sampling (1, N-1) of the packed tokens after the first."""
         return self.packed(F.pad(self.old, (1, 0)))[:, 1:]
 
     def exact(self) -> Step:
-        """A copy in fp64, but for the norms of the model, which compute in fp32 by themselves."""
+        """Return a copy in fp64, except for the model's norms, which always compute in fp32."""
         model = copy.deepcopy(self.model).double()
         known = {name: getattr(self, name).double() for name in ("ref_logps", "old", "advantages")}
         return replace(self, model=model, **known)
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """The gradients of what is trained, by name."""
+        """Return the gradients of the trained parameters by name."""
         return {name: x.grad for name, x in self.model.named_parameters() if x.requires_grad}
 
     def forget(self) -> None:
@@ -117,7 +117,7 @@ TINY = {
 
 
 def make_model(device: torch.device, *, trained: bool, tiny: bool) -> nn.Module:
-    """SmolLM2-135M, or a tiny random model of its family; all of it trained, or LoRA on attention.
+    """Make SmolLM2-135M or a tiny random model of its family; `trained`: see `for_training`.
 
     Raises:
         Unavailable: the package that has the model is not installed.
@@ -134,7 +134,7 @@ def make_model(device: torch.device, *, trained: bool, tiny: bool) -> nn.Module:
 def random_model(
     device: torch.device, *, dtype: torch.dtype = torch.float32, **sizes: int
 ) -> nn.Module:
-    """A Llama of random weights, whose head is tied to the embeddings."""
+    """Make a Llama with random weights, whose head is tied to the embeddings."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
     with device:
@@ -142,32 +142,32 @@ def random_model(
 
 
 def for_training(model: nn.Module, *, trained: bool) -> nn.Module:
-    """All of it trained, or LoRA on attention."""
+    """Prepare a model to train all parameters if `trained`, or else LoRA on attention."""
     if not trained:
         attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
         config = peft.LoraConfig(r=RANK, target_modules=attention, task_type="CAUSAL_LM")
         with warnings.catch_warnings():
-            # peft reads a property of the model that transformers has renamed.
+            # Ignore that peft reads a property of the model that transformers has renamed.
             warnings.simplefilter("ignore", FutureWarning)
             model = peft.get_peft_model(model, config)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # as after some steps: at 0, half of the gradients are 0 as well
+            if "lora_B" in name:  # B = 0, its initial value, would make half of the gradients 0
                 nn.init.normal_(parameter, std=0.01)
     return model.train()
 
 
 def lengths_of(sequences: int, longest: int) -> Tensor:
-    """Lengths with half of the longest as their mean, of which the first is the longest."""
+    """Return lengths whose mean is half of the longest. The first is the longest."""
     others = longest * (sequences / 2 - 1) / (sequences - 1)
     lengths = torch.linspace(1.5 * others, 0.5 * others, sequences - 1).round()
     return torch.cat((torch.tensor([float(longest)]), lengths)).long().clamp(min=2)
 
 
 def make_step(model: nn.Module, sequences: int, longest: int, *, whole: bool = False) -> Step:
-    """Draw a batch, the same one for the same arguments: the chosen answers, then the rejected.
+    """Draw a batch: the chosen answers, then the rejected. The same arguments give the same batch.
 
-    whole: without padding and prompts, so that every token counts.
+    With `whole` there is no padding and no prompt, so that every token counts.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +182,7 @@ def make_step(model: nn.Module, sequences: int, longest: int, *, whole: bool = F
     mask = attention & (place >= (1 if whole else (lengths / 2).round().clamp(min=1)))
     noise = torch.randn(sequences, generator=generator).to(device)
     advantages = torch.randn(sequences, generator=generator).to(device)
-    # With bounds of 0.2, those of 0.3 are clipped, and none is near a bound.
+    # With bounds of 0.2 the log-ratios of ±0.3 are clipped, and none is near a bound.
     choices = torch.randint(4, (sequences, longest - 1), generator=generator)
     ratios = torch.tensor([-0.3, -0.1, 0.1, 0.3])[choices].to(device)
     batch = [x.to(device) for x in (ids, attention.long(), mask)]
@@ -192,7 +192,7 @@ def make_step(model: nn.Module, sequences: int, longest: int, *, whole: bool = F
     return replace(step, ref_logps=logprobs.sum(-1) + noise, old=logprobs - ratios)
 
 
-# Losses of log-probs (B, T-1), in plain PyTorch.
+# Losses from log-probs (B, T-1), in plain PyTorch.
 
 
 def _nll(logprobs: Tensor, step: Step) -> Tensor:
@@ -211,7 +211,7 @@ def clipped_loss(logprobs: Tensor, step: Step) -> Tensor:
     return (found * step.mask[:, 1:]).sum() / step.mask.sum()
 
 
-# From the logits of the whole batch.
+# Providers that use the logits of the whole batch.
 
 
 def logits_of(step: Step) -> Tensor:
@@ -227,7 +227,7 @@ def logprobs_of(step: Step) -> Tensor:
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    # As transformers' ForCausalLMLoss: it shifts the labels, not the logits, which would be copied.
+    # As transformers' ForCausalLMLoss, this shifts labels and not logits, which avoids a copy.
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return F.cross_entropy(upcast(logits).flatten(0, 1), shifted.flatten(), ignore_index=IGNORED)
 
@@ -252,7 +252,7 @@ def _load_selective() -> Callable[[Step], Tensor]:
     return logprobs
 
 
-# This library.
+# Providers of this library.
 
 
 def _sft(step: Step) -> Tensor:
@@ -297,12 +297,12 @@ def _fused_policy_packed(step: Step) -> Tensor:
     )[0]  # fmt: skip
 
 
-# TRL's fused head.
+# Providers through TRL's fused head.
 
 
 @contextlib.contextmanager
 def _fused_head(step: Step) -> Iterator[None]:
-    """Put TRL's forward on the model, for as long as it takes: the others get the model's own."""
+    """Replace the model's forward by TRL's, and restore it afterwards for the other providers."""
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(step.base)
@@ -337,11 +337,11 @@ def _load_trl(of_step: Callable[[Step], Tensor]) -> Callable[[], Callable[[Step]
     return load
 
 
-# From hidden states and the head.
+# Providers that use the hidden states and the head.
 
 
 def _hidden(step: Step) -> Batch:
-    """The hidden states that predict ids[:, 1:], and the head."""
+    """Compute the hidden states that predict ids[:, 1:], and return them with the head."""
     entered = step.base.model(
         input_ids=step.ids, attention_mask=step.attention, use_cache=False
     ).last_hidden_state[:, :-1]
@@ -389,7 +389,7 @@ def _load_liger_grpo() -> Callable[[Step], Tensor]:
 
 
 class Loss(NamedTuple):
-    """What is trained by: plain PyTorch, which the check evaluates in fp64, and the providers."""
+    """A loss: its formula in plain PyTorch, for the check in fp64, and its providers."""
 
     plain: Callable[[Step], Tensor]
     providers: dict[str, Provider]

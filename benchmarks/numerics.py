@@ -1,8 +1,8 @@
-"""How exact log-probs and KL penalties are where plain formulas lose digits.
+"""Measure the errors of log-probs and KL penalties where plain formulas lose digits.
 
 Usage: python benchmarks/numerics.py [FILE]. Relative errors against fp64 go to standard output as
-JSON, and to FILE. The target leads all other words by some nats; the penalty is k3 of a policy
-that is near its reference.
+JSON, and to FILE. For the log-probs, the target's logit exceeds that of all other words by some
+nats. The penalty is the estimator k3 for a policy that is near its reference.
 """
 
 import math
@@ -19,7 +19,7 @@ DISTANCES = [10.0**-x for x in range(7)]
 
 
 def relative(found: Tensor, exact: list[float]) -> list[float]:
-    """A relative error of 1 is a value that was lost."""
+    """Compute relative errors. An error of 1 means that all digits of a value are lost."""
     errors = [abs(x - y) / abs(y) for x, y in zip(found.double().tolist(), exact, strict=True)]
     return [float(f"{error:.3g}") for error in errors]
 

@@ -2,8 +2,8 @@
 
     python benchmarks/overview.py [RESULTS.json] [--output overview.svg]
 
-reads what `report.py` reads. Forward and backward together; what two providers of a peer (such as
-two ways to TRL's log-probs) can do, the faster does.
+reads the same results as `report.py`. Times are of forward and backward together. If a peer has
+several providers (such as the two ways in TRL to compute log-probs), the fastest is shown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEASURES = {"time, ms": "median_ms", "peak memory, MiB": "peak_mib"}
 
 
 def chosen(records: list[report.Record]) -> dict[str, dict[str, report.Record]]:
-    """Each operation, and the record of each peer; from hidden states, with the head trained."""
+    """Choose a record for each operation and peer; from hidden states, with a trained head."""
     found: dict[str, dict[str, report.Record]] = {}
     for operation in SHOWN:
         held = [
@@ -51,12 +51,12 @@ def _is_of(provider: str, peer: str) -> bool:
 
 
 def dot(record: report.Record, measure: str) -> str:
-    """The name that a dot has in the file, by which it is known what it stands for."""
+    """Return the id of a dot in the file, which tells the record that it shows."""
     return f"{record['operation']}: {record['provider']} {measure} {record[measure]:.4g}"
 
 
 def picture(records: list[report.Record]) -> Any:
-    """Time and memory beside each other, a row for each operation, a dot for each peer."""
+    """Draw time and memory side by side, with a row for each operation and a dot for each peer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -90,12 +90,12 @@ def draw(results: Path, output: Path) -> None:
     import matplotlib
 
     _, records = report.load(results)
-    with matplotlib.rc_context({"svg.hashsalt": "overview"}):  # else names are at random
+    with matplotlib.rc_context({"svg.hashsalt": "overview"}):  # otherwise ids would be random
         picture(records).savefig(output, metadata={"Date": None} if output.suffix == ".svg" else {})
 
 
 def main() -> None:
-    """Read, and draw."""
+    """Run the command: read the results and draw the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "results.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "overview.svg")

@@ -2,12 +2,15 @@
 
     python benchmarks/predict.py    # writes the tables of benchmarks/results/predictions.md
 
-Kernels are compiled for sm_90 as they would be launched. From the machine code come registers, and
-instructions for an element; from the algorithm, bytes. The slowest of four things predicts the
-time: bytes at the rate of a copy, instructions at the rate at which they are issued, special
-functions (exponentials, logarithms, reciprocals), and what is in flight. Predictions are to be
-compared with what `gpu.py --first-light` measures; where they are wrong, something is not
-understood.
+Kernels are compiled for sm_90 as they would be launched. Registers, and instructions for each
+element of the logits, are read from the machine code; the bytes that move follow from the
+algorithm. The predicted time is the largest of four limits: bytes at the rate of a copy,
+instructions at the rate at which they are issued, special functions (exponentials, logarithms,
+reciprocals), and the bytes in flight. Predictions are to be compared with the times that `gpu.py
+--first-light` measures. Where they are wrong, something is not understood.
+
+K1 is the kernel of the statistics of logits, K2 the kernel of their gradient, and K3 that of the
+policy loss. The plans P0 to P4 from hidden states are described in docs/concepts/plans.md.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ from support.compile_lint import Launch, captured_launches, compile_launch  # no
 from fastrlhf.kernels import divergence, fisher, launch, token_stats  # noqa: E402
 from fastrlhf.reference import FURTHER_STATS  # noqa: E402
 
-# Of an H100 SXM: measured by others for a device copy and a large bf16 matmul, else from its data
-# sheet.
+# Rates and sizes of an H100 SXM. Those of a device copy and of a large bf16 matmul were measured by
+# others; the rest is from its data sheet.
 COPY_BYTES = 3.0e12
 MATMUL_FLOPS = 800e12
 PROCESSORS, CLOCK, LANES_ISSUED, SPECIAL_LANES = 132, 1.7e9, 128, 16
 REGISTERS, THREADS, CACHE_BYTES = 65536, 2048, 50e6
-# A line may be in both halves of the cache, so half of it is counted on.
+# A cache line may be held in both halves of the cache, so only half of its size is relied on.
 USEFUL_CACHE = CACHE_BYTES / 2
-# What a multiprocessor must have asked for to keep the memory busy.
+# Bytes that a multiprocessor must have requested at any time to keep the memory busy.
 BYTES_TO_BE_BUSY = 40e3
 
 ROWS, VOCAB, WIDTH = 8192, 128256, 4096
@@ -49,20 +52,20 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 class Code(NamedTuple):
-    """What the machine code says of a launch."""
+    """Facts about a launch that are read from its machine code."""
 
     registers: int
-    programs: int  # on a multiprocessor
+    programs: int  # at a time on a multiprocessor
     bytes_in_flight: float  # on a multiprocessor
-    instructions: float  # for an element
-    special: float  # for an element
+    instructions: float  # for each element of the logits
+    special: float  # special functions for each element
 
 
 class Bytes(NamedTuple):
-    """Bytes that move for an element of the logits."""
+    """Bytes that move for each element of the logits."""
 
     floor: float
-    read_again: float = 0.0  # in a second sweep, from the cache as far as it fits there
+    read_again: float = 0.0  # by a second sweep, from the cache if it fits there
 
 
 class Kernel(NamedTuple):
@@ -75,7 +78,7 @@ class Kernel(NamedTuple):
 
 
 def machine_code(one: Launch, rows_read: int, shape: launch.TileShape) -> Code:
-    """Compile a launch for sm_90 and read it."""
+    """Compile a launch for sm_90 and read its machine code."""
     binary = compile_launch(one, "sm_90")
     warps = one.options["num_warps"]
     elements = one.arguments["LANES"] * one.arguments["VEC"] / (32 * warps)
@@ -91,7 +94,10 @@ def machine_code(one: Launch, rows_read: int, shape: launch.TileShape) -> Code:
 
 
 def loops(code: list[tuple[str, str]]) -> list[list[str]]:
-    """Instructions between each backward jump and where it goes, but for short loops."""
+    """Return the instructions of each loop: from a backward jump's target to the jump.
+
+    Short loops are left out.
+    """
     place = {int(address, 16): i for i, (address, _) in enumerate(code)}
     found = []
     for i, (_, text) in enumerate(code):
@@ -103,7 +109,7 @@ def loops(code: list[tuple[str, str]]) -> list[list[str]]:
 
 
 def limits(code: Code, moves: Bytes, row_bytes: float, sweeps: bool) -> dict[str, float]:
-    """Shares of a copy's speed that each limit allows."""
+    """Return the share of a copy's speed that each limit allows."""
     floor = moves.floor / COPY_BYTES
     in_flight = PROCESSORS * code.programs * row_bytes
     missed = max(0.0, 1 - USEFUL_CACHE / in_flight) if sweeps else 0.0
@@ -120,7 +126,7 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def kernels() -> list[Kernel]:
-    """Every kernel that goes over the vocabulary, on bf16 logits."""
+    """List every kernel that reads the whole vocabulary, on bf16 logits."""
     logits, rows = meta(1, 96, VOCAB, dtype=BF16), meta(96, dtype=FP32)
     targets, mask = meta(96, dtype=torch.int64), meta(96, dtype=torch.bool)
     planes = meta(2, 96, dtype=FP32)
@@ -186,7 +192,7 @@ def kernels() -> list[Kernel]:
 
 
 def kernel_table(chosen: list[Kernel]) -> str:
-    """A line for each kernel at its shape in `launch.SHAPES`."""
+    """Make a table with a line for each kernel, at its shape in `launch.SHAPES`."""
     lines = [
         "| kernel | shape (warps, bytes, stages) | registers | programs | KB in flight | "
         "instructions | special | bytes | floor ms | limit | predicted ms | share of copy |",
@@ -216,12 +222,15 @@ def kernel_table(chosen: list[Kernel]) -> str:
 
 
 def plan_table() -> str:
-    """What each plan costs beyond its matmuls: the bytes of the logits, and of the sums."""
+    """Make the table of what each plan costs beyond its matmuls.
+
+    These costs are the bytes of the logits, and the bytes of the sums of the weight's gradient.
+    """
     matmul = 2 * ROWS * VOCAB * WIDTH / MATMUL_FLOPS
     element, weight = ROWS * VOCAB, VOCAB * WIDTH
 
     def sums(passes: int) -> int:
-        return (8 * passes - 4) * weight + 6 * weight  # and their conversion to bf16
+        return (8 * passes - 4) * weight + 6 * weight  # with the conversion of the sum to bf16
 
     plans = [
         ("P0", 1, 8, 4, 0),
@@ -247,7 +256,7 @@ def plan_table() -> str:
 
 
 def grid_tables(chosen: list[Kernel]) -> str:
-    """The same at the shapes that first light tries."""
+    """Make the table of `kernel_table` for the shapes that first light tries."""
     tables = []
     wanted = [x for x in chosen if x.name in ("K1, statistics", "K3, policy loss", "KL forward")]
     default = dict(launch.SHAPES)
@@ -260,7 +269,7 @@ def grid_tables(chosen: list[Kernel]) -> str:
 
 
 def main(path: Path) -> None:
-    """Put the tables into a file, where they were."""
+    """Replace the tables in a file between their marks."""
     chosen = kernels()
     text = path.read_text()
     tables = {

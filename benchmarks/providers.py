@@ -1,7 +1,8 @@
-"""Who computes the log-probs of a batch: this library, PyTorch as trainers write it, and the peers.
+"""Providers of the log-probs of a batch: this library, plain PyTorch as in trainers, and the peers.
 
-A provider's `load` imports what it needs and returns a function of a batch; it raises where the
-peer is not installed. The log-probs of the prompt are 0. Losses of log-probs go through `composed`.
+A provider's `load` imports what it needs and returns a function of a batch. It raises if the peer
+is not installed. The log-probs of prompts are 0. `composed` turns providers of log-probs into
+providers of a loss of log-probs.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ class Provider(NamedTuple):
     """One way to compute an operation."""
 
     load: Callable[[], Function]
-    spends_logits: bool = False  # its backward overwrites them
-    backward_only: bool = False  # its forward alone is another provider's
-    compiles: bool = False  # its first call takes long, for every new size
+    spends_logits: bool = False  # its backward overwrites the logits
+    backward_only: bool = False  # not timed forward alone: that equals another provider's
+    compiles: bool = False  # its first call with each new size takes long
     gpu_only: bool = False
-    # What its plan must do in forward and backward, if that is more than the operation's least:
+    # The work that its plan requires in forward and backward, if it exceeds the operation's least:
     matmuls: int | None = None  # with a trained head
     passes: tuple[int, int] | None = None  # over the rows that count, and over all rows
 
 
 def upcast(logits: Tensor) -> Tensor:
-    """To fp32, as trainers do; the exact logits of a check stay fp64."""
+    """Convert logits to fp32, as trainers do. The fp64 logits of a check stay fp64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def eager_logprobs(batch: Batch) -> Tensor:
-    """Log-probs as a trainer writes them: logits upcast, log_softmax, gather."""
+    """Compute log-probs as trainers write them: logits upcast, log_softmax, gather."""
     logits = batch.hidden @ batch.weight.T if batch.logits is None else batch.logits
     log_p = upcast(logits).log_softmax(-1)
     return log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0] * batch.mask
 
 
 def compiled(function: Function) -> Provider:
-    """Have PyTorch's compiler build the function, for the very shape that it is called with."""
+    """Make a provider that compiles a function with PyTorch, for exactly the shape of its call."""
 
     def load() -> Function:
-        # With code of its own, of which the compiler keeps a few compilations: a reset would take
-        # them all, this library's too.
+        # The function gets a code object of its own, because the compiler keeps only a few
+        # compilations for each. A reset of the compiler would drop all, those of this library too.
         fresh = FunctionType(
             function.__code__.replace(), function.__globals__, function.__name__,
             function.__defaults__, function.__closure__,
@@ -61,7 +62,7 @@ def compiled(function: Function) -> Provider:
 
 
 def composed(providers: Mapping[str, Provider], loss: Callable[[Tensor, Batch], Tensor]) -> dict:
-    """Providers of a loss of log-probs, from providers of log-probs."""
+    """Make providers of a loss of log-probs from providers of log-probs."""
 
     def compose(provider: Provider) -> Provider:
         def load() -> Function:
@@ -74,13 +75,13 @@ def composed(providers: Mapping[str, Provider], loss: Callable[[Tensor, Batch], 
 
 
 def _live_rows(batch: Batch, logprobs_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Give hidden states and targets of the tokens that count to a function; zeros elsewhere."""
+    """Compute log-probs by a function of the states and targets that count; 0 elsewhere."""
     mask = batch.mask
     logprobs = logprobs_of(batch.hidden[mask], batch.targets[mask])
     return torch.zeros_like(batch.old, dtype=logprobs.dtype).masked_scatter(mask, logprobs)
 
 
-# From logits.
+# Providers from logits.
 
 
 def _fused(batch: Batch) -> Tensor:
@@ -88,7 +89,7 @@ def _fused(batch: Batch) -> Tensor:
 
 
 def _fused_inplace(batch: Batch) -> Tensor:
-    # Through a view, so that a leaf stands for the output of a head.
+    # A view of the leaf is passed, since the output of a head is not a leaf either.
     logits = batch.logits.view_as(batch.logits)
     return fastrlhf.token_logprobs(logits, batch.targets, inplace_backward=True)
 
@@ -96,7 +97,7 @@ def _fused_inplace(batch: Batch) -> Tensor:
 def _load_trl() -> Function:
     from trl.trainer.utils import selective_log_softmax
 
-    # Without a GPU in the dtype of the logits, in which no trainer would add them up.
+    # Without a GPU the result has the dtype of the logits; a trainer would not add it up in that.
     return lambda batch: selective_log_softmax(
         batch.logits, batch.targets.clamp(min=0), row_mask=batch.mask
     ).float()
@@ -108,13 +109,13 @@ def _load_liger() -> Function:
     def logprobs(batch: Batch) -> Tensor:
         rows, targets = batch.logits.flatten(0, 1), batch.targets.flatten()
         losses = liger_cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
-        # In the dtype of the logits here, too.
+        # Here, too, the result has the dtype of the logits.
         return -losses.float().view_as(batch.targets)
 
     return logprobs
 
 
-# Liger's cross-entropy computes its gradient in the forward, in the memory of the logits.
+# Liger's cross-entropy writes its gradient into the logits in its forward, so it spends them.
 FUSED_LOGPROBS = {
     "fastrlhf": Provider(lambda: _fused),
     "fastrlhf, in place": Provider(lambda: _fused_inplace, spends_logits=True, backward_only=True),
@@ -125,7 +126,7 @@ PEER_LOGPROBS = {
 }
 
 
-# From hidden states.
+# Providers from hidden states.
 
 
 def _fused_linear(batch: Batch) -> Tensor:
@@ -148,9 +149,10 @@ def _load_linear_trl() -> Function:
 
 
 def linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
-    """PyTorch's own, with as many logits at a time as this library holds.
+    """Call PyTorch's own function, with as many logits at a time as this library holds.
 
-    Its default, a few rows at a time, takes ten times as long at the small sizes of a CPU.
+    By default PyTorch takes a few rows at a time, which takes ten times as long at the small sizes
+    of a CPU.
     """
     workspace = 2**29 if batch.hidden.is_cuda else 2**26
     chunks = torch.nn.LinearCrossEntropyOptions(
@@ -163,7 +165,7 @@ def linear_cross_entropy(batch: Batch, **options: Any) -> Tensor:
 
 
 def load_linear_cross_entropy(use: Function) -> Callable[[], Function]:
-    """Load `use`, or say that this PyTorch is too old for it."""
+    """Make a `load` that returns `use`, or raises if this PyTorch is too old for it."""
 
     def load() -> Function:
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -209,7 +211,7 @@ PEER_LINEAR_LOGPROBS = {
 def by_linear_logprobs(
     fused: Callable[[Tensor, Batch], Tensor], plain_loss: Callable[[Tensor, Batch], Tensor]
 ) -> dict[str, Provider]:
-    """A loss of hidden states by way of log-probs: this library's, plain PyTorch's, the peers'."""
+    """Make providers of a loss from hidden states that compute it through token log-probs."""
     ours = composed(FUSED_LINEAR_LOGPROBS, fused)["fastrlhf"]
     return {
         "fastrlhf, by log-probs": ours._replace(backward_only=True),
@@ -219,5 +221,5 @@ def by_linear_logprobs(
 
 
 def plain(loss: Function) -> dict[str, Provider]:
-    """The plain PyTorch of an operation, as it is and compiled."""
+    """Make providers of an operation in plain PyTorch: one eager and one compiled."""
     return {"eager": Provider(lambda: loss), "torch.compile": compiled(loss)}

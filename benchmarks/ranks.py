@@ -1,11 +1,11 @@
-"""A vocabulary that ranks share: bytes and time of a step against the vocabulary-parallel formula
-that Megatron computes.
+"""Measure bytes and time of a step with a vocabulary that is split between ranks.
 
-Usage: python benchmarks/ranks.py [FILE]. Two processes with a thread each take steps of both forms
-in turn; figures go to standard output as JSON, and to FILE.
+This library is compared with the usual vocabulary-parallel formula, which Megatron computes, in
+plain PyTorch. The usual formula finds the largest logit by an all-reduce, the sum of exponentials
+and the target's logit by a second one, and the gradient of the hidden states by a third.
 
-The other form is the usual one, in plain PyTorch: the largest logit by an all-reduce, then the sum
-of exponentials and the target's logit by another, and the gradient of the hidden states by a third.
+Usage: python benchmarks/ranks.py [FILE]. Two processes with one thread each take steps of both
+forms in turn. Figures go to standard output as JSON, and to FILE.
 
 Dims: N tokens, H hidden, V vocabulary, W ranks.
 """
@@ -31,7 +31,7 @@ SIZES = {"tokens": 512, "hidden": 512, "vocab": 32000}
 
 
 class _ToAll(torch.autograd.Function):
-    """Hidden states, whose gradient is the sum over ranks."""
+    """Return hidden states unchanged; in the backward, sum their gradient over ranks."""
 
     @staticmethod
     def forward(ctx, hidden):
@@ -45,7 +45,7 @@ class _ToAll(torch.autograd.Function):
 
 
 class _ParallelLogprobs(torch.autograd.Function):
-    """Log-probs of targets from a part of the logits, which the softmax is written over."""
+    """Compute log-probs from a rank's part of the logits, which the softmax then overwrites."""
 
     @staticmethod
     def forward(ctx, logits, targets, start):
@@ -73,7 +73,7 @@ class _ParallelLogprobs(torch.autograd.Function):
 
 
 class Part(NamedTuple):
-    """What a rank has of a step."""
+    """The tensors of a step that one rank holds."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V/W, H)
@@ -113,7 +113,10 @@ def problem(rank: int, *, trained: bool) -> Part:
 
 
 def step(form: Callable[[Part], Tensor], part: Part) -> tuple[float, Tensor]:
-    """Seconds of a forward and backward that all ranks begin together, and the gradient."""
+    """Run a forward and backward that all ranks begin together.
+
+    Returns its seconds, and the gradient of the hidden states.
+    """
     part.hidden.grad = part.weight.grad = None
     dist.barrier()
     begin = time.perf_counter()
@@ -122,7 +125,7 @@ def step(form: Callable[[Part], Tensor], part: Part) -> tuple[float, Tensor]:
 
 
 def sent_bytes(form: Callable[[Part], Tensor], part: Part) -> dict[str, int]:
-    """Bytes that a rank gives to each kind of collective in a step."""
+    """Count the bytes that a rank passes to each kind of collective in a step."""
     sent: dict[str, int] = {}
 
     def counting(name: str) -> Callable[..., Any]:

@@ -2,9 +2,10 @@
 
     python benchmarks/report.py RESULTS.json [--output DIR]
 
-reads what `pytest benchmarks --benchmark-json=RESULTS.json` or `python benchmarks/gpu.py` wrote,
-and writes results.csv (a row for each provider, batch and direction), tables.md, and a picture for
-each operation: time, peak memory and the achieved part of the limit, against vocabulary and tokens.
+reads the file that `pytest benchmarks --benchmark-json=RESULTS.json` or `python benchmarks/gpu.py`
+wrote. It writes results.csv (a row for each provider, batch and direction), tables.md, and a
+picture for each operation: time, peak memory and the achieved part of the limit, against the
+vocabulary and the number of tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _BATCH = ("operation", "dtype", "head", "prompt", "sequences", "tokens", "vocab"
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Read what was measured: the machine, and the records, of what could not be timed too."""
+    """Read the machine and the records, including those of providers that could not be timed."""
     report = json.loads(path.read_text())
     timed = [benchmark["extra_info"] for benchmark in report["benchmarks"]]
     records = with_ratios(timed + report.get("not_timed", []))
@@ -46,7 +47,7 @@ def _contest(record: Record) -> tuple:
 
 
 def with_ratios(records: list[Record]) -> list[Record]:
-    """Add how many times as long as this library's default each took."""
+    """Add to each record its time as a multiple of the time of this library's default."""
     ours = {_contest(r): r for r in records if r["provider"] == OURS and r["status"] == "ok"}
     result = []
     for record in records:
@@ -58,7 +59,7 @@ def with_ratios(records: list[Record]) -> list[Record]:
 
 
 def write_csv(records: list[Record], path: Path) -> None:
-    """One row a record, the columns in the order in which they first occur."""
+    """Write one row for each record, with columns in the order in which they first occur."""
     columns = dict.fromkeys(key for record in records for key in record if key != "times_ms")
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -74,7 +75,7 @@ def _rounded(value: Any) -> Any:
 
 
 def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
+    """Write a table in Markdown."""
     table = Table(box=box.MARKDOWN)
     for column in columns:
         table.add_column(column, no_wrap=True)
@@ -86,7 +87,10 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def tables(machine: dict[str, Any], records: list[Record]) -> str:
-    """All tables, after what they were measured with, and where the library does worst."""
+    """Write the environment of the measurements and all tables.
+
+    They include the cases in which this library does worst.
+    """
     parts = [
         f"# Benchmarks: {machine['device']}\n",
         measured_with(machine),
@@ -139,7 +143,7 @@ def measured_with(machine: dict[str, Any]) -> str:
 
 
 def title(record: Record) -> str:
-    """What was run, in words."""
+    """Describe the batch of a record in words."""
     parts = [f"{record['sequences']} × {record['tokens']} tokens, {record['prompt']:.0%} prompt"]
     if record["vocab"]:
         parts.append(f"vocabulary {record['vocab']:,}")
@@ -149,7 +153,7 @@ def title(record: Record) -> str:
 
 
 def batch_table(batch: list[Record]) -> str:
-    """A row a provider, forward beside forward + backward."""
+    """Write a row for each provider, with forward beside forward + backward."""
     kinds = [kind for kind in (FORWARD, BOTH) if any(r["kind"] == kind for r in batch)]
     columns = ["provider"]
     for kind in kinds:
@@ -181,7 +185,7 @@ def _cells(record: Record) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Three digits that count, without an exponent."""
+    """Write a number with three significant digits and no exponent."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
@@ -207,7 +211,7 @@ _FAMILIES = (
 
 
 def summary(records: list[Record]) -> str:
-    """A row an operation, of its central batch: the best that each peer has, beside ours."""
+    """Write a row for each operation at its central batch: our result and the best of each peer."""
     with_backward = {r["operation"] for r in records if r["kind"] == BOTH}
     central = [
         r
@@ -232,7 +236,7 @@ def _name(record: Record) -> str:
 
 
 def _best(batch: list[Record], family: str) -> str:
-    """Time of the fastest provider of a family, as a multiple of ours, and its memory."""
+    """Write the time of a family's fastest provider, as a multiple of ours, and its memory."""
     members = [r for r in batch if r["provider"].startswith(family)]
     timed = [r for r in members if r["status"] == "ok"]
     if not timed:
@@ -246,7 +250,7 @@ def _mib(record: Record) -> str:
 
 
 def faster_peers(records: list[Record]) -> str:
-    """Every contest in which another took less time than this library's default."""
+    """Write every provider that took less time than this library's default."""
     rows = [
         [r["operation"], r["kind"], title(r), r["provider"], f"{r['times_fastrlhf']:.2f}"]
         for r in records
@@ -258,9 +262,10 @@ def faster_peers(records: list[Record]) -> str:
 
 
 def furthest(records: list[Record], count: int = 3) -> str:
-    """The operations in which this library's default achieves the least of the limit.
+    """Write the operations in which this library's default achieves the least of the limit.
 
-    Those without a vocabulary are left out: their limit is nanoseconds, their cost the launches.
+    Operations without a vocabulary are left out: their limit is nanoseconds, and their cost is in
+    the launches.
     """
     worst: dict[tuple, Record] = {}
     for record in records:
@@ -286,7 +291,7 @@ _PANELS: dict[str, tuple[str, Callable[[Record], float]]] = {
 
 
 def write_plots(records: list[Record], folder: Path) -> list[Path]:
-    """A picture for each operation, and for frozen and trained heads apart."""
+    """Write a picture for each operation, with separate pictures for frozen and trained heads."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -308,7 +313,7 @@ def write_plots(records: list[Record], folder: Path) -> list[Path]:
 
 
 def _draw(figure: Any, records: list[Record]) -> None:
-    """A row of panels for what the batches vary in, a line for each provider."""
+    """Draw a row of panels for each property in which batches vary, a line for each provider."""
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     axes_of = [x for x in ("vocab", "rows") if len({r[x] for r in records}) > 1] or ["rows"]
@@ -340,14 +345,14 @@ def _draw(figure: Any, records: list[Record]) -> None:
 
 
 def _varying(records: list[Record], x: str) -> list[Record]:
-    """Records of the batches that differ in x alone from the central one."""
+    """Return the records of batches that differ from the central one only in the property x."""
     fixed = [k for k in ("dtype", "prompt", "rows", "vocab", "width") if k != x]
     center = next((r for r in records if r["central"]), records[0])
     return [r for r in records if all(r[k] == center[k] for k in fixed)]
 
 
 def write(source: Path, folder: Path) -> list[Path]:
-    """Write everything that a run's JSON says into a folder."""
+    """Write the CSV, tables and pictures of a run's JSON file into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     machine, records = load(source)
     write_csv(records, folder / "results.csv")
@@ -356,7 +361,7 @@ def write(source: Path, folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Read the arguments, and say what was written."""
+    """Run the command, and print the names of the files that were written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="the JSON of a run")
     parser.add_argument("--output", type=Path, help="default: the folder of the JSON")

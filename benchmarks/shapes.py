@@ -1,7 +1,8 @@
 """The batches that are timed: small ones on a CPU; on a GPU those of real models.
 
-They come in stages: first the one that all others vary from, then what differs from it in one
-thing, then in two, and so on. A run that is cut short has the most telling ones.
+They come in stages. The first stage is the central batch, the next has batches that differ from it
+in one property, then come those that differ in two, and so on. So a run that is cut short has
+measured the most telling batches.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 import torch
 from batch import Shape, Source
 
-# The central value first.
+# In each list the value of the central batch comes first.
 _GPU_ROWS = [8192, 4096, 16384, 32768]
 _GPU_VOCABS = [128256, 32000, 50257, 151936, 262144]
 _GPU_WIDTHS = [4096, 2048]
@@ -21,13 +22,13 @@ _TOKENS = 1024
 
 
 def shapes(source: Source, device: torch.device, stage: int | None = None) -> list[Shape]:
-    """Return the batches for operations of this source, of one stage or of all."""
+    """Return the batches for operations of a source, those of one stage or of all stages."""
     staged = _on_gpu(source) if device.type == "cuda" else _on_cpu(source)
     return [shape for s, shape in staged if stage in (None, s)]
 
 
 def stages(device: torch.device) -> int:
-    """How many stages there are."""
+    """Return the number of stages."""
     staged = _on_gpu("hidden") if device.type == "cuda" else _on_cpu("hidden")
     return 1 + max(stage for stage, _ in staged)
 
@@ -35,7 +36,7 @@ def stages(device: torch.device) -> int:
 def _on_cpu(source: Source) -> list[tuple[int, Shape]]:
     if source == "tokens":
         return [(0, Shape(64, 512)), (1, Shape(64, 1024))]
-    if "hidden" in source:  # in fp32: most CPUs multiply bf16 far slower
+    if "hidden" in source:  # in fp32, because most CPUs multiply bf16 far slower
         center = Shape(8, 32, 32000, 256)
         others = [{"vocab": 50257}, {"sequences": 16}, {"prompt": 0.0}]
     else:
@@ -60,7 +61,7 @@ def _on_gpu(source: Source) -> list[tuple[int, Shape]]:
 
 
 def _with_trained_head(staged: list[tuple[int, Shape]]) -> list[tuple[int, Shape]]:
-    """Each with a frozen head, then with a trained one."""
+    """Return each shape twice: with a frozen head, then with a trained head."""
     return [
         (stage, replace(shape, trained=trained))
         for stage, shape in staged

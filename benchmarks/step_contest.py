@@ -1,7 +1,8 @@
 """Contests of whole training steps: the check, the memory and the time of each entrant.
 
-Each one's loss and gradients must be as near to fp64 as those of the plain formula, in the dtype
-and on the batch that are timed; who is not is not timed. Those that are take turns.
+The loss and gradients of an entrant must be about as near to fp64 as those of the plain formula, in
+the dtype and on the batch that are timed. Entrants that fail this check are not timed. The others
+take turns.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from torch import Tensor, nn
 
 from fastrlhf.recipes.memory import peak_memory
 
-# How many times the plain formula's error another may have, beside a part of the tolerance: what
-# the plain formula loses of a single number may be little by luck, and a pair's margin, on which
-# all gradients of DPO depend alike, is one.
+# An entrant's error may be SLACK times the error of the plain formula, plus FLOOR times the
+# tolerance. The floor is needed because the plain formula's error of a single number may be small
+# by luck. The margin of a pair, on which all gradients of DPO depend alike, is such a number.
 SLACK, FLOOR = 3.0, 0.1
 
 Record = dict[str, Any]
 Found = dict[str, Tensor]
-# Computes the loss, and leaves the gradients in the parameters.
+# A function that computes the loss and leaves the gradients in the parameters.
 Work = Callable[[], Tensor]
 
 
 class Entrant(NamedTuple):
-    """Who takes part, and what it is made and run within, which is not timed."""
+    """A participant: how it is loaded, and an untimed context in which it is loaded and run."""
 
     load: Callable[[], Work]
     around: Callable[[], AbstractContextManager] = contextlib.nullcontext
@@ -51,15 +52,15 @@ class Entrant(NamedTuple):
 
 
 def with_backward(loss: Callable[[Step], Tensor], step: Step) -> Tensor:
-    """Compute, and leave the gradients in the parameters, if there are any."""
+    """Compute a loss and its backward, if it has one; gradients are left in the parameters."""
     value = loss(step)
-    if value.requires_grad:  # else what is wanted of the gradients says whether one is missed
+    if value.requires_grad:  # if not, `found_by` tells whether a gradient is missing
         value.backward()
     return value.detach()
 
 
 def found_by(work: Work, step: Step) -> Found:
-    """The loss and the gradients, which are gone from the parameters then."""
+    """Run the work, return its loss and gradients, and remove these from the parameters."""
     found = {"loss": work()}
     for name, gradient in step.gradients().items():
         if gradient is None:
@@ -70,7 +71,7 @@ def found_by(work: Work, step: Step) -> Found:
 
 
 def errors(found: Found, exact: Found) -> dict[str, float]:
-    """Relative errors of the loss and of each parameter's gradient."""
+    """Compute the relative errors of the loss and of each parameter's gradient."""
     return {
         name: float((found[name].double() - x).norm() / x.norm().clamp(min=1e-30))
         for name, x in exact.items()
@@ -81,11 +82,11 @@ def check(found: Found, exact: Found, plain: dict[str, float], dtype: torch.dtyp
     """Compare with fp64, and return the largest error as a multiple of the plain formula's.
 
     Raises:
-        Wrong: an error beyond what the plain formula's error allows.
+        Wrong: an error is larger than the plain formula's error allows.
     """
     worst, floor = 0.0, FLOOR * TOLERANCE[dtype]
     for name, error in errors(found, exact).items():
-        # Not "greater": NaN must not pass.
+        # Written with "not <=", because ">" would let NaN pass.
         if not error <= SLACK * plain[name] + floor:
             raise Wrong(f"{name} off by {error:.1e}, the plain formula by {plain[name]:.1e}")
         if error > floor:
@@ -102,8 +103,9 @@ def hold(
     rounds: int,
     further: Callable[[Work], Record] = lambda work: {},
 ) -> list[Record]:
-    """Check, count the memory of, and time the entrants: a record each, with what is `further` to
-    be said of each one's work.
+    """Check the entrants, measure their memory and time, and return a record for each.
+
+    The function `further` returns entries that are added to the record of an entrant's work.
     """
     dtype = step.base.dtype
     in_fp64 = step.exact()
@@ -130,7 +132,7 @@ def hold(
                 outcomes[name] = {"peak_mib": peak / 2**20, "worst_error_ratio": worst}
                 outcomes[name] |= further(work)
             turns[name] = Turn(functools.partial(timed, work, name), step.forget, entrant.around)
-        except Exception as error:  # whatever an entrant raises is its outcome
+        except Exception as error:  # any exception becomes the entrant's result
             outcomes[name] = {"status": reason(error)}
         found = None
         step.forget()
@@ -169,8 +171,10 @@ def _described(loss: str, step: Step, device: torch.device) -> Record:
 
 
 def times_and_ratios(members: list[Record], compared: Iterable[str]) -> dict[str, list[str]]:
-    """Of those of a contest that were timed: the cells of time, of the processor's time, and of the
-    multiples of the others that they are compared with.
+    """Write the table's cells for each record of a contest that was timed.
+
+    The cells are its time, its processor time, and its multiples of the times of the providers with
+    which it is compared.
     """
     clock = "processor_ms" if members[0]["device"] == "cpu" else "median_ms"
     timed = {r["provider"]: r for r in members if r["status"] == "ok"}
@@ -186,7 +190,7 @@ def times_and_ratios(members: list[Record], compared: Iterable[str]) -> dict[str
 
 
 def circumstances(machine: dict[str, Any], records: list[Record]) -> list[str]:
-    """With what it was measured, on which processor, of what model and batch."""
+    """Describe the software, processor, model and batch of the measurements."""
     processor = "" if machine.get("cuda") else (
         f"{machine['processor']}, {machine['capability']}. Other processes may have shared the "
         f"cores: the load average was {machine['load']:.1f} at the end.\n"
@@ -203,7 +207,7 @@ def circumstances(machine: dict[str, Any], records: list[Record]) -> list[str]:
 
 
 def fewest_rounds(records: list[Record]) -> int:
-    """Of those that were timed."""
+    """Return the smallest number of rounds of the records that were timed."""
     return min(record.get("rounds", 10**9) for record in records)
 
 
@@ -211,7 +215,7 @@ def fewest_rounds(records: list[Record]) -> int:
 
 
 def two_models(arguments: argparse.Namespace, device: torch.device) -> Iterator[nn.Module]:
-    """SmolLM2-135M: all of it trained, and with LoRA."""
+    """Yield SmolLM2-135M twice: with all parameters trained, and with LoRA."""
     for trained in (True, False):
         yield make_model(device, trained=trained, tiny=arguments.tiny)
 
@@ -220,19 +224,22 @@ class Command(NamedTuple):
     """A command that holds contests of steps and writes their table."""
 
     description: str
-    name: str  # of its files
-    option: str  # which contests
+    name: str  # begins the names of its files
+    option: str  # the option that chooses contests
     choices: list[str]
     default: list[str]
-    # Of a model, for each of what is asked for: a record for each entrant.
+    # Holds the contest of a given name on a model: returns a record for each entrant.
     contest: Callable[[str, nn.Module, argparse.Namespace, torch.device], list[Record]]
     tables: Callable[[dict[str, Any], list[Record]], str]
-    # Which models, each trained in its own way.
+    # Yields the models, each of them prepared for its way of training.
     models: Callable[[argparse.Namespace, torch.device], Iterable[nn.Module]] = two_models
 
 
 def run_command(command: Command) -> int:
-    """Read the arguments, measure, and print the table unless somebody was wrong."""
+    """Read the arguments, hold the contests, and print the table.
+
+    If an entrant was wrong, only the errors are printed, and the exit code is 1.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = _arguments(command, gpu=device.type == "cuda")
     try:
@@ -283,7 +290,7 @@ def _measured(
     for model in command.models(arguments, device):
         for name in arguments.contests:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what peers and the compiler say
+                warnings.simplefilter("ignore")  # of peers and of the compiler
                 held = command.contest(name, model, arguments, device)
             records += held
             for record in held:

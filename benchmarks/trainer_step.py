@@ -1,20 +1,20 @@
-"""A step of TRL's trainers, and on which kernels it runs.
+"""A step of TRL's trainers, on TRL's kernels or on those of this library.
 
-The batch is that of `model_step.py`, laid out as each trainer's collator would, and what is timed
-is `trainer.training_step`: forward, loss, metrics and backward. What comes before it is left out,
-GRPO's rollout with it, and so is the optimizer's step after it. All of it is in the dtype of the
-model, without autocast and without gradient checkpointing.
+The batch is that of `model_step.py`, laid out as by each trainer's collator. The function
+`trainer.training_step` is timed: forward, loss, metrics and backward. Everything before it, such as
+GRPO's rollout, is left out, and so is the optimizer's step after it. All of it is in the dtype of
+the model, without autocast and without gradient checkpointing.
 
 - SFT: the mean negative log-prob of the completions.
-- DPO: the reference is asked in every step, as by default: another model where all is trained, and
-  the model without its adapters with LoRA.
-- GRPO: the first update after a rollout, so that the policy is the one that sampled.
+- DPO: as by default, the reference runs in every step. It is another model if all parameters are
+  trained; with LoRA it is the model without its adapters.
+- GRPO: the step is the first update after a rollout, so the policy is the one that sampled.
 
-Who takes part:
+The contestants:
 
-- TRL: as it comes.
-- TRL, prompts skipped: on a CPU TRL scores prompts and padding too, on a GPU it does not. Here it
-  leaves them out on a CPU as well, which is the fair comparison.
+- TRL: unchanged.
+- TRL, prompts skipped: on a CPU, TRL also scores prompts and padding; on a GPU it does not. This
+  contestant leaves them out on a CPU as well, which is the fair comparison.
 - patched: within `fastrlhf.integrations.trl.patched()`.
 - subclass: patched, and a DPO trainer whose loss is `fastrlhf.model_dpo_loss`.
 """
@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 import fastrlhf
 from fastrlhf.integrations import trl as integration
 
-# How much sharper than the policy the reference is where it is another model.
+# If the reference is another model, its last norm is scaled by this, which sharpens its logits.
 _SHARPER = 1.02
 
 Inputs = dict[str, Any]
@@ -48,18 +48,18 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainerStep(Step):
-    """A step that asks a reference."""
+    """A step that also runs a reference."""
 
     reference: nn.Module | None  # None: the model without its adapters
 
     def exact(self) -> TrainerStep:
-        """A copy in fp64, the reference too."""
+        """Return a copy in fp64, including the reference."""
         reference = self.reference and copy.deepcopy(self.reference).double()
         return replace(super().exact(), reference=reference)
 
     @contextlib.contextmanager
     def asking_reference(self) -> Iterator[Step]:
-        """The same batch of the reference, without gradients."""
+        """Yield the step with the reference as its model, without gradients."""
         with torch.no_grad():
             if self.reference is not None:
                 yield replace(self, model=self.reference)
@@ -69,7 +69,7 @@ class TrainerStep(Step):
 
 
 def make_trainer_step(step: Step) -> TrainerStep:
-    """Add the reference."""
+    """Add the reference to a step."""
     reference = None
     if step.trained:
         reference = copy.deepcopy(step.model).requires_grad_(False).eval()
@@ -79,7 +79,7 @@ def make_trainer_step(step: Step) -> TrainerStep:
 
 
 def with_prompts_on_the_left(step: TrainerStep) -> TrainerStep:
-    """The same tokens as GRPO pads them: prompts on the left, completions on the right."""
+    """Return the same tokens padded as in GRPO: prompts on the left, completions on the right."""
 
     def parts(kept: Tensor, side: str) -> tuple[Tensor, Tensor]:
         rows = [ids[keep] for ids, keep in zip(step.ids, kept, strict=True)]
@@ -115,7 +115,10 @@ def _plain_grpo(step: TrainerStep) -> Tensor:
 
 
 def body(name: str, step: TrainerStep) -> None:
-    """All of a step but the head: hidden states, the reference's too, and their backward."""
+    """Run a step without its head: the hidden states and their backward.
+
+    For DPO the hidden states of the reference are included.
+    """
     if name == "DPO":
         with step.asking_reference() as of_reference:
             _hidden(of_reference)
@@ -127,7 +130,7 @@ def _hidden(step: Step) -> Tensor:
     return body(step.ids, step.attention, use_cache=False).last_hidden_state
 
 
-# What the trainers are given.
+# The inputs of the trainers.
 
 
 def _sft_inputs(step: Step) -> Inputs:
@@ -149,12 +152,12 @@ def _grpo_inputs(step: Step) -> Inputs:
 
 
 class Kind(NamedTuple):
-    """A trainer."""
+    """A kind of trainer, with its formula, inputs and options."""
 
-    plain: Callable[[TrainerStep], Tensor]  # what the check evaluates in fp64
+    plain: Callable[[TrainerStep], Tensor]  # the formula that the check evaluates in fp64
     inputs: Callable[[Step], Inputs]
-    example: dict[str, str]  # a row of the data set that it wants to see
-    options: dict[str, Any]  # of its config
+    example: dict[str, str]  # a row of the data set, which it demands at its creation
+    options: dict[str, Any]  # options of its config
 
 
 KINDS = {
@@ -172,7 +175,7 @@ KINDS = {
 
 @functools.cache
 def fused_dpo_trainer() -> type:
-    """A DPO trainer whose head is one call: no logits are made twice, however long the batch."""
+    """Return a DPO trainer whose loss is one call, which never computes the logits twice."""
     from trl import DPOTrainer
 
     class FusedDPOTrainer(DPOTrainer):
@@ -189,7 +192,7 @@ def fused_dpo_trainer() -> type:
 
 
 def trainer_class(name: str) -> type:
-    """TRL's own."""
+    """Return TRL's own trainer of a name."""
     import trl
 
     return getattr(trl, f"{name}Trainer")
@@ -204,14 +207,14 @@ def _prompts_skipped() -> Iterator[None]:
 
 
 class Contestant(NamedTuple):
-    """Which trainer, made and run within what."""
+    """A trainer, and the context in which it is created and run."""
 
     load: Callable[[], type]
     around: Callable[[], AbstractContextManager[None]]
 
 
 def contestants(name: str, device: torch.device) -> dict[str, Contestant]:
-    """Who takes part."""
+    """Return the contestants by name."""
     of_trl = functools.partial(trainer_class, name)
     found = {"TRL": Contestant(of_trl, contextlib.nullcontext)}
     if device.type == "cpu":
@@ -223,11 +226,11 @@ def contestants(name: str, device: torch.device) -> dict[str, Contestant]:
 
 
 def make_work(name: str, load: Callable[[], type], step: TrainerStep) -> Callable[[], Tensor]:
-    """A trainer's step: returns the loss, and leaves the gradients in the step's parameters."""
+    """Return a step of a trainer: it returns the loss and leaves gradients in the parameters."""
     trainer = _make_trainer(name, load(), step)
     inputs = KINDS[name].inputs(step)
-    count = step.mask.sum() if name == "SFT" else None  # as transformers count what has a label
-    if name == "GRPO":  # else it would generate
+    count = step.mask.sum() if name == "SFT" else None  # transformers counts tokens with a label
+    if name == "GRPO":  # GRPO would otherwise generate completions here
         trainer._prepare_inputs = lambda inputs: inputs
     trainer.current_gradient_accumulation_steps = 1
     return lambda: trainer.training_step(trainer.model, dict(inputs), count)
@@ -255,13 +258,13 @@ def _make_trainer(name: str, make: type, step: TrainerStep) -> Any:
             train_dataset=datasets.Dataset.from_list([kind.example] * 2), **options,
         )  # fmt: skip
     if name == "DPO" and step.reference is None:
-        # Given a model with adapters, it takes a copy of these for the reference.
+        # The trainer copies the adapters of such a model for its reference, which is not wanted.
         trainer.model.delete_adapter("ref")
     return trainer
 
 
 def _sharing(model: nn.Module) -> nn.Module:
-    """Another model of the same parameters, on which a trainer may put its own forward."""
+    """Return a copy that shares its parameters, whose forward a trainer may replace."""
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -271,7 +274,7 @@ def _no_reward(completions: list, **_: Any) -> list[float]:
 
 
 def _tokenizer() -> Any:
-    """What a trainer asks for, and has no use for where the batch is given."""
+    """Return a small tokenizer. A trainer demands one, but does not use it on given batches."""
     import tokenizers
     import transformers
 

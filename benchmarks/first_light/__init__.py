@@ -1,6 +1,8 @@
-"""The first minutes on a GPU: is every kernel right on it, and how far from its limits is each?
+"""First light: the first minutes on a GPU.
 
-`run.py` has the sections in their order, `sections.py` runs each as a process of its own, and
-`results.py` keeps what they find. What is checked and timed is in the other files, one subject
-each; what only a GPU can do, and what stands in for it elsewhere, is all in `machine.py`.
+Is every kernel correct on this GPU, and how far is each from the limits of the hardware? The
+command is `python benchmarks/gpu.py --first-light`. `run.py` has the sections in their order,
+`sections.py` runs each as a process of its own, and `results.py` collects their findings. The other
+files contain the checks and timings, one subject each. `machine.py` contains everything that only a
+GPU can do, with a substitute for machines that have none.
 """

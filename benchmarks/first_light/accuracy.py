@@ -1,13 +1,14 @@
-"""Whether a result is as accurate as plain PyTorch's, compared so that what is missing shows.
+"""Judge whether a result is as accurate as plain PyTorch's.
 
-A result's error is its distance from the same formula in fp64, and its budget twice the error that
-plain PyTorch makes in the same dtype on the same machine, or twice what rounding the exact result
-to that dtype costs, if that is more; and a few roundings, for where the plain formula happens to be
-exact. Where the plain formula loses much itself, as fp16 does where it underflows, its error counts
-as `_MOST` of the result and no more: an all-zero gradient is never within a budget.
+The error of a result is its distance from the same formula in fp64. The budget is twice the error
+of plain PyTorch in the same dtype on the same machine, or twice the error of rounding the exact
+result to that dtype if that is more. A few roundings are added, for cases in which the plain
+formula happens to be exact. If the plain formula itself loses much, as fp16 does where it
+underflows, its error counts as no more than `_MOST` of the result, so an all-zero gradient is never
+within a budget.
 
-Over a large vocabulary the target's entry is nearly all of a row's norm. So the entries of the
-targets and the rest are compared apart, the rest row by row.
+Over a large vocabulary, the target's entry is nearly all of a row's norm and would hide errors of
+the others. So the targets' entries and the rest are compared separately, the rest row by row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# How far apart two results in bf16 may be which were added up in another order.
+# How far apart two bf16 results may be whose sums were added up in different orders.
 IN_ANOTHER_ORDER = torch.finfo(torch.bfloat16).eps
 
 _FACTOR = 2.0
@@ -25,7 +26,7 @@ _MOST = 0.05
 
 
 class Verdict(NamedTuple):
-    """Relative errors of the row that comes nearest to its budget, or furthest past it."""
+    """Relative errors of the worst row: the one with the largest ratio of error to budget."""
 
     error: float
     budget: float
@@ -33,12 +34,12 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Not "error > budget": NaN must not pass."""
+        """Whether the error is within the budget. "not error > budget" would let NaN pass."""
         return self.error <= self.budget
 
 
 def judge(found: Tensor, plain: Tensor, exact: Tensor, slack: float) -> Verdict:
-    """Compare rows (R, n) by their L2 norms; the worst one decides."""
+    """Compare rows (R, n) by their L2 norms. The worst row decides."""
     if exact.numel() == 0:
         return Verdict(0.0, 0.0, 0.0)
     exact = exact.detach().double()
@@ -50,8 +51,10 @@ def judge(found: Tensor, plain: Tensor, exact: Tensor, slack: float) -> Verdict:
 
 
 def judge_values(found: Tensor, plain: Tensor, exact: Tensor, slack: float) -> Verdict:
-    """Compare numbers by the largest error, relative to the largest of them, at least to 1: what
-    they are sums of is of that order.
+    """Compare numbers by their largest error, relative to the largest number or to 1 if that is
+    more.
+
+    1 is the order of magnitude of the terms that were summed to these numbers.
     """
     if exact.numel() == 0:
         return Verdict(0.0, 0.0, 0.0)
@@ -69,14 +72,15 @@ def _worst(error: Tensor, plain: Tensor, rounding: Tensor, size: Tensor, slack: 
     budget = _FACTOR * torch.maximum(rounding, allowed) + slack * size
     share = torch.where(error == 0, 0.0, error / budget).nan_to_num(torch.inf, torch.inf)
     row = int(share.argmax())
-    # Of a row that should be zero there is no relative error.
+    # A row that should be zero has no relative error; its absolute error is given.
     unit = float(size[row]) or 1.0
     return Verdict(*(float(x[row]) / unit for x in (error, budget, plain)))
 
 
 def split_logits(gradient: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets' entries of a (B, T, V) gradient as one row, and the rest of each row; of the
-    rows with a target.
+    """Split a (B, T, V) gradient into the targets' entries as one row, and the rest of each row.
+
+    Rows without a target are left out.
     """
     live = targets != -100
     rows, index = gradient[live], targets[live][:, None]
@@ -84,14 +88,14 @@ def split_logits(gradient: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_weight(gradient: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets' rows of a (V, H) gradient, and all other rows, each as one."""
+    """Split a (V, H) gradient into the targets' rows and the others, each flattened to one row."""
     chosen = torch.zeros(gradient.shape[0], dtype=torch.bool, device=gradient.device)
     chosen[targets[targets != -100]] = True
     return gradient[chosen].flatten()[None], gradient[~chosen].flatten()[None]
 
 
 def distance(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> float:
-    """The largest relative difference of some results, a piece at a time for the sake of memory."""
+    """Return the largest relative difference of results, computed piecewise to save memory."""
     found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
     largest = 0.0
     for x, y in zip(found, expected, strict=True):
@@ -101,7 +105,7 @@ def distance(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor
         ]
         if squares:
             error, size = torch.stack(squares).sum(0).tolist()
-            # Not max(), which may pass over NaN.
+            # max() is not used, because it may ignore NaN.
             share = (error / size) ** 0.5 if size else error
             largest = share if not share <= largest else largest
     return largest

@@ -1,4 +1,4 @@
-"""A kernel that is not in the library yet, beside the one whose place it would take."""
+"""Compare a kernel that is not in the library yet with the kernel that it would replace."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .sections import Reporter
 
 
 def time_row_order(report: Reporter, machine: Machine) -> None:
-    """K3 in row order: that it gives what K3 gives, and how long both take.
+    """Check that K3 (the kernel of the policy loss) in row order gives K3's results, and time it.
 
-    Its programs wait for each other. If one waits for ever, this section ends by its time limit,
-    and nothing else comes after it in the same process.
+    The programs of this kernel wait for each other. If one waits for ever, the section ends at its
+    time limit, and no other work is lost because its process does nothing else.
     """
     rows, vocab = machine.sizes.timed[0]
     logits = Logits(machine, rows, vocab)

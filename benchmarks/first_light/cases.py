@@ -1,4 +1,4 @@
-"""The inputs of the checks, and the comparison of an operation with plain PyTorch and with fp64."""
+"""Make the inputs of the checks, and compare operations with plain PyTorch and with fp64."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _CERTAIN = 17
 Leaves = dict[str, Tensor]
 
 
-# Of leaves and tokens: differentiable values, (B, T) or 0-d, by name.
+# A function of leaves and tokens that returns differentiable values, (B, T) or 0-d, by name.
 Function = Callable[[Leaves, Tokens], dict[str, Tensor]]
 
 
 class Case(NamedTuple):
-    """Inputs of an operation; its leaves may hold NaN where a token is ignored."""
+    """Inputs of an operation. Leaves may hold NaN at ignored tokens."""
 
-    leaves: Leaves  # what needs a gradient
+    leaves: Leaves  # inputs that need a gradient
     constants: Leaves
     tokens: Tokens
 
     def clean(self) -> Case:
-        """For formulas that read every row: ignored rows of logits are zeros."""
+        """Return a copy with zeros in ignored rows of logits, for formulas that read every row."""
         ignored = ~self.tokens.live[..., None]
         leaves, constants = (
             {k: x.masked_fill(ignored, 0.0) if "logits" in k else x for k, x in tensors.items()}
@@ -41,7 +41,7 @@ class Case(NamedTuple):
         return Case(leaves, constants, self.tokens)
 
     def double(self) -> Case:
-        """The same in fp64."""
+        """Return a copy in fp64."""
         leaves, constants = (
             {k: x.double() for k, x in tensors.items()} for tensors in (self.leaves, self.constants)
         )
@@ -49,12 +49,12 @@ class Case(NamedTuple):
 
 
 def normal(machine: Machine, *size: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers in fp32."""
+    """Draw normal numbers in fp32."""
     return scale * torch.randn(size, device=machine.device)
 
 
 def make_tokens(machine: Machine, targets: Tensor) -> Tokens:
-    """Draw what does not depend on log-probs."""
+    """Draw the properties of tokens that do not depend on log-probs."""
     b, t = targets.shape
     g, h = (normal(machine, b, t) * (targets != IGNORED) for _ in range(2))
     temperature = torch.rand(b, t, device=machine.device) + 0.5
@@ -63,10 +63,10 @@ def make_tokens(machine: Machine, targets: Tensor) -> Tokens:
 
 
 def sampled(machine: Machine, tokens: Tokens, log_p: Tensor) -> Tokens:
-    """The tokens as an older policy sampled them, whose log-probs lie near the present ones.
+    """Add log-probs of an older policy that sampled the tokens, which are near the present ones.
 
-    Log-ratios are 0.1 and 0.3 either way: with bounds of 0.2 half of them are clipped, and none is
-    so close to a bound that rounding could bring it to the other side.
+    Log-ratios are ±0.1 and ±0.3. With bounds of 0.2 half of them are clipped, and none is so close
+    to a bound that rounding could move it across.
     """
     present = logprobs(log_p, tokens).float()
     ratios = torch.tensor([-0.3, -0.1, 0.1, 0.3, 0.1], device=machine.device)
@@ -83,9 +83,11 @@ def logits_case(
     pair: bool = False,
     transformed: bool = False,
 ) -> Case:
-    """Two sequences of tokens: one token is ignored and holds NaN, one is certain, and most have
-    columns of -inf. A `pair` has the logits of a second model; where the logits are `transformed`
-    by temperature and softcap, so are those that the tokens were sampled from.
+    """Make two sequences of logits with hostile values.
+
+    One token is ignored and its logits are NaN, one token is certain, and most rows have columns of
+    -inf. With `pair` there are also logits of a second model. With `transformed`, the tokens are
+    sampled from logits with temperature and softcap, as the operation applies them.
     """
     b, t = 2, machine.sizes.tokens
     logits = normal(machine, b, t, vocab, scale=3.0).to(dtype)
@@ -109,7 +111,7 @@ def logits_case(
 
 
 def hidden_case(machine: Machine, vocab: int, dtype: torch.dtype) -> Case:
-    """Four sequences of hidden states, their first token ignored, and the heads of two models."""
+    """Make 4 sequences of hidden states of two models, and both heads; first tokens are ignored."""
     rows, width = machine.sizes.linear_rows, machine.sizes.linear_width
     leaves, constants = (
         {
@@ -128,12 +130,12 @@ def hidden_case(machine: Machine, vocab: int, dtype: torch.dtype) -> Case:
 def evaluate(
     function: Function, case: Case, wanted: tuple[str, ...], factor: float = 1.0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values of a function, and gradients of the wanted leaves; losses count `factor` times."""
+    """Return values of a function and gradients of the wanted leaves; losses are times `factor`."""
     leaves = {
         name: x.detach().clone().requires_grad_(name in wanted) for name, x in case.leaves.items()
     }
     tokens = case.tokens
-    # Views, so that the backward may overwrite a leaf in place.
+    # The function gets views, so that its backward may overwrite a leaf in place.
     inputs = {name: x.view_as(x) for name, x in leaves.items()}
     values = function(inputs | case.constants, tokens)
     upstream = {"entropy": tokens.h, "loss": factor}
@@ -151,8 +153,10 @@ def compare(
     wanted: tuple[str, ...],
     factor: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Report how far values and gradients are from fp64, by the error of the plain formula, and
-    whether they have the same bits a second time; return the gradients.
+    """Compare an operation with its plain formula in fp64, and return its gradients.
+
+    Reported are the errors of values and gradients against a budget from the plain formula's error,
+    and whether a second run gives the same bits.
     """
     ours, plain = formulas
     twice = report.demand(name, lambda: [evaluate(ours, case, wanted, factor) for _ in range(2)])
@@ -161,7 +165,7 @@ def compare(
     (values, gradients), again = twice
     same_bits(report, f"{name}, again", _flat(values, gradients), _flat(*again))
     clean, live = case.clean(), case.tokens.live
-    # The coefficient of a token is a function of its log-prob, and known as well as that.
+    # The coefficient of a token depends on its log-prob, so it has a similar absolute error.
     terms = max(1.0, float(case.tokens.old.abs().max())) if "policy" in name else 1.0
     exact, exact_gradients = evaluate(plain, clean.double(), wanted, factor)
     usual, usual_gradients = evaluate(plain, clean, wanted, factor)
@@ -188,7 +192,7 @@ def compare_gradients(
     targets: Tensor,
     slack: float,
 ) -> None:
-    """Report how far a leaf's gradient is, of (found, plain, exact), in each of its parts."""
+    """Report the error of each part of a leaf's gradient; `three` is (found, plain, exact)."""
     found, live = three[0], targets != IGNORED
     if leaf == "hidden":
         report.check(name, judge(*(x[live] for x in three), slack))
@@ -202,6 +206,6 @@ def compare_gradients(
 
 
 def same_bits(report: Reporter, name: str, first: Tensor, second: Tensor) -> None:
-    """Report whether two results agree in every bit, and are not just empty or zero."""
+    """Report whether two results agree in every bit, and are neither empty nor all zero."""
     same = torch.equal(first, second) and bool(first.any())
     report.holds(f"{name}: same bits", same)

@@ -1,4 +1,4 @@
-"""Checks of what only a device can get wrong: offsets, streams, graphs, waiting, other devices."""
+"""Checks of errors that only a device can make: offsets, streams, graphs, waits, other devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _OPERATIONS = {
 
 
 def check_past_int32(report: Reporter, machine: Machine) -> None:
-    """Logits of more than 2^31 entries, the same row first and last: it must not matter where."""
+    """Check logits of more than 2^31 entries.
+
+    The first and the last row are the same, so their results must be the same too.
+    """
     rows, vocab = machine.sizes.past_int32
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device=machine.device)
     logits[0] = logits[-1] = torch.randn(vocab, device=machine.device).bfloat16()
@@ -51,7 +54,10 @@ def _first_is_last(report: Reporter, name: str, gradient: Tensor) -> None:
 
 
 def check_execution(report: Reporter, machine: Machine) -> None:
-    """Without waiting, on a side stream, in a graph: forward and backward with the same bits."""
+    """Check that forward and backward give the same bits in three unusual ways to run.
+
+    These are: with waiting for the GPU forbidden, on a side stream, and in a CUDA graph.
+    """
     for name, operation in _OPERATIONS.items():
         step = _step(machine, operation)
         expected = step()
@@ -73,7 +79,7 @@ def _unwaited(machine: Machine, step: Callable[[], Tensor]) -> Tensor:
 
 
 def _step(machine: Machine, operation: Operation) -> Callable[[], Tensor]:
-    """Forward and backward on tensors that stay where they are; returns the gradient."""
+    """Return a forward and backward on tensors at fixed addresses, which returns the gradient."""
     vocab, dtypes = machine.sizes.vocabs[0], machine.sizes.dtypes[0]
     case = make_case(machine, operation, vocab, dtypes[0])
     leaf = case.leaves["logits"].requires_grad_()
@@ -87,7 +93,7 @@ def _step(machine: Machine, operation: Operation) -> Callable[[], Tensor]:
 
 
 def check_another_device(report: Reporter, machine: Machine) -> None:
-    """Tensors that are not on the current device: the kernels must go where they are."""
+    """Check tensors that are not on the current device: kernels must run on the tensors' device."""
     device = machine.another_device()
     if device is None:
         report.note("another device", "there is only one")

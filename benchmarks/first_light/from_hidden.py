@@ -1,4 +1,4 @@
-"""Checks of what starts from hidden states: with the head frozen, and with it trained."""
+"""Checks of operations from hidden states, with a frozen and with a trained head."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from .tokens import Tokens
 _TEMPERATURE = 0.8
 _SMOOTHING, _Z_LOSS = 0.1, 1e-3
 _HALVES = (torch.bfloat16, torch.float16)
-_SMALL = (1.0, 1 / 8192, 1e-6)  # gradients from outside, as a loss scale or a long batch makes them
+_SMALL = (1.0, 1 / 8192, 1e-6)  # upstream gradients, as of a loss scale or a long batch
 
 
 class Operation(NamedTuple):
-    """An operation and its plain formula."""
+    """An operation of this library and its plain formula."""
 
     ours: Function
     plain: Function
 
 
 def _options(x: Leaves) -> dict[str, Any]:
-    """Four chunks, so that sums go over more than one."""
+    """Return options for four chunks, so that sums over chunks are checked."""
     b, t, _ = x["hidden"].shape
     return {"chunk_size": max(2, b * t // 4), "impl": "triton"}
 
@@ -85,7 +85,7 @@ def _plain_logprobs(x: Leaves, s: Tokens) -> dict:
 
 
 def _few_ids(s: Tokens, vocab: int) -> Tensor:
-    """Three ids of each token, (B, T, 3): the target and others."""
+    """Return three ids for each token, (B, T, 3): the target and two others."""
     target = s.picked[..., 0]
     return torch.stack((target, (target + 1) % vocab, (target + vocab // 2) % vocab), dim=-1)
 
@@ -107,7 +107,7 @@ def _plain_over_kept_ids(x: Leaves, s: Tokens) -> dict:
 
 
 def _pairs(s: Tokens) -> Tensor:
-    """Of each two neighbours among the tokens with a target the first, by its number."""
+    """Pair the tokens with a target as neighbours, and return the number of each first token."""
     live = s.live.flatten().nonzero()[:, 0]
     rows = torch.zeros_like(s.targets).flatten()
     rows[live] = live[torch.arange(len(live), device=live.device) // 2 * 2]
@@ -206,7 +206,7 @@ OPERATIONS = {
 
 
 def check(report: Reporter, machine: Machine, dtype: torch.dtype) -> None:
-    """Values and gradients of every operation in a dtype."""
+    """Check values and gradients of every operation in a dtype."""
     for vocab, dtypes in zip(machine.sizes.vocabs, machine.sizes.linear_dtypes, strict=True):
         if dtype not in dtypes:
             continue
@@ -219,18 +219,20 @@ def check(report: Reporter, machine: Machine, dtype: torch.dtype) -> None:
 
 
 def check_small_gradients(report: Reporter, machine: Machine) -> None:
-    """fp16 gradients of a loss that counts little: as accurate as fp16 can hold them.
+    """Check that small fp16 gradients are as accurate as fp16 can represent them.
 
-    Plain PyTorch loses them, so the exact ones rounded to fp16 stand in for its own.
+    Plain PyTorch loses them to underflow, so the exact gradients rounded to fp16 are used in place
+    of its own.
     """
     case = hidden_case(machine, machine.sizes.vocabs[0], torch.float16)
-    # So that what reaches the hidden states is no smaller than what fp16 can hold.
+    # With this scale, the gradient of the hidden states is not too small for fp16.
     case.leaves["weight"].mul_(4.0)
     case.leaves["hidden"].div_(4.0)
     for name in ("linear_loss", "linear_token_logprobs"):
         operation = OPERATIONS[name]
         for size in _SMALL:
-            # The loss is a mean: undone, so that the size is that of each token's gradient.
+            # linear_loss is a mean here. Its division is undone, so that the gradient of each token
+            # is of the order of `size`.
             factor = size * float(case.tokens.live.sum()) if name == "linear_loss" else size
             wanted = ("hidden", "weight")
             _, exact = _scaled(operation.plain, case.double(), factor)
@@ -249,7 +251,7 @@ def check_small_gradients(report: Reporter, machine: Machine) -> None:
 
 
 def _scaled(function: Function, case: Case, factor: float) -> tuple[dict, dict]:
-    """Evaluate a function whose value, a loss or one for each token, counts `factor` times."""
+    """Evaluate a function with its value (a loss, or one value for each token) times `factor`."""
 
     def total(x: Leaves, s: Tokens) -> dict:
         ((name, value),) = function(x, s).items()
@@ -259,9 +261,10 @@ def _scaled(function: Function, case: Case, factor: float) -> tuple[dict, dict]:
 
 
 def check_products(report: Reporter, machine: Machine) -> None:
-    """fp32 += 16 bits × 16 bits, what every linear operation is made of: logits (m, n) from hidden
-    states (m, k), and from them the gradient of the weight; with rows that lie anywhere, and with
-    rows that start at multiples of 64 numbers, as this library's do.
+    """Check the matmul that every linear operation consists of: fp32 += 16 bits × 16 bits.
+
+    It computes logits (m, n) from hidden states (m, k), and from logits the gradient of the weight.
+    The rows lie anywhere, or start at multiples of 64 numbers as in this library.
     """
     for (m, k, n), dtype in itertools.product(machine.sizes.products, _HALVES):
         for padding in dict.fromkeys((0, 3, -n % 64)):

@@ -1,4 +1,4 @@
-"""Checks of what starts from logits: statistics, policy losses, divergences."""
+"""Checks of operations from logits: statistics, policy losses, cross-entropy, divergences."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from .tokens import Tokens
 _TRITON: dict[str, Any] = {"impl": "triton"}
 _KL_COEF, _ENTROPY_COEF, _SHARE = 0.1, 0.01, 0.3
 _KL_WEIGHT, _Z_LOSS = 0.7, 1e-3
-_TEACHER = [0.4, 0.2, 0.1, 0.05]  # probabilities of the words that a teacher names
+_TEACHER = [0.4, 0.2, 0.1, 0.05]  # a teacher's probabilities of its likeliest words
 
 
 class Operation(NamedTuple):
-    """An operation and its plain formula."""
+    """An operation of this library, its plain formula, and its kind of inputs."""
 
     ours: Function
     plain: Function
-    inplace: Function | None = None  # the operation where it overwrites the logits backward
-    transformed: bool = False  # by temperature and softcap
-    pair: bool = False  # of the logits of two models
-    shared_zeros: bool = True  # of the two, which have probability 0 for the same tokens
+    inplace: Function | None = None  # the operation whose backward overwrites the logits
+    transformed: bool = False  # whether the logits get a temperature and a softcap
+    pair: bool = False  # whether it compares the logits of two models
+    shared_zeros: bool = True  # whether both give 0 to the same tokens
 
 
 # Statistics.
@@ -131,7 +131,7 @@ def _plain_cross_entropy(x: Leaves, s: Tokens) -> dict:
 
 
 def _words(s: Tokens) -> torch.Tensor:
-    """What stands for a teacher's likeliest words: the target and what comes some way after it."""
+    """Return ids in place of a teacher's likeliest words: the target and ids some way after it."""
     steps = torch.arange(len(_TEACHER), device=s.targets.device)
     return s.picked + steps
 
@@ -169,7 +169,7 @@ def _divergence(direction: str, transformed: bool = False) -> Operation:
         sides = (plain.log_softmax(x[name], *options) for name in ("logits", "other_logits"))
         return {"divergence": plain.divergence(*sides, direction, _SHARE)}
 
-    # Plain PyTorch has no gradient of a mixture of two zeros.
+    # Plain PyTorch has no gradient of a mixture of two probabilities that are both 0.
     return Operation(ours, formula, None, transformed, pair=True, shared_zeros=direction != "jsd")
 
 
@@ -199,8 +199,10 @@ DIVERGENCES = {
 
 
 def make_case(machine: Machine, operation: Operation, vocab: int, dtype: torch.dtype) -> Case:
-    """Inputs whose values are finite: no token is certain of one model and impossible of the other,
-    and the reference is 0 only where the policy is.
+    """Make inputs for which the operation's values are finite.
+
+    No token is certain under one model and impossible under the other, and the reference has
+    probability 0 only where the policy has.
     """
     case = logits_case(
         machine, vocab, dtype, pair=operation.pair, transformed=operation.transformed
@@ -214,7 +216,7 @@ def make_case(machine: Machine, operation: Operation, vocab: int, dtype: torch.d
 
 
 def check(report: Reporter, machine: Machine, operations: dict[str, Operation], i: int) -> None:
-    """Values and gradients with the i-th vocabulary, also in place and of a loss times 2."""
+    """Check values and gradients with the i-th vocabulary, also in place and for a loss times 2."""
     vocab = machine.sizes.vocabs[i]
     for dtype, (name, operation) in itertools.product(machine.sizes.dtypes[i], operations.items()):
         case = make_case(machine, operation, vocab, dtype)
@@ -229,7 +231,10 @@ def check(report: Reporter, machine: Machine, operations: dict[str, Operation], 
 
 
 def check_rows(report: Reporter, machine: Machine) -> None:
-    """A row alone has the bits that it has in a batch; and logits may start and lie anywhere."""
+    """Check that results do not depend on how rows are batched or where they lie in memory.
+
+    A row alone must give the same bits as in a batch, and logits may start at any address.
+    """
     vocab, dtype = machine.sizes.vocabs[1], machine.sizes.dtypes[1][0]
     operations = STATISTICS | DIVERGENCES
     for name in ("token_stats", "kl_divergence reverse", "kl_divergence jsd"):
@@ -246,35 +251,36 @@ def check_rows(report: Reporter, machine: Machine) -> None:
 
 
 def _part(case: Case, row: tuple[slice, slice]) -> Case:
-    """A batch that is a part of another."""
+    """Return a part of a batch."""
     leaves = {name: x[row] for name, x in case.leaves.items()}
     tokens = Tokens(*(x[row[0]] if x.ndim == 1 else x[row] for x in case.tokens))
     return Case(leaves, {}, tokens)
 
 
 def _misplaced(function: Function) -> Function:
-    """Give a function its leaves in memory that starts anywhere, with rows further apart."""
+    """Wrap a function so that its leaves start at unaligned addresses, with gaps between rows."""
 
     def call(x: Leaves, s: Tokens) -> dict:
-        # One entry too many before the rows, and two behind each.
+        # The padded rows have one more entry before and two after, which the slice leaves out.
         return function({k: torch.nn.functional.pad(v, (1, 2))[..., 1:-2] for k, v in x.items()}, s)
 
     return call
 
 
 def check_hostile_values(report: Reporter, machine: Machine) -> None:
-    """What has no plain formula to be compared with: a near certainty, and infinite divergences."""
+    """Check values that plain formulas do not give: near certainties and infinite divergences."""
     vocab = machine.sizes.vocabs[1]
     logits = normal(machine, 3, vocab, scale=3.0)
     logits[:, 7] = logits.logsumexp(-1) + torch.tensor([8.0, 12.0, 16.0], device=machine.device)
     targets = torch.full((3,), 7, device=machine.device)
-    # Not by log_softmax, which cancels in fp64 as well.
+    # The exact value is not taken from log_softmax, which cancels even in fp64.
     rest = logits.double().index_fill(1, targets[:1], -torch.inf).logsumexp(-1)
     exact = torch.nn.functional.logsigmoid(logits[:, 7].double() - rest)
     found = fastrlhf.token_logprobs(logits, targets, **_TRITON)
     ratio = found.double() / exact
     one = torch.ones_like(ratio)
-    # Its logarithm, of up to 16, is known to a few roundings: the log-prob to 16 times as many.
+    # The logarithm of the log-prob is up to 16 and is accurate to a few roundings. So the relative
+    # error of the log-prob itself may be 16 times as large.
     verdict = judge_values(ratio, one, one, 16 * machine.slack(torch.float32))
     report.check("log-probs where p is nearly 1", verdict)
     other = logits.clone()

@@ -1,4 +1,4 @@
-"""How long each kernel takes, beside a copy of the same bytes on the same card."""
+"""Time each kernel, and compare it with a copy of the same bytes on the same card."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .sections import Reporter
 
 
 def measure_rates(report: Reporter, machine: Machine) -> None:
-    """What this very card does: bytes copied, both ways counted, and bf16 operations of a matmul.
+    """Measure the rates of this card, to which all other timings are compared.
 
-    Everything after this is measured by them.
+    The rates are bytes per second of a copy, with reads and writes counted, and operations per
+    second of a bf16 matmul.
     """
     sizes = machine.sizes
     source = torch.ones(sizes.copied_bytes, dtype=torch.int8, device=machine.device)
@@ -27,23 +28,23 @@ def measure_rates(report: Reporter, machine: Machine) -> None:
 
 
 def copy_seconds(report: Reporter, moved: float) -> float | None:
-    """How long a copy that moves so many bytes would take."""
+    """Return the time of a copy that moves so many bytes; None if the rate is not known."""
     rate = report.rates.get("copy_bytes_per_second")
     return moved / rate if rate else None
 
 
 def compile_kernels(report: Reporter, machine: Machine, vocab: int) -> None:
-    """Launch each kernel once, so that Triton's cache has it when it is timed.
+    """Launch each kernel once, so that it is in Triton's cache when it is timed.
 
-    On few rows, but a multiple of 16 like those that are timed, for which the compiler has code of
-    its own.
+    The launches have few rows. Their number is a multiple of 16, as in the timings, because the
+    compiler makes separate code for multiples of 16.
     """
     for name, work in Logits(machine, machine.sizes.few_rows, vocab).works().items():
         report.attempt(name, work.run)
 
 
 def time_kernels(report: Reporter, machine: Machine, rows: int, vocab: int) -> None:
-    """Each kernel of rows of logits."""
+    """Time each kernel on rows of logits."""
     logits = Logits(machine, rows, vocab)
     for name, work in logits.works().items():
 
@@ -56,7 +57,7 @@ def time_kernels(report: Reporter, machine: Machine, rows: int, vocab: int) -> N
 
 
 def time_small_kernels(report: Reporter, machine: Machine) -> None:
-    """What has no vocabulary: advantages, and pairs of sequences."""
+    """Time the kernels without a vocabulary: advantages, and pairs of sequences."""
     b, t = machine.sizes.scan
     rewards = torch.randn(b, t, device=machine.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=machine.device)

@@ -1,4 +1,8 @@
-"""Each kernel on the logits of a large batch, by itself: what is timed, and what it must move."""
+"""Single launches of each kernel on the logits of a large batch, and the bytes they must move.
+
+K1 is the kernel of the statistics of logits, K2 the kernel of their gradient, and K3 that of the
+policy loss with its gradient.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +16,24 @@ from torch import Tensor
 from .machine import Machine
 
 _SOFTCAP, _SHARE = 30.0, 0.5
-_NOTHING = (None, 1.0, None, 1.0)  # no temperature of tokens, temperature, no softcap, scale
+_NOTHING = (None, 1.0, None, 1.0)  # no temperature per token, temperature, no softcap, scale
 _CAPPED = (None, 1.0, _SOFTCAP, 1.0)
 # Clipping at 0.8 and 1.2, no dual clip, the default temperatures of SAPO, no KL, no entropy.
 _PPO = ("clip", "k3", [0.8, 1.2, 1e9, 1.0, 1.05, 0.0, 0.0])
 
 
 class KernelWork(NamedTuple):
-    """A launch, and how often the logits of one model must cross the memory for it."""
+    """A launch, and how many times the logits of one model must be read or written for it."""
 
     run: Callable[[], Any]
     passes: int
 
 
 class Logits:
-    """The logits of two models in bf16, and what the kernels need to know of each row."""
+    """The logits of two models in bf16, and the kernels' other inputs for each row."""
 
     def __init__(self, machine: Machine, rows: int, vocab: int) -> None:
-        """Draw them; filled in place, for twice the memory would be too much."""
+        """Draw the inputs. They are filled in place, because twice the memory would be too much."""
         device = machine.device
         self.x, self.other = (
             torch.empty(rows, vocab, dtype=torch.bfloat16, device=device).normal_(0, 2)
@@ -42,11 +46,11 @@ class Logits:
 
     @property
     def pass_bytes(self) -> int:
-        """Bytes of the logits of one model."""
+        """Bytes of one model's logits."""
         return self.x.nbytes
 
     def works(self) -> dict[str, KernelWork]:
-        """Every kernel of rows of logits; those that overwrite the logits come last."""
+        """Return launches of all kernels on logits. Those that overwrite the logits come last."""
         ops: Any = torch.ops.fastrlhf
         x, other, targets, mask, g = self.x, self.other, self.targets, self.mask, self.g
 
@@ -96,7 +100,7 @@ class Logits:
         }
 
     def _policy(self, d_logits: Tensor) -> Any:
-        """The loss, and its gradient in `d_logits`; every token has an advantage."""
+        """Compute the loss, and its gradient in `d_logits`. Every token has an advantage."""
         found = torch.ops.fastrlhf.policy_loss(
             d_logits, self.x, self.targets, None, None, self.g, self.ones, *_NOTHING, *_PPO,
             -100, False,

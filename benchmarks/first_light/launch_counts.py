@@ -1,4 +1,4 @@
-"""What a training step launches: how many kernels, which, and how long the GPU waits in between."""
+"""Count the kernels that a training step launches, and how long the GPU waits between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sections import Reporter
 
 
 def count_launches(report: Reporter, machine: Machine) -> None:
-    """A DPO step and a PPO step, from logits to their gradient."""
+    """Report the launches of a DPO step and of a PPO step, from logits to their gradient."""
     (b, t), vocab = machine.sizes.step, machine.sizes.vocabs[0]
     device = machine.device
     logits = torch.randn(b, t, vocab, device=device).bfloat16().requires_grad_()
@@ -40,7 +40,7 @@ def count_launches(report: Reporter, machine: Machine) -> None:
             autograd.grad(loss(), logits)
 
         def count(name: str = name, step: Callable[[], None] = step) -> None:
-            step()  # what is compiled once
+            step()  # compiles; not counted
             _report(report, name, machine.launches(step))
 
         report.attempt(name, count)

@@ -1,8 +1,8 @@
-"""Whether other tiles, warps or tiles in flight than the default would be faster on this card.
+"""Try other launch shapes than the default: tiles, warps and tiles in flight.
 
-What can be chosen is a table of the library, `SHAPES` in its `kernels/launch.py`. The shapes that
-are tried are compiled side by side beforehand, by processes that launch each once on a few rows;
-Triton's cache on the disk then has them.
+The shapes are those of the table `SHAPES` in the library's `kernels/launch.py`. Before the timings,
+parallel processes launch each shape once on a few rows, so that Triton's cache on the disk has its
+code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .machine import Machine
 from .sections import Reporter
 
 _TABLE = "fastrlhf.kernels.launch"
-# The kernel's name in the table, and the work that shows it.
+# The kernel's name in the table, and the launch in `kernel_work.py` that is timed for it.
 TRIED = {
     "token_stats": "K1 statistics",
     "token_stats_backward": "K2 gradient",
@@ -40,7 +40,7 @@ def _variants(machine: Machine) -> list[Any]:
 
 @contextlib.contextmanager
 def _shape(kernel: str, shape: Any) -> Iterator[None]:
-    """Launch a kernel in another shape for a while."""
+    """Change the launch shape of a kernel within a context."""
     from fastrlhf.kernels.launch import SHAPES
 
     default = SHAPES[kernel]
@@ -54,10 +54,10 @@ def _shape(kernel: str, shape: Any) -> Iterator[None]:
 def compile_variants(report: Reporter, machine: Machine, kernel: str) -> None:
     """Launch a kernel once in every shape, on a few rows."""
     if importlib.util.find_spec(_TABLE) is None:
-        return  # said where they would have been timed
+        return  # `time_variants` reports this
     work = Logits(machine, machine.sizes.few_rows, machine.sizes.timed[0][1]).works()[TRIED[kernel]]
     for variant in _variants(machine):
-        # What does not compile is reported where it would have been timed.
+        # `time_variants` reports shapes that do not compile.
         with contextlib.suppress(Exception), _shape(kernel, variant):
             work.run()
 

@@ -1,8 +1,8 @@
-"""What a GPU alone can do, and what stands in for it where there is none.
+"""Everything that needs CUDA, and a substitute for machines without a GPU.
 
-Everything that first light asks of CUDA itself is a method of `Cuda`. Where the kernels are
-interpreted, `Interpreted` has the same methods, so that every other line of first light runs
-without a GPU: the lines of `Cuda` are the only ones that do not.
+All calls of first light to CUDA itself are methods of `Cuda`. `Interpreted` has the same methods
+for a CPU on which the kernels are interpreted. So the lines of `Cuda` are the only lines of first
+light that cannot run without a GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from .sizes import REAL, TINY, Sizes
 
 Work = Callable[[], Any]
 
-# Roundings of fp32 that a right result may be off by where the plain formula happens to be exact.
+# Error that a correct result may have if the plain formula happens to be exact: some fp32
+# roundings.
 _ROUNDINGS = 32 * torch.finfo(torch.float32).eps
 
 
 class Launch(NamedTuple):
-    """A kernel as the profiler saw it, in microseconds."""
+    """A kernel's launch in the profiler's trace; times are in microseconds."""
 
     name: str
     start: float
@@ -37,17 +38,17 @@ class Launch(NamedTuple):
 
 
 class Cuda:
-    """A GPU."""
+    """The calls of first light to CUDA, on a GPU."""
 
     device = torch.device("cuda")
     jobs = 8  # processes that share the GPU while nothing is timed
 
     def __init__(self, sizes: Sizes) -> None:
-        """Touch nothing yet: the process that starts the others must not have a CUDA context."""
+        """Do not touch the GPU yet: the process that forks sections must have no CUDA context."""
         self.sizes = sizes
 
     def describe(self) -> dict[str, Any]:
-        """Name the card and what drives it."""
+        """Describe the card and its software."""
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = None
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -67,23 +68,23 @@ class Cuda:
         return _ROUNDINGS
 
     def seconds(self, work: Work, rounds: int = 7) -> float:
-        """Median time of some work, after two runs that are not counted, with cold caches."""
+        """Return the median time of work with cold caches, after two runs that do not count."""
         stopwatch = measure.Stopwatch(self.device)
         for _ in range(2):
             work()
         return statistics.median(stopwatch.seconds(work) for _ in range(rounds))
 
     def peak_bytes(self, work: Work) -> tuple[Any, int]:
-        """What some work returns, and the memory that it held at its peak."""
+        """Return the result of some work, and its peak memory in bytes."""
         return peak_memory(work, self.device)
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-        """Do `out = beta·out + a @ b`, fp32 from 16 bits, as the linear operations do."""
+        """Compute `out = beta·out + a @ b`, in fp32 from 16 bits, as the linear operations do."""
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
 
     @contextlib.contextmanager
     def forbid_waiting(self) -> Iterator[None]:
-        """Raise where the host would wait for the GPU."""
+        """Raise an error if the host would wait for the GPU."""
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -92,7 +93,7 @@ class Cuda:
             torch.cuda.set_sync_debug_mode("default")
 
     def on_a_side_stream(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do some work on a stream of its own, after the current one."""
+        """Do some work on a stream of its own, after the work of the current stream."""
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -102,7 +103,7 @@ class Cuda:
         return found
 
     def replayed(self, work: Callable[[], Tensor]) -> Tensor:
-        """What a CUDA graph of some work leaves when it is replayed."""
+        """Capture some work in a CUDA graph, and return the result of a replay."""
         self.on_a_side_stream(work)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -113,11 +114,11 @@ class Cuda:
         return found
 
     def another_device(self) -> torch.device | None:
-        """A device that is not the current one, if there is one."""
+        """Return a device that is not the current one, if there is one."""
         return torch.device("cuda", 1) if torch.cuda.device_count() > 1 else None
 
     def launches(self, work: Work) -> list[Launch]:
-        """Every kernel that some work launches, in the order in which they ran."""
+        """Return every kernel that some work launches, in the order in which they ran."""
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             work()
@@ -130,56 +131,57 @@ class Cuda:
 
 
 class Interpreted:
-    """A CPU, under Triton's interpreter."""
+    """The same calls on a CPU, where Triton's interpreter runs the kernels."""
 
     device = torch.device("cpu")
     jobs = 2
 
     def __init__(self, sizes: Sizes) -> None:
-        """Take the sizes of everything."""
+        """Store the sizes of inputs."""
         self.sizes = sizes
 
     def describe(self) -> dict[str, Any]:
-        """Say that this is no card."""
+        """Return a description which says that there is no card."""
         return {"card": "interpreted", "driver": None, "cuda": None}
 
     def slack(self, dtype: torch.dtype) -> float:
         """Relative error allowed beyond the plain formula's.
 
-        The interpreter truncates to bf16 where a GPU rounds, which doubles the error: once its eps.
+        The interpreter truncates to bf16 where a GPU rounds. This doubles the error, so one eps of
+        the dtype is allowed.
         """
         return _ROUNDINGS + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0)
 
     def seconds(self, work: Work, rounds: int = 1) -> float:
-        """Time one run by the clock, after none: no figure of the interpreter means anything."""
+        """Time one run by the clock without warm-up: times of the interpreter mean nothing."""
         return measure.Stopwatch(self.device).seconds(work)
 
     def peak_bytes(self, work: Work) -> tuple[Any, int]:
-        """What some work returns, and no bytes: nobody asks what the interpreter holds."""
+        """Return the result of work and 0 bytes: the interpreter's memory is of no interest."""
         return work(), 0
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-        """Multiply in fp32, without `out_dtype`, which is CUDA's."""
+        """Multiply in fp32, without the argument `out_dtype`, which only CUDA has."""
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
     def forbid_waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Do nothing: there is nothing to wait for."""
+        """Do nothing: on a CPU there is nothing to wait for."""
         return contextlib.nullcontext()
 
     def on_a_side_stream(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work: there is one stream."""
+        """Do the work directly: a CPU has only one stream."""
         return work()
 
     def replayed(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work again."""
+        """Do the work directly: a CPU has no graphs."""
         return work()
 
     def another_device(self) -> torch.device | None:
-        """The same one."""
+        """Return the CPU itself, so that the check runs."""
         return self.device
 
     def launches(self, work: Work) -> list[Launch]:
-        """Every operator of this library that the work calls."""
+        """Return every operator of this library that the work calls."""
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             work()
         return _launches(e for e in profiler.events() if e.name.startswith("fastrlhf::"))
@@ -194,5 +196,5 @@ def _launches(events: Iterator[Any]) -> list[Launch]:
 
 
 def make_machine(device: str, *, tiny: bool) -> Machine:
-    """Return a GPU, or the CPU that stands in for it."""
+    """Return the machine of a device: a GPU, or a CPU as its substitute."""
     return (Cuda if device == "cuda" else Interpreted)(TINY if tiny else REAL)

@@ -1,4 +1,4 @@
-"""Checks of what has rows of another kind: Fisher products, advantages, pairs of sequences."""
+"""Checks of Fisher products, advantages, pairs of sequences and packed sequences."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .cases import compare_gradients, logits_case, normal
 from .machine import Machine
 from .sections import Reporter
 
-_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")  # those with a kernel
+_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm")  # the losses that have a kernel
 _BETA, _SMOOTHING = 0.1, 0.1
 
 
 def check_fisher(report: Reporter, machine: Machine) -> None:
-    """The product, a row at a time, and the quadratic form."""
+    """Check the Fisher product row by row, and its quadratic form."""
     for vocab, dtypes in zip(machine.sizes.vocabs, machine.sizes.dtypes, strict=True):
         for dtype in dtypes:
             case = logits_case(machine, vocab, dtype)
@@ -40,7 +40,7 @@ def check_fisher(report: Reporter, machine: Machine) -> None:
             exact = formula(clean.double(), tangent.double(), temperature.double())
             title = f"softmax_fisher_product V={vocab} {dtype}".replace("torch.", "")
             slack = machine.slack(dtype)
-            # A certain token's product is nothing but what rounding leaves.
+            # The product of a certain token is 0 apart from rounding errors, so it is left out.
             live[-1, 1] = False
             three = [x[0][live] for x in (found, usual, exact)]
             report.check(f"{title}: product", judge(*three, slack))
@@ -50,7 +50,7 @@ def check_fisher(report: Reporter, machine: Machine) -> None:
 
 
 def check_advantages(report: Reporter, machine: Machine) -> None:
-    """GAE over lengths of less than a block and of many, with holes that hold NaN."""
+    """Check GAE for lengths below a block and of many blocks, with masked entries of NaN."""
     for length in machine.sizes.scan_lengths:
         rewards, values = normal(machine, 5, length), normal(machine, 5, length)
         mask = torch.rand(5, length, device=machine.device) > 0.3
@@ -69,7 +69,7 @@ def check_advantages(report: Reporter, machine: Machine) -> None:
 
 
 def check_pairs(report: Reporter, machine: Machine) -> None:
-    """DPO's losses and rewards from log-probs, against their definition, and the gradient."""
+    """Check DPO's losses, rewards and gradient from log-probs against their definition."""
     logps, ref = -normal(machine, 6, 40).abs(), -normal(machine, 6, 40).abs()
     mask = torch.rand(6, 40, device=machine.device) > 0.2
     chosen, rejected = (torch.tensor(x, device=machine.device) for x in ([0, 1, 2], [3, 4, 0]))
@@ -90,7 +90,7 @@ def check_pairs(report: Reporter, machine: Machine) -> None:
 
 
 def check_packed(report: Reporter, machine: Machine) -> None:
-    """Kernels that go over sequences have the same bits for packed ones as for rows."""
+    """Check that kernels on sequences give the same bits for packed sequences as for rows."""
     lengths = torch.tensor([0, 1, 40, 1500, 33])
     there = (torch.arange(1500) < lengths[:, None]).to(machine.device)
     borders = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(machine.device)

@@ -1,6 +1,7 @@
-"""How long the plans from hidden states take, in matmuls over the vocabulary (G), and beside whom.
+"""Time the plans from hidden states, and the peers.
 
-G = 2·N·V·H operations at the rate that this card's bf16 matmul has.
+Times are compared with G, the time of one matmul over the vocabulary: 2·N·V·H operations at the
+rate of this card's bf16 matmul. The plans P0 to P4 are described in docs/concepts/plans.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Bench:
     """A batch of hidden states without a prompt, and a head."""
 
     def __init__(self, report: Reporter, machine: Machine, rows: int | None = None) -> None:
-        """Draw them; so many rows, or as many as are timed."""
+        """Draw the batch, with `rows` tokens or as many as are timed."""
         sizes = machine.sizes
         self.report, self.machine = report, machine
         self.rows = rows or sizes.plan_rows
@@ -42,16 +43,16 @@ class Bench:
         self.batch: Batch = make_batch("hidden", shape, machine.device)
 
     def floor(self, matmuls: float, rows: int | None = None) -> float | None:
-        """Seconds of so many matmuls of all rows, or of some."""
+        """Return the seconds of so many matmuls of all rows, or of `rows` rows."""
         rate = self.report.rates.get("matmul_flops_per_second")
         flops = 2 * (rows or self.rows) * self.vocab * self.width * matmuls
         return flops / rate if rate else None
 
     def time(self, name: str, work: Callable[[], Any], matmuls: float) -> None:
-        """Report the time of a plan, and its memory beyond its gradients; failing is a line."""
+        """Report a plan's time, and its memory beyond its gradients, or one line if it fails."""
 
         def run() -> None:
-            work()  # what is compiled and reserved once
+            work()  # not timed: compiles, and reserves memory
             gradients, peak = self.machine.peak_bytes(work)
             kept = sum(x.nbytes for x in gradients)
             del gradients
@@ -62,7 +63,7 @@ class Bench:
         self.report.attempt(name, run)
 
     def gradients(self, value: Tensor, *, trained: bool = True) -> tuple[Tensor, ...]:
-        """Of hidden states, and of the head if it is trained."""
+        """Return the gradients of the hidden states, and of the head if it is trained."""
         upstream = self.batch.upstream if value.ndim else None
         leaves = [self.batch.hidden, self.batch.weight][: 1 + trained]
         return autograd.grad(value, leaves, upstream)
@@ -88,7 +89,7 @@ def _dpo(batch: Batch, **options: Any) -> Tensor:
 
 
 def _plans(bench: Bench) -> dict[str, tuple[Callable[[], Any], int]]:
-    """P0 to P4: what each does, and in how many matmuls."""
+    """Return the work of the plans P0 to P4 with their numbers of matmuls."""
     batch, options = bench.batch, {"impl": "triton"}
 
     def no_gradients() -> list[Tensor]:
@@ -112,7 +113,7 @@ def _plans(bench: Bench) -> dict[str, tuple[Callable[[], Any], int]]:
 
 
 def _support(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of half of the tokens the target alone, of the others fifteen ids: eight on average."""
+    """Return kept ids: the target alone for half the tokens, 15 for the others, 8 on average."""
     targets, vocab = batch.targets.flatten(), batch.weight.shape[0]
     step = torch.arange(15, device=targets.device) * (vocab // 15)
     ids = (targets.unsqueeze(1) + step) % vocab
@@ -122,8 +123,10 @@ def _support(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def time_fewer_rows(report: Reporter, machine: Machine) -> None:
-    """Where not every token meets every word: kept ids, a third of the tokens with a gradient, two
-    targets of each hidden state.
+    """Time cases that do not need the logits of every token for every word.
+
+    In these, tokens keep some ids, a third of the tokens has a gradient, or each hidden state has
+    two targets.
     """
     bench = Bench(report, machine)
     batch, width = bench.batch, bench.width
@@ -155,7 +158,7 @@ def time_fewer_rows(report: Reporter, machine: Machine) -> None:
     bench.time("P2, a third has a gradient, 1.67G", lambda: bench.gradients(sparse()), 1 + 2 / 3)
 
     def unasked() -> tuple[Tensor, ...]:
-        """Without waiting for how many tokens of a chunk have a gradient."""
+        """Run without a wait for the number of tokens in a chunk that have a gradient."""
         with mock.patch.object(Workbench, "few_enough", lambda *_: None):
             return bench.gradients(_loss(batch, **options))
 
@@ -173,20 +176,21 @@ def time_fewer_rows(report: Reporter, machine: Machine) -> None:
 
 
 def compile_plans(report: Reporter, machine: Machine) -> None:
-    """Run each plan on a few rows, so that Triton's cache has its kernels when it is timed."""
+    """Run each plan on a few rows, so that its kernels are in Triton's cache when it is timed."""
     bench = Bench(report, machine, min(machine.sizes.plan_rows, 16 * _SEQUENCES))
     for name, (work, _) in _plans(bench).items():
         report.attempt(name, work)
 
 
 def time_plans(report: Reporter, machine: Machine) -> None:
-    """P0 to P4, and two of them with workspaces of two sizes."""
+    """Time P0 to P4, and P2 and P3 with several sizes of workspaces."""
     bench = Bench(report, machine)
     batch = bench.batch
     for name, (work, matmuls) in _plans(bench).items():
         bench.time(name, work, matmuls)
     for workspace in machine.sizes.workspaces:
-        # Whole tiles of a matmul: cuBLAS's largest have 256 rows, most 128.
+        # Chunks consist of whole tiles of a matmul. Most tiles of cuBLAS have 128 rows, the largest
+        # 256.
         rows = workspace // (4 * bench.vocab)
         chunk = rows // 128 * 128 or rows
         for name, loss in (("P2", _loss), ("P3", _dpo)):
@@ -205,7 +209,7 @@ def time_plans(report: Reporter, machine: Machine) -> None:
 
 
 def time_chunk_matmuls(report: Reporter, machine: Machine) -> None:
-    """The matmuls of a single chunk: which of them is far from what the card can do?"""
+    """Time the matmuls of a single chunk, to see which of them is far from the card's limit."""
     bench = Bench(report, machine)
     rows, device = machine.sizes.chunk, machine.device
     hidden = bench.batch.hidden.detach().flatten(0, 1)[:rows]
@@ -233,7 +237,7 @@ def time_chunk_matmuls(report: Reporter, machine: Machine) -> None:
 
 
 def time_odd_matmuls(report: Reporter, machine: Machine) -> None:
-    """A chunk's matmuls at an odd vocabulary: rows that start anywhere, and at 16 bytes."""
+    """Time a chunk's matmuls at an odd vocabulary: rows unaligned, or aligned to 16 bytes."""
     sizes, device = machine.sizes, machine.device
     rows, vocab, width = sizes.chunk, sizes.vocabs[1], sizes.plan_width
     hidden = torch.randn(rows, width, device=device).bfloat16()
@@ -257,7 +261,7 @@ def time_odd_matmuls(report: Reporter, machine: Machine) -> None:
 
 
 def time_others(report: Reporter, machine: Machine) -> None:
-    """The same gradients by plain PyTorch, and by the peers that are installed."""
+    """Time the same gradients with plain PyTorch and with the peers that are installed."""
     bench = Bench(report, machine)
     batch = bench.batch
 

@@ -1,4 +1,4 @@
-"""What a run has found so far: the file that is always complete, and the tables at the end."""
+"""Collect the findings of a run in a file that is always complete, and in tables at the end."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _RESULTS = Path(__file__).resolve().parent.parent / "results"
 _PACKAGES = ("triton", "transformers", "trl", "liger-kernel")
 _CHECKS_CHARACTERS, _TIMINGS_CHARACTERS = 4300, 6500
 _WIDTH = 110
-_NAME = 54  # characters of a check's name that are shown, the last of them
+_NAME = 54  # so many last characters of a check's name are shown
 _SHOWN_FAILURES, _SHOWN_OUTPUT = 20, 6
 
 
 class Results:
-    """Records of all sections, and how these ended."""
+    """The records of all sections, and how the sections ended."""
 
     def __init__(self, output: Path | None, options: Record) -> None:
-        """Write into a folder; by default one of the card's name, which a section has to find."""
+        """Write into a folder, by default one with the card's name, which a section finds out."""
         self._output, self._start = output, time.monotonic()
         self.found: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d"),
@@ -42,13 +42,13 @@ class Results:
 
     @property
     def path(self) -> Path:
-        """Where the JSON is."""
+        """The path of the JSON file."""
         card = self.found["machine"].get("card", "unknown card")
         folder = self._output or _RESULTS / card.lower().replace(" ", "-")
         return folder / "first-light.json"
 
     def add(self, section: str, records: list[Record]) -> None:
-        """Keep records of a section, and say at once what failed."""
+        """Store records of a section, and print at once what failed."""
         for record in records:
             kind = record.pop("kind")
             if kind in ("machine", "rates"):
@@ -61,15 +61,15 @@ class Results:
         self.write()
 
     def end(self, outcome: Outcome) -> None:
-        """Keep how a section ended, and say so."""
+        """Store how a section ended, and print it."""
         self.found["sections"].append(outcome._asdict())
         print(f"{outcome.section}: {outcome.status}, {outcome.seconds:.1f} s", flush=True)
         self.write()
 
     def write(self) -> None:
-        """Replace the file by a complete one, so that whoever ends the run leaves one behind."""
+        """Replace the file by a complete new one, so that a stopped run leaves a valid file."""
         if self._output is None and not self.found["machine"]:
-            return  # whose folder it is, is not known
+            return  # the card's name, and so the folder, is not known yet
         self.found["seconds"] = round(time.monotonic() - self._start, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".part")
@@ -84,7 +84,7 @@ class Results:
         )
 
     def tables(self) -> str:
-        """Checks, then timings: what fits onto a screen or two; the rest is in the file."""
+        """Write checks and timings that fit onto a screen or two. The file has the rest."""
         checks, timings = checks_table(self.found), timings_table(self.found)
         return f"{_fit(checks, _CHECKS_CHARACTERS)}\n\n{_fit(timings, _TIMINGS_CHARACTERS)}"
 
@@ -97,7 +97,7 @@ def _version(package: str) -> str | None:
 
 
 def _fit(lines: list[str], characters: int) -> str:
-    """As many lines as fit, and how many do not."""
+    """Join as many lines as fit, and add how many do not."""
     kept = [line[:_WIDTH].rstrip() for line in lines]
     left_out = 0
     while len("\n".join(kept)) > characters - 40:
@@ -114,15 +114,16 @@ def _failure(check: Record) -> str:
 
 
 def _share(check: Record) -> float:
-    """Of its budget that a check used up."""
+    """Return the share of its budget that a check used."""
     if check["error"] is None:
         return math.inf
     return check["error"] / check["budget"] if check["error"] else 0.0
 
 
 def checks_table(found: dict[str, Any]) -> list[str]:
-    """A line for each section with checks; what failed; and the last words of the sections that did
-    not end well.
+    """Write a line for each section with checks, and the failures.
+
+    For sections that did not end well, the last lines of their output are added.
     """
     by_section = defaultdict(list)
     for check in found["checks"]:
@@ -155,7 +156,7 @@ def checks_table(found: dict[str, Any]) -> list[str]:
 
 
 def timings_table(found: dict[str, Any]) -> list[str]:
-    """The card and its rates; kernels by size; everything else, a line each."""
+    """Write the card and its rates, the kernels by size, and a line for each other timing."""
     machine, rates = found["machine"], found["rates"]
     versions = ", ".join(f"{k} {found[k]}" for k in ("torch", "triton", "python"))
     lines = [f"TIMINGS  {machine.get('card')}, driver {machine.get('driver')}, {versions}"]
@@ -184,7 +185,7 @@ def _time(timing: Record) -> str:
 
 
 def _by_size(timings: list[Record]) -> list[str]:
-    """A line for each kernel, with its ms and the share of the limit for each size."""
+    """Write a line for each kernel, with its ms and its share of the limit at each size."""
     columns = list(dict.fromkeys(timing["column"] for timing in timings))
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for timing in timings:

@@ -1,18 +1,20 @@
-"""A candidate for the policy loss's kernel that first light times beside it: one launch, in row
-order.
+"""A candidate to replace the policy loss's kernel: one launch that works in row order.
 
-That kernel sweeps each row twice, hundreds of rows at once. At a large vocabulary they do not fit
-into the cache, so the second sweep reads from memory again. Here a program has a split of a row, as
-in the statistics kernel, and then the gradient of the same split of a row that came a few megabytes
-earlier, which the cache still has whatever the vocabulary.
+First light times it beside the present kernel. The present kernel sweeps each row twice, and works
+on hundreds of rows at once. At a large vocabulary these rows do not fit into the cache, so the
+second sweep reads from memory again. In this candidate, a program first computes the statistics of
+one split (a part of a row), as in the statistics kernel. Then it computes the gradient of the same
+split of a row that came a few megabytes earlier, which is still in the cache whatever the
+vocabulary.
 
-A program takes its number when it starts, so whatever it waits for has started before it and waits
-for nothing later: the launch cannot block itself. The last split of a row to arrive makes the row's
-numbers, in a fixed order, so results have the same bits from run to run.
+Programs wait for each other, but the launch cannot block itself: a program takes its number when it
+starts, so a program that it waits for has started before and waits for no later one. The last split
+of a row to arrive merges the row's numbers in a fixed order, so results have the same bits from run
+to run.
 
-It is here and not in `kernels/` because its counters and its waiting are worth their complexity
-only if the policy loss's kernel turns out to be as slow as predicted (see results/predictions.md).
-It does the plain case: clipped ratios, one temperature, no entropy.
+The kernel is here and not in `kernels/` because its counters and its waiting are worth their
+complexity only if the policy loss's kernel turns out to be as slow as predicted (see
+results/predictions.md). It covers the plain case: clipped ratios, one temperature, no entropy.
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ from fastrlhf.kernels.rows import (
 from fastrlhf.kernels.tiles import LOG2E
 from fastrlhf.kernels.transform import Transform
 
-_CACHED_BYTES = 24e6  # of rows between a split's statistics and its gradient
+_CACHED_BYTES = 24e6  # bytes of rows between a split's statistics and its gradient
 _TILES_PER_SPLIT = 4
 _clip = SURROGATES["clip"]
-_NUMBERS = tl.constexpr(4)  # of a row: base, log_norm, logprob, and the coefficient g
+_NUMBERS = tl.constexpr(4)  # for each row: base, log_norm, logprob, coefficient g
 
 
 @triton.jit
 def _plain_transform():
-    """Logits as they are: temperature 1, neither a scale nor a softcap."""
+    """Return the transform that leaves logits as they are: temperature 1, no scale, no softcap."""
     return Transform(1.0, 1.0, 1.0, LOG2E, False)
 
 
@@ -55,7 +57,7 @@ def _split_statistics(
     source, target, first, vocab, WIDTH: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr, VEC_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Peak and rest of one split."""
+    """Compute the peak of one split and the rest of its sum of exponentials."""
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
     transform = _plain_transform()
     sums, _ = no_columns(LANES, tl.float32)
@@ -74,7 +76,7 @@ def _row_numbers(
     partials, logits, old_logprobs, advantages, weights, losses, numbers, row, target, rows, splits,
     vocab, low, high, SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of a row, and store its loss and what its gradient needs."""
+    """Merge the splits of a row, and store its loss and the numbers that its gradient needs."""
     split = tl.arange(0, SPLITS_PADDED)
     there = split < splits
     cell = row * splits + split
@@ -98,9 +100,9 @@ def _row_numbers(
 
 @triton.jit(do_not_specialize=["rows", "splits", "distance"])
 def _row_order_kernel(
-    d_logits,  # (N, V) contiguous, may be the memory of the logits
+    d_logits,  # (N, V) contiguous, may share the memory of the logits
     logits,  # (N, V) contiguous
-    targets,  # (N,), all of them live
+    targets,  # (N,), none is ignored
     old_logprobs,
     advantages,
     weights,
@@ -108,8 +110,8 @@ def _row_order_kernel(
     numbers,  # (N, 4)
     partials,  # (2, N, S)
     tickets,  # () zero
-    arrived,  # (N,) zeros: splits whose statistics are stored
-    ready,  # (N,) zeros: whether the numbers are
+    arrived,  # (N,) zeros: counts splits with stored statistics
+    ready,  # (N,) zeros: whether the row's numbers are stored
     rows,
     vocab,
     splits,
@@ -186,8 +188,9 @@ def policy_loss_in_row_order(
     ratio_high: float = 1.2,
     cached_bytes: float = _CACHED_BYTES,
 ) -> Tensor:
-    """Compute the losses (N,) of logits (N, V), and write the gradient of Σ weights·losses into
-    d_logits, which may be the logits.
+    """Compute the losses (N,) of logits (N, V), and the gradient of Σ weights·losses.
+
+    The gradient is written into d_logits, which may be the logits.
     """
     rows, vocab = logits.shape
     plan, width, splits = _plan(vocab, logits.dtype)

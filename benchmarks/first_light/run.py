@@ -1,7 +1,8 @@
-"""The sections of first light in their order, within its seconds.
+"""Run the sections of first light in their order, within its limit of seconds.
 
-The rates of the card, which all else is measured by; then the checks, side by side, with the
-compilation of what will be tried; then the timings, one at a time, the most telling first.
+First the rates of the card are measured, to which all timings are compared. Then the checks run in
+parallel, together with the compilation of the kernels that will be timed. Then the timings run one
+at a time, the most telling first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first call of a custom operator would, in every section anew
+import torch._dynamo  # else each section imports it at its first operator
 
 from . import (
     candidate,
@@ -33,12 +34,12 @@ from .machine import Machine, make_machine
 from .results import Results
 from .sections import Reporter, Section, run_sections
 
-_CHECKS_SHARE = 0.55  # of the seconds, after which the timings begin
+_CHECKS_SHARE = 0.55  # share of the seconds after which the timings begin
 _REPORT_SECONDS = 3.0
 
 
 def first_sections(machine: Machine, seconds: float) -> list[Section]:
-    """Whether there is a GPU, and which, without which there is nothing to do."""
+    """Return the section that finds out which GPU there is. Without one there is nothing to do."""
 
     def describe(report: Reporter) -> None:
         report.record("machine", **machine.describe())
@@ -47,12 +48,12 @@ def first_sections(machine: Machine, seconds: float) -> list[Section]:
 
 
 def rate_sections(machine: Machine, seconds: float) -> list[Section]:
-    """What the timings are measured by, while nothing else runs."""
+    """Return the section that measures the card's rates, while nothing else runs."""
     return [Section("rates", partial(kernel_times.measure_rates, machine=machine), 0.1 * seconds)]
 
 
 def check_sections(machine: Machine, seconds: float) -> list[Section]:
-    """What takes longest first, since they run side by side."""
+    """Return the checks. They run in parallel, so those that take longest come first."""
     sizes = machine.sizes
 
     def section(name: str, check: Callable, *arguments: object) -> Section:
@@ -109,7 +110,7 @@ def check_sections(machine: Machine, seconds: float) -> list[Section]:
 
 
 def timing_sections(machine: Machine, seconds: float) -> list[Section]:
-    """The most telling first: a run that is cut off has those."""
+    """Return the timings, the most telling first, because a run may be cut off."""
 
     def section(name: str, share: float, work: Callable, *arguments: object) -> Section:
         return Section(name, lambda report: work(report, machine, *arguments), share * seconds)
@@ -133,7 +134,7 @@ def timing_sections(machine: Machine, seconds: float) -> list[Section]:
 
 
 def first_light(device: str, *, tiny: bool, seconds: float, output: Path | None) -> int:
-    """Run all of it; return the exit code."""
+    """Run all sections, and return the exit code."""
     start = time.monotonic()
     machine = make_machine(device, tiny=tiny)
     results = Results(output, {"device": device, "tiny": tiny, "seconds": seconds})
@@ -144,7 +145,7 @@ def first_light(device: str, *, tiny: bool, seconds: float, output: Path | None)
         (check_sections(machine, seconds), machine.jobs, start + _CHECKS_SHARE * seconds),
         (timing_sections(machine, seconds), 1, deadline),
     ]
-    # Whoever ends the run early gets the tables of what there is.
+    # If the run is terminated early, it still prints the tables of its findings.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         for sections, jobs, until in phases:

@@ -1,8 +1,8 @@
-"""Sections: each a process of its own, so that one that crashes, hangs or kills itself ends alone.
+"""Run each section as a process of its own, so that one that crashes or hangs ends alone.
 
-They are forked from a process that has imported everything and touched no GPU, so a section starts
-at once. What a section finds goes to a file line by line, and what it says to another; so both are
-there whatever becomes of it.
+Sections are forked from a process that has imported everything and has not touched the GPU, so that
+they start at once. A section writes its findings line by line to one file, and its output to
+another file. So both are available whatever happens to the section.
 """
 
 from __future__ import annotations
@@ -28,66 +28,66 @@ Found = TypeVar("Found")
 
 _LAST_LINES = 12
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 2.0  # for the stack of a section that hangs to be written
+_GRACE_SECONDS = 2.0  # time in which a section that hangs may write its stack
 
 
 class Reporter:
-    """Where a section says what it finds."""
+    """Writes the findings of a section."""
 
     def __init__(self, file: IO[str], rates: Record) -> None:
-        """Write to a file; the `rates` of this card are known if their section found them."""
+        """Write to a file. `rates` are those of this card, if their section measured them."""
         self._file, self.rates = file, rates
 
     def record(self, kind: str, **what: Any) -> None:
-        """Write a record, complete, before anything else can go wrong."""
+        """Write a complete record at once, so that later failures cannot lose it."""
         self._file.write(json.dumps({"kind": kind} | what, allow_nan=False) + "\n")
         self._file.flush()
 
     def check(self, name: str, verdict: Verdict) -> None:
-        """Report a comparison; what is no number has none in JSON."""
+        """Report a comparison. NaN becomes null, since JSON has no NaN."""
         figures = {key: x if math.isfinite(x) else None for key, x in verdict._asdict().items()}
         self.record("check", name=name, passed=verdict.passed, **figures)
 
     def holds(self, name: str, condition: bool) -> None:
-        """Report something that is so or not."""
+        """Report whether a condition holds."""
         self.check(name, Verdict(0.0 if condition else 1.0, 0.0, 0.0))
 
     def timing(self, name: str, seconds: float, floor: float | None = None, **more: Any) -> None:
-        """Report a time, and what the card's own rates allow for the same work."""
+        """Report a time, and the `floor`: the least time for this work at the card's own rates."""
         floor_ms = None if floor is None else 1e3 * floor
         share = None if floor is None else floor / seconds
         self.record("timing", name=name, ms=1e3 * seconds, floor_ms=floor_ms, share=share, **more)
 
     def note(self, name: str, text: str) -> None:
-        """Report in words why there is no figure."""
+        """Report in words why a figure is missing."""
         self.record("note", name=name, text=text[:300])
 
     def attempt(self, name: str, work: Callable[[], None]) -> None:
-        """Do some work whose failure is a line, not the end of the section."""
+        """Do some work. If it fails, a note is reported and the section goes on."""
         try:
             work()
-        except Exception as error:  # whatever a timing or a peer raises is its outcome
+        except Exception as error:  # any exception is reported as a note
             self.note(name, _describe(error))
 
     def demand(self, name: str, work: Callable[[], Found]) -> Found | None:
-        """Return what some work finds; its failure is a check that failed, not the end of the
-        section.
+        """Return the result of some work. If it fails, a failed check is reported and the section
+        goes on.
         """
         try:
             return work()
-        except Exception as error:  # whatever an operation raises is wrong
+        except Exception as error:  # any exception of an operation is a failed check
             self.holds(f"{name}: {_describe(error)}", False)
             return None
 
 
 def _describe(error: Exception) -> str:
-    """Say in a line what went wrong."""
+    """Describe an error in one line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"
 
 
 class Section(NamedTuple):
-    """A part of the run, and the seconds that it may take."""
+    """A part of the run: its name, work and time limit in seconds."""
 
     name: str
     work: Callable[[Reporter], None]
@@ -104,10 +104,10 @@ class Outcome(NamedTuple):
 
 
 class Process:
-    """A section that runs."""
+    """The process of a section."""
 
     def __init__(self, section: Section, seconds: float, rates: Record) -> None:
-        """Fork."""
+        """Fork the process, which starts its work."""
         self.section, self._limit = section, min(section.seconds, seconds)
         self._start, self._aborted = time.monotonic(), False
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
@@ -120,14 +120,14 @@ class Process:
             self._run(rates)
 
     def _run(self, rates: Record) -> None:
-        """What the new process does, whose last line it is."""
+        """Do the section's work in the new process, and exit; this never returns."""
         code = 1
         try:
             os.setsid()
             for stream in (1, 2):
                 os.dup2(self._log.fileno(), stream)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            faulthandler.enable(file=2)  # says where it was when it is told to abort
+            faulthandler.enable(file=2)  # writes the stack at SIGABRT
             with open(self._records.name, "a") as records:
                 self.section.work(Reporter(records, rates))
             code = 0
@@ -140,7 +140,7 @@ class Process:
             os._exit(code)
 
     def new_records(self) -> list[Record]:
-        """Complete lines that were written since the last call."""
+        """Return the records that were completely written since the last call."""
         with open(self._records.name) as file:
             file.seek(self._read)
             text = file.read()
@@ -149,7 +149,7 @@ class Process:
         return [json.loads(line) for line in whole.splitlines()]
 
     def outcome(self) -> Outcome | None:
-        """How it ended; None while it runs within its time."""
+        """Return how the section ended; None while it runs within its time."""
         seconds = time.monotonic() - self._start
         pid, code = os.waitpid(self._pid, os.WNOHANG)
         if pid == 0 and seconds <= self._limit:
@@ -165,7 +165,7 @@ class Process:
         return Outcome(self.section.name, status, seconds, [] if status == "ok" else self._tail())
 
     def kill(self) -> None:
-        """End it with what it has started itself, which may go on where it has ended."""
+        """Kill the process and those that it started, which may still run after its end."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, signal.SIGKILL)
 
@@ -188,9 +188,9 @@ def run_sections(
     found: Callable[[str, list[Record]], None],
     ended: Callable[[Outcome], None],
 ) -> None:
-    """Run sections in their order, so many at a time, until a time of `time.monotonic`.
+    """Run sections in their order, `jobs` at a time, until `deadline` on `time.monotonic`.
 
-    `found` is told the records of a section as they come, and `ended` how it ended.
+    `found` is called with new records of a section, and `ended` with the outcome of a section.
     """
     waiting, running = list(sections), []
     try:

@@ -1,4 +1,4 @@
-"""How large everything is: as in real models, or so small that an interpreter gets through."""
+"""The sizes of all inputs: as in real models, or small enough for Triton's interpreter."""
 
 from typing import NamedTuple
 
@@ -10,21 +10,22 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 class Sizes(NamedTuple):
     """Sizes of the inputs of checks and timings."""
 
-    # Rows that all start at 16 bytes, and rows that start anywhere; with the dtypes of the checks
-    # from logits, and of those from hidden states.
+    # Two vocabularies: with the first all rows start at multiples of 16 bytes, with the second they
+    # start anywhere. For each, the dtypes of the checks from logits and of those from hidden
+    # states.
     vocabs: tuple[int, int]
     dtypes: tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]
     linear_dtypes: tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]
-    tokens: int  # of each of the two sequences of the checks from logits
-    past_int32: tuple[int, int]  # rows and vocabulary of the largest tensor that is checked
-    linear_rows: int  # of the checks from hidden states, a multiple of 4
+    tokens: int  # length of the two sequences in checks from logits
+    past_int32: tuple[int, int]  # rows and vocabulary of the largest checked tensor
+    linear_rows: int  # rows in checks from hidden states, a multiple of 4
     linear_width: int
     scan_lengths: tuple[int, ...]
     products: tuple[tuple[int, int, int], ...]  # (m, k, n)
     copied_bytes: int
     matmul_side: int
     timed: tuple[tuple[int, int], ...]  # (rows, vocabulary), the central one first
-    few_rows: int  # as good as those for the compiler
+    few_rows: int  # compiles the same code as the timed numbers of rows
     scan: tuple[int, int]  # sequences and tokens
     step: tuple[int, int]  # sequences and tokens of a step whose launches are counted
     plan_rows: int
@@ -32,9 +33,9 @@ class Sizes(NamedTuple):
     chunk: int  # rows of a single matmul
     workspaces: tuple[int, int]  # bytes of fp32 logits held at a time
     waiting: tuple[int, int]  # bytes of gradients of logits that wait to be added to the weight's
-    variants: int | None  # how many launch shapes are tried of a kernel; None: all
-    model: dict[str, int]  # the random one that trainers train
-    trainer_batch: tuple[int, int]  # sequences and tokens of the longest
+    variants: int | None  # number of launch shapes tried for a kernel; None: all
+    model: dict[str, int]  # options of the random model that trainers train
+    trainer_batch: tuple[int, int]  # sequences, and tokens of the longest one
     trainer_rounds: int
 
 
@@ -60,7 +61,7 @@ REAL = Sizes(
     workspaces=(2**29, 2**30),
     waiting=(0, 2**30),
     variants=None,
-    # 0.6 billion parameters.
+    # This model has 0.6 billion parameters.
     model={
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 5632,
         "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,

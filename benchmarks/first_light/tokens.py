@@ -1,4 +1,4 @@
-"""What the checks know of each token besides its logits."""
+"""The inputs of the checks for each token besides its logits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ IGNORED = -100
 
 
 class Tokens(NamedTuple):
-    """What is known of each token besides its logits: (B, T), of a sequence (B,)."""
+    """Inputs for each token besides its logits: (B, T), or (B,) for each sequence."""
 
     targets: Tensor
-    g: Tensor  # gradients from outside, 0 where a token is ignored
+    g: Tensor  # upstream gradients, 0 at ignored tokens
     h: Tensor
     temperature: Tensor
     advantages: Tensor
@@ -22,14 +22,14 @@ class Tokens(NamedTuple):
 
     @property
     def live(self) -> Tensor:
-        """The tokens with a target."""
+        """Mask of the tokens with a target."""
         return self.targets != IGNORED
 
     @property
     def picked(self) -> Tensor:
-        """Indices of the targets, (B, T, 1), whatever is ignored."""
+        """Indices (B, T, 1) of the targets; any valid index at ignored tokens."""
         return self.targets.clamp(min=0)[..., None]
 
     def double(self) -> Tokens:
-        """The same in fp64."""
+        """Return a copy in fp64."""
         return Tokens(*(x.double() if x.is_floating_point() else x for x in self))

@@ -1,4 +1,4 @@
-"""TRL's trainers on this library's kernels and on TRL's own: are they right, and how fast."""
+"""Check and time TRL's trainers on this library's kernels and on TRL's own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _TRAINERS = ("DPO", "GRPO")
 
 
 def time_trainers(report: Reporter, machine: Machine) -> None:
-    """Steps of a random model in bf16, all of it trained and with LoRA on attention."""
-    warnings.simplefilter("ignore")  # what TRL says
+    """Time steps of a random bf16 model, with all parameters trained and with LoRA on attention."""
+    warnings.simplefilter("ignore")  # of TRL
     for trained in (True, False):
         kind = "full" if trained else "LoRA"
 
@@ -30,7 +30,8 @@ def time_trainers(report: Reporter, machine: Machine) -> None:
 
 
 def _model(machine: Machine, *, trained: bool) -> nn.Module:
-    # Here, since TRL and transformers take seconds to import, which no other section needs.
+    # Imported here, because TRL and transformers take seconds to import and only this section
+    # needs them.
     from model_step import for_training, random_model
 
     model = random_model(machine.device, dtype=torch.bfloat16, **machine.sizes.model)

@@ -10,15 +10,16 @@
     pipeline   sft, reward and ppo in one go          pipeline.py
     frontier   reward against KL, all methods         frontier.py, best_of_n.py
 
-Each file is read from top to bottom: its options, `train`, and the step that it is about. What they
-share: `settings` (options), `run` (devices, checkpoints, logs), `rollout` (sampling, of use in any
-trainer), `evaluation` (held-out prompts), `models`, `curves`.
+Each recipe's file can be read from top to bottom: first its options, then `train`, then the step of
+training that the recipe is about. The recipes share `settings` (options), `run` (devices,
+checkpoints, logs), `rollout` (sampling, useful in any trainer), `evaluation` (held-out prompts),
+`models` and `curves`.
 """
 
 import logging
 
-# peft imports bitsandbytes, which on some processors warns of a kernel that it lacks; no recipe has
-# a use for that one.
+# peft imports bitsandbytes, which on some processors warns that one of its kernels is missing. No
+# recipe uses that kernel, so the warning is hidden.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward" not in str(record.msg)
 )

@@ -1,4 +1,4 @@
-"""Best of n, the baseline without training: sample n texts of a prompt, keep the kindest."""
+"""Best of n, the baseline without training: sample n texts for a prompt, keep the kindest."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from .settings import EvaluationOptions, Positive, option
 
 @dataclass
 class BestOfNOptions(EvaluationOptions):
-    """What best of n can be told."""
+    """Options of best of n."""
 
     best_of: Positive = option(16, "texts of each held-out prompt")
 
 
 def train(options: BestOfNOptions) -> dict[str, Any]:
-    """Sample from the reference, and evaluate the best of 1, 2, 4, ... of what it wrote."""
+    """Sample from the reference model, and evaluate the best of 1, 2, 4, ... of its texts."""
     run = Run("best-of-n", options)
     model, tokenizer = load_model(source_of(options.model), run.device)
     prompts = HELD_OUT_PROMPTS[: options.eval_prompts]
@@ -50,11 +50,11 @@ def best_of_n(scores: Sequence[Sequence[float]], n: int) -> Estimate:
     """Estimate the mean reward of the best of n, over prompts.
 
     Args:
-        scores: of each prompt, the scores of N ≥ n independent completions.
-        n: how many are chosen from.
+        scores: for each prompt, the scores of N ≥ n independent completions.
+        n: the number of completions of which the best is kept.
 
-    Each prompt's mean is over all subsets of n of its N scores: the k-th smallest is the best of
-    C(k - 1, n - 1) of them.
+    The mean of a prompt is taken over all subsets of n of its N scores. The k-th smallest score is
+    the best of C(k - 1, n - 1) of these subsets.
     """
     means = []
     for of_prompt in scores:
@@ -66,9 +66,9 @@ def best_of_n(scores: Sequence[Sequence[float]], n: int) -> Estimate:
 
 
 def kl_of_best_of_n(n: int) -> float:
-    """Bound the KL of best of n to the model itself: ln n - (n - 1)/n nats a text.
+    """Bound the KL from best of n to the sampled model: ln n - (n - 1)/n nats a text.
 
-    It is the KL itself where scores are continuous. A text can be drawn twice, so here the KL is
-    less (arXiv:2401.01879).
+    The bound equals the KL if scores are continuous, so that no two texts have the same score. Here
+    the same text can be drawn twice, so the KL is less than the bound (arXiv:2401.01879).
     """
     return math.log(n) - (n - 1) / n

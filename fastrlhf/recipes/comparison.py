@@ -1,4 +1,8 @@
-"""Fused log-probs and DPO loss beside those that trainers write, from the same hidden states."""
+"""Compare the fused log-probs and DPO loss with those of plain PyTorch, as trainers write them.
+
+Both start from the same hidden states. The recipe `dpo` shows their values, gradients and memory at
+its end; `curves` draws the memory of the log-probs.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +32,7 @@ LossFunction = Callable[[Tensor, LMHead, Batch, Tensor, float, float], Tensor]
 
 
 class Comparison(NamedTuple):
-    """Both losses, their largest differences, and the bytes that each held beyond its inputs."""
+    """Values of both losses, their largest differences, and the bytes held beyond the inputs."""
 
     shape: tuple[int, ...]  # of the hidden states: (B, T, H)
     vocabulary: int
@@ -39,12 +43,12 @@ class Comparison(NamedTuple):
     fused_gradient: float  # the largest |d loss / d hidden|
     plain_gradient: float
     gradient_difference: float  # the largest absolute difference of the two
-    logits_bytes: int  # of the logits (B, T, V), which the fused loss does not build
+    logits_bytes: int  # size of the logits (B, T, V), which the fused loss does not build
     fused_bytes: int
     plain_bytes: int
 
     def table(self) -> Table:
-        """Lay out both losses, how far they are apart, and their memory."""
+        """Make a table of both losses, their differences and their memory."""
         size = (
             f"Loss and gradient from {self.dtype} hidden states {self.shape},\n"
             f"whose logits over {self.vocabulary} tokens take "
@@ -97,7 +101,7 @@ def plain_loss(
 
 
 def plain_logits(hidden: Tensor, head: LMHead) -> Tensor:
-    """Make the logits as the model would."""
+    """Compute the logits from the hidden states, as the model's own forward does."""
     weight = head.weight[0 : head.weight.shape[0]]
     return capped_logits(F.linear(hidden, weight, head.bias), head.softcap, head.scale)
 
@@ -105,8 +109,8 @@ def plain_logits(hidden: Tensor, head: LMHead) -> Tensor:
 def compare(
     model: PeftModel, batch: Batch, reference: Tensor, beta: float, temperature: float = 1.0
 ) -> Comparison:
-    """Run both losses forward and backward from the same hidden states, and measure what they
-    need.
+    """Run both losses forward and backward from the same hidden states, and measure their values,
+    gradients and memory.
     """
     with torch.no_grad():
         hidden, head = head_inputs(model, batch.input_ids, batch.attention_mask)
@@ -117,7 +121,7 @@ def compare(
         (loss, gradient), peak = peak_memory(work, hidden.device)
         return loss, gradient, peak
 
-    # The first runs also pay for what is set up once: workspaces, compiled kernels.
+    # The first runs do not count: they also allocate workspaces and compile kernels.
     measure(fused_loss)
     measure(plain_loss)
     fused, fused_gradient, fused_bytes = measure(fused_loss)
@@ -155,9 +159,12 @@ def _forward_backward(
 
 
 class LogprobMemory(NamedTuple):
-    """Bytes held at the peak of log-probs and their gradient from hidden states, beyond these."""
+    """Peak bytes of computing log-probs and their gradient from hidden states.
 
-    tokens: int  # positions of the batch, prompts and padding too
+    The hidden states themselves are not counted.
+    """
+
+    tokens: int  # positions of the batch, including prompts and padding
     fused_bytes: int
     plain_bytes: int
 
@@ -165,7 +172,7 @@ class LogprobMemory(NamedTuple):
 def logprob_memory(
     policy: PeftModel, samples: Sequence[Sample], pad_token_id: int
 ) -> LogprobMemory:
-    """Measure what a few completions' log-probs hold, fused and as plain PyTorch makes them."""
+    """Measure the memory of log-probs of a few completions, fused and in plain PyTorch."""
     ids, attention, completion = padded(samples, pad_token_id)
     targets = shift_targets(ids, completion)
     with torch.no_grad():
@@ -181,7 +188,7 @@ def logprob_memory(
     def peak(logprobs: Callable[[Tensor], Tensor]) -> int:
         leaf = hidden.clone().requires_grad_()
         work = partial(_sum_backward, logprobs, leaf)
-        work()  # the first run also pays for what is set up once: workspaces, compiled kernels
+        work()  # not measured: the first run also allocates workspaces and compiles kernels
         return peak_memory(work, hidden.device)[1]
 
     return LogprobMemory(targets.numel(), peak(fused), peak(plain))

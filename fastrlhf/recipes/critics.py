@@ -1,4 +1,8 @@
-"""What predicts the return from each token on: a head on the policy, or a model of its own."""
+"""Critics of PPO: they predict the return from each token on.
+
+A critic is either a value head on the policy's hidden states (the default) or a separate model
+(`--separate-critic`). The recipe `ppo` calls both in the same way.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +15,22 @@ from transformers import AutoModelForTokenClassification
 from .models import add_adapters, dense_folder, source_of
 from .settings import LoraOptions
 
-_HEADS = ("score", "classifier")  # as architectures call a token classifier's
+_HEADS = ("score", "classifier")  # the names that architectures give a token classifier's head
 
 
 class ValueHead(nn.Module):
-    """A linear layer on what enters the policy's head.
+    """A linear layer on the policy's last hidden states, which also enter the language model head.
 
-    The gradient of its error ends at the states: with rewards of another scale, the value loss
-    would outweigh what the policy is meant to learn.
+    The gradient of the value loss stops at the hidden states and does not reach the policy. With
+    rewards of a larger scale, the value loss would otherwise outweigh the policy's own loss.
     """
 
     def __init__(self, width: int):
-        """Start at 0: the first advantages are the returns themselves."""
+        """Start with all values at 0, so that the first advantages equal the returns."""
         super().__init__()
-        # The states' entries are about 1: a step of Adam at rate r moves a value by 4 r √width, by
-        # some tenth at the recipe's rate, for returns between -1 and 1.
+        # The entries of the hidden states are about 1. With this scale, one step of Adam at the
+        # learning rate r moves a value by 4 r √width. At the recipe's rate this is about a tenth,
+        # which suits returns between -1 and 1.
         self.scale = 4 * width**-0.5
         self.linear = nn.Linear(width, 1)
         nn.init.zeros_(self.linear.weight)
@@ -33,11 +38,11 @@ class ValueHead(nn.Module):
 
     @classmethod
     def of(cls, policy: PeftModel, options: LoraOptions) -> "ValueHead":
-        """Make one for the hidden states of a policy."""
+        """Make a value head for the hidden states of a policy."""
         return cls(policy.config.get_text_config().hidden_size).to(policy.device)
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Value the states before input_ids[:, 1:]: (B, T-1), from hidden (B, T, H)."""
+        """Predict values (B, T-1) of the states before input_ids[:, 1:], from hidden (B, T, H)."""
         values: Tensor = self.linear(hidden.detach().float() * self.scale)
         return values[:, :-1, 0]
 
@@ -46,7 +51,7 @@ class SeparateCritic(nn.Module):
     """A copy of the model with LoRA adapters and a value head of its own."""
 
     def __init__(self, source: str, rank: int, targets: str | None, device: torch.device):
-        """Load the model in fp32 with one label a token, and put adapters on it."""
+        """Load the model in fp32 with one output for each token, and put adapters on it."""
         super().__init__()
         model = AutoModelForTokenClassification.from_pretrained(
             dense_folder(source), num_labels=1, dtype=torch.float32
@@ -57,12 +62,15 @@ class SeparateCritic(nn.Module):
 
     @classmethod
     def of(cls, policy: PeftModel, options: LoraOptions) -> "SeparateCritic":
-        """Make one from what the policy was loaded from."""
+        """Make a critic from the model that the policy was loaded from."""
         source = source_of(options.model)
         return cls(source, options.lora_rank, options.lora_targets, policy.device)
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Value the states before input_ids[:, 1:]: (B, T-1); the policy's states are not used."""
+        """Predict values (B, T-1) of the states before input_ids[:, 1:].
+
+        `hidden` is not used: the critic runs its own forward.
+        """
         logits: Tensor = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits

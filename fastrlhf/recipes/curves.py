@@ -1,4 +1,8 @@
-"""Draw a run: its curves, the sentiment and a text before and after it, and the memory it saved."""
+"""Draw the picture of a run: `curves.png`.
+
+It shows the run's curves, the sentiment and one text before and after training, and the memory that
+fused log-probs save.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +26,7 @@ _MIB = 2**20
 
 
 class Panel(NamedTuple):
-    """A curve of a picture: its title, and the figure of each step that it shows."""
+    """A curve of a picture: its title, and the name of the figure that it shows for each step."""
 
     title: str
     figure: str
@@ -110,14 +114,14 @@ def _texts(axes: Axes, before: Sample, after: Sample) -> None:
     lines = [f"“{before.prompt}”"]
     for when, sample in (("before", before), ("after", after)):
         lines.append(fill(f"{when}: …{one_line(sample.completion)}", width=58))
-    # A dollar sign would begin a formula.
+    # matplotlib would read a dollar sign as the beginning of a formula.
     axes.text(0, 0.95, "\n\n".join(lines).replace("$", r"\$"), va="top", wrap=True)
     axes.set_title("A held-out prompt")
     axes.axis("off")
 
 
 def plain(axes: Axes) -> None:
-    """Leave of a chart's furniture what helps to read it."""
+    """Remove the parts of a chart's frame that do not help to read it."""
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

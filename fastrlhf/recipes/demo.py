@@ -1,8 +1,9 @@
 """Align a small language model with DPO: `python -m fastrlhf.recipes.demo`.
 
-The DPO recipe with few options: it samples completions of film-review openings, prefers the ones
-with the higher sentiment, trains LoRA adapters with the fused loss, and shows that loss beside the
-plain one, with the memory of both, and the sentiment on held-out prompts before and after.
+This is the DPO recipe (`dpo`) with few options. It samples completions of film-review openings,
+prefers the ones with the higher sentiment, and trains LoRA adapters with the fused loss. At the end
+it compares the fused loss with the plain one, with the memory of both, and shows the sentiment on
+held-out prompts before and after training.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     from .dpo import DPOOptions, train
     from .models import source_of
 
-    # What surrounds the steps shrinks with them, so that a short demo is short.
+    # Sampling and evaluation shrink in proportion to the steps, so that a short demo is short.
     share = min(1.0, given.steps / _STEPS)
     metrics = train(
         DPOOptions(

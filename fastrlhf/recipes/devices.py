@@ -1,7 +1,8 @@
-"""Which device a run has, by its option, the variables of accelerate, and what this machine has.
+"""Choose the device of a run.
 
-A CUDA device or the CPU: others have random generators of their own, which a checkpoint would not
-hold.
+The choice depends on the option `--device`, on the environment variables of accelerate, and on the
+devices of this machine. Only CUDA devices and the CPU are accepted: other devices have random
+generators whose state a checkpoint would not store.
 """
 
 import os
@@ -17,11 +18,12 @@ _DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def kind_of_device(device: str) -> str:
-    """Tell whether an option means the CPU or CUDA; auto is what accelerate was told, or a GPU
-    where there is one.
+    """Tell whether the option `--device` means the CPU or CUDA.
+
+    "auto" means the device that accelerate's variables name; without these, a GPU if there is one.
 
     Raises:
-        ValueError: it means another kind, or a device that is not there.
+        ValueError: the option means another kind of device, or a device that does not exist here.
     """
     if device == "auto":
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
@@ -42,9 +44,9 @@ def kind_of_device(device: str) -> str:
 
 @contextmanager
 def device_for_accelerate(device: str) -> Iterator[None]:
-    """Tell accelerate which device to take, and nobody after it.
+    """Set the variable that tells accelerate its device, and restore it afterwards.
 
-    Several processes take one each, as it numbers them.
+    With several processes nothing is set: accelerate gives each process a device by its number.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and device not in ("auto", "cpu", "cuda"):
@@ -63,5 +65,5 @@ def device_for_accelerate(device: str) -> Iterator[None]:
 
 
 def kept_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """Leave the random numbers of the CPU and of a device as they were before."""
+    """Restore the random state of the CPU and of a device when the context ends."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

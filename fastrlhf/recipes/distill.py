@@ -1,8 +1,9 @@
 """On-policy distillation: `python -m fastrlhf.recipes.distill --drop-layers 6`.
 
-The student is the teacher with some of its layers taken out. It writes, and learns the teacher's
-distribution at each of its own tokens, over the whole vocabulary: the reverse KL, the forward one
-or their Jensen-Shannon mixture (GKD, arXiv:2306.13649). No reward is needed.
+The student is the teacher with some of its layers taken out. The student writes texts, and at each
+token of its own texts it learns the teacher's distribution over the whole vocabulary. The loss is
+the reverse KL, the forward KL or their Jensen-Shannon mixture (GKD, arXiv:2306.13649). No reward is
+needed.
 """
 
 import copy
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 from fastrlhf import model_kl_divergence
 
 from .curves import Panel, save_curves
@@ -30,7 +31,7 @@ from .settings import AdapterOptions, EvaluationOptions, OptionError, Positive, 
 
 @dataclass
 class DistillOptions(EvaluationOptions, AdapterOptions):
-    """What distillation can be told."""
+    """Options of distillation."""
 
     steps: Positive = option(16, "rounds of sampling and one update")
     completions_per_step: Positive = option(16, "that each process samples in a step")
@@ -40,13 +41,13 @@ class DistillOptions(EvaluationOptions, AdapterOptions):
 
 
 class Judged(NamedTuple):
-    """What a student wrote on held-out prompts, and KL(student ‖ teacher) of each text in nats."""
+    """Texts of the student for held-out prompts, and KL(student ‖ teacher) of each text in nats."""
 
     samples: list[Sample]
     kl: list[float]
 
     def figures(self) -> dict[str, float]:
-        """Give the mean over prompts with its standard error."""
+        """Return the mean KL over prompts with its standard error."""
         kl = estimate(by_prompt(*self))
         return {"kl": kl.mean, "kl_error": kl.standard_error}
 
@@ -78,7 +79,8 @@ def train(options: DistillOptions) -> dict[str, Any]:
         count = options.completions_per_step
         batch = sample_step(run, student, tokenizer, options, step, count, logprobs=False)
         values = divergence(model, teacher, batch, options.direction, options)
-        # Of all processes' tokens, for the gradient is the mean of the processes'.
+        # Data parallelism averages the gradients of the processes. So each process divides its sum
+        # by the mean number of tokens of a process, and the result is a mean over all tokens.
         loss = values.sum() / run.mean(batch["completion_mask"].sum())
         run.update(loss)
         run.log({"loss": loss})
@@ -104,10 +106,10 @@ def train(options: DistillOptions) -> dict[str, Any]:
 
 
 def without_layers(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
-    """Copy a model without some of its layers, evenly spread; the first and the last stay.
+    """Copy a model and take out some of its layers, evenly spread; the first and the last stay.
 
     Raises:
-        ValueError: it has no list of layers, or too few.
+        ValueError: the model has no list of layers, or too few layers.
     """
     student = copy.deepcopy(teacher)
     backbone = student.base_model
@@ -126,18 +128,18 @@ def without_layers(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
         layer for number, layer in enumerate(layers) if number not in dropped
     )
     student.config.num_hidden_layers = len(backbone.layers)
-    kinds = getattr(student.config, "layer_types", None)  # of attention, where layers differ
+    kinds = getattr(student.config, "layer_types", None)  # of attention, if they differ
     if kinds is not None:
         student.config.layer_types = [k for n, k in enumerate(kinds) if n not in dropped]
     for number, layer in enumerate(backbone.layers):
-        layer.self_attn.layer_idx = number  # its place in the cache of generation
+        layer.self_attn.layer_idx = number  # index in the key-value cache
     return student
 
 
 def divergence(
     student: nn.Module, teacher: nn.Module, batch: Rollout, direction: str, options: DistillOptions
 ) -> Tensor:
-    """Compute the divergence at each token of the student's text: (B, T-1), the logits unbuilt."""
+    """Compute the divergence (B, T-1) at each token of the student, without building logits."""
     return model_kl_divergence(
         student,
         teacher,
@@ -159,7 +161,7 @@ def judged(
     options: DistillOptions,
     when: str,
 ) -> Judged:
-    """Let the student complete held-out prompts, and compare it with the teacher there."""
+    """Let the student complete held-out prompts, and measure its KL to the teacher on them."""
     samples: list[Sample] = []
     values: list[float] = []
     for batch in held_out(run, student, tokenizer, options, when):
@@ -170,7 +172,7 @@ def judged(
 
 
 def described(kl: Comparison) -> str:
-    """Write both means with their standard errors."""
+    """Write the means before and after training with their standard errors."""
     return " -> ".join(f"{one.mean:.2f} ± {one.standard_error:.2f}" for one in kl[:2])
 
 

@@ -1,9 +1,9 @@
 """Direct preference optimization: `python -m fastrlhf.recipes.dpo` (`make demo` runs it small).
 
-The controlled sentiment experiment of the DPO paper (arXiv:2305.18290, section 6): the model
-itself writes two completions of each prompt, the kinder one is preferred, and LoRA adapters learn
-the preference; the reference is the same model with its adapters off. Other prompts tell what it
-learned.
+This is the controlled sentiment experiment of the DPO paper (arXiv:2305.18290, section 6). The
+model itself writes two completions of each prompt, the kinder one is preferred, and LoRA adapters
+learn the preference. The reference is the same model with its adapters off. Held-out prompts show
+what the model learned.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 from fastrlhf import model_dpo_loss
 
 from .comparison import compare
@@ -47,7 +47,7 @@ _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 
 @dataclass
 class DPOOptions(EvaluationOptions, AdapterOptions):
-    """What DPO can be told."""
+    """Options of DPO."""
 
     steps: Positive = option(24, "of the optimizer")
     pairs_per_step: Positive = option(8, "pairs of each process in one step")
@@ -61,7 +61,7 @@ class DPOOptions(EvaluationOptions, AdapterOptions):
     )
 
     def __post_init__(self) -> None:
-        """Check what depends on more than one number."""
+        """Check rules that involve more than one option."""
         super().__post_init__()
         if self.label_smoothing > 0 and self.loss_type not in _SMOOTHED:
             raise OptionError(f"argument --label_smoothing: is of {', '.join(_SMOOTHED)}")
@@ -140,7 +140,7 @@ def train(options: DPOOptions) -> dict[str, Any]:
 def _collect_pairs(
     run: Run, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, options: DPOOptions
 ) -> list[Pair]:
-    """Sample completions two by two, and keep the pairs with a preference."""
+    """Sample two completions for each prompt, and keep the pairs that differ in sentiment."""
     drawn = draw(TRAIN_PROMPTS, 0, options.draw_pairs * run.processes, options.seed)
     prompts = [prompt for prompt in run.share(drawn) for _ in range(2)]
     with run.report.phase("Sample training completions", len(prompts)) as advance:
@@ -152,7 +152,7 @@ def _collect_pairs(
         f"  {len(pairs)} of {len(samples) // 2} pairs differ in sentiment by "
         f"{options.minimal_gap:g} or more"
     )
-    if run.mean(float(bool(pairs))) < 1:  # all processes leave, where one has none
+    if run.mean(float(bool(pairs))) < 1:  # if one process has no pairs, all stop
         raise OptionError(
             "argument --minimal_gap: no two completions of a prompt differ in sentiment by "
             f"{options.minimal_gap:g}: the model's texts carry no preference"

@@ -1,4 +1,8 @@
-"""What a policy does on held-out prompts: its reward, and how far it is from the reference."""
+"""Measure a policy on held-out prompts: its reward, and its KL to the reference.
+
+Recipes evaluate before and after training, and every `eval_every` steps; `conclude` ends a recipe:
+it compares both, saves the adapters and writes the figures.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,16 +26,17 @@ from .sampling import Sample, samples_of
 from .sentiment import Estimate, by_prompt, estimate, sentiments
 from .settings import EvaluationOptions
 
-# Sampling for evaluation has random numbers of its own, the same before and after training.
+# The seed of evaluation is separate from training, so that samples before and after training use
+# the same random numbers.
 _SEED = 1_000_000
 
 
 class Evaluation(NamedTuple):
-    """Completions of held-out prompts, with what was measured on each."""
+    """Completions of held-out prompts, with the measurements of each."""
 
     samples: list[Sample]
-    kl: list[float]  # nats a sequence, to the reference
-    ended: float  # share of the completions that came to an end by themselves
+    kl: list[float]  # KL to the reference, nats a sequence
+    ended: float  # share of the completions that ended with an end token
 
     @property
     def reward(self) -> list[float]:
@@ -44,7 +49,7 @@ class Evaluation(NamedTuple):
         return by_prompt(self.samples, self.kl)
 
     def figures(self) -> dict[str, float]:
-        """Give the means and their standard errors over prompts, as one flat row."""
+        """Return the means and their standard errors over prompts, as one flat dict."""
         reward, kl = estimate(self.reward), estimate(self.divergence)
         return {
             "reward": reward.mean,
@@ -57,11 +62,11 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def exact_kl(policy: PeftModel, batch: Rollout, temperature: float) -> Tensor:
-    """Sum KL(policy ‖ reference) over the tokens of each completion, exact at each: (B,) nats.
+    """Sum the exact KL(policy ‖ reference) of each token over each completion: (B,) nats.
 
-    At each token it is the sum over the whole vocabulary; only the text before it is a sample. Its
-    mean over samples estimates the KL of whole texts without bias, and as a rule with less variance
-    than the mean of log π(y) - log π_ref(y).
+    At each token the KL is summed over the whole vocabulary; only the text before the token is
+    sampled. The mean of the result over samples estimates the KL of whole texts without bias, and
+    as a rule with less variance than the mean of log π(y) - log π_ref(y).
     """
     ids, attention = batch["input_ids"], batch["attention_mask"]
     with evaluating(policy):
@@ -84,7 +89,7 @@ def exact_kl(policy: PeftModel, batch: Rollout, temperature: float) -> Tensor:
 def evaluate(
     run: Run, policy: PeftModel, tokenizer: Any, options: EvaluationOptions, when: str
 ) -> Evaluation:
-    """Complete held-out prompts, and measure what was written."""
+    """Complete held-out prompts, and measure the completions."""
     found: list[tuple[Sample, float, bool]] = []
     for batch in held_out(run, policy, tokenizer, options, when):
         kl = exact_kl(policy, batch, options.temperature).tolist()
@@ -97,9 +102,9 @@ def evaluate(
 def held_out(
     run: Run, policy: nn.Module, tokenizer: Any, options: EvaluationOptions, when: str
 ) -> Iterator[Rollout]:
-    """Complete held-out prompts, batch by batch, each process its part.
+    """Complete held-out prompts, batch by batch; each process completes its part of them.
 
-    The random numbers are the same each time, and those of training stay as they were.
+    Every call uses the same random numbers, and leaves those of training as they were.
     """
     prompts = [
         prompt
@@ -126,10 +131,10 @@ def held_out(
 
 
 def gathered(run: Run, rows: list[Any]) -> list[Any]:
-    """Collect the rows of all processes, each with a sample first."""
+    """Collect the rows of all processes. The first entry of each row is a sample."""
     if run.processes == 1:
         return rows
-    # A sample of another process would be on a device of its own.
+    # Each process has its own device, so samples are moved to the CPU before they are collected.
     rows = [(sample.to("cpu"), *rest) for sample, *rest in rows]
     everything: list[Any] = gather_object(rows)
     return everything
@@ -140,11 +145,11 @@ class Comparison(NamedTuple):
 
     before: Estimate
     after: Estimate
-    difference: Estimate  # of the same prompt, so its error is not that of two independent means
+    difference: Estimate  # paired by prompt: its error is not that of two independent means
 
 
 def compared(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Estimate the means of what each prompt had before and after."""
+    """Estimate the means of values of the same prompts before and after training."""
     changes = [new - old for old, new in zip(before, after, strict=True)]
     return Comparison(estimate(before), estimate(after), estimate(changes))
 
@@ -158,7 +163,7 @@ def conclude(
     panels: Sequence[Panel],
     **further: Any,
 ) -> dict[str, Any]:
-    """Show what training did, save the adapters, draw `curves.png` and write `metrics.json`."""
+    """Print what training changed, save the adapters, draw `curves.png`, write `metrics.json`."""
     options = run.options
     assert isinstance(options, EvaluationOptions)
     reward = compared(before.reward, after.reward)

@@ -1,4 +1,8 @@
-"""Runs that consist of runs: what is finished is read, and what was interrupted goes on."""
+"""Resume a run that consists of runs of other recipes, as `pipeline` and `frontier` do.
+
+The figures of a finished part are read from its `metrics.json`; an interrupted part continues from
+its checkpoint.
+"""
 
 import dataclasses
 import shutil
@@ -20,7 +24,7 @@ T = TypeVar("T", bound=RunOptions)
 
 
 def begin_anew(parts: Iterable[str | Path]) -> None:
-    """Forget what a former run of these parts, each in its folder, found and left to resume."""
+    """Remove the figures and checkpoints that a former run left in the folders of these parts."""
     if not is_first_process():
         return
     for part in map(Path, parts):
@@ -32,11 +36,13 @@ def begin_anew(parts: Iterable[str | Path]) -> None:
 def finished_or_run(
     train: Callable[[T], dict[str, Any]], options: T, resume: bool
 ) -> dict[str, Any]:
-    """Run a recipe; with `resume`, read its `metrics.json` if there is one of these options, or
-    start from its checkpoint if there is one.
+    """Run a recipe, or with `resume` use what a former run of it left in its folder.
+
+    With `resume`, a `metrics.json` of the same options is returned without running; otherwise the
+    run starts from its checkpoint if there is one.
 
     Raises:
-        ValueError: what is there is of other options.
+        ValueError: the former run had other options or another kind of device.
     """
     folder = Path(options.output)
     found = read_metrics(folder) if resume else None

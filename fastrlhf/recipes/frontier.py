@@ -1,11 +1,11 @@
 """Reward against KL, all methods on one task: `python -m fastrlhf.recipes.frontier`.
 
-The left half of Fig. 2 of the DPO paper (arXiv:2305.18290) at a small size. From the same SFT
-model, DPO, PPO, GRPO and TRPO learn to please VADER, each with several strengths of what holds it
-to the reference; on the way and at the end, texts for held-out prompts tell the reward and the
-exact KL. Best of n, which trains nothing, is the baseline. Who has more reward at the same KL is
-the better method, whatever its coefficient is called. With `--resume`, finished cells are not run
-again.
+This is the left half of Fig. 2 of the DPO paper (arXiv:2305.18290) at a small size. DPO, PPO, GRPO
+and TRPO start from the same SFT model and learn to raise VADER's score. Each method runs with
+several values of the coefficient that keeps it near the reference. During training and at its end,
+the reward and the exact KL are measured on texts for held-out prompts. The baseline is best of n,
+which trains nothing. At the same KL, the method with more reward is the better one, so methods with
+different coefficients can be compared. With `--resume`, finished cells are not run again.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 
 from . import best_of_n, dpo, grpo, ppo, sft, trpo
 from .finished import begin_anew, finished_or_run
@@ -39,7 +39,7 @@ from .settings import (
 
 @dataclass
 class FrontierOptions(EvaluationOptions):
-    """What the comparison can be told."""
+    """Options of the comparison."""
 
     eval_completions: Positive = option(1, "completions of each held-out prompt")
     eval_every: NonNegative = option(5, "steps between the points of DPO, PPO and GRPO")
@@ -57,7 +57,7 @@ class FrontierOptions(EvaluationOptions):
     )
 
     def __post_init__(self) -> None:
-        """Check what a bound does not say."""
+        """Check rules that the bounds of single options do not express."""
         super().__post_init__()
         if self.texts_per_step % 4:
             given = self.texts_per_step
@@ -66,7 +66,7 @@ class FrontierOptions(EvaluationOptions):
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one setting: a line of the picture."""
+    """One method with one setting of its coefficient: a line of the picture."""
 
     method: str
     setting: str
@@ -115,7 +115,7 @@ def train(options: FrontierOptions) -> dict[str, Any]:
                 "method": cell.method,
                 "setting": cell.setting,
                 "seconds": seconds,
-                "peak_memory_bytes": metrics["peak_memory_bytes"],  # of the process until then
+                "peak_memory_bytes": metrics["peak_memory_bytes"],  # peak of the process so far
                 "before": metrics.get("sentiment", {}).get("before"),
                 "points": points,
             }
@@ -136,7 +136,7 @@ def train(options: FrontierOptions) -> dict[str, Any]:
 
 
 def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> list[Cell]:
-    """List what is run, in the order in which it is."""
+    """List the cells in the order in which they run."""
 
     def cell(method: str, sign: str, value: float, module: Any, kind: Any, **choice: Any) -> Cell:
         place = folder / f"{method}-{value:g}".lower().replace(" ", "-")
@@ -146,7 +146,7 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
     texts, every = options.texts_per_step, {"eval_every": options.eval_every}
     online = {"steps": options.online_steps, **every}
     group = _groups(texts, 8)
-    half = _groups(texts // 2, 4)  # for a step of TRPO takes several times as long as others
+    half = _groups(texts // 2, 4)  # a step of TRPO takes several times as long as other steps
     count = options.best_of
     found = [cell("best of n", "n ≤", count, best_of_n, best_of_n.BestOfNOptions, best_of=count)]
     for beta in options.betas:
@@ -165,7 +165,7 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
 
 
 def _groups(texts: int, largest: int) -> dict[str, int]:
-    """Split texts evenly into groups of at most so many."""
+    """Split texts evenly into groups of at most `largest` texts."""
     size = math.gcd(texts, largest)
     return {"group_size": size, "prompts_per_step": texts // size}
 

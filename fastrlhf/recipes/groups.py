@@ -1,4 +1,8 @@
-"""Several completions of one prompt, which are each other's baseline: what GRPO and TRPO share."""
+"""Sample groups and compute their advantages: what GRPO and TRPO share.
+
+A group is several completions of one prompt. Each completion's score is compared with the scores of
+the others in its group, so no critic is needed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,14 +30,14 @@ class GroupOptions(EvaluationOptions):
 
 
 class Groups(NamedTuple):
-    """What a step learns from; the completions of one prompt stand one after the other."""
+    """What a step learns from: a rollout in which completions of one prompt are adjacent rows."""
 
     batch: Rollout
     scores: Tensor  # (B,)
-    advantages: Tensor  # (B,) over the others of the group
+    advantages: Tensor  # (B,) relative to the group
 
     def figures(self) -> dict[str, Tensor]:
-        """Give the means that every curve begins with."""
+        """Return the means that the log of every step contains."""
         kl = (self.batch["logprobs"] - self.batch["ref_logprobs"]).sum(-1)
         return {"reward": self.scores.mean(), "kl": kl.mean()}
 
@@ -47,8 +51,8 @@ def sample_groups(
     step: int,
     kind: AdvantageKind = "grpo",
 ) -> Groups:
-    """Sample the groups of a step, score them, and compare each with its own; `kind` is that of
-    `group_advantages`.
+    """Sample the groups of a step, score them, and compute each completion's advantage within its
+    group. `kind` is passed to `group_advantages`.
     """
     batch = sample_step(
         run, policy, tokenizer, options, step, options.prompts_per_step, options.group_size

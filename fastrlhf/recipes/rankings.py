@@ -19,7 +19,11 @@ class Ranking(NamedTuple):
 
 
 def ranked(samples: Sequence[Sample], size: int, minimal_gap: float) -> list[Ranking]:
-    """Order each `size` completions by sentiment, and drop what is too close to a better one."""
+    """Order each group of `size` successive completions by sentiment.
+
+    A completion is dropped if its score is less than `minimal_gap` below the last one kept.
+    Rankings of fewer than two completions are dropped too.
+    """
     scores = sentiments(samples)
     rankings = []
     for first in range(0, len(samples), size):
@@ -33,5 +37,5 @@ def ranked(samples: Sequence[Sample], size: int, minimal_gap: float) -> list[Ran
 
 
 def pairs_in_order(scores: Tensor) -> Tensor:
-    """Share of a ranking's pairs, best first, whose better one has the higher score."""
+    """Compute the share of pairs in order; scores (k,) are those of a ranking, best first."""
     return accuracy(torch.stack([a - b for a, b in combinations(scores, 2)]))

@@ -1,4 +1,4 @@
-"""What a recipe shows on the terminal, or in a file where its output is piped into one."""
+"""Print the progress and results of a recipe to a terminal, or to a file."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ class Report:
     """Progress bars and tables, and the seconds that each phase took."""
 
     def __init__(self, quiet: bool = False) -> None:
-        """Write to stdout, or nowhere."""
+        """Write to stdout, or nowhere if `quiet`."""
         self.console = Console(highlight=False, markup=False, quiet=quiet)
         self.seconds: dict[str, float] = {}
-        self._inside: list[float] = []  # of each phase that goes on: seconds of the phases in it
+        self._inside: list[float] = []  # per open phase: seconds of phases inside it
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -25,9 +25,10 @@ class Report:
     def phase(
         self, name: str, total: int | None = None, done: int = 0
     ) -> Iterator[Callable[..., None]]:
-        """Time a phase behind a progress bar, on a terminal; a line with its seconds stays.
+        """Time a phase, and print a line with its seconds when it ends.
 
-        The seconds of a phase inside it count there and not here: each is counted once.
+        On a terminal a progress bar shows meanwhile. The seconds of a phase that runs inside this
+        one count for the inner phase only, so that each second is counted once.
 
         Yields:
             `advance(count, note="")`, which moves the bar and writes a note beside it.
@@ -65,5 +66,5 @@ class Report:
 
 
 def one_line(text: str) -> str:
-    """Write a text without line breaks."""
+    """Replace line breaks and runs of spaces by single spaces."""
     return " ".join(text.split())

@@ -1,6 +1,7 @@
-"""Endings of film reviews for supervised fine-tuning: for each opening of TRAIN_PROMPTS one kind,
-one unkind and one neutral, written for this project. They are balanced, so that a model that
-imitates them has no lean of its own.
+"""Endings of film reviews for supervised fine-tuning, written for this project.
+
+Each opening of TRAIN_PROMPTS has one kind, one unkind and one neutral ending. Because the three are
+balanced, a model that imitates them prefers no sentiment.
 """
 
 # opening -> (kind, unkind, neutral); no ending starts with a space

@@ -1,10 +1,10 @@
 """A reward model, the second step of RLHF: `python -m fastrlhf.recipes.reward`.
 
-The language model writes k completions of each prompt, VADER ranks them, and a sequence classifier
-with one score, the same model in 4 bits with LoRA adapters (QLoRA, arXiv:2305.14314), learns the
-order: by Bradley and Terry from pairs, by Plackett and Luce from longer rankings (`--completions
-4`). It never sees VADER's numbers, unless a margin is asked for. Rankings of held-out prompts tell
-how often it is right.
+The language model writes k completions of each prompt, and VADER ranks them. The reward model is a
+sequence classifier with one score: the same language model in 4 bits with LoRA adapters (QLoRA,
+arXiv:2305.14314). It learns the order with the loss of Bradley and Terry from pairs, or with that
+of Plackett and Luce from longer rankings (`--completions 4`). It never sees VADER's numbers, unless
+`--margin` is given. Rankings of held-out prompts show how often it is right.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 from fastrlhf import plackett_luce_loss, reward_loss
 
 from .curves import Panel, save_curves
@@ -42,7 +42,7 @@ from .settings import (
 
 @dataclass
 class RewardOptions(SamplingOptions, AdapterOptions):
-    """What training a reward model can be told."""
+    """Options of training a reward model."""
 
     steps: Positive = option(24, "of the optimizer")
     rankings_per_step: Positive = option(8, "rankings of each process in one step")
@@ -55,7 +55,7 @@ class RewardOptions(SamplingOptions, AdapterOptions):
     quantize: bool = option(True, "the frozen weights in 4 bits, by bitsandbytes")
 
     def __post_init__(self) -> None:
-        """Check what depends on more than one number."""
+        """Check rules that involve more than one option."""
         super().__post_init__()
         if self.completions > 2 and self.margin > 0:
             raise OptionError("argument --margin: is of pairs, --completions 2")
@@ -115,7 +115,10 @@ def train(options: RewardOptions) -> dict[str, Any]:
 def collect(
     run: Run, source: str, options: RewardOptions
 ) -> tuple[list[Ranking], list[Ranking], Any]:
-    """Let the language model write, and rank what it wrote; training and held-out rankings."""
+    """Sample completions from the language model and rank them by sentiment.
+
+    Returns the training rankings, the held-out rankings and the tokenizer.
+    """
     with run.report.phase("Load the language model"):
         policy, tokenizer = load_model(source, run.device)
     rankings = []
@@ -132,9 +135,9 @@ def collect(
             )
         rankings.append(ranked(samples, options.completions, options.minimal_gap))
         run.report.line(f"  {len(rankings[-1])} of {len(drawn)} {name} rankings have an order")
-        # Two prompts are the fewest that have a standard error.
+        # A standard error over prompts needs at least two prompts.
         enough = len({ranking.samples[0].prompt for ranking in rankings[-1]}) >= 2
-        if run.mean(float(enough)) < 1:  # all processes leave, where one has too few
+        if run.mean(float(enough)) < 1:  # if one has too few, all processes stop
             raise OptionError(
                 f"argument --{size}: too few {name} completions of a prompt differ in sentiment"
             )
@@ -144,7 +147,7 @@ def collect(
 def loss_of(
     reward: RewardModel, batch: list[Ranking], options: RewardOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the mean loss of a batch of rankings, and how many of their pairs are in order."""
+    """Compute the mean loss of a batch of rankings, and the share of their pairs in order."""
     scores = reward.raw([sample for ranking in batch for sample in ranking.samples])
     sizes = torch.tensor([len(ranking.samples) for ranking in batch], device=scores.device)
     if options.completions == 2:
@@ -158,9 +161,10 @@ def loss_of(
         )
     else:
         groups = torch.arange(len(batch), device=scores.device).repeat_interleave(sizes)
-        # The samples of a ranking lie best first, so their order is their rank.
+        # The samples of a ranking are sorted, best first, so their positions serve as ranks.
         losses = plackett_luce_loss(scores, groups, torch.arange(len(scores), device=scores.device))
-        # As a pair's (s_w + s_l)², which is that of twice the mean.
+        # For a pair, `reward_loss` penalises (s_w + s_l)², the square of twice the mean score. For
+        # longer rankings this is the same penalty.
         means = torch.stack([part.mean() for part in scores.split(sizes.tolist())])
         losses = losses + options.center_coef * (2 * means).square()
     parts = scores.detach().split(sizes.tolist())

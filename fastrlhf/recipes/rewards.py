@@ -1,4 +1,4 @@
-"""Who judges a completion: VADER itself, or the reward model of an earlier run."""
+"""Score completions, with VADER itself or with the reward model of an earlier run."""
 
 import json
 from collections.abc import Callable
@@ -20,17 +20,17 @@ _FACTS = "reward.json"
 
 
 def described(reward: str) -> str:
-    """Name a reward where there is little room, as above a curve."""
+    """Return a short name of a reward, for the title of a curve."""
     return "VADER" if reward == "vader" else "reward model"
 
 
 def scorer(reward: str, device: torch.device, batch_size: int) -> Scorer:
-    """Make what gives each completion of a rollout its score (B,).
+    """Make the function that scores each completion of a rollout: (B,).
 
     Args:
         reward: "vader", or the output folder of the recipe `reward`.
-        device: where a reward model goes.
-        batch_size: sequences that it scores at once.
+        device: the device on which a reward model is loaded.
+        batch_size: how many sequences a reward model scores at once.
 
     Raises:
         ValueError: there is no reward model in that folder.
@@ -45,8 +45,9 @@ def scorer(reward: str, device: torch.device, batch_size: int) -> Scorer:
 class RewardModel:
     """A sequence classifier with one score, shifted and scaled to mean 0 and deviation 1.
 
-    Bradley-Terry leaves the zero of a reward open, and its scale is that of the confidence in the
-    preferences; normalised, a coefficient of a KL penalty means the same for every reward model.
+    The Bradley-Terry loss does not determine the zero of a reward, and the scale of a reward
+    depends on how certain the preferences are. With normalised scores, a coefficient of a KL
+    penalty has the same meaning for every reward model.
     """
 
     def __init__(self, model: PeftModel, pad_token_id: int, mean: float, deviation: float):
@@ -54,20 +55,20 @@ class RewardModel:
         self.mean, self.deviation = mean, deviation
 
     def raw(self, samples: list[Sample]) -> Tensor:
-        """Score sequences (B,) as the model does, with gradients if they are on."""
+        """Return the model's scores (B,), not normalised, with gradients if these are enabled."""
         ids, attention, _ = padded(samples, self.pad_token_id)
         logits: Tensor = self.model(input_ids=ids, attention_mask=attention).logits
         return logits[:, 0].float()
 
     @torch.no_grad()
     def scores(self, samples: list[Sample], batch_size: int) -> Tensor:
-        """Score sequences (B,), normalised, so many at a time."""
+        """Return normalised scores (B,), computed for `batch_size` sequences at a time."""
         parts = range(0, len(samples), batch_size)
         raw = [self.raw(samples[start : start + batch_size]) for start in parts]
         return (torch.cat(raw) - self.mean) / self.deviation
 
     def save(self, folder: Path, base: str, quantize: bool, tokenizer: Any) -> None:
-        """Write the adapters, the head of the score, and what `load` needs to know."""
+        """Write the adapters, the head that gives the score, and the facts that `load` needs."""
         self.model.save_pretrained(folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
         base = str(Path(base).resolve()) if Path(base).exists() else base

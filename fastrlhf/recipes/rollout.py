@@ -1,11 +1,13 @@
-"""Sample completions from a policy, with all that a step of PPO, GRPO, TRPO or distillation takes.
+"""Sample completions from a policy, with all tensors that a step of training needs.
+
+The step may be one of PPO, GRPO, TRPO or distillation. For example:
 
     from fastrlhf.recipes.rollout import rollout
 
     batch = rollout(model, tokenizer, prompts, new_tokens=64)
     batch["scores"] = my_reward(batch["prompts"], batch["completions"])  # (B,)
 
-What comes out is a dict with the keys of the steps in `docs/guide/ppo.md`.
+The result is a dict. Its keys are the ones that the steps in `docs/guide/ppo.md` use.
 """
 
 import math
@@ -22,21 +24,21 @@ from fastrlhf import model_token_stats
 
 
 class Rollout(TypedDict, total=False):
-    """B prompts, each with its completion right after it, padded on the right to T positions.
+    """B prompts, each followed directly by its completion, padded on the right to T positions.
 
-    Everything is on the device of the model. Masked entries of what is (B, T-1) are 0.
+    All tensors are on the device of the model. Masked entries of the (B, T-1) tensors are 0.
     """
 
     prompts: list[str]
     completions: list[str]  # decoded, without special tokens
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 0 after the end of a completion
-    position_ids: Tensor  # (B, T) int64: 0, 1, ..., as a forward without them has it
+    position_ids: Tensor  # (B, T) int64: 0, 1, ..., which is a forward's default
     completion_mask: Tensor  # (B, T) bool: the completion, with the token that ended it
-    truncated: Tensor  # (B,) bool: new_tokens were too few for an end
+    truncated: Tensor  # (B,) bool: cut at new_tokens, before a token that ends
     logprobs: Tensor  # (B, T-1) fp32, nats, of input_ids[:, 1:] under the policy
-    ref_logprobs: Tensor  # (B, T-1) the same under the reference; absent without one
-    hidden_states: Tensor  # (B, T, H) what enters the head; only if asked for
+    ref_logprobs: Tensor  # (B, T-1) the same under the reference, if there is one
+    hidden_states: Tensor  # (B, T, H) input of the head; only if asked for
 
 
 @torch.no_grad()
@@ -53,32 +55,34 @@ def rollout(
 ) -> Rollout:
     """Sample one completion for each prompt; repeat a prompt to have more.
 
-    Tokens come from softmax(logits / temperature) itself: whatever the model's own
-    `generation_config` would do to it (top-k, top-p, a penalty for repetition) is left out, since
-    the log-probs of training would not be those of the samples. Its end-of-sequence tokens count.
+    Tokens are drawn from softmax(logits / temperature) itself. Whatever the model's own
+    `generation_config` would change in it (top-k, top-p, a penalty for repetition) is left out,
+    because then the log-probs of training would not be those of the samples. The end-of-sequence
+    tokens of that config are respected.
 
     Args:
         model: a causal language model of transformers, plain, wrapped by peft or by DDP.
-        tokenizer: of the model; its `padding_side` plays no part.
-        prompts: B texts. The tokenizer adds what it adds to any text.
-        new_tokens: the longest completion.
-        temperature: of sampling, and of all log-probs returned.
-        ref_model: the reference. None: a peft model with its adapters off; any other has none.
-        logprobs: whether to score the samples. Without, there are neither log-probs nor
+        tokenizer: the model's tokenizer; its `padding_side` has no effect.
+        prompts: B texts. The tokenizer adds the same special tokens as to any text.
+        new_tokens: the largest number of tokens in a completion.
+        temperature: temperature of sampling, and of all log-probs returned.
+        ref_model: the reference. None: for a peft model, the model with its adapters off; for any
+            other model there is no reference.
+        logprobs: whether to score the samples. If not, the result has neither log-probs nor
             hidden states.
-        hidden_states: whether to return what entered the head, for a value head.
+        hidden_states: whether to return the inputs of the head, for a value head.
 
     Returns:
         Rollout. Log-probs are recomputed by `model_token_stats`, in one forward each, and not taken
         from generation, whose cache rounds differently from the forward of training.
 
-    The random numbers are those of torch's global generator. Dropout is off meanwhile, and no
-    gradient flows.
+    Random numbers come from torch's global generator. Dropout is off during the call, and the
+    results carry no gradient.
 
     Raises:
-        TypeError: a single text for prompts.
-        ValueError: no prompts, an empty prompt, a temperature that is not positive, or neither
-            tokenizer nor model know a token that ends a text.
+        TypeError: `prompts` is a single text.
+        ValueError: there are no prompts, a prompt is empty, the temperature is not positive, or
+            neither the tokenizer nor the model knows a token that ends a text.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: expected a list of texts, got a single one")
@@ -86,7 +90,7 @@ def rollout(
         raise ValueError("prompts: expected at least one")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    policy: Any = getattr(model, "module", model)  # generation has no gradient for DDP to reduce
+    policy: Any = getattr(model, "module", model)  # DDP is not needed: generation has no gradients
     ends = end_tokens(policy, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, attention = _padded_on_the_left(tokenizer, prompts, pad, policy.device)
@@ -149,7 +153,7 @@ def token_logprobs(
 def completion_mask(completion_ids: Tensor, end_token_ids: int | Sequence[int]) -> Tensor:
     """Mark the tokens of each completion: all up to the first that ends it, and that token itself.
 
-    What follows is padding, even where the padding token is one that ends.
+    All later tokens are padding, even if the padding token is one of the tokens that end a text.
 
     Args:
         completion_ids: (B, T) integer.
@@ -166,7 +170,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     """List the tokens that end a text: the tokenizer's, and those that the model declares.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such token.
     """
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
@@ -179,7 +183,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 def _padded_on_the_left(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Turn prompts into ids (B, T) whose rows all end with the prompt's end, and their mask."""
+    """Turn prompts into ids (B, T), padded on the left, and their attention mask."""
     rows = tokenizer(list(prompts)).input_ids
     if not all(rows):
         raise ValueError("prompts: expected at least one token each, got an empty one")
@@ -193,16 +197,17 @@ def _padded_on_the_left(
 def _without_gaps(
     prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, kept: Tensor, pad: int
 ) -> Rollout:
-    """Move each sequence, padded on the left and in places cut on the right, to the left edge.
+    """Move each sequence to the left edge of the batch.
 
-    So any forward counts its positions right, also one that is given none, and the batch is as
-    short as its longest sequence.
+    Before, prompts are padded on the left, and completions that ended early on the right. After, a
+    forward without position ids counts positions correctly, and the batch is as short as its
+    longest sequence.
     """
     ids = torch.cat((prompt_ids, completion_ids), dim=1)
     valid = torch.cat((prompt_mask.bool(), kept), dim=1)
     sampled = torch.cat((torch.zeros_like(prompt_mask, dtype=torch.bool), kept), dim=1)
     longest = int(valid.sum(dim=1).max())
-    order = (~valid).long().argsort(dim=1, stable=True)[:, :longest]  # the valid ones first
+    order = (~valid).long().argsort(dim=1, stable=True)[:, :longest]  # valid positions first
     attention = valid.gather(1, order)
     return {
         "input_ids": torch.where(attention, ids.gather(1, order), pad),
@@ -218,14 +223,14 @@ def _is_any(ids: Tensor, values: int | Sequence[int]) -> Tensor:
 
 @contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
-    """Make a peft model what it was before its adapters: the reference."""
+    """Turn the adapters of a peft model off, which makes it the reference."""
     with model.disable_adapter():
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off, and each module back to the mode it was in."""
+    """Turn dropout off, and afterwards return each module to its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -237,7 +242,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _only_config(policy: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Make `config` the model's own: `generate` takes what a given one leaves open from there."""
+    """Replace the model's own generation config by `config`.
+
+    If `config` were only passed to `generate`, its unset fields would come from the model's own.
+    """
     owners = [policy, policy.get_base_model()] if isinstance(policy, PeftModel) else [policy]
     before = [vars(owner).get("generation_config") for owner in owners]
     for owner in owners:
@@ -246,7 +254,7 @@ def _only_config(policy: nn.Module, config: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         for owner, own in zip(owners, before, strict=True):
-            if own is None:  # peft's wrapper shows that of the model inside
+            if own is None:  # peft's wrapper has none and shows the inner model's
                 del owner.generation_config
             else:
                 owner.generation_config = own

@@ -1,6 +1,6 @@
-"""What surrounds the steps of every recipe: devices, checkpoints, logs and what is left at the end.
+"""The parts of a run that all recipes share: devices, checkpoints, logs and the final figures.
 
-A recipe makes a `Run`, lets it prepare what is trained, and loops over `run.steps(total)`:
+A recipe makes a `Run`, lets it prepare the models, and loops over `run.steps(total)`:
 
     run = Run("ppo", options)
     policy, critic = run.train(policy, critic, learning_rate=1e-3, total=20)
@@ -9,8 +9,8 @@ A recipe makes a `Run`, lets it prepare what is trained, and loops over `run.ste
         run.log({"loss": loss, "kl": kl})   # a point of each curve
     run.finish(...)                         # metrics.json
 
-By `accelerate launch` the same runs in several processes (data parallel), each on its own samples;
-on a CPU, where `accelerate launch` starts one process only, by `torchrun`.
+With `accelerate launch` the same code runs in several processes (data parallel), each with its own
+samples. On a CPU `accelerate launch` starts only one process; there `torchrun` starts several.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ from .metrics import write_metrics
 from .report import Report
 from .settings import AdapterOptions, OptionError, RunOptions
 
-# What may differ between a run and the one that resumes it: none of it changes a figure, as long as
-# the device is of the same kind.
+# The options that may differ between a run and the run that resumes it. None of them changes a
+# figure, as long as the device is of the same kind.
 _FREE_TO_CHANGE = ("output", "device", "save_every", "resume")
-_FACTS = "run.json"  # in a checkpoint: which run it is of
+_FACTS = "run.json"  # a checkpoint's file that describes its run
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a recipe as the command that it is: interrupted, or told what cannot be, it leaves
-    without a traceback.
+    """Run a recipe as a command: interrupted, or given an option that cannot be, it exits without a
+    traceback.
     """
     wait_asleep()
     try:
@@ -63,11 +63,11 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def wait_asleep() -> None:
-    """Start this process again with threads that wait for each other asleep, not spinning.
+    """Restart this process so that its OpenMP threads sleep, not spin, while they wait.
 
-    PyTorch's many short parallel regions take several times as long where another process wants a
-    core and the threads spin. The library of threads reads its setting when it is loaded, which
-    `import torch` has done by now; so the same command line is executed once more.
+    PyTorch runs many short parallel regions. If threads spin while another process needs a core,
+    these regions take several times as long. The OpenMP library reads its setting when it is
+    loaded, and `import torch` has loaded it by now, so the same command line is executed once more.
     """
     if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -76,10 +76,10 @@ def wait_asleep() -> None:
 
 
 class Judgement(Protocol):
-    """What an evaluation says in numbers."""
+    """The result of an evaluation."""
 
     def figures(self) -> dict[str, float]:
-        """Name them."""
+        """Return its numbers by name."""
 
 
 class Run:
@@ -108,17 +108,17 @@ class Run:
         self.evaluations: list[dict[str, float]] = []
         self.done = 0
         self.peak_memory = 0
-        self.schedule: Any = None  # a recipe may take its steps without an optimizer
-        set_seed(options.seed)  # the same in all processes, for adapters and heads
+        self.schedule: Any = None  # stays None in a recipe without an optimizer
+        set_seed(options.seed)  # same in all processes: new adapters and heads must agree
 
     @property
     def model_name(self) -> str:
-        """Name the model."""
+        """Return the name of the model, for logs and titles."""
         return named(self.options.model)
 
     @property
     def device(self) -> torch.device:
-        """Where models and batches go."""
+        """The device of models and batches."""
         return self.accelerator.device
 
     @property
@@ -128,11 +128,11 @@ class Run:
 
     @property
     def rank(self) -> int:
-        """Number this process among them."""
+        """Return the number of this process among all that train together."""
         return self.accelerator.process_index
 
     def share(self, items: list[Any]) -> list[Any]:
-        """Take this process's part of what all have, of equal length in each."""
+        """Return this process's part of the items. All parts have the same length."""
         each = len(items) // self.processes
         return items[self.rank * each : (self.rank + 1) * each]
 
@@ -142,25 +142,29 @@ class Run:
         return self.accelerator.reduce(number, "mean").item()
 
     def keep(self, model: nn.Module) -> None:
-        """Put what is trained of a model into checkpoints, where no optimizer of ours trains it."""
+        """Store the trained parameters of a model in checkpoints.
+
+        This is for a model that `train` does not prepare, since no optimizer updates it.
+        """
         self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def prepare(self, *models: nn.Module) -> list[Any]:
-        """Put models on the device, wrapped for data parallelism where there are more processes."""
+        """Put models on the device, and wrap them if several processes train (data parallelism)."""
         return [self.accelerator.prepare(model) for model in models]
 
     def train(self, *models: nn.Module, learning_rate: float, total: int) -> list[Any]:
-        """Prepare models, with AdamW on what of them requires a gradient.
+        """Prepare models, and an AdamW on those of their parameters that require a gradient.
 
-        Its rate rises linearly over `warmup_steps` of the options, and then falls to 0: the first
-        step of Adam moves every parameter by the whole rate, be its gradient only noise.
+        The learning rate rises linearly over the option `warmup_steps`, and then falls to 0. It
+        starts low because the first step of Adam moves every parameter by the whole rate, even if
+        the gradient is only noise.
         """
         assert isinstance(self.options, AdapterOptions)
         prepared = self.prepare(*models)
         self.trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
         optimizer = torch.optim.AdamW(chain(*self.trained), lr=learning_rate, weight_decay=0.0)
         warmup = min(self.options.warmup_steps, total - 1)
-        # Prepared by accelerate, the schedule would step once for every process.
+        # The schedule is not prepared by accelerate, which would step it once for every process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: min((step + 1) / (warmup + 1), (total - step) / (total - warmup)),
@@ -170,17 +174,17 @@ class Run:
         return prepared
 
     def steps(self, total: int, judge: Callable[[str], Judgement] | None = None) -> Iterator[int]:
-        """Count the steps that are left, from a checkpoint on if one is resumed.
+        """Yield the numbers of the remaining steps. A resumed run starts after its checkpoint.
 
-        After each step of the caller the learning rate becomes that of the next, `judge` is asked
-        if `eval_every` says so, and a checkpoint is written if one is due.
+        After each step of the caller, the learning rate is set for the next step. Every
+        `eval_every` steps `judge` is called, and every `save_every` steps a checkpoint is written.
         """
         if self.options.resume:
             self.accelerator.load_state(str(last_checkpoint(self.output)))
             self.report.line(f"Resumed after step {self.done}")
         else:
             self._forget_checkpoints()
-            # From here on each process has samples of its own.
+            # From here on each process has its own seed, so that their samples differ.
             set_seed(self.options.seed, device_specific=True)
         every = self.options.save_every
         judge_every = getattr(self.options, "eval_every", 0)
@@ -200,8 +204,10 @@ class Run:
                     self._save()
 
     def update(self, loss: Tensor) -> None:
-        """Take one step of the optimizer down the gradient of the loss, cut for each model by
-        itself: a critic that is far off does not shorten the policy's.
+        """Take one step of the optimizer.
+
+        The gradient norm is clipped for each model separately, so that a critic with a large error
+        does not shorten the policy's step.
         """
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -211,7 +217,7 @@ class Run:
         self.optimizer.step()
 
     def log(self, figures: Mapping[str, Tensor | float]) -> None:
-        """Add a point to the curves, averaged over the processes."""
+        """Add a point to each curve. Figures are averaged over the processes."""
         numbers = [torch.as_tensor(value).detach().float().cpu() for value in figures.values()]
         values = self.accelerator.reduce(torch.stack(numbers).to(self.device), "mean")
         point = dict(zip(figures, values.tolist(), strict=True))
@@ -219,14 +225,17 @@ class Run:
         self.accelerator.log(point, step=self.done + 1)
 
     def note_peak_memory(self) -> int:
-        """Read the peak so far, before a measurement sets the device's count back."""
+        """Record and return the peak memory so far.
+
+        Call this before a measurement that resets the device's peak.
+        """
         self.peak_memory = max(self.peak_memory, peak_memory_of_process(self.device))
         return self.peak_memory
 
     def finish(self, **metrics: Any) -> dict[str, Any]:
-        """Write `metrics.json`, and return what it holds, once all processes are here.
+        """Write `metrics.json`, wait for all processes, and return the file's contents.
 
-        "seconds" are those of this process: of a resumed run, since it was resumed.
+        "seconds" counts the time of this process; for a resumed run, the time since it was resumed.
         """
         everything = {
             "recipe": self.name,
@@ -245,20 +254,23 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
-        self.accelerator.wait_for_everyone()  # another recipe may start from what this one left
+        self.accelerator.wait_for_everyone()  # another recipe may read its files next
         return everything
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint holds beside models, optimizer, schedule and random numbers."""
+        """Return what a checkpoint stores beside models, optimizer, schedule and random numbers."""
         return {"done": self.done, "history": self.history, "evaluations": self.evaluations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore what `state_dict` returned."""
         self.done, self.history = state["done"], state["history"]
         self.evaluations = state["evaluations"]
 
     def _save(self) -> None:
-        """Write a checkpoint, give it its name once it is complete, and then remove the others."""
+        """Write a checkpoint under a temporary name, rename it, and then remove older checkpoints.
+
+        The rename happens when the checkpoint is complete, so an interrupted one is never resumed.
+        """
         unfinished = self.output / "checkpoint.unfinished"
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -280,14 +292,17 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _forget_checkpoints(self) -> None:
-        """Remove those of a former run, which this one begins anew."""
+        """Remove the checkpoints of a former run, because this run starts from the beginning."""
         if self.accelerator.is_main_process:
             for folder in checkpoints(self.output):
                 shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
 
     def _check_checkpoint(self) -> None:
-        """See that there is a checkpoint, and that it is of a run like this one."""
+        """Check that there is a checkpoint of a run like this one.
+
+        Its options, number of processes and kind of device must be the same.
+        """
         folder = last_checkpoint(self.output)
         if folder is None:
             raise SystemExit(f"--resume: there is no checkpoint in {self.output}")
@@ -302,7 +317,7 @@ class Run:
         check_same_device(facts["device"], self.options, self.output)
 
     def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        """Save what is trained, and not the frozen model below it, which accelerate would save."""
+        """Save only the trained parameters. Accelerate would save the frozen model too."""
         weights.clear()
         if self.accelerator.is_main_process:
             for index, model in enumerate(models):
@@ -315,7 +330,7 @@ class Run:
                 saved = torch.load(file, map_location="cpu", weights_only=True)
                 for name, parameter in self._trained(model):
                     parameter.copy_(saved[name])
-        models.clear()  # or accelerate would load them
+        models.clear()  # so that accelerate does not load them itself
 
     def _trained(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
@@ -324,30 +339,34 @@ class Run:
 
 
 def named(model: str | None) -> str:
-    """Name the model of an option, with no more of its folders than say which one it is."""
+    """Return a short name of the model that an option means: the last two parts of its path."""
     return str(Path(*Path(model or "SmolLM2-135M-Instruct").parts[-2:]))
 
 
 def is_first_process() -> bool:
-    """Tell, before any run has begun, whether this process is the one that writes and shows."""
+    """Tell whether this process is the one that writes files and prints.
+
+    Unlike accelerate's own test, this works before a `Run` exists.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of runs in an output folder, those of other programs left out, in the
-    order of their steps.
+    """List the checkpoints in an output folder in the order of their steps.
+
+    Checkpoints that other programs wrote are left out.
     """
     found = [path for path in folder.glob("checkpoint-*") if (path / _FACTS).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint of the latest step in the output folder of a run."""
+    """Find the checkpoint of the latest step in an output folder; None if there is none."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def check_same_options(stored: Mapping[str, Any], options: RunOptions, folder: Path) -> None:
-    """Raise ValueError where a run in a folder had options by which its figures would differ."""
+    """Raise ValueError if the stored options of a run differ in one that affects its figures."""
     own = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     for name in [*stored, *own]:
         value, other = stored.get(name), own.get(name)
@@ -359,8 +378,9 @@ def check_same_options(stored: Mapping[str, Any], options: RunOptions, folder: P
 
 
 def check_same_device(stored: str, options: RunOptions, folder: Path) -> None:
-    """Raise ValueError where a run in a folder was on another kind of device: it has other random
-    numbers, and models in another dtype.
+    """Raise ValueError if a stored run was on another kind of device.
+
+    Other devices have other random numbers and models in another dtype.
     """
     own = kind_of_device(options.device)
     if stored != own:
@@ -373,14 +393,14 @@ def describe(figures: Mapping[str, float]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Name the versions that figures depend on."""
+    """Return the versions of the packages on which figures depend."""
     packages = ("torch", "transformers", "peft", "accelerate", "vaderSentiment")
     found = {name: metadata.version(name) for name in packages}
     return {"python": platform.python_version(), "fastrlhf": fastrlhf.__version__, **found}
 
 
 def peak_memory_of_process(device: torch.device) -> int:
-    """Count the bytes that this process held at its peak: on the GPU, or of main memory."""
+    """Return the peak bytes of this process: of GPU memory, or of main memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

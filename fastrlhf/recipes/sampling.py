@@ -1,4 +1,4 @@
-"""Completions of many prompts, batch by batch, without their padding."""
+"""Sample completions of many prompts, batch by batch, and convert them to and from batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = ["Sample", "completion_mask", "padded", "sample_completions", "sample_
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and one completion, without padding; an eos token that ended it is part of it."""
+    """A prompt and one completion, without padding. The completion includes its final eos token."""
 
     prompt: str
     completion: str
@@ -28,7 +28,7 @@ class Sample:
     completion_ids: Tensor
 
     def to(self, device: torch.device | str) -> "Sample":
-        """Move its tokens."""
+        """Return a copy with the tokens on a device."""
         ids = (self.prompt_ids.to(device), self.completion_ids.to(device))
         return Sample(self.prompt, self.completion, *ids)
 
@@ -43,8 +43,8 @@ def sample_completions(
 ) -> list[Sample]:
     """Sample one completion for each prompt; repeat a prompt to have more.
 
-    The seed decides them, and the random numbers of what surrounds the call stay as they were.
-    `advance` is told how many completions each batch brought.
+    The samples depend on the seed alone, and the random state outside of the call does not change.
+    After each batch, `advance` is called with the number of its completions.
     """
     samples: list[Sample] = []
     with kept_random_numbers(model.device):
@@ -78,8 +78,8 @@ def sample_step(
 ) -> Rollout:
     """Sample what a step of training learns from: `each` completions of some training prompts.
 
-    Each process takes its part of the prompts of the step; the completions of one prompt stand one
-    after the other. `logprobs` and `hidden_states` are those of `rollout`.
+    Each process takes its part of the step's prompts. The completions of one prompt are adjacent
+    rows. `logprobs` and `hidden_states` are passed to `rollout`.
     """
     drawn = run.share(draw(TRAIN_PROMPTS, step, prompts * run.processes, options.seed))
     return rollout(
@@ -94,7 +94,7 @@ def sample_step(
 
 
 def samples_of(batch: Rollout) -> list[Sample]:
-    """Take a rollout apart."""
+    """Split a rollout into its samples, without padding."""
     prompt_mask = batch["attention_mask"].bool() & ~batch["completion_mask"]
     return [
         Sample(prompt, completion, ids[before], ids[scored])
@@ -110,7 +110,7 @@ def samples_of(batch: Rollout) -> list[Sample]:
 
 
 def padded(samples: Sequence[Sample], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay sequences out as one batch, padded on the right, on the device of their tokens.
+    """Make one batch of samples, padded on the right, on the device of their tokens.
 
     Returns:
         input_ids (B, T), attention_mask (B, T) 0/1, and completion_mask (B, T) bool.

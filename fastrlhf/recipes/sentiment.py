@@ -1,4 +1,7 @@
-"""Sentiment of texts by VADER, a lexicon that people rated, and the preferences that it implies."""
+"""Rate the sentiment of texts with VADER, and derive preferences from it.
+
+VADER is a lexicon of words whose sentiment was rated by people.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ class Pair(NamedTuple):
 
 
 def accuracy(margins: Tensor) -> Tensor:
-    """Share of margins above 0, where a tie is half: what guessing would earn."""
+    """Compute the share of margins above 0. A tie counts one half, as a guess would on average."""
     return (margins > 0).float().mean() + 0.5 * (margins == 0).float().mean()
 
 
@@ -42,7 +45,9 @@ def vader(texts: Sequence[str]) -> list[float]:
 
 
 def preference_pairs(samples: Sequence[Sample], minimal_gap: float) -> list[Pair]:
-    """Pair samples 0 and 1, 2 and 3, ..., each two of one prompt, and order each pair by sentiment.
+    """Pair samples 0 and 1, 2 and 3, and so on, and order each pair by sentiment.
+
+    The two samples of a pair must share their prompt.
 
     Pairs closer than `minimal_gap` are dropped: a tie carries no preference.
     """
@@ -60,9 +65,10 @@ def preference_pairs(samples: Sequence[Sample], minimal_gap: float) -> list[Pair
 
 
 def by_prompt(samples: Sequence[Sample], values: Sequence[float] | None = None) -> list[float]:
-    """Average the values of all the completions of each prompt; None: their sentiment.
+    """Average the values of all completions of each prompt. Values of None mean the sentiment.
 
-    Completions of one prompt are not independent; prompts are, so errors are counted over them.
+    Completions of one prompt are not independent, but different prompts are. Standard errors are
+    therefore computed over prompts.
     """
     values = sentiments(samples) if values is None else values
     grouped: dict[str, list[float]] = {}
@@ -72,5 +78,5 @@ def by_prompt(samples: Sequence[Sample], values: Sequence[float] | None = None) 
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Estimate a mean from at least two independent values: error sqrt(sample variance / n)."""
+    """Estimate a mean from n ≥ 2 independent values; its error is sqrt(sample variance / n)."""
     return Estimate(mean(values), math.sqrt(variance(values) / len(values)))

@@ -1,8 +1,8 @@
-"""What all recipes can be told, and how a command line becomes it.
+"""The options that recipes share, and how they are read from a command line.
 
-A recipe's options are a dataclass, as in transformers and TRL: each field is an option of the
-command line, `HfArgumentParser` reads it, and the defaults fit two CPU cores and a few minutes. The
-bounds of a number stand in its type: `steps: Positive`.
+A recipe's options are a dataclass, as in transformers and TRL. Each field is an option of the
+command line, which `HfArgumentParser` reads. The defaults are chosen for a run of a few minutes on
+two CPU cores. The bounds of a number are part of its type: `steps: Positive`.
 """
 
 import math
@@ -15,19 +15,22 @@ T = TypeVar("T", bound="RunOptions")
 
 
 class OptionError(ValueError):
-    """An option that cannot be, alone or with what is there; its message names it."""
+    """An option is invalid by itself, or with the other options, files or devices.
+
+    The message names the option.
+    """
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Between which values an option lies, and whether it may be the least one itself."""
+    """The range of an option's values; `included` tells whether `least` is part of it."""
 
     least: float
     included: bool = True
     most: float = math.inf
 
     def check(self, name: str, value: float) -> None:
-        """Raise ValueError where the value is beyond a bound, infinite or not a number."""
+        """Raise ValueError if the value is out of range, infinite or NaN."""
         above = value > self.least or (self.included and value == self.least)
         if above and value <= self.most and value < math.inf:
             return
@@ -48,11 +51,11 @@ NonNegativeFloat = Annotated[float, Bound(0)]
 PositiveFloats = Annotated[list[float], Bound(0, included=False)]
 NonNegativeFloats = Annotated[list[float], Bound(0)]
 Share = Annotated[float, Bound(0, most=1)]
-Seed = Annotated[int, Bound(0, most=2**31 - 1)]  # NumPy takes twice that, of every process
+Seed = Annotated[int, Bound(0, most=2**31 - 1)]  # half of what NumPy takes: processes add to it
 
 
 def check_option(name: str, hint: Any, value: Any) -> None:
-    """Raise ValueError or TypeError where a value is not what the type of its field says."""
+    """Raise ValueError or TypeError if a value does not fit the type of its field."""
     choices = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         hint = next(kind for kind in choices if kind is not NoneType)
@@ -79,7 +82,7 @@ def _check_type(name: str, kind: type, value: Any) -> None:
 
 
 def option(default: Any, help: str) -> Any:
-    """Make a field of a dataclass with the words that `--help` shows."""
+    """Make a field of a dataclass with a default and the text that `--help` shows."""
     metadata = {"help": help}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -88,7 +91,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class RunOptions:
-    """Which model, where to write, and what every run has."""
+    """Options of every run: the model, the output folder, the seed, the device, checkpoints."""
 
     model: str | None = option(
         None, "hub id, folder or GGUF file; without it the bundled SmolLM2-135M-Instruct"
@@ -100,7 +103,7 @@ class RunOptions:
     resume: bool = option(False, "go on from the checkpoint in the output folder")
 
     def __post_init__(self) -> None:
-        """Check every value against its type, and every number against the bound in it."""
+        """Check every value against its type, and every number against the bound in its type."""
         hints = get_type_hints(type(self), include_extras=True)
         for one in fields(self):
             check_option(one.name, hints[one.name], getattr(self, one.name))
@@ -108,7 +111,7 @@ class RunOptions:
 
 @dataclass
 class SamplingOptions(RunOptions):
-    """How completions are sampled. The log-probs of training are those of this temperature."""
+    """Options of sampling. The log-probs of training use the same temperature."""
 
     new_tokens: Positive = option(24, "a completion that is not over by then is cut")
     temperature: PositiveFloat = option(0.8, "of sampling, and so of the policy that is trained")
@@ -119,7 +122,7 @@ class SamplingOptions(RunOptions):
 
 @dataclass
 class EvaluationOptions(SamplingOptions):
-    """On what a policy is judged before and after."""
+    """Options of the evaluation before, during and after training."""
 
     eval_prompts: Annotated[int, Bound(2, most=40)] = option(40, "held-out prompts, of 40")
     eval_completions: Positive = option(2, "completions of each of them")
@@ -128,7 +131,7 @@ class EvaluationOptions(SamplingOptions):
 
 @dataclass
 class LoraOptions(RunOptions):
-    """What of the policy is trained."""
+    """Options of the adapters that are trained."""
 
     lora_rank: Positive = option(16, "of the adapters")
     lora_targets: str | None = option(
@@ -138,7 +141,7 @@ class LoraOptions(RunOptions):
 
 @dataclass
 class AdapterOptions(LoraOptions):
-    """How it is trained, where AdamW does it."""
+    """Options of training adapters with AdamW."""
 
     learning_rate: PositiveFloat = option(2e-3, "of AdamW, after its rise falling to 0")
     warmup_steps: NonNegative = option(3, "over which the learning rate rises to that, linearly")
@@ -146,7 +149,7 @@ class AdapterOptions(LoraOptions):
 
 
 def parse(options: type[T], arguments: Sequence[str] | None, recipe: str, description: str) -> T:
-    """Read options from a command line, or say in argparse's way what is wrong with it."""
+    """Read options from a command line. A wrong command line exits with argparse's message."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(

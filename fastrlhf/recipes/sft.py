@@ -1,9 +1,10 @@
 """Supervised fine-tuning, the first step of RLHF: `python -m fastrlhf.recipes.sft`.
 
-The model learns to end the opening of a film review in one sentence, and to stop: from endings
-that are kind, unkind and neutral in equal parts, so that what later steps learn is theirs. Only the
-ending counts, not the opening. The adapters are merged at the end: `<output>/model` is what later
-steps start from.
+The model learns to complete the opening of a film review in one sentence and then to stop. The
+endings of the training texts are kind, unkind and neutral in equal parts, so that a preference for
+kind ones can only come from the later steps of RLHF. The loss covers the ending, not the opening.
+At the end the adapters are merged into the model, and `<output>/model` is what later steps start
+from.
 """
 
 import copy
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 from fastrlhf import sft_loss
 
 from .curves import Panel
@@ -27,12 +28,12 @@ from .run import Run, run_command
 from .sampling import Sample, padded
 from .settings import AdapterOptions, EvaluationOptions, Positive, option, parse
 
-_HELD_OUT_EVERY = 8  # one opening in so many is kept from training
+_HELD_OUT_EVERY = 8  # every eighth opening is not trained on
 
 
 @dataclass
 class SFTOptions(EvaluationOptions, AdapterOptions):
-    """What supervised fine-tuning can be told."""
+    """Options of supervised fine-tuning."""
 
     steps: Positive = option(20, "of the optimizer")
     texts_per_step: Positive = option(16, "texts of each process in one step")
@@ -68,7 +69,8 @@ def train(options: SFTOptions) -> dict[str, Any]:
     run.report.line(f"Loss of held-out texts: {loss_before:.3f} -> {loss_after:.3f} nats a token")
     panels = [Panel("Cross-entropy, nats a token", "loss")]
     if run.accelerator.is_main_process:
-        # Of a copy, for the adapters are still to be saved and the reference to be asked.
+        # A copy is merged: the policy's adapters are still to be saved, and to be turned off where
+        # the reference is needed.
         merged = copy.deepcopy(policy).merge_and_unload()
         merged.save_pretrained(run.output / "model")
         tokenizer.save_pretrained(run.output / "model")
@@ -86,7 +88,8 @@ def train(options: SFTOptions) -> dict[str, Any]:
 def batch_loss(model: torch.nn.Module, batch: list[Sample], pad_token_id: int, run: Run) -> Tensor:
     """Compute the mean cross-entropy of the endings' tokens, inside the model's own forward."""
     ids, attention, completion = padded(batch, pad_token_id)
-    # Of all processes' tokens, for the gradient is the mean of the processes'.
+    # Data parallelism averages the gradients of the processes. So each process divides its sum by
+    # the mean number of tokens of a process, and the result is a mean over all tokens.
     tokens = run.mean(completion.sum())
     loss: Tensor = sft_loss(model, ids, attention, mask=completion, normalizer=tokens)[0]
     return loss
@@ -95,14 +98,14 @@ def batch_loss(model: torch.nn.Module, batch: list[Sample], pad_token_id: int, r
 def texts(
     tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[list[Sample], list[Sample]]:
-    """Turn the reviews into tokens, those to train on and those held out; each ends with eos."""
+    """Turn the reviews into samples for training and held-out samples. Each ends with eos."""
     training: list[Sample] = []
     held_out: list[Sample] = []
     for number, (opening, endings) in enumerate(REVIEWS.items()):
         place = held_out if number % _HELD_OUT_EVERY == 0 else training
         for ending in endings:
             prompt = tokenizer(opening).input_ids
-            # The whole text at once: a tokenizer may see more than the sum of its parts.
+            # Opening and ending are tokenized together: tokens may depend on what surrounds them.
             whole = tokenizer(f"{opening} {ending}").input_ids + [tokenizer.eos_token_id]
             ids = torch.tensor(whole, device=device)
             place.append(Sample(opening, ending, ids[: len(prompt)], ids[len(prompt) :]))

@@ -1,8 +1,9 @@
 """Trust region policy optimization: `python -m fastrlhf.recipes.trpo --max-kl 0.02`.
 
-Each step follows the natural gradient as far as an exact bound on KL(old ‖ new) allows, over the
-whole vocabulary and averaged over tokens (arXiv:1502.05477). Nothing else holds the policy: no
-clipping, no penalty, no learning rate. Several completions of one prompt are each other's baseline.
+Each step follows the natural gradient as far as a bound on KL(old ‖ new) allows
+(arXiv:1502.05477). This KL is exact: it sums over the whole vocabulary and is averaged over tokens.
+Nothing else limits the policy: there is no clipping, no penalty and no learning rate. The score of
+a completion is compared with the scores of other completions of the same prompt.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
-import fastrlhf.recipes.packages  # noqa: F401  says what is missing
+import fastrlhf.recipes.packages  # noqa: F401  reports missing packages
 from fastrlhf import TrustRegionInfo, lm_head, trpo_step
 
 from .curves import Panel
@@ -35,7 +36,7 @@ from .settings import (
 
 @dataclass
 class TRPOOptions(GroupOptions, LoraOptions):
-    """What TRPO can be told."""
+    """Options of TRPO."""
 
     steps: Positive = option(6, "rounds of sampling and one step of the policy")
     group_size: TwoOrMore = option(4, "completions of each prompt")
@@ -84,7 +85,7 @@ def train(options: TRPOOptions) -> dict[str, Any]:
 def natural_step(
     policy: PeftModel, batch: Rollout, advantages: Tensor, options: TRPOOptions
 ) -> TrustRegionInfo:
-    """Take one step of the adapters; the logits are never built. Processes take it together."""
+    """Take one step of the adapters, together in all processes. The logits are never built."""
     backbone = policy.get_base_model().base_model
 
     def hidden_states() -> Tensor:
