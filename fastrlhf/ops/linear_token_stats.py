@@ -1,9 +1,9 @@
 """Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits.
 
 From top to bottom: the public functions put their keywords into a `LinearProblem`
-(`linear_problem.py`); an autograd Function chooses a plan (`linear_plans.py`, which says what each
-costs) and runs it block by block; backward scales what was kept, or makes the logits again. Where
-the loss is known beforehand, `linear_loss.py` is cheaper; where it can be guessed,
+(`linear_problem.py`). An autograd Function chooses a plan (`linear_plans.py` says what each costs),
+and runs it block by block. Its backward scales what the forward kept, or makes the logits again.
+Where the loss is known beforehand, `linear_loss.py` is cheaper; where its gradient can be guessed,
 `foreseen_stats.py` is.
 
 Dims: N tokens, K width of the hidden states.
@@ -193,7 +193,7 @@ def linear_token_logprobs(
 
 
 def token_stats_of(problem: LinearProblem) -> TokenStats:
-    """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
+    """Compute the statistics of a problem, whose weight may come in column blocks, or quantized."""
     if problem.kept is not None:
         stats = outside_of_graphs(kept_stats_of)(problem)
         grad = problem.options.question.entropy_grad
@@ -211,7 +211,7 @@ def token_stats_of(problem: LinearProblem) -> TokenStats:
 
 
 def shaped_like_targets(all_stats: Sequence[Tensor], problem: LinearProblem) -> TokenStats:
-    """Give the statistics (N,) of all tokens, as the plans find them, the shape of the targets."""
+    """Give the statistics (N,) of all tokens, which the plans return, the shape of the targets."""
     question = problem.options.question
     return shaped_stats(all_stats, problem.targets.shape, question.entropy, question.with_stats)
 
@@ -269,8 +269,8 @@ class _LinearTokenStats(torch.autograd.Function):
 
 
 def in_order_of_tensors(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden states, bias and weights as those of `LinearProblem.tensors`, of which
-    targets and temperatures have none.
+    """Put gradients of hidden states, bias and weights into the order of `LinearProblem.tensors`,
+    with None for targets and temperatures.
     """
     d_hidden, d_bias, *d_weights = gradients
     return d_hidden, d_bias, None, None, *d_weights
@@ -279,7 +279,7 @@ def in_order_of_tensors(gradients: Sequence[Tensor | None]) -> tuple[Tensor | No
 def keep_problem(
     ctx: Any, problem: LinearProblem, order: Tensor | None, more: Sequence[Tensor | None]
 ) -> None:
-    """Keep what a backward needs: the problem, the order of its rows, and more tensors."""
+    """Keep what the backward needs: the problem, the order of its rows, and more tensors."""
     ctx.options, tensors = problem.options, problem.tensors()
     ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]  # of quantized weights
     dense = [x if isinstance(x, Tensor) else None for x in tensors]
@@ -287,7 +287,7 @@ def keep_problem(
 
 
 def kept_problem(ctx: Any) -> tuple[LinearProblem, Any, list[Any]]:
-    """Return what `keep_problem` kept."""
+    """Return what `keep_problem` kept: the problem, the order of its rows, and more tensors."""
     order, *rest = ctx.saved_tensors
     dense, more = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
     tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
@@ -301,7 +301,7 @@ def _times_slopes(
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor | None:
-    """Scale the kept vectors of each token by its upstream gradients: backward of KEEP_SLOPES."""
+    """Scale each token's kept vectors by its upstream gradients: the backward of KEEP_SLOPES."""
     live = problem.targets.reshape(-1) != problem.options.question.ignore_index
     d_hidden = None
     for slope, upstream in zip(slopes, (d_logprob, d_entropy), strict=True):
@@ -323,8 +323,8 @@ def _recomputed(
     d_entropy: Tensor | None,
     kept: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of hidden states, bias and weights from logits that are made again: backward of
-    RECOMPUTE.
+    """Compute the gradients of hidden states, bias and weights from logits that are made again: the
+    backward of RECOMPUTE.
     """
     with exact(problem.hidden):
         if d_logprob is None:
