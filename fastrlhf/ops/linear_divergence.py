@@ -137,16 +137,16 @@ def linear_kl_divergence(
     differentiated at will; there is no entropy then.
 
     Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
-    values, and 1G more for each hidden and each weight that needs a gradient. That of a head is
-    computed along with the values, for a loss that weighs all of them alike, as a sum or a mean
-    does. For one that does not, backward makes both logits again: 2G, and 1G for each weight.
-    Memory: two blocks of logits (and one of slopes for each softcap, where the sides differ in
-    softcap or scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a (..., H)
-    tensor kept for each side whose hidden states need a gradient, in their dtype, but fp32 for
-    fp16, and an fp32 (V, H) tensor for each weight that does. On a GPU, the count of tokens is
-    awaited once, and where a head is trained, backward awaits whether values weigh alike. With a
-    group, what is sent forward is as `kl_divergence` says, of the tokens of the mask; backward an
-    all-reduce of the gradient of each hidden.
+    values, and 1G more for each hidden and each weight that needs a gradient. The gradient of a
+    head is computed along with the values, for a loss that gives all of them the same weight, as a
+    sum or a mean does. For another loss, the backward makes both logits again: 2G, and 1G for each
+    weight. Memory: two blocks of logits (and one of slopes for each softcap, where the sides differ
+    in softcap or scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a
+    (..., H) tensor kept for each side whose hidden states need a gradient, in their dtype, but fp32
+    for fp16, and an fp32 (V, H) tensor for each weight that does. On a GPU, the host waits once for
+    the count of tokens, and where a head is trained, in the backward to learn whether values have
+    the same weight. With a group, the forward sends what `kl_divergence` says, of the tokens of the
+    mask; the backward sends the gradient of each hidden in an all-reduce.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.

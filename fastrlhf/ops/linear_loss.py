@@ -93,10 +93,10 @@ def linear_loss(
             each chunk; tokens that are ignored never reach it, and if all are, it is not called.
         hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, entropy, support,
             rows, chunk_size, impl, group: as `linear_token_stats`. Where ranks share the
-            vocabulary, loss_fn sees the same on every rank, and must return the same. With rows and
-            no groups, tokens reach it in the order of their rows; with a support and no chunk_size,
-            all in one chunk.
-        side_inputs: (...) tensors, cut like the tokens.
+            vocabulary, loss_fn is given the same on every rank, and must return the same. With rows
+            and no groups, tokens reach it in the order of their rows; with a support and no
+            chunk_size, all in one chunk.
+        side_inputs: (...) tensors, cut into chunks like the tokens.
         groups: (...) integer ids. The tokens of a group reach loss_fn together and in their order,
             groups in ascending order, wherever in memory they are; None: each token stands alone.
             Whole groups are packed into chunks of chunk_size tokens; a larger group makes a chunk
@@ -111,13 +111,12 @@ def linear_loss(
     gets is applied to the gradients that were computed with the loss.
 
     Cost, in matmuls G of the tokens with a target: G without gradients, 2G for hidden or the head
-    alone, 3G for both; G more for the tokens of groups larger than chunk_size. All but the first G
-    are of the tokens alone on which the loss of a chunk depends (whose derivative is not 0), where
-    at least one in eight is not of them. Memory:
-    chunk_size·V logits, on CUDA their gradient in 16 bits as with `linear_token_stats`, and from
-    forward to backward a gradient of hidden and of weight in fp32.
-    On a GPU, counts of tokens and groups are awaited once, and those of tokens with a gradient once
-    a chunk. Under torch.compile it runs as it is;
+    alone, 3G for both; G more for the tokens of groups larger than chunk_size. Where the loss of a
+    chunk does not depend on at least one token in eight (its derivative is 0), these tokens cost
+    only the first G. Memory: chunk_size·V logits, on CUDA their gradient in 16 bits as with
+    `linear_token_stats`, and from forward to backward a gradient of hidden and of weight in fp32.
+    On a GPU, the host waits once for the counts of tokens and groups, and once in each chunk for
+    the count of tokens with a gradient. Under torch.compile it runs outside of the graph;
     `torch.func` transforms are refused.
 
     Raises:

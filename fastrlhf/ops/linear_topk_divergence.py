@@ -90,13 +90,13 @@ def linear_topk_kl_divergence(
     at will.
 
     Cost, in matmuls G of the tokens of the mask (others cost none): G for the values, 2G where
-    hidden or weight needs a gradient, 3G where both do. That of the head is computed along with the
-    values, for a loss that weighs all of them alike, as a sum or a mean does. For one that does
-    not, backward makes the logits again: G, and 1G for the weight. Memory: a block of logits; on
-    CUDA their gradient in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept where
-    hidden needs a gradient, in its dtype, but fp32 for fp16, and an fp32 (V, H) tensor where weight
-    does. On a GPU, the count of tokens is awaited once, and where the head is trained, backward
-    awaits whether values weigh alike.
+    hidden or weight needs a gradient, 3G where both do. The gradient of the head is computed along
+    with the values, for a loss that gives all of them the same weight, as a sum or a mean does. For
+    another loss, the backward makes the logits again: G, and 1G for the weight. Memory: a block of
+    logits; on CUDA their gradient in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept
+    where hidden needs a gradient, in its dtype, but fp32 for fp16, and an fp32 (V, H) tensor where
+    weight does. On a GPU, the host waits once for the count of tokens, and where the head is
+    trained, in the backward to learn whether values have the same weight.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `topk_kl_divergence`.
