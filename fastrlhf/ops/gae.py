@@ -56,17 +56,17 @@ def gae(
     Args:
         rewards: (B, T), or with cu_seqlens (N,) or (1, N) as all below; see `shaped_rewards`.
         values: (B, T) that the value model gave when the tokens were sampled.
-        mask: (B, T) bool or 0/1, the tokens that count. The others can hold anything, and may stand
-            anywhere: the token after them is the next one of the token before them.
+        mask: (B, T) bool or 0/1, the tokens that count. The others can hold anything and may stand
+            anywhere: they are skipped, as if the tokens around them followed each other.
         gamma: discount in [0, 1].
-        lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1). Or (B,) of each
-            sequence, see `length_adaptive_lambda`.
-        returns_lam: λ of the returns, a number or (B,), which then are of a pass of their own: the
-            decoupled form, where the value model learns Monte Carlo returns (1.0). None: lam.
-        last_values: (B,) floating: the value after the last token, of a sequence that was cut
-            there; it has to be 0 where the sequence ended. None: all ended.
-        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last: nothing
-            is handed over them.
+        lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1). Or (B,), one for each
+            sequence: see `length_adaptive_lambda`.
+        returns_lam: λ of the returns, a number or (B,), which are then computed in a pass of their
+            own. In this decoupled form the value model learns Monte Carlo returns (1.0). None: lam.
+        last_values: (B,) floating, the value after the last token of a sequence that was cut there;
+            it has to be 0 where the sequence ended. None: all ended.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. Each
+            sequence is estimated on its own.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton",
             "compiled" (eager PyTorch for packed sequences) or "eager".
 
@@ -77,7 +77,7 @@ def gae(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; gamma or lam outside
-            [0, 1] (of lam (B,) on a GPU, an assertion there).
+            [0, 1] (for lam (B,) on a GPU, an assertion there instead).
 
     Source: 1506.02438 Eq. 16; 2504.05118 (VAPO) for λ of each sequence and of the returns.
 

@@ -121,12 +121,12 @@ def linear_kl_divergence(
         direction, mask, temperature, beta, impl: as `kl_divergence`.
         bias, ref_bias: (V,) or None.
         softcap, scale: of the logits, as `token_stats`.
-        ref_softcap, ref_scale: of the reference's; "same": those of the policy. Of two models,
+        ref_softcap, ref_scale: those of the reference; "same": as the policy's. For two models,
             `**head.options()` and `**ref_head.options("ref_")` give all six.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             with those of each side (64 MiB on a CPU).
         group: as `linear_token_stats`; both weights are cut alike. DTensors need none.
-        entropy: return the policy's entropy too, from the same logits, at no matmul more.
+        entropy: return the policy's entropy too, from the same logits, without further matmuls.
 
     Returns:
         (...) in nats, fp32 (fp64 if a side is). With entropy a tuple (values, entropies); entropies

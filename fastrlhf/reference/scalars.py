@@ -12,7 +12,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """Compute σ(x), or 1 - σ(x), whichever is small, and the other one from it.
+    """Compute σ(x) from the tail that is small: from σ(-x) where x > 0.
 
     PyTorch's derivative σ·(1 - σ) is 0 as soon as σ rounds to 1, at x = 17 in fp32. The derivative
     of this one keeps its relative accuracy in both tails, and so does the second derivative.

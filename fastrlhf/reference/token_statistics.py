@@ -23,7 +23,7 @@ class TokenStats(NamedTuple):
     lse: (...,) log-sum-exp of the effective logits, not differentiable; 0 where the target is
     ignored.
 
-    What `with_stats` names is there besides, in `FurtherTokenStats`; here it is None.
+    The statistics that `with_stats` names are in `FurtherTokenStats`; here they are None.
 
     Example:
         >>> stats = fastrlhf.token_stats(torch.zeros(2, 8), torch.tensor([0, 5]), entropy=True)
@@ -47,8 +47,8 @@ class TokenStats(NamedTuple):
 
 
 class FurtherTokenStats(NamedTuple):
-    """`TokenStats` with what was named in `with_stats`, and None for what was not; a class of its
-    own, so that `logprob, entropy, lse = stats` goes on to hold where nothing was.
+    """`TokenStats` with the statistics that `with_stats` names; those that it does not name are
+    None. It is a class of its own, so that `logprob, entropy, lse = stats` works for `TokenStats`.
 
     These are not differentiable. Of the effective logits z, or of their probabilities p:
 
