@@ -30,7 +30,7 @@ class HeadPart(NamedTuple):
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether x is a DTensor. The class is not imported for that: if nobody has, nothing is one."""
+    """Whether x is a DTensor. Where nothing has imported that class yet, x cannot be one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
