@@ -1,13 +1,13 @@
-"""Run a causal language model, and do something else with its tokens where it makes its logits.
+"""Run a causal language model, with other work in place of the call of its head.
 
-Whatever is asked of a model's tokens, their statistics or a loss, happens in the call of the head
-in the middle of the model's own forward: there the hidden states are those that enter the head, and
-the weight is whole, however wrappers shard it.
+The statistics of a model's tokens, or a loss of them, are computed while the model's own forward
+calls its head. At that moment the hidden states are those that enter the head, and the head's
+weight is whole, however wrappers shard it.
 
 `model_token_stats` and the losses of models (`model_losses.py`, `model_preference.py`,
 `model_policy.py`, `model_divergence.py`) say what the work is. `model_inputs.py` and `packing.py`
-check what goes into the forward, `stand_in.py` takes the head's place, and `head_scorer.py` makes
-what the work is done with, a `Scorer`, of the hidden states and the head.
+check the inputs of the forward. `stand_in.py` takes the place of the head. `head_scorer.py` makes a
+`Scorer` of the hidden states and the head, with which the work is done.
 """
 
 from collections.abc import Callable
@@ -56,28 +56,29 @@ IGNORED = -100  # the target of a token that is not scored
 _COMPARED_TOKENS = 4
 
 
-# A function of what scores the model's tokens, and of their targets (B, T), aligned with the
-# positions that predict them. It returns a tensor for the model's graph, and anything else.
+# A function that is given a scorer of the model's tokens, and their targets (B, T), aligned with
+# the positions that predict them. It returns a tensor that is tied to the model's graph, and
+# anything else.
 Work = Callable[[Scorer, Tensor], tuple[Tensor, Any]]
 
 
 class Done(NamedTuple):
-    """What came of the work, and of the model's forward."""
+    """What the work and the model's forward returned."""
 
-    result: Tensor  # tied to the model's output, see `stand_in`
-    aside: Any  # what the work gave besides
-    outputs: Any  # of the model's forward; of `at_head`, without its logits
+    result: Tensor  # the tensor of the work, tied to the model's output: see `stand_in`
+    aside: Any  # what else the work returned
+    outputs: Any  # what the model's forward returned; from `at_head`, without logits
 
     def with_outputs(self, wanted: bool) -> tuple[Any, ...]:
-        """What the work gave, and behind it the model's outputs where they are wanted."""
+        """Return what the work returned, followed by the model's outputs if they are wanted."""
         return (self.result, self.aside, self.outputs) if wanted else (self.result, self.aside)
 
 
 def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     """Run a model's forward, with the work in place of its head.
 
-    The model's output tells what it does to its logits. Where that is something else than it was
-    before (at the first call, of a model that scales or caps), all is done once more.
+    The model's output tells what the model does to its logits. If that differs from what was
+    assumed (as at the first call of a model that scales or caps them), all is done once more.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats`.
@@ -91,8 +92,8 @@ def at_head(model: nn.Module, batch: TokenBatch, work: Work) -> Done:
     check_keywords(base, batch.inputs, batch.options)
     batch = batch._replace(inputs=given_inputs(batch.inputs))
     check_causal(base)
-    # Where position_ids start again, a document does; but not in a tree of tokens, whose rows tell
-    # what predicts each.
+    # Where position_ids start again, a new document starts. Not so in a tree of tokens, where
+    # `rows` tell which position predicts each token.
     positions = batch.inputs.get("position_ids") if batch.rows is None else None
     scored = scored_tokens(ids, attention_mask, batch.mask, positions, batch.rows)
     if batch.rows is not None:
@@ -125,9 +126,9 @@ def in_place_of_head(
     work: Work,
     forward: Callable[[StandIn], tuple[Any, Tensor]],
 ) -> Done:
-    """Run a forward of a model with the work in place of the model's head; once more where the
-    model does something else to its logits than was assumed. `forward` returns anything, which
-    becomes the outputs, and what the model has made of its logits.
+    """Run a forward of a model with the work in place of the model's head. If the model does not do
+    to its logits what was assumed, run it once more. `forward` returns anything, which becomes
+    `outputs`, and what the model made of its logits.
     """
     base = base_model(model)
     module, name = head_module(base), type(base).__name__
@@ -139,7 +140,7 @@ def in_place_of_head(
         result = stand_in.result(logits)
         if not worker.measures or worker.confirmed(stand_in, logits):
             return Done(result, worker.aside, outputs)
-        del worker, stand_in, outputs, logits, result  # frees their graphs before there are others
+        del worker, stand_in, outputs, logits, result  # frees their graphs before new ones are made
     raise RuntimeError(
         f"model: {name} does something else to its logits at each call; use token_stats on them"
     )
@@ -151,15 +152,15 @@ def _of_positions(batch: TokenBatch, targets: Tensor) -> float | Tensor:
     temperature = temperatures_of_layout(batch.temperature, targets, layout)
     if not isinstance(temperature, Tensor):
         return temperature
-    if temperature is not batch.temperature:  # one for each sequence, spread to its positions
+    if temperature is not batch.temperature:  # those of sequences, spread to positions already
         return temperature
-    last = temperature.new_ones(())  # for the last position, which predicts nothing
+    last = temperature.new_ones(())  # of the last position, which predicts no token
     expanded = token_temperatures(temperature, targets[:, 1:])
     return torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)
 
 
 def _on_device_of(hidden: Tensor, x: Any) -> Any:
-    """Bring a tensor, or a tuple of them, to where hidden states are."""
+    """Move a tensor, or a tuple of them, to the device of the hidden states."""
     if isinstance(x, tuple):
         return tuple(part.to(hidden.device) for part in x)
     return None if x is None else x.to(hidden.device)
@@ -172,16 +173,14 @@ def _without_logits(output: Any) -> Any:
 
 
 class _Worker:
-    """Does the work on the hidden states that enter a head, in place of the head: what a `StandIn`
-    calls.
-    """
+    """A `StandIn` calls it with the hidden states that enter the head, to do the work on them."""
 
     def __init__(
         self, base: Any, module: Any, targets: Tensor, batch: TokenBatch, virtual: int, work: Work
     ):
         self.base, self.module, self.targets, self.batch = base, module, targets, batch
         self.virtual, self.work = virtual, work
-        self.measures = False  # whether what the model makes of its logits is looked at
+        self.measures = False  # whether this call measures what the model does to its logits
         self.aside: Any = None
         self.map: LogitMap
         self.parts: HeadParts | None
@@ -207,13 +206,14 @@ class _Worker:
         return result, scorer.vocab
 
     def _begin_call(self, targets: Tensor, hidden: Tensor) -> bool:
-        """Take the map that was measured before, and decide whether it is measured again in this
-        call. Returns whether the head itself is to be compared with its weight, too.
+        """Take the map that was measured before, and decide whether this call measures it again.
+        Returns whether the head's output is to be compared with that of its weight, too.
         """
         known, parts = measured(self.base, self.module, self.parts), self.parts
         due, self.map = known.is_due(), known.map
         if parts is not None and parts.part is not None and hidden.device.type == "cpu":
-            # All ranks measure if one does: a hook may have changed on that one alone.
+            # All ranks measure if one does, since measuring takes collectives, and a hook may have
+            # changed on that rank alone.
             due = bool(gathered(torch.tensor(due).int(), parts.part.group).any())
         known.calls += 1
         if not is_batched(targets, hidden):
@@ -231,8 +231,8 @@ class _Worker:
             temperature = temperature.to(hidden.device)
         chunk_size = batch.chunk_size
         if gathers_its_parts(self.module):
-            # One chunk: in each, all processes meet, and those with more tokens, which would have
-            # more chunks, would wait for the others for ever.
+            # All tokens in one chunk: all processes meet in each chunk, and a process with more
+            # tokens would have more chunks, and wait for the others for ever.
             chunk_size = max(1, self.targets.numel())
         return head_scorer(
             hidden, head_forward, self.parts, self.map, temperature=temperature,
@@ -241,7 +241,7 @@ class _Worker:
         )  # fmt: skip
 
     def confirmed(self, stand_in: StandIn, logits: Tensor) -> bool:
-        """Remember what the model does to its logits. Returns whether it is what was assumed."""
+        """Remember what the model does to its logits, and return whether it was as assumed."""
         known = measured(self.base, self.module, self.parts)
         part = None if self.parts is None else self.parts.part
         known.map = stand_in.check(logits, self.map, part)

@@ -1,9 +1,9 @@
 """Read the head of a causal language model as it is stored: a matrix, a bias, adapters.
 
-The class of the output embeddings' module must be one that is known here, and wrappers of peft are
-read around it. Anything else is an error and not a guess: an adapter that starts at zero would
-agree with any guess at first. What the model does to the logits afterwards is measured, in
-`head_inputs`.
+The head is the module of the model's output embeddings. Its class must be one that is known here,
+and wrappers of peft may be around it. For any other class there is an error, not a guess that is
+compared with the model's logits: an adapter that starts at zero would agree with any guess at
+first. What a model does to the logits of its head is not read but measured (`logit_map.py`).
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class HeadParts(NamedTuple):
     weight: Weight
     bias: Tensor | None
     adapters: list[Adapter]
-    part: VocabularyPart | None = None  # which rows this rank has, where they are spread over ranks
+    part: VocabularyPart | None = None  # this rank's rows, where the rows are spread over ranks
 
 
 def base_model(model: Any) -> Any:
@@ -45,8 +45,8 @@ def base_model(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):  # peft
             model = model.get_base_model()
         elif not hasattr(type(model), "get_output_embeddings") and hasattr(model, "module"):
-            # DDP, FSDP, DeepSpeed. The last two would pass on whatever is asked of them, but the
-            # `config` of DeepSpeed is not the model's.
+            # DDP, FSDP, DeepSpeed. FSDP and DeepSpeed pass attributes of the model on, so that they
+            # could stand for it, but the `config` of DeepSpeed is its own.
             model = model.module
         else:
             break
@@ -58,25 +58,25 @@ def base_model(model: Any) -> Any:
 
 
 def text_config(base: Any) -> Any:
-    """The config of the part of a model that makes text."""
+    """Return the config of that part of a model which makes text."""
     config = base.config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def virtual_tokens(model: Any) -> int:
-    """How many positions an adapter of learned prompts (peft) puts before a sequence."""
+    """Return how many positions an adapter of learned prompts (peft) puts before a sequence."""
     config = getattr(model, "active_peft_config", None)
     return getattr(config, "num_virtual_tokens", None) or 0
 
 
 def without_virtual_tokens(hidden: Tensor, tokens: int, virtual: int) -> Tensor:
-    """Leave out what stands before the tokens of a sequence in (B, virtual + tokens, H)."""
+    """Drop virtual tokens before each sequence in (B, virtual + tokens, H), if there are any."""
     return hidden[:, virtual:] if virtual and hidden.shape[1] == tokens + virtual else hidden
 
 
 def check_weights(module: Any, name: str) -> None:
-    """Raise TypeError for a head on the meta device, but one that accelerate offloads: itself, or
-    the parts of an adapter one by one.
+    """Raise TypeError for a head on the meta device, unless accelerate offloads it, which does that
+    with a head as a whole, or with each part of an adapter.
     """
     weight = getattr(module, "weight", None)
     offloaded = any(hasattr(part, "_hf_hook") for part in module.modules())
@@ -95,8 +95,8 @@ def head_module(base: Any) -> nn.Module:
 
 
 def head_parts(module: Any) -> HeadParts | None:
-    """Read a head of a known class. None: an adapter of peft whose matrix only its own module knows
-    (DoRA, IA3, OFT, VeRA, trained tokens, ...).
+    """Read a head of a known class. None stands for an adapter of peft whose matrix cannot be read,
+    so that its own module has to make the logits (DoRA, IA3, OFT, VeRA, trained tokens, ...).
 
     Raises:
         TypeError, RuntimeError: as `lm_head`.
@@ -142,8 +142,8 @@ def head_parts(module: Any) -> HeadParts | None:
 
 
 def parts_of_weight(weight: Any, bias: Tensor | None) -> HeadParts:
-    """Read a linear head of which only the parameters are at hand, quantized by bitsandbytes or
-    not.
+    """Read a linear head from its parameters, without its module; they may be quantized by
+    bitsandbytes.
 
     Raises:
         TypeError, RuntimeError: as `lm_head`.
@@ -157,16 +157,17 @@ def parts_of_weight(weight: Any, bias: Tensor | None) -> HeadParts:
 
 
 class NotWholeError(RuntimeError):
-    """A weight of which only a part is there."""
+    """Only a part of a weight is there."""
 
 
 def parts_within_call(module: Any) -> HeadParts | None:
-    """The same in the middle of a head's call, where its weight is whole, however it is sharded.
+    """Read a head as `head_parts` does, during a call of it: its weight is whole then, however it
+    is sharded otherwise.
 
-    None also for one of which parts are gathered by themselves.
+    None also stands for a head whose parts are gathered one by one (see `gathers_its_parts`).
     """
     if gathers_its_parts(module):
-        return None  # parts that happen to be gathered now are gone after their own next call
+        return None  # a part that is gathered now is released after the next call of that part
     try:
         parts = head_parts(module)
         if parts is None and any(map(_is_cut, module.modules())):
@@ -186,9 +187,9 @@ def parts_within_call(module: Any) -> HeadParts | None:
 
 
 def gathers_its_parts(module: nn.Module) -> bool:
-    """Whether parts of a head are sharded by themselves (as `fsdp_auto_wrap_policy` of peft does
-    with adapters, and ZeRO-3 with all modules): only their own calls make them whole, and all
-    processes have to make as many.
+    """Whether the parts of a head are sharded one by one (as `fsdp_auto_wrap_policy` of peft does
+    with adapters, and ZeRO-3 with all modules). Then only a call of a part makes it whole, and all
+    processes have to make the same number of calls.
     """
     inner = [part for part in module.modules() if part is not module]
     wrappers = "FSDPModule", "FullyShardedDataParallel"
@@ -200,13 +201,14 @@ def gathers_its_parts(module: nn.Module) -> bool:
 
 
 def _comes_and_goes(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 of DeepSpeed holds a parameter for the calls of its own module only."""
+    """Whether a parameter is whole only during calls of its own module (ZeRO-3 of DeepSpeed)."""
     return hasattr(parameter, "ds_status") and not getattr(parameter, "ds_persist", False)
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Whether the ranks that have rows of a head's weight have the same tokens, and not a batch of
-    their own each: what torch's and transformers' tensor parallelism mark, and FSDP2 does not.
+    """Whether a head is tensor parallel: the ranks that share its rows have the same tokens, where
+    under FSDP2 each has a batch of its own. The weight is a DTensor in both cases, but only the
+    tensor parallelism of torch and transformers leaves marks on the module.
     """
     return is_dtensor(module.weight) and _is_cut(module)
 
@@ -217,13 +219,13 @@ def _is_cut(module: nn.Module) -> bool:
 
 
 def _is_part(weight: Any, part: VocabularyPart | None) -> bool:
-    """Whether a DTensor (V, r) is cut into parts as the head is."""
+    """Whether a DTensor (V, r) is cut along the vocabulary as the head is."""
     cut = vocabulary_part("weight", weight, 0)[1]
     return cut is not None and part is not None and cut.is_that_of(part)
 
 
 def _tensor_parallel(module: Any) -> HeadParts:
-    """Read the rows that this rank has of a head."""
+    """Read this rank's rows of a tensor parallel head."""
     try:
         head = head_part(torch.empty(0), [module.weight], module.bias, None)
     except ValueError as error:
@@ -278,7 +280,7 @@ def _eight_bit(module: Any) -> Weight:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """Raise unless a weight is all there."""
+    """Return a weight; raise NotWholeError unless it is whole."""
     there = weight.numel() != 0 and weight.ndim == 2 and not weight.is_meta
     if type(weight).__name__ == "DTensor" or not there:
         raise NotWholeError(
@@ -290,7 +292,7 @@ def _whole(weight: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while."""
+    """Put a module into evaluation mode within a context, and restore each part's mode after."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -301,7 +303,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def is_of(module: nn.Module, package: str, *names: str) -> bool:
-    """Whether a module's class is one of a package's, told without importing the package."""
+    """Whether a module is of one of these classes of a package, which is not imported for that."""
     return any(
         cls.__module__.startswith(package) and cls.__name__ in names for cls in type(module).__mro__
     )

@@ -1,8 +1,9 @@
-"""What was measured of a model's head, and how long it holds.
+"""What was measured of a model's head, and how long the measurement is used.
 
-A measurement is good for the state in which it was made: the head's class, its kind of weight and
-adapters, hooks and patched forwards, and the numbers of the config. Looking at those costs
-microseconds; what they do not show is found by measuring again every so often.
+A measurement is used as long as the model's state is the one in which it was made: the head's
+class, its kind of weight and adapters, hooks and patched forwards, and the numbers of the config.
+To compare these takes microseconds. Changes that they do not show are found because the head is
+measured again every so often.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from .head_parts import HeadParts, text_config
 from .logit_map import LogitMap
 from .stand_in import StandIn
 
-# Calls after which a head on a GPU is measured again, for which the host waits once. On a CPU it is
-# measured at every call.
+# A head on a GPU is measured again after this many calls, since the host has to wait for it. On a
+# CPU it is measured at every call.
 _CALLS_BETWEEN = 64
 
 
@@ -27,10 +28,12 @@ class Measured:
     state: tuple[Any, ...] | None = None
     map: LogitMap = field(default_factory=LogitMap)
     calls: int = 0
-    follows_backbone: bool = False  # whether what enters the head is what the backbone returns
+    follows_backbone: bool = False  # whether the head's input is what the backbone returns
 
     def is_due(self) -> bool:
-        """Whether the head itself is to be compared again."""
+        """Whether it is time to compare the head with its weight again; on a GPU, also to measure
+        the map again.
+        """
         return self.state is None or self.calls % _CALLS_BETWEEN == 0
 
 
@@ -43,14 +46,14 @@ def measured(base: Any, module: nn.Module, parts: HeadParts | None) -> Measured:
     if known is None:
         known = _measured[module] = Measured()
     elif known.state is not None and known.state != state:
-        # Most changes leave the map as it is, such as an adapter that is switched off to compute a
-        # reference, so it is the first guess.
+        # The former map is the first guess, since most changes do not affect it, such as switching
+        # off an adapter to compute a reference.
         known = _measured[module] = Measured(map=known.map)
     return known
 
 
 def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any, ...]:
-    """What could change a model's logits, as far as it is cheap to tell."""
+    """Collect what could change how a model makes its logits, as far as that is cheap to find."""
     changes: list[Any] = []
     for part in (module, base):
         hooks = part._forward_hooks, part._forward_pre_hooks
@@ -69,6 +72,6 @@ def state_of(base: Any, module: nn.Module, parts: HeadParts | None) -> tuple[Any
     )
     if parts is None:
         return (*changes, numbers, None)
-    # A parameter, and the tensor that torch.func.functional_call puts in its place, count as one.
+    # torch.func.functional_call puts a tensor in place of a parameter: both count as Tensor.
     weight = Tensor if isinstance(parts.weight, Tensor) else type(parts.weight)
     return (*changes, numbers, weight, parts.bias is None, len(parts.adapters))

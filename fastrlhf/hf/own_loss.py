@@ -1,9 +1,10 @@
-"""The loss that a model of transformers takes of its labels in its own forward, without logits.
+"""The loss that a model of transformers computes from labels in its own forward, without logits.
 
-Two of its parts are replaced for the time of that forward: the head, in whose place the summed
-cross-entropy and its gradient are made, and the loss function, which would be called with logits
-and returns that sum, divided as its own would be. Everything else is the model's own: what it adds
-to the loss (that of a router of experts) and what wrappers and callers make of its output.
+Two parts of the model are replaced during that forward. In place of the head, the summed
+cross-entropy and its gradient are computed. The model's loss function would be called with logits;
+its replacement returns that sum, divided as the model's own function would do. All else is the
+model's own: other terms of the loss (such as that of a router of experts), and what wrappers and
+callers do with its output.
 
 Dims: B sequences, T tokens.
 """
@@ -36,15 +37,15 @@ def with_fused_loss(
     call: Callable[[], Result],
     shift_labels: Tensor | None = None,
 ) -> Result:
-    """Return what `call` returns, which calls the model once, with labels.
+    """Return what `call` returns, which has to call the model once, with labels.
 
-    It is called once more where the model does something to its logits that was not known.
+    `call` is called once more if the model does something to its logits that was not known before.
 
     Args:
         model: a causal language model of transformers, plain or wrapped.
         labels, shift_labels: (B, T), those that the model is called with; -100 is no label.
-        call: its loss is that of the labels as without this function, to rounding; its logits are
-            not there.
+        call: the model's output in it has the loss that it would have without this function, up to
+            rounding, and has no logits.
 
     Raises:
         TypeError, ValueError, RuntimeError: a model whose loss is not the cross-entropy of the
@@ -70,18 +71,19 @@ def with_fused_loss(
 
 
 def _owner_of_loss(model: nn.Module) -> nn.Module:
-    """The module whose forward takes the loss, if it is one that can be replaced."""
+    """Find the module whose forward computes the loss; raise if its loss cannot be replaced."""
     base = base_model(model)
     module, name = head_module(base), type(base).__name__
     check_model(base, name)
     check_weights(module, name)
     if virtual_tokens(model):
         raise TypeError("model: labels of learned prompts (virtual tokens) are not known")
-    # Some wrappers (FSDP1, DeepSpeed) have all attributes of the model that they hold.
+    # Some wrappers (FSDP1, DeepSpeed) pass on all attributes of their model, so that only the class
+    # tells which module has a loss_function of its own.
     while not hasattr(type(base), "loss_function") and hasattr(base, "module"):
         base = base.module
     loss = getattr(base, "loss_function", None)
-    # Recognised by its name, since transformers is not imported here.
+    # The function is recognised by its name, since transformers is not imported here.
     if getattr(loss, "__qualname__", None) != "ForCausalLMLoss":
         raise TypeError(f"model: the loss_function of {name} is no ForCausalLMLoss but {loss}")
     return base
@@ -92,7 +94,7 @@ class _LossStandIn:
 
     def __init__(self, stand_in: StandIn, scored: Tensor):
         self.stand_in, self.scored = stand_in, scored
-        self.logits: Tensor | None = None  # what the model made of what its head returned
+        self.logits: Tensor | None = None  # what the model made of the output of its head
 
     @contextmanager
     def in_place(self, owner: nn.Module) -> Iterator[None]:
@@ -129,9 +131,9 @@ class _LossStandIn:
 
 
 def _divided(total: Tensor, scored: Tensor, by: Tensor | int | None) -> Tensor:
-    """Divide the sum by the number of scored tokens, or of items of a global batch.
+    """Divide the sum by the number of scored tokens, or if given, of items of a global batch.
 
-    Without any scored token the result is NaN, as that of PyTorch, with gradients of zero.
+    Without any scored token the result is NaN, as in PyTorch, and gradients are zero.
     """
     divisor = scored if by is None else torch.as_tensor(by, device=total.device)
     safe = torch.where(scored > 0, divisor, 1)

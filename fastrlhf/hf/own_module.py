@@ -1,7 +1,7 @@
-"""Scores tokens by the logits that a head's own module makes, where its matrix cannot be told.
+"""Score tokens by the logits that a head's own module makes, where its matrix cannot be read.
 
-A chunk of the scored tokens at a time, so that no more logits than of a chunk are held; backward
-makes them again.
+This is done for a chunk of the scored tokens at a time, so that only the logits of one chunk are
+held. The backward makes them again.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,9 @@ from .logit_map import LogitMap
 
 
 class ModuleScorer(NamedTuple):
-    """A `Scorer` of the forward of a head's module, and of what its model does to the logits."""
+    """A `Scorer` that calls the forward of a head's module, and applies the model's map to its
+    logits.
+    """
 
     hidden: Tensor  # (B, T, H)
     head_forward: Callable[..., Tensor]  # from (1, n, H) to (1, n, V)
@@ -36,7 +38,7 @@ class ModuleScorer(NamedTuple):
     temperature: float | Tensor
     chunk_size: int | None
     impl: str
-    support: Support | None = None  # the ids that tokens may be
+    support: Support | None = None  # the ids to which tokens are restricted
     rows: Tensor | None = None  # (B, T) which of the flattened hidden states predicts each token
 
     def stats(
@@ -69,7 +71,7 @@ class ModuleScorer(NamedTuple):
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
         with_stats: Iterable[str] = (), lse: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """All tokens in one chunk, of which only the statistics are held."""
+        """Call the loss once, on the statistics of all tokens. These are held, logits are not."""
         order = live_rows(targets.reshape(-1), ignore_index)
         if groups is not None:
             order, _ = order_by_group(order, groups.reshape(-1))
@@ -93,8 +95,8 @@ class ModuleScorer(NamedTuple):
         self, targets: Tensor, rows: Tensor, ignore_index: int, entropy: bool,
         *, of_loss: bool = False, entropy_grad: bool = True, with_stats: Iterable[str] = (),
     ) -> ChunkStats:  # fmt: skip
-        """The statistics of some tokens, numbered as if flat. The lse and the mean logit of a loss
-        are differentiable.
+        """Compute the statistics of some tokens, given by their numbers among all flattened tokens.
+        With `of_loss`, the lse and the mean logit are differentiable.
         """
         flat, temperatures = targets.reshape(-1), None
         with_stats = tuple(with_stats)

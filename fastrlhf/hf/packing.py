@@ -1,9 +1,10 @@
 """Packed sequences in a model: one row of tokens, whose positions start again with each sequence.
 
-By that models of transformers keep sequences apart, if they are given no attention mask and no
-cache. Not all do; those that do not would give wrong numbers without a word, so each model is tried
-once: no gradient may flow from one sequence into another. Unlike a difference of values, that is
-exactly zero or it is not, whatever the precision and however small the weights.
+From these positions, models of transformers can tell where sequences begin and keep them apart, if
+they are given no attention mask and no cache. But not all models do so, and the others would give
+wrong numbers without an error. So each model is tried once: no gradient may flow from one sequence
+into another. A gradient is tested, not a difference of values, because it is exactly zero or not,
+whatever the precision and however small the weights are.
 """
 
 from typing import Any
@@ -20,13 +21,14 @@ from .head_parts import evaluating, head_module, text_config
 from .model_inputs import TokenBatch, makes_own_positions
 from .stand_in import StandIn, logits_of
 
-# For each model, the attention with which it was tried, and whether it keeps sequences apart.
+# For each model: its attention implementation when it was tried, and whether it keeps sequences
+# apart.
 _tried: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def packed_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, Any]:
-    """Give packed ids (1, N) the positions that the tokens have in their sequences, unless
-    positions are given.
+    """Return the model's inputs for packed ids (1, N), with the positions of the tokens in their
+    sequences, unless positions are given already.
 
     Raises:
         TypeError, ValueError: cu_seqlens that do not fit; an attention_mask (1, N), a cache or
@@ -56,10 +58,10 @@ def packed_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, A
 
 
 def check_restarts(model: nn.Module, base: Any, batch: TokenBatch) -> None:
-    """Check positions that start again, and so say without cu_seqlens that sequences are packed.
+    """Check given positions that start again: they mean packed sequences, also without cu_seqlens.
 
     Raises:
-        TypeError, ValueError: as `packed_inputs`. An attention_mask is looked at on the CPU only.
+        TypeError, ValueError: as `packed_inputs`. An attention_mask is checked on the CPU only.
     """
     positions, mask = batch.inputs.get("position_ids"), batch.attention_mask
     if not isinstance(positions, Tensor) or positions.ndim != 2 or _says_what_each_token_sees(mask):
@@ -79,8 +81,8 @@ def check_restarts(model: nn.Module, base: Any, batch: TokenBatch) -> None:
         if not restarts.any():
             return
         _refuse_cache(batch.inputs)
-    # Only for a model that does not keep sequences apart it matters whether there are restarts, and
-    # the host waits for a GPU to know.
+    # Whether positions start again matters only for a model that does not keep sequences apart. So
+    # only then does the host wait for a GPU to know.
     if not keeps_apart(model, base, positions.device) and bool(restarts.any()):
         _check_apart(model, base, positions.device)
 
@@ -120,7 +122,7 @@ def _check_apart(model: nn.Module, base: Any, device: torch.device) -> None:
 
 
 def keeps_apart(model: nn.Module, base: Any, device: torch.device) -> bool:
-    """Whether no sequence depends on another one that is packed beside it, by a trial."""
+    """Whether the model keeps packed sequences apart, which is tried once for each attention."""
     attention = getattr(text_config(base), "_attn_implementation", None)
     known = _tried.get(base)
     if known is None or known[0] != attention:
@@ -129,7 +131,7 @@ def keeps_apart(model: nn.Module, base: Any, device: torch.device) -> bool:
 
 
 def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool:
-    """Whether what enters the head at the second of two sequences depends on the first."""
+    """Whether the hidden states of the second of two packed sequences depend on the first."""
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
         raise TypeError(
             "model: in FullyShardedDataParallel (FSDP1) it cannot be tried whether packed "
@@ -140,7 +142,7 @@ def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool
 
     def watch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # which models may write into
+        return embedded[-1].clone()  # a copy, since models may write into it
 
     def keep(hidden: Tensor, _: Any) -> tuple[Tensor, int]:
         return hidden, vocab
@@ -150,15 +152,15 @@ def _gradient_crosses(model: nn.Module, base: Any, device: torch.device) -> bool
     try:
         with (
             torch.inference_mode(False), torch.enable_grad(), evaluating(base), stand_in.in_place(),
-            saved_tensors_hooks(_as_it_is, _as_it_is),  # in place of those of a checkpoint around
+            saved_tensors_hooks(_as_it_is, _as_it_is),  # overrides those of an outer checkpoint
         ):  # fmt: skip
             ids = torch.tensor([[5, 6, 7, 8]], device=device) % vocab
             positions = torch.tensor([[0, 1, 0, 1]], device=device)
             output = base(input_ids=ids, position_ids=positions, use_cache=False)
-            # The result is tied to the output, by whose gradient wrappers know that weights are
-            # needed again.
+            # The result is tied to the output, because wrappers prepare weights for the backward
+            # when a gradient of the output arrives.
             entered = stand_in.result(logits_of(output))
-            return _reaches(embedded, entered) if embedded else True  # not known to be apart
+            return _reaches(embedded, entered) if embedded else True  # not known, so not trusted
     finally:
         hook.remove()
 
@@ -170,7 +172,7 @@ def _as_it_is(x: Tensor) -> Tensor:
 def _reaches(embedded: list[Tensor], entered: Tensor) -> bool:
     """Whether a gradient flows from tokens 2 and 3 into the embeddings of tokens 0 and 1."""
     second = entered[:, 2:].float()
-    # Different weights, since the plain sum of normalised states is constant.
+    # The weights differ, because the plain sum of normalised states is constant.
     weights = torch.arange(second.numel(), device=second.device).cos().view(second.shape)
     gradients = torch.autograd.grad((second * weights).sum(), embedded, allow_unused=True)
     return any(x is not None and bool((x[:, :2] != 0).any()) for x in gradients)

@@ -1,13 +1,13 @@
-"""Do something else where a model would make its logits, in the middle of its own forward.
+"""Do other work where a model would make its logits, in the middle of its own forward.
 
-The model's forward runs, wrappers, hooks and all, but for the time of the call its head does other
-work on the hidden states that it is called with: what enters a head is not always what a backbone
-returns. In place of logits the head passes on three rows of known numbers, and what the model makes
-of them tells what it does to its logits (see `logit_map`).
+The model's forward runs with all its wrappers and hooks, but in place of the head stands a
+`StandIn`, which does some work on the hidden states. It is done there because what enters a head is
+not always what the backbone returns. In place of logits, the stand-in returns three rows of known
+numbers. What the model makes of them tells what it does to its logits (see `logit_map`).
 
-The results of the work are tied to that output, twice: their gradient passes through the outputs
-of the head and of the model, as a gradient of zeros. So wrappers that prepare weights when the
-gradient of an output arrives (FSDP2, ZeRO-3) do so before the backward of the work needs them.
+The result of the work is tied to the output of the head, and to that of the model: in the backward
+a gradient of zeros goes into both. Some wrappers (FSDP2, ZeRO-3) prepare weights when the gradient
+of an output arrives. With these zeros they do so before the backward of the work needs the weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ Work = Callable[[Tensor, Callable[..., Tensor]], tuple[Tensor, int]]
 class StandIn:
     """Takes the place of a head during one forward of its model.
 
-    `work(hidden, own_forward)` runs where the head would. It returns one tensor, which `result`
-    returns, tied to the model's output; and the size of the vocabulary.
+    `work(hidden, own_forward)` runs where the head would. It returns a tensor and the size of the
+    vocabulary. `result` returns the tensor, tied to the model's output.
     """
 
     def __init__(self, module: nn.Module, name: str, work: Work):
@@ -38,12 +38,13 @@ class StandIn:
         self.made: Tensor | None = None
         self.rows: Tensor
         self.own_forward: Callable[..., Tensor]
-        # A patched forward that stood in the attributes of the module itself, if there was one.
+        # The patched forward that the module itself had as an attribute, if there was one.
         self.replaced: Callable[..., Tensor] | None = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        # accelerate wraps the module's forward in one that moves weights.
+        # With hooks of accelerate, `forward` moves the weights and calls `_old_forward`, so the
+        # latter is replaced.
         name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
         attributes = vars(self.module)
         before = {name: attributes[name]} if name in attributes else {}
@@ -73,8 +74,8 @@ class StandIn:
             )
         streams = hidden.ndim - 3
         for _ in range(streams):
-            # ProphetNet's decoder has several streams, of which the first makes the logits: only
-            # for the first are rows sent on, so that a model that takes another one fails.
+            # ProphetNet's decoder has several streams, and the first one makes the logits. Rows are
+            # sent on for the first alone, so that a model which takes another one fails.
             hidden = hidden[:, 0]
         hidden, own_forward, as_given = plain_tensors(hidden, self.own_forward)
         self.made, vocab = self.work(hidden, own_forward)
@@ -83,7 +84,7 @@ class StandIn:
         return tied(sent, self.made)
 
     def result(self, logits: Tensor) -> Tensor:
-        """The work's result, once the model has made something of what its head returned."""
+        """Return the work's result, tied to the model's output, which was made of the head's."""
         if self.made is None:
             raise RuntimeError(
                 f"model: the forward of {self.name} does not call the module of its output "
@@ -94,11 +95,12 @@ class StandIn:
     def check(
         self, made: Tensor, expected: LogitMap, part: VocabularyPart | None = None
     ) -> LogitMap:
-        """The map from the head's logits to the model's: the expected one, if it still holds; of a
-        head of which this rank has a part.
+        """Return the map from the head's logits to the model's, given what the model made of the
+        known rows. It is the expected map itself, if that still holds. `part` says which part of
+        the vocabulary this rank's head has.
 
         Raises:
-            RuntimeError: a model that does to its logits what no map says.
+            RuntimeError: no map fits what the model does to its logits.
         """
         rows, trained = self.rows, _is_trained(made)
         made = of_all_ranks(made.detach(), part)
@@ -116,8 +118,8 @@ class StandIn:
 
 
 def _is_trained(made: Tensor) -> bool:
-    """Whether what a model makes of its head's output depends on parameters that are trained: their
-    gradient would be lost.
+    """Whether the model's output depends on trained parameters other than through the head. Their
+    gradient would be lost, since the known rows stand in for logits.
     """
     ahead, seen = [made.grad_fn], set()
     while ahead:
@@ -132,7 +134,7 @@ def _is_trained(made: Tensor) -> bool:
 
 
 def own_forward(module: Any, name: str = "forward") -> Callable[..., Any]:
-    """The forward of a module, in whose place `fastrlhf.lazy_logits` may have put another."""
+    """Return the module's own forward, also where `fastrlhf.lazy_logits` has replaced it."""
     forward = getattr(module, name)
     return getattr(forward, "fastrlhf_own", forward)
 
@@ -142,7 +144,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def tied(value: Tensor, other: Tensor) -> Tensor:
-    """Return the value; its gradient reaches the other tensor too, as zeros."""
+    """Return the value. In the backward, the other tensor gets a gradient of zeros."""
     if under_transform() or not other.requires_grad:
         return value
     return _Tied.apply(value, other)
@@ -152,7 +154,7 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, other):
         ctx.other = other.shape, other.dtype, other.device
-        return value.clone()  # no view, since models may write into it
+        return value.clone()  # not a view, since models may write into it
 
     @staticmethod
     def backward(ctx, d_value):

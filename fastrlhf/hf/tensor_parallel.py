@@ -1,8 +1,8 @@
 """Heads whose weight is a DTensor, which tensor parallelism cuts along the vocabulary.
 
-Hooks around such a head (torch's `ColwiseParallel`) hand it hidden states as a DTensor and expect
-one back; transformers puts a forward in its place that does the same within. The work in place of
-the head is done on plain tensors, of the rows of the weight that a rank has.
+Hooks around such a head (torch's `ColwiseParallel`) give it hidden states as a DTensor and expect a
+DTensor back; transformers replaces the head's forward by one that does the same inside. The work
+that is done in place of the head takes plain tensors, and this rank's rows of the weight.
 
 Dims: B sequences, T tokens, H hidden, V vocabulary.
 """
@@ -21,9 +21,9 @@ from fastrlhf.ops.vocabulary_part import VocabularyPart
 def plain_tensors(
     hidden: Any, head_forward: Callable[..., Any]
 ) -> tuple[Tensor, Callable[..., Any], Callable[[Tensor], Any]]:
-    """Return hidden states as a plain tensor that is whole on every rank, a head's own forward that
-    takes such ones, and a function that gives an output (..., V) the form in which the head would
-    have returned it.
+    """Return three things: the hidden states as a plain tensor, whole on every rank; the head's own
+    forward, made to take such a tensor; and a function that turns an output (..., V) into the form
+    in which the head would have returned it.
     """
     if not is_dtensor(hidden):
         return hidden, head_forward, lambda made: made
@@ -31,7 +31,7 @@ def plain_tensors(
 
     mesh = hidden.device_mesh
     everywhere = [Replicate()] * mesh.ndim
-    # Every rank makes the same of its copy, so that the gradients are the same too.
+    # Every rank computes the same from its copy, so that its gradients are the same too.
     whole = hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
 
     def as_dtensor(x: Tensor) -> Any:
@@ -41,13 +41,13 @@ def plain_tensors(
 
 
 def this_ranks(x: Any) -> Tensor:
-    """What this rank has of a tensor, differentiably."""
+    """Return this rank's part of a DTensor, differentiably; another tensor as it is."""
     return x.to_local() if is_dtensor(x) else x
 
 
 def own_columns(logits: Any, part: VocabularyPart | None) -> Tensor:
-    """This rank's columns of logits (..., V) that a tensor parallel head made: whole, a DTensor, or
-    this rank's only.
+    """Return this rank's columns of logits (..., V) of a tensor parallel head, which may have
+    returned all columns, a DTensor, or this rank's columns only.
     """
     if is_dtensor(logits):
         logits = logits.full_tensor()
@@ -57,7 +57,9 @@ def own_columns(logits: Any, part: VocabularyPart | None) -> Tensor:
 
 
 def of_all_ranks(made: Any, part: VocabularyPart | None) -> Tensor:
-    """What a model made of (..., V) numbers, of which it may return only this rank's columns."""
+    """Return all columns of what a model made of (..., V) numbers, of which it may have returned
+    only this rank's columns.
+    """
     if is_dtensor(made):
         return made.full_tensor()
     if part is None or made.shape[-1] == part.vocab or made.shape[-1] != part.size:
@@ -67,7 +69,9 @@ def of_all_ranks(made: Any, part: VocabularyPart | None) -> Tensor:
 
 
 def rows_of_rank(x: Tensor, part: VocabularyPart) -> Tensor:
-    """This rank's rows of a (V, r) that every rank has, whose gradient is complete on each."""
+    """Take this rank's rows of a (V, r) tensor that every rank has. The gradient of the tensor is
+    complete on every rank.
+    """
     return _RowsOfRank.apply(x, part)
 
 

@@ -1,5 +1,8 @@
-"""Where an operation runs: Triton kernels, functions that PyTorch's compiler makes, or eager
-PyTorch; all with the same semantics.
+"""The choice of a backend for an operation.
+
+There are three, all with the same semantics: Triton kernels, functions that PyTorch's compiler
+makes (`compiled.py`), and eager PyTorch. Beside the choice, here is what an operation has to know
+about transforms of torch.func, forward mode and autocast, under which it may have to run otherwise.
 """
 
 import os
@@ -19,14 +22,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 try:
     _TRITON_INSTALLED = find_spec("triton") is not None
-except ImportError:  # an import hook forbids it
+except ImportError:  # raised by an import hook that forbids triton
     _TRITON_INSTALLED = False
 
 _TRITON_DEVICES = {"cuda", "xpu"}  # ROCm devices call themselves cuda
 
 BACKENDS = ("auto", "triton", "compiled", "eager")
 
-# From so many numbers on, "auto" takes what is compiled: less is done before it would be called.
+# "auto" takes compiled functions from this many numbers on. Fewer are done eagerly in less time
+# than the preparation of a compiled call takes.
 _WORTH_COMPILING = 2**22
 
 _VARIABLE = "FASTRLHF_BACKEND"
@@ -79,8 +83,8 @@ def get_backend() -> str:
 
 
 def backend_of(impl: str, tensor: Tensor, numbers: int) -> str:
-    """Decide the backend for an operation on so many numbers, on the device of `tensor`: "triton",
-    "compiled" or "eager".
+    """Decide the backend, "triton", "compiled" or "eager", for an operation on so many `numbers` on
+    the device of `tensor`.
 
     Raises:
         ValueError: an unknown `impl`, or "triton" for a device on which it cannot run.
@@ -88,27 +92,28 @@ def backend_of(impl: str, tensor: Tensor, numbers: int) -> str:
     if use_triton(impl, tensor):
         return "triton"
     impl = get_backend() if impl == "auto" else impl
-    if impl in ("auto", "triton"):  # by set_backend, for devices on which it runs
+    if impl in ("auto", "triton"):  # "triton" of set_backend counts where Triton runs, not here
         worth_it = tensor.device.type == "cpu" and numbers >= _WORTH_COMPILING
-        # A graph that is being compiled asks when it runs.
+        # While a graph is traced, whether there is a compiler is left open until the graph runs.
         there = being_traced() or compiler_is_there()
         return "compiled" if worth_it and there else "eager"
     return impl
 
 
 def outside_of_graphs(function: Function) -> Function:
-    """Keep the compiler away from a function whose course depends on what tensors hold.
+    """Keep torch.compile out of a function whose course depends on the values of tensors.
 
-    A decorator would import the compiler, which takes seconds, only to keep it away.
+    `torch.compiler.disable` is not used as a decorator, because it imports the compiler, which
+    takes seconds. Where nobody has imported the compiler, nothing can be compiled.
     """
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> bool:
-    """Decide the backend for operations on the device of `tensor`.
+    """Whether an operation runs on Triton kernels, on the device of `tensor`.
 
-    "auto" takes Triton on a GPU for which it is installed. With `auto_interprets`, it also takes
-    the kernel on CPU tensors when Triton's interpreter is on: for kernels too small to be slow
+    "auto" takes Triton on a GPU, if it is installed. With `auto_interprets`, "auto" takes it on the
+    CPU too, when Triton's interpreter is on: for kernels that are small enough not to be slow
     there.
 
     Raises:
@@ -134,19 +139,21 @@ def use_triton(impl: str, tensor: Tensor, *, auto_interprets: bool = False) -> b
 
 
 def current_autocast(device: str) -> Callable[[], torch.autocast]:
-    """Make contexts that restore autocast as it is now: backward runs outside of it."""
+    """Return a function that makes contexts with autocast as it is now. A backward runs outside of
+    the autocast of its forward, and may have to restore it.
+    """
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 def under_transform(*upstream: Tensor | None) -> bool:
-    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work, or
-    upstream gradients are many at once (is_grads_batched).
+    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active, or
+    upstream gradients come many at once (is_grads_batched).
 
-    None of them knows the derivatives and batches of our operators: what runs under them is the
-    definition in plain PyTorch.
+    Our operators have no derivatives and batching rules for them, so that under them the definition
+    in plain PyTorch runs instead.
     """
-    if torch._C._are_functorch_transforms_active():  # known to the compiler
+    if torch._C._are_functorch_transforms_active():  # this call can be traced by the compiler
         return True
     if being_traced():
         return False
@@ -156,7 +163,9 @@ def under_transform(*upstream: Tensor | None) -> bool:
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
-    """Whether torch.func.vmap hides what one of the tensors holds, so that it cannot be checked."""
+    """Whether one of the tensors is batched by torch.func.vmap, so that its values cannot be
+    checked.
+    """
     return any(x is not None and _is_batched(x) for x in tensors)
 
 
@@ -181,7 +190,9 @@ def refuse_transforms(function: str, alternative: str, *upstream: Tensor) -> Non
 
 
 def refuse_second_derivative(function: str, alternative: str) -> None:
-    """Raise in a backward whose own derivative is asked for, and would be taken for zero."""
+    """Raise in a backward whose own derivative is asked for: without an error, it would be taken
+    for zero.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{function}: its gradient is computed in the forward and cannot be differentiated "
@@ -190,7 +201,9 @@ def refuse_second_derivative(function: str, alternative: str) -> None:
 
 
 def wanted_or_detached(*tensors: Any) -> tuple[Any, ...]:
-    """Return the tensors, detached under no_grad, which the context of a Function cannot tell."""
+    """Return the tensors, detached under no_grad: an autograd Function's `needs_input_grad` does
+    not take no_grad into account.
+    """
     if torch.is_grad_enabled():
         return tensors
     return tuple(x.detach() if isinstance(x, Tensor) else x for x in tensors)

@@ -1,4 +1,7 @@
-"""Divergences of teacher and student over a few buckets: the words of the teacher, and the rest.
+"""Divergences of teacher and student over a few buckets.
+
+There is a bucket for each word whose log-prob the teacher gave, and one more for all other words of
+the vocabulary. `bucket_logits.py` makes the student's buckets, `teacher_words.py` the teacher's.
 
 Dims: N rows, k words, k + 1 buckets.
 """
@@ -28,7 +31,7 @@ class BucketMeasure(NamedTuple):
     skew: float
 
     def checked(self) -> "BucketMeasure":
-        """Return the numbers as floats.
+        """Check the options, and return them with beta and skew as floats.
 
         Raises:
             TypeError, ValueError: an option that is not what it should be, or does not fit another.
@@ -46,7 +49,7 @@ class BucketMeasure(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether what is compared are distributions, each of which adds up to 1."""
+        """Whether the buckets that are compared add up to 1 on either side."""
         return self.tail or self.renormalize
 
     @property
@@ -57,8 +60,9 @@ class BucketMeasure(NamedTuple):
 def bucket_divergence(
     student: Tensor, teacher: Tensor, keep: Tensor, measure: BucketMeasure, impl: str
 ) -> Tensor:
-    """Compute the divergence (N,) of buckets (N, k + 1): the student's logits, which are
-    differentiable, and the teacher's log-probs. The last bucket is the rest; 0 where not kept.
+    """Compute the divergence (N,) of buckets (N, k + 1), 0 for rows that are not kept. The
+    student's buckets are logits and differentiable, the teacher's are log-probs. The last bucket
+    stands for all words without one of their own.
     """
     if measure.renormalize:
         student, teacher = student[:, :-1], teacher[:, :-1]
@@ -77,7 +81,7 @@ def bucket_divergence(
     if not measure.complete:
         log_s, log_t = log_s[:, :-1], log_t[:, :-1]
     values = _of_distributions(log_s, log_t, measure)
-    # As `kl_divergence` has it where a side has no distribution.
+    # Where a side has no distribution, the values are those that `kl_divergence` gives then.
     forward = measure.direction == "forward"
     forward |= (measure.direction, measure.beta) == ("jsd", 0)
     forward |= (measure.direction, measure.skew) == ("skewed_forward", 0)
@@ -89,9 +93,9 @@ def bucket_divergence(
 def relative_to_largest(buckets: Tensor) -> Tensor:
     """Subtract the largest of buckets (N, .), which leaves their softmax as it is.
 
-    The largest itself is 0 by definition, so that its gradient is minus the sum of those of all
-    others. Next to a probability of nearly 1 they are tiny, and its own formula would round it
-    to 0.
+    The largest becomes the constant 0. So its gradient is minus the sum of the gradients of all
+    others. Where its probability is nearly 1, these are tiny, and the softmax's own formula for the
+    gradient of the largest would round to 0.
     """
     largest, place = buckets.max(-1, keepdim=True)
     there = largest != -torch.inf
@@ -100,7 +104,7 @@ def relative_to_largest(buckets: Tensor) -> Tensor:
 
 
 def _of_distributions(log_s: Tensor, log_t: Tensor, measure: BucketMeasure) -> Tensor:
-    """Compute the divergence (N,) from log-probs (N, .), which may be those of a part."""
+    """Compute the divergence (N,) from log-probs (N, .), which need not add up to 1."""
     beta, skew, complete = measure.beta, measure.skew, measure.complete
     direction = measure.direction
     if direction == "jsd" and 0 < beta < 1:
@@ -116,8 +120,8 @@ def _of_distributions(log_s: Tensor, log_t: Tensor, measure: BucketMeasure) -> T
 def kl_to_mixture(log_own: Tensor, log_other: Tensor, share: float, *, complete: bool) -> Tensor:
     """Compute Σ own·ln(own/m), m = share·own + (1-share)·other, from log-probs (N, .).
 
-    Of complete distributions each word adds m - own too, whose sum is 0: then none of the terms is
-    negative, and nearly equal distributions keep their places. 0·ln 0 = 0.
+    If the distributions are complete, m - own is added to each term. Its sum is 0, and then no term
+    is negative, so that the sum is accurate for nearly equal distributions. 0·ln 0 = 0.
     """
     own, possible = log_own.exp(), log_own.exp() > 0
     gap = torch.where(possible, log_other, 0.0) - torch.where(possible, log_own, 0.0)

@@ -1,11 +1,12 @@
-"""Some words of each row of logits, and all other words as one: a row of k + 1 logits.
+"""Rows of V logits as k + 1 buckets: one for each of k words, and one for all other words.
 
-The last one is the log-sum-exp of what is not among the k. It is summed up as it is, not taken from
-a difference: next to words that have nearly all of the probability, the difference would have none
-of its places right. What is computed of these buckets by a softmax is computed of the row, and so
-is the gradient: a word's own goes to its logit, that of the others is spread by their softmax.
+The last bucket is the log-sum-exp of the logits of all other words. It is summed over these, not
+computed as the difference of two sums: where the k words have nearly all of the probability, the
+difference would have no correct digit. The softmax of the buckets gives the probabilities that the
+row gives to the words and to the rest. The gradient of a word's bucket is that of its logit; the
+gradient of the last bucket is spread over the other words by their softmax.
 
-A word that is not there has the number V, and its bucket is -inf.
+A row may have fewer than k words. A missing word has the number V, and its bucket is -inf.
 
 Dims: N rows, V vocabulary, k words.
 """
@@ -23,7 +24,7 @@ from .rows import can_overwrite, of_rows, rows_of, take_rows
 from .transform import Transform, check_temperatures_on_host, flat_temperature
 from .vocabulary_part import IGNORED, NOT_HERE
 
-Buckets = tuple[Tensor, Tensor, Tensor]  # (N, k + 1), and of the other words peak and log_norm
+Buckets = tuple[Tensor, Tensor, Tensor]  # (N, k + 1); peak and log_norm (N,) of the other words
 
 
 def buckets_of_rows(
@@ -34,11 +35,12 @@ def buckets_of_rows(
     softcap: float | None,
     scale: float,
 ) -> Buckets:
-    """Define the buckets (..., k + 1) of rows (..., V) by what autograd and torch.func can
-    differentiate, and with them peak (before the temperature) and log_norm (...) of the others.
+    """Define the buckets (..., k + 1) of rows (..., V) in plain PyTorch, which autograd and
+    torch.func can differentiate. Also returned are peak (before the temperature) and log_norm (...)
+    of the other words.
 
-    They are relative to the largest logit, a constant, on which no softmax depends: large logits
-    that differ by little stay accurate.
+    The buckets are relative to the largest logit, which is taken as a constant, since no softmax
+    depends on it. So large logits that differ by little stay accurate.
     """
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     capped = capped_logits(logits.to(accumulation_dtype(logits.dtype)), softcap, scale)
@@ -59,13 +61,17 @@ def _finite(peak: Tensor) -> Tensor:
 
 
 def _relative(words: Tensor, peak: Tensor, log_norm: Tensor, rows_t: float | Tensor) -> Tensor:
-    """Put together words (..., k), before the temperature, and peak and log_norm (..., 1)."""
+    """Make buckets of the logits (..., k) of words, before the temperature, and of the peak and
+    log_norm (..., 1) of the other words.
+    """
     base = _finite(torch.maximum(words.detach().amax(-1, keepdim=True), peak))
     return torch.cat(((words - base) / rows_t, (peak - base) / rows_t + log_norm), dim=-1)
 
 
 def definition(logits: Tensor, ids: Tensor, keep: Tensor, transform: Transform) -> Tensor:
-    """The buckets (N, k + 1) of logits (..., V), 0 where a row is not kept, whatever it holds."""
+    """Define the buckets (N, k + 1) of logits (..., V); 0 where a row is not kept, whatever it
+    holds.
+    """
     rows_t = transform.flat(logits.dtype).of_rows
     x = torch.where(keep.unsqueeze(-1), logits.reshape(-1, logits.shape[-1]), 0.0)
     rows_t = torch.where(keep, rows_t, 1.0) if isinstance(rows_t, Tensor) else rows_t
@@ -84,11 +90,11 @@ def bucket_logits(
     inplace_backward: bool = False,
     impl: str,
 ) -> Buckets:
-    """Compute the buckets (N, k + 1) of logits (..., V), differentiable, and peak and log_norm (N,)
-    of the other words, which `write_bucket_gradient` takes.
+    """Compute the buckets (N, k + 1) of logits (..., V), differentiably; and peak and log_norm (N,)
+    of the other words, which `write_bucket_gradient` needs.
 
     Args:
-        ids: (N, k) int64, increasing; V where there is no word.
+        ids: (N, k) int64, increasing in each row; V for a missing word.
         keep: (N,) bool; where it is False nothing is read, and buckets are 0.
         inplace_backward: let the backward overwrite the logits with their gradient.
     """
@@ -163,7 +169,9 @@ def _are_there(ids: Tensor, keep: Tensor, rows: Tensor) -> Tensor:
 
 
 def _taken(rows: Tensor, ids: Tensor, keep: Tensor, other: float) -> Tensor:
-    """The logits (N, k) of words out of rows (outer, inner, V), in the accumulation dtype."""
+    """Take the logits (N, k) of words out of rows (outer, inner, V), in the accumulation dtype;
+    `other` stands in for those that are missing.
+    """
     index = ids.clamp(max=rows.shape[-1] - 1).view(*rows.shape[:2], -1)
     found = rows.gather(-1, index).view(ids.shape).to(accumulation_dtype(rows.dtype))
     return torch.where(_are_there(ids, keep, rows), found, other)
@@ -179,11 +187,12 @@ def write_bucket_gradient(
     transform: Transform,
     impl: str,
 ) -> None:
-    """Write the gradient into all of d_logits (..., V), given that of the buckets, and peak and
-    log_norm of the other words. It may be the logits themselves, else rows of any floating dtype.
+    """Write the gradient into all of d_logits (..., V), given the gradient of the buckets, and peak
+    and log_norm of the other words. d_logits may be the logits themselves; otherwise it may have
+    any floating dtype.
 
-    As if there were no words but the others, whose log-sum-exp has a gradient; what that makes of
-    the words is overwritten.
+    All columns are written first as if all were other words, through their log-sum-exp; then those
+    of the k words are overwritten with the words' own gradients.
     """
     d_words = _gradient_of_words(rows_of(logits), ids, keep, d_buckets, transform)
     nothing = torch.zeros_like(stats[0])
@@ -202,7 +211,7 @@ def write_bucket_gradient(
 def _gradient_of_words(
     rows: Tensor, ids: Tensor, keep: Tensor, d_buckets: Tensor, transform: Transform
 ) -> Tensor:
-    """The gradient (N, k) of the logits of words."""
+    """Compute the gradient (N, k) of the logits of words."""
     slopes = d_buckets[:, :-1] * transform.scale
     if transform.softcap is not None:
         x = _taken(rows, ids, keep, 0.0)
@@ -213,8 +222,9 @@ def _gradient_of_words(
 
 
 def _put(d_logits: Tensor, ids: Tensor, keep: Tensor, d_words: Tensor) -> None:
-    """Put the gradients of words where they belong. Those that are not there repeat the first one
-    of their row, or where there is none the 0 that any word has then.
+    """Put the gradients of words into their columns. All k are written: a missing word repeats the
+    first word of its row with its gradient, or in a row without words writes a 0 into column 0,
+    whose gradient is 0 then.
     """
     rows = rows_of(d_logits)
     there = _are_there(ids, keep, rows)

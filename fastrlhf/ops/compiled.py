@@ -1,11 +1,14 @@
-"""Functions of rows through `torch.compile`: what runs where there is no Triton.
+"""The backend "compiled": functions of rows through `torch.compile`, where Triton does not run.
 
-A function of `fastrlhf.reference` reads a few rows of logits in many passes when PyTorch runs it
-operation by operation. PyTorch's compiler makes one or two loops of it, in which a row stays in the
-cache and nothing of its size is written but the result. Such a function is compiled once for each
-combination of dtypes and options, for rows of any number and length: with an example, so that no
-size of a real call is taken for a constant. Where there is no compiler, or it fails, callers go on
-without it.
+When PyTorch runs a function of `fastrlhf.reference` operation by operation, each operation passes
+over all of the rows. PyTorch's compiler makes one or two loops of it, in which a row stays in the
+cache and nothing of its size is written but the result. A function is compiled once for each
+combination of dtypes and options, and then serves rows of any number and length. It is compiled
+with an example, not with the tensors of a real call, so that no size of these becomes a constant of
+the code. Where there is no compiler, or it fails, callers go on eagerly.
+
+`RowFunction` does all of this; `compiled_rows.py` says how rows are given to one, and has those
+that several operations use.
 """
 
 import contextlib
@@ -28,23 +31,24 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 _LOG = logging.getLogger("fastrlhf")
 
-# A loop over tokens is unrolled, so many at a time.
+# A compiled loop over the steps of a sequence (`gae`) is unrolled, and does this many at a time.
 STEPS = 32
 
-# Sizes of the examples. Of equal sizes the compiler could assume that they always are equal, of a
-# size of 1 that it always is 1, and of whole vectors of rows or columns that nothing is ever left
-# over: there are none of these. Of columns there are some runs (see `compiled_rows`), and a rest.
+# Sizes of the examples. The compiler could assume that sizes are always equal if two are equal
+# here, that a size is always 1 if it is 1 here, and that nothing is ever left over if rows or
+# columns fill vector registers here. So none of that is the case. The columns are a few whole runs
+# (see `compiled_rows`) and a rest.
 _EXAMPLE_SIZES = {"m": 263, "n": 257, "v": 5147, "s": STEPS}
 
 _OPTIONS: dict[str, Any] = {
-    # Rows that are found by number, with what there is of each: many reads, which are no reason to
-    # put what comes of them into memory before it is used twice.
+    # The functions read many tensors: rows by their numbers, and a few numbers of each row. A value
+    # made of up to so many reads is computed again for each use, not written to memory.
     "realize_reads_threshold": 16,
-    # The numbers of rows are made here, and never outside of a matrix.
+    # Numbers of rows are made by this package and never lie outside of a matrix: no need to assert.
     "assert_indirect_indexing": False,
-    "cpp.use_decompose_tanh": False,  # which is wrong of small numbers
-    # Threads share the rows, as many as there are when a function runs. The number here only
-    # keeps the compiler from the number that there are now, which it would make code for.
+    "cpp.use_decompose_tanh": False,  # the decomposition is inaccurate for small numbers
+    # The rows are shared by as many threads as there are when a function runs. The number here only
+    # keeps the compiler from making code for the number of threads that there are now.
     "cpp.threads": 2,
     "cpp.dynamic_threads": True,
 }
@@ -56,11 +60,13 @@ _required = contextvars.ContextVar("_required", default=False)
 
 
 class NotCompiled(Exception):
-    """There is no compiled function here; eager PyTorch can do it."""
+    """No compiled function can be had for this call; the caller can do it in eager PyTorch."""
 
 
 class NotInPlace(Exception):
-    """A function would read what it has written; it can write elsewhere."""
+    """A function would read numbers that it has overwritten; the caller can have it write to
+    another tensor.
+    """
 
 
 @contextlib.contextmanager
@@ -75,8 +81,9 @@ def required() -> Iterator[None]:
 
 @functools.cache
 def compiler_is_there() -> bool:
-    """Whether PyTorch will find a C++ compiler, as far as can be told without loading its own, and
-    vector instructions to use: without them nothing is gained, and sums lose places.
+    """Whether PyTorch will find a C++ compiler, as far as can be told without loading PyTorch's
+    own; and whether the CPU has vector instructions: without them nothing is gained, and sums lose
+    accuracy.
     """
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if on_x86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -88,7 +95,7 @@ def compiler_is_there() -> bool:
 
 
 class _Kind(NamedTuple):
-    """What of a tensor a compiled function depends on."""
+    """The properties of a tensor that a compiled function depends on."""
 
     dtype: torch.dtype
     device: torch.device
@@ -107,8 +114,8 @@ class _Variant(NamedTuple):
     in_place: bool  # whether its result may take the place of the matrix that it reads
 
     def is_settled(self) -> bool:
-        """Whether there is nothing to compile: the compiler failed, or still has the function,
-        which `torch.compiler.reset` makes it forget.
+        """Whether nothing has to be compiled (again): because the compiler failed before, or still
+        has the function, which `torch.compiler.reset` makes it forget.
         """
         return not _required.get() if self.code is None else _is_compiled(self.code)
 
@@ -116,15 +123,16 @@ class _Variant(NamedTuple):
 class RowFunction:
     """A function of tensors with named dimensions, compiled when it is first used.
 
-    Its results have the rows that are asked for as their first dimension, and it may write into
-    tensors whose dimensions are in capitals. The same tensor may be given to be written and to be
-    read, which raises `NotInPlace` where that would go wrong.
+    The first dimension of its results is that of the rows asked for. It may write into arguments
+    whose dimensions are in capitals. The same tensor may be given as one to write and one to read;
+    where that would go wrong, a call raises `NotInPlace`.
     """
 
     def __init__(self, function: Compiled, dimensions: str, **compiler_options: Any):
-        """`dimensions` of each argument, a word each: `m` rows of a matrix and `n` of them that
-        are asked for, `v` columns, `s` steps of a loop, of which there are always as many; "." for
-        a number. The compiler's options are those of all functions, and these.
+        """`dimensions` has a word for each argument, a letter for each of its dimensions: `m` rows
+        of a matrix, `n` of these that are asked for, `v` columns, `s` steps of a loop, whose number
+        is always `STEPS`; "." is a 0-d tensor. `compiler_options` are added to those of all
+        functions.
         """
         self.function = function
         self.compiler_options = compiler_options
@@ -133,18 +141,23 @@ class RowFunction:
         self._said: set[str] = set()
 
     def __call__(self, *tensors: Tensor | None, **options: Hashable) -> tuple[Tensor, ...]:
-        """Call it. Raise `NotCompiled` or `NotInPlace` where that cannot be."""
+        """Call the compiled function.
+
+        Raises:
+            NotCompiled, NotInPlace: it cannot be had, or not for these tensors.
+        """
         watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
         if watched or torch.jit.is_tracing() or is_fx_symbolic_tracing():
-            # Modes and tracers would not be told what compiled code does.
+            # Modes and tracers watch each operation, and compiled code would hide these from them.
             self._refuse("a mode or a tracer is at work")
-        # The example needed no gradient, and what was compiled for it knows of none.
+        # The example required no gradient, so the compiled code must not be given tensors that do.
         plain = (None if x is None else x.detach() for x in tensors)
         copies = [_at_least_two(x, of) for x, of in zip(plain, self.dimensions, strict=True)]
         variant = self._variant(tuple(None if x is None else _kind(x) for x in copies), options)
         numbers = tensors[self.dimensions.index("n")]
         assert numbers is not None
-        # A lone row, which comes twice, would be written, read and written again.
+        # A lone row comes twice (see `_at_least_two`): in place, the second time would read what
+        # the first has written.
         if self._reads_what_it_writes(tensors) and not (variant.in_place and len(numbers) > 1):
             raise NotInPlace
         with torch.no_grad():
@@ -187,7 +200,7 @@ class RowFunction:
                 in_place = self._is_one_loop(compiled, kinds)
             if not _is_compiled(function.__code__):
                 raise RuntimeError("nothing came of it")
-        except Exception as error:  # whatever a compiler can fail of
+        except Exception as error:  # a compiler can fail in any way
             if _is_off():  # meanwhile
                 self._refuse(_OFF)
             if _required.get():
@@ -198,14 +211,14 @@ class RowFunction:
         return _Variant(compiled, function.__code__, in_place)
 
     def _is_one_loop(self, compiled: Compiled, kinds: Kinds) -> bool:
-        """Whether a matrix that it reads may be where its result belongs: of a formula without sums
-        the compiler makes one loop, which reads a number before it writes one there, but it does
-        not promise that.
+        """Whether the function may write its result over the matrix that it reads. Of a formula
+        without sums the compiler makes one loop, which reads each number before it writes one in
+        its place. But it does not promise that, so it is tried.
         """
         if self.dimensions[0] != "MV" or kinds[0] != kinds[self.dimensions.index("mv")]:
             return False
         apart = [_probe(of, kind) for of, kind in zip(self.dimensions, kinds, strict=True)]
-        in_place = _probe("MV", kinds[0])  # of the same numbers as the matrix that is read
+        in_place = _probe("MV", kinds[0])  # the same numbers as in the matrix that is read
         compiled(*apart)
         compiled(*(
             in_place if of.lower() == "mv" else x
@@ -215,7 +228,7 @@ class RowFunction:
         return torch.equal(in_place, apart[0])
 
     def _refuse(self, reason: str) -> NoReturn:
-        """Do without for now, and say so once."""
+        """Do without the compiled function in this call, and log the reason once."""
         name = self.function.__name__.strip("_")
         if _required.get():
             raise RuntimeError(f"{name} cannot be compiled: {reason}")
@@ -226,24 +239,25 @@ class RowFunction:
 
 
 def _unguarded(guards: Sequence[Any]) -> list[bool]:
-    """Have the compiler ask nothing before it calls what it made.
+    """Drop all guards: the compiler then checks nothing before it calls the code that it made.
 
-    What that depends on is in the kinds of the tensors, and no number is compiled in. All else that
-    it would ask (grad and inference mode, autocast, threads, ...) changes nothing, but would make
-    it compile anew, with the sizes of the call at hand.
+    That code depends on the kinds of the tensors alone, by which the variants are told apart, and
+    no size is compiled in. All else that guards would check (grad and inference mode, autocast,
+    threads, ...) makes no difference to it, but would make the compiler compile anew, with the
+    sizes of the call at hand.
     """
     return [False for _ in guards]
 
 
 def _reason(error: Exception) -> str:
-    """What is said first, and what the C++ compiler complained of first."""
+    """Return the first line of the error, and the C++ compiler's first complaint in it."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return "; ".join([first, *[line.strip() for line in more if "error:" in line][:1]])
 
 
 def _is_off() -> bool:
-    """Whether `torch.compiler.set_stance` or the compiler's configuration keeps it from compiling,
-    or has something else make the code.
+    """Whether `torch.compiler.set_stance` or the compiler's configuration keeps the compiler from
+    compiling, or puts another backend in its place.
     """
     import torch._dynamo
 
@@ -252,7 +266,7 @@ def _is_off() -> bool:
 
 
 def _runs_otherwise() -> bool:
-    """Whether `torch.compiler.set_stance` has something else run than what was compiled."""
+    """Whether `torch.compiler.set_stance` has something else run than the compiled code."""
     stance = torch._dynamo.eval_frame._stance
     return stance.stance == "force_eager" or stance.backend is not None
 
@@ -266,8 +280,8 @@ def _not_compiled(*_: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _copied(function: Compiled, options: dict[str, Hashable]) -> Compiled:
-    """The function with options of its own, and code of its own: the compiler keeps a few
-    compilations of each code object, and then no more.
+    """Copy the function, with these options as defaults, and with a code object of its own, because
+    the compiler keeps only a few compilations for each code object.
     """
     code = function.__code__.replace()
     copy = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
@@ -280,7 +294,7 @@ def _kind(x: Tensor) -> _Kind:
 
 
 def _example(dimensions: str, kind: _Kind | None) -> Tensor | None:
-    """A tensor of that kind: ones, which are numbers of rows and columns too."""
+    """Make a tensor of that kind, of ones, which are valid as numbers of rows and columns too."""
     if kind is None:
         return None
     if dimensions == ".":
@@ -293,7 +307,9 @@ def _example(dimensions: str, kind: _Kind | None) -> Tensor | None:
 
 
 def _probe(dimensions: str, kind: _Kind | None) -> Tensor | None:
-    """An example in which numbers differ, between 1 and 2, and each row is asked for once."""
+    """Make an example whose numbers differ from each other, all between 1 and 2, and in which each
+    row is asked for once.
+    """
     x = _example(dimensions, kind)
     if x is None:
         return None
@@ -304,7 +320,7 @@ def _probe(dimensions: str, kind: _Kind | None) -> Tensor | None:
 
 
 def _at_least_two(x: Tensor | None, dimensions: str) -> Tensor | None:
-    """A lone row comes twice: the compiler would take the 1 for a constant."""
+    """Repeat a lone row, so that no size is 1, which the compiler takes for a constant."""
     if x is None or dimensions[0] not in "mnMN" or len(x) != 1:
         return x
     return torch.cat((x, x))
@@ -312,8 +328,9 @@ def _at_least_two(x: Tensor | None, dimensions: str) -> Tensor | None:
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    """Compile in the same state whenever that is; without sizes that are equal by chance; and keep
-    on disk apart what is made for vectors of another width, which processors share in vain.
+    """Compile in the same state (of grad mode, autocast, ...) whatever the caller's is; without the
+    assumption that sizes which are equal by chance always are; and with a cache on disk that is
+    separate for each width of vectors, since the code for one is of no use to a CPU with another.
     """
     import torch.compiler.config as of_compiler
     import torch.fx.experimental._config as of_sizes

@@ -1,5 +1,7 @@
-"""Row work of `kl_divergence` by compiled functions: the launchers of `eager_divergence`, which do
-all where a function cannot be compiled.
+"""Row work of `kl_divergence` by compiled functions (see `compiled_rows.py`).
+
+The launchers are named as those of `eager_divergence`, which do all of the work where a function
+cannot be compiled.
 
 Dims: N rows, of which n count, V columns.
 """
@@ -29,8 +31,9 @@ from .compiled_rows import (
 from .eager_divergence import no_divergence, wider
 from .rows import zero_inactive
 
-# In nats. Above it, a divergence need not be computed as a sum of what is never negative. Values
-# would have their places from 0.03 on, but not the small entries of gradients, p·(ln p/q - KL).
+# In nats. A KL divergence above this is accurate as E_p[ln p/q], though some of the terms are
+# negative; below, it is computed as a sum of terms that are never negative. Values would be
+# accurate from 0.03 on, but not the small entries of gradients, p·(ln p/q - KL).
 _LARGE_DIVERGENCE = 0.5
 
 
@@ -113,8 +116,8 @@ def _shares(of_q: Tensor | None, of_p: Tensor | None) -> Shares | None:
 
 
 _LOG_RATIO_MOMENTS = RowFunction(_log_ratio_moments, "mv n mv n n . .")
-# Long formulas, parts of which are used several times: computed anew for each use, not held, they
-# took the compiler two to five times as long.
+# The formulas are long, and parts of them are used several times. With a low threshold the compiler
+# keeps these parts in memory; computed anew for each use, they took two to five times as long.
 _DIVERGENCE_SUMS = RowFunction(
     _divergence_sums, "mv n mv n n n n n . . n . .", realize_reads_threshold=4
 )
@@ -133,8 +136,8 @@ def divergence_forward(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute values (N,) and statistics (6, N), 0 where the mask is; eagerly if there is no
-    compiler.
+    """Compute values (N,) and statistics (6, N), 0 where the mask is 0; without a compiler,
+    eagerly.
     """
     values, stats = no_divergence(logits_p, logits_q, mask)
     with contextlib.suppress(NotCompiled):
@@ -165,7 +168,7 @@ def divergence_backward(
     softcap: float | None,
     scale: float,
 ) -> None:
-    """Write the gradient with respect to one side into all of d_own (N, V); without a compiler
+    """Write the gradient with respect to one side into all of d_own (N, V); without a compiler,
     eagerly.
     """
     active = mask & (d_values != 0)
@@ -195,8 +198,8 @@ def _divergence(
 ) -> tuple[Tensor, ...]:
     """Compute `reference.divergence_and_stats` of some rows.
 
-    A KL divergence that is no small number has its places from one pass. The second one, which
-    gives the others theirs, costs as much again.
+    One pass over the rows makes a KL divergence accurate that is not small (`_LARGE_DIVERGENCE`).
+    Rows of which that is not known take a second pass, which costs as much again.
     """
     dtype = wider(rows_p, rows_q)
     some = index if share is None else whole_vectors(index)
@@ -212,11 +215,11 @@ def _divergence(
         found = reference.divergence_of_sums(sums, both, share)
         return tuple(x[: len(index)] for x in found)
     peak_p, peak_q, a, b, c, d, e, f = _LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
-    # In fp64, since ln V is large beside the divergence.
+    # In fp64, since the logarithms of the sums, up to ln V, are large beside the divergence.
     in_fp64 = reference.log_ratio_of_sums(peak_p, peak_q, a + d, b + e, c + f)
     *norms, value = (x.to(dtype) for x in in_fp64)
-    # NaN and infinity take the second pass too: the first adds up e^(z - peak) times a log-ratio,
-    # and where that ratio is infinite, the exponential may not have come to 0, as p does.
+    # Rows with NaN or infinity take the second pass too. The first adds up e^(z - peak) times a
+    # log-ratio; where the log-ratio is infinite, this exponential may not be 0 although p is.
     sure = (value > _LARGE_DIVERGENCE) & (value != torch.inf)
     small = (~sure).nonzero().squeeze(1)
     found = value, *norms, value, value
@@ -245,8 +248,8 @@ def _write_gradient(
     softcap: float | None,
     scale: float,
 ) -> None:
-    """Write `reference.divergence_backward` of some rows to where they are in d_rows; the stats of
-    all N are given.
+    """Write `reference.divergence_backward` of some rows to their places in d_rows; `stats` are of
+    all N rows.
     """
     shares = number(share, d_values), number(None if share is None else 1 - share, d_values)
 

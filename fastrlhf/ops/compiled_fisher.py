@@ -1,5 +1,7 @@
-"""Row work of `softmax_fisher_product` by compiled functions: the launcher of `eager_fisher`, which
-does all where a function cannot be compiled.
+"""Row work of `softmax_fisher_product` by compiled functions (see `compiled_rows.py`).
+
+The launcher is named as that of `eager_fisher`, which does all of the work where a function cannot
+be compiled.
 
 Dims: N rows, of which n count, V columns.
 """
@@ -89,8 +91,8 @@ def fisher_product(
     temperature: float | Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the product (N, V) in a dtype, and the quadratic form (N,), 0 where the mask is;
-    without a compiler eagerly.
+    """Compute the product (N, V) in the given dtype, and the quadratic form (N,), both 0 where the
+    mask is 0; without a compiler, eagerly.
     """
     product, quadratic = room_for_product(logits, tangent, mask, dtype)
     with contextlib.suppress(NotCompiled):
@@ -112,10 +114,11 @@ def _write_product(
     temperature: float | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Write the products of `reference.fisher_product` of some rows to where they are in out_rows,
+    """Write the products of `reference.fisher_product` of some rows to their places in out_rows,
     and return the quadratic forms (n,).
 
-    Those are (E[u²] - E[u]²)/T², unless too much of it cancels: then it takes a second pass.
+    A quadratic form is (E[u²] - E[u]²)/T², from the same pass; where too much of that difference
+    cancels, a second pass computes it.
     """
     of_pieces: list[Tensor] = []
 
@@ -126,7 +129,7 @@ def _write_product(
         total, moment, squares = added(sums)
         mean = moment / total
         quadratic = squares / total - mean.square()
-        # Where squares are too large to add up, the sum is inf, and tells nothing.
+        # An infinite sum of squares may be an overflow, so that its row takes the second pass.
         sure = (quadratic > mean.square()) & (quadratic != torch.inf)
         unsure = (~sure).nonzero().squeeze(1)
         if scaled.temperature is not None:

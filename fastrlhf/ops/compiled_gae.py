@@ -1,5 +1,7 @@
-"""`reference.gae` by a compiled function of a block of steps, `compiled_rows.ADVANTAGES`, which the
-blocks are given to one after the other, the last one first.
+"""`gae` by a compiled function, for the backend "compiled".
+
+`compiled_rows.ADVANTAGES` does `STEPS` steps of all sequences. It is called for one block of steps
+after the other, from the last to the first.
 """
 
 from typing import Any
@@ -24,7 +26,7 @@ def gae(
     lam: float | Tensor,
     last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `reference.gae`, B·T > 0; by itself where the function cannot be compiled."""
+    """Compute `reference.gae`, B·T > 0; where the function cannot be compiled, by calling it."""
     options: dict[str, Any] = {"gamma": gamma, "lam": lam, "last_values": last_values}
     try:
         return _gae(rewards, values, mask, **options)
@@ -45,7 +47,7 @@ def _gae(
     keep = mask != 0
     rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
     steps = -(-rewards.shape[1] // STEPS)
-    # Whole blocks of steps: tokens after the end, which do not count, change nothing.
+    # Blocks are whole: sequences are filled up with tokens that do not count, and change nothing.
     missing = steps * STEPS - rewards.shape[1]
     padded = (F.pad(x, (0, missing)).split(STEPS, dim=1) for x in (rewards, values, keep))
     padded = ([x.contiguous() for x in blocks] for blocks in padded)

@@ -1,4 +1,6 @@
-"""Products and sums of rows that are found by number, compiled: see `kept_logits`.
+"""Compiled functions of rows that are given by their numbers in a matrix.
+
+`kept_logits.py` takes their products from here, and `weighted_rows.py` rows times factors.
 
 Dims: M pairs of rows, K their width.
 """
@@ -49,5 +51,5 @@ def weighted(matrix: Tensor, numbers: Tensor, factors: Tensor) -> Tensor:
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """Rows whose numbers are neighbours in memory, which is all that functions are made for."""
+    """Copy a matrix whose rows have gaps between their numbers, which compiled code cannot read."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

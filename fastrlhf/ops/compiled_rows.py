@@ -1,15 +1,15 @@
-"""Rows as compiled functions take them: each function is one pass over the vocabulary.
+"""How compiled functions are given rows; each function is one pass over the vocabulary.
 
-A function takes a matrix of logits and the numbers of the rows that count. The others are neither
-read nor computed. A row is given by its number, so that none is copied, unless strides are out of
-the common. Temperature, softcap and scale are tensors, so that no value of theirs is compiled in;
-None says that there is none, and then the function is another one.
+A function takes a matrix of logits and the numbers of the rows that count. Other rows are neither
+read nor computed. Because rows are given by their numbers, none is copied, except where strides
+are unusual. Temperature, softcap and scale are given as tensors, so that their values are not
+compiled in; None stands for no such transform, and another function is compiled for that.
 
 Here is what all of them share: how many rows a call gets, how a sum over a row is made, where rows
-are found, where a gradient is written, and the functions of `token_stats` and `gae`. Those of other
-operations are beside their launchers: `compiled_token_stats` (launchers alone),
-`compiled_divergence`, `compiled_fisher`, `compiled_kept`, `compiled_gae`. What a `RowFunction` is
-and when it is compiled, `compiled` says.
+are found and where a gradient is written; and the functions of `token_stats` and `gae`. The
+launchers of these are in `compiled_token_stats` and `compiled_gae`. Other operations have their
+functions beside their launchers: `compiled_divergence`, `compiled_fisher`, `compiled_kept`.
+`compiled` says what a `RowFunction` is, and when it is compiled.
 
 Dims: N rows, of which n count, V columns.
 """
@@ -28,37 +28,37 @@ from fastrlhf.reference import RowSlopes
 from .compiled import NotCompiled, NotInPlace, RowFunction
 from .row_spans import few_spans
 
-# Logits that a function is given at once (at least one row). Few large loops lose less to threads
-# that wait for each other than many small ones.
+# How many logits a function is given at once (at least one row). Threads wait for each other at the
+# end of each loop, so few large loops lose less time than many small ones.
 _CHUNK_LOGITS = 2**24
 
-# Columns that are added up in fp32: so few that a register's 8 or 16 sums, of which each number
-# goes to one, get a hundred or so each.
+# How many columns are added up in fp32 before the sum goes on in fp64. A vector register holds 8 or
+# 16 sums, and each of them gets about a hundred of these columns.
 _RUN = 1024
 
-# Numbers that functions may hold in fp32 between two loops, one for each logit.
+# How many numbers in fp32, one for each logit, a function may hold in memory between two loops.
 _HELD_NUMBERS = 2**22
 
-# Where gradients cannot be written to where they belong, those of so many logits are computed apart
-# before they are copied there.
+# Where gradients cannot be written to their places at once, those of this many logits are computed
+# into other memory, and then copied.
 _ROOM_LOGITS = 2**22
 
-# A call of a function costs as much as to copy the gradients of about so many logits.
+# A call of a function costs about as much as copying the gradients of this many logits.
 _WORTH_A_CALL = 2**20
 
-# No loop takes more numbers at a time than this: two registers of 16.
+# A loop takes at most this many numbers at a time: two vector registers of 16.
 _WHOLE_VECTORS = 32
 
 
 class Scaling(NamedTuple):
-    """What happens to logits, as arguments of the functions: None where nothing does."""
+    """The transform of the logits as arguments of the functions; None where there is none."""
 
     temperature: Tensor | None  # (n,)
     softcap: Tensor | None  # 0-d
     scale: Tensor | None  # 0-d
 
     def as_options(self) -> dict:
-        """As arguments of the formulas."""
+        """Return them as keywords of the formulas in `fastrlhf.reference`."""
         temperature, scale = (1.0 if x is None else x for x in (self.temperature, self.scale))
         return {"temperature": temperature, "softcap": self.softcap, "scale": scale}
 
@@ -89,14 +89,17 @@ def sums_in_parts(
     of_rows: Sequence[Tensor | float],
     *rows: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Sum what a function makes of rows (n, V), of which some are the same for all (V,), and of
-    what there is of each row, (n, 1): in two parts each, (n,) and (n,), first those of whole runs,
-    for `added`.
+    """Sum the terms of rows over the columns. `terms` makes them from `rows`, (n, V) each or (V,)
+    if the same for all rows, and from `of_rows`, which has (n, 1) for each row.
 
-    The compiler adds up thousands of numbers one after the other, where PyTorch adds up sums of
-    parts. The function is applied to the parts, because its results would have to be in memory to
-    be cut; and they are not added here, because a loop over rows that does only that would keep the
-    compiler from doing all else of a row while that is in the cache.
+    Each sum comes in two parts, (n,) and (n,): of the columns in whole runs (`_RUN`), and of the
+    rest. All first parts are returned before all second ones; `added` adds them up.
+
+    The parts are for accuracy: the compiler adds up thousands of numbers one after the other, where
+    PyTorch adds up sums of parts. The columns are cut before the terms are made from them, because
+    cut afterwards the terms would have to be in memory. The parts are not added up here, because a
+    loop over rows that does only that would keep the compiler from doing all other work on a row
+    while the row is in the cache.
     """
     whole = rows[0].shape[1] // _RUN * _RUN
 
@@ -113,12 +116,12 @@ def sums_in_parts(
 
 
 def column(temperature: Tensor | None) -> Tensor | float:
-    """Return the temperatures (n,) of rows as (n, 1), and 1 for none."""
+    """Return the temperatures (n,) of rows as (n, 1); 1 if there is none."""
     return 1.0 if temperature is None else temperature.unsqueeze(-1)
 
 
 def added(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Add up the parts of sums."""
+    """Add up the two parts of each sum that `sums_in_parts` returns."""
     half = len(parts) // 2
     return [(a + b).to(b.dtype) for a, b in zip(parts[:half], parts[half:], strict=True)]
 
@@ -187,8 +190,9 @@ ADVANTAGES = RowFunction(_advantages, "ns ns ns n n . n")
 def chunks(
     selected: Tensor, vocab: int, *, held: bool = False, mixed: bool = False
 ) -> tuple[Tensor, ...]:
-    """Indices of the selected rows (N,), in pieces of a bounded number of logits: fewer where a
-    function may have to hold a number for each. For mixtures, see `whole_vectors`.
+    """Return the indices of the selected rows (N,) in pieces of a bounded number of logits. With
+    `held`, pieces are smaller, because the function may hold a number for each logit. `mixed` is
+    for divergences to a mixture, whose pieces are multiples of a vector: see `whole_vectors`.
     """
     found = selected.nonzero().squeeze(1)
     return _pieces(found, vocab, _HELD_NUMBERS if held else _CHUNK_LOGITS, mixed=mixed)
@@ -202,19 +206,21 @@ def _pieces(index: Tensor, vocab: int, logits: int, *, mixed: bool = False) -> t
 
 
 def whole_vectors(index: Tensor) -> Tensor:
-    """Repeat the last of some rows, so that their numbers fill vector registers.
+    """Repeat the last of some rows until their number is a multiple of a vector.
 
-    What the compiler holds of a mixture it computes in a loop over all rows as if they were one,
-    whose last numbers, one by one, have other bits than those that fill a register.
+    For a divergence to a mixture the compiler holds numbers in memory, which it computes in one
+    loop over the numbers of all rows. Numbers at the end of that loop that do not fill a register
+    are computed one by one, and would have other bits than they have elsewhere.
     """
     missing = -len(index) % _WHOLE_VECTORS
     return torch.cat((index, index[-1:].expand(missing)))
 
 
 def into_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
-    """Let a function write what belongs to some rows of an (outer, inner, V) view: right there,
-    a span of rows at a time, where they are few spans. Of rows that follow each other the compiler
-    makes better loops than of those that each have a place of their own.
+    """Let a function write its results for some rows of an (outer, inner, V) view. Where the rows
+    form few spans, it writes them directly into the view, a span at a time. Otherwise it writes
+    into other memory, from which they are copied: the compiler makes better loops for rows that
+    follow each other than for rows each of which has a place of its own.
     """
     worth_it = max(1, len(index) * rows.shape[2] // _WORTH_A_CALL)
     spans = few_spans(index, worth_it) if rows.shape[0] == 1 else None
@@ -234,11 +240,11 @@ def where_they_are(
     index: Tensor,
     write: Callable[[Tensor, Tensor, tuple[Tensor, Tensor], Tensor], None],
 ) -> None:
-    """Let a function write what it computes of some rows to where they are in d_rows, which may be
-    the rows themselves; by way of room where it cannot.
+    """Let a function write its results for some rows to their places in d_rows, which may be the
+    rows themselves. Where it cannot, it writes into other memory, from which they are copied.
 
-    It is given the matrix to write into and the numbers of rows there; the matrix and the numbers
-    of what it reads; and which of all N these are.
+    `write` is given the matrix to write into and the numbers of the rows in it; the matrix to read
+    and the numbers of the rows in that; and the numbers of these rows among all N.
     """
 
     def write_apart(out: Tensor, some: Tensor) -> None:
@@ -254,7 +260,9 @@ def where_they_are(
 
 
 def into_mixed_rows(rows: Tensor, index: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
-    """As `into_rows`, of mixtures: by way of room for rows that fill vector registers."""
+    """Do as `into_rows` for divergences to a mixture: the function always writes into other memory,
+    which has room for the repeated rows of `whole_vectors`.
+    """
 
     def write_more(out: Tensor, some: Tensor) -> None:
         more = whole_vectors(some)
@@ -272,7 +280,7 @@ def _by_way_of_room(
     *,
     mixed: bool = False,
 ) -> None:
-    """Let a function write elsewhere, a few rows at a time, and put them where they belong."""
+    """Let a function write into other memory, a few rows at a time, and put them in place."""
     outer, inner, vocab = rows.shape
     first, *more = _pieces(index, vocab, _ROOM_LOGITS, mixed=mixed)
     for some in (first, *more):
@@ -282,7 +290,8 @@ def _by_way_of_room(
         except NotCompiled as error:
             if some is first:
                 raise
-            # Those before it are written, perhaps over what they were computed from.
+            # Rows before these are written already, perhaps over the logits that they were computed
+            # from, so that nobody can start again eagerly.
             raise RuntimeError("PyTorch's compiler was turned off during a call") from error
         if outer == 1:
             rows[0].index_copy_(0, some, out)
@@ -291,8 +300,11 @@ def _by_way_of_room(
 
 
 def by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """View (outer, inner, V) as a matrix, in which the rows of that index have the numbers that are
-    returned with it; where strides do not allow it, copy them. Raise `NotCompiled` for V < 2.
+    """View (outer, inner, V) as a matrix, and return it with the numbers that the rows of `index`
+    have in it. Where strides do not allow a view, the matrix is a copy of these rows.
+
+    Raises:
+        NotCompiled: V < 2.
     """
     found = _view_by_number(rows, index)
     if found is not None:
@@ -303,14 +315,14 @@ def by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _view_by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-    """View rows as `by_number` does, without a copy; None where strides do not allow it."""
+    """View rows as `by_number` does; None where strides do not allow it without a copy."""
     outer, inner, vocab = rows.shape
     across, down, along = rows.stride()
     if vocab < 2:
         raise NotCompiled
     if inner == 1:
         rows, inner, outer, down = rows.transpose(0, 1), outer, 1, across
-    if along == 1 and outer == 1 and down == 0:  # all the same
+    if along == 1 and outer == 1 and down == 0:  # an expanded row, the same for all
         return rows[0, :1], torch.zeros_like(index)
     if along == 1 and outer == 1:
         return rows[0], index
@@ -328,7 +340,7 @@ def scaling(
     index: Tensor,
     dtype: torch.dtype,
 ) -> Scaling:
-    """Make the arguments of some rows from the temperature of all rows, or those (N,) of each."""
+    """Make the arguments for some rows; the temperature is one number, or (N,) one for each row."""
     of_rows = torch.empty(index.shape, dtype=dtype, device=index.device)
     if isinstance(temperature, Tensor):
         of_rows.copy_(temperature[index])
@@ -344,7 +356,7 @@ def scaling(
 
 
 def number(value: float | None, like: Tensor) -> Tensor | None:
-    """Return a number as a 0-d tensor, whose value is not compiled in."""
+    """Return a number as a 0-d tensor, so that its value is not compiled in; None stays None."""
     return None if value is None else like.new_full((), value)
 
 

@@ -1,5 +1,7 @@
-"""Row work of `token_stats` by compiled functions: the launchers of `eager_token_stats`, which do
-the rest where a function cannot be compiled, or not any more.
+"""Row work of `token_stats` by compiled functions (see `compiled_rows.py`).
+
+The launchers are named as those of `eager_token_stats`, which do the work where a function cannot
+be compiled, and what is left of it where the compiler is turned off in the middle.
 
 Dims: N rows, V vocabulary.
 """
@@ -33,7 +35,7 @@ def token_stats_forward(
     with_stats: Sequence[str] = (),
     logits_at_once: int,
 ) -> RowStats:
-    """Compute the statistics of rows (outer, inner, V), N > 0; without a compiler eagerly."""
+    """Compute the statistics of rows (outer, inner, V), N > 0; without a compiler, eagerly."""
     eager_token_stats.assert_targets_on_device(targets, rows.shape[2], ignore_index)
     question = Question(targets, temperature, softcap, scale, entropy, tuple(with_stats))
     stats = ignored_rows(rows, len(targets), entropy, with_stats)
@@ -52,7 +54,7 @@ def token_stats_forward(
 
 
 def row_parts(rows: Tensor, question: Question, selected: Tensor) -> Iterator[RowParts]:
-    """Compute the parts of selected rows whose other columns are elsewhere."""
+    """Compute the parts of selected rows whose other columns are on other ranks."""
     with contextlib.suppress(NotCompiled):
         parts = [_row_parts(rows, index, question) for index in _chunks(selected, rows, question)]
         yield from parts
@@ -61,7 +63,7 @@ def row_parts(rows: Tensor, question: Question, selected: Tensor) -> Iterator[Ro
 
 
 def _chunks(selected: Tensor, rows: Tensor, question: Question) -> tuple[Tensor, ...]:
-    # A function may have to hold a number for each logit where more than one loop takes it.
+    # With these, more than one loop reads a number for each logit, and the function may hold it.
     held = question.entropy or bool(question.with_stats) or question.softcap is not None
     return chunks(selected, rows.shape[2], held=held)
 
@@ -92,8 +94,8 @@ def token_stats_backward(
     scale: float,
     logits_at_once: int,
 ) -> None:
-    """Write the gradient of rows (outer, inner, V) into d_rows, which may be these rows; eagerly
-    those for which there is no compiled function any more.
+    """Write the gradient of rows (outer, inner, V) into d_rows, which may be these rows. Rows that
+    are left when the compiler is turned off are done eagerly.
     """
     upstream = d_logprob, d_entropy, d_lse, d_mean
     transform: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "scale": scale}
@@ -115,8 +117,8 @@ def _write_gradients(
     upstream: Upstream,
     transform: dict[str, Any],
 ) -> Tensor:
-    """Write the gradients of active rows while functions are compiled; return those (N,) for which
-    that was not so.
+    """Write the gradients of active rows by compiled functions, and tell which of them (N,) are
+    still missing because there was no compiled function.
     """
     logprob, entropy, peak, log_norm = stats
     slopes = reference.row_slopes(logprob, *upstream, columns=rows.shape[2])

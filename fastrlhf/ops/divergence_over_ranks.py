@@ -1,9 +1,10 @@
 """Divergences of tokens whose logits are spread over ranks, each with a part of the vocabulary.
 
-As the kernel sweeps twice over both rows, so are there two all-gathers: of the largest logit and
-the sum of exponentials of each side, which give the normalisers; and of the sums of the terms that
-each rank's columns have, given those. 28 bytes a token from each rank in fp32, added in the order
-of ranks. The gradient of the logits takes nothing but these.
+The kernel of `kl_divergence` passes twice over both rows; here there is an all-gather after each
+pass. The first is of the largest logit and the sum of exponentials of each side, which give the
+normalisers. The second is of the sums of the divergence's terms over a rank's columns, which need
+the normalisers. Each rank sends 28 bytes a token in fp32, and sums are added in the order of ranks.
+Given these sums, the gradient of the logits needs nothing from other ranks.
 
 Dims: N rows, V columns of this rank, W ranks.
 """
@@ -51,7 +52,7 @@ def kl_divergence_over_ranks(
 
 
 class _DivergenceOverRanks(torch.autograd.Function):
-    """Values (N,) of logits (..., V) of p and of q, with respect to which it is differentiable."""
+    """Values (N,) of logits (..., V) of p and of q, differentiable with respect to both."""
 
     @staticmethod
     def forward(ctx, logits_p, logits_q, mask, token_temperature, transform, share, part, impl):
@@ -86,7 +87,7 @@ def divergence_over_ranks(
     part: VocabularyPart,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the values (N,) and statistics (6, N) that `divergence_backward_into` takes, of
+    """Compute the values (N,), and the statistics (6, N) that `divergence_backward_into` takes, for
     logits (..., V) whose other columns are on other ranks; without a gradient.
     """
     acc, keep = wider(logits_p, logits_q), mask.reshape(-1).contiguous()
@@ -115,7 +116,7 @@ def divergence_over_ranks(
                 scale=transform.scale,
             )  # fmt: skip
             own[:, rows] = torch.stack(found)
-    # The mean of q is that of p, unless there is a mixture.
+    # Without a mixture, the mean log-ratio of q equals that of p, and is not sent.
     sums = summed(own if share is not None else own[:3], part.group)
     p_is_empty, q_is_empty = (norms[i] == -torch.inf for i in (0, 3))
     values = reference.of_sums_of_terms(sums[0], sums[1], p_is_empty, q_is_empty, share)
@@ -131,20 +132,20 @@ def _parts(
     acc: torch.dtype,
     triton: bool,
 ) -> Tensor:
-    """Peak and Σ e^(z - peak) (2, N) of the rows that count."""
+    """Compute peak and Σ e^(z - peak) (2, N) of this rank's columns of the rows that count."""
     nothing = torch.stack(
         [logits.new_full(keep.shape, x, dtype=acc) for x in (-torch.inf, 0.0)]
     )  # fmt: skip
     if logits.shape[-1] == 0 or not keep.numel():
         return nothing
     softcap, scale = cap
-    if acc == torch.float64:  # whose sums the kernel of the statistics would not make of fewer bits
+    if acc == torch.float64:  # else the kernel would add up in fp32, where this side is not fp64
         logits = logits.to(acc)
     if triton:
         from fastrlhf.kernels.token_stats import RowQuestion, token_stats_message
 
         if reference.accumulation_dtype(logits.dtype) != acc:
-            logits = logits.to(acc)  # beside a side in fp64, of which this kernel knows nothing
+            logits = logits.to(acc)  # the other side is fp64, but the kernel is given this one only
         nowhere = torch.where(keep, NOT_HERE, IGNORED)
         question = RowQuestion(nowhere, temperature, softcap, scale, IGNORED, False)
         return torch.where(keep, token_stats_message(rows_of(logits), question)[:2], nothing)
@@ -158,7 +159,9 @@ def _parts(
 
 
 def _norm(of_ranks: Tensor, temperature: float | Tensor) -> Tensor:
-    """Peak, log_norm and e^log_norm (3, N) of whole rows, from peaks and sums (W, 2, N)."""
+    """Compute peak, log_norm and e^log_norm (3, N) of whole rows from all ranks' peaks and sums
+    (W, 2, N).
+    """
     peak, shift = reference.merged_peaks(of_ranks[:, 0], temperature)
     rest = (of_ranks[:, 1] * shift.exp()).sum(0)
     return torch.stack((peak, rest.log(), rest))

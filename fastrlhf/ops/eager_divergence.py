@@ -1,8 +1,9 @@
-"""Row work of `kl_divergence` in eager PyTorch: launchers that take logits of both sides as
-(outer, inner, V), and a bounded number of rows at a time.
+"""Row work of `kl_divergence` in eager PyTorch.
 
-The forward has the arguments of its namesake in `kernels/divergence.py`. The backward is told by
-`of_p` which side is its own; what the kernel's takes instead, `divergence` says.
+Launchers take the logits of both sides as (outer, inner, V), and work on a bounded number of rows
+at a time. The forward has the arguments of its namesake in `kernels/divergence.py`. The backward is
+told by `of_p` with respect to which side it differentiates; `divergence.py` says what the kernel's
+backward takes instead.
 
 Dims: N rows, V vocabulary.
 """
@@ -17,7 +18,7 @@ from .rows import of_rows, zero_inactive
 
 
 def wider(logits_p: Tensor, logits_q: Tensor) -> torch.dtype:
-    """Return the dtype in which two sides are compared."""
+    """Return the dtype in which the divergence of two sides is computed."""
     return reference.accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
 
 
@@ -31,7 +32,7 @@ def divergence_forward(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute values (N,) and statistics (6, N), 0 where the mask is."""
+    """Compute values (N,) and statistics (6, N), 0 where the mask is 0."""
     values, stats = no_divergence(logits_p, logits_q, mask)
     for index in chunks(mask, logits_p.shape[2]):
         values[index], *of_chunk = reference.divergence_and_stats(
@@ -43,8 +44,8 @@ def divergence_forward(
 
 
 def no_divergence(logits_p: Tensor, logits_q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the values (N,) and statistics (6, N) of rows that are masked, for others to overwrite:
-    zeros.
+    """Make values (N,) and statistics (6, N) of zeros, as they are where the mask is 0; the caller
+    overwrites those of the other rows.
     """
     values = torch.zeros(mask.numel(), dtype=wider(logits_p, logits_q), device=mask.device)
     return values, values.new_zeros(6, mask.numel())

@@ -1,5 +1,7 @@
-"""Row work of `softmax_fisher_product` in eager PyTorch: a launcher named as that of
-`kernels/fisher.py`, with the same arguments, that takes a bounded number of rows at a time.
+"""Row work of `softmax_fisher_product` in eager PyTorch.
+
+The launcher has the name and arguments of that in `kernels/fisher.py`, and works on a bounded
+number of rows at a time.
 
 Dims: N rows, V vocabulary.
 """
@@ -21,8 +23,8 @@ def fisher_product(
     temperature: float | Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the product (N, V) in a dtype, and the quadratic form (N,), of logits and tangent
-    (outer, inner, V); 0 where the mask is.
+    """Compute the product (N, V) in the given dtype, and the quadratic form (N,), of logits and
+    tangent (outer, inner, V); 0 where the mask is 0.
     """
     product, quadratic = room_for_product(logits, tangent, mask, dtype)
     for index in chunks(mask, logits.shape[2]):
@@ -37,7 +39,7 @@ def fisher_product(
 def room_for_product(
     logits: Tensor, tangent: Tensor, mask: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Make room for both, with zeros where the mask is 0."""
+    """Make tensors for the product and the quadratic form, with zeros where the mask is 0."""
     acc = reference.accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
     product = torch.empty(mask.numel(), logits.shape[2], dtype=dtype, device=mask.device)
     zero_inactive(product, mask)

@@ -1,9 +1,9 @@
-"""Row work of `token_stats` in eager PyTorch: launchers named as those of `kernels/token_stats.py`,
-with the same arguments and the same answers.
+"""Row work of `token_stats` in eager PyTorch.
 
-Each applies the closed forms of `fastrlhf.reference` to a bounded number of rows at a time, since a
-formula holds several numbers in fp32 for each logit. `logits_at_once` is that bound; `token_stats`
-says what it is.
+The launchers have the names, arguments and results of those in `kernels/token_stats.py`. Each
+applies the closed forms of `fastrlhf.reference` to a bounded number of rows at a time, since a
+formula holds several numbers in fp32 for each logit. `logits_at_once` is that bound, which
+`token_stats.py` chooses.
 
 Dims: N rows, V vocabulary.
 """
@@ -47,14 +47,18 @@ def token_stats_forward(
 
 
 def assert_targets_on_device(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """Let a GPU assert what the kernel does. On a CPU it is checked before, with a better error."""
+    """Let a GPU assert that targets are in the vocabulary, as the kernel does. On a CPU they are
+    checked before, with a better error.
+    """
     if targets.device.type != "cpu":
         known = (targets >= 0) & (targets < vocab) | (targets == ignore_index)
         assert_on_device(known.all(), "a target is outside [0, vocabulary)")
 
 
 def row_parts(rows: Tensor, question: Question, selected: Tensor) -> Iterator[RowParts]:
-    """Compute, some at a time, the parts of selected rows whose other columns are elsewhere."""
+    """Compute the parts of selected rows whose other columns are on other ranks, some rows at a
+    time.
+    """
     for index in runs_or_chunks(selected, rows):
         targets, options = question.of_rows(index)
         yield reference.row_parts(take_rows(rows, index), targets, **options)
@@ -92,8 +96,8 @@ Upstream = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def rows_with_gradient(stats: tuple[Tensor, ...], upstream: Upstream) -> Tensor:
-    """Which rows (N,) have a gradient that is not 0 because nothing comes from upstream, or because
-    they have no distribution.
+    """Tell which rows (N,) may have a gradient other than 0: those with an upstream gradient that
+    is not 0, and with a distribution.
     """
     d_logprob, *others = upstream
     _, _, peak, _ = stats
@@ -101,15 +105,16 @@ def rows_with_gradient(stats: tuple[Tensor, ...], upstream: Upstream) -> Tensor:
     for slope in others:
         if slope is not None:
             active |= slope != 0
-    # As in the kernel: the peak of a row without a distribution is -inf.
+    # A row without a distribution has the peak -inf, and no gradient, as in the kernel.
     active &= peak != -torch.inf
     return active
 
 
 @contextmanager
 def zeros_elsewhere(d_rows: Tensor, rows: Tensor, active: Tensor) -> Iterator[None]:
-    """Put zeros into all rows but the active ones: before these are written, in a pass over whole
-    memory if there are many; or in place after, for until then they hold logits.
+    """Put zeros into all rows but the active ones. If d_rows are the logits themselves, that is
+    done after the active rows are written, since it would destroy logits before; otherwise before,
+    where `zero_inactive` may write all of the memory in one pass.
     """
     in_place = d_rows is rows
     if not in_place:

@@ -1,24 +1,26 @@
 """Token statistics whose loss comes later, and whose gradient is mostly foreseen.
 
-A trainer that takes log-probs out of a model's forward, and makes a loss of them afterwards, needs
-4G where the head is trained, with G for one matmul of tokens × hidden × vocabulary (RECOMPUTE in
-`linear_plans.py`): the loss's derivative with respect to each log-prob, its *slope*, is not known
-while the logits are there, and backward makes them again. But often the slopes can be foreseen, up
-to a factor that all tokens share: those of a cross-entropy are equal. Then the forward finishes the
-gradient for the foreseen slopes, 3G in all; backward compares them with what has come, and makes
-the logits again of those tokens alone whose slope is another. So a wrong guess costs time, never a
-wrong gradient.
+G is the cost of one matmul of tokens × hidden × vocabulary. A trainer may take log-probs out of a
+model's forward and make a loss of them afterwards. Where the head is trained, that costs 4G
+(RECOMPUTE in `linear_plans.py`): the loss's derivative with respect to each log-prob, its *slope*,
+is not known while the logits are there, and the backward makes the logits again.
 
-What the forward leaves for backward, the gradient for the foreseen slopes among it, serves once and
-is let go of. A second backward through the same graph makes all logits again.
+But often the slopes can be foreseen, up to a factor that all tokens share. Those of a cross-entropy
+are all equal, for example. Then the forward finishes the gradient for the foreseen slopes, for 3G
+in all. The backward compares the foreseen slopes with the actual ones, and makes the logits again
+only of the tokens whose slope is different. So a wrong guess costs time, and never makes a gradient
+wrong.
 
-Where nothing is foreseen, the logits of the last block of tokens are kept for backward, which is in
-need of as much memory for its first block anyway: a batch of one block costs 3G too.
+What the forward keeps for the backward, such as the gradient for the foreseen slopes, is used once
+and then freed. A second backward through the same graph makes all logits again.
 
-Entropies are treated likewise: nothing is kept for their gradient, which a log has no use for.
-Where a loss asks for it after all, backward makes the logits again.
+Where nothing is foreseen, the logits of the last block of tokens are kept for the backward, which
+would need as much memory for its first block anyway. So a batch of one block costs 3G too.
 
-Used by `fastrlhf/integrations/trl_head.py`; what it foresees is in `trl_foresight.py` there.
+For the gradient of entropies nothing is kept, since most callers only log them. Where a loss does
+need that gradient, the backward makes the logits again.
+
+Used by `fastrlhf/integrations/trl_head.py`; `trl_foresight.py` there makes the guesses.
 """
 
 from collections.abc import Callable
@@ -53,11 +55,12 @@ from .linear_token_stats import (
     token_stats_of,
 )
 
-# From the statistics of a block of tokens, and where in the flattened targets they stand: slopes
-# (n,) of the log-probs, up to a factor that all blocks share.
+# A function that is given the statistics of a block of tokens, and the places of these tokens in
+# the flattened targets. It returns guesses of the slopes (n,) of their log-probs, up to a factor
+# that all blocks share.
 Foresight = Callable[[Statistics, Tensor], Tensor]
 
-# Slopes that differ by less than a few roundings are equal.
+# Slopes that differ by less than this many roundings count as equal.
 _SLACK = 16
 _LARGEST_GUESS = 1e20
 
@@ -65,10 +68,11 @@ _LARGEST_GUESS = 1e20
 def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> TokenStats:
     """Compute `token_stats_of` a problem, at the cost that the module's docstring says.
 
-    Cost: G without gradients, 2G for hidden states alone, and where the head is trained 3G with a
-    foresight that comes true, else 4G, less G for the tokens of the last block. Each token whose
-    slope is another than was foreseen, or whose entropy has a gradient, costs 3G more (2G where the
-    head is frozen). On a GPU, backward waits once for how many those are.
+    Cost: G without gradients, and 2G where hidden states alone need one. Where the head is trained,
+    3G if all slopes are as foreseen; without a foresight 4G, but 3G for the tokens of the last
+    block. Each token whose slope was foreseen wrongly, or whose entropy has a gradient, costs 3G
+    more (2G where the head is frozen). On a GPU, the host waits once in the backward, to learn how
+    many such tokens there are.
     """
     not_served = problem.options.part, problem.options.shared, problem.kept
     if under_transform() or any(x is not None for x in not_served):
@@ -79,7 +83,7 @@ def foreseen_stats(problem: LinearProblem, foresight: Foresight | None) -> Token
 
 
 class _LastBlock(NamedTuple):
-    """The logits of the last block of tokens, which backward turns into their gradient."""
+    """The logits of the last block of tokens, which the backward turns into their gradient."""
 
     span: Span
     logits: Tensor
@@ -87,7 +91,7 @@ class _LastBlock(NamedTuple):
 
 
 class _Foreseen(NamedTuple):
-    """The slopes (N,) that were foreseen, and the gradient for them, in the precision of sums."""
+    """The foreseen slopes (N,), and the gradient for them, in the precision of sums."""
 
     slopes: Tensor
     gradient: list[Tensor | None]  # of hidden states, bias and weights
@@ -114,7 +118,7 @@ class _ForeseenStats(torch.autograd.Function):
                 all_stats, *slope_of_logprob = _with_slope_of_logprob(bench, spans)
             else:
                 all_stats, _ = statistics(bench, spans)
-        question = options.question._replace(with_stats=())  # which has no gradient
+        question = options.question._replace(with_stats=())  # these have no gradient
         problem = problem._replace(options=options._replace(question=question))
         keep_problem(ctx, problem, order, slope_of_logprob)
         ctx.set_materialize_grads(False)
@@ -127,7 +131,7 @@ class _ForeseenStats(torch.autograd.Function):
         if torch.is_grad_enabled() or under_transform(d_logprob, d_entropy):
             totals = differentiable_gradients(problem, ctx.needs, d_logprob, d_entropy)
         else:
-            leftover, ctx.leftover = ctx.leftover, None  # it serves once
+            leftover, ctx.leftover = ctx.leftover, None  # it can be used only once
             if d_logprob is None:
                 sums = torch.promote_types(problem.options.dtype, torch.float32)
                 d_logprob = torch.zeros_like(problem.targets.reshape(-1), dtype=sums)
@@ -143,8 +147,8 @@ class _ForeseenStats(torch.autograd.Function):
 
 
 def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ...]:
-    """Statistics, and ∂logprob/∂hidden (N, K) of each token: the plan KEEP_SLOPES, but
-    for the entropy's slope.
+    """Compute the statistics, and ∂logprob/∂hidden (N, K) of each token, as the plan KEEP_SLOPES
+    does, but without the entropy's slope.
     """
     all_stats = room_for_all_tokens(bench)
     slope = room_for_slopes(bench.rows.hidden, alone=True)
@@ -159,7 +163,7 @@ def _with_slope_of_logprob(bench: Workbench, spans: list[Span]) -> tuple[Any, ..
 
 
 def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[AllStats, _LastBlock | None]:
-    """Statistics, and what is left of the last block: the forward of RECOMPUTE, but for that."""
+    """Compute the statistics as the forward of RECOMPUTE does, and keep the last block's logits."""
     all_stats, last = room_for_all_tokens(bench), None
     for span in spans:
         block = bench.rows.block(span)
@@ -173,7 +177,9 @@ def _with_last_block(bench: Workbench, spans: list[Span]) -> tuple[AllStats, _La
 def _with_foreseen_gradient(
     bench: Workbench, spans: list[Span], needs: Needs, foresight: Foresight, problem: LinearProblem
 ) -> tuple[AllStats, _Foreseen]:
-    """Statistics, and the gradient for the slopes that are foreseen: WITH_LOSS, by a guess."""
+    """Compute the statistics, and the gradient for the foreseen slopes: the plan WITH_LOSS, with a
+    guess in place of the loss.
+    """
     all_stats = room_for_all_tokens(bench)
     slopes = torch.zeros_like(all_stats[0])
     gradients = bench.gradients(needs, bench.head.sums)
@@ -192,14 +198,16 @@ def _with_foreseen_gradient(
 def _guess(foresight: Foresight, stats: Statistics, block: Block) -> Tensor:
     assert isinstance(block.place, Tensor)
     guess = foresight(stats, block.place).to(stats.logprob)
-    # What is not finite, or may not be once it is multiplied, is not foreseen.
+    # A guess that is not finite, or may overflow when multiplied, is dropped: 0 foresees nothing.
     return torch.where(guess.abs() < _LARGEST_GUESS, guess, 0.0)
 
 
 def _from_slope(
     problem: LinearProblem, order: Tensor, slope: Tensor, slopes: Slopes
 ) -> list[Tensor | None]:
-    """Scale the kept vector of each token by its upstream gradient, and add what entropies ask."""
+    """Scale the kept vector of each token by its upstream gradient, and add the gradient of the
+    entropies, for which the logits are made again.
+    """
     live = problem.targets.reshape(-1) != problem.options.question.ignore_index
     d_hidden = slope * torch.where(live, slopes.logprob, 0.0).unsqueeze(1)
     if slopes.entropy is not None:
@@ -215,7 +223,9 @@ def _from_slope(
 def _from_foreseen(
     problem: LinearProblem, order: Tensor, needs: Needs, leftover: _Foreseen, slopes: Slopes
 ) -> list[Tensor | None]:
-    """Scale the gradient that was foreseen, and make up for the tokens whose slope is another."""
+    """Scale the foreseen gradient by the common factor of the slopes, and correct it for tokens
+    whose slope was not foreseen.
+    """
     foreseen, actual = leftover.slopes[order], slopes.logprob[order]
     factor = actual.new_zeros(())  # where entropies have a gradient too, nothing foreseen is used
     if slopes.entropy is None:
@@ -233,8 +243,9 @@ def _from_foreseen(
     again = Slopes(rest, slopes.entropy)
     more = _recomputed(problem, rows, needs, again, hidden_dtype=slopes.logprob.dtype)
     if totals[0] is not None and more[0] is not None:
-        # A hidden state's gradient is of its token alone. Where the slope was missed, it overwrites
-        # what was foreseen: to add to that what is missing would cancel digits.
+        # The gradient of a hidden state depends on its token alone. So where the slope was not
+        # foreseen, the computed gradient replaces the foreseen one. To add the difference to the
+        # latter would lose digits by cancellation.
         d_hidden, of_rest = (x.view(-1, problem.hidden.shape[-1]) for x in (totals[0], more[0]))
         ratio = 1.0 if slopes.entropy is not None else (actual / missed)[recompute].unsqueeze(1)
         d_hidden[rows] = of_rest[rows] * ratio
@@ -246,7 +257,9 @@ def _from_foreseen(
 
 
 def _common_factor(foreseen: Tensor, actual: Tensor) -> Tensor:
-    """The factor that makes most slopes right: the median of what each would need."""
+    """Find the factor that makes most foreseen slopes right: the median of the factors that each of
+    them would need.
+    """
     if not foreseen.numel():
         return actual.new_zeros(())
     factor = torch.where(foreseen != 0, actual / foreseen, torch.nan).nanmedian()
@@ -262,8 +275,8 @@ def _recomputed(
     last_block: _LastBlock | None = None,
     hidden_dtype: torch.dtype | None = None,
 ) -> list[Tensor | None]:
-    """The gradient of some tokens from logits that are made again, but for those of the last block
-    where they are left; that of hidden states in their dtype or another.
+    """Compute the gradient of some tokens from logits that are made again, except those of the last
+    block, if they were kept. The gradient of hidden states has their dtype unless another is given.
     """
     with exact(problem.hidden):
         whole = problem.workbench(order)

@@ -1,4 +1,7 @@
-"""Generalised advantage estimation, by a scan on a GPU.
+"""Generalised advantage estimation.
+
+On a GPU a Triton kernel does it as a scan over tokens. Elsewhere rows go backwards step by step,
+and packed tokens by the scan of `reference.packed_gae`.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
@@ -53,17 +56,17 @@ def gae(
     Args:
         rewards: (B, T), or with cu_seqlens (N,) or (1, N) as all below; see `shaped_rewards`.
         values: (B, T) that the value model gave when the tokens were sampled.
-        mask: (B, T) bool or 0/1, the tokens that count. The others can hold anything, and may stand
-            anywhere: the token after them is the next one of the token before them.
+        mask: (B, T) bool or 0/1, the tokens that count. The others can hold anything and may stand
+            anywhere: they are skipped, as if the tokens around them followed each other.
         gamma: discount in [0, 1].
-        lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1). Or (B,) of each
-            sequence, see `length_adaptive_lambda`.
-        returns_lam: λ of the returns, a number or (B,), which then are of a pass of their own: the
-            decoupled form, where the value model learns Monte Carlo returns (1.0). None: lam.
-        last_values: (B,) floating: the value after the last token, of a sequence that was cut
-            there; it has to be 0 where the sequence ended. None: all ended.
-        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last: nothing
-            is handed over them.
+        lam: λ in [0, 1], between one-step (0) and Monte Carlo estimates (1). Or (B,), one for each
+            sequence: see `length_adaptive_lambda`.
+        returns_lam: λ of the returns, a number or (B,), which are then computed in a pass of their
+            own. In this decoupled form the value model learns Monte Carlo returns (1.0). None: lam.
+        last_values: (B,) floating, the value after the last token of a sequence that was cut there;
+            it has to be 0 where the sequence ended. None: all ended.
+        cu_seqlens: (B + 1,) int32 or int64 borders of packed sequences, 0 first and N last. Each
+            sequence is estimated on its own.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton",
             "compiled" (eager PyTorch for packed sequences) or "eager".
 
@@ -74,7 +77,7 @@ def gae(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; gamma or lam outside
-            [0, 1] (of lam (B,) on a GPU, an assertion there).
+            [0, 1] (for lam (B,) on a GPU, an assertion there instead).
 
     Source: 1506.02438 Eq. 16; 2504.05118 (VAPO) for λ of each sequence and of the returns.
 
@@ -92,7 +95,7 @@ def gae(
     for name, x in (("values", values), ("mask", mask)):
         check_shape(name, x, tuple(rewards.shape), "the shape of rewards")
         check_same_device(name, x, "rewards", rewards)
-    if not rewards.is_floating_point():  # 0 and 1 of a verifier
+    if not rewards.is_floating_point():  # a verifier may give integers, 0 and 1
         rewards = rewards.float()
     gamma = check_between("gamma", gamma, 0, 1)
     lams = [_check_lam("lam", lam, rewards, layout)]
@@ -116,7 +119,7 @@ def _estimates(
     layout: reference.Layout,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, in some shape."""
+    """Compute advantages and returns, in a shape that the caller changes to that of rewards."""
     options: dict[str, Any] = {"gamma": gamma, "lam": lam, "last_values": last_values}
     triton = use_triton(impl, rewards, auto_interprets=True) and not under_transform()
     if triton and rewards.numel() > 0:
@@ -133,7 +136,9 @@ def _estimates(
 
 
 def _apart(lam: float | Tensor) -> tuple[float, Tensor | None]:
-    """λ as a number, and of each sequence, of which the other does not count."""
+    """Return λ as two arguments: a number, and the λ (B,) of sequences or None. If there are λ of
+    sequences, the number is ignored.
+    """
     return (0.0, lam) if isinstance(lam, Tensor) else (lam, None)
 
 
@@ -159,7 +164,9 @@ def _check_lam(
 
 
 def _of_sequences(name: str, x: Tensor, rewards: Tensor, layout: reference.Layout) -> Tensor:
-    """Check numbers of sequences (B,), and return them as backends take them."""
+    """Check numbers (B,) of sequences, and return them detached and contiguous, as backends need
+    them.
+    """
     check_shape(name, x, (layout.sequences(rewards),), "one for each sequence")
     check_same_device(name, x, "rewards", rewards)
     return x.detach().contiguous()
@@ -185,7 +192,8 @@ def _scan(
     )
 
 
-# An operator, so that a graph does not hold the steps, whose number depends on that of the tokens.
+# This is an operator so that a compiled graph does not contain the steps of the scan, whose number
+# depends on the number of tokens.
 @torch.library.custom_op("fastrlhf::packed_gae", mutates_args=())
 def _eager_scan(
     rewards: Tensor,

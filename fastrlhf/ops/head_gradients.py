@@ -3,18 +3,19 @@
 The plans (`linear_plans.py`) make the gradient of a block's logits and hand it to `Gradients`,
 which multiplies it by the head (`linear_head.py`) and by the hidden states.
 
-Two things stand between the two on a GPU, where matmuls take 16-bit operands:
+On a GPU, where matmuls take 16-bit operands, two more things have to be done:
 
-- fp16 ends at 6e-8. The gradient of a mean over thousands of tokens is smaller than that in most of
-  the vocabulary, so fp16 holds each row relative to a power of two of its own (`unit`), by which
-  sums over the vocabulary are multiplied afterwards. In sums over tokens, the hidden states carry
-  it, relative to a power of two of all rows.
-- The sum over tokens that is a weight's gradient is as large as the weight, and in fp32: adding a
-  block of a thousand rows to it moves four times the bytes of the block's logits. So gradients of
-  logits wait for each other, and are added together.
+- The smallest number of fp16 is 6e-8. The gradient of a mean over thousands of tokens is smaller
+  than that in most of the vocabulary. So in fp16 the gradient of each row of logits is held
+  relative to a power of two, the row's `unit`. Sums over the vocabulary are multiplied by the
+  unit afterwards. In sums over tokens, hidden states are multiplied by the units of their rows
+  beforehand, relative to one power of two for all rows.
+- The gradient of a weight is a sum over tokens, in fp32 and as large as the weight: adding a block
+  of a thousand rows to it moves four times the bytes of the block's logits. So the gradients of
+  several blocks wait, and are added together.
 
-Where ranks share the vocabulary, the gradient of a hidden state is the sum of theirs: that of a
-block is on its way, in fp32, while the matmuls of the next one run.
+Where ranks share the vocabulary, the gradient of a hidden state is a sum over ranks. That of a
+block is sent, in fp32, while the matmuls of the next block run.
 
 Dims: n rows of a block, K width of the hidden states, V vocabulary.
 """
@@ -33,25 +34,27 @@ from .tracing import being_traced
 if TYPE_CHECKING:
     from .linear_head import Head, Weight
 
-# Bytes of gradients of logits that wait to be added to that of a weight; one block at least.
+# How many bytes of gradients of logits wait to be added to the gradient of a weight; at least one
+# block does.
 _WAITING_BYTES = 2**29
-# Rows are moved to the front of a block in so many parts, each of which is copied.
+# Rows are moved to the front of a block in this many parts; each part is copied on the way.
 _MOVES = 8
-# Rows start at multiples of so many numbers.
+# Rows start at multiples of this many numbers.
 _ROW_ALIGNMENT = {"cpu": 1}
 _GPU_ROW_ALIGNMENT = 64
-# fp16 ends at 2^16. What is scaled ends below 2^14, so 2^-28 of the largest is a normal number.
+# The largest fp16 is just below 2^16. Scaled numbers are below 2^14, so that 2^-28 times the
+# largest of them is still a normal number of fp16.
 _LARGEST_EXPONENT = 14
-_SMALLEST_EXPONENT = -100  # of a unit, which is a normal number of fp32
+_SMALLEST_EXPONENT = -100  # of a unit, so that it is a normal number of fp32
 
 
 def padded_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make room for (n, V) numbers, whose rows on a GPU start at 16 bytes: what its fast matmuls
-    load at once.
+    """Make room for (n, V) numbers. On a GPU rows start at multiples of at least 16 bytes, which
+    its fast matmuls load at once.
     """
     alignment = _ROW_ALIGNMENT.get(device.type, _GPU_ROW_ALIGNMENT)
     if being_traced():
-        alignment = 1  # the compiler takes no `out=` with gaps
+        alignment = 1  # the compiler does not accept an `out=` tensor with gaps between rows
     width = -(-vocab // alignment) * alignment
     return torch.empty((rows, width), dtype=dtype, device=device)[:, :vocab]
 
@@ -60,13 +63,13 @@ class LogitGradient(NamedTuple):
     """The gradient of a block's logits, as operands of matmuls."""
 
     values: Tensor  # (n, V)
-    unit: Tensor | None  # (n, 1) powers of two that the values are relative to; None: 1
+    unit: Tensor | None  # (n, 1) powers of two by which the values are divided; None: all 1
 
     def leading(self, some: Tensor) -> LogitGradient:
-        """Move some rows, by increasing indices, to the front, and leave out the others.
+        """Move some rows, given by increasing indices, to the front, and drop the others.
 
-        A row never moves behind its place, so that a few at a time overwrite none that is still to
-        be moved.
+        No row moves towards the end, so when a few are moved at a time, they overwrite no row that
+        is still to be moved.
         """
         count = some.shape[0]
         at_a_time = max(1, len(self.values) // _MOVES)
@@ -77,8 +80,8 @@ class LogitGradient(NamedTuple):
 
 
 def as_operands(d_logits: Tensor, operands: torch.dtype, room: Tensor | None) -> LogitGradient:
-    """Round the gradient of logits to the dtype of the matmuls, into `room` unless it is that
-    already.
+    """Round the gradient of logits to the dtype of the matmuls and write it into `room`; if it has
+    that dtype already, it is returned as it is.
     """
     if d_logits.dtype == operands:
         return LogitGradient(d_logits, None)
@@ -94,18 +97,21 @@ def _largest(rows: Tensor) -> Tensor:
 
 
 def _unit(largest: Tensor) -> Tensor:
-    """Powers of two, relative to which numbers fit into fp16 whose largest is given, in fp32."""
+    """Compute powers of two, in fp32, such that numbers divided by them fit into fp16, given the
+    largest of these numbers.
+    """
     exponent = (largest.frexp().exponent - _LARGEST_EXPONENT).clamp(min=_SMALLEST_EXPONENT)
-    # Rows of zeros, inf or NaN are what they are in any unit, and must not decide that of the sums.
+    # Rows of zeros, inf or NaN are the same in any unit. They get the smallest, so that they do not
+    # determine the common unit of the sums.
     plain = (largest > 0) & largest.isfinite()
     exponent = torch.where(plain, exponent, _SMALLEST_EXPONENT)
-    # From its bits: a power that is computed may be off by a rounding.
+    # The power is made from its bits, because a computed power may be off by a rounding.
     return ((exponent + 127) << 23).view(torch.float32)
 
 
 def _carrying(rows: Tensor, units: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows (n, K) times the units of their rows of logits, relative to a unit of all of them, which
-    is at least so much.
+    """Multiply rows (n, K) by the units of their rows of logits, and divide them by one common
+    unit, which is not less than `least`. Returns both.
     """
     unit = _unit((_largest(rows.float()) * units).amax())
     if least is not None:
@@ -114,10 +120,11 @@ def _carrying(rows: Tensor, units: Tensor, least: Tensor | None) -> tuple[Tensor
 
 
 class Gradients:
-    """What is asked for of the gradients of hidden states (N, K), weights (V, K) and bias (V,).
+    """The gradients of hidden states (N, K), weights (V, K) and bias (V,), as far as they are
+    asked for.
 
-    A gradient that nobody wants stays None; so does that of a weight before its first rows, which
-    then overwrite.
+    A gradient that is not asked for stays None. That of a weight is None until the first rows
+    come, which make it; later ones are added.
     """
 
     def __init__(
@@ -130,19 +137,19 @@ class Gradients:
         group: Group | None = None,
         shared: bool = False,
     ):
-        self.head, self.rows = head, rows  # how many of them there will be
-        self.hidden = hidden  # zeros to write into
-        self.shared = shared  # whether a hidden state may come several times
+        self.head, self.rows = head, rows  # `rows`: how many rows there will be in all blocks
+        self.hidden = hidden  # zeros, into which the gradient of hidden states is written
+        self.shared = shared  # whether several rows may belong to one hidden state
         self.over_ranks = None if group is None or hidden is None else SumsOnTheirWay(group, hidden)
         self.wants_weights, self.wants_bias = weights, bias
         self.weights: list[Tensor | None] = [None] * len(weights)
         self.bias: Tensor | None = None
-        self.unit: Tensor | None = None  # 0-d power of two that those of weights are relative to
+        self.unit: Tensor | None = None  # 0-d power of two by which those of weights are divided
         self._room: Tensor | None = None
         self._waiting: list[tuple[Tensor, LogitGradient]] = []
 
     def room(self, rows: int) -> Tensor:
-        """Make room for the gradient of so many rows of logits, as operands."""
+        """Make room for the gradient of so many rows of logits, in the dtype of the matmuls."""
         waiting = sum(len(hidden) for hidden, _ in self._waiting)
         if self._room is not None and waiting + rows > len(self._room):
             self._add_waiting()
@@ -157,7 +164,9 @@ class Gradients:
         return self._room[waiting : waiting + rows]
 
     def add(self, place: Tensor | slice, hidden: Tensor, d_logits: LogitGradient) -> None:
-        """Take in a block of rows, given their hidden states as operands, and where they belong."""
+        """Take in a block of rows: their places among all tokens, their hidden states in the dtype
+        of the matmuls, and the gradient of their logits.
+        """
         if self.over_ranks is not None:
             self.over_ranks.send(place, self.head.pull_back(d_logits))
         elif self.hidden is not None and self.shared:
@@ -174,8 +183,8 @@ class Gradients:
     def totals(
         self, hidden: Tensor, bias: Tensor | None, weights: list[Weight]
     ) -> list[Tensor | None]:
-        """Gradients of the given tensors, in their shapes; zero where no row contributed, None
-        where not asked for.
+        """Return the gradients of the given tensors, in their shapes: zeros where no row
+        contributed, None where it is not asked for.
         """
         self._add_waiting()
         self._room = None
@@ -196,7 +205,7 @@ class Gradients:
         return totals
 
     def _add_waiting(self) -> None:
-        """Add what waits to the gradients of weights and bias."""
+        """Add the waiting blocks to the gradients of weights and bias."""
         if not self._waiting:
             return
         hidden = _joined([hidden for hidden, _ in self._waiting])
@@ -214,7 +223,7 @@ class Gradients:
         self._waiting = []
 
     def _sum(self, values: Tensor, units: Tensor | None) -> Tensor:
-        """Sum over the rows."""
+        """Sum the gradients of logits over the rows, which gives that of the bias: (V,)."""
         if units is None:
             return values.sum(0, dtype=self.head.sums)
         ones, unit = _carrying(torch.ones_like(values[:, :1]), units, None)

@@ -1,9 +1,14 @@
-"""The ids that a token may be: a distribution over the few that a sampler kept.
+"""Kept ids: the few ids to which a sampler restricted each token.
 
-With top-p or top-k sampling whose choice is kept for training, the policy is a softmax over the
-kept ids alone: half of the tokens keep one, most a few, some a hundred. They come as rows of ids of
-any lengths, one after the other, and the offsets at which they begin. What is computed of them
-costs what they are, not the vocabulary.
+Top-p and top-k sampling draw a token from a few ids that they keep. Where training uses the same
+ids, the policy is a softmax over these alone. Half of the tokens keep one id, most keep a few, some
+keep a hundred. The ids of all tokens come in one tensor, token after token, with the offsets at
+which those of each token begin. Time and memory grow with the number of kept ids, not with the
+vocabulary.
+
+`checked_support` makes `KeptIds` of the public argument `support`. `kept_stats.py` computes
+statistics from the logits of these ids, which come from hidden states (`kept_logits.py`) or out of
+a tensor of all logits (`taken_logits.py`).
 
 Dims: N tokens, M kept ids of all of them, V vocabulary.
 """
@@ -25,25 +30,25 @@ from .checks import (
 )
 from .vocabulary_part import VocabularyPart, fingerprint
 
-Support = tuple[Tensor, Tensor]  # ids (M,), and the offsets (N + 1,) of those of each token
+Support = tuple[Tensor, Tensor]  # ids (M,); offsets (N + 1,) at which those of each token begin
 
 _LIKE = "one for each token, flattened, and the end"
 
 
 class KeptIds(NamedTuple):
-    """A support that was checked, and what is computed of it once.
+    """A support that was checked, with what is computed from it once for all uses.
 
-    What ignored tokens keep is never looked at: their ids are 0 here, and not live.
+    The ids of ignored tokens are never looked at: they are 0 here, and not live.
     """
 
     ids: Tensor  # (M,) int64
     offsets: Tensor  # (N + 1,) int64
-    token: Tensor  # (M,) that keeps the id
-    live: Tensor  # (M,) whether that has a target
+    token: Tensor  # (M,) the number of the token that keeps the id
+    live: Tensor  # (M,) whether that token has a target
     live_tokens: Tensor  # (N,) whether a token has a target
     targets: Tensor  # (N,), 0 for ignored tokens
-    own: Tensor  # (N,) where among the M its target is; 0 for ignored tokens
-    alone: Tensor  # (N,) whether a target is the only id that is kept: there is nothing to choose
+    own: Tensor  # (N,) place of each token's target among the M ids; 0 for ignored tokens
+    alone: Tensor  # (N,) whether a token keeps its target alone, so that there is nothing to choose
 
     @property
     def counts(self) -> Tensor:
@@ -52,18 +57,20 @@ class KeptIds(NamedTuple):
 
     @property
     def with_choice(self) -> Tensor:
-        """The ids (M,) of live tokens that keep others too."""
+        """Tell which ids (M,) belong to live tokens that keep more than one."""
         return self.live & ~self.alone[self.token]
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sum (M,) over the ids of each token: (N,). In fp64, since it is done one by one."""
+        """Sum values (M,) over the ids of each token: (N,). PyTorch adds them up one by one, in
+        fp64 so that long sums stay accurate.
+        """
         found = torch.segment_reduce(
             values.double(), "sum", offsets=self.offsets, initial=0, unsafe=True
         )
         return found.to(values.dtype)
 
     def largest(self, values: Tensor) -> Tensor:
-        """The largest (N,) of the values (M,) of each token; -inf of none."""
+        """Return the largest (N,) of the values (M,) of each token; -inf where it keeps no id."""
         return torch.segment_reduce(
             values, "max", offsets=self.offsets, initial=-torch.inf, unsafe=True
         )
@@ -106,7 +113,7 @@ def checked_support(
     if isinstance(vocab, int):
         check_indices_on_host("support[0]", ids[live] if known else ids, vocab, "ids")
     ids = torch.where(live, ids, 0)
-    # One cell more, for the ids that are no target.
+    # Cell N, behind those of the N tokens, takes the ids that are no target.
     is_own = live & (ids == (flat[token] if tokens else ids))
     cell = torch.where(is_own, token, tokens)
     own = torch.zeros(tokens + 1, dtype=torch.int64, device=ids.device)
@@ -121,7 +128,7 @@ def checked_support(
 
 def of_part(kept: KeptIds, part: VocabularyPart | None) -> tuple[Tensor, Tensor | None]:
     """Number the kept ids (M,) from the first column of this rank's part of the vocabulary, and
-    tell which are there; None: all.
+    tell which of them lie in it; None stands for all of them.
     """
     if part is None:
         return kept.ids, None
@@ -130,7 +137,9 @@ def of_part(kept: KeptIds, part: VocabularyPart | None) -> tuple[Tensor, Tensor 
 
 
 def some_of_support(support: Support, some: Tensor) -> Support:
-    """The support of some tokens, by their numbers. A GPU is awaited for how many ids they keep."""
+    """Return the support of the tokens with the given numbers. On a GPU, the host waits to learn
+    how many ids they keep.
+    """
     ids, offsets = support
     first, counts = offsets[:-1][some], offsets.diff()[some]
     ends = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
@@ -139,8 +148,8 @@ def some_of_support(support: Support, some: Tensor) -> Support:
 
 
 def said_with_support(scored: Tensor, support: Support | None, tokens: int) -> Tensor:
-    """What ranks that share a vocabulary say of the tokens to score: of those with another support,
-    something else.
+    """Add a fingerprint of the support to the targets of the tokens to score, which ranks that
+    share a vocabulary compare: ranks with different supports then find that they disagree.
     """
     if support is None:
         return scored
@@ -149,8 +158,8 @@ def said_with_support(scored: Tensor, support: Support | None, tokens: int) -> T
 
 
 def _dense_support(support: Support, tokens: int, like: str) -> Support:
-    """Return ids and offsets as int64, checked but for what they hold. `like` says what offsets
-    there should be.
+    """Return ids and offsets as int64. Their types, dtypes and shapes are checked, not their
+    values. `like` describes the expected offsets in an error.
     """
     if not isinstance(support, (tuple, list)) or len(support) != 2:
         got = type(support).__name__
@@ -193,7 +202,7 @@ def _check_offsets(offsets: Tensor, end: int) -> None:
 
 
 def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor | None) -> None:
-    """Check that each target is kept, and no id is twice, which would count it twice."""
+    """Check that each token keeps its target, and no id twice, since it would count twice."""
     keeps_target = ~kept.live_tokens | (found >= 1)
     twice = _stands_before(kept)
     if not known_on_host(kept.ids):
@@ -222,7 +231,7 @@ def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor | None) -> None
 
 
 def _stands_before(kept: KeptIds) -> Tensor:
-    """Which ids (M,) of live tokens stand among those of the same token before."""
+    """Tell which ids (M,) of live tokens repeat an earlier id of the same token."""
     by_id = kept.ids.argsort(stable=True)
     ids, token = kept.ids[by_id], kept.token[by_id]
     same = (ids[1:] == ids[:-1]) & (token[1:] == token[:-1]) & kept.live[by_id][1:]

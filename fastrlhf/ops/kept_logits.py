@@ -1,10 +1,10 @@
-"""Logits of kept ids alone: products of a hidden state with the few rows of a head's weight that
-its token keeps.
+"""Logits of kept ids (see `kept_ids.py`) from hidden states.
 
-Backward, a hidden state's gradient is a sum of these rows, and that of a row of the weight a sum of
-the hidden states whose tokens keep it: both are sums of rows that are found by number, in an order
-that depends on nothing else, so that a sum has the same bits at each run and in each batch. What
-has a gradient of exactly 0 is not read.
+Such a logit is the product of a token's hidden state with one row of the head's weight. In the
+backward, the gradient of a hidden state is a weighted sum of the rows that its token keeps, and the
+gradient of a row of the weight is a weighted sum of the hidden states whose tokens keep it.
+`weighted_rows.py` adds up both, in an order that depends on the sum alone, so that it has the same
+bits in each run and in each batch. Rows whose factor is exactly 0 are not read.
 
 Dims: M kept ids of all tokens, U hidden states, K their width, V vocabulary.
 """
@@ -33,21 +33,21 @@ from .weighted_rows import (
 
 
 class KeptRows(NamedTuple):
-    """Which hidden state meets which row of the weight."""
+    """The pairs of a hidden state and a row of the weight whose product is a logit."""
 
     state: Tensor  # (M,) numbers of hidden states
     ids: Tensor  # (M,) numbers of rows of the weight
-    wanted: Tensor  # (M,) bool: whose logit is looked at
-    # Of the matmul that this stands for, to which rows of the weight are rounded; autocast may
-    # decide it.
+    wanted: Tensor  # (M,) bool: whether the logit is used; if not, it is 0 and nothing is read
+    # Rows of the weight are rounded to this dtype: that of a matmul of all logits in place of this,
+    # which autocast may decide.
     operands: torch.dtype
 
 
 def kept_logits(
     hidden: Tensor, weights: list[Weight], bias: Tensor | None, rows: KeptRows, impl: str
 ) -> Tensor:
-    """Multiply hidden states (U, K) by kept rows of a weight in column blocks: (M,) in fp32 or
-    fp64; 0 where they are not wanted.
+    """Multiply hidden states (U, K) by the kept rows of a weight, which comes in column blocks.
+    Returns (M,) in fp32 or fp64, 0 for logits that are not wanted.
     """
     if under_transform(hidden):
         return _definition(hidden, weights, bias, rows)
@@ -104,10 +104,10 @@ def _products(
 def _products_of(
     hidden: Tensor, weight: Weight, rows: KeptRows, wanted: Tensor, impl: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Products of the wanted ones of M pairs of rows, some at a time."""
+    """Yield the numbers of some wanted pairs and their products, a bounded number at a time."""
     backend = backend_of(impl, hidden, wanted.numel() * hidden.shape[1])
     compiled = backend == "compiled" and isinstance(weight, Tensor) and wanted.numel() > 0
-    # The compiler would leave out a rounding.
+    # Where rows are to be rounded to another dtype first, the compiler would leave that out.
     if compiled and weight.dtype == rows.operands:
         assert isinstance(weight, Tensor)
         with contextlib.suppress(NotCompiled):
@@ -138,7 +138,7 @@ def _gradients(
     if wants[1]:
         assert bias is not None
         totals = d_logits.new_zeros(bias.shape)
-        if len(bias):  # a rank may have nothing of a vocabulary
+        if len(bias):  # where ranks share the vocabulary, one may have no row of it
             add_at(totals, rows.ids, d_logits)
         found[1] = totals.to(bias.dtype)
     by_id = None
@@ -182,10 +182,11 @@ def _differentiable_gradients(
     d_logits: Tensor,
     wants: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated, or batched: by autograd."""
+    """Compute the gradients by autograd, so that they can be differentiated again, or batched."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views, so that a path from one input to another is not walked here.
+        # Gradients are taken with respect to views of the inputs: where one input was computed from
+        # another, autograd stops at the view and does not follow that path.
         inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in (hidden, bias, *weights)]
         logits = _definition(inputs[0], inputs[2:], inputs[1], rows)
     leaves = [x for x, want in zip(inputs, wants, strict=True) if want]

@@ -1,11 +1,12 @@
-"""Statistics of tokens over the ids that they keep, from the logits of these ids.
+"""Statistics of tokens over the ids that they keep (see `kept_ids.py`), from the logits of these.
 
-The formulas are those of whole rows (`fastrlhf.reference`), with each kept id as a row of one
-column: what is summed over a row is summed over the ids of a token. Whatever makes the logits, from
-hidden states or out of a tensor of them, hands over a vector and gets back its gradient.
+The formulas are those of whole rows (`fastrlhf.reference`). Each kept id is given to them as a row
+of one column, and what they sum over a row is summed over the ids of a token instead. The logits
+come as one vector, and their gradient goes back as one: it does not matter here whether they were
+made from hidden states (`kept_logits.py`) or taken out of a tensor (`taken_logits.py`).
 
-Where a token keeps its target alone, log-prob and entropy are 0, and have no gradient, whatever the
-logit is: it need not be read.
+Where a token keeps its target alone, log-prob and entropy are 0 and have no gradient, whatever the
+logit is, so the logit need not be read.
 
 Dims: N tokens, M kept ids of all of them.
 """
@@ -23,7 +24,7 @@ from .backend import backend_of, under_transform
 from .kept_ids import KeptIds
 from .transform import Transform
 
-_NO_ID = 2**62  # larger than any
+_NO_ID = 2**62  # larger than any id
 
 
 class KeptQuestion(NamedTuple):
@@ -35,7 +36,7 @@ class KeptQuestion(NamedTuple):
     impl: str
 
     def of_ids(self, kept: KeptIds) -> dict[str, Any]:
-        """The transform as the formulas take it, of each id."""
+        """Return the transform as keywords of the formulas, with a temperature for each id."""
         options = self.of_tokens
         if isinstance(options["temperature"], Tensor):
             options["temperature"] = options["temperature"][kept.token]
@@ -43,11 +44,11 @@ class KeptQuestion(NamedTuple):
 
     @property
     def asked(self) -> tuple[bool, ...]:
-        """Which fields of `KeptStats` there are."""
+        """Tell which fields of `KeptStats` are asked for, in their order."""
         return True, self.entropy, True, *(name in self.with_stats for name in FURTHER_STATS)
 
     def answer(self, every: Iterable[Any]) -> "KeptStats":
-        """Those of all statistics that are asked for."""
+        """Make `KeptStats` of all statistics: None in place of those that are not asked for."""
         found: list[Any] = [
             x if want else None for x, want in zip(every, self.asked, strict=True)
         ]  # fmt: skip
@@ -61,13 +62,13 @@ class KeptQuestion(NamedTuple):
         }  # fmt: skip
 
     def wanted(self, kept: KeptIds, *, lse: bool) -> Tensor:
-        """The ids (M,) whose logits are looked at, given whether the lse is."""
+        """Tell which ids (M,) need their logits, given whether anybody looks at the lse."""
         return kept.live if lse or "mean_logit" in self.with_stats else kept.with_choice
 
 
 class KeptStats(NamedTuple):
-    """`TokenStats` (N,) of all tokens, 0 for ignored ones; differentiable are the log-prob, the
-    entropy, the lse and the mean logit. What was not asked for is None.
+    """`TokenStats` (N,) of all tokens, 0 for ignored ones. The log-prob, the entropy, the lse and
+    the mean logit are differentiable. What was not asked for is None.
     """
 
     logprob: Tensor
@@ -88,8 +89,8 @@ class KeptStats(NamedTuple):
 
 
 def kept_stats(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptStats:
-    """Compute the statistics from the logits (M,) of kept ids, in fp32 or fp64. That of a token's
-    only id may be anything, unless the lse or the mean logit is looked at.
+    """Compute the statistics from the logits (M,) of kept ids, in fp32 or fp64. The logit of a
+    token's only id may be anything, unless the lse or the mean logit is used.
     """
     if under_transform(logits):
         return _definition(logits, kept, question)
@@ -122,7 +123,7 @@ class _KeptStats(torch.autograd.Function):
 def _forward(
     logits: Tensor, kept: KeptIds, question: KeptQuestion
 ) -> tuple[KeptStats, tuple[Tensor, Tensor]]:
-    """Compute the statistics, and peak and log_norm, which the gradient takes."""
+    """Compute the statistics, and the peak and log_norm that the gradient needs."""
     if _by_kernel(logits, question):
         from fastrlhf.kernels.kept_ids import kept_stats_forward
 
@@ -137,7 +138,8 @@ def _forward(
         found = reference.statistics_of_parts(parts, kept.counts, temperature)
     logprob, entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares = found
     alone, live = kept.alone, kept.live_tokens
-    certain = (0.0, 0.0, None, True, None, 0.0)  # of a token's only id, if nothing else is known
+    # What the statistics of a token are that keeps one id; None: they depend on its logit.
+    certain = (0.0, 0.0, None, True, None, 0.0)
     every = (
         torch.where(alone, value, x) if value is not None and len(x) else x
         for x, value in zip(
@@ -185,7 +187,7 @@ def _backward(
     stats: tuple[Tensor | None, ...],
     upstream: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """Compute the gradient (M,) of the logits; exactly 0 where nothing comes from upstream."""
+    """Compute the gradient (M,) of the logits; exactly 0 where the upstream gradient is 0."""
     logprob, entropy, peak, log_norm = stats
     assert logprob is not None and peak is not None and log_norm is not None
     slopes = _with_choice(kept, peak, upstream)
@@ -218,8 +220,8 @@ def _backward(
 def _with_choice(
     kept: KeptIds, peak: Tensor, upstream: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """What comes from upstream to tokens that have a distribution; to log-prob and entropy of those
-    alone that have a choice.
+    """Set the upstream gradients to 0 where they have no effect: of all statistics of tokens
+    without a distribution, and of log-prob and entropy of tokens that keep their target alone.
     """
     nowhere = ~kept.live_tokens | (peak == -torch.inf)
     no_choice = nowhere | kept.alone
@@ -233,7 +235,7 @@ def _with_choice(
 def _differentiable_gradient(
     logits: Tensor, kept: KeptIds, question: KeptQuestion, upstream: tuple[Tensor | None, ...]
 ) -> Tensor:
-    """A gradient that can itself be differentiated, or batched: by autograd."""
+    """Compute the gradient by autograd, so that it can be differentiated again, or batched."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         view = logits.view_as(logits)
@@ -245,8 +247,8 @@ def _differentiable_gradient(
 
 
 def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptStats:
-    """Compute the statistics by rows (N, W), as wide as the longest, in what torch.func can
-    differentiate and batch. A GPU is awaited for W.
+    """Compute the statistics in plain PyTorch, which torch.func can differentiate and batch: from
+    rows (N, W), where W is the most ids that a token keeps. On a GPU, the host waits for W.
     """
     options, live = question.of_tokens, kept.live_tokens
     temperature, softcap, scale = options.values()
@@ -260,7 +262,7 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
     def rows(values: Tensor, outside: float | int) -> Tensor:
         return torch.where(inside, values[place], outside)
 
-    # A token without a choice is computed from a 0, whatever its logit is.
+    # For a token that keeps one id, 0 stands in for its logit, which may be anything.
     chosen = torch.where(kept.with_choice, logits, 0.0)
     found = reference.token_stats(
         rows(reference.capped_logits(chosen, softcap, scale), -torch.inf),

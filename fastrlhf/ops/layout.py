@@ -1,14 +1,15 @@
 """Where the tokens of each sequence stand: in rows (B, T), or packed, one after the other.
 
-A loss says `layout.sums(x)` where it adds up the tokens of each sequence, and does not ask how they
-lie. Rows are `fastrlhf.reference.ROWS`; packed tokens are `Runs`, whose borders are cu_seqlens, the
-cumulative lengths of FlashAttention's varlen interface.
+A loss calls `layout.sums(x)` to add up the tokens of each sequence, whichever layout they have.
+Rows are `fastrlhf.reference.ROWS`. Packed tokens are `Runs`: each sequence is a run of tokens, and
+the runs' borders are cu_seqlens, the cumulative lengths of FlashAttention's varlen interface.
 
-The sum of a run is taken from a tree of sums of 32 neighbours: of each level those few that are
-within the run and in no larger part of it. So nothing is subtracted, which would cancel; no other
-sequence is touched, which may be infinite; there are no atomics; and every shape is known without
-what cu_seqlens holds, for which a GPU would have to be awaited. A graph is compiled anew when
-the tree gets another level, at N = 32, 1024, 32768 and so on.
+Runs are summed by a tree. Each of its levels has the sums of 32 neighbours of the level below. A
+run's sum is made of the largest cells of the tree that lie within it: a few of each level, at
+either end of the run. Nothing is subtracted, which could cancel. No token of another sequence is
+read, which may be infinite. There are no atomics. Every shape is known without the values of
+cu_seqlens, for which the host would have to wait for a GPU. A graph is compiled anew when the tree
+gets another level, at N = 32, 1024, 32768 and so on.
 
 Dims: B sequences, N tokens of all of them, K neighbours.
 """
@@ -35,8 +36,8 @@ _NEIGHBOURS = 32
 class Runs(Layout):
     """Packed sequences: tokens (N,) or (1, N), sequence i from cu_seqlens[i] to cu_seqlens[i + 1].
 
-    Made by `layout_of`, which checks. Tensors of tokens may have either shape; what `spread` and
-    `ids` give has that of the tokens that the layout was made for.
+    `layout_of` makes one, after checks. Tensors of tokens may have either shape; results of
+    `spread` and `ids` have the shape of the tokens for which the layout was made.
     """
 
     def __init__(self, cu_seqlens: Tensor, tokens: Tensor) -> None:
@@ -46,7 +47,7 @@ class Runs(Layout):
 
     @property
     def _sequence(self) -> Tensor:
-        """Of each token, (N,): found once, by who needs it."""
+        """The number (N,) of each token's sequence, computed when it is first needed."""
         if self._found is None:
             place = torch.arange(self.shape.numel(), device=self.cu_seqlens.device)
             stops = self.cu_seqlens[1:].contiguous()
@@ -78,8 +79,8 @@ class Runs(Layout):
         return x.reshape(1, -1)
 
     def _counted_before(self, mask: Tensor) -> Tensor:
-        """How many tokens (N + 1,) of the mask stand before each place. Of integers, whose
-        differences are exact.
+        """Count the tokens (N + 1,) of the mask before each place, in integers: their differences,
+        which give the counts of runs, are exact.
         """
         return torch.nn.functional.pad((mask != 0).reshape(-1).cumsum(0), (1, 0))
 
@@ -87,11 +88,11 @@ class Runs(Layout):
 def layout_of(
     name: str, tokens: Tensor, cu_seqlens: Tensor | None = None, *, rows: str = "(B, T)"
 ) -> Layout:
-    """Return the layout of a tensor of tokens, checked: (B, T), or with cu_seqlens (N,) or (1, N).
+    """Check a tensor of tokens, (B, T), or with cu_seqlens (N,) or (1, N), and return its layout.
 
     Raises:
-        TypeError, ValueError: cu_seqlens that do not fit, or tokens of another shape, of which
-            `rows` says what it should be.
+        TypeError, ValueError: cu_seqlens that do not fit, or tokens of another shape; for the error
+            `rows` says which shape was expected without cu_seqlens.
     """
     if cu_seqlens is None:
         if tokens.ndim != 2:
@@ -104,13 +105,13 @@ def layout_of(
 def checked_cu_seqlens(name: str, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return cumulative lengths as int64, if they are those of packed tokens (N,) or (1, N).
 
-    What they hold is looked at here on the CPU. On a GPU, and in a compiled graph, it is asserted
-    when the device gets there.
+    Their values are checked at once on the CPU. On a GPU, and in a compiled graph, an assertion
+    checks them when the device gets there.
 
     Raises:
-        TypeError: cu_seqlens that are no tensor of int32 or int64.
-        ValueError: that are not (B + 1,), do not start at 0, do not end at N, decrease, or lie on
-            another device; tokens of another shape.
+        TypeError: cu_seqlens are not a tensor of int32 or int64.
+        ValueError: cu_seqlens are not (B + 1,), do not start at 0, do not end at N, decrease, or
+            are on another device; or tokens have another shape.
     """
     check_dense("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -158,7 +159,7 @@ def _check_on_host(name: str, cu_seqlens: Tensor, end: int) -> None:
 
 
 def _sums(values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:
-    """Sum (N,) over each run: (B,)."""
+    """Sum values (N,) over each run: (B,)."""
     if under_transform(values):
         return _sums_by_tree(values, cu_seqlens)
     return _Sums.apply(values, cu_seqlens, sequence)
@@ -172,8 +173,9 @@ def _spread(values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:
 
 
 class _Sums(torch.autograd.Function):
-    """Sums of runs. Each of the two maps is the other's transpose, and so its derivative, to any
-    order; that of indexing itself would be a sum by atomics.
+    """Sums of runs. `_Sums` and `_Spread` are linear and each other's transpose, so each is the
+    derivative of the other, to any order. The derivative that PyTorch has for the indexing in
+    `_Spread` would be a sum by atomics.
     """
 
     @staticmethod
@@ -187,7 +189,7 @@ class _Sums(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """The value of its run, for each token."""
+    """Give each token the value of its run."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:

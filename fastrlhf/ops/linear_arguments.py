@@ -1,9 +1,9 @@
-"""What belongs here: the checks of arguments that operations from hidden states share.
+"""Checks of the arguments that operations from hidden states share.
 
-They are of hidden states, heads, rows and chunks, whose errors name the public arguments; checks of
-a single number or tensor are in `checks.py`, and those of a loss's own arguments in
-`fastrlhf/losses/`. `checked_problem` makes of all of them what the plans need: see
-`linear_problem.py`.
+Here are the checks of hidden states, heads, rows and chunks; their errors name the public
+arguments. Checks of a single number or tensor are in `checks.py`, and those of a loss's own
+arguments in `fastrlhf/losses/`. `checked_problem` does all of them, and makes the `LinearProblem`
+(`linear_problem.py`) that the plans work on.
 """
 
 import torch
@@ -46,10 +46,11 @@ def checked_problem(
 ) -> LinearProblem:
     """Check everything and convert the hidden states to the dtype of the matmuls.
 
-    Where ranks share the vocabulary, the problem's targets are numbers of this rank's part.
+    Where ranks share the vocabulary, the problem's targets are numbered from the first column of
+    this rank's part.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by its public name.
+        TypeError, ValueError: an argument that does not fit, named as in the public function.
     """
     any_dtype = inputs.dtype is not None
     check_head(inputs.hidden, inputs.weights, inputs.bias, any_dtype=any_dtype, part=inputs.part)
@@ -61,7 +62,7 @@ def checked_problem(
     transform = checked_transform(inputs.temperature, inputs.softcap, inputs.scale, targets)
     tokens = transform.token_temperature
     chunk = checked_chunk(inputs.chunk_size, inputs.most_columns, hidden.device)
-    here, ignore_index = targets, question.ignore_index  # numbered as the columns of this rank are
+    here, ignore_index = targets, question.ignore_index  # `here`: targets as numbered on this rank
     if part is not None:
         _check_ranks_agree(inputs, targets, question, transform, chunk)
         here, ignore_index = part.own_targets(targets, ignore_index), IGNORED
@@ -93,8 +94,8 @@ def _check_targets(inputs: LinearInputs, targets: Tensor) -> None:
 
 
 def _with_rows(inputs: LinearInputs, targets: Tensor, ignore_index: int) -> LinearInputs:
-    """Check which hidden state predicts each token, if tokens share them. Where that cannot be made
-    use of, each token gets a hidden state of its own.
+    """Check which hidden state predicts each token, if tokens share them. Where sharing is not
+    supported (see below), each token gets a copy of its hidden state.
     """
     if inputs.rows is None:
         return inputs
@@ -107,11 +108,11 @@ def _with_rows(inputs: LinearInputs, targets: Tensor, ignore_index: int) -> Line
 def _check_ranks_agree(
     inputs: LinearInputs, targets: Tensor, question: TokenQuestion, transform: Transform, chunk: int
 ) -> None:
-    """Check that all ranks that share the vocabulary ask the same, of the same tokens."""
+    """Check that ranks which share the vocabulary ask the same about the same tokens."""
     part, hidden = inputs.part, inputs.hidden
     assert part is not None
     triton = use_triton(inputs.impl, hidden)
-    # What is sent depends on the gradients that are wanted, too.
+    # What ranks send each other also depends on which gradients are wanted.
     yes_and_no = (triton, *question.yes_and_no, *inputs.wanted_gradients)
     dtype = inputs.dtype or matmul_dtype(hidden)
     compared = {"chunk_size": chunk, **numbered(yes_and_no, dtype, *transform[1:])}
@@ -123,7 +124,7 @@ def _check_ranks_agree(
 
 
 def _kept(inputs: LinearInputs, targets: Tensor, ignore_index: int) -> KeptIds | None:
-    """The ids that tokens may be, if that is restricted, numbered in the whole vocabulary."""
+    """Check the ids to which tokens are restricted, if any; numbered in the whole vocabulary."""
     if inputs.support is None:
         return None
     part = inputs.part
@@ -132,8 +133,8 @@ def _kept(inputs: LinearInputs, targets: Tensor, ignore_index: int) -> KeptIds |
 
 
 def checked_rows(rows: Tensor, hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Return the rows of hidden states (U, K) that predict targets (...), flattened; those of
-    ignored targets, which may be anything, as 0.
+    """Return the numbers of the hidden states (U, K) that predict the targets (...), flattened.
+    Those of ignored targets, which may be anything, become 0.
 
     Raises:
         TypeError, ValueError: rows that are not integer, of another shape or device than the
@@ -162,7 +163,9 @@ def checked_rows(rows: Tensor, hidden: Tensor, targets: Tensor, ignore_index: in
 def _shared_rows(
     inputs: LinearInputs, targets: Tensor, transform: Transform, ignore_index: int
 ) -> SharedRows | None:
-    """Number the states of tokens; ignored ones, which may have any temperature, make none."""
+    """Number the states of tokens (see `SharedRows`). The temperatures of ignored tokens, which may
+    be anything, make no states of their own.
+    """
     if inputs.rows is None:
         return None
     temperature = transform.flat(inputs.hidden.dtype).token_temperature
@@ -183,7 +186,7 @@ def check_head(
     """Check hidden states (..., K), the column blocks of a head (V, K) and its bias (V,).
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by its public name.
+        TypeError, ValueError: an argument that does not fit, named as in the public function.
     """
     name = f"{prefix}hidden"
     check_floating(name, hidden)

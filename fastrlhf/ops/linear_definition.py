@@ -1,8 +1,8 @@
 """The definition of operations from hidden states: by all logits at once, in plain PyTorch.
 
-It costs memory for all logits, and is what autograd can differentiate again and `torch.func` can
-batch, so that it serves the second derivative and the transforms; everything else goes block by
-block (`linear_plans.py`).
+It needs memory for all logits. But autograd can differentiate it again and `torch.func` can batch
+it, so it is used for second derivatives and under transforms. Everything else goes block by block
+(`linear_plans.py`).
 
 Dims: K width of the hidden states, V vocabulary, U hidden states that tokens share.
 """
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 def full_logits(
     hidden: Tensor, weight: Weight, bias: Tensor | None, live: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Make all logits (..., V) of a head in plain PyTorch: 0 where a token is not live.
+    """Make all logits (..., V) of a head in plain PyTorch; hidden states of tokens that are not
+    live count as 0.
 
-    Multiplied as `dtype`, and like the logits of a `Head` added up in fp32 or fp64: call it in
-    `exact`.
+    Operands are rounded to `dtype`, and products are added up in fp32 or fp64, as in `Head.logits`.
+    Call it within `exact`, since autocast would round the sums.
     """
     sums = accumulation_dtype(dtype)
-    # What other rows hold must not reach the gradient of the weight, a sum over rows.
+    # Other hidden states, which may be NaN, must not reach the weight's gradient, a sum over rows.
     operand = torch.where(live.unsqueeze(-1), hidden, 0.0).to(dtype).to(sums)
     logits = operand @ weight[0 : weight.shape[0]].to(dtype).to(sums).T
     return logits if bias is None else logits + bias.to(sums)
@@ -44,7 +45,7 @@ def full_logits(
 def stats_by_logits(
     problem: LinearProblem, hidden: Tensor, bias: Tensor | None, weights: Sequence[Weight]
 ) -> TokenStats:
-    """Compute the statistics by the logits, in what torch.func can differentiate and batch."""
+    """Compute the statistics from all logits, which torch.func can differentiate and batch."""
     options, targets, question = problem.options, problem.targets, problem.options.question
     weight = torch.cat([weight[0 : weight.shape[0]] for weight in weights], dim=1)
     live = targets != question.ignore_index
@@ -62,12 +63,13 @@ def stats_by_logits(
 def differentiable_gradients(
     problem: LinearProblem, needs: Needs, d_logprob: Tensor | None, d_entropy: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated, or batched: by autograd, through the
-    logits.
+    """Compute the gradients by autograd through all logits, so that they can be differentiated
+    again, or batched.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views, so that a path from one input to another is not walked here.
+        # Gradients are taken with respect to views of the inputs: where one input was computed from
+        # another, autograd stops at the view and does not follow that path.
         hidden = problem.hidden.view_as(problem.hidden)
         bias = None if problem.bias is None else problem.bias.view_as(problem.bias)
         weights = [weight[0 : weight.shape[0]] for weight in problem.weights]
@@ -86,7 +88,7 @@ def differentiable_gradients(
 
 
 def one_state_a_token(hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """A hidden state (..., K) for each target, of those (U, K) that they share."""
-    if len(hidden) == 0:  # of ignored tokens alone, which are all of the first one
+    """Copy the shared hidden states (U, K) so that each target has its own: (..., K)."""
+    if len(hidden) == 0:  # then all tokens are ignored, and have row 0, which has to be there
         hidden = torch.cat((hidden, hidden.new_zeros(1, hidden.shape[1])))
     return hidden[rows].view(*targets.shape, hidden.shape[1])

@@ -1,10 +1,11 @@
 """Exact divergences over the vocabulary from the hidden states of two models: no logits are built.
 
 A block of tokens at a time, both heads make their logits (`linear_divergence_sides.py`), and the
-divergence is read from them. Gradients are finished along with them (`value_gradients.py`): those
-of hidden states whatever comes of the values, those of heads as if all values weighed the same; if
-they turn out not to, backward makes the logits again. What the divergence of two rows of logits is,
-and its kernel, are in `divergence.py`. G is one matmul of tokens × hidden × vocabulary.
+divergence is computed from them (`divergence.py` has its definition and launches its kernel). While
+the logits are there, gradients are computed too (`value_gradients.py`). Those of hidden states
+serve any loss: the backward multiplies them by the upstream gradients. Those of the heads are
+computed as if the loss gave all values the same weight. If it does not, the backward makes the
+logits again. G is the cost of one matmul of tokens × hidden × vocabulary.
 
 Dims: N tokens, n tokens of the mask, H hidden (of each model its own), V vocabulary.
 """
@@ -120,32 +121,32 @@ def linear_kl_divergence(
         direction, mask, temperature, beta, impl: as `kl_divergence`.
         bias, ref_bias: (V,) or None.
         softcap, scale: of the logits, as `token_stats`.
-        ref_softcap, ref_scale: of the reference's; "same": those of the policy. Of two models,
+        ref_softcap, ref_scale: those of the reference; "same": as the policy's. For two models,
             `**head.options()` and `**ref_head.options("ref_")` give all six.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             with those of each side (64 MiB on a CPU).
         group: as `linear_token_stats`; both weights are cut alike. DTensors need none.
-        entropy: return the policy's entropy too, from the same logits, at no matmul more.
+        entropy: return the policy's entropy too, from the same logits, without further matmuls.
 
     Returns:
-        (...) in nats, fp32 (fp64 if a side is). With entropy (values, entropies), of which the
-        second are (...) too, 0 outside of the mask, and not differentiable.
+        (...) in nats, fp32 (fp64 if a side is). With entropy a tuple (values, entropies); entropies
+        are (...) too, 0 outside of the mask, and not differentiable.
 
     Differentiable, once, with respect to hidden, weight and bias of both sides. Under `torch.func`
     (grad, vmap, jvp, ...) and forward-mode differentiation, all logits are built, and it can be
     differentiated at will; there is no entropy then.
 
     Cost, in matmuls G of one head with the tokens of the mask (others cost none): 2G for the
-    values, and 1G more for each hidden and each weight that needs a gradient. That of a head is
-    computed along with the values, for a loss that weighs all of them alike, as a sum or a mean
-    does. For one that does not, backward makes both logits again: 2G, and 1G for each weight.
-    Memory: two blocks of logits (and one of slopes for each softcap, where the sides differ in
-    softcap or scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a (..., H)
-    tensor kept for each side whose hidden states need a gradient, in their dtype, but fp32 for
-    fp16, and an fp32 (V, H) tensor for each weight that does. On a GPU, the count of tokens is
-    awaited once, and where a head is trained, backward awaits whether values weigh alike. With a
-    group, what is sent forward is as `kl_divergence` says, of the tokens of the mask; backward an
-    all-reduce of the gradient of each hidden.
+    values, and 1G more for each hidden and each weight that needs a gradient. The gradient of a
+    head is computed along with the values, for a loss that gives all of them the same weight, as a
+    sum or a mean does. For another loss, the backward makes both logits again: 2G, and 1G for each
+    weight. Memory: two blocks of logits (and one of slopes for each softcap, where the sides differ
+    in softcap or scale); on CUDA their gradients in 16 bits, as with `linear_token_stats`; a
+    (..., H) tensor kept for each side whose hidden states need a gradient, in their dtype, but fp32
+    for fp16, and an fp32 (V, H) tensor for each weight that does. On a GPU, the host waits once for
+    the count of tokens, and where a head is trained, in the backward to learn whether values have
+    the same weight. With a group, the forward sends what `kl_divergence` says, of the tokens of the
+    mask; the backward sends the gradient of each hidden in an all-reduce.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `kl_divergence`.
@@ -195,12 +196,13 @@ def divergence_of(
     sum_expected: bool,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the divergence of each token (...) from what scores them; the options are ours. And
-    if asked for, our entropy from the same logits, a value without gradient, 0 outside of the mask.
+    """Compute the divergence of each token (...) between two scorers; temperature, chunk_size and
+    impl are those of `ours`. If asked for, also compute our entropy from the same logits, which has
+    no gradient and is 0 outside of the mask.
 
-    `sum_expected`: compute the gradient of a trained head along with the values, for their sum.
-    That saves the logits that backward would make again, 2G, and the weights need not be there any
-    more, unless backward weighs the values differently.
+    `sum_expected`: compute the gradient of a trained head along with the values, for their sum. The
+    backward then need not make the logits again, which saves 2G, nor need the weights to be there
+    still, unless the loss gives the values different weights.
     """
     hidden = ours.hidden
     check_shape("ref_hidden", ref.hidden[..., 0], tuple(hidden.shape[:-1]), "that of hidden but H")
@@ -245,7 +247,7 @@ def _agree(
     token_temperature: Tensor | None,
     options: DivergenceOptions,
 ) -> None:
-    """Check that all ranks ask the same, of the same tokens."""
+    """Check that all ranks ask the same question about the same tokens."""
     part, measure = ours.part, options.measure
     assert part is not None
     question = (
@@ -266,7 +268,7 @@ def _definition(
     transform: Transform,
     options: DivergenceOptions,
 ) -> Tensor:
-    """The divergence by all logits, in what torch.func can differentiate and batch."""
+    """Compute the divergence from all logits, which torch.func can differentiate and batch."""
     with exact(ours.hidden):
         logits, ref_logits = (
             full_logits(
@@ -287,7 +289,7 @@ def _definition(
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """Values and our entropies (N,), both models' logits made once, a block of tokens at a time."""
+    """Values and our entropies (N,); both models' logits are made once, a block at a time."""
 
     @staticmethod
     def forward(ctx, options, mask, token_temperature, *tensors):
@@ -358,7 +360,7 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 class _Tokens(NamedTuple):
-    """The n tokens of the mask, as backward needs them to make their logits again."""
+    """The n tokens of the mask, with what the backward needs to make their logits again."""
 
     order: Tensor  # (n,) their numbers among all N
     token_temperature: Tensor | None  # of all tokens
@@ -372,7 +374,7 @@ def _recomputed(
     tokens: _Tokens,
     d_values: Tensor,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of both hidden states, and of both heads, from logits that are made again."""
+    """Compute the gradients of hidden states and heads of both sides, making the logits again."""
     order, token_temperature, of_ranks = tokens
     totals = [side.gradients(order.shape[0], _room_for_hidden(side, options)) for side in sides]
     if any(side.trained for side in sides):
@@ -397,7 +399,7 @@ def _recomputed(
 
 
 def _room_for_hidden(side: Side, options: DivergenceOptions) -> Tensor | None:
-    """Zeros for the gradient of hidden states, where forward has not kept it already."""
+    """Make zeros for the gradient of hidden states; None if it is not computed in the backward."""
     made_again = side.trained and side.wants.hidden and not _keeps_slope(side, options)
     return torch.zeros_like(side.hidden) if made_again else None
 
@@ -413,7 +415,7 @@ def _check_weights_are_there(tensors: list[Any]) -> None:
 
 
 def _finished(side: Side, options: DivergenceOptions, rows: int) -> ValueGradients:
-    """Make room for the gradients of a side that forward finishes."""
+    """Make room for those gradients of a side that the forward finishes."""
     slopes = of_sum = None
     if _keeps_slope(side, options):
         slopes = room_for_slopes(side.hidden, alone=side.group is None)
@@ -423,7 +425,8 @@ def _finished(side: Side, options: DivergenceOptions, rows: int) -> ValueGradien
 
 
 def _keeps_slope(side: Side, options: DivergenceOptions) -> bool:
-    """Whether forward keeps the gradient of each value with respect to its hidden state. Where
-    logits will be made again anyway, for the head, that of hidden states comes with them.
+    """Whether the forward keeps the gradient of each value with respect to its hidden state. It
+    does not where the backward makes the logits again for the head anyway, since that gradient is
+    computed from them then.
     """
     return side.wants.hidden and (options.sum_expected or not side.trained)

@@ -1,7 +1,7 @@
 """The two models of a divergence, and their logits on a block of tokens.
 
-The order of things: `linear_divergence.py` makes two `Side`s, and of each block of tokens
-`BothLogits`, from which it takes values, entropies and gradients.
+`linear_divergence.py` makes two `Side`s, the policy (called ours) and the reference. For each block
+of tokens it makes `BothLogits`, from which it takes values, entropies and gradients.
 
 Dims: N tokens, n tokens of a block, H hidden (of each model its own), V vocabulary.
 """
@@ -26,7 +26,7 @@ from .vocabulary_part import NOT_HERE, VocabularyPart
 
 
 class Side(NamedTuple):
-    """One model: hidden states (N, H), the head, and what of them needs a gradient."""
+    """One model: hidden states (N, H), the head, and which of these need a gradient."""
 
     hidden: Tensor
     head: Head
@@ -46,7 +46,7 @@ class Side(NamedTuple):
 
 
 class DivergenceOptions(NamedTuple):
-    """What is no tensor."""
+    """The arguments that are not tensors."""
 
     measure: Measure
     temperature: float
@@ -56,18 +56,18 @@ class DivergenceOptions(NamedTuple):
     impl: str
     dtypes: tuple[torch.dtype, torch.dtype]  # of the matmuls of the two sides
     blocks: tuple[int, int]  # column blocks of the weights of the two sides
-    sum_expected: bool  # whether values will weigh alike: see `divergence_of`
-    entropy: bool  # whether ours is asked for
+    sum_expected: bool  # whether a loss is expected to be the sum of the values: `divergence_of`
+    entropy: bool  # whether our entropy is asked for
     part: VocabularyPart | None  # of a vocabulary that ranks share
 
     @property
     def one_transform(self) -> bool:
-        """Whether both sides scale and cap alike, as the kernel takes it."""
+        """Whether both sides have the same scale and softcap, as the kernel expects."""
         return self.caps[0] == self.caps[1] and self.scales[0] == self.scales[1]
 
 
 def of_side(options: DivergenceOptions, tensors: Sequence[Any], side: int) -> list[Any]:
-    """Hidden states, bias and column blocks of the weight of a side."""
+    """Take the hidden states, bias and column blocks of the weight of a side."""
     first = 2 + options.blocks[0]
     return list(tensors[:first] if side == 0 else tensors[first:])
 
@@ -75,7 +75,9 @@ def of_side(options: DivergenceOptions, tensors: Sequence[Any], side: int) -> li
 def sides_of(
     options: DivergenceOptions, tensors: Sequence[Any], wanted: Sequence[bool]
 ) -> list[Side]:
-    """The policy and the reference, from the tensors of both and what of them needs a gradient."""
+    """Make the policy and the reference from the tensors of both, and from which of these need a
+    gradient.
+    """
     sides = []
     for i, dtype in enumerate(options.dtypes):
         hidden, bias, *weights = of_side(options, tensors, i)
@@ -100,7 +102,8 @@ class BothLogits:
     ):
         logits = [side.logits(rows) for side in sides]
         cap, scale = options.caps[0], options.scales[0]
-        # Where the two differ, the kernel gets logits that are scaled and capped already.
+        # Where the sides differ in scale or softcap, logits are scaled and capped before the kernel
+        # gets them, and their gradients are multiplied by these slopes afterwards.
         self.slopes: list[Tensor | float] = [1.0, 1.0]
         if not options.one_transform:
             for i in range(2):
@@ -120,7 +123,7 @@ class BothLogits:
             self.values, self.stats = torch.ops.fastrlhf.divergence(
                 *self.pair, self.mask, *self.transform, share, options.impl
             )
-        elif known is not None:  # by the forward
+        elif known is not None:  # the forward has kept them
             self.values, self.stats = known[0], known[1:]
         else:
             self.values, self.stats = divergence_over_ranks(
@@ -134,13 +137,13 @@ class BothLogits:
             )
 
     def of_ranks(self) -> Tensor:
-        """Values and statistics (7, n), which backward would otherwise have to ask the other ranks
-        for again.
+        """Values and statistics (7, n). The forward keeps them, so that the backward need not
+        gather them from the other ranks again.
         """
         return torch.cat((self.values.unsqueeze(0), self.stats))
 
     def entropy(self) -> Tensor:
-        """Our entropy of each token."""
+        """Compute our entropy of each token."""
         ours = self.pair[1 if self.swapped else 0]
         if self.part is not None:
             nowhere = torch.full_like(self.mask, NOT_HERE, dtype=torch.int64)
@@ -153,14 +156,15 @@ class BothLogits:
         )[1]
 
     def d_logits(self, side: int, d_values: Tensor, room: Room) -> LogitGradient:
-        """Compute the gradient with respect to the logits of a side, as operands of its matmuls."""
+        """Compute the gradient of the logits of a side, in the dtype of its matmuls."""
         of_p, (logits_p, logits_q) = (side == 0) != self.swapped, self.pair
-        if logits_p.shape[1] == 0:  # of a rank that has nothing of the vocabulary
+        if logits_p.shape[1] == 0:  # this rank has no column of the vocabulary
             return LogitGradient(logits_p.to(self.operands[side]), None)
         slope, operands = self.slopes[side], self.operands[side]
         unscaled = isinstance(slope, float) and slope == 1.0
         rounded = None if operands == self.sums[side] else room(len(d_values))
-        # fp16 is rounded to once the size of each row is known.
+        # The gradient can be written in the operands' dtype at once, except in fp16, to which it is
+        # rounded when the largest number of each row is known.
         if rounded is not None and unscaled and operands != torch.float16:
             out = rounded
         else:
@@ -175,7 +179,7 @@ class BothLogits:
 
 
 def _scale_and_cap(logits: Tensor, softcap: float | None, scale: float) -> Tensor | float:
-    """Scale and cap logits where they are, and return the slope of that."""
+    """Scale and cap logits in place, and return the derivative of that."""
     if softcap is None:
         logits.mul_(scale)
         return scale

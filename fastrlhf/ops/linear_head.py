@@ -1,13 +1,14 @@
 """A language model's head on a block of rows: hidden states → logits, and gradients back.
 
-The matrix of a head may come in column blocks, [W | sB], that are never put together: hidden states
-are then as wide as all blocks. A low-rank adapter is one more block, since W·h + s·B·A·h is
-[W | sB]·[h; A·h].
+The matrix of a head may come in column blocks, such as [W | sB], which are never copied into one
+matrix. Hidden states are then as wide as all blocks together. So a low-rank adapter is one more
+block, since W·h + s·B·A·h is [W | sB]·[h; A·h].
 
 Precision: logits, and sums over the vocabulary or over tokens, are fp32 (fp64 for fp64 inputs),
 whatever the inputs are. On CUDA, bf16 and fp16 operands stay as they are and cuBLAS adds up in
 fp32, so that only the gradient of the logits is rounded, once, to the operands' dtype. Elsewhere
-operands are converted to fp32, the weight in slices; a quantized weight likewise.
+operands are converted to fp32, the weight one slice of rows at a time. A quantized weight is
+dequantized in slices, too.
 
 Dims: n rows of a block, K width of the hidden states, V vocabulary.
 """
@@ -23,8 +24,8 @@ from fastrlhf.reference import accumulation_dtype
 
 from .head_gradients import LogitGradient, padded_rows
 
-# Elements of a weight that are converted at a time. A slice of 8 MiB in fp32 stays in a CPU's last
-# cache until it is multiplied; a GPU needs matmuls that keep it busy.
+# How many elements of a weight are converted at a time. On a CPU a slice of 8 MiB in fp32 stays in
+# the last cache until it is multiplied; a GPU needs larger slices to be busy.
 _SLICE_ELEMENTS = 2**21
 _GPU_SLICE_ELEMENTS = 2**26
 
@@ -84,11 +85,11 @@ class QuantizedWeight:
         return values.mul_(self.scales[run].to(values.dtype)).to(self.dtype)
 
     def _values(self, codes: Tensor) -> Tensor:
-        """What codes of rows stand for, but for the scales."""
+        """Decode codes of rows into numbers that are still to be multiplied by the scales."""
         if self.table is None:
             return codes.float()
         table = self.table.float()
-        # Both weights of each byte.
+        # For each of the 256 bytes, the two numbers that its two codes stand for.
         pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=-1)
         return pairs[codes.int()].flatten(1)
 
@@ -97,7 +98,9 @@ Weight = Tensor | QuantizedWeight
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What matmuls take: the dtype itself where they add up in fp32 by themselves."""
+    """Return the dtype of the operands of matmuls: the dtype itself on devices whose matmuls of it
+    add up in fp32, otherwise fp32 (or fp64).
+    """
     return dtype if device.type == "cuda" else accumulation_dtype(dtype)
 
 
@@ -118,9 +121,9 @@ class Head:
         on_cpu = device.type == "cpu"
         elements = _SLICE_ELEMENTS if on_cpu else _GPU_SLICE_ELEMENTS
         rows = elements // ends[-1]
-        if not on_cpu:  # slices begin where rows of logits do, at 16 bytes
+        if not on_cpu:  # slices begin at multiples of 16 bytes, as rows of logits do
             rows = rows // 64 * 64 or rows
-        # At least 1, for a rank may have no rows of a vocabulary that several share.
+        # At least 1: where ranks share the vocabulary, this one may have no row of it.
         self.slice_rows = max(1, self.vocab if as_they_are else rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -131,11 +134,13 @@ class Head:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def room(self, rows: int) -> Tensor:
-        """Make room for the gradient of so many rows of logits, as operands."""
+        """Make room for the gradient of so many rows of logits, in the dtype of the operands."""
         return padded_rows(rows, self.vocab, self.operands, self.device)
 
     def pull_back(self, d_logits: LogitGradient) -> Tensor:
-        """Multiply (n, V) gradients of raw logits by the weight: (n, K), of hidden states."""
+        """Multiply gradients of raw logits (n, V) by the weight, which gives those of hidden states
+        (n, K).
+        """
         values, unit = d_logits
         width = self.columns[-1].stop
         d_hidden = values.new_empty((values.shape[0], width), dtype=self.sums)
@@ -146,7 +151,7 @@ class Head:
         return d_hidden if unit is None else d_hidden.mul_(unit)
 
     def added(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        """Do `total += a @ b` in the precision of sums; without a total, make it."""
+        """Do `total += a @ b` in the precision of sums. Without a total, make one of `a @ b`."""
         fresh = total is None
         if total is None:
             total = a.new_empty((a.shape[0], b.shape[1]), dtype=self.sums)
@@ -154,7 +159,9 @@ class Head:
         return total
 
     def _slices(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows and columns of the weight, and the weight there, as operands."""
+        """Yield a slice of the weight at a time: its rows, its columns, and the weight there in the
+        dtype of the operands.
+        """
         for first in range(0, self.vocab, self.slice_rows):
             rows = slice(first, min(first + self.slice_rows, self.vocab))
             for block, weight in zip(self.columns, self.weights, strict=True):
@@ -162,7 +169,7 @@ class Head:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """Do `total += a @ b`, or `total = a @ b` if fresh, in the precision of the total."""
+    """Do `total += a @ b`, or if `fresh`, `total = a @ b`, in the precision of the total."""
     beta = 0 if fresh else 1
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)

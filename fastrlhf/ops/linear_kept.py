@@ -1,7 +1,7 @@
-"""Statistics over kept ids from hidden states: at the cost of the kept ids, whatever the plan.
+"""Statistics over kept ids (see `kept_ids.py`) from hidden states.
 
-The logits of kept ids are few enough to be held until the loss is known, so that there is nothing
-to choose, and nothing to make again.
+The logits of kept ids are so few that all of them are held until the backward. So no plan
+(`linear_plans.py`) has to be chosen, and no logits are made again.
 """
 
 from fastrlhf.reference import accumulation_dtype
@@ -29,9 +29,11 @@ def kept_stats_of(problem: LinearProblem) -> KeptStats:
     pairs = KeptRows(row, ids, wanted if here is None else wanted & here, options.dtype)
     hidden = problem.hidden.reshape(-1, problem.hidden.shape[-1])
     if group is not None:
-        # Each rank's part of the gradient is rounded once they are added up.
+        # Converted first, so that the ranks' parts of its gradient are added up before it is
+        # rounded.
         hidden = shared_by_ranks(hidden.to(accumulation_dtype(hidden.dtype)), group)
     with exact(hidden):
         logits = kept_logits(hidden, problem.weights, problem.bias, pairs, options.impl)
-        # Where ranks share the vocabulary, each has the logits of its ids, and zeros.
+        # Where ranks share the vocabulary, each has the logits of its own ids, and 0 for all
+        # others, so that their sum over ranks is the logits of all ids.
         return kept_stats(sum_over_ranks(logits, group), kept, question)

@@ -1,9 +1,9 @@
-"""A loss of one's own on token statistics from hidden states, at the fewest vocabulary matmuls.
+"""A user's own loss on token statistics from hidden states, with the fewest vocabulary matmuls.
 
-The loss is asked for while the logits of a chunk of tokens are there, so that its gradient is
-finished with it: 3G where the head is trained, 2G where it is frozen, with G for one matmul of
-tokens × hidden × vocabulary. `linear_plans.py` says why; the losses of `fastrlhf/losses/` come here
-through a `Scorer` (`scorer.py`), and all of them end in `loss_of`.
+The loss is computed while the logits of a chunk of tokens are there, so that its gradient can be
+finished from them at once. With G for one matmul of tokens × hidden × vocabulary, that costs 3G
+where the head is trained, and 2G where it is frozen; `linear_plans.py` says why. The losses of
+`fastrlhf/losses/` come here through a `Scorer` (`scorer.py`). All of them end in `loss_of`.
 
 Dims: N tokens, n tokens of a chunk.
 """
@@ -47,7 +47,8 @@ class ChunkStats(NamedTuple):
     entropy: Tensor | None  # (n,), None unless asked for
     lse: Tensor  # (n,), differentiable here
     groups: Tensor | None  # (n,) ids, as given
-    # For this library's own losses; those of `TokenStats`, each (n,), None unless asked for.
+    # Statistics for this library's own losses, as in `FurtherTokenStats`: each (n,), None unless
+    # asked for.
     mean_logit: Tensor | None = None  # differentiable here, as the lse
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
@@ -92,10 +93,10 @@ def linear_loss(
             each chunk; tokens that are ignored never reach it, and if all are, it is not called.
         hidden, weight, targets, bias, temperature, softcap, scale, ignore_index, entropy, support,
             rows, chunk_size, impl, group: as `linear_token_stats`. Where ranks share the
-            vocabulary, loss_fn sees the same on every rank, and must return the same. With rows and
-            no groups, tokens reach it in the order of their rows; with a support and no chunk_size,
-            all in one chunk.
-        side_inputs: (...) tensors, cut like the tokens.
+            vocabulary, loss_fn is given the same on every rank, and must return the same. With rows
+            and no groups, tokens reach it in the order of their rows; with a support and no
+            chunk_size, all in one chunk.
+        side_inputs: (...) tensors, cut into chunks like the tokens.
         groups: (...) integer ids. The tokens of a group reach loss_fn together and in their order,
             groups in ascending order, wherever in memory they are; None: each token stands alone.
             Whole groups are packed into chunks of chunk_size tokens; a larger group makes a chunk
@@ -110,13 +111,12 @@ def linear_loss(
     gets is applied to the gradients that were computed with the loss.
 
     Cost, in matmuls G of the tokens with a target: G without gradients, 2G for hidden or the head
-    alone, 3G for both; G more for the tokens of groups larger than chunk_size. All but the first G
-    are of the tokens alone on which the loss of a chunk depends (whose derivative is not 0), where
-    at least one in eight is not of them. Memory:
-    chunk_size·V logits, on CUDA their gradient in 16 bits as with `linear_token_stats`, and from
-    forward to backward a gradient of hidden and of weight in fp32.
-    On a GPU, counts of tokens and groups are awaited once, and those of tokens with a gradient once
-    a chunk. Under torch.compile it runs as it is;
+    alone, 3G for both; G more for the tokens of groups larger than chunk_size. Where the loss of a
+    chunk does not depend on at least one token in eight (its derivative is 0), these tokens cost
+    only the first G. Memory: chunk_size·V logits, on CUDA their gradient in 16 bits as with
+    `linear_token_stats`, and from forward to backward a gradient of hidden and of weight in fp32.
+    On a GPU, the host waits once for the counts of tokens and groups, and once in each chunk for
+    the count of tokens with a gradient. Under torch.compile it runs outside of the graph;
     `torch.func` transforms are refused.
 
     Raises:
@@ -150,7 +150,7 @@ def loss_of(
     side_inputs: tuple[Tensor, ...],
     groups: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of a problem whose weight may come in column blocks, or in codes."""
+    """Compute the loss of a problem, whose weight may come in column blocks, or quantized."""
     shape, hidden = tuple(problem.targets.shape), problem.hidden
     named = {f"side_inputs[{i}]": x for i, x in enumerate(side_inputs)}
     for name, x in named.items():
@@ -171,7 +171,9 @@ def _loss_of_kept_ids(
     side_inputs: tuple[Tensor, ...],
     groups: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss over kept ids, whose logits are few: all at once, and the gradient by autograd."""
+    """Compute the loss over kept ids. Their logits are few, so that they are made all at once, and
+    autograd does the gradient.
+    """
     order, segments = _segments(problem, groups)
     chunks = _ChunkLosses(loss_fn, order, side_inputs, groups, with_slopes=False)
     stats = kept_stats_of(problem)
@@ -182,7 +184,8 @@ def _loss_of_kept_ids(
         }
         with exact(problem.hidden):
             chunks.show(index, ChunkStats(**chunk, groups=None))
-    return chunks.total(stats.logprob[:0].sum())  # a zero with a graph, where there are no tokens
+    # The sum of no numbers is a 0 with a graph, so that the loss has one even without any token.
+    return chunks.total(stats.logprob[:0].sum())
 
 
 def _loss_and_known_gradient(
@@ -217,8 +220,9 @@ def _loss_and_known_gradient(
 
 
 def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, list[list[Span]]]:
-    """Order the live tokens, and cut them into segments that the loss must see at once, each of the
-    spans whose logits are held at once: one, unless a group is too large for that.
+    """Order the live tokens, and cut them into segments. The loss sees a whole segment at once. A
+    segment consists of spans, whose logits are held one span at a time: a single span, unless a
+    group is too large for that.
     """
     chunk = problem.options.chunk
     if groups is None:
@@ -233,7 +237,9 @@ def _segments(problem: LinearProblem, groups: Tensor | None) -> tuple[Tensor, li
 
 
 class _ChunkLosses:
-    """Calls a loss on one chunk after the other: answers with its slopes, keeps its values."""
+    """Calls a loss on one chunk after the other. A call returns the loss's derivatives with respect
+    to the statistics; the values of the loss are kept for `total`.
+    """
 
     def __init__(
         self,
@@ -275,7 +281,9 @@ class _ChunkLosses:
         return loss
 
     def _slopes(self, loss: Tensor, stats: ChunkStats) -> Slopes:
-        """Differentiate a chunk's loss; its graph stays, for what else it depends on."""
+        """Differentiate a chunk's loss with respect to its statistics. The graph is retained for
+        the gradients of side inputs and whatever else the loss depends on.
+        """
         zeros = torch.zeros_like(stats.logprob)
         if not (self.with_slopes and loss.requires_grad):
             return Slopes(zeros)
@@ -299,10 +307,11 @@ class _ChunkLosses:
 def check_loss(
     result: Any, first_aux: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a loss_fn and its dict.
+    """Return the loss and the dict that a loss_fn returned.
 
     Raises:
-        ValueError: anything else, or another kind of dict than for the first chunk.
+        ValueError: it returned anything else, or a dict with other entries than for the first
+            chunk.
     """
     loss, *rest = result if isinstance(result, tuple) and result else (result,)
     aux, more = rest[0] if rest else {}, rest[1:]
@@ -328,8 +337,9 @@ def check_loss(
 class _WithKnownGradient(torch.autograd.Function):
     """A loss, and its gradients with respect to the inputs, which are known already.
 
-    All of the loss passes through, so that no derivative of it is itself differentiated: it would
-    miss what goes through the statistics.
+    The whole loss passes through this function. So every second derivative runs through its
+    backward, which refuses it: the graph lacks the path through the statistics, and the second
+    derivative would be wrong without it.
     """
 
     @staticmethod

@@ -1,9 +1,11 @@
-"""A loss that is known block by block: its gradient is finished while the logits are there.
+"""The plan WITH_LOSS: the loss is known block by block, and its gradient is finished while the
+logits of the block are there.
 
-A loss of single tokens sees a block at a time. Of a loss of groups of tokens (the pair of a
-preference, a sequence), a block is whole groups; a group that is larger than a block is scored
-block by block, and its logits are made again once its loss is known: G, one vocabulary matmul,
-more, in bounded memory. Why this costs 3G, and what else there is: `linear_plans.py`.
+A loss of single tokens is given a block at a time. A loss of groups of tokens (the pair of a
+preference, a sequence) needs whole groups, so a block consists of whole groups. A group that is
+larger than a block is scored in several blocks, and its logits are made again once its loss is
+known. For that group it costs G more, one vocabulary matmul, but memory stays bounded.
+`linear_plans.py` says why this plan costs 3G, and what other plans there are.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,12 +17,13 @@ from .linear_plans import Workbench
 from .linear_rows import Span, even_spans
 from .linear_statistics import Slopes, Statistics
 
-# Given the statistics of a span of the ordered rows, the derivatives of the loss.
+# A function that is given the statistics of a span of the ordered rows, and returns the
+# derivatives of the loss with respect to them.
 Loss = Callable[[Span, Statistics], Slopes]
 
 
 def loss_alone(bench: Workbench, segments: Iterable[list[Span]], loss: Loss) -> None:
-    """Show each segment's statistics to the loss: READ_ONLY where there is a loss."""
+    """Call the loss on each segment's statistics, without gradients: READ_ONLY with a loss."""
     for spans in segments:
         loss(whole(spans), _statistics_of(bench, spans))
 
@@ -28,9 +31,9 @@ def loss_alone(bench: Workbench, segments: Iterable[list[Span]], loss: Loss) -> 
 def loss_and_gradients(
     bench: Workbench, segments: Iterable[list[Span]], loss: Loss, gradients: Gradients
 ) -> None:
-    """Show each segment's statistics to the loss and finish the gradient: WITH_LOSS.
+    """Call the loss on each segment's statistics, and finish the gradient: WITH_LOSS.
 
-    A segment is what the loss must see at once: one block or, if that is too large, several.
+    A segment is what the loss must be given at once: one block, or several if a group is larger.
     """
     for spans in segments:
         if len(spans) == 1:

@@ -1,7 +1,7 @@
 """The plans: which vocabulary matmuls an operation from hidden states does, and when.
 
-G is the cost of one matmul of the rows with a target: 2·n·V·H operations. What needs a gradient,
-and whether the loss is known while the logits are there, decide:
+G is the cost of one matmul of the rows with a target: 2·n·V·H operations. The plan depends on what
+needs a gradient, and on whether the loss is known while the logits are there:
 
 | `Plan`      | for                                                 | forward | backward | sum |
 |-------------|-----------------------------------------------------|---------|----------|-----|
@@ -10,19 +10,20 @@ and whether the loss is known while the logits are there, decide:
 | WITH_LOSS   | a loss that is known block by block                 | G + G·k |          | 3G  |
 | RECOMPUTE   | statistics, and the weight needs a gradient         | G       | G + G·k  | 4G  |
 
-k is how many of hidden states and weight need a gradient: the sums are for both, and G less for
-one. So WITH_LOSS costs 2G where the weight is frozen, as KEEP_SLOPES does. (Tests and benchmarks
-number them: P0 is READ_ONLY, P1 KEEP_SLOPES, P2 WITH_LOSS of single tokens, P3 WITH_LOSS of groups
-of tokens, P4 RECOMPUTE.)
+k is 2 if both the hidden states and the weight need a gradient, and 1 if one of them does. The
+column of sums is for k = 2; with k = 1 the last two plans cost G less. So WITH_LOSS costs 2G where
+the weight is frozen, as KEEP_SLOPES does. (Tests and benchmarks number the plans: P0 is READ_ONLY,
+P1 KEEP_SLOPES, P2 WITH_LOSS of single tokens, P3 WITH_LOSS of groups of tokens, P4 RECOMPUTE.)
 
-KEEP_SLOPES works because the gradient of a token's log-prob with respect to its hidden state, u, is
-a vector that the forward can keep: backward, whatever the loss, is a product of u with a number.
-The entropy, if its gradient is asked for, is a second such vector, and one G more. WITH_LOSS learns
-the loss's derivative while the logits are still there (`linear_loss_plans.py`). RECOMPUTE must make
-the logits again.
+KEEP_SLOPES works because the gradient u of a token's log-prob with respect to its hidden state is a
+vector that the forward can keep: whatever the loss is, the backward multiplies u by a number. If
+the gradient of the entropy is asked for, it takes a second such vector, and one G more. WITH_LOSS
+learns the loss's derivative while the logits are still there (`linear_loss_plans.py`). RECOMPUTE
+must make the logits again.
 
-Only tokens that have a gradient are multiplied backward: after clipping, masks and advantages of
-zero, often a fraction f of them. WITH_LOSS then costs G + 2G·f, RECOMPUTE G + 3G·f.
+The matmuls of a gradient are done only for tokens whose upstream gradient is not 0: after clipping,
+masks and advantages of zero, often a fraction f of all. WITH_LOSS then costs G + 2G·f, RECOMPUTE
+G + 3G·f.
 
 Dims: N tokens, n of a block, K width of the hidden states, V vocabulary.
 """
@@ -58,13 +59,13 @@ class Needs(NamedTuple):
 
     @staticmethod
     def of(wanted: Sequence[bool]) -> "Needs":
-        """Of what autograd says of the tensors of a `LinearProblem`."""
+        """Make it from `needs_input_grad` of the tensors of a `LinearProblem`."""
         hidden, bias, _, _, *weights = wanted
         return Needs(hidden, weights, bias)
 
     @property
     def head(self) -> bool:
-        """Anything whose gradient is a sum over tokens."""
+        """Whether the head (a weight or the bias) needs a gradient, which is a sum over tokens."""
         return any(self.weights) or self.bias
 
 
@@ -78,7 +79,7 @@ class Plan(Enum):
 
 
 def choose_plan(needs: Needs, *, loss_known: bool) -> Plan:
-    """Choose the plan of fewest matmuls."""
+    """Choose the plan with the fewest matmuls."""
     if not (needs.hidden or needs.head):
         return Plan.READ_ONLY
     if loss_known:
@@ -86,26 +87,27 @@ def choose_plan(needs: Needs, *, loss_known: bool) -> Plan:
     return Plan.RECOMPUTE if needs.head else Plan.KEEP_SLOPES
 
 
-# Rows are left out of a matmul where at least _FEWEST of them can be, and at least one in _ONE_IN:
-# with fewer, to launch and move what leaves them out costs as much as it saves.
+# Rows without a gradient are left out of a matmul if there are at least _FEWEST of them, and at
+# least one row in _ONE_IN is one. With fewer of them, to move the other rows together costs as much
+# as it saves.
 _FEWEST = 8
 _ONE_IN = 8
 
 
 def few_enough(wanted: Tensor) -> Tensor | None:
-    """Find the indices of the wanted rows (n,), where so many are not that it is worth leaving them
-    out; else None. A GPU is awaited.
+    """Find the indices of the wanted rows (n,); None if so few rows are unwanted that leaving them
+    out is not worth it. On a GPU, the host waits for their number.
     """
     index = wanted.nonzero().squeeze(1)
     left_out = wanted.shape[0] - index.shape[0]
     return index if left_out >= max(_FEWEST, wanted.shape[0] / _ONE_IN) else None
 
 
-# What `token_stats` returns, of all N tokens; empty unless asked for.
+# The statistics that `token_stats` returns, of all N tokens; those not asked for are empty.
 AllStats = tuple[Tensor, ...]
 
-# Logprob, entropy, peak and log_norm of the n rows that count: what the gradient of their logits
-# takes.
+# Logprob, entropy, peak and log_norm of the n rows that count, which the gradient of their logits
+# needs.
 KeptStatistics = tuple[Tensor, ...]
 
 Room = Callable[[int], Tensor]  # makes room for gradients of so many rows of logits
@@ -114,7 +116,7 @@ _NO_TARGET = -(2**31)  # an ignore_index for rows that all have a target
 
 
 class Workbench(NamedTuple):
-    """A head, the rows that it is applied to, and how."""
+    """A head, the rows that it is applied to, and what is asked about their logits."""
 
     head: Head
     rows: Rows
@@ -123,8 +125,10 @@ class Workbench(NamedTuple):
     part: VocabularyPart | None = None  # of a vocabulary that ranks share
 
     def gradients(self, needs: Needs, dtype: torch.dtype | None = None) -> Gradients:
-        """Make room for what is needed, for the hidden states in their dtype or another."""
-        if self.rows.shared is not None:  # several states may add to that of one hidden state
+        """Make room for the gradients that are needed; that of hidden states has their dtype unless
+        another is given.
+        """
+        if self.rows.shared is not None:  # several states may add to one hidden state's gradient
             dtype = self.head.sums
         hidden = torch.zeros_like(self.rows.hidden, dtype=dtype) if needs.hidden else None
         group = None if self.part is None else self.part.group
@@ -165,17 +169,18 @@ class Workbench(NamedTuple):
         self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes,
         *, room: Room, overwrite: bool = True,
     ) -> LogitGradient:  # fmt: skip
-        """Compute the gradient of Σ slopes·statistics, as operands, where the logits were if
-        possible.
+        """Compute the gradient of Σ slopes·statistics with respect to the logits, in the dtype of
+        the matmuls; where possible it overwrites the logits.
         """
         operands = self.head.operands
         if self.part is not None:
             if self.part.size == 0:
                 return LogitGradient(logits.to(operands), None)
-            if slopes.mean_logit is not None:  # the operator divides by the columns that it has
+            if slopes.mean_logit is not None:  # the operator divides by its own number of columns
                 share = self.part.size / self.part.vocab
                 slopes = slopes._replace(mean_logit=slopes.mean_logit * share)
-        # fp16 is rounded to once the size of each row is known.
+        # The gradient can be written in the operands' dtype at once, except in fp16, to which it is
+        # rounded when the largest number of each row is known.
         dtype = self.head.sums if operands == torch.float16 else operands
         rounded = room(len(logits)) if operands != logits.dtype else None
         in_place = overwrite and logits.dtype == dtype
@@ -192,7 +197,7 @@ class Workbench(NamedTuple):
         self, out: Tensor, in_place: bool, block: Block, logits: Tensor, stats: Statistics,
         of_tokens: Slopes,
     ) -> None:  # fmt: skip
-        """Write the gradient (n, V) of Σ slopes·statistics; in place, over the logits."""
+        """Write the gradient (n, V) of Σ slopes·statistics; if in_place, over the logits."""
         slopes, targets, transform = of_tokens, block.targets, block.transform
         shared = stats.shared
         if shared is not None and block.states is not None:
@@ -213,8 +218,8 @@ class Workbench(NamedTuple):
     def differentiate(
         self, block: Block, logits: Tensor, stats: Statistics, slopes: Slopes, gradients: Gradients
     ) -> None:
-        """Turn the logits into their gradient and hand it on: G each for hidden states and weight,
-        of the tokens that have a gradient.
+        """Turn the logits into their gradient and add it to `gradients`. For the tokens that have a
+        gradient, this costs G for hidden states and G for the weight.
         """
         d_logits = self.d_logits(block, logits, stats, slopes, room=gradients.room)
         counting, place = slopes.counting(), block.place
@@ -223,8 +228,8 @@ class Workbench(NamedTuple):
             counting = block.states.any(counting)
         some = self.few_enough(counting)
         if some is None:
-            # Rows without a gradient add 0 times their hidden state to sums over rows: NaN, where
-            # that is infinite.
+            # Rows without a gradient add 0 times their hidden state to the sums over rows, which
+            # would be NaN where the hidden state is infinite.
             hidden = torch.where(counting.unsqueeze(1), block.hidden, 0.0)
         elif len(some) == 0:
             return
@@ -234,8 +239,9 @@ class Workbench(NamedTuple):
         gradients.add(place, hidden.to(self.head.operands), d_logits)
 
     def few_enough(self, wanted: Tensor) -> Tensor | None:
-        """Find the wanted rows, if it is worth leaving out the others; None too where they cannot
-        be counted, and where ranks share the vocabulary, which add up blocks of one shape.
+        """Find the wanted rows, if it is worth leaving out the others. None also where they cannot
+        be counted, and where ranks share the vocabulary: all ranks have to send blocks of the same
+        shape.
         """
         if self.rows.order is None or self.part is not None:
             return None
@@ -253,7 +259,8 @@ class Workbench(NamedTuple):
 def statistics(bench: Workbench, spans: Iterable[Span]) -> tuple[AllStats, KeptStatistics]:
     """Read the statistics of all tokens: READ_ONLY, and the forward of RECOMPUTE.
 
-    Where ranks share the vocabulary, what backward would have to ask them again is returned too.
+    Where ranks share the vocabulary, the statistics that the gradient needs are returned too, so
+    that the backward need not gather them again.
     """
     all_stats = room_for_all_tokens(bench)
     parts = []
@@ -269,7 +276,7 @@ def statistics(bench: Workbench, spans: Iterable[Span]) -> tuple[AllStats, KeptS
 def statistics_and_slopes(
     bench: Workbench, spans: Iterable[Span]
 ) -> tuple[AllStats, Tensor, Tensor]:
-    """Read the statistics, and u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K):
+    """Read the statistics, and compute u = ∂logprob/∂hidden and ∂entropy/∂hidden (N, K):
     KEEP_SLOPES.
     """
     all_stats = room_for_all_tokens(bench)
@@ -282,11 +289,10 @@ def statistics_and_slopes(
 
 
 def room_for_slopes(hidden: Tensor, *, alone: bool) -> Tensor:
-    """Make zeros (N, K) for a slope of each token with respect to its hidden state.
-
-    fp32 where another slope is added to it, or those of other ranks, for they may cancel, and where
-    the hidden states are fp16, in which a small slope would lose the places that a large upstream
-    gradient shows.
+    """Make zeros (N, K) for the derivative of a statistic of each token with respect to its hidden
+    state. Their dtype is that of the hidden states, but fp32 in two cases: unless this slope stands
+    `alone`, since another slope, or those of other ranks, are added to it, and may cancel; and for
+    fp16, in which a small slope would lose digits that a large upstream gradient makes visible.
     """
     keeps_its_own = alone and hidden.dtype != torch.float16
     return torch.zeros_like(
@@ -318,10 +324,10 @@ def recomputed_gradients(
     gradients: Gradients,
     kept: KeptStatistics = (),
 ) -> None:
-    """Make the logits again and finish, given the gradients (N,) of the statistics: RECOMPUTE
-    backward.
+    """Make the logits again, and compute the gradients from them, given the upstream gradients (N,)
+    of the statistics: the backward of RECOMPUTE.
 
-    Where ranks share the vocabulary, their statistics were kept, and nobody is asked again.
+    Where ranks share the vocabulary, the statistics were kept, and are not gathered again.
     """
     for first, last in spans:
         block = bench.rows.block((first, last))
@@ -341,7 +347,7 @@ def _statistics_kept(kept: KeptStatistics) -> Statistics:
 
 
 def room_for_all_tokens(bench: Workbench) -> AllStats:
-    """Make zeros, which are the statistics of ignored tokens."""
+    """Make zeros for the statistics of all tokens; those of ignored tokens stay so."""
     tokens, dtype = bench.rows.targets.shape[0], bench.head.sums
     logprob, lse = (bench.rows.hidden.new_zeros(tokens, dtype=dtype) for _ in range(2))
     is_top1, mean_logit, log_squares = (
@@ -356,7 +362,7 @@ def room_for_all_tokens(bench: Workbench) -> AllStats:
 
 
 def put(all_stats: AllStats, block: Block, stats: Statistics) -> None:
-    """Write the statistics of a block where its tokens are."""
+    """Write the statistics of a block to the places of its tokens."""
     values: tuple[Any, ...] = stats[: len(all_stats)]
     for of_all, of_block in zip(all_stats, values, strict=True):
         if of_all.numel():

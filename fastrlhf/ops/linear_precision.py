@@ -1,8 +1,8 @@
 """In which dtype the matmuls of a head run, under autocast or without it.
 
-Operations from hidden states follow `F.linear`: the dtype of the hidden states and weights, or that
-of autocast. Only their operands are rounded to it; sums are fp32 or fp64 (see `linear_head.py`), so
-that autocast has to stay out of what happens to these.
+Operations from hidden states follow `F.linear`: the dtype is that of the hidden states and weights,
+or that of autocast. Only the operands of the matmuls are rounded to it. Sums are fp32 or fp64 (see
+`linear_head.py`), and `exact` keeps autocast from rounding them.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of a matmul of hidden states: theirs, or that of autocast."""
+    """Return the dtype of a matmul of hidden states: their own, or that of autocast."""
     autocast = autocast_decides(hidden)
     return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
 
@@ -21,5 +21,5 @@ def autocast_decides(hidden: Tensor) -> bool:
 
 
 def exact(hidden: Tensor) -> torch.autocast:
-    """Keep autocast, whose dtype the operands have already, from rounding fp32 sums."""
+    """Turn autocast off, so that it rounds no fp32 sums. The operands have its dtype already."""
     return torch.autocast(hidden.device.type, enabled=False)

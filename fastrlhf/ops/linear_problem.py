@@ -1,10 +1,10 @@
-"""What an operation from hidden states is given and asked, as objects that are handed on whole.
+"""The arguments of an operation from hidden states, as objects that are handed on whole.
 
 A public function puts its keywords into `LinearInputs` (how logits are made) and `TokenQuestion`
-(what is asked of them). `checked_problem` in `linear_arguments.py` makes of both and the targets a
-`LinearProblem`, in which everything is checked and every default is chosen. The autograd Functions
-take that apart into tensors and `LinearOptions`, and lay it out as the `Workbench` that the plans
-of `linear_plans.py` work on.
+(what is asked of them). `checked_problem` in `linear_arguments.py` makes a `LinearProblem` of these
+two and the targets, in which everything is checked and every default is chosen. The autograd
+Functions take the problem apart into tensors and `LinearOptions`, and put it together again. They
+make a `Workbench` of it, on which the plans of `linear_plans.py` work.
 
 Dims: K width of the hidden states, V vocabulary, U hidden states that tokens share.
 """
@@ -25,8 +25,8 @@ from .vocabulary_part import VocabularyPart
 
 
 class LinearInputs(NamedTuple):
-    """How the logits of tokens are made: keywords of `linear_token_stats`, not checked yet, but for
-    `head_part`, which has found which part of the head is here.
+    """How the logits of tokens are made: keywords of `linear_token_stats`. They are not checked
+    yet, except that `head_part` has found which part of the head this rank has.
     """
 
     hidden: Tensor  # (..., K)
@@ -37,12 +37,12 @@ class LinearInputs(NamedTuple):
     scale: float = 1.0
     chunk_size: int | None = None
     impl: str = "auto"
-    # Of the matmuls, to which weights of any dtype are converted a slice at a time; None: as
-    # `F.linear`, that of the hidden states and weights, or of autocast.
+    # The dtype of the matmuls, to which weights of any dtype are converted, a slice at a time.
+    # None: as for `F.linear`, that of the hidden states and weights, or of autocast.
     dtype: torch.dtype | None = None
-    part: VocabularyPart | None = None  # of a vocabulary that ranks share, that the weights are
-    support: Support | None = None  # the ids that tokens may be
-    rows: Tensor | None = None  # (...) which of hidden states (U, K) predicts each token
+    part: VocabularyPart | None = None  # which part the weights are, where ranks share a vocabulary
+    support: Support | None = None  # the ids to which tokens are restricted: see `kept_ids.py`
+    rows: Tensor | None = None  # (...) which of the hidden states (U, K) predicts each token
 
     @property
     def vocab(self) -> int:
@@ -50,8 +50,8 @@ class LinearInputs(NamedTuple):
 
     @property
     def most_columns(self) -> int:
-        """The columns of the logits; where ranks share the vocabulary, of the rank that has the
-        most, so that all of them cut the same chunks.
+        """The number of columns of the logits; where ranks share the vocabulary, that of the rank
+        which has the most, so that all ranks cut the same chunks.
         """
         part, columns = self.part, self.weights[0].shape[0]
         return columns if part is None or part.largest is None else part.largest
@@ -70,7 +70,7 @@ class LinearInputs(NamedTuple):
 
 
 class LinearOptions(NamedTuple):
-    """What a checked problem has beside the tensors that autograd keeps."""
+    """The parts of a checked problem that are not tensors kept by autograd."""
 
     temperature: float
     softcap: float | None
@@ -84,7 +84,7 @@ class LinearOptions(NamedTuple):
 
 
 class LinearProblem(NamedTuple):
-    """Hidden states, the head, and what is asked about its logits."""
+    """Hidden states, the head, and what is asked about their logits; all of it checked."""
 
     hidden: Tensor  # (..., K) in the dtype of the matmuls
     weights: list[Weight]  # column blocks of a (V, K) matrix
@@ -92,37 +92,37 @@ class LinearProblem(NamedTuple):
     targets: Tensor  # (...)
     token_temperature: Tensor | None  # (...)
     options: LinearOptions
-    kept: KeptIds | None = None  # the ids that tokens may be; None: all
+    kept: KeptIds | None = None  # the ids to which tokens are restricted; None: all ids
 
     @staticmethod
     def of(options: LinearOptions, tensors: Sequence[Any]) -> "LinearProblem":
-        """Put together again what `tensors` took apart."""
+        """Put a problem together again that `tensors` took apart."""
         hidden, bias, targets, token_temperature, *weights = tensors
         return LinearProblem(hidden, weights, bias, targets, token_temperature, options)
 
     def tensors(self) -> tuple[Any, ...]:
-        """Hidden states, bias, targets, temperatures and weights, as an autograd Function takes
-        them; a weight may also be in codes, which is no tensor.
+        """Return hidden states, bias, targets, temperatures and weights, in the order in which
+        autograd Functions take them. A quantized weight is among them, though it is not a tensor.
         """
         return self.hidden, self.bias, self.targets, self.token_temperature, *self.weights
 
     @property
     def temperature(self) -> float | Tensor:
-        """Of all tokens, or of each."""
+        """The temperature: one number for all tokens, or (...) one for each."""
         tokens = self.token_temperature
         return self.options.temperature if tokens is None else tokens
 
     @property
     def transform(self) -> Transform:
-        """What happens to the logits, of flattened tokens."""
+        """The transform of the logits, for flattened tokens."""
         options = self.options
         return Transform(
             self.token_temperature, options.temperature, options.softcap, options.scale
         ).flat(options.dtype)
 
     def order(self) -> Tensor | None:
-        """The tokens with a target, those that share a hidden state together; None where they
-        cannot be counted.
+        """The indices of the tokens with a target; those that share a hidden state follow each
+        other. None where they cannot be counted.
         """
         ignore_index = self.options.question.ignore_index
         order = live_rows_if_known(self.targets.reshape(-1), ignore_index)
@@ -131,7 +131,7 @@ class LinearProblem(NamedTuple):
         return order[self.options.shared.state[order].argsort(stable=True)]
 
     def workbench(self, order: Tensor | None) -> Workbench:
-        """Lay out the rows in an order: see `Rows`."""
+        """Make the workbench for the rows in this order: see `Rows`."""
         options = self.options
         head = Head(self.weights, self.bias, options.dtype)
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
@@ -141,7 +141,7 @@ class LinearProblem(NamedTuple):
         return Workbench(head, rows, options.question, options.impl, options.part)
 
     def like_inputs(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of hidden states, bias and weights in the dtypes of these."""
+        """Convert gradients of hidden states, bias and weights to the dtypes of these."""
         inputs = (self.hidden, self.bias, *self.weights)
         return [
             None if gradient is None or x is None else gradient.to(x.dtype)

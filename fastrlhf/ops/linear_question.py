@@ -1,4 +1,4 @@
-"""What is asked of tokens: the keywords that say nothing of how their logits are made."""
+"""What is asked about tokens: keywords that do not depend on how their logits are made."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
@@ -9,22 +9,22 @@ from .checks import check_bool, check_ignore_index, check_names
 
 
 class TokenQuestion(NamedTuple):
-    """Which statistics of which tokens somebody looks at; made by `checked_question`."""
+    """Which statistics of which tokens are asked for; `checked_question` makes it."""
 
     ignore_index: int
     entropy: bool
     entropy_grad: bool  # whether the entropy has a gradient, where it is asked for
     with_stats: tuple[str, ...]  # names of further statistics
-    lse: bool  # whether anybody looks at it; if not, ids without a choice need not be read
+    lse: bool  # whether the lse is used; if not, the logit of a token's only kept id is not read
 
     @property
     def of_gradient(self) -> "TokenQuestion":
-        """What of it has a gradient, which is all that counts where logits are made again."""
+        """The question without statistics that have no gradient, for logits that are made again."""
         return self._replace(entropy=self.entropy and self.entropy_grad, with_stats=())
 
     @property
     def yes_and_no(self) -> tuple[bool, ...]:
-        """The question as ranks compare it."""
+        """The question as answers yes or no, which ranks compare."""
         return self.entropy, self.entropy_grad, *(x in self.with_stats for x in FURTHER_STATS)
 
 
@@ -48,7 +48,7 @@ def checked_question(
     """Check the keywords.
 
     Raises:
-        TypeError, ValueError: one that does not fit, by its public name.
+        TypeError, ValueError: a keyword that does not fit, by its public name.
     """
     check_bool("entropy", entropy)
     check_bool("entropy_grad", entropy_grad)

@@ -1,10 +1,10 @@
-"""The tokens that have a target, in blocks small enough for their logits.
+"""The tokens that have a target, in blocks small enough that their logits fit into memory.
 
-Ignored rows cost nothing because they never reach a matmul: the rows with a target are gathered, a
-block at a time, in the order in which they are needed. How many there are must be known before the
-matmuls can be launched, which on a GPU waits for the targets once; they usually are there long
-before the hidden states. Where it cannot be known (while a graph is compiled or captured), all rows
-are kept, ignored ones as zeros.
+Ignored rows cost nothing, because they never reach a matmul: only rows with a target are gathered,
+a block at a time, in the order in which they are needed. Their number must be known before the
+matmuls can be launched, so on a GPU the host waits for the targets once. The targets are usually
+there long before the hidden states. Where the number cannot be known (while a graph is compiled or
+captured), all rows are kept, and hidden states of ignored ones are set to 0.
 
 Dims: N tokens, n tokens with a target, K width of the hidden states.
 """
@@ -19,43 +19,43 @@ from .row_spans import Span
 from .tracing import being_traced
 from .transform import Transform
 
-# Bytes of fp32 logits that are held at once. A GPU needs blocks of many rows to be busy; a CPU's
-# matmuls are as fast with few.
+# How many bytes of fp32 logits are held at once. A GPU needs blocks of many rows to be busy; a CPU
+# is as fast with few.
 _WORKSPACE_BYTES = {"cpu": 2**26}
 _GPU_WORKSPACE_BYTES = 2**29
 
-# A GPU's matmuls do so many rows at once, and waste the rest of the last of them.
+# A GPU's matmuls work on this many rows at a time, and waste what the last rows do not fill.
 _WHOLE_ROWS = 128
 
 
 class SharedRows(NamedTuple):
-    """Which hidden state predicts each of N tokens: of a tree of sequences, one may predict
-    several.
+    """Which hidden state predicts each of N tokens. In a tree of sequences, one hidden state may
+    predict several tokens.
 
-    A *state* is a row of logits after the transform: a hidden state, at one temperature.
+    A *state* is a hidden state at one temperature, and so has one row of effective logits.
     """
 
     row: Tensor  # (N,) numbers of hidden states
     state: Tensor  # (N,) numbers of states
-    row_of_state: Tensor  # (S,)
+    row_of_state: Tensor  # (S,) numbers of hidden states
 
 
 class BlockStates(NamedTuple):
     """The states of a block of tokens."""
 
-    of_token: Tensor  # (n,) which of them predicts each token
-    numbers: Tensor  # (m,) among all states
-    rows: Tensor  # (m,) of hidden states
+    of_token: Tensor  # (n,) which of the m states predicts each token
+    numbers: Tensor  # (m,) their numbers among all states
+    rows: Tensor  # (m,) numbers of their hidden states
     transform: Transform  # its temperatures (m,)
 
     def any(self, of_tokens: Tensor) -> Tensor:
-        """Tell for which states something holds of any token: (m,)."""
+        """Given a bool (n,) of tokens, tell which states (m,) have a token where it is True."""
         nowhere = torch.zeros_like(self.numbers, dtype=torch.bool)
         return nowhere.index_fill(0, self.of_token[of_tokens], True)
 
 
 class Block(NamedTuple):
-    """Consecutive rows of the order: where they belong, and what they hold."""
+    """Consecutive rows of the order: their places among all tokens, and their data."""
 
     place: Tensor | slice
     hidden: Tensor  # (n, K); where tokens share hidden states (m, K)
@@ -89,7 +89,7 @@ class Rows(NamedTuple):
             return self._block_of_shared(self.shared, index)
         hidden, targets = self.hidden[index], self.targets[index]
         if self.order is None:
-            # Whatever ignored rows hold, they must not spoil the sums over rows.
+            # Ignored rows may hold anything, NaN too, and must not spoil the sums over rows.
             hidden = torch.where((targets != self.ignore_index).unsqueeze(1), hidden, 0.0)
         if temperature is not None:
             temperature = temperature[index]
@@ -107,8 +107,8 @@ class Rows(NamedTuple):
         return Block(index, self.hidden[rows], self.targets[index], of_tokens, states)
 
     def spans(self, chunk: int) -> list[Span]:
-        """Cut the order into blocks of at most `chunk` rows of logits; tokens that share a state
-        stand together, and stay so.
+        """Cut the order into blocks of at most `chunk` rows of logits. Tokens that share a state
+        follow each other in the order, and are not separated.
         """
         if self.shared is None or self.order is None:
             return even_spans(self.size, chunk)
@@ -118,12 +118,12 @@ class Rows(NamedTuple):
 
 
 def at(place: Tensor | slice, some: Tensor) -> Tensor:
-    """Where some of the rows of a place are."""
+    """Return the places of some rows, given by their indices within `place`."""
     return some + place.start if isinstance(place, slice) else place[some]
 
 
 def default_chunk(vocab: int, device: torch.device) -> int:
-    """Rows whose fp32 logits fill the workspace: 512 MiB, on a CPU 64 MiB."""
+    """Return how many rows of fp32 logits fill the workspace: 512 MiB, on a CPU 64 MiB."""
     rows = _WORKSPACE_BYTES.get(device.type, _GPU_WORKSPACE_BYTES) // (4 * vocab)
     return max(1, rows // _WHOLE_ROWS * _WHOLE_ROWS or rows)
 
@@ -134,17 +134,17 @@ def live_rows(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 def live_rows_if_known(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Find them too; None where they cannot be counted."""
+    """Find the indices of the tokens with a target; None where they cannot be counted."""
     return None if counts_are_unknown(targets) else live_rows(targets, ignore_index)
 
 
 def counts_are_unknown(targets: Tensor) -> bool:
-    """Whether a graph is compiled or captured, so that nothing can be counted."""
+    """Whether a graph is being compiled or captured, so that the host cannot count anything."""
     return being_traced() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def even_spans(rows: int, chunk: int) -> list[Span]:
-    """Cut rows into as few blocks of at most `chunk` as possible, of nearly one size."""
+    """Cut rows into as few blocks of at most `chunk` rows as possible, of nearly equal sizes."""
     if rows == 0:
         return []
     blocks = -(-rows // chunk)
@@ -155,7 +155,7 @@ def even_spans(rows: int, chunk: int) -> list[Span]:
 
 
 def order_by_group(order: Tensor, groups: Tensor) -> tuple[Tensor, list[int]]:
-    """Put rows of one group next to each other, in their own order; and the sizes of the groups."""
+    """Sort rows by group, stably; also return the sizes of the groups."""
     of_rows = groups[order]
     by_group = of_rows.argsort(stable=True)
     sizes = of_rows[by_group].unique_consecutive(return_counts=True)[1]
@@ -163,7 +163,9 @@ def order_by_group(order: Tensor, groups: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def states_of_groups(states: Tensor, sizes: list[int]) -> list[int]:
-    """How many different states there are in each run of tokens (n,) of these sizes."""
+    """Count the different states in each group of tokens, given the states (n,) of tokens that are
+    sorted by group, and the sizes of the groups.
+    """
     group = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(states.device)
     pairs = torch.stack((group, states)).unique(dim=1)
     return pairs[0].bincount(minlength=len(sizes)).tolist()
@@ -172,9 +174,9 @@ def states_of_groups(states: Tensor, sizes: list[int]) -> list[int]:
 def pack_groups(
     sizes: list[int], chunk: int, states: list[int] | None = None
 ) -> Iterator[list[Span]]:
-    """Cut rows into segments of whole groups: at most `chunk` rows of logits, or a single larger
-    group, which is cut into spans. `states` are how many rows of logits there are of each group;
-    None: one of each token.
+    """Cut rows into segments of whole groups. A segment has at most `chunk` rows of logits, or is a
+    single larger group, which is cut into spans. `states` says how many rows of logits each group
+    has; None: one for each token.
     """
     first = last = held = 0
     for size, rows in zip(sizes, sizes if states is None else states, strict=True):

@@ -1,7 +1,7 @@
-"""Of a block of tokens: the statistics of their logits, and what a loss makes of these, its slopes.
+"""The statistics of a block of tokens, and a loss's derivatives with respect to them, its slopes.
 
-The gradient of the logits takes both, and nothing else that would have to be kept: see
-`Workbench.d_logits` in `linear_plans.py`.
+The gradient of the logits is computed from these two and the logits; nothing else has to be kept.
+See `Workbench.d_logits` in `linear_plans.py`.
 
 Dims: n tokens of a block, m rows of logits where tokens share them.
 """
@@ -17,10 +17,12 @@ from .shared_targets import SharedTargets
 
 
 class Statistics(NamedTuple):
-    """Of n tokens: what `token_stats` returns, and what its gradient needs besides; each (n,)."""
+    """The statistics of n tokens that `token_stats` returns, and what the gradient needs in
+    addition; each (n,).
+    """
 
     logprob: Tensor
-    entropy: Tensor  # empty unless asked for, as are the three below the lse
+    entropy: Tensor  # empty unless asked for; so are the three fields that follow the lse
     lse: Tensor
     is_top1: Tensor
     mean_logit: Tensor
@@ -34,8 +36,8 @@ class Statistics(NamedTuple):
         return Statistics(*values)._replace(shared=shared)
 
     def of_leaders(self) -> "Statistics":
-        """Of the m rows that the tokens share, with the target of each that leads it; what the
-        gradient does not take is empty.
+        """Return the statistics of the m rows that the tokens share, with the leader of each row
+        (see `shared_targets.py`) as its target. Fields that the gradient does not need are empty.
         """
         assert self.shared is not None
         logprob, entropy, peak, log_norm = self.shared[-4:]
@@ -45,8 +47,8 @@ class Statistics(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Of n tokens: the derivatives of a loss with respect to their statistics; each (n,), or None
-    where the loss does not depend on the statistic.
+    """The derivatives of a loss with respect to the statistics of n tokens; each (n,), or None if
+    the loss does not depend on the statistic.
     """
 
     logprob: Tensor
@@ -59,7 +61,7 @@ class Slopes(NamedTuple):
         return Slopes(*values)
 
     def at(self, place: slice | Tensor) -> "Slopes":
-        """Take those of some tokens."""
+        """Take the slopes of some tokens."""
         others = (None if slope is None else slope[place] for slope in self[1:])
         return Slopes(self.logprob[place], *others)
 

@@ -1,9 +1,9 @@
 """Log-prob, entropy and log-sum-exp of each token from hidden states, never building the logits.
 
 From top to bottom: the public functions put their keywords into a `LinearProblem`
-(`linear_problem.py`); an autograd Function chooses a plan (`linear_plans.py`, which says what each
-costs) and runs it block by block; backward scales what was kept, or makes the logits again. Where
-the loss is known beforehand, `linear_loss.py` is cheaper; where it can be guessed,
+(`linear_problem.py`). An autograd Function chooses a plan (`linear_plans.py` says what each costs),
+and runs it block by block. Its backward scales what the forward kept, or makes the logits again.
+Where the loss is known beforehand, `linear_loss.py` is cheaper; where its gradient can be guessed,
 `foreseen_stats.py` is.
 
 Dims: N tokens, K width of the hidden states.
@@ -76,15 +76,15 @@ def linear_token_stats(
             as `token_stats`.
         rows: (...) integer: token i is predicted from `hidden[rows[i]]`, with hidden (U, H) and
             targets of any shape. Where sequences of a tree part, or share a prefix, one hidden
-            state predicts several targets, and its logits are made once. Those of ignored tokens
-            may be anything. None: each token has a hidden state of its own.
+            state predicts several targets, and its logits are made once. Rows of ignored tokens may
+            be anything. None: each token has a hidden state of its own.
         chunk_size: tokens whose logits are held at a time; None: as many as fill 512 MiB in fp32
             (64 MiB on a CPU), on a GPU a multiple of 128 of them.
         group: torch.distributed ProcessGroup whose ranks share the vocabulary: weight (V/W, H) and
-            bias are then this rank's rows of it, parts in the order of ranks and of whatever sizes
-            (also 0). All else is the same on every rank, targets are numbers of the whole
-            vocabulary. A weight that is a DTensor (Shard(0) over one dimension of its mesh) needs
-            no group; hidden may be a DTensor that is replicated.
+            bias are then this rank's rows of it. Parts are in the order of ranks and may have any
+            sizes (also 0). All other arguments are the same on every rank, and targets are numbered
+            in the whole vocabulary. A weight that is a DTensor (Shard(0) over one dimension of its
+            mesh) needs no group; hidden may be a DTensor that is replicated.
 
     Returns:
         TokenStats of (...) tensors in nats, fp32 (fp64 for fp64 hidden states); with with_stats
@@ -98,35 +98,40 @@ def linear_token_stats(
     Cost, in matmuls of the tokens with a target, G = 2·n·V·H operations (ignored tokens cost none):
     G where nothing needs a gradient; 2G in all where hidden alone does, as with LoRA; 4G where the
     weight does too (3G where it alone does): `linear_loss` needs 3G there. The entropy adds 1G
-    where hidden alone needs a gradient, and nothing with entropy_grad=False; what with_stats names
-    is read off the logits in the same pass. Where logits are made again, it is of those tokens
-    whose upstream gradient is not 0: of 4G, 3G. Memory: chunk_size·V logits; where hidden alone
-    needs a gradient, a (..., H) tensor kept for the backward in the dtype of hidden, but fp32 for
-    fp16; with that of the entropy two in fp32, since they may cancel; an fp32 (V, H) tensor for the
-    gradient of a weight. Logits are fp32, and so are all sums; on CUDA, where inputs are bf16 or
-    fp16, the gradient of the logits is rounded to that dtype for its matmuls: in fp16 relative to a
-    power of two of each token, so that a small loss loses nothing. These gradients are another
-    chunk in 16 bits, and as many chunks as fill 512 MiB where the weight's is asked for. Results
-    are the same bits from run to run. On a GPU, the count of tokens with a target is awaited once.
+    where hidden alone needs a gradient, and nothing with entropy_grad=False. The statistics of
+    with_stats are computed from the logits in the same pass. Where the weight needs a gradient, the
+    backward, which takes 3 of the 4G, does its work only for tokens whose upstream gradient is not
+    0. Results are the same bits from run to run. On a GPU, the host waits once, for the number of
+    tokens with a target.
 
-    With rows, G is of the hidden states that predict a target, not of the tokens (of those at two
-    temperatures, twice); where hidden alone needs a gradient, an fp32 (U, H) tensor is kept, two
-    with the entropy's. With a support there are no such matmuls, whatever needs a gradient: forward
-    reads the rows of the weight that tokens keep, ids of tokens that keep one only for the lse;
-    backward reads them for the gradient of hidden, and hidden states for that of the weight, where
-    an upstream gradient is not 0. Memory: a few numbers for each kept id, and the gradients. With
-    either, a GPU is awaited for counts. Under torch.compile, a support runs as it is, and shared
+    Memory: chunk_size·V logits. Where hidden alone needs a gradient, a (..., H) tensor is kept for
+    the backward, in the dtype of hidden, but fp32 for fp16; with the entropy's gradient there are
+    two, in fp32, since they may cancel. Where the weight needs a gradient, an fp32 (V, H) tensor.
+    Logits and all sums are fp32. On CUDA, where inputs are bf16 or fp16, the gradient of the logits
+    is rounded to that dtype for its matmuls; in fp16 it is held relative to a power of two for each
+    token, so that small gradients are not lost. These gradients take another chunk in 16 bits, or
+    as many chunks as fill 512 MiB where the weight needs a gradient.
+
+    With rows, G counts the hidden states that predict a target, not the tokens (a hidden state at
+    two temperatures counts twice). Where hidden alone needs a gradient, an fp32 (U, H) tensor is
+    kept, two with the entropy's gradient. With a support there are no matmuls over the vocabulary,
+    whatever needs a gradient. The forward reads the rows of the weight that tokens keep; the row of
+    a token that keeps one id is read only for the lse. Where an upstream gradient is not 0, the
+    backward reads these rows for the gradient of hidden, and hidden states for that of the weight.
+    Memory: a few numbers for each kept id, and the gradients. With rows or a support, the host
+    waits for counts on a GPU. Under torch.compile, a support runs outside of the graph, and shared
     hidden states cost as much as if each token had its own, as they do under torch.func.
 
-    With a group, statistics are in the same bits on every rank; gradients of weight and bias are
-    those of this rank's rows, that of hidden is complete on every rank. Sent are the numbers that
-    `token_stats` names, of tokens with a target; and backward one all-reduce of the gradient of
-    their hidden states in fp32, where the weight is trained of one chunk while the next is
-    computed. The (..., H) tensor that is kept for the backward is fp32. Where each rank computes
-    the same loss from the statistics, gradients are right as they are. The second derivative and
-    `torch.func` are refused; shared hidden states cost as much as if each token had its own. With a
-    support, sent are a number for each kept id forward, and the gradient of the hidden states
-    backward. On a GPU, the sizes of the parts are awaited too (not of a DTensor).
+    With a group, statistics are the same bits on every rank. Gradients of weight and bias are those
+    of this rank's rows; that of hidden is complete on every rank. The forward sends the numbers
+    that `token_stats` names, of tokens with a target. The backward sends the gradient of their
+    hidden states in fp32, in one all-reduce, or where the weight is trained in one for each chunk
+    while the next chunk is computed. The (..., H) tensor that is kept for the backward is fp32. If
+    each rank computes the same loss from the statistics, its gradients need no correction. The
+    second derivative and `torch.func` are refused; shared hidden states cost as much as if each
+    token had its own. With a support, the forward sends a number for each kept id, and the backward
+    the gradient of the hidden states. On a GPU, the host waits for the sizes of the parts too, but
+    not for those of a DTensor.
 
     Raises:
         TypeError: hidden, weight or bias that are not floating; hidden and weight of two dtypes;
@@ -193,7 +198,7 @@ def linear_token_logprobs(
 
 
 def token_stats_of(problem: LinearProblem) -> TokenStats:
-    """Compute the statistics of a problem whose weight may come in column blocks, or in codes."""
+    """Compute the statistics of a problem, whose weight may come in column blocks, or quantized."""
     if problem.kept is not None:
         stats = outside_of_graphs(kept_stats_of)(problem)
         grad = problem.options.question.entropy_grad
@@ -211,7 +216,7 @@ def token_stats_of(problem: LinearProblem) -> TokenStats:
 
 
 def shaped_like_targets(all_stats: Sequence[Tensor], problem: LinearProblem) -> TokenStats:
-    """Give the statistics (N,) of all tokens, as the plans find them, the shape of the targets."""
+    """Give the statistics (N,) of all tokens, which the plans return, the shape of the targets."""
     question = problem.options.question
     return shaped_stats(all_stats, problem.targets.shape, question.entropy, question.with_stats)
 
@@ -269,8 +274,8 @@ class _LinearTokenStats(torch.autograd.Function):
 
 
 def in_order_of_tensors(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden states, bias and weights as those of `LinearProblem.tensors`, of which
-    targets and temperatures have none.
+    """Put gradients of hidden states, bias and weights into the order of `LinearProblem.tensors`,
+    with None for targets and temperatures.
     """
     d_hidden, d_bias, *d_weights = gradients
     return d_hidden, d_bias, None, None, *d_weights
@@ -279,7 +284,7 @@ def in_order_of_tensors(gradients: Sequence[Tensor | None]) -> tuple[Tensor | No
 def keep_problem(
     ctx: Any, problem: LinearProblem, order: Tensor | None, more: Sequence[Tensor | None]
 ) -> None:
-    """Keep what a backward needs: the problem, the order of its rows, and more tensors."""
+    """Keep what the backward needs: the problem, the order of its rows, and more tensors."""
     ctx.options, tensors = problem.options, problem.tensors()
     ctx.codes = [None if isinstance(x, Tensor) else x for x in tensors]  # of quantized weights
     dense = [x if isinstance(x, Tensor) else None for x in tensors]
@@ -287,7 +292,7 @@ def keep_problem(
 
 
 def kept_problem(ctx: Any) -> tuple[LinearProblem, Any, list[Any]]:
-    """Return what `keep_problem` kept."""
+    """Return what `keep_problem` kept: the problem, the order of its rows, and more tensors."""
     order, *rest = ctx.saved_tensors
     dense, more = rest[: len(ctx.codes)], rest[len(ctx.codes) :]
     tensors = [code or x for code, x in zip(ctx.codes, dense, strict=True)]
@@ -301,7 +306,7 @@ def _times_slopes(
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor | None:
-    """Scale the kept vectors of each token by its upstream gradients: backward of KEEP_SLOPES."""
+    """Scale each token's kept vectors by its upstream gradients: the backward of KEEP_SLOPES."""
     live = problem.targets.reshape(-1) != problem.options.question.ignore_index
     d_hidden = None
     for slope, upstream in zip(slopes, (d_logprob, d_entropy), strict=True):
@@ -323,8 +328,8 @@ def _recomputed(
     d_entropy: Tensor | None,
     kept: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of hidden states, bias and weights from logits that are made again: backward of
-    RECOMPUTE.
+    """Compute the gradients of hidden states, bias and weights from logits that are made again: the
+    backward of RECOMPUTE.
     """
     with exact(problem.hidden):
         if d_logprob is None:

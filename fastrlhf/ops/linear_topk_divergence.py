@@ -1,9 +1,10 @@
-"""The divergence of a student and a teacher of whom the likeliest words are known, from the
-student's hidden states: its logits are never built but for a block of tokens.
+"""`topk_kl_divergence` from the student's hidden states.
 
-What of the gradient is known with the values, and when backward has to make the logits again, is
-said in `value_gradients.py`; the formulas are those of `topk_divergence.py`. G is one matmul of
-tokens × hidden × vocabulary.
+It is the divergence of a student from a teacher of which only the likeliest words are known. The
+student's logits are built for one block of tokens at a time. The formulas are those of
+`topk_divergence.py`. `value_gradients.py` says which gradients are computed with the values, and
+when the backward has to make the logits again. G is the cost of one matmul of tokens × hidden ×
+vocabulary.
 
 Dims: N tokens, n tokens of the mask, k words, H hidden, V vocabulary.
 """
@@ -89,13 +90,13 @@ def linear_topk_kl_divergence(
     at will.
 
     Cost, in matmuls G of the tokens of the mask (others cost none): G for the values, 2G where
-    hidden or weight needs a gradient, 3G where both do. That of the head is computed along with the
-    values, for a loss that weighs all of them alike, as a sum or a mean does. For one that does
-    not, backward makes the logits again: G, and 1G for the weight. Memory: a block of logits; on
-    CUDA their gradient in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept where
-    hidden needs a gradient, in its dtype, but fp32 for fp16, and an fp32 (V, H) tensor where weight
-    does. On a GPU, the count of tokens is awaited once, and where the head is trained, backward
-    awaits whether values weigh alike.
+    hidden or weight needs a gradient, 3G where both do. The gradient of the head is computed along
+    with the values, for a loss that gives all of them the same weight, as a sum or a mean does. For
+    another loss, the backward makes the logits again: G, and 1G for the weight. Memory: a block of
+    logits; on CUDA their gradient in 16 bits, as with `linear_token_stats`; a (..., H) tensor kept
+    where hidden needs a gradient, in its dtype, but fp32 for fp16, and an fp32 (V, H) tensor where
+    weight does. On a GPU, the host waits once for the count of tokens, and where the head is
+    trained, in the backward to learn whether values have the same weight.
 
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `topk_kl_divergence`.
@@ -191,8 +192,8 @@ def _recomputed(
     bias: Tensor | None,
     weight: Any,
 ) -> list[Tensor | None]:
-    """Gradients of bias and weight, given those (n,) of the values, from logits that are made
-    again.
+    """Compute the gradients of bias and weight from logits that are made again, given the upstream
+    gradients (n,) of the values.
     """
     gradients = blocks.gradients(order.shape[0], *wants_head)
     with exact(blocks.hidden):
@@ -225,21 +226,22 @@ class _Blocks:
         return self.hidden[rows].to(self.head.operands)
 
     def values(self, rows: Tensor) -> Tensor:
-        """The divergence of some tokens (n,)."""
+        """Compute the divergence (n,) of some tokens."""
         return self._scored(rows)[0]
 
     def values_and_gradient(
         self, rows: Tensor, d_values: Tensor | None, room: Room
     ) -> tuple[Tensor, LogitGradient]:
-        """The same, and the gradient of their sum, or of one that d_values (n,) weighs, with
-        respect to their logits, as operands of matmuls.
+        """Compute the divergence (n,) of some tokens, and the gradient of its sum, weighted by
+        d_values (n,) if given, with respect to their logits, in the dtype of the matmuls.
         """
         values, buckets, logits, stats = self._scored(rows, grad=True)
         upstream = torch.ones_like(values) if d_values is None else d_values.to(values)
         (d_buckets,) = autograd.grad(values, buckets, upstream)
         operands = self.head.operands
         rounded = room(len(rows)) if operands != logits.dtype else None
-        # fp16 is rounded to once the size of each row is known.
+        # The gradient can be written in the operands' dtype at once, except in fp16, to which it is
+        # rounded when the largest number of each row is known.
         out = logits if rounded is None or operands == torch.float16 else rounded
         write_bucket_gradient(
             out, logits, self.words.ids[rows], torch.ones_like(rows, dtype=torch.bool), stats,
@@ -255,7 +257,9 @@ class _Blocks:
     def _scored(
         self, rows: Tensor, *, grad: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Values, the buckets that they come from, logits, and statistics of the other words."""
+        """Return the values (n,), the buckets that they were computed from, the logits, and the
+        peak and log_norm of the other words.
+        """
         logits, words = self.head.logits(self.operands(rows)), self.words.at(rows)
         whole_block, impl = torch.ones_like(rows, dtype=torch.bool), self.options.impl
         buckets, *stats = bucket_logits(

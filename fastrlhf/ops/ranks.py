@@ -1,9 +1,9 @@
-"""What processes of a torch.distributed group say to each other.
+"""Collectives among the processes (ranks) of a torch.distributed group.
 
-Everything that is added up is gathered first, in the order of the ranks, and added by every rank in
-the same way, so that all have the same bits, and have them at each run. What is gathered is a few
-numbers a token, or a sequence. Only the gradient of hidden states, which is large, goes through an
-all-reduce.
+A sum over ranks is made by gathering all terms in the order of the ranks. Every rank then adds them
+up in the same way, so that all have the same bits, in each run. Only a few numbers a token, or a
+sequence, are gathered like that. The gradient of hidden states, which is large, goes through an
+all-reduce instead.
 
 Dims: W ranks of the group.
 """
@@ -19,7 +19,7 @@ from .backend import under_transform
 
 if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup
-else:  # a build of torch without distributed has no type of groups
+else:  # a build of torch without torch.distributed has no class of groups
     Group = Any
 
 
@@ -52,26 +52,29 @@ def rank_in(group: Group) -> int:
 
 
 def gathered(x: Tensor, group: Group) -> Tensor:
-    """Every rank's tensor of one shape and dtype, in the order of ranks: (W, ...). No gradient."""
+    """Gather every rank's tensor, of one shape and dtype, in the order of ranks: (W, ...). Without
+    a gradient.
+    """
     x = x.detach().contiguous()
     parts = x.new_empty((size_of(group), *x.shape))
     if x.numel():
-        # Its name of torch 2.13 on, where the older one warns.
+        # The name that it has from torch 2.13 on, which warns about the older one.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(parts.view(-1), x.view(-1), group)  # 0-d ones included
+        gather(parts.view(-1), x.view(-1), group)  # flat, since x may be 0-d
     return parts
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum of every rank's tensor, in the same bits on all. No gradient."""
+    """Sum every rank's tensor, with the same bits on all ranks. Without a gradient."""
     return gathered(x, group).sum(0, dtype=x.dtype)
 
 
 def concatenated(tensors: Sequence[Tensor], group: Group) -> tuple[list[Tensor], slice]:
-    """Every rank's tensors, in the order of ranks along their first dimension, and where those of
-    this rank stand. No gradient.
+    """Join every rank's tensors along their first dimension, in the order of ranks, and tell which
+    rows are this rank's. Without a gradient.
 
-    The tensors of a rank have one length, which may be another on each rank: all wait for it.
+    All tensors of a rank have one length, but ranks may have different ones, and the host waits to
+    learn these.
     """
     length, rank = tensors[0].shape[0], rank_in(group)
     lengths = gathered(tensors[0].new_full((), length, dtype=torch.int64), group).tolist()
@@ -87,25 +90,27 @@ def _joined(x: Tensor, lengths: list[int], group: Group) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
-    """The sum of every rank's tensor, of which each rank differentiates its own term: the gradient
-    passes as it is.
+    """Sum every rank's tensor. In the backward, the gradient of the sum is passed on unchanged as
+    that of this rank's term.
 
-    So where every rank computes the same loss from the sum, its gradient is that of this loss with
-    respect to what this rank has. (`torch.distributed.nn.functional.all_reduce` adds up the
-    gradients of all ranks' losses, as if they were different.)
+    So where every rank computes the same loss from the sum, this rank's tensor gets the gradient of
+    that one loss. (`torch.distributed.nn.functional.all_reduce` adds up the gradients of all ranks'
+    losses, as if they were different losses.)
     """
     return x if group is None else _SumOverRanks.apply(x, group)
 
 
 def shared_by_ranks(x: Tensor, group: Group | None) -> Tensor:
-    """The tensor that every rank has, for each to compute something of its own from: its gradient
-    is the sum of what comes back on all ranks.
+    """Return a tensor that is the same on every rank, from which each rank computes something of
+    its own. Its gradient is the sum of the gradients that come back on all ranks.
     """
     return x if group is None else _SharedByRanks.apply(x, group)
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Each of the two maps is the other's transpose, and so its derivative, to any order."""
+    """`_SumOverRanks` and `_SharedByRanks` are linear and each other's transpose. So each is the
+    derivative of the other, to any order.
+    """
 
     @staticmethod
     def forward(ctx, x, group):
@@ -129,7 +134,7 @@ class _SharedByRanks(torch.autograd.Function):
 
 
 def all_reduced_rows(x: Tensor, rows: Tensor | None, group: Group) -> Tensor:
-    """Replace some rows of a tensor (N, K), all if None, by their sums over ranks."""
+    """Replace rows of a tensor (N, K) by their sums over ranks; all rows if `rows` is None."""
     sums = x if rows is None else x[rows]
     if sums.numel():
         dist.all_reduce(sums, group=group)
@@ -137,21 +142,23 @@ def all_reduced_rows(x: Tensor, rows: Tensor | None, group: Group) -> Tensor:
 
 
 class SumsOnTheirWay:
-    """Sums over ranks of one block of rows after the other, each sent while the next is made."""
+    """Sums over ranks of one block of rows after the other. While a block is on its way, the next
+    one is computed.
+    """
 
     def __init__(self, group: Group, total: Tensor):
         self.group, self.total = group, total  # to write into
         self._sent: tuple[Tensor | slice, Tensor, Any] | None = None
 
     def send(self, place: Tensor | slice, part: Tensor) -> None:
-        """Send this rank's part of some rows, once those of the block before have come."""
+        """Send this rank's term of some rows, after the block before has arrived."""
         self.receive()
         if part.numel():
             work = dist.all_reduce(part, group=self.group, async_op=True)
             self._sent = place, part, work
 
     def receive(self) -> None:
-        """Wait for what is on its way, which on a GPU only the stream does."""
+        """Wait for the block that is on its way. On a GPU the stream waits, not the host."""
         if self._sent is not None:
             place, part, work = self._sent
             work.wait()
@@ -160,7 +167,7 @@ class SumsOnTheirWay:
 
 
 def refuse_derivatives_of_ranks(function: str, *upstream: Tensor | None) -> None:
-    """Raise in a backward whose own derivative is asked for: nobody sends it on."""
+    """Raise in a backward whose own derivative is asked for: no collective is written for that."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{function}: where ranks share the vocabulary, its gradient cannot be differentiated "
@@ -170,7 +177,7 @@ def refuse_derivatives_of_ranks(function: str, *upstream: Tensor | None) -> None
 
 
 def refuse_transforms_of_ranks(function: str, *upstream: Tensor | None) -> None:
-    """Raise under a transform, which knows no collective."""
+    """Raise under a transform of torch.func or forward mode, which knows no collective."""
     if under_transform(*upstream):
         raise RuntimeError(
             f"{function}: where ranks share the vocabulary, does not work under torch.func "

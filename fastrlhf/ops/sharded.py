@@ -1,8 +1,9 @@
-"""What this rank has of tensors that torch.distributed spreads over a mesh (DTensor).
+"""This rank's part of tensors that torch.distributed spreads over a mesh (DTensor).
 
-Served are a vocabulary that one dimension of a mesh cuts, and what is replicated. The ranks of all
-other dimensions have the same tokens, since gradients that are said to be replicated are not added
-up. The gradient of a part goes back to the DTensor that it is a part of.
+Two kinds of DTensors are served: those whose vocabulary is cut by one dimension of the mesh, and
+replicated ones. Along all other dimensions of the mesh, ranks must have the same tokens, because
+gradients of a replicated tensor are taken to be equal, and are not added up. The gradient of a part
+goes back to the DTensor of which it is a part.
 
 Dims: W ranks, V vocabulary.
 """
@@ -29,7 +30,7 @@ class HeadPart(NamedTuple):
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether something is a DTensor; where nobody has imported that class, nothing is."""
+    """Whether x is a DTensor. Where nothing has imported that class yet, x cannot be one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
@@ -44,7 +45,7 @@ def head_part(
 ) -> HeadPart:
     """Find out which part of the vocabulary this rank has of a head (V, H).
 
-    Waits for the other ranks, unless there is no group.
+    With a group, the host waits for the other ranks.
 
     Raises:
         TypeError, ValueError: DTensors of other placements, a group beside them, or as `part_of`.
@@ -56,9 +57,7 @@ def head_part(
     hidden = replicated(f"{prefix}hidden", hidden)
     if not is_dtensor(weight):
         if group is None or not isinstance(weight, Tensor | QuantizedWeight) or weight.ndim != 2:
-            return HeadPart(
-                hidden, weights, bias, None
-            )  # refused by the checks, if it is no weight
+            return HeadPart(hidden, weights, bias, None)  # later checks refuse what is not a weight
         check_floating(f"{prefix}hidden", hidden)
         return HeadPart(
             hidden, weights, bias, outside_of_graphs(part_of)(group, weight.shape[0], hidden.device)
@@ -81,10 +80,10 @@ def same_head_part(
     *,
     prefix: str,
 ) -> HeadPart:
-    """This rank's part of a further head, which has to be the same of the vocabulary.
+    """Find this rank's part of a further head, which has to be the same part of the vocabulary.
 
     Raises:
-        TypeError, ValueError: another.
+        TypeError, ValueError: it is another part.
     """
     found = head_part(hidden, weights, bias, None, prefix=prefix)
     weight: Any = weights[0]
@@ -106,7 +105,9 @@ class LogitsPart(NamedTuple):
     def agreed(
         self, tokens: Tensor, asked: dict[str, int], temperature: Tensor | None = None
     ) -> VocabularyPart | None:
-        """Which part this is, once all ranks agree on the tokens and on what is asked of them."""
+        """Check that all ranks have the same tokens and ask the same of them (`agreed_part`), and
+        return which part this is.
+        """
         if self.group is None:
             return None
         columns = self.logits.shape[-1]
@@ -128,10 +129,10 @@ def logits_part(logits: Any, group: Group | None) -> LogitsPart:
 
 
 def same_part(name: str, x: Any, part: VocabularyPart | None) -> Any:
-    """This rank's part of further logits, which has to be the same of the vocabulary.
+    """Return this rank's part of further logits, which has to be the same part of the vocabulary.
 
     Raises:
-        ValueError: another.
+        ValueError: it is another part.
     """
     if not is_dtensor(x):
         return x
@@ -155,7 +156,8 @@ def refuse_group(name: str, group: Group | None) -> None:
 
 
 def vocabulary_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyPart | None]:
-    """This rank's part of a DTensor whose dimension `dim` is the vocabulary; None: all of it.
+    """Return this rank's part of a DTensor whose dimension `dim` is the vocabulary, and which part
+    that is; None if it is all of it.
 
     Raises:
         ValueError: placements that are not served.
@@ -178,7 +180,7 @@ def vocabulary_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyPart
         return local, None
     mesh, (mesh_dim,) = x.device_mesh, cutting
     vocab, ranks = x.shape[dim], mesh.size(mesh_dim)
-    # As torch.chunk cuts: the last ones have fewer, or none.
+    # DTensors are cut as torch.chunk does: the last ranks may have fewer columns, or none.
     largest = -(-vocab // ranks)
     start = min(mesh.get_local_rank(mesh_dim) * largest, vocab)
     size = min(largest, vocab - start)
@@ -191,10 +193,10 @@ def vocabulary_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyPart
 
 
 def replicated(name: str, x: Any) -> Any:
-    """This rank's copy of a DTensor; anything else as it is.
+    """Return this rank's copy of a DTensor; anything else is returned as it is.
 
     Raises:
-        ValueError: a DTensor of which a rank has only a part.
+        ValueError: a DTensor of which each rank has only a part.
     """
     if not is_dtensor(x):
         return x
@@ -209,7 +211,7 @@ def replicated(name: str, x: Any) -> Any:
 
 
 def _alike(name: str, x: Any, weight: Any) -> Tensor:
-    """This rank's part of what has to be cut as the weight is."""
+    """Return this rank's part of a DTensor that has to be cut as the weight is."""
     if (
         not is_dtensor(x)
         or x.placements != weight.placements

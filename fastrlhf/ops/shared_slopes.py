@@ -1,8 +1,10 @@
-"""Where tokens share hidden states: the plan KEEP_SLOPES, what the forward keeps for the backward.
+"""The plan KEEP_SLOPES (see `linear_plans.py`) where several tokens share a hidden state.
 
-Kept is u = ∂logprob/∂hidden of the leader of each state (see `shared_targets`). That of another
-target y of the state differs from it by two rows of the weight, those of y and of the leader, which
-backward looks up.
+Under this plan the forward keeps slopes for the backward: derivatives of the statistics with
+respect to the hidden state. A *state* is a hidden state at one temperature, and its *leader* is the
+target whose logit is the largest of the state's targets (see `shared_targets.py`). The forward
+keeps u = ∂logprob/∂hidden of each state's leader. The slope of another target y of the state
+differs from u by two rows of the weight, those of y and of the leader, which the backward looks up.
 
 Dims: N tokens, S states, U hidden states, K their width.
 """
@@ -24,9 +26,9 @@ from .weighted_rows import add_weighted_rows, sorted_sums
 def statistics_and_shared_slopes(
     bench: Workbench, spans: Iterable[Span]
 ) -> tuple[AllStats, tuple[Tensor, ...]]:
-    """Read the statistics, and what backward takes: of each state ∂logprob/∂hidden of its leader,
-    and ∂entropy/∂hidden (S, K); and of tokens (N,) that do not lead their state the leader, the
-    factor of their target's logit, and that of the leader's.
+    """Read the statistics, and what the backward needs. For each state: ∂logprob/∂hidden of its
+    leader, and ∂entropy/∂hidden, (S, K) each. For each token (N,) that does not lead its state: the
+    id of the leader, the factor of its own target's logit, and the factor of the leader's logit.
     """
     shared, tokens = bench.rows.shared, bench.rows.targets
     assert shared is not None
@@ -45,7 +47,7 @@ def statistics_and_shared_slopes(
         assert states is not None and targets is not None
         leader[block.place] = targets.leader[targets.of_token]
         factors[:, block.place] = torch.stack(targets.factors)
-        # As if each state had one token, its leader.
+        # The slopes of a state are computed as if it had one token, whose target is the leader.
         alone = block._replace(targets=targets.leader, transform=states.transform, states=None)
         of_leaders = stats.of_leaders()
         one, zero = torch.ones_like(of_leaders.logprob), torch.zeros_like(of_leaders.logprob)
@@ -66,7 +68,9 @@ def times_shared_slopes(
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor | None:
-    """Multiply what was kept by the upstream gradients (N,), in the shape of the hidden states."""
+    """Multiply what the forward kept by the upstream gradients (N,), and return the gradient of the
+    hidden states in their shape.
+    """
     shared, hidden = problem.options.shared, problem.hidden
     u_logprob, u_entropy, leader, own_factor, leader_factor = kept
     targets = problem.targets.reshape(-1)

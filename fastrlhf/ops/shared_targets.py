@@ -1,11 +1,13 @@
-"""Several targets of one row of logits, as where sequences of a tree part.
+"""Several targets of one row of logits: in a tree of sequences, where they part.
 
-What tokens share is computed once: the norm of their row, and the gradient p of all columns, whose
-coefficient is the sum of theirs. Each has a target of its own, which is one number of the row.
+What the tokens of a row share is computed once: the norm of the row, and in the backward the term
+of its gradient that is proportional to p, whose coefficient is the sum of the tokens' coefficients.
+Each token adds its own target, which is one number of the row.
 
-The row's *leader* is the target with the largest logit. It is the one whose statistics are computed
-with the row, so that its log-prob is accurate where p → 1, which cannot be another target's; and
-where g·(1 - p) would cancel.
+The row's *leader* is that of its targets which has the largest logit. The row's statistics are
+computed with the leader as their target, in a way that keeps the log-prob accurate where p → 1, and
+the gradient g·(1 - p) where it would cancel. No other target of the row can come close to p = 1, so
+none needs that.
 
 Dims: n tokens of a block, m rows of logits, V vocabulary.
 """
@@ -22,27 +24,29 @@ from .add_at import add_at
 from .linear_rows import Block, BlockStates
 from .transform import Transform
 
-# Given a target of each row, and the transform of the rows: what `all_statistics` returns.
+# Takes a target of each row and the transform of the rows; returns what `all_statistics` does.
 StatisticsOf = Callable[[Tensor, Transform], tuple[Tensor, ...]]
 
 
 class SharedTargets(NamedTuple):
     """The targets of a block of tokens among the rows of logits that they share."""
 
-    of_token: Tensor  # (n,) the row of each
+    of_token: Tensor  # (n,) the row of each token
     targets: Tensor  # (n,)
     leader: Tensor  # (m,) a target of each row
     leads: Tensor  # (n,) whether a token's target is the leader of its row
     factor: Tensor  # (n,) derivative of a target's effective logit with respect to its logit
-    logprob: Tensor  # (m,) of leaders, as are all below; what their gradient takes
+    # Statistics (m,) of the rows with their leaders as targets, which the gradient needs.
+    logprob: Tensor
     entropy: Tensor
     peak: Tensor
     log_norm: Tensor
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """By what to multiply the gradient (n,) of a log-prob, for the logit of its target, and for
-        that of the leader of its row: 0 for leaders, and where there is no distribution.
+        """Factors (n,) by which the upstream gradient of a token's log-prob is multiplied, to be
+        added at the logit of its own target, and subtracted at that of its row's leader. Both are 0
+        for leaders, and where there is no distribution.
         """
         rows = torch.where(self.leads, self.of_token, len(self.leader))
         of_leaders = self.factor.new_zeros(len(self.leader) + 1).scatter(0, rows, self.factor)
@@ -52,7 +56,7 @@ class SharedTargets(NamedTuple):
         return of_target, of_leader
 
     def sums(self, of_tokens: Tensor) -> Tensor:
-        """Add up what the tokens (n,) of each row have: (m,)."""
+        """Add up numbers (n,) of tokens over the tokens of each row: (m,)."""
         return add_at(of_tokens.new_zeros(len(self.leader)), self.of_token, of_tokens)
 
     def add_targets(self, d_logits: Tensor, d_logprob: Tensor) -> None:
@@ -71,7 +75,7 @@ def shared_statistics(
     logits: Tensor, block: Block, states: BlockStates, statistics_of: StatisticsOf
 ) -> tuple[tuple[Tensor, ...], SharedTargets]:
     """Compute the statistics (n,) of tokens from the rows (m, V) that they share, in the order of
-    `Statistics`, and what their gradient takes.
+    `Statistics`; and with them what their gradient needs.
     """
     of_token, targets, transform = states.of_token, block.targets, block.transform
     target_logits = logits[of_token, targets]
@@ -106,8 +110,8 @@ def _factor(logits: Tensor, transform: Transform) -> Tensor:
 
 
 def _leaders(target_logits: Tensor, of_token: Tensor, targets: Tensor, rows: int) -> Tensor:
-    """The target (m,) of each row with the largest logit; of equal ones the first. NaN is larger
-    than any.
+    """Find the leader (m,) of each row: of its targets, the one with the largest logit; of equal
+    ones the lowest id. NaN counts as larger than any number.
     """
     lowest = target_logits.new_full((rows,), -torch.inf)
     largest = lowest.scatter_reduce(0, of_token, target_logits, "amax")

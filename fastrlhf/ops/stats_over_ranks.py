@@ -1,13 +1,15 @@
 """Statistics of tokens whose logits are spread over ranks, each with a part of the vocabulary.
 
-As a row of logits is cut into splits, and their few numbers give its statistics, so is it cut among
-ranks. Each rank reduces its columns to a message of three numbers a token: the largest logit, the
-sum of exponentials without the target's, and the target's logit; the entropy and what `with_stats`
-names add theirs. One all-gather brings every rank all messages, which it combines in the order of
-ranks. So all have the same bits. Nothing of the size of the vocabulary is sent.
+A kernel may cut a row of logits into splits, each of which gives a few numbers (`RowParts`), from
+which the statistics of the row are computed. In the same way a row is cut among ranks here. Each
+rank reduces its columns to a message of three numbers a token: the largest logit, the sum of
+exponentials without the target's, and the target's logit. The entropy and the statistics of
+`with_stats` add numbers of their own. One all-gather brings all messages to every rank, which
+combines them in the order of ranks, so that all have the same bits. Nothing of the size of the
+vocabulary is sent.
 
-The gradient of a rank's logits takes nothing but the statistics. That of a hidden state is the sum
-of what all ranks' columns give it, see `head_gradients`.
+Given the statistics, the gradient of a rank's logits needs nothing from other ranks. The gradient
+of a hidden state is a sum over the columns of all ranks, see `head_gradients`.
 
 Dims: N rows, n of them with a target, V columns of this rank, W ranks, P numbers of a message.
 """
@@ -31,7 +33,7 @@ from .sharded import LogitsPart
 from .transform import Transform, check_temperatures_on_host, flat_temperature
 from .vocabulary_part import IGNORED, VocabularyPart, numbered
 
-# What a part without columns says of a row, in the order of `RowParts`.
+# The message of a rank without columns about a row, in the order of `RowParts`.
 _OF_NO_COLUMNS = (-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf, 0.0, 0.0)
 
 
@@ -71,7 +73,7 @@ class _Options(NamedTuple):
     transform: Transform
     part: VocabularyPart
     entropy: bool
-    entropy_grad: bool  # the entropy is asked for, and a gradient of it
+    entropy_grad: bool  # whether the entropy and its gradient are both asked for
     with_stats: tuple[str, ...]
     inplace: bool
     impl: str
@@ -101,7 +103,7 @@ class _TokenStatsOverRanks(torch.autograd.Function):
         refuse_derivatives_of_ranks("token_stats", d_logprob, d.entropy, d.lse, d_mean)
         logits, targets, token_temperature, *stats = ctx.saved_tensors
         options = ctx.options
-        if d_mean is not None:  # which is then divided by the columns that there are here
+        if d_mean is not None:  # the row work divides it by the number of columns that it has here
             d_mean = d_mean * (options.part.size / options.part.vocab)
         if d_logprob is None:
             d_logprob = torch.zeros_like(stats[0])
@@ -126,8 +128,8 @@ def statistics_over_ranks(
     with_stats: tuple[str, ...],
     impl: str,
 ) -> RowStats:
-    """Compute what `all_statistics` does of logits (..., V) whose other columns are on other ranks;
-    without a gradient. The targets are the part's own.
+    """Compute what `all_statistics` does, for logits (..., V) whose other columns are on other
+    ranks; without a gradient. Targets are numbered from the part's first column.
     """
     targets = targets.reshape(-1).contiguous()
     acc = reference.accumulation_dtype(logits.dtype)
@@ -176,7 +178,7 @@ def _by_formulas(logits: Tensor, question: Question, part: VocabularyPart, impl:
 
 
 def _message(logits: Tensor, question: Question, index: Tensor, impl: str) -> Tensor:
-    """This rank's message (P, n) of the rows with a target, whose numbers are given."""
+    """Make this rank's message (P, n) about the rows with a target, whose numbers are given."""
     targets = question.targets
     if logits.shape[-1] == 0:
         constants = [x for x, want in zip(_OF_NO_COLUMNS, question.asked, strict=True) if want]
@@ -195,6 +197,6 @@ def _message(logits: Tensor, question: Question, index: Tensor, impl: str) -> Te
 
 
 def _of_no_columns(constants: Iterable[float], rows: Tensor, logits: Tensor) -> Tensor:
-    """The message of a part without columns, of so many rows."""
+    """Make the message of a rank without columns about these rows."""
     acc = reference.accumulation_dtype(logits.dtype)
     return torch.stack([logits.new_full(rows.shape, x, dtype=acc) for x in constants])

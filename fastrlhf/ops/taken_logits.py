@@ -1,4 +1,7 @@
-"""Logits of kept ids out of a tensor of all logits, whose gradient is 0 everywhere else.
+"""Statistics over kept ids (see `kept_ids.py`) from a tensor of all logits.
+
+The logits of the kept ids are taken out of it, `kept_stats.py` does the rest, and the gradient of
+all other logits is 0.
 
 Dims: N tokens, M kept ids of all of them, V vocabulary.
 """
@@ -35,7 +38,7 @@ def kept_token_stats(
     inplace: bool,
     impl: str,
 ) -> TokenStats:
-    """Compute `token_stats` over kept ids."""
+    """Compute `token_stats` over the ids that tokens keep."""
     question = KeptQuestion(transform.flat(own.logits.dtype), entropy, with_stats, impl)
     stats = kept_stats_of_logits(
         own, targets, support, question, ignore_index=ignore_index, inplace=inplace
@@ -44,9 +47,10 @@ def kept_token_stats(
 
 
 def kept_stats_of_logits(*arguments: Any, **options: Any) -> KeptStats:
-    """Compute statistics of which the lse and the mean logit are differentiable too: see `_stats`.
+    """Compute the statistics, of which the lse and the mean logit are differentiable too. `_stats`
+    has the arguments.
 
-    What tokens keep must be looked at, which cannot be compiled.
+    It runs outside of compiled graphs, because its course depends on which ids tokens keep.
     """
     return outside_of_graphs(_stats)(*arguments, **options)
 
@@ -73,14 +77,15 @@ def _stats(
         taken = _definition(logits, pairs)
     else:
         taken = _TakenLogits.apply(logits, pairs, inplace)
-    # Where ranks share the vocabulary, each has the logits of its ids, and zeros.
+    # Where ranks share the vocabulary, each has the logits of its own ids, and 0 for all others, so
+    # that their sum over ranks is the logits of all ids.
     return kept_stats(sum_over_ranks(taken, own.group), kept, question)
 
 
 def _agreed(
     own: LogitsPart, targets: Tensor, support: Support, question: KeptQuestion, ignore_index: int
 ) -> VocabularyPart | None:
-    """Which part of the vocabulary this is, once all ranks agree on what is asked."""
+    """Check that all ranks ask the same, and return which part of the vocabulary this rank has."""
     if own.group is None:
         return None
     refuse_transforms_of_ranks("token_stats")
@@ -91,7 +96,7 @@ def _agreed(
     scored = said_with_support(scored, support, targets.numel())
     part = own.agreed(scored, asked, transform.token_temperature)
     assert part is not None
-    part.own_targets(targets, ignore_index)  # which are of the whole vocabulary
+    part.own_targets(targets, ignore_index)  # checks that they lie in the whole vocabulary
     return part
 
 
@@ -125,16 +130,17 @@ class _TakenLogits(torch.autograd.Function):
             d_logits = logits.zero_()
         else:
             d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        if logits.shape[-1]:  # a rank may have nothing of a vocabulary
+        if logits.shape[-1]:  # where ranks share the vocabulary, one may have no column of it
             rows = rows_of(d_logits)
             values = torch.where(pairs.wanted, d_taken, 0.0).to(rows.dtype)
-            # Each id of a token is there once; what is not wanted, perhaps often, adds 0.
+            # The places of wanted logits differ from each other, since a token keeps an id once.
+            # Logits that are not wanted may share a place, and add 0 to it.
             rows.index_put_(_place(pairs, rows), values, accumulate=True)
         return d_logits.detach(), None, None
 
 
 def _place(pairs: _Taken, rows: Tensor) -> tuple[Tensor, ...]:
-    """Where in logits (outer, inner, V) those that are taken are."""
+    """Return the indices at which the taken logits stand in logits (outer, inner, V)."""
     inner = max(1, rows.shape[1])
     return pairs.token // inner, pairs.token % inner, pairs.ids
 

@@ -1,4 +1,7 @@
-"""What a teacher says of each token: the log-probs of a few words, and by that of all others.
+"""What a teacher gives for each token: the log-probs of a few words of the vocabulary.
+
+They also say how probable all other words are together, the *rest*, since probabilities add up to
+1.
 
 Dims: N tokens, k words, V vocabulary.
 """
@@ -21,29 +24,29 @@ from .checks import (
     wide_integers,
 )
 
-# What log-probs leave of 1 is only known to so many roundings of 1.
+# The rest, 1 minus the probabilities of the words, is only known to within so many roundings of 1.
 _ROUNDINGS = 4
-# By how much probabilities of log-probs in 16 bits may exceed 1.
+# By how much the sum of probabilities may exceed 1, since log-probs may come in 16 bits.
 _SLACK = 2.0**-5
 
 
 class TeacherWords(NamedTuple):
-    """The words of N tokens, by increasing number."""
+    """The words of N tokens, those of each token by increasing number."""
 
-    ids: Tensor  # (N, k) int64; V where there is no word
-    logprobs: Tensor  # (N, k); -inf where there is no word
-    rest: Tensor  # (N,) ln of what all other words have
-    unsure: Tensor  # (N,) bool, whether that could be 0 but for rounding
+    ids: Tensor  # (N, k) int64; V for a missing word
+    logprobs: Tensor  # (N, k); -inf for a missing word
+    rest: Tensor  # (N,) ln of the probability that all other words have together
+    unsure: Tensor  # (N,) bool, whether that probability may be 0, and what is left only rounding
 
     def at(self, rows: Tensor) -> "TeacherWords":
-        """Take those of some tokens."""
+        """Take the words of some tokens."""
         return TeacherWords(*(x[rows] for x in self))
 
     def buckets(self, student: Tensor) -> Tensor:
-        """The log-probs (N, k + 1) of words and rest, given the student's buckets.
+        """Return the log-probs (N, k + 1) of words and rest, given the student's buckets.
 
-        A rest that could as well be 0 is 0 where the student has none either, which would be
-        infinitely far.
+        Where the student's rest has probability 0, and the teacher's may be 0 but for rounding, it
+        is taken as 0. Otherwise rounding alone would make their divergence infinite.
         """
         nothing = self.unsure & (student[:, -1] == -torch.inf)
         rest = torch.where(nothing, -torch.inf, self.rest)
@@ -53,10 +56,10 @@ class TeacherWords(NamedTuple):
 def checked_words(
     teacher_logprobs: Tensor, teacher_ids: Tensor, keep: Tensor, vocab: int
 ) -> TeacherWords:
-    """Check the words (..., k) of tokens, of which those of `keep` (...) count, and sort them.
+    """Check the words (..., k) of the tokens that `keep` (...) selects, and sort them.
 
-    What the tensors hold is checked here on the CPU; on a GPU, by an assertion when the device gets
-    there.
+    The values of tensors are checked at once on the CPU. On a GPU an assertion checks them, when
+    the device gets there.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; log-probs that require a
@@ -93,8 +96,8 @@ def checked_words(
 
 
 def _rest(ids: Tensor, logprobs: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """What the words leave: ln(1 - Σ e^logprob), and whether that is no more than rounding."""
-    log_sum = torch.logsumexp(logprobs.double(), dim=-1)  # from which 1 is subtracted
+    """Compute the rest, ln(1 - Σ e^logprob), and whether it may be mere rounding."""
+    log_sum = torch.logsumexp(logprobs.double(), dim=-1)  # fp64, since the difference to 1 cancels
     _check_sum(log_sum)
     least = _ROUNDINGS * torch.finfo(logprobs.dtype).eps
     left = -torch.expm1(log_sum.clamp(max=0.0))
@@ -114,8 +117,8 @@ def _check_numbers(ids: Tensor, there: Tensor, vocab: int) -> None:
 
 
 def _found(wrong: Tensor, message: str) -> bool:
-    """Whether something is known to be wrong; asserts that nothing is where only the device
-    knows.
+    """Whether something is wrong. Where the host cannot know without waiting for the device, False,
+    after an assertion on the device that nothing is.
     """
     if known_on_host(wrong):
         return bool(wrong.any())

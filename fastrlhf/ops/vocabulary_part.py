@@ -1,7 +1,10 @@
-"""A vocabulary that ranks share, each of which has the columns of a part of it.
+"""Which part of a vocabulary a rank has, where several ranks share it.
 
-Targets are numbered anew, from the first column of the part: below 0 for earlier columns, from its
-size on for later ones.
+A rank numbers targets from the first column of its part: those in earlier columns are below 0, and
+those in later columns are not below the size of the part.
+
+`part_of` and `agreed_part` find out about the part by an exchange with the other ranks.
+`sharded.py` reads it from DTensors.
 """
 
 import struct
@@ -15,9 +18,9 @@ from torch import Tensor
 from .checks import assert_on_device
 from .ranks import Group, gathered, rank_in
 
-# Of targets that are numbered from the first column of a part: one in earlier columns, or in none.
+# Two targets in the numbering of a part: NOT_HERE is one in an earlier column, or in no column at
+# all; IGNORED is one that is not scored.
 NOT_HERE = -1
-# One that is ignored.
 IGNORED = -2
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -27,19 +30,20 @@ class VocabularyPart(NamedTuple):
     """This rank's columns of a vocabulary that the ranks of a group share."""
 
     group: Group
-    start: int | Tensor  # the first of them; on a GPU possibly 0-d, so that nobody waits for it
-    size: int  # how many they are
-    vocab: int | Tensor  # how many all ranks have
-    largest: int | None = None  # of the sizes of all ranks, where it is known
+    # `start` and `vocab` may be 0-d tensors on a GPU, so that the host does not wait for them.
+    start: int | Tensor  # number of the first column of this rank
+    size: int  # how many columns this rank has
+    vocab: int | Tensor  # how many columns all ranks have together
+    largest: int | None = None  # the largest size of all ranks' parts, where it is known
 
     @property
     def columns(self) -> slice:
-        """Where the part stands in the whole vocabulary, where that is known."""
+        """The part's columns in the whole vocabulary. The host waits where `start` is a tensor."""
         first = int(self.start)
         return slice(first, first + self.size)
 
     def is_that_of(self, other: "VocabularyPart") -> bool:
-        """Whether another part is of the same columns among the same ranks."""
+        """Whether another part has the same columns, among the same ranks."""
         ranks = (dist.get_process_group_ranks(part.group) for part in (self, other))
         return len(set(map(tuple, ranks))) == 1 and self[1:] == other[1:]
 
@@ -47,7 +51,7 @@ class VocabularyPart(NamedTuple):
         """Number targets of the whole vocabulary from the first column of this part.
 
         Raises:
-            ValueError: one that is outside of the whole vocabulary; on a GPU, by an assertion.
+            ValueError: a target outside of the whole vocabulary; on a GPU, an assertion instead.
         """
         live = targets != ignore_index
         known = ((targets >= 0) & (targets < self.vocab)) | ~live
@@ -63,9 +67,9 @@ class VocabularyPart(NamedTuple):
 
 
 def part_of(group: Group, size: int, device: torch.device) -> VocabularyPart:
-    """Tell the others how many columns this rank has, and learn where they begin.
+    """Tell the other ranks how many columns this one has, and learn at which column they begin.
 
-    Waits for the answer.
+    The host waits for the answer.
 
     Raises:
         ValueError: an empty vocabulary.
@@ -82,16 +86,17 @@ def agreed_part(
     known: VocabularyPart | None = None,
     temperature: Tensor | None = None,
 ) -> VocabularyPart:
-    """Tell the others which tokens are scored and what is asked of them, which has to be the same
-    on all ranks, for what they send each other depends on it. And learn where the columns of this
-    rank begin, unless that is known.
+    """Check with the other ranks that all score the same tokens and ask the same of them, since
+    what they send each other afterwards depends on that. Unless it is known already, learn at which
+    column those of this rank begin.
 
-    The tokens are their targets, with one number for all that are ignored, or a mask.
+    `tokens` are the targets, with one number for all ignored ones, or a mask. `asked` are numbers
+    that have to be the same on all ranks, by the name that an error gives them.
 
-    On a GPU, nobody waits for the answer, and an assertion says what is wrong.
+    On a GPU, the host does not wait for the answer, and an assertion replaces the error.
 
     Raises:
-        ValueError: on every rank, what is not the same; an empty vocabulary.
+        ValueError: raised on every rank, if something is not the same; an empty vocabulary.
     """
     if tokens.is_cuda and torch.cuda.is_current_stream_capturing() and known is not None:
         return known
@@ -117,8 +122,8 @@ def agreed_part(
 
 
 def fingerprint(tokens: Tensor, temperature: Tensor | None) -> Tensor:
-    """A number (1,) that is hardly ever that of other tokens, or temperatures of tokens, or of the
-    same in another order.
+    """Compute a number (1,) that almost surely changes with the tokens, with their temperatures,
+    and with the order of either.
     """
     flat = tokens.reshape(-1).long()
     place = torch.arange(1, flat.shape[0] + 1, device=flat.device)
@@ -138,7 +143,9 @@ def _among(group: Group, size: int, sizes: list[int]) -> VocabularyPart:
 def numbered(
     question: Iterable[bool], dtype: torch.dtype, *options: float | None
 ) -> dict[str, int]:
-    """What is asked, by yes and no, the dtype of the logits, and options, as numbers to compare."""
+    """Turn what is asked (answers yes or no, the dtype of the logits, and options) into numbers
+    that ranks can compare.
+    """
     asked = sum(2**i for i, wanted in enumerate(question) if wanted)
     bits = [struct.unpack("q", struct.pack("d", x or 0.0))[0] for x in options]
     options_mixed = sum((2 * i + 1) * number for i, number in enumerate(bits)) % 2**62

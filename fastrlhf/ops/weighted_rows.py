@@ -1,5 +1,8 @@
-"""Sums of rows that are found by number, each times a factor: in an order that depends on the sum
-alone, so that it has the same bits at each run and in each batch. No atomics.
+"""Weighted sums of rows of a matrix, for the gradients of the logits of kept ids.
+
+Each row of the result is a sum of factor·row, whose rows are given by their numbers in the matrix.
+The terms of a sum are added in an order that depends on this sum alone, without atomics, so that it
+has the same bits in each run and in each batch.
 
 Dims: M rows that are added up, K their width.
 """
@@ -16,22 +19,24 @@ from .backend import backend_of
 from .compiled import NotCompiled
 from .linear_head import QuantizedWeight, Weight
 
-# Numbers of rows that are gathered at a time.
+# How many elements of rows are gathered at a time.
 _GATHERED = {"cpu": 2**21}
 _GPU_GATHERED = 2**26
 
 
 class SortedSums(NamedTuple):
-    """Which rows of a source are added up to which row of the result, of M pairs."""
+    """M pairs of a row of the source and the row of the result that it is added to."""
 
-    order: Tensor  # (M,) the pairs, by the row of the result, and as they come
-    into: Tensor  # (M,) rows of the result, of the pairs as they come
-    source: Tensor  # (M,) rows of the source, of the pairs as they come
+    order: Tensor  # (M,) numbers of the pairs, sorted stably by the row of the result
+    into: Tensor  # (M,) the row of the result of each pair, in the order given
+    source: Tensor  # (M,) the row of the source of each pair, in the order given
     size: int  # rows of the result
 
     @property
     def bounds(self) -> Tensor:
-        """Where in the order the pairs of each row of the result begin and end: (size + 1,)."""
+        """Return where in `order` the pairs of each row of the result begin, and where those of the
+        last one end: (size + 1,).
+        """
         every = torch.arange(self.size + 1, device=self.into.device)
         return torch.searchsorted(self.into[self.order], every)
 
@@ -49,9 +54,10 @@ def add_weighted_rows(
     *,
     operands: torch.dtype,
 ) -> None:
-    """Write into rows of zeros `out` (size, K) the sums of factor·row of the source, of M pairs,
-    rounded once; factors (M,) of 0 cost nothing. Rows are first rounded to the dtype of the matmul
-    that this stands for; those of a quantized source are dequantized, a few at a time.
+    """Write the sums of factor·row, over the pairs of each row, into `out` (size, K) of zeros. A
+    sum is rounded once. Pairs whose factor (of factors (M,)) is 0 cost nothing. Rows of the source
+    are first rounded to `operands`, the dtype that a matmul would have in place of this; those of a
+    quantized source are dequantized, a few at a time.
     """
     if isinstance(source, Tensor) and by_kernel(source, len(factors), impl):
         from fastrlhf.kernels.kept_ids import sum_weighted_rows
@@ -61,7 +67,7 @@ def add_weighted_rows(
         )  # fmt: skip
         return
     order = sums.order[factors[sums.order] != 0]
-    # Only the rows that get something, in the precision of sums.
+    # `total` has only the rows that something is added to, in the precision of sums.
     rows, place = sums.into[order].unique_consecutive(return_inverse=True)
     total = factors.new_zeros((len(rows), out.shape[1]))
     backend = backend_of(impl, out, order.numel() * out.shape[1])
@@ -76,7 +82,7 @@ def add_weighted_rows(
 def _weighted_rows(
     source: Weight, numbers: Tensor, factors: Tensor, operands: torch.dtype, backend: str
 ) -> Tensor:
-    # The compiler would leave out a rounding.
+    # Where rows are to be rounded to another dtype first, the compiler would leave that out.
     if backend == "compiled" and isinstance(source, Tensor) and source.dtype == operands:
         with contextlib.suppress(NotCompiled):
             return compiled_kept.weighted(source, numbers, factors)
@@ -85,7 +91,7 @@ def _weighted_rows(
 
 
 def by_kernel(source: Tensor, pairs: int, impl: str) -> bool:
-    """Whether a kernel works on so many rows of a source."""
+    """Whether a Triton kernel does the work, for so many pairs."""
     return pairs > 0 and backend_of(impl, source, pairs * source.shape[1]) == "triton"
 
 

@@ -1,19 +1,19 @@
-"""What every operation that has a kernel means, in eager PyTorch and in any floating dtype.
+"""The formulas of all operations that have a kernel, in eager PyTorch and any floating dtype.
 
 `token_stats`, `preference_loss`, `divergence`, `fisher_product` and `gae` are definitions: plain
-tensor code that autograd differentiates, as often as wanted. Tests evaluate them in fp64.
-`token_stats_forward`, `token_stats_backward` and their like compute the same numbers and their
-gradient in closed form, as the kernels do, for a few rows at a time: backends without kernels run
-them (`fastrlhf/ops/eager_*.py`, `compiled_*.py`).
+tensor code that autograd can differentiate any number of times. Tests evaluate them in fp64.
+`token_stats_forward`, `token_stats_backward` and others like them compute the same numbers and
+their gradients in closed form, as the kernels do, for a few rows at a time. Backends without
+kernels run these (`fastrlhf/ops/eager_*.py`, `compiled_*.py`).
 
-Operations call them as `reference.x`, through this module. Imports only torch.
+Operations call them as `reference.x`, through this module. It imports only torch.
 
     scalars, effective_logits            what all others are made of
     token_statistics                     the definition of token_stats
     row_statistics, row_gradient         its closed forms
-    layout, preference, advantages       of sequences
-    distributions, divergence_terms, divergences    of two distributions
-    fisher_information                   of a tangent
+    layout, preference, advantages       sequences of tokens
+    distributions, divergence_terms, divergences    divergences of two distributions
+    fisher_information                   products of the Fisher information with a tangent
 """
 
 from .advantages import advantages_backwards, decay, gae, packed_gae

@@ -1,4 +1,6 @@
-"""The definition of `gae`: backwards over the steps of rows, by doubling over packed tokens.
+"""The definition of `gae`.
+
+For sequences in rows it goes backwards step by step. For packed tokens it is a scan by doubling.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
@@ -21,7 +23,8 @@ def gae(
     last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute advantages and returns (B, T) of the tokens of the mask, 0 elsewhere: 1506.02438
-    Eq. 16. λ may be (B,), and so may be the values after the end, which are 0 otherwise.
+    Eq. 16. `lam` is a number, or (B,) one for each sequence. `last_values` are the values (B,)
+    after the last tokens; None: all are 0.
     """
     dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
     keep = mask != 0
@@ -36,7 +39,7 @@ def gae(
 
 
 def decay(gamma: float, lam: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Compute γλ, of all sequences or of each (B,)."""
+    """Compute γλ, a number or (B,) one for each sequence."""
     return gamma * lam.to(dtype) if isinstance(lam, Tensor) else gamma * lam
 
 
@@ -50,15 +53,17 @@ def advantages_backwards(
     gamma: float | Tensor,
     decay: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute advantages (B, T), garbage where `keep` is not, from the value and advantage (B,) of
-    the token that follows; and those of the first token, for what comes before it.
+    """Compute advantages (B, T) of some steps, given the value and advantage (B,) of the token that
+    follows the last of them. Also returned are value and advantage of the first token that counts,
+    for the steps before these. Where `keep` is False, advantages are garbage.
     """
     found = []
     from_the_end = (reversed(x.unbind(1)) for x in (rewards, values, keep))
     for reward, value, counts in zip(*from_the_end, strict=True):
         delta = reward + gamma * next_value - value
         advantage = delta + decay * next_advantage
-        # A token that does not count is passed over: what follows it follows the one before it.
+        # A token that does not count is skipped: for the token before it, the next one is the token
+        # after it.
         next_advantage = torch.where(counts, advantage, next_advantage)
         next_value = torch.where(counts, value, next_value)
         found.append(advantage)
@@ -76,16 +81,18 @@ def packed_gae(
     lam: float | Tensor,
     last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `gae` does of sequences that follow each other, from vectors (N,) of tokens and
-    the ids of their sequences.
+    """Compute what `gae` does for packed sequences, given as vectors (N,) of tokens and the ids of
+    their sequences.
 
-    The recurrence is affine in the advantage of the next token, and so are compositions of such
-    steps: in log2(N) of them each token has composed all that follow in its sequence.
+    A step computes a token's advantage as an affine function of the next token's advantage, and
+    the composition of two affine functions is affine. So by doubling, in log2(N) rounds, each token
+    gets the composition of its own step with all that follow in its sequence.
     """
     dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
     keep = mask != 0
     rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
-    # Of the nearest token that counts, from each on; of one that does not, what follows it.
+    # For each token, whether it or a later one in its sequence counts, and the value of the first
+    # of these that does.
     found, nearest = suffix_scan(_nearest, (keep, values), ids)
     follows = torch.nn.functional.pad(ids[1:] == ids[:-1], (0, 1)) if len(ids) else keep
     after_the_end = values.new_zeros(()) if last_values is None else last_values.to(dtype)[ids]
@@ -102,18 +109,18 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _nearest(near: Pair, far: Pair) -> Pair:
-    """Of two values, that of the token nearer to the start, if it counts."""
+    """Choose, of two pairs (whether a token counts, its value), the nearer one if it counts."""
     return near[0] | far[0], torch.where(near[0], near[1], far[1])
 
 
 def _compose(near: Pair, far: Pair) -> Pair:
-    """Apply the far one of two affine functions first."""
+    """Compose two affine functions (factor, offset), of which the far one is applied first."""
     return near[0] * far[0], near[1] + near[0] * far[1]
 
 
 def suffix_scan(combine: Callable[[Pair, Pair], Pair], pair: Pair, ids: Tensor) -> Pair:
-    """Combine each pair of values (N,) with those that follow in its sequence, by doubling: after
-    k steps each has combined 2^k.
+    """Combine each pair of values (N,) with all pairs that follow in its sequence, by doubling:
+    after k rounds, each has been combined with 2^k of them, itself included.
     """
     step = 1
     while step < len(ids):

@@ -1,4 +1,7 @@
-"""Softmax of rows of logits in parts that keep the accuracy of the logits, and ratios of two.
+"""The softmax of rows of logits, and log-ratios of two of them.
+
+A softmax is kept in parts, because differences of logits are more accurate than differences of
+log-probs.
 
 Dims: V vocabulary, ... any leading shape.
 """
@@ -13,21 +16,21 @@ from .scalars import accumulation_dtype
 
 
 def of_live_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Put 0 into the rows (..., V) where the mask (...) is, whatever they hold; None keeps all."""
+    """Put 0 into rows of (..., V) where the mask (...) is 0, whatever they hold; None keeps all."""
     return x if mask is None else torch.where((mask != 0).unsqueeze(-1), x, 0.0)
 
 
 class Distribution(NamedTuple):
     """Softmax of rows of logits, in parts whose differences keep the accuracy of the logits."""
 
-    z: Tensor  # (..., V) effective logits but for the temperature
+    z: Tensor  # (..., V) effective logits before the division by the temperature
     peak: Tensor  # (..., 1) the largest, a constant
     log_norm: Tensor  # (..., 1) log-sum-exp of (z - peak) / temperature
     p: Tensor  # (..., V)
-    empty: Tensor  # (...) nothing but -inf: there is no distribution, and p is 0
+    empty: Tensor  # (...) whether all logits are -inf: there is no distribution, and p is 0
 
 
-# Peak and log_norm (...) of whole rows, of which there are only some columns.
+# Peak and log_norm (...) of whole rows, given where only some columns of the rows are at hand.
 Norm = tuple[Tensor, Tensor]
 
 
@@ -57,8 +60,9 @@ def distribution(
 def log_ratio(p: Distribution, q: Distribution, temperature: float | Tensor) -> Tensor:
     """Compute ln p - ln q (..., V) from the differences of the logits.
 
-    Those of nearly equal logits are exact, and would not be once something else is subtracted. But
-    sides that are far apart as a whole, which changes no distribution, are taken from their peaks.
+    The difference of two nearly equal logits is exact, and would not be if the norms had been
+    subtracted from each before. But the logits of one side may all be larger than those of the
+    other by about the same number, which changes no distribution; then peaks are subtracted first.
     """
     far = (p.peak - q.peak).abs() > 1
     anchor_p, anchor_q = (torch.where(far, side.peak, 0.0) for side in (p, q))
@@ -87,14 +91,14 @@ def norm_of(side: Distribution) -> Norm:
 def log_ratio_terms(
     z_p: Tensor, z_q: Tensor, peak_p: Tensor, peak_q: Tensor, rows_t: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute, of columns (..., V) of rows whose peaks and temperatures are (..., 1), what is to be
-    summed for the norms of p and q and for E_p[ln p - ln q].
+    """Compute the terms whose sums over a row give the norms of p and q, and E_p[ln p - ln q], for
+    columns (..., V) of rows whose peaks and temperatures are (..., 1).
     """
     shifted_p, shifted_q = (
         divided(z - finite_base(peak), rows_t) for z, peak in ((z_p, peak_p), (z_q, peak_q))
     )
     weight_p, weight_q = exp_of_sums(shifted_p), exp_of_sums(shifted_q)
-    # A token that p rules out takes no part, whatever q makes of it.
+    # A word with p = 0 adds nothing, whatever q is there.
     moment = weight_p * torch.where(weight_p == 0, 0.0, shifted_p - shifted_q)
     return weight_p, weight_q, moment
 
@@ -102,8 +106,9 @@ def log_ratio_terms(
 def log_ratio_of_sums(
     peak_p: Tensor, peak_q: Tensor, total_p: Tensor, total_q: Tensor, moment: Tensor
 ) -> tuple[Tensor, ...]:
-    """Compute from those sums (N,) peak and log_norm of p and of q, and E_p[ln p - ln q], which is
-    KL(p‖q), but with an error of the size of the log-ratios.
+    """Compute, from the sums (N,) of these terms, peak and log_norm of p and of q, and
+    E_p[ln p - ln q]. That is KL(p‖q), but its rounding error is relative to the log-ratios, not to
+    the KL.
     """
     log_p, log_q = total_p.log(), total_q.log()
     return peak_p, log_p, peak_q, log_q, moment / total_p - (log_p - log_q)

@@ -22,8 +22,8 @@ def divergence(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Compute KL(p‖q) of each row (...), or with a share of q in a mixture m their JSD, which is
-    share·KL(q‖m) + (1-share)·KL(p‖m); 0 where the mask is.
+    """Compute KL(p‖q) of each row (...), 0 where the mask is 0. With a share of q in a mixture m,
+    compute the JSD instead, which is share·KL(q‖m) + (1-share)·KL(p‖m).
     """
     sides = (of_live_rows(x, mask) for x in (logits_p, logits_q))
     value, *_ = divergence_and_stats(
@@ -39,13 +39,13 @@ def of_sums_of_terms(
     q_is_empty: Tensor,
     share: float | Shares | None,
 ) -> Tensor:
-    """Finish divergences (...), given the sums of their terms and those of q - p."""
-    # A surplus s of q, which is rounding, adds s²/2 to the KL, as much as there is to one of 1e-13.
+    """Finish divergences (...), given the sums of their terms and the sums of q - p."""
+    # The sum s of q - p is rounding. It adds s²/2 to the KL, which is as large as a KL of 1e-13.
     curvature = 1.0 if share is None else both_shares(share).q * both_shares(share).p
     rounding = 0.5 * curvature * excess.square()
     value = value - torch.minimum(rounding, value).detach()
-    # A row of nothing but -inf has no distribution, and so is no distance away from another; but
-    # where q is such a row, and p is not, q is 0 where p is not.
+    # A row of nothing but -inf has no distribution, and its divergence is 0. But if q is such a row
+    # and p is not, then q is 0 where p is not, and KL(p‖q) is infinite.
     if_q_is_empty = torch.inf if share is None else 0.0
     return torch.where(p_is_empty, 0.0, torch.where(q_is_empty, if_q_is_empty, value))
 
@@ -59,7 +59,7 @@ def divergence_and_stats(
     softcap: float | Tensor | None,
     scale: float | Tensor,
 ) -> tuple[Tensor, ...]:
-    """Compute the divergence of rows (..., V), none of them masked, and after it the six `stats`
+    """Compute the divergence of rows (..., V), none of which is masked, followed by the six `stats`
     that `divergence_backward` takes, each (...).
     """
     dtype = accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
@@ -71,7 +71,9 @@ def divergence_and_stats(
 def divergence_of_sums(
     sums: tuple[Tensor, ...], norms: tuple[Tensor, ...], share: float | Shares | None
 ) -> tuple[Tensor, ...]:
-    """Compute that from `divergence_sums` of whole rows, and peak and log_norm of p and of q."""
+    """Compute what `divergence_and_stats` returns, from `divergence_sums` of whole rows, and peak
+    and log_norm of p and of q.
+    """
     terms, excess, mean_p, mean_q = sums
     p_is_empty, q_is_empty = (peak == -torch.inf for peak in norms[::2])
     values = of_sums_of_terms(terms, excess, p_is_empty, q_is_empty, share)
@@ -88,8 +90,8 @@ def divergence_sums(
     softcap: float | Tensor | None,
     scale: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the sums of terms and of q - p, and the mean log-ratios of p and of q, each (N,), of
-    some columns (N, V) of rows whose norms are known.
+    """Compute the sums of the terms and of q - p, and the mean log-ratios of p and of q, each (N,),
+    over some columns (N, V) of rows whose norms are known.
     """
     dtype = norms[0][0].dtype
     rows_t = column_of(temperature, dtype)
@@ -103,12 +105,13 @@ def divergence_sums(
 def _sums(
     p: Distribution, q: Distribution, rows_t: float | Tensor, share: float | Shares | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `divergence_sums` computes."""
+    """Compute what `divergence_sums` returns."""
     w = log_ratio(p, q, rows_t)
     excess = surplus(p.p, q.p, w)
     if share is None:
         value = row_sums(kl_terms(p.p, q.p, w)).squeeze(-1)
-        # The terms are q - p + p·w. The gradient with respect to q takes no mean.
+        # The terms are q - p + p·w, so the mean of w is their sum less the sum of q - p. The
+        # gradient with respect to q needs no mean.
         return value, excess, value - excess, value - excess
     value = row_sums(jsd_terms(p.p, q.p, w, share)).squeeze(-1)
     mean_p, mean_q = (
@@ -121,8 +124,9 @@ def _sums(
 def _ratio(
     own: Distribution, w: Tensor, of_p: bool, share: float | Shares | None
 ) -> tuple[float | Tensor, Tensor]:
-    """The share of a side in the divergence, and its log-ratio to the other, which is w, or to the
-    mixture: 0 where it has no probability and takes no part.
+    """Return the share of a side in the divergence, and its log-ratio to the other side (w), or to
+    the mixture if there is one. The log-ratio is 0 where the side has probability 0, since the word
+    adds nothing then.
     """
     part: float | Tensor = 1.0
     if share is not None:
@@ -145,12 +149,12 @@ def divergence_backward(
     stats: Tensor | tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """Compute the gradient of the divergence of rows (N, V) with respect to one side, in the dtype
-    of d_values (N,); no row is masked. `stats` (6, N), which are needed where these are some
-    columns of rows, are peak and log_norm of p and of q, and the mean log-ratio of each.
+    of d_values (N,); no row is masked. `stats` (6, N) are peak and log_norm of p and of q, and the
+    mean log-ratio of each; they are needed where only some columns of the rows are given.
 
     With w the log-ratio of the own side p to the other side, or to the mixture, dz = p⊙(w - E_p[w])
-    (times the share of the own side in the mixture); of q in KL(p‖q), dz = q - p. Times
-    dz/dlogits.
+    (times the share of the own side in the mixture). With respect to q in KL(p‖q), dz = q - p. Both
+    are multiplied by dz/dlogits.
     """
     rows_t = column_of(temperature, d_values.dtype)
     of_own, of_other, mean = None, None, None

@@ -1,4 +1,4 @@
-"""The definition of `softmax_fisher_product`, and the sums that it is made of.
+"""The definition of `softmax_fisher_product`, and the sums from which it is computed.
 
 Dims: V vocabulary, ... any leading shape.
 """
@@ -14,7 +14,7 @@ from .scalars import accumulation_dtype
 def fisher_product(
     logits: Tensor, tangent: Tensor, mask: Tensor | None, *, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is."""
+    """Compute p⊙(u - E_p[u])/T² (..., V) and Var_p(u)/T² (...), 0 where the mask is 0."""
     dtype = accumulation_dtype(torch.promote_types(logits.dtype, tangent.dtype))
     rows_t = column_of(temperature, dtype)
     z, u = (of_live_rows(x, mask).to(dtype) for x in (logits, tangent))
@@ -33,15 +33,15 @@ def fisher_weight(z: Tensor, peak: Tensor, rows_t: float | Tensor) -> Tensor:
 
 
 def fisher_moment(weight: Tensor, u: Tensor) -> Tensor:
-    """Compute what E_p[u] is the sum of, but for the norm of p."""
+    """Compute the terms whose sum, divided by the sum of weights, is E_p[u]."""
     return weight * where_likely(weight, u)
 
 
 def fisher_product_of_sums(
     weight: Tensor, u: Tensor, rows_t: float | Tensor, total: Tensor, moment: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the product (..., V), given the sums (..., 1) of weights and moments, and u - E_p[u]:
-    the quadratic form is the sum of the product of both.
+    """Compute the product (..., V) and u - E_p[u], given the sums (..., 1) of weights and moments.
+    The quadratic form is the sum over a row of the one times the other.
     """
     share = 1 / torch.where(total == 0, 1.0, total)
     centred = where_likely(weight, u) - moment * share
@@ -51,5 +51,5 @@ def fisher_product_of_sums(
 
 
 def where_likely(weight: Tensor, u: Tensor) -> Tensor:
-    """A token without probability takes no part, whatever its tangent is."""
+    """Return u, but 0 for words of probability 0, which add nothing whatever their tangent is."""
     return torch.where(weight == 0, 0.0, u)

@@ -12,14 +12,13 @@ from .scalars import accumulation_dtype
 class Layout:
     """Where the tokens of each sequence stand: here in rows (B, T).
 
-    `fastrlhf.ops.layout.Runs` is the other kind, of tokens that are packed, one sequence after the
-    other.
+    `fastrlhf.ops.layout.Runs` is the layout of packed tokens, one sequence after the other.
     """
 
     cu_seqlens: Tensor | None = None
 
     def sequences(self, tokens: Tensor) -> int:
-        """B."""
+        """Return B."""
         return tokens.shape[0]
 
     def sums(self, x: Tensor) -> Tensor:
@@ -27,7 +26,7 @@ class Layout:
         return x.sum(-1)
 
     def counts(self, mask: Tensor) -> Tensor:
-        """How many tokens of the mask each sequence has: (B,) int64."""
+        """Count the tokens of the mask in each sequence: (B,) int64."""
         return (mask != 0).sum(-1)
 
     def total(self, x: Tensor) -> Tensor:
@@ -39,17 +38,17 @@ class Layout:
         return x.unsqueeze(-1)
 
     def last(self, mask: Tensor) -> Tensor:
-        """Which tokens are the last of the mask in their sequence."""
+        """Tell which tokens are the last ones of the mask in their sequence."""
         counts = mask != 0
         return counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
 
     def ids(self, tokens: Tensor) -> Tensor:
-        """Number of the sequence, from 0, of each token of such a tensor."""
+        """Return the number of its sequence, from 0, for each token of such a tensor."""
         return torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1).expand(tokens.shape)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Rows as they are, or all packed tokens as one: what is 2-d is of tokens, what is 1-d of
-        sequences.
+        """Return rows as they are, and packed tokens as a single row, so that what is 2-d belongs
+        to tokens, and what is 1-d to sequences.
         """
         return x
 
@@ -58,8 +57,8 @@ ROWS = Layout()
 
 
 def masked_sum(values: Tensor, mask: Tensor | None, layout: Layout = ROWS) -> Tensor:
-    """Sum tokens of the mask, whatever the others hold, to (B,); without a mask, values are sums
-    (B,).
+    """Sum the tokens of the mask, whatever the others hold, to (B,). Without a mask, the values are
+    sums (B,) already.
     """
     values = values.to(accumulation_dtype(values.dtype))
     if mask is None:
@@ -71,8 +70,8 @@ def masked_sum(values: Tensor, mask: Tensor | None, layout: Layout = ROWS) -> Te
 def sequence_scores(
     policy: Tensor, reference: Tensor, mask: Tensor | None, layout: Layout = ROWS
 ) -> Tensor:
-    """Compute s (B,) = Σ(ln π - ln π_ref); the reference may be summed already."""
-    # Converted before the sum, which otherwise would round what it then claims to know.
+    """Compute s (B,) = Σ(ln π - ln π_ref); the reference's log-probs may be summed already."""
+    # The conversion comes before the sum, which would be rounded to 16 bits otherwise.
     dtype = accumulation_dtype(torch.promote_types(policy.dtype, reference.dtype))
     policy, reference = policy.to(dtype), reference.to(dtype)
     if mask is not None and reference.ndim == 2:
@@ -83,7 +82,7 @@ def sequence_scores(
 def sequence_lengths(
     mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype, layout: Layout = ROWS
 ) -> Tensor:
-    """Tokens of each sequence (B,), at least 1, from the mask if there is one."""
+    """Return the number of tokens of each sequence (B,), at least 1, from the mask if given."""
     counts = layout.counts(mask) if mask is not None else lengths
     assert counts is not None
     return counts.to(dtype).clamp(min=1)

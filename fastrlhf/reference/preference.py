@@ -17,7 +17,7 @@ def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Compute (1-ε)·ℓ(βΔ) + ε·ℓ(-βΔ), ℓ = -ln σ: DPO, 2305.18290 Eq. 7; with ε, cDPO."""
     d = beta * margin
     clean = -(1 - label_smoothing) * log_sigmoid(d)
-    # An infinite margin is legal as long as nothing is said to be flipped: 0·inf would be NaN.
+    # Without label smoothing a margin may be infinite; 0 times its other term would be NaN.
     return clean - label_smoothing * log_sigmoid(-d) if label_smoothing > 0 else clean
 
 
@@ -35,19 +35,19 @@ def hinge_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
 
 
 def ipo_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Compute (Δ - 1/(2β))², Δ of averages over tokens: IPO, 2310.12036 Eq. 17."""
+    """Compute (Δ - 1/(2β))², where Δ is of averages over tokens: IPO, 2310.12036 Eq. 17."""
     return (margin - 0.5 / beta).square()
 
 
 class MarginLoss(NamedTuple):
-    """A loss of the margin Δ between two sequences: its formula here, its name in the kernel, its
-    Δ.
+    """A loss of the margin Δ between two sequences: its formula here, its name in the kernel, and
+    how Δ is made.
     """
 
     formula: Callable[[Tensor, float, float], Tensor]
     kernel: str
-    average: bool = False  # Δ of scores averaged over tokens, not summed
-    smoothed: bool = False  # label smoothing has a meaning
+    average: bool = False  # whether Δ is of scores averaged over tokens, not summed
+    smoothed: bool = False  # whether the loss has a label smoothing
 
 
 MARGIN_LOSSES = {

@@ -13,8 +13,9 @@ from .row_statistics import with_target
 
 
 class RowSlopes(NamedTuple):
-    """What the gradient of a row's logits is made of, (N,) each: by p⊙others, by p⊙(ln p + H),
-    which the entropy wants, the target's own entry, and what all columns get alike.
+    """Factors (N,) of the terms of the gradient of a row's logits: `others` of p in all columns but
+    the target's, `target` for the target's own entry, `entropy` of p⊙(ln p + H), which the gradient
+    of the entropy needs, and `mean`, which is added to all columns.
     """
 
     others: Tensor
@@ -32,8 +33,8 @@ def row_slopes(
     *,
     columns: int | Tensor,
 ) -> RowSlopes:
-    """Turn the gradients of the statistics (N,) into those slopes, for rows of so many columns."""
-    # g·(1 - p) at the target, accurate where p is nearly 1.
+    """Turn the gradients (N,) of the statistics into these factors, for rows of so many columns."""
+    # The target's entry g·(1 - p) by expm1, which is accurate where p is nearly 1.
     others, target = -d_logprob, -d_logprob * torch.expm1(logprob)
     if d_lse is not None:
         others, target = d_lse - d_logprob, target + d_lse * logprob.exp()
@@ -53,8 +54,8 @@ def token_stats_backward(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Compute d_logits (N, V) in the accumulation dtype; no row is ignored or all -inf. Targets may
-    lie outside of these columns, where those are a part of the rows.
+    """Compute d_logits (N, V) in the accumulation dtype; no row is ignored or all -inf. If the
+    columns are only a part of the rows, targets may lie outside of them.
 
     `stats` are the logprob, entropy, peak and log_norm of the forward. With g, h, l and m the
     gradients of log-prob, entropy, lse and the mean of the effective logits z, dz = g·(e_target -
@@ -81,7 +82,9 @@ def logits_gradient(
     scale: float | Tensor,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """Compute that gradient from entropy, peak and log_norm. `columns`: see `with_target`."""
+    """Compute the gradient from entropy, peak and log_norm of the rows, and the factors in
+    `RowSlopes`. `columns`: see `with_target`.
+    """
     index = targets.long().unsqueeze(-1)
     rows_t = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     row_entropy, peak, log_norm = stats
@@ -89,7 +92,7 @@ def logits_gradient(
     log_p = divide_(capped - peak.unsqueeze(-1), rows_t).sub_(log_norm.unsqueeze(-1))
     surprise = None
     if slopes.entropy is not None and row_entropy is not None:
-        # 0·ln 0 = 0: a finite stand-in for ln 0 lets the product say so.
+        # 0·ln 0 counts as 0: a finite number in place of ln 0 makes the product 0.
         surprise = log_p.clamp(min=torch.finfo(log_p.dtype).min).add_(row_entropy.unsqueeze(-1))
         surprise.mul_(log_p.exp()).mul_(slopes.entropy.unsqueeze(-1))
     dz = log_p.exp_().mul_(slopes.others.unsqueeze(-1))

@@ -1,8 +1,8 @@
 """The numbers of `token_stats` in closed form, as the kernels compute them, for a few rows.
 
-Some columns of a row give `RowParts`. Those of all columns, merged, give `RowStats`: so are the
-splits of a row put together, and ranks that share a vocabulary. Backends without kernels run these
-formulas; their gradient is in `row_gradient`.
+Each run of columns of a row is reduced to `RowParts`. The parts of all runs are merged, and give
+`RowStats`. That is how splits of a row are put together, and the columns of ranks that share a
+vocabulary. Backends without kernels run these formulas; their gradient is in `row_gradient`.
 
 Dims: N rows, V vocabulary, W runs of columns.
 """
@@ -19,30 +19,30 @@ from .scalars import accumulation_dtype
 
 
 class RowParts(NamedTuple):
-    """What columns of rows of logits say of the rows: the protocol by which splits of a row, or
-    ranks that share a vocabulary, put its statistics together. Each (N,); those that were not asked
-    for are empty.
+    """The numbers to which some columns of rows of logits are reduced, (N,) each. The statistics of
+    the rows are put together from the parts of all splits of a row, or of all ranks that share a
+    vocabulary. Parts that were not asked for are empty.
     """
 
     peak: Tensor  # the largest logit before the temperature, as are all logits here
     rest: Tensor  # Σ e^(z - peak) over all columns but the target, z divided by the temperature
     target: Tensor  # the target's logit; -inf if it is in none of the columns
-    moment: Tensor  # Σ e^(z - peak)·(z - peak) over the same columns
-    before: Tensor  # the peak if it stands before the target, else anything smaller
+    moment: Tensor  # Σ e^(z - peak)·(z - peak) over the columns of `rest`
+    before: Tensor  # the peak if a column before the target's has it, else any smaller number
     total: Tensor  # Σ of all logits
-    squares: Tensor  # Σ e^2(z - peak) over the same columns
+    squares: Tensor  # Σ e^2(z - peak) over the columns of `rest`
 
 
 class RowStats(NamedTuple):
-    """Statistics of rows of logits, and what their gradient takes besides, each (N,). The entropy
-    and the last three are empty unless asked for.
+    """Statistics of rows of logits, and what their gradient needs in addition, each (N,). The
+    entropy and the last three are empty unless asked for.
     """
 
     logprob: Tensor
     entropy: Tensor
     lse: Tensor
-    # The largest logit before the temperature, and lse - peak / temperature: apart, they keep the
-    # accuracy that their sum loses for large logits.
+    # The largest logit before the temperature, and lse - peak / temperature. They are kept apart,
+    # because their sum loses accuracy for large logits.
     peak: Tensor
     log_norm: Tensor
     is_top1: Tensor
@@ -107,20 +107,20 @@ def row_terms(
     entropy: bool,
     with_stats: tuple[str, ...],
 ) -> Iterator[Tensor]:
-    """Compute, one after the other, what is to be summed of columns (..., V) of rows whose peaks,
-    targets and temperatures are (..., 1). `columns`: see `with_target`.
+    """Yield the terms (..., V) of each sum in `RowParts`, one sum after the other, of columns of
+    rows whose peaks, targets and temperatures are (..., 1). `columns`: see `with_target`.
     """
     if "mean_logit" in with_stats:
         yield capped
     shifted = divide_(capped - finite_base(peak), rows_t)
-    # Without the target in it, the sum stays accurate where p(target) → 1: see
+    # The sum leaves out the target, so that log-probs stay accurate where p(target) → 1: see
     # kernels/token_stats.py.
     weight = with_target(exp_of_sums(shifted), index, torch.zeros_like(peak), columns)
     yield weight
     if "log_sum_sq_probs" in with_stats:
         yield weight.square()
     if entropy:
-        # e^-inf·(-inf) counts as 0; a finite stand-in for the exponent lets the product say so.
+        # e^-inf·(-inf) counts as 0: a finite number in place of the exponent makes the product 0.
         yield weight.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min))
 
 
@@ -158,8 +158,9 @@ def named_parts(
 def with_target(rows: Tensor, index: Tensor, value: Tensor, columns: Tensor | None) -> Tensor:
     """Put a value (N, 1) where the target (N, 1) of rows (N, V) is, if it is in these columns.
 
-    In place; or, where a compiler makes one loop of this and all around it, by a comparison with
-    the numbers of the columns (V,) int32, which it would otherwise compute one by one.
+    Without `columns` this is done in place. Compiled code gives `columns`, the numbers (V,) int32
+    of the columns, and compares these with the targets, as part of one loop with what is before and
+    after. The numbers are given because the compiler would compute them one by one.
     """
     if columns is not None:
         here_or_nowhere = index.clamp(-1, torch.iinfo(columns.dtype).max).to(columns.dtype)
@@ -169,22 +170,22 @@ def with_target(rows: Tensor, index: Tensor, value: Tensor, columns: Tensor | No
 
 
 def merged_peaks(peaks: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The peak (N,) of rows of which W runs of columns have peaks (W, N), and by how much to shift
-    the exponents of sums that are relative to those.
+    """Compute the peak (N,) of rows, of which W runs of columns have peaks (W, N). Also return the
+    shifts (W, N) of exponents that make sums relative to a run's peak relative to the row's.
     """
     peak = peaks.amax(0)
     return peak, (peaks - finite_base(peak)) / temperature
 
 
 def merged_parts(parts: RowParts, temperature: float | Tensor) -> RowParts:
-    """Merge the parts (W, N) of W runs of columns, in their order, to those of all of them."""
+    """Merge the parts (W, N) of W runs of columns, in their order, into those of all columns."""
     peak, shift = merged_peaks(parts.peak, temperature)
     fade = shift.exp()
     held = parts.target != -torch.inf  # NaN included
     target = torch.where(held, parts.target, 0.0).sum(0)
     moment, before, total, squares = parts[3:]
     if moment.numel():
-        # A sum that fades to nothing (an empty one has peak -inf) must not meet inf·0.
+        # Where a run's sums count as 0 (an empty run has peak -inf), 0·inf must not make them NaN.
         moment = moment + parts.rest * torch.where(fade > 0, shift, 0.0)
         moment = torch.where(fade > 0, moment * fade, fade).sum(0)
     return RowParts(
@@ -228,11 +229,11 @@ def statistics_of_parts(
 def _log_sum_squares(
     squares: Tensor, target_weight: Tensor, logprob: Tensor, log_norm: Tensor
 ) -> Tensor:
-    """Compute ln Σ p², given Σ e^2(z - peak) without the target's, e^(z_target - peak), its ln p,
-    and the ln of the sum of all e^(z - peak).
+    """Compute ln Σ p², given Σ e^2(z - peak) without the target's term, the target's e^(z - peak)
+    and ln p, and the ln of the sum of all e^(z - peak).
 
-    From the log-prob where the target weighs as much as the peak or nearly, for that is accurate
-    where p → 1.
+    Where the target's weight is that of the peak or nearly, it is computed from the log-prob, which
+    is accurate where p → 1.
     """
     square = target_weight.square()
     heavy = square > 0.25

@@ -1,4 +1,4 @@
-"""Functions of numbers that keep their accuracy, and that of their derivatives, in their tails."""
+"""Scalar functions that are accurate in their tails, and so are their derivatives."""
 
 import math
 
@@ -12,10 +12,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """σ(x), by way of the tail in which it is small.
+    """Compute σ(x) from the tail that is small: from σ(-x) where x > 0.
 
-    PyTorch's derivative σ·(1 - σ) is 0 as soon as σ rounds to 1, at x = 17 in fp32. This one keeps
-    its relative accuracy in both tails, and so does the derivative of it.
+    PyTorch's derivative σ·(1 - σ) is 0 as soon as σ rounds to 1, at x = 17 in fp32. The derivative
+    of this one keeps its relative accuracy in both tails, and so does the second derivative.
     """
     small = x <= 0
     tail = torch.sigmoid(torch.where(small, x, -x))
@@ -23,8 +23,8 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """Ln σ(x), with relative accuracy in both tails for the second derivative too, which that of
-    `F.logsigmoid` loses where σ rounds to 1.
+    """Compute ln σ(x). Its second derivative has relative accuracy in both tails too; that of
+    `F.logsigmoid` loses it where σ rounds to 1.
     """
     negative = x <= 0
     decay = torch.exp(torch.where(negative, x, -x))
@@ -32,16 +32,16 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 
 def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
-    """Ln(e^a + e^b), not both of them infinite. The second derivative of `torch.logaddexp` is NaN
-    where they lie more than 88 apart.
+    """Compute ln(e^a + e^b), where a and b are not both infinite. The second derivative of
+    `torch.logaddexp` is NaN where they are more than 88 apart; that of this one is not.
     """
     first = a > b
     return torch.where(first, a, b) + torch.log1p(torch.exp(torch.where(first, b - a, a - b)))
 
 
 def expm1(x: Tensor) -> Tensor:
-    """Compute e^x - 1, with the derivative e^x: PyTorch's, one more than the value, is 0 where that
-    is nearly -1.
+    """Compute e^x - 1, with the derivative e^x. PyTorch computes the derivative as the value plus
+    1, which is 0 where the value rounds to -1.
     """
     near = x > -0.5
     far = torch.exp(torch.where(near, 0.0, x)) - 1

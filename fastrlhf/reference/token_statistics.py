@@ -1,4 +1,4 @@
-"""The definition of `token_stats`: by `log_softmax` and `gather`, as autograd differentiates it.
+"""The definition of `token_stats` by `log_softmax` and `gather`, which autograd differentiates.
 
 Dims: N tokens, V vocabulary, ... any leading shape.
 """
@@ -23,7 +23,7 @@ class TokenStats(NamedTuple):
     lse: (...,) log-sum-exp of the effective logits, not differentiable; 0 where the target is
     ignored.
 
-    What `with_stats` names is there besides, in `FurtherTokenStats`; here it is None.
+    The statistics that `with_stats` names are in `FurtherTokenStats`; here they are None.
 
     Example:
         >>> stats = fastrlhf.token_stats(torch.zeros(2, 8), torch.tensor([0, 5]), entropy=True)
@@ -47,8 +47,8 @@ class TokenStats(NamedTuple):
 
 
 class FurtherTokenStats(NamedTuple):
-    """`TokenStats` with what was named in `with_stats`, and None for what was not; a class of its
-    own, so that `logprob, entropy, lse = stats` goes on to hold where nothing was.
+    """`TokenStats` with the statistics that `with_stats` names; those that it does not name are
+    None. It is a class of its own, so that `logprob, entropy, lse = stats` works for `TokenStats`.
 
     These are not differentiable. Of the effective logits z, or of their probabilities p:
 
@@ -82,15 +82,15 @@ FURTHER_STATS = FurtherTokenStats._fields[3:]
 def stats_tuple(
     logprob: Tensor, entropy: Tensor | None, lse: Tensor, further: dict[str, Tensor]
 ) -> TokenStats:
-    """Make the statistics of either class, by whether there are further ones."""
+    """Make `FurtherTokenStats` if there are further statistics, else `TokenStats`."""
     if further:
-        # It has all that a TokenStats has.
+        # The class has all fields and properties of TokenStats, though it is not a subclass.
         return cast(TokenStats, FurtherTokenStats(logprob, entropy, lse, **further))
     return TokenStats(logprob, entropy, lse)
 
 
 def public_stats(stats: TokenStats) -> TokenStats:
-    """Leave a gradient to log-prob and entropy alone, as those who are given statistics know it."""
+    """Detach all statistics but log-prob and entropy, as the public functions promise."""
     named = {name: x for name, x in stats._asdict().items() if x is not None}
     further = {name: named[name].detach() for name in FURTHER_STATS if name in named}
     return stats_tuple(stats.logprob, stats.entropy, stats.lse.detach(), further)
@@ -133,7 +133,7 @@ def differentiable_stats(
     entropy_grad: bool = True,
     with_stats: Iterable[str] = (),
 ) -> TokenStats:
-    """Define the same statistics, of which the lse and the mean logit have a gradient too."""
+    """Define the same statistics, but with gradients of the lse and the mean logit too."""
     targets = targets.long()
     live = targets != ignore_index
     empty = (capped_logits(logits, softcap, scale) == -torch.inf).all(-1)
@@ -153,7 +153,7 @@ def differentiable_stats(
 
     row_entropy = None
     if entropy:
-        # 0·ln 0 = 0, also for the derivative: a token without probability takes no part.
+        # 0·ln 0 = 0, also for the derivative: a word of probability 0 adds nothing.
         finite_log_p = torch.where(log_p == -torch.inf, 0.0, log_p)
         row_entropy = of_row(-(log_p.exp() * finite_log_p).sum(-1), 0.0)
         row_entropy = row_entropy if entropy_grad else row_entropy.detach()
@@ -223,7 +223,7 @@ def linear_token_stats(
     """Define `fastrlhf.linear_token_stats`: the statistics of the logits of a linear head."""
     dtype = accumulation_dtype(hidden.dtype)
     live = (targets != ignore_index).unsqueeze(-1)
-    # What ignored rows hold must not reach the gradient of the weight, a sum over rows.
+    # Ignored hidden states may be NaN, and must not reach the weight's gradient, a sum over rows.
     logits = torch.where(live, hidden, 0.0).to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
