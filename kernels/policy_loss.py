@@ -262,10 +262,10 @@ def _row_statistics(
         inside = columns < vocab
         x = load_tile(source, columns, inside, -float("inf"), acc, "evict_last")
         sums = add_tile(x, inside, columns, target, sums, transform, with_entropy)
+    merged = merged_lanes(sums, transform.rate, with_entropy)
+    # After the merge: the compiler then rounds once where the base is subtracted from this logit.
     capped, _ = capped_logits(x_target, transform)
-    return statistics(
-        merged_lanes(sums, transform.rate, with_entropy), capped, transform, with_entropy
-    )
+    return statistics(merged, capped, transform, with_entropy)
 
 
 @triton.jit

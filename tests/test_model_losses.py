@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import model_loss_problems
 from support.model_loss_problems import (
     LOSSES,
     PAIRS,
@@ -48,7 +49,7 @@ def test_padding_on_the_left_changes_nothing(loss) -> None:
     wide = {name: widened(x) if name in of_tokens else x for name, x in sides().items()}
     whole = ours(model, inputs)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "sides", lambda: wide)
+        patch.setattr(model_loss_problems, "sides", lambda: wide)
         assert_same(ours(model, padded)[0], whole, model)
 
 

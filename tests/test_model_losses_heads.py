@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support import model_loss_problems
 from support.matmuls import MatmulAudit
 from support.model_loss_problems import (
     B_T1,
@@ -100,7 +101,7 @@ def test_policy_losses_of_every_kind(head, name) -> None:
     if name == "weighed":
         options["kl_weights"] = torch.rand(B_T1).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "sides", lambda: s)
+        patch.setattr(model_loss_problems, "sides", lambda: s)
         found, expected = policy(model, batch(), **options)[0], plain.policy(**options)
     assert found.shape == expected.shape
     weights = torch.rand(found.shape).double()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support import model_loss_problems
 from support.model_loss_problems import (
     LOSSES,
     PAIRS,
@@ -31,7 +32,7 @@ def test_packed_sequences_have_the_loss_of_padded_ones(name, loss, monkeypatch) 
     plain, ours = LOSSES[loss]
     whole = plain(Plain(model, batch()))
     of_rows = packed_sides(there)
-    monkeypatch.setitem(globals(), "sides", lambda: of_rows)
+    monkeypatch.setattr(model_loss_problems, "sides", lambda: of_rows)
     # Attention is normalised in fp32, in another order.
     assert_same(
         ours(model, rows, chunk_size=4)[0], whole, model, 1e-5 if name != "Mixtral" else 1e-3
@@ -70,8 +71,8 @@ def test_empty_and_single_sequences_among_packed_ones(loss, monkeypatch) -> None
     def run(
         inputs: dict[str, Tensor], found: dict[str, Tensor], pairs: dict[str, Tensor]
     ) -> Tensor:
-        monkeypatch.setitem(globals(), "sides", lambda: found)
-        monkeypatch.setitem(globals(), "PAIRS", pairs)
+        monkeypatch.setattr(model_loss_problems, "sides", lambda: found)
+        monkeypatch.setattr(model_loss_problems, "PAIRS", pairs)
         if loss == "divergence":
             return fastrlhf.model_kl_divergence(model, teacher, **inputs).sum()
         return LOSSES[loss][1](model, inputs)[0]

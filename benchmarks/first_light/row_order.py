@@ -14,7 +14,9 @@ to run.
 
 The kernel is here and not in `kernels/` because its counters and its waiting are worth their
 complexity only if the policy loss's kernel turns out to be as slow as predicted (see
-results/predictions.md). It covers the plain case: clipped ratios, one temperature, no entropy.
+results/predictions.md). It covers the plain case: clipped ratios, no entropy, and logits as they
+are (temperature 1, no scale, no softcap), which each call that takes a `Transform` says anew: in a
+tuple that is returned or assigned, whether there is a softcap would be known at run time only.
 """
 
 from __future__ import annotations
@@ -47,19 +49,12 @@ _NUMBERS = tl.constexpr(4)  # for each row: base, log_norm, logprob, coefficient
 
 
 @triton.jit
-def _plain_transform():
-    """Return the transform that leaves logits as they are: temperature 1, no scale, no softcap."""
-    return Transform(1.0, 1.0, 1.0, LOG2E, False)
-
-
-@triton.jit
 def _split_statistics(
     source, target, first, vocab, WIDTH: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     LANE_STRIDE: tl.constexpr, VEC_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute the peak of one split and the rest of its sum of exponentials."""
     within_tile = tile_columns(LANES, VEC, LANE_STRIDE, VEC_STRIDE)
-    transform = _plain_transform()
     sums, _ = no_columns(LANES, tl.float32)
     for start in range(first, tl.minimum(first + WIDTH, vocab), LANES * VEC):
         columns = start + within_tile
@@ -67,8 +62,10 @@ def _split_statistics(
         x = tl.load(
             source + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last"
         ).to(tl.float32)
-        sums = add_tile(x, inside, columns, target, sums, transform, False)
-    return merged_lanes(sums, transform.rate, False)
+        sums = add_tile(
+            x, inside, columns, target, sums, Transform(1.0, 1.0, 1.0, LOG2E, False), False
+        )
+    return merged_lanes(sums, LOG2E, False)
 
 
 @triton.jit
@@ -82,10 +79,9 @@ def _row_numbers(
     cell = row * splits + split
     peak = tl.load(partials + cell, mask=there, other=-float("inf"))
     rest = tl.load(partials + rows.to(tl.int64) * splits + cell, mask=there, other=0.0)
-    transform = _plain_transform()
-    sums = merged_lanes(Sums(peak, rest, rest), transform.rate, False)
+    sums = merged_lanes(Sums(peak, rest, rest), LOG2E, False)
     x = tl.load(logits + row * vocab + target).to(tl.float32)
-    stats, _ = statistics(sums, x, transform, False)
+    stats, _ = statistics(sums, x, Transform(1.0, 1.0, 1.0, LOG2E, False), False)
     loss, slope = _clip(
         stats.logprob - tl.load(old_logprobs + row), stats.logprob, tl.load(advantages + row),
         Bounds(low, high, float("inf"), 1.0, 1.0),
@@ -161,8 +157,9 @@ def _row_order_kernel(
             place = earlier * vocab + columns
             x = tl.load(logits + place, mask=inside, other=0.0, eviction_policy="evict_first")
             dx = gradient_tile(
-                x.to(tl.float32), columns, target, stats, slopes, _plain_transform(), False
-            )
+                x.to(tl.float32), columns, target, stats, slopes,
+                Transform(1.0, 1.0, 1.0, LOG2E, False), False,
+            )  # fmt: skip
             tl.store(
                 d_logits + place, dx.to(d_logits.dtype.element_ty), mask=inside,
                 eviction_policy="evict_first",

@@ -270,10 +270,16 @@ def policy_loss_of(
         groups=batch.layout.ids(mask) if options.needs_sequences else None,
         ignore_index=MASKED_OUT, entropy=with_entropy, lse=False,
     )  # fmt: skip
-    logprobs, entropies = (
-        _put_back(aux, name, loss.detach(), mask) for name in ("logprob", "entropy")
-    )
-    return loss, policy_metrics(options, batch, logprobs, entropies if with_entropy else None)
+
+    def of_all(name: str) -> Tensor:
+        """Put what the chunks gave back in its place, in zeros of the mask's shape."""
+        values = loss.detach().new_zeros(mask.numel())
+        return (values.index_put((aux["positions"],), aux[name]) if aux else values).view(
+            mask.shape
+        )
+
+    entropies = of_all("entropy") if with_entropy else None
+    return loss, policy_metrics(options, batch, of_all("logprob"), entropies)
 
 
 class _ChunkLoss(NamedTuple):
@@ -300,14 +306,6 @@ class _ChunkLoss(NamedTuple):
         if stats.entropy is not None:
             aux["entropy"] = stats.entropy
         return (losses * tokens.weights).sum(), aux
-
-
-def _put_back(aux: dict[str, Tensor], name: str, like: Tensor, mask: Tensor) -> Tensor:
-    """Put what the chunks of `_ChunkLoss` gave back in its place, in zeros of the mask's shape."""
-    values = like.new_zeros(mask.numel())
-    if name in aux:
-        values = values.index_put((aux["positions"],), aux[name])
-    return values.view(mask.shape)
 
 
 def _active_targets(targets: Tensor, batch: PolicyBatch, vocab: int | None) -> Tensor:

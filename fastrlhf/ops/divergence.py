@@ -234,8 +234,8 @@ class _Inputs(NamedTuple):
 def _forward(*inputs):
     given = _Inputs(*inputs)
     logits_p, logits_q, mask = given[:3]
-    check_temperatures_on_host(given.token_temperature, mask)
     backend = backend_of(given.impl, logits_p, logits_p.numel())
+    check_temperatures_on_host(given.token_temperature, mask)
     if mask.numel() == 0:
         return no_divergence(logits_p, logits_q, mask)
     temperature = flat_temperature(

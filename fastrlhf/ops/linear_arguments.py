@@ -56,6 +56,7 @@ def checked_problem(
     check_head(inputs.hidden, inputs.weights, inputs.bias, any_dtype=any_dtype, part=inputs.part)
     _check_targets(inputs, targets)
     check_impl(inputs.impl)
+    question = question.checked()
     targets = wide_integers(targets)
     inputs = _with_rows(inputs, targets, question.ignore_index)
     hidden, part, vocab = inputs.hidden, inputs.part, inputs.weights[0].shape[0]

@@ -24,7 +24,7 @@ from .linear_loss_plans import loss_alone, loss_and_gradients, whole
 from .linear_plans import Needs, Plan, choose_plan
 from .linear_precision import exact
 from .linear_problem import LinearInputs, LinearProblem
-from .linear_question import checked_question
+from .linear_question import TokenQuestion
 from .linear_rows import Span, live_rows, order_by_group, pack_groups, states_of_groups
 from .linear_statistics import Slopes, Statistics
 from .ranks import Group
@@ -139,7 +139,7 @@ def linear_loss(
         *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part, support=support,
         rows=rows,
     )  # fmt: skip
-    question = checked_question(ignore_index, entropy=entropy)
+    question = TokenQuestion(ignore_index, entropy=entropy)
     problem = checked_problem(inputs, replicated("targets", targets), question)
     return loss_of(problem, loss_fn, side_inputs, groups)
 

@@ -1,7 +1,7 @@
 """What is asked about tokens: keywords that do not depend on how their logits are made."""
 
 from collections.abc import Iterable
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from fastrlhf.reference import FURTHER_STATS
 
@@ -9,13 +9,24 @@ from .checks import check_bool, check_ignore_index, check_names
 
 
 class TokenQuestion(NamedTuple):
-    """Which statistics of which tokens are asked for; `checked_question` makes it."""
+    """Which statistics of which tokens are asked for: as given, until it is `checked`."""
 
     ignore_index: int
-    entropy: bool
-    entropy_grad: bool  # whether the entropy has a gradient, where it is asked for
-    with_stats: tuple[str, ...]  # names of further statistics
-    lse: bool  # whether the lse is used; if not, the logit of a token's only kept id is not read
+    entropy: bool = False
+    entropy_grad: bool = True  # whether the entropy has a gradient, where it is asked for
+    with_stats: Any = ()  # names of further statistics: an Iterable[str], a tuple once checked
+    lse: bool = True  # whether it is used; if not, the logit of a token's only kept id is not read
+
+    def checked(self) -> "TokenQuestion":
+        """Check the keywords, and make a tuple of the names.
+
+        Raises:
+            TypeError, ValueError: a keyword that does not fit, by its public name.
+        """
+        check_bool("entropy", self.entropy)
+        check_bool("entropy_grad", self.entropy_grad)
+        names = check_names("with_stats", self.with_stats, FURTHER_STATS)
+        return self._replace(ignore_index=check_ignore_index(self.ignore_index), with_stats=names)
 
     @property
     def of_gradient(self) -> "TokenQuestion":
@@ -29,28 +40,9 @@ class TokenQuestion(NamedTuple):
 
 
 class QuestionKeywords(TypedDict, total=False):
-    """The keywords of `checked_question` that have a default."""
+    """The fields of `TokenQuestion` that have a default, as keywords."""
 
     entropy: bool
     entropy_grad: bool
     with_stats: Iterable[str]
     lse: bool
-
-
-def checked_question(
-    ignore_index: int,
-    *,
-    entropy: bool = False,
-    entropy_grad: bool = True,
-    with_stats: Iterable[str] = (),
-    lse: bool = True,
-) -> TokenQuestion:
-    """Check the keywords.
-
-    Raises:
-        TypeError, ValueError: a keyword that does not fit, by its public name.
-    """
-    check_bool("entropy", entropy)
-    check_bool("entropy_grad", entropy_grad)
-    names = check_names("with_stats", with_stats, FURTHER_STATS)
-    return TokenQuestion(check_ignore_index(ignore_index), entropy, entropy_grad, names, lse)

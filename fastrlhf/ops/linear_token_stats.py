@@ -34,7 +34,7 @@ from .linear_plans import (
 )
 from .linear_precision import exact
 from .linear_problem import LinearInputs, LinearProblem
-from .linear_question import checked_question
+from .linear_question import TokenQuestion
 from .linear_statistics import Slopes
 from .ranks import Group, all_reduced_rows, refuse_derivatives_of_ranks, refuse_transforms_of_ranks
 from .row_stats import shaped_stats
@@ -154,7 +154,7 @@ def linear_token_stats(
         *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part, support=support,
         rows=rows,
     )  # fmt: skip
-    question = checked_question(
+    question = TokenQuestion(
         ignore_index, entropy=entropy, entropy_grad=entropy_grad, with_stats=with_stats
     )
     return token_stats_of(checked_problem(inputs, replicated("targets", targets), question))
@@ -192,7 +192,7 @@ def linear_token_logprobs(
         *head[:3], temperature, softcap, scale, chunk_size, impl, part=head.part, support=support,
         rows=rows,
     )  # fmt: skip
-    question = checked_question(ignore_index, lse=False)
+    question = TokenQuestion(ignore_index, lse=False)
     problem = checked_problem(inputs, replicated("targets", targets), question)
     return token_stats_of(problem).logprob
 

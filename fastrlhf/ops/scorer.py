@@ -28,7 +28,7 @@ from .linear_head import Weight
 from .linear_loss import LossFunction, loss_of
 from .linear_precision import exact, matmul_dtype
 from .linear_problem import LinearInputs, LinearProblem
-from .linear_question import QuestionKeywords, checked_question
+from .linear_question import QuestionKeywords, TokenQuestion
 from .linear_rows import even_spans
 from .linear_token_stats import token_stats_of
 from .ranks import Group
@@ -88,7 +88,7 @@ class LinearScorer(LinearInputs):
     def problem(
         self, targets: Tensor, *, ignore_index: int, **question: Unpack[QuestionKeywords]
     ) -> LinearProblem:
-        return checked_problem(self, targets, checked_question(ignore_index, **question))
+        return checked_problem(self, targets, TokenQuestion(ignore_index, **question))
 
     def stats(
         self, targets: Tensor, *, ignore_index: int, **question: Unpack[QuestionKeywords]
