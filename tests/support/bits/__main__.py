@@ -29,7 +29,7 @@ def record_of(package: Path, options: argparse.Namespace) -> dict[str, str]:
         paths = os.pathsep.join((folder, str(ROOT / "tests")))
         done = subprocess.run(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, check=True,
-            env=os.environ | {"PYTHONPATH": paths},
+            cwd=folder, env=os.environ | {"PYTHONPATH": paths},
         )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 
