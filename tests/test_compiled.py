@@ -93,9 +93,11 @@ def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch) -> None:
         step(*batch(3))
 
 
-def test_no_size_is_compiled_anew(caplog) -> None:
+def test_no_size_is_compiled_anew(caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO, "fastrlhf")
-    dtype = torch.float64  # which nothing else here uses
+    for name in ("ROW_PARTS", "LOGITS_GRADIENT"):  # this process may have compiled them before
+        monkeypatch.setattr(compiled_rows, name, uncompiled(getattr(compiled_rows, name)))
+    dtype = torch.float64
     step(*batch(5, dtype=dtype), impl="compiled")
     before = graphs()
     assert [line.split(" in ")[0] for line in told(caplog)] == [
