@@ -305,8 +305,8 @@ def store_statistics(out, row, inside, live, sums, further, target_capped, count
     if asked.mean:
         tl.store(out.mean + row, tl.where(live, further.total / count / row_t, 0.0), mask=inside)
     if asked.squares:
-        found = log_sum_squares(further.squares, target_capped, stats, empty, row_t)
-        tl.store(out.log_sum_squares + row, tl.where(live, found, 0.0), mask=inside)
+        log_squares = log_sum_squares(further.squares, target_capped, stats, empty, row_t)
+        tl.store(out.log_sum_squares + row, tl.where(live, log_squares, 0.0), mask=inside)
 
 
 @triton.jit

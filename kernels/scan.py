@@ -94,10 +94,10 @@ def _gae_kernel(
         counts = tl.load(mask + row * mask_stride + neighbour, mask=inside_block, other=0) != 0
         next_value = tl.load(values + row * values_stride + neighbour, mask=counts, other=0.0)
         next_value = next_value.to(acc)
-        found, next_value = tl.associative_scan(
+        any_counts, next_value = tl.associative_scan(
             (counts.to(tl.int32), next_value), 0, _nearest, reverse=True
         )
-        next_value = tl.where(found != 0, next_value, later_value)
+        next_value = tl.where(any_counts != 0, next_value, later_value)
 
         delta = tl.where(keep, reward.to(acc) + gamma * next_value - value, 0.0)
         scale, shift = tl.associative_scan(

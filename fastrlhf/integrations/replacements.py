@@ -67,11 +67,11 @@ class Replacements:
     def _put_in_place(self) -> None:
         if self._there:
             return
-        found = self._find()
+        replacements = self._find()
         # From the owner's own dict: of a class, this is the function and not a bound method.
-        self._before = [Replacement(x.owner, x.name, vars(x.owner)[x.name]) for x in found]
-        self._there = found
-        for owner, name, value in found:
+        self._before = [Replacement(x.owner, x.name, vars(x.owner)[x.name]) for x in replacements]
+        self._there = replacements
+        for owner, name, value in replacements:
             setattr(owner, name, value)
 
     def _put_back_if_unwanted(self) -> None:

@@ -123,11 +123,11 @@ def _known_trainer() -> Any:
         raise ImportError(f"transformers.Trainer cannot be imported ({error}); {works}") from error
     for name, parameters in _PARAMETERS.items():
         method = vars(Trainer).get(name)
-        found = tuple(inspect.signature(method).parameters) if callable(method) else None
-        if found != parameters:
+        its_parameters = tuple(inspect.signature(method).parameters) if callable(method) else None
+        if its_parameters != parameters:
             raise ImportError(
-                f"transformers {transformers.__version__}: Trainer.{name} takes {found}, not "
-                f"{parameters}; {works}"
+                f"transformers {transformers.__version__}: Trainer.{name} takes "
+                f"{its_parameters}, not {parameters}; {works}"
             )
     return Trainer
 
@@ -157,10 +157,10 @@ def _fused_compute_loss(own: Method) -> Method:
             raise
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             why = str(error)
-        found = call()  # if this fails too, its error is the one that the user should see
+        loss = call()  # if this fails too, its error is the one that the user should see
         _left_alone.add(_innermost(model))
         _say(model, why)
-        return found
+        return loss
 
     return compute_loss
 

@@ -106,7 +106,7 @@ def _find() -> list[Replacement]:
     divergences = _known(divergence.ChunkedDivergenceFunction, divergence_in_place_of)
     distillation = distillation_trainer.DistillationTrainer
     add = with_known_head(utils.add_fused_lm_head)
-    found = [
+    replacements = [
         Replacement(utils, "_ChunkedLogProbFunction", log_probs),
         Replacement(utils, "add_fused_lm_head", add),
         Replacement(divergence, "ChunkedDivergenceFunction", divergences),
@@ -116,7 +116,7 @@ def _find() -> list[Replacement]:
     ]
     # Where TRL believes that it uses Triton, only tokens with a label reach the head: on a CPU too.
     for module in (utils, distillation_trainer):
-        found.append(Replacement(module, "_use_triton", _always))
+        replacements.append(Replacement(module, "_use_triton", _always))
     for module, trainer in (
         (sft_trainer, sft_trainer.SFTTrainer),
         (dpo_trainer, dpo_trainer.DPOTrainer),
@@ -125,12 +125,12 @@ def _find() -> list[Replacement]:
         (rloo_trainer, rloo_trainer.RLOOTrainer),
         (distillation_trainer, distillation),
     ):
-        found += [
+        replacements += [
             Replacement(module, "add_fused_lm_head", add),
             Replacement(module, "BaseTunerLayer", _RefusedAdapter),
             Replacement(trainer, "__init__", _made_under_the_patch(trainer.__init__)),
         ]
-    return [x for x in found if x.name in vars(x.owner)]
+    return [x for x in replacements if x.name in vars(x.owner)]
 
 
 def _check_version() -> None:
@@ -208,11 +208,11 @@ def _known(function: Any, in_place_of: Any) -> Any:
     """
     ours = in_place_of(function)
     expected = list(inspect.signature(ours.apply).parameters)
-    found = list(inspect.signature(function.forward).parameters)[1:]
-    if found != expected:
+    theirs = list(inspect.signature(function.forward).parameters)[1:]
+    if theirs != expected:
         raise ImportError(
-            f"fastrlhf.integrations.trl does not know trl's {function.__name__} of {found}, but of "
-            f"{expected}; {_INSTEAD}"
+            f"fastrlhf.integrations.trl does not know trl's {function.__name__} of {theirs}, but "
+            f"of {expected}; {_INSTEAD}"
         )
     return ours
 

@@ -81,11 +81,11 @@ def _refuse(gradient: Tensor) -> None:
 def grad(recipe: Recipe, x: LazyTensor) -> Any:
     if _is_beside(x) and not x.is_leaf:
         return x.plain().grad
-    found = _natively(_GRAD.__get__, x)
-    if isinstance(found, LazyGradient):
-        found = dense(found, x)
-        _natively(_GRAD.__set__, x, found)  # so that it can be written into
-    return found
+    gradient = _natively(_GRAD.__get__, x)
+    if isinstance(gradient, LazyGradient):
+        gradient = dense(gradient, x)
+        _natively(_GRAD.__set__, x, gradient)  # so that it can be written into
+    return gradient
 
 
 def gradients(recipe: Recipe, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,21 +100,21 @@ def gradients(recipe: Recipe, outputs: Any, inputs: Any, *args: Any, **kwargs: A
     may_be_unused = kwargs.get("allow_unused") or kwargs.get("materialize_grads")
     if both:
         kwargs["allow_unused"] = True
-    found = _natively(torch.autograd.grad, outputs, asked, *args, **kwargs)
-    found = [
+    by_input = _natively(torch.autograd.grad, outputs, asked, *args, **kwargs)
+    by_input = [
         dense(x, of if isinstance(of, LazyTensor) else None)
-        for x, of in zip(found, asked, strict=True)
+        for x, of in zip(by_input, asked, strict=True)
     ]
-    for n, part in zip(both, found[len(inputs) :], strict=True):
+    for n, part in zip(both, by_input[len(inputs) :], strict=True):
         if part is not None:
-            found[n] = part if found[n] is None else found[n] + part
-    del found[len(inputs) :]
-    if both and not may_be_unused and any(x is None for x in found):
+            by_input[n] = part if by_input[n] is None else by_input[n] + part
+    del by_input[len(inputs) :]
+    if both and not may_be_unused and any(x is None for x in by_input):
         raise RuntimeError(
             "One of the differentiated Tensors appears to not have been used in the graph. Set "
             "allow_unused=True if this is the desired behavior."
         )
-    return tuple(found)
+    return tuple(by_input)
 
 
 def backward(

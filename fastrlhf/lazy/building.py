@@ -26,9 +26,9 @@ def call_with_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any)
     plain_args, plain_kwargs = plain((args, kwargs))
     if written is not None and torch.is_grad_enabled():
         _check_not_watched(written)
-    found = func(*plain_args, **plain_kwargs)
+    value = func(*plain_args, **plain_kwargs)
     if written is None:
-        return found
+        return value
     # The lazy tensors of this memory take the plain ones' place in the graph: whoever holds them
     # holds what was written.
     for lazy in written.history.alive():
@@ -39,7 +39,7 @@ def call_with_plain(func: Any, lazies: list[LazyTensor], args: Any, kwargs: Any)
                 lazy._plain.retain_grad()
             Replaced.apply(lazy, lazy._plain)
             lazy._node = lazy.grad_fn
-    return written if found is plain_args[0] else found
+    return written if value is plain_args[0] else value
 
 
 def _check_not_watched(written: LazyTensor) -> None:

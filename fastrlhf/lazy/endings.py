@@ -96,10 +96,10 @@ def pick(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
             return NotImplemented
         ids = ids.expand(shape)
     ids = torch.where(ids < 0, ids + vocab, ids)
-    found = _of_words(recipe, x, chosen, ids, shape)
-    if is_view and found is not NotImplemented:
-        x.history.viewed(x, found)
-    return found
+    result = _of_words(recipe, x, chosen, ids, shape)
+    if is_view and result is not NotImplemented:
+        x.history.viewed(x, result)
+    return result
 
 
 def _of_words(
@@ -191,8 +191,8 @@ def _ordered(x: LazyTensor) -> Distribution | None:
 def _best(
     of: Distribution, x: LazyTensor, reduce: Callable[[Tensor], Tensor], keepdim: bool
 ) -> Tensor:
-    found = scores.best(of, reduce, x.dtype)
-    return torch.cat(found).view((*x.shape[:-1], *found[0].shape[1:]))
+    parts = scores.best(of, reduce, x.dtype)
+    return torch.cat(parts).view((*x.shape[:-1], *parts[0].shape[1:]))
 
 
 def _without_graph(recipe: Recipe, x: LazyTensor, compute: Callable[[], Tensor]) -> Tensor:
@@ -215,16 +215,16 @@ def logsumexp(recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = Fa
     shape = [1 if n - x.ndim == x.vocab_dim else size for n, size in enumerate(x.shape)]
 
     def compute() -> Tensor:
-        found = scores.log_sum_exp(of.scaled(factor) if of_power else of)
+        lse = scores.log_sum_exp(of.scaled(factor) if of_power else of)
         if of_power:
-            found = found - factor * scores.log_sum_exp(of)
-        return found.view(shape) if keepdim else found
+            lse = lse - factor * scores.log_sum_exp(of)
+        return lse.view(shape) if keepdim else lse
 
     cost = Cost(2, 4, 8) if of_power else _OF_LOGPROBS
-    found = computed(recipe, [x], compute, dtype=dtype_of(recipe, x, dim=-1), cost=cost)
+    result = computed(recipe, [x], compute, dtype=dtype_of(recipe, x, dim=-1), cost=cost)
     if not of_power:
-        remember_lse(found, of)
-    return found
+        remember_lse(result, of)
+    return result
 
 
 def add_up(
@@ -259,14 +259,14 @@ def _sum_over_words(words: Words) -> Callable[[], Tensor] | None:
     """A function that computes the sum over the words of each token; None: there is none."""
     of, factor = words.first, words.factor
     linear = scores.is_linear(of)
-    found: Any = {
+    compute: Any = {
         Kind.ENTROPY_TERMS: lambda: -scores.entropies(of),
         Kind.LOGIT_TERMS: (lambda: scores.expected_logits(of)) if linear else None,
         Kind.LOGPROBS: (lambda: scores.sum_of_logprobs(of)) if linear else None,
         Kind.LOGITS: (lambda: scores.mean_logits(of) * of.source.vocab) if linear else None,
     }.get(words.kind)
     if words.kind is Kind.DIVERGENCE_TERMS and scores.are_comparable(*words.of):
-        found = lambda: scores.divergences(*words.of)  # noqa: E731
+        compute = lambda: scores.divergences(*words.of)  # noqa: E731
     if words.kind is Kind.CROSS_TERMS and scores.are_comparable(*words.of):
-        found = lambda: -scores.soft_cross_entropies(*words.of)  # noqa: E731
-    return None if found is None else lambda: found() * factor
+        compute = lambda: -scores.soft_cross_entropies(*words.of)  # noqa: E731
+    return None if compute is None else lambda: compute() * factor

@@ -40,15 +40,15 @@ signature = functools.cache(inspect.signature)
 
 def _getitem(recipe: Recipe, x: LazyTensor, index: Any) -> Any:
     index = views.with_tensors(index, x)
-    found = views.getitem(recipe, x, index)
-    return endings.pick(recipe, x, index) if found is NotImplemented else found
+    result = views.getitem(recipe, x, index)
+    return endings.pick(recipe, x, index) if result is NotImplemented else result
 
 
 def _by_name(names: str, known: Known) -> dict[Any, Known]:
     """The functions and methods of these names."""
     places = (torch, Tensor, F, torch.special)
-    found = {getattr(place, name, None) for name in names.split() for place in places}
-    return dict.fromkeys(found - {None}, known)
+    functions = {getattr(place, name, None) for name in names.split() for place in places}
+    return dict.fromkeys(functions - {None}, known)
 
 
 def _getter(attribute: str) -> Any:

@@ -56,10 +56,10 @@ class Head(torch.autograd.Function):
         if is_last():
             ctx.source = None
         if torch.is_grad_enabled():
-            found = source.differentiable_gradients(hidden, parameters, gradient)
+            gradients = source.differentiable_gradients(hidden, parameters, gradient)
         else:
-            found = source.gradients(*parted(gradient))
-        return None, None, *found
+            gradients = source.gradients(*parted(gradient))
+        return None, None, *gradients
 
 
 class Derived(torch.autograd.Function):
@@ -217,10 +217,10 @@ def _of_parents(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [x.plain() for x, wants in zip(parents, wanted, strict=True) if wants]
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             of_plain(), inputs, gradient, create_graph=again, allow_unused=True
         )
-    rest = iter(found)
+    rest = iter(gradients)
     return [next(rest) if wants else None for wants in wanted]
 
 
@@ -240,14 +240,14 @@ def _shared_out(
     """Gradients of parents: each term goes once to each head, by the first parent that leads
     there.
     """
-    found: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     for parent, rest, wants in zip(parents, rests, wanted, strict=True):
         if not wants:
-            found.append(None)
+            gradients.append(None)
             continue
         its = [x._replace(heads=x.heads & parent.heads) for x in terms if x.heads & parent.heads]
         terms = [x._replace(heads=x.heads - parent.heads) for x in terms]
         gradient = LazyGradient(parent, its, rest) if its else rest
         # A leaf keeps its gradient, and a lazy gradient would hold the leaf.
-        found.append(dense(gradient) if parent.is_leaf else gradient)
-    return found
+        gradients.append(dense(gradient) if parent.is_leaf else gradient)
+    return gradients

@@ -110,11 +110,11 @@ def lazy_report(*, clear: bool = False) -> LazyReport:
         >>> [(use.what, use.plan, use.tokens) for use in fastrlhf.lazy_report().fused]
         [('argmax', '1G', 3)]
     """
-    found = LazyReport(tuple(_fused.values()), tuple(_built.values()))
+    report = LazyReport(tuple(_fused.values()), tuple(_built.values()))
     if clear:
         _fused.clear()
         _built.clear()
-    return found
+    return report
 
 
 def note_fused(what: str, plan: str, tokens: int) -> None:

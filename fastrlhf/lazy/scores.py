@@ -47,14 +47,14 @@ def _scorer_and_targets(
     flat = rows.reshape(-1)
     if not of.rows.distinct or rows is not of.rows.numbers:
         scorer = of.source.scorer(of, temperature=temperature, rows=flat)
-        return scorer, targets.reshape(-1), lambda found: found.view(targets.shape)
+        return scorer, targets.reshape(-1), lambda values: values.view(targets.shape)
     # Each hidden state is scored as one token. One that no token has is ignored and costs nothing.
     whole = targets.new_full((of.source.tokens,), IGNORED)
     whole[flat] = targets.reshape(-1)
     if temperature is not None:
         temperature = temperature.new_ones(of.source.tokens).index_put((flat,), temperature)
     scorer = of.source.scorer(of, temperature=temperature)
-    return scorer, whole, lambda found: found[flat].view(targets.shape)
+    return scorer, whole, lambda values: values[flat].view(targets.shape)
 
 
 @dataclass
@@ -110,8 +110,8 @@ def _stats(of: Distribution, targets: Tensor | None = None, *, entropy_grad: boo
         targets = _some_word(of)
     entropy_grad = entropy_grad or source.head_is_trained
     scorer, laid_out, taken = _scorer_and_targets(of, targets.reshape(-1))
-    found = scorer.stats(laid_out, ignore_index=IGNORED, entropy=True, entropy_grad=entropy_grad)
-    of_tokens: Any = (None if x is None else taken(x) for x in found)
+    stats = scorer.stats(laid_out, ignore_index=IGNORED, entropy=True, entropy_grad=entropy_grad)
+    of_tokens: Any = (None if x is None else taken(x) for x in stats)
     known = Known(asked, targets, TokenStats(*of_tokens), entropy_grad, may_be_ruled_out)
     source.known.append(known)
     return known
@@ -133,9 +133,9 @@ def _whole(of: Distribution) -> tuple[Distribution, Tensor | None]:
     return of.part_of
 
 
-def _of_places(found: Tensor, of: Distribution, places: Tensor | None) -> Tensor:
+def _of_places(of_whole: Tensor, of: Distribution, places: Tensor | None) -> Tensor:
     """Statistics of these tokens, from those of the whole, which are in one dimension."""
-    return found.view(of.rows.numbers.shape) if places is None else found[places]
+    return of_whole.view(of.rows.numbers.shape) if places is None else of_whole[places]
 
 
 def logprobs(of: Distribution, targets: Tensor) -> Tensor:
@@ -191,9 +191,9 @@ def log_sum_exp(of: Distribution) -> Tensor:
 def entropies(of: Distribution) -> Tensor:
     """-Σ p ln p."""
     whole, places = _whole(of)
-    found = _stats(whole, entropy_grad=torch.is_grad_enabled()).stats.entropy
-    assert found is not None
-    return _of_places(found, of, places)
+    entropy = _stats(whole, entropy_grad=torch.is_grad_enabled()).stats.entropy
+    assert entropy is not None
+    return _of_places(entropy, of, places)
 
 
 def expected_logits(of: Distribution) -> Tensor:
@@ -227,11 +227,11 @@ def _by_mean_row(of: Distribution) -> Tensor:
     sums = accumulation_dtype(dtype)
     mean = torch.cat([x[0 : x.shape[0]].to(dtype).to(sums).mean(0) for x in scorer.weights])
     with exact(scorer.hidden):
-        found = scorer.hidden.to(dtype).to(sums)[of.rows.numbers] @ mean
+        means = scorer.hidden.to(dtype).to(sums)[of.rows.numbers] @ mean
         if scorer.bias is not None:
-            found = found + scorer.bias.to(sums).mean()
-    found = found * scorer.scale
-    return found if of.temperature is None else found / of.temperature
+            means = means + scorer.bias.to(sums).mean()
+    means = means * scorer.scale
+    return means if of.temperature is None else means / of.temperature
 
 
 def sum_of_logprobs(of: Distribution) -> Tensor:
@@ -286,12 +286,12 @@ def divergences(p: Distribution, q: Distribution) -> Tensor:
     ours, theirs, direction = (p, q, "reverse") if q.constant else (q, p, "forward")
     temperature = None if ours.temperature is None else ours.temperature.reshape(-1)
     rows, their_rows = (x.rows.numbers.reshape(-1) for x in (ours, theirs))
-    found, _ = scored_divergence(
+    values, _ = scored_divergence(
         ours.source.scorer(ours, temperature=temperature, only=rows, held=_OF_TWO),
         theirs.source.scorer(theirs, temperature=temperature, only=their_rows, held=_OF_TWO),
         torch.ones_like(rows, dtype=torch.bool), direction=direction, beta=0.5,
     )  # fmt: skip
-    return found.view(ours.rows.numbers.shape)
+    return values.view(ours.rows.numbers.shape)
 
 
 def soft_cross_entropies(p: Distribution, q: Distribution) -> Tensor:
@@ -308,7 +308,7 @@ def best(of: Distribution, reduce: Callable[[Tensor], Any], dtype: torch.dtype) 
     """
     rows, source = of.rows.numbers.reshape(-1), of.source
     scorer = source.scorer(of)
-    found = []
+    parts = []
     for some in rows.split(max(1, scorer.chunk_size or 1)):
-        found.append(reduce(scorer.logits(some).to(source.dtype).to(dtype)))
-    return found
+        parts.append(reduce(scorer.logits(some).to(source.dtype).to(dtype)))
+    return parts

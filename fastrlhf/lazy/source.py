@@ -124,14 +124,16 @@ class Source:
             with self.at_work(differentiable=True):
                 outputs.append((self.logits(), rest))
         inputs = self.inputs
-        found: Sequence[Tensor | None] = [None] * len(inputs)
+        gradients: Sequence[Tensor | None] = [None] * len(inputs)
         if outputs and inputs:
             of, upstream = zip(*outputs, strict=True)
-            found = torch.autograd.grad(of, inputs, upstream, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                of, inputs, upstream, retain_graph=True, allow_unused=True
+            )
         for computed, *_ in terms:
             computed.differentiated()
         self.known.clear()
-        return [*([] if self.hidden.requires_grad else [None]), *found]
+        return [*([] if self.hidden.requires_grad else [None]), *gradients]
 
     def differentiable_gradients(
         self, hidden: Tensor, parameters: Sequence[Tensor], gradient: Tensor
@@ -145,10 +147,10 @@ class Source:
         with self.at_work(differentiable=True):
             inputs = [x for x in (hidden, *parameters) if x.requires_grad]
             logits = self.own(hidden)
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 logits, inputs, gradient, create_graph=True, allow_unused=True
             )
-        return [*([] if hidden.requires_grad else [None]), *found]
+        return [*([] if hidden.requires_grad else [None]), *gradients]
 
     def scorer(
         self,

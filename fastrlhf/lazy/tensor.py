@@ -215,8 +215,8 @@ class LazyTensor(Tensor):
         note_of_building(func, lazies)
         with enable_reentrant_dispatch():
             plain_args, plain_kwargs = plain((args, kwargs or {}))
-        found = func(*plain_args, **plain_kwargs)
-        return args[0] if args and found is plain_args[0] else found  # the first: an in-place call
+        value = func(*plain_args, **plain_kwargs)
+        return args[0] if args and value is plain_args[0] else value  # the first: an in-place call
 
 
 @functools.cache
@@ -237,9 +237,9 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if func in OF_GRADIENT or (func in KNOWN and not any(x.is_built for x in lazies)):
-        found = _known(func, lazies[0].device, args, kwargs)
-        if found is not NotImplemented:
-            return found
+        value = _known(func, lazies[0].device, args, kwargs)
+        if value is not NotImplemented:
+            return value
     return call_with_plain(func, lazies, args, kwargs)
 
 
@@ -368,15 +368,15 @@ def computed(
             with torch.set_grad_enabled(with_graph):
                 return compute().to(dtype)
 
-    found = result(with_graph=differentiable and not again_for_gradient)
+    value = result(with_graph=differentiable and not again_for_gradient)
     if cost.of_statistics and sum(len(source.known) for source in sources) == known_before:
         cost = Cost(0, 0, 0)
     tokens = sum(x.numel() // max(1, x.shape[x.vocab_dim]) for x in parents)
     trained = any(source.head_is_trained for source in sources)
     plan = cost.plan(differentiable=differentiable, trained=trained)
     note_fused(name_of(recipe.func), plan, tokens)
-    if not differentiable or not (found.requires_grad or again_for_gradient):
-        return found.clone()  # the caller may write into it, and must not change what is remembered
-    inner = functools.partial(result, with_graph=True) if again_for_gradient else found
+    if not differentiable or not (value.requires_grad or again_for_gradient):
+        return value.clone()  # the caller may write into it, and must not change what is remembered
+    inner = functools.partial(result, with_graph=True) if again_for_gradient else value
     heads = len(heads_of(parents))
-    return Used.apply(Computed(inner, heads, recipe.on_plain), found.detach(), *parents)
+    return Used.apply(Computed(inner, heads, recipe.on_plain), value.detach(), *parents)

@@ -201,7 +201,7 @@ def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     dim = _dim_of(recipe, args, kwargs)
     if dim is None or dim % x.ndim == x.ndim - 1:
         return NotImplemented
-    name, dim, start, found = recipe.func.__name__, dim % x.ndim, 0, []
+    name, dim, start, parts = recipe.func.__name__, dim % x.ndim, 0, []
     for n, form in enumerate(of_form):
         of_part = recipe._replace(func=Part(recipe.func, n))
         step: Any = (name, repr(args), repr(kwargs), n)
@@ -213,8 +213,8 @@ def parts(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
             view = partial(torch.narrow, dim=dim, start=start, length=form.shape[dim])
             start += form.shape[dim]
         is_part = len(of_form) >= _PARTS_OF_A_LOOP
-        found.append(viewed(of_part, x, view, step, is_part=is_part))
-    return tuple(found)
+        parts.append(viewed(of_part, x, view, step, is_part=is_part))
+    return tuple(parts)
 
 
 # From so many parts on, a loop over all of them is expected. Of two, such as a prompt and its

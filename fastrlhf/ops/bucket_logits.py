@@ -125,10 +125,10 @@ def _forward(
     if backend_of(impl, logits, logits.numel()) == "triton":
         return _by_kernel(rows, ids, keep, temperatures, options)
     for some in runs_or_chunks(keep, rows):
-        found = buckets_of_rows(
+        parts = buckets_of_rows(
             take_rows(rows, some), ids[some], temperature=of_rows(temperatures, some), **options
         )
-        for whole, part in zip((buckets, peak, log_norm), found, strict=True):
+        for whole, part in zip((buckets, peak, log_norm), parts, strict=True):
             whole[some] = part
     return buckets, peak, log_norm
 
@@ -173,8 +173,8 @@ def _taken(rows: Tensor, ids: Tensor, keep: Tensor, other: float) -> Tensor:
     `other` stands in for those that are missing.
     """
     index = ids.clamp(max=rows.shape[-1] - 1).view(*rows.shape[:2], -1)
-    found = rows.gather(-1, index).view(ids.shape).to(accumulation_dtype(rows.dtype))
-    return torch.where(_are_there(ids, keep, rows), found, other)
+    taken = rows.gather(-1, index).view(ids.shape).to(accumulation_dtype(rows.dtype))
+    return torch.where(_are_there(ids, keep, rows), taken, other)
 
 
 def write_bucket_gradient(

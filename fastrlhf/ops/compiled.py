@@ -161,11 +161,11 @@ class RowFunction:
         if self._reads_what_it_writes(tensors) and not (variant.in_place and len(numbers) > 1):
             raise NotInPlace
         with torch.no_grad():
-            found = variant.call(*copies)
+            results = variant.call(*copies)
         for x, copy, of in zip(tensors, copies, self.dimensions, strict=True):
             if of.isupper() and x is not None and copy is not None and len(copy) != len(x):
                 x.detach().copy_(copy[:1])
-        return tuple(x[:1] for x in found) if len(numbers) == 1 else found
+        return tuple(x[:1] for x in results) if len(numbers) == 1 else results
 
     def _reads_what_it_writes(self, tensors: Sequence[object]) -> bool:
         into = [x for x, of in zip(tensors, self.dimensions, strict=True) if of.isupper()]

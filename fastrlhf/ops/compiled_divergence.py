@@ -212,8 +212,8 @@ def _divergence(
         )
         shares = number(share, both[0]), number(1 - share, both[0])
         sums = _DIVERGENCE_SUMS(*p, *q, *both, *shares, *scaled)
-        found = reference.divergence_of_sums(sums, both, share)
-        return tuple(x[: len(index)] for x in found)
+        results = reference.divergence_of_sums(sums, both, share)
+        return tuple(x[: len(index)] for x in results)
     peak_p, peak_q, a, b, c, d, e, f = _LOG_RATIO_MOMENTS(*p, *q, *scaled, dtype=dtype)
     # In fp64, since the logarithms of the sums, up to ln V, are large beside the divergence.
     in_fp64 = reference.log_ratio_of_sums(peak_p, peak_q, a + d, b + e, c + f)
@@ -222,7 +222,7 @@ def _divergence(
     # log-ratio; where the log-ratio is infinite, this exponential may not be 0 although p is.
     sure = (value > _LARGE_DIVERGENCE) & (value != torch.inf)
     small = (~sure).nonzero().squeeze(1)
-    found = value, *norms, value, value
+    results = value, *norms, value, value
     if len(small):
         of_some = [None if x is None else x[small] for x in scaled[:1]]
         sums = _DIVERGENCE_SUMS(
@@ -230,8 +230,8 @@ def _divergence(
             *of_some, *scaled[1:],
         )  # fmt: skip
         exactly = reference.divergence_of_sums(sums, tuple(x[small] for x in norms), None)
-        found = tuple(x.index_copy(0, small, y) for x, y in zip(found, exactly, strict=True))
-    return found
+        results = tuple(x.index_copy(0, small, y) for x, y in zip(results, exactly, strict=True))
+    return results
 
 
 def _write_gradient(

@@ -56,10 +56,10 @@ def _gae(
     factor = reference.decay(gamma, lam, dtype)
     factors = factor if isinstance(factor, Tensor) else values.new_full((len(values),), factor)
     numbers = number(gamma, values), factors
-    found = []
+    blocks_from_the_end = []
     for block in zip(*(reversed(x) for x in padded), strict=True):
         advantages, *following = compiled_rows.ADVANTAGES(*block, *following, *numbers)
-        found.append(advantages)
-    everywhere = torch.cat(found[::-1], dim=1)[:, : rewards.shape[1]]
+        blocks_from_the_end.append(advantages)
+    everywhere = torch.cat(blocks_from_the_end[::-1], dim=1)[:, : rewards.shape[1]]
     advantages = torch.where(keep, everywhere, 0.0)
     return advantages, advantages + values

@@ -194,8 +194,8 @@ def chunks(
     `held`, pieces are smaller, because the function may hold a number for each logit. `mixed` is
     for divergences to a mixture, whose pieces are multiples of a vector: see `whole_vectors`.
     """
-    found = selected.nonzero().squeeze(1)
-    return _pieces(found, vocab, _HELD_NUMBERS if held else _CHUNK_LOGITS, mixed=mixed)
+    numbers = selected.nonzero().squeeze(1)
+    return _pieces(numbers, vocab, _HELD_NUMBERS if held else _CHUNK_LOGITS, mixed=mixed)
 
 
 def _pieces(index: Tensor, vocab: int, logits: int, *, mixed: bool = False) -> tuple[Tensor, ...]:
@@ -306,9 +306,9 @@ def by_number(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         NotCompiled: V < 2.
     """
-    found = _view_by_number(rows, index)
-    if found is not None:
-        return found
+    view = _view_by_number(rows, index)
+    if view is not None:
+        return view
     inner = rows.shape[1]
     copies = rows[index // inner, index % inner]
     return copies, torch.arange(len(index), device=index.device)

@@ -43,8 +43,8 @@ def token_stats_forward(
         for index in _chunks(targets != ignore_index, rows, question):
             parts = _row_parts(rows, index, question)
             row_temperature = of_rows(temperature, index)
-            found = reference.statistics_of_parts(parts, rows.shape[2], row_temperature)
-            put_stats(stats, index, found)
+            statistics = reference.statistics_of_parts(parts, rows.shape[2], row_temperature)
+            put_stats(stats, index, statistics)
         return stats
     return eager_token_stats.token_stats_forward(
         rows, targets, temperature=temperature, softcap=softcap, scale=scale,

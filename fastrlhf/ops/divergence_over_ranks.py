@@ -109,13 +109,13 @@ def divergence_over_ranks(
         )  # fmt: skip
     elif part.size:
         for rows in chunks(keep, part.size):
-            found = reference.divergence_sums(
+            sums_of_rows = reference.divergence_sums(
                 copied_rows(logits_p, rows), copied_rows(logits_q, rows),
                 ((norms[0, rows], norms[1, rows]), (norms[3, rows], norms[4, rows])),
                 share=share, temperature=of_rows(temperature, rows), softcap=transform.softcap,
                 scale=transform.scale,
             )  # fmt: skip
-            own[:, rows] = torch.stack(found)
+            own[:, rows] = torch.stack(sums_of_rows)
     # Without a mixture, the mean log-ratio of q equals that of p, and is not sent.
     sums = summed(own if share is not None else own[:3], part.group)
     p_is_empty, q_is_empty = (norms[i] == -torch.inf for i in (0, 3))
@@ -150,11 +150,11 @@ def _parts(
         question = RowQuestion(nowhere, temperature, softcap, scale, IGNORED, False)
         return torch.where(keep, token_stats_message(rows_of(logits), question)[:2], nothing)
     for rows in chunks(keep, logits.shape[-1]):
-        found = reference.row_parts(
+        parts = reference.row_parts(
             copied_rows(logits, rows).to(acc), torch.full_like(rows, NOT_HERE),
             temperature=of_rows(temperature, rows), softcap=softcap, scale=scale, entropy=False,
         )  # fmt: skip
-        nothing[0, rows], nothing[1, rows] = found.peak, found.rest
+        nothing[0, rows], nothing[1, rows] = parts.peak, parts.rest
     return nothing
 
 

@@ -41,8 +41,8 @@ def token_stats_forward(
     stats = ignored_rows(rows, len(targets), entropy, with_stats)
     for index in runs_or_chunks(targets != ignore_index, rows, logits_at_once):
         some, options = question.of_rows(index)
-        found = reference.token_stats_forward(take_rows(rows, index), some, **options)
-        put_stats(stats, index, found)
+        statistics = reference.token_stats_forward(take_rows(rows, index), some, **options)
+        put_stats(stats, index, statistics)
     return stats
 
 

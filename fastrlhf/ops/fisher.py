@@ -209,7 +209,7 @@ def linear_softmax_fisher_product(
     dtype = matmul_dtype(hidden)
     head = Head([weight], bias, dtype)
     moving = Head([weight], None, dtype)
-    turned = None if weight_tangent is None else Head([weight_tangent.to(dtype)], None, dtype)
+    tangent_head = None if weight_tangent is None else Head([weight_tangent.to(dtype)], None, dtype)
     flat, flat_tangent = (x.reshape(-1, x.shape[-1]).to(dtype) for x in (hidden, tangent))
     product = torch.zeros(flat.shape, dtype=head.sums, device=hidden.device)
     quadratic = torch.zeros(mask.numel(), dtype=head.sums, device=hidden.device)
@@ -220,8 +220,8 @@ def linear_softmax_fisher_product(
             rows = order[first:last]
             h, t = (x[rows].to(head.operands) for x in (flat, flat_tangent))
             x, moved = head.logits(h), moving.logits(t)
-            if turned is not None:
-                moved += turned.logits(h)
+            if tangent_head is not None:
+                moved += tangent_head.logits(h)
             slope: float | Tensor = transform.scale
             if transform.softcap is not None:
                 slope = reference.cap_slope(x, transform.softcap, transform.scale)

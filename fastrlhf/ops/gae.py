@@ -104,8 +104,8 @@ def gae(
     if last_values is not None:
         check_floating("last_values", last_values)
         last_values = _of_sequences("last_values", last_values, rewards, layout)
-    found = [_estimates(rewards, values, mask, gamma, x, last_values, layout, impl) for x in lams]
-    (advantages, _), (_, returns) = found[0], found[-1]
+    of_lams = [_estimates(rewards, values, mask, gamma, x, last_values, layout, impl) for x in lams]
+    (advantages, _), (_, returns) = of_lams[0], of_lams[-1]
     return advantages.detach().view(rewards.shape), returns.detach().view(rewards.shape)
 
 

@@ -64,10 +64,10 @@ class KeptIds(NamedTuple):
         """Sum values (M,) over the ids of each token: (N,). PyTorch adds them up one by one, in
         fp64 so that long sums stay accurate.
         """
-        found = torch.segment_reduce(
+        totals = torch.segment_reduce(
             values.double(), "sum", offsets=self.offsets, initial=0, unsafe=True
         )
-        return found.to(values.dtype)
+        return totals.to(values.dtype)
 
     def largest(self, values: Tensor) -> Tensor:
         """Return the largest (N,) of the values (M,) of each token; -inf where it keeps no id."""
@@ -117,12 +117,12 @@ def checked_support(
     is_own = live & (ids == (flat[token] if tokens else ids))
     cell = torch.where(is_own, token, tokens)
     own = torch.zeros(tokens + 1, dtype=torch.int64, device=ids.device)
-    found = own.scatter_add(0, cell, torch.ones_like(cell))[:tokens]
+    times_kept = own.scatter_add(0, cell, torch.ones_like(cell))[:tokens]
     own = own.scatter(0, cell, place)[:tokens]
     alone = live_tokens & (offsets.diff() == 1)
     kept = KeptIds(ids, offsets, token, live, live_tokens, flat, own, alone)
     if not is_batched(ids, flat):
-        _check_ids(kept, found, vocab)
+        _check_ids(kept, times_kept, vocab)
     return kept
 
 
@@ -201,9 +201,9 @@ def _check_offsets(offsets: Tensor, end: int) -> None:
         )
 
 
-def _check_ids(kept: KeptIds, found: Tensor, vocab: int | Tensor | None) -> None:
+def _check_ids(kept: KeptIds, times_kept: Tensor, vocab: int | Tensor | None) -> None:
     """Check that each token keeps its target, and no id twice, since it would count twice."""
-    keeps_target = ~kept.live_tokens | (found >= 1)
+    keeps_target = ~kept.live_tokens | (times_kept >= 1)
     twice = _stands_before(kept)
     if not known_on_host(kept.ids):
         assert_on_device(

@@ -70,10 +70,10 @@ class _KeptLogits(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         wants = (wanted[0], wanted[1], *wanted[4:])
         if torch.is_grad_enabled() or under_transform(d_logits):
-            found = _differentiable_gradients(hidden, bias, weights, ctx.rows, d_logits, wants)
+            gradients = _differentiable_gradients(hidden, bias, weights, ctx.rows, d_logits, wants)
         else:
-            found = _gradients(hidden, bias, weights, ctx.rows, d_logits, wants, ctx.impl)
-        d_hidden, d_bias, *d_weights = found
+            gradients = _gradients(hidden, bias, weights, ctx.rows, d_logits, wants, ctx.impl)
+        d_hidden, d_bias, *d_weights = gradients
         return d_hidden, d_bias, None, None, *d_weights
 
 
@@ -131,16 +131,16 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients of hidden states, bias and weights; None for those that are not wanted."""
     d_logits = torch.where(rows.wanted, d_logits, 0.0).contiguous()
-    found: list[Tensor | None] = [None, None]
+    gradients: list[Tensor | None] = [None, None]
     if wants[0]:
         d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        by_state, found[0] = sorted_sums(rows.state, rows.ids, len(hidden)), d_hidden
+        by_state, gradients[0] = sorted_sums(rows.state, rows.ids, len(hidden)), d_hidden
     if wants[1]:
         assert bias is not None
         totals = d_logits.new_zeros(bias.shape)
         if len(bias):  # where ranks share the vocabulary, one may have no row of it
             add_at(totals, rows.ids, d_logits)
-        found[1] = totals.to(bias.dtype)
+        gradients[1] = totals.to(bias.dtype)
     by_id = None
     first = 0
     for weight, wanted in zip(weights, wants[2:], strict=True):
@@ -150,7 +150,7 @@ def _gradients(
             add_weighted_rows(
                 d_hidden[:, columns], d_logits, weight, by_state, impl, operands=rows.operands
             )
-        found.append(None)
+        gradients.append(None)
         if wanted:
             assert isinstance(weight, Tensor)
             if by_id is None:
@@ -158,8 +158,8 @@ def _gradients(
             d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
             ours = hidden[:, columns]
             add_weighted_rows(d_weight, d_logits, ours, by_id, impl, operands=hidden.dtype)
-            found[-1] = d_weight
-    return found
+            gradients[-1] = d_weight
+    return gradients
 
 
 def _definition(
@@ -190,5 +190,5 @@ def _differentiable_gradients(
         inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in (hidden, bias, *weights)]
         logits = _definition(inputs[0], inputs[2:], inputs[1], rows)
     leaves = [x for x, want in zip(inputs, wants, strict=True) if want]
-    found = iter(torch.autograd.grad(logits, leaves, d_logits, create_graph=again))
-    return [next(found) if want else None for want in wants]
+    gradients = iter(torch.autograd.grad(logits, leaves, d_logits, create_graph=again))
+    return [next(gradients) if want else None for want in wants]

@@ -49,10 +49,10 @@ class KeptQuestion(NamedTuple):
 
     def answer(self, every: Iterable[Any]) -> "KeptStats":
         """Make `KeptStats` of all statistics: None in place of those that are not asked for."""
-        found: list[Any] = [
+        stats: list[Any] = [
             x if want else None for x, want in zip(every, self.asked, strict=True)
         ]  # fmt: skip
-        return KeptStats(*found)
+        return KeptStats(*stats)
 
     @property
     def of_tokens(self) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def kept_stats(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSta
 class _KeptStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, kept, question):
-        found, (peak, log_norm) = _forward(logits.detach(), kept, question)
+        stats, (peak, log_norm) = _forward(logits.detach(), kept, question)
         ctx.question, ctx.kept = question, kept
-        ctx.save_for_backward(logits, found.logprob, found.entropy, peak, log_norm)
+        ctx.save_for_backward(logits, stats.logprob, stats.entropy, peak, log_norm)
         ctx.set_materialize_grads(False)
-        every = tuple(logits.new_empty(0) if x is None else x for x in found)
+        every = tuple(logits.new_empty(0) if x is None else x for x in stats)
         ctx.mark_non_differentiable(every[3], every[5])
         return every
 
@@ -127,7 +127,7 @@ def _forward(
     if _by_kernel(logits, question):
         from fastrlhf.kernels.kept_ids import kept_stats_forward
 
-        found = kept_stats_forward(
+        stats = kept_stats_forward(
             logits, kept.ids, kept.offsets, kept.live_tokens, kept.targets, kept.own,
             **question.of_tokens,
             entropy=question.entropy, with_stats=question.with_stats,
@@ -135,8 +135,8 @@ def _forward(
     else:
         parts = _row_parts(logits, kept, question)
         temperature = question.transform.of_rows
-        found = reference.statistics_of_parts(parts, kept.counts, temperature)
-    logprob, entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares = found
+        stats = reference.statistics_of_parts(parts, kept.counts, temperature)
+    logprob, entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares = stats
     alone, live = kept.alone, kept.live_tokens
     # What the statistics of a token are that keeps one id; None: they depend on its logit.
     certain = (0.0, 0.0, None, True, None, 0.0)
@@ -239,8 +239,8 @@ def _differentiable_gradient(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         view = logits.view_as(logits)
-        found = _definition(view, kept, question)
-    of = found.logprob, found.entropy, found.lse, found.mean_logit
+        stats = _definition(view, kept, question)
+    of = stats.logprob, stats.entropy, stats.lse, stats.mean_logit
     pairs = [(a, b) for a, b in zip(of, upstream, strict=True) if a is not None and b is not None]
     outputs, gradients = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, view, gradients, create_graph=again)[0]
@@ -264,7 +264,7 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
 
     # For a token that keeps one id, 0 stands in for its logit, which may be anything.
     chosen = torch.where(kept.with_choice, logits, 0.0)
-    found = reference.token_stats(
+    stats = reference.token_stats(
         rows(reference.capped_logits(chosen, softcap, scale), -torch.inf),
         torch.where(live, kept.own - kept.offsets[:-1], -100), temperature=temperature,
         entropy=question.entropy, with_stats=[x for x in question.with_stats if "sq" in x],
@@ -277,7 +277,7 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
     on_top = z.detach() == z.detach().amax(1, keepdim=True)
     first = torch.where(on_top, rows(kept.ids, _NO_ID), _NO_ID).amin(1)
     is_top1 = kept.alone | ((first == kept.targets) & ~empty & (lse < torch.inf))
-    every = (found.logprob, found.entropy, lse, is_top1, mean, found.log_sum_sq_probs)
+    every = (stats.logprob, stats.entropy, lse, is_top1, mean, stats.log_sum_sq_probs)
     return question.answer(
         None if x is None else torch.where(live, x, torch.zeros_like(x)) for x in every
     )

@@ -85,13 +85,13 @@ def same_head_part(
     Raises:
         TypeError, ValueError: it is another part.
     """
-    found = head_part(hidden, weights, bias, None, prefix=prefix)
+    own_part = head_part(hidden, weights, bias, None, prefix=prefix)
     weight: Any = weights[0]
-    if is_dtensor(weight) and not _same(found.part, part):
+    if is_dtensor(weight) and not _same(own_part.part, part):
         raise ValueError(
             f"{prefix}weight: expected a DTensor cut as weight is, got {tuple(weight.placements)}"
         )
-    return found._replace(part=part)
+    return own_part._replace(part=part)
 
 
 class LogitsPart(NamedTuple):

@@ -85,10 +85,10 @@ def warm_up(
 
     def of_tokens() -> None:
         targets = torch.zeros(_ROWS, dtype=torch.int64, device=device)
-        found = token_stats(_leaf(logits), targets, entropy=entropy, impl=impl, **transform)
-        found.logprob.sum().backward(retain_graph=entropy)
-        if found.entropy is not None:
-            (found.logprob + found.entropy).sum().backward()
+        stats = token_stats(_leaf(logits), targets, entropy=entropy, impl=impl, **transform)
+        stats.logprob.sum().backward(retain_graph=entropy)
+        if stats.entropy is not None:
+            (stats.logprob + stats.entropy).sum().backward()
 
     def of_divergence() -> None:
         sides = _leaf(logits), _leaf(logits)

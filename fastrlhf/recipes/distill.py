@@ -167,8 +167,8 @@ def judged(
     for batch in held_out(run, student, tokenizer, options, when):
         samples += samples_of(batch)
         values += divergence(student, teacher, batch, "reverse", options).sum(-1).tolist()
-    found = gathered(run, list(zip(samples, values, strict=True)))
-    return Judged([sample for sample, _ in found], [value for _, value in found])
+    judged = gathered(run, list(zip(samples, values, strict=True)))
+    return Judged([sample for sample, _ in judged], [value for _, value in judged])
 
 
 def described(kl: Comparison) -> str:

@@ -90,12 +90,12 @@ def evaluate(
     run: Run, policy: PeftModel, tokenizer: Any, options: EvaluationOptions, when: str
 ) -> Evaluation:
     """Complete held-out prompts, and measure the completions."""
-    found: list[tuple[Sample, float, bool]] = []
+    measured: list[tuple[Sample, float, bool]] = []
     for batch in held_out(run, policy, tokenizer, options, when):
         kl = exact_kl(policy, batch, options.temperature).tolist()
-        found += zip(samples_of(batch), kl, (~batch["truncated"]).tolist(), strict=True)
-    found = gathered(run, found)
-    samples, kl, ended = (list(column) for column in zip(*found, strict=True))
+        measured += zip(samples_of(batch), kl, (~batch["truncated"]).tolist(), strict=True)
+    measured = gathered(run, measured)
+    samples, kl, ended = (list(column) for column in zip(*measured, strict=True))
     return Evaluation(samples, kl, sum(ended) / len(ended))
 
 
@@ -136,8 +136,8 @@ def gathered(run: Run, rows: list[Any]) -> list[Any]:
         return rows
     # Each process has its own device, so samples are moved to the CPU before they are collected.
     rows = [(sample.to("cpu"), *rest) for sample, *rest in rows]
-    everything: list[Any] = gather_object(rows)
-    return everything
+    of_all: list[Any] = gather_object(rows)
+    return of_all
 
 
 class Comparison(NamedTuple):

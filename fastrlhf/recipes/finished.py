@@ -45,11 +45,11 @@ def finished_or_run(
         ValueError: the former run had other options or another kind of device.
     """
     folder = Path(options.output)
-    found = read_metrics(folder) if resume else None
-    if found is not None:
-        check_same_options(found["options"], options, folder)
-        check_same_device(found["device"], options, folder)
-        return found
+    metrics = read_metrics(folder) if resume else None
+    if metrics is not None:
+        check_same_options(metrics["options"], options, folder)
+        check_same_device(metrics["device"], options, folder)
+        return metrics
     (folder / "metrics.json").unlink(missing_ok=True)
     unfinished = resume and last_checkpoint(folder) is not None
     return train(dataclasses.replace(options, resume=unfinished))

@@ -148,20 +148,20 @@ def cells(options: FrontierOptions, folder: Path, shared: dict[str, Any]) -> lis
     group = _groups(texts, 8)
     half = _groups(texts // 2, 4)  # a step of TRPO takes several times as long as other steps
     count = options.best_of
-    found = [cell("best of n", "n ≤", count, best_of_n, best_of_n.BestOfNOptions, best_of=count)]
+    cells = [cell("best of n", "n ≤", count, best_of_n, best_of_n.BestOfNOptions, best_of=count)]
     for beta in options.betas:
         choice = {"beta": beta, "steps": options.dpo_steps, **every}
-        found.append(cell("DPO", "β =", beta, dpo, dpo.DPOOptions, **choice))
+        cells.append(cell("DPO", "β =", beta, dpo, dpo.DPOOptions, **choice))
     for coef in options.ppo_kl_coefs:
         choice = {"kl_coef": coef, "completions_per_step": texts, **online}
-        found.append(cell("PPO", "KL coef. =", coef, ppo, ppo.PPOOptions, **choice))
+        cells.append(cell("PPO", "KL coef. =", coef, ppo, ppo.PPOOptions, **choice))
     for coef in options.grpo_kl_coefs:
         choice = {"kl_coef": coef, **group, **online}
-        found.append(cell("GRPO", "KL coef. =", coef, grpo, grpo.GRPOOptions, **choice))
+        cells.append(cell("GRPO", "KL coef. =", coef, grpo, grpo.GRPOOptions, **choice))
     for delta in options.max_kls:
         choice = {"max_kl": delta, "steps": options.trpo_steps, "eval_every": 3, **half}
-        found.append(cell("TRPO", "δ =", delta, trpo, trpo.TRPOOptions, **choice))
-    return found
+        cells.append(cell("TRPO", "δ =", delta, trpo, trpo.TRPOOptions, **choice))
+    return cells
 
 
 def _groups(texts: int, largest: int) -> dict[str, int]:

@@ -174,10 +174,10 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     """
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
-    found = {token for token in (tokenizer.eos_token_id, *declared) if token is not None}
-    if not found:
+    ending = {token for token in (tokenizer.eos_token_id, *declared) if token is not None}
+    if not ending:
         raise ValueError("tokenizer: expected one with an eos token")
-    return sorted(found)
+    return sorted(ending)
 
 
 def _padded_on_the_left(

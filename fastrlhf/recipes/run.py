@@ -237,7 +237,7 @@ class Run:
 
         "seconds" counts the time of this process; for a resumed run, the time since it was resumed.
         """
-        everything = {
+        of_this_run = {
             "recipe": self.name,
             "options": dataclasses.asdict(self.options),
             "versions": versions(),
@@ -249,13 +249,13 @@ class Run:
             **metrics,
         }
         if self.accelerator.is_main_process:
-            write_metrics(self.output, everything)
+            write_metrics(self.output, of_this_run)
             self.report.line(f"Curves and figures in {self.output}/")
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()  # another recipe may read its files next
-        return everything
+        return of_this_run
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside models, optimizer, schedule and random numbers."""
@@ -356,8 +356,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
     Checkpoints that other programs wrote are left out.
     """
-    found = [path for path in folder.glob("checkpoint-*") if (path / _FACTS).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    folders = [path for path in folder.glob("checkpoint-*") if (path / _FACTS).exists()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -395,8 +395,8 @@ def describe(figures: Mapping[str, float]) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of the packages on which figures depend."""
     packages = ("torch", "transformers", "peft", "accelerate", "vaderSentiment")
-    found = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), "fastrlhf": fastrlhf.__version__, **found}
+    installed = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "fastrlhf": fastrlhf.__version__, **installed}
 
 
 def peak_memory_of_process(device: torch.device) -> int:

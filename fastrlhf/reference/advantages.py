@@ -57,7 +57,7 @@ def advantages_backwards(
     follows the last of them. Also returned are value and advantage of the first token that counts,
     for the steps before these. Where `keep` is False, advantages are garbage.
     """
-    found = []
+    backwards = []
     from_the_end = (reversed(x.unbind(1)) for x in (rewards, values, keep))
     for reward, value, counts in zip(*from_the_end, strict=True):
         delta = reward + gamma * next_value - value
@@ -66,8 +66,8 @@ def advantages_backwards(
         # after it.
         next_advantage = torch.where(counts, advantage, next_advantage)
         next_value = torch.where(counts, value, next_value)
-        found.append(advantage)
-    everywhere = torch.stack(found[::-1], 1) if found else torch.zeros_like(values)
+        backwards.append(advantage)
+    everywhere = torch.stack(backwards[::-1], 1) if backwards else torch.zeros_like(values)
     return everywhere, next_value, next_advantage
 
 
@@ -93,10 +93,10 @@ def packed_gae(
     rewards, values = (torch.where(keep, x, 0.0).to(dtype) for x in (rewards, values))
     # For each token, whether it or a later one in its sequence counts, and the value of the first
     # of these that does.
-    found, nearest = suffix_scan(_nearest, (keep, values), ids)
+    is_there, nearest = suffix_scan(_nearest, (keep, values), ids)
     follows = torch.nn.functional.pad(ids[1:] == ids[:-1], (0, 1)) if len(ids) else keep
     after_the_end = values.new_zeros(()) if last_values is None else last_values.to(dtype)[ids]
-    next_value = torch.where(follows & found.roll(-1), nearest.roll(-1), after_the_end)
+    next_value = torch.where(follows & is_there.roll(-1), nearest.roll(-1), after_the_end)
     delta = torch.where(keep, rewards + gamma * next_value - values, 0.0)
     factor = decay(gamma, lam, dtype)
     factors = factor[ids] if isinstance(factor, Tensor) else delta.new_full((), factor)

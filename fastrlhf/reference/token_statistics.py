@@ -199,16 +199,16 @@ def kept_token_stats(
     certain = (counts == 1).unsqueeze(-1)
     options: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index}
     names = [name for name in with_stats if name != "mean_logit"]
-    found = token_stats(
+    stats = token_stats(
         torch.where(certain, torch.where(kept, 0.0, -torch.inf), capped), targets,
         entropy=entropy, with_stats=names, **options,
     )  # fmt: skip
-    lse = torch.where(certain.squeeze(-1), token_stats(capped, targets, **options).lse, found.lse)
-    further = {name: getattr(found, name) for name in names}
+    lse = torch.where(certain.squeeze(-1), token_stats(capped, targets, **options).lse, stats.lse)
+    further = {name: getattr(stats, name) for name in names}
     if "mean_logit" in with_stats:
         total = torch.where(kept, capped, 0.0).sum(-1).detach()
         further["mean_logit"] = torch.where(live, total / counts.clamp(min=1) / temperature, 0.0)
-    return stats_tuple(found.logprob, found.entropy, lse, further)
+    return stats_tuple(stats.logprob, stats.entropy, lse, further)
 
 
 def linear_token_stats(

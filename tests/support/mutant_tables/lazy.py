@@ -107,7 +107,7 @@ MUTANTS = [
         "fastrlhf/lazy/endings.py", "test_lazy_logits.py",
         (
             "lazy: the factor of a sum is left out",
-            "lambda: found() * factor", "lambda: found()",
+            "lambda: compute() * factor", "lambda: compute()",
             "factors",
         ),
     ),

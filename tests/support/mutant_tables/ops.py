@@ -384,8 +384,9 @@ MUTANTS = [
         "fastrlhf/ops/gae.py", "test_returns.py",
         (
             "gae: returns of the advantages' lambda",
-            "(advantages, _), (_, returns) = found[0], found[-1]",
-            "(advantages, _), (_, returns) = found[0], found[0]", "lambda_of_their_own and eager",
+            "(advantages, _), (_, returns) = of_lams[0], of_lams[-1]",
+            "(advantages, _), (_, returns) = of_lams[0], of_lams[0]",
+            "lambda_of_their_own and eager",
         ),
         (
             "gae: a lambda of a sequence outside of its bounds",

@@ -175,7 +175,7 @@ MUTANTS = [
         ),
         (
             "shared: a reference may be cut in another way",
-            "if is_dtensor(weight) and not _same(found.part, part):",
+            "if is_dtensor(weight) and not _same(own_part.part, part):",
             "if False:",
             "not_served_are_named and linear_kl",
         ),

@@ -12,8 +12,8 @@ MUTANTS = [
         ),
         (
             "packed: an eager scan takes the next sequence's value",
-            "torch.where(follows & found.roll(-1), nearest.roll(-1), after",
-            "torch.where(found.roll(-1), nearest.roll(-1), after",
+            "torch.where(follows & is_there.roll(-1), nearest.roll(-1), after",
+            "torch.where(is_there.roll(-1), nearest.roll(-1), after",
             "stop_at_the_borders and eager",
         ),
     ),

@@ -68,7 +68,7 @@ MUTANTS = [
         "fastrlhf/integrations/trl.py", "test_trl.py",
         (
             "trl: prompts are scored on a CPU",
-            'found.append(Replacement(module, "_use_triton", _always))', "pass",
+            'replacements.append(Replacement(module, "_use_triton", _always))', "pass",
             "cost_of_a_head",
         ),
     ),
@@ -414,7 +414,7 @@ MUTANTS = [
         ),
         (
             "finished: figures of another kind of device are taken",
-            'check_same_device(found["device"], options, folder)', "pass",
+            'check_same_device(metrics["device"], options, folder)', "pass",
             "of_other_options",
         ),
         (
