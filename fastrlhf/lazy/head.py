@@ -51,7 +51,6 @@ class _Enabled:
     base: ref[Any]
     above: list[ref[nn.Module]]  # the modules that it is part of
     impl: str
-    wanted: int = 0  # how many wait for the end of it
     calls: int = 0
     state: Any = None  # the head's state when it was last compared with its weight
     said: set[str] = field(default_factory=set)

@@ -139,13 +139,11 @@ def _parts(
     if logits.shape[-1] == 0 or not keep.numel():
         return nothing
     softcap, scale = cap
-    if acc == torch.float64:  # else the kernel would add up in fp32, where this side is not fp64
+    if acc == torch.float64:  # the other side may be in fp64, and the kernel is given this one only
         logits = logits.to(acc)
     if triton:
         from fastrlhf.kernels.token_stats import RowQuestion, token_stats_message
 
-        if reference.accumulation_dtype(logits.dtype) != acc:
-            logits = logits.to(acc)  # the other side is fp64, but the kernel is given this one only
         nowhere = torch.where(keep, NOT_HERE, IGNORED)
         question = RowQuestion(nowhere, temperature, softcap, scale, IGNORED, False)
         return torch.where(keep, token_stats_message(rows_of(logits), question)[:2], nothing)
