@@ -78,7 +78,7 @@ def test_placements_on_a_grid_that_are_not_served_are_named(pool) -> None:
 
 
 def test_a_bias_of_another_mesh_is_refused(pool) -> None:
-    for error in pool.run(dtensors.of_another_mesh, ranks=2):
+    for error in pool.run(dtensors.of_another_mesh, ranks=4)[:2]:
         assert error.startswith("ValueError: bias: expected a DTensor cut as the weight is"), error
 
 

@@ -154,9 +154,11 @@ def refusals_of_a_grid(group: Any) -> dict[str, str]:
     return {name: error_of(call) for name, call in calls.items()}
 
 
-def of_another_mesh(group: Any) -> str:
-    """A bias of the ranks in another order."""
-    mesh, other = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [1, 0])
+def of_another_mesh(group: Any) -> str | None:
+    """A bias of the first two ranks in another order; None on other ranks."""
+    mesh, other = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [1, 0])  # made by all ranks
+    if mesh.get_coordinate() is None:
+        return None
     problem = replace(Problem("linear_token_stats", (4, 4)), bias=True)
     given = {name: _distributed(name, x, mesh, 0) for name, x in problem.tensors().items()}
     given["bias"] = distribute_tensor(problem.tensors()["bias"], other, [Shard(0)])

@@ -2,7 +2,9 @@
 
 `pool.run(function, *arguments, ranks=3)` calls `function(group, *arguments)` in the first three
 processes, with the group of these, and returns what each returned. Functions are those of modules
-that the processes can import: `support.something`, not a test file.
+that the processes can import: `support.something`, not a test file. Where such a function makes
+groups or meshes of devices, it is called in all processes: PyTorch numbers groups by how many a
+process has made, and processes with other counts would wait for each other in vain.
 """
 
 import importlib.util
@@ -44,8 +46,14 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         function, arguments, ranks = task
+        made = dist.distributed_c10d._world.group_count
         try:
-            pipe.send((function(groups[ranks], *arguments), None))
+            value = function(groups[ranks], *arguments)
+            if ranks < world and dist.distributed_c10d._world.group_count != made:
+                raise RuntimeError(
+                    f"{function.__name__} makes groups: call it in all {world} ranks"
+                )
+            pipe.send((value, None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
     dist.destroy_process_group()
