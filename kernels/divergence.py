@@ -40,8 +40,8 @@ def _plan(kernel: str, softcap: float | None, *sides: torch.Tensor) -> RowPlan:
     return row_plan(kernel, sides[0].shape[2], dtype, capped=softcap is not None)
 
 
-# Planes of the statistics of a row: peak and log_norm of each side, and the mean of the log-ratio
-# of each side to the other (KL), or to the mixture (JSD).
+# Planes of the statistics of a row: peak and log_norm of each side, and two means. For the JSD,
+# those of the log-ratios of p and of q to the mixture; for KL(p‖q), that of p to q in both.
 PLANES = 6
 
 
@@ -52,7 +52,7 @@ class Side(NamedTuple):
     base: tl.tensor  # the peak, or 0 in a row of nothing but -inf
     norm: tl.tensor  # lse - base / temperature
     inverse: tl.tensor  # e^-norm
-    share: tl.tensor  # of it in the mixture
+    share: tl.tensor  # its weight in the mixture
 
 
 class Terms(NamedTuple):
@@ -60,7 +60,7 @@ class Terms(NamedTuple):
 
     value: tl.tensor  # of the terms of the divergence
     mean_p: tl.tensor  # E_p of the log-ratio of p to the other side, or to the mixture
-    mean_q: tl.tensor  # likewise of q; of a mixture alone
+    mean_q: tl.tensor  # E_q of the log-ratio of q to the mixture; a copy of mean_p for KL
     excess: tl.tensor  # by how much q sums to more than p
 
 
@@ -158,8 +158,8 @@ def _kl_terms(p, q, w):
 
 @triton.jit
 def _jsd_terms(p, q, to_p, to_q, excess_p, excess_q, w, share_p, share_q):
-    """Of ln m - ln p and ln m - ln q; near 0, with terms m - p and m - q, whose weighted sum is 0:
-    those of p are then u - ln(1 + u) of m / p = 1 + u.
+    """Terms of the JSD from to_p = ln m - ln p and to_q. Where p and q are nearly equal, m - p and
+    m - q are added, whose weighted sum is 0: p has the term p·(u - ln(1 + u)), u = m/p - 1.
     """
     of_near = share_p * p * log1p_surplus_near_0(excess_p)
     of_near += share_q * q * log1p_surplus_near_0(excess_q)
@@ -219,7 +219,7 @@ def _sums_of_terms(
         excess = tl.sum(terms.excess, axis=0)
     else:
         mean_q = mean_p
-        # Both are inf where q alone is 0.
+        # Both are inf where q is 0 and p is not; inf - inf would be NaN.
         excess = tl.where(value == float("inf"), 0.0, value - mean_p)
     return Terms(value, mean_p, mean_q, excess)
 
@@ -229,7 +229,8 @@ def _without_rounding(terms, p, q, empty_p, empty_q, MIXTURE: tl.constexpr):
     """The value of a row: what its terms say, but for what comes of rounded normalisers, and for
     sides of nothing but -inf.
     """
-    # Of q over p, Σ(q - p) is rounding of the normalisers, and adds its square to what is nearly 0.
+    # Σ(q - p) is 0 but for the rounding of the normalisers. It adds a multiple of its square to the
+    # value, which is too much where p and q are nearly equal.
     if MIXTURE:
         curvature = p.share * q.share
         rounding = 0.5 * curvature * terms.excess * terms.excess
@@ -380,8 +381,8 @@ def _divergence_sums_kernel(
     tl.store(out + 3 * plane, terms.mean_q)
 
 
-# Of the probabilities of the side that the gradient is of and of the other side, and the log-ratio
-# of the two.
+# The gradient with respect to a logit of one side after the temperature, given the probabilities of
+# a word on that side (`own`) and on the other, w = ln own - ln other, and a mean of `stats`.
 @triton.jit
 def _of_first(own, other, w, mean, share, share_other):
     return tl.where(own == 0, 0.0, own * (w - mean))

@@ -125,8 +125,8 @@ def fisher_product(
     temperature: float | torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch it on logits and tangent (outer, inner, V); the mask, and temperatures of tokens, are
-    contiguous (N,).
+    """Launch the kernel on logits and tangent (outer, inner, V); the mask, and temperatures of
+    tokens, are contiguous (N,).
 
     Returns the product (N, V) in `dtype` and the quadratic form (N,), fp32 at least.
     """

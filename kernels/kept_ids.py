@@ -317,8 +317,8 @@ def kept_stats_forward(
     entropy: bool,
     with_stats: Sequence[str],
 ) -> tuple[torch.Tensor, ...]:
-    """Compute what `token_stats_forward` returns, over kept ids (M,) of N tokens, M > 0; of tokens
-    that are not live nothing is written.
+    """Compute what `token_stats_forward` returns, over kept ids (M,) of N tokens, M > 0. All
+    statistics of tokens that are not live are 0.
     """
     tokens, asked = targets.shape[0], asked_options(entropy, with_stats)
     stats = tuple(x.zero_() for x in statistics_room(tokens, asked, logits, logits.dtype))

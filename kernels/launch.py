@@ -91,7 +91,9 @@ class RowPlan(NamedTuple):
 
 
 def row_plan(kernel: str, vocab: int, dtype: torch.dtype, *, capped: bool = False) -> RowPlan:
-    """Cut a row of the wider dtype of what `kernel` reads."""
+    """Choose how `kernel` cuts a row of `vocab` logits. `dtype` is the widest of the rows that it
+    reads, and `capped` says whether their logits have a softcap.
+    """
     shape = SHAPES[kernel]
     aligned = vocab % 16 == 0
     # Registers: rows that start anywhere take an address for every token, fp64 takes two a number,

@@ -43,7 +43,7 @@ from .transform import Transform, capped_logits, row_temperature, transform_opti
 class PolicySettings(NamedTuple):
     """The numbers of a policy loss, as the kernel's arguments of the same names."""
 
-    ratio_low: float  # 1 - clip_low, or what the surrogate bounds for a ratio
+    ratio_low: float  # 1 - clip_low; the floor of cispo; for DPPO, which bounds no ratio, -clip_low
     ratio_high: float
     dual_clip: float  # inf for none
     tau_positive: float
@@ -64,8 +64,8 @@ class Bounds(NamedTuple):
 
 @triton.jit
 def _saturated(log_ratio):
-    """The log of a ratio, which ends at 80, in fp64 at 700, and whether it has, when its derivative
-    is 0. Beyond lies inf, which makes NaN of every product with 0.
+    """The log of a ratio, bounded at 80 (700 in fp64), and whether it was above that; if so, its
+    derivative is 0. Not far beyond, the ratio would be inf, whose product with 0 is NaN.
     """
     ceiling: tl.constexpr = 700.0 if log_ratio.dtype == tl.float64 else 80.0
     # Written so that NaN stays one.
@@ -74,9 +74,18 @@ def _saturated(log_ratio):
 
 
 @triton.jit
-def _clip(log_ratio, logprob, advantage, bounds):
-    """PPO's clipped ratio times the advantage; with a dual clip, r ends where A is negative too."""
+def _saturated_ratio(log_ratio, logprob):
+    """Likewise of a token's ratio. Where the policy forbids the token, the derivative is 0 too: to
+    itself, the ratio is the constant 1, and to any other policy 0.
+    """
     log_ratio, ended = _saturated(log_ratio)
+    return log_ratio, ended | (logprob == -float("inf"))
+
+
+@triton.jit
+def _clip(log_ratio, logprob, advantage, bounds):
+    """PPO's loss: -A times the clipped ratio, which a dual clip bounds above where A < 0."""
+    log_ratio, ended = _saturated_ratio(log_ratio, logprob)
     ratio = exp(log_ratio)
     bad = advantage < 0
     too_low = bad & (ratio < bounds.low)
@@ -105,7 +114,7 @@ def _cispo(log_ratio, logprob, advantage, bounds):
 @triton.jit
 def _sapo(log_ratio, logprob, advantage, bounds):
     """-(4/τ)·σ(τ·(r - 1))·A: a smooth gate in the place of a clip."""
-    log_ratio, ended = _saturated(log_ratio)
+    log_ratio, ended = _saturated_ratio(log_ratio, logprob)
     tau = tl.where(advantage > 0, bounds.tau_positive, bounds.tau_negative)
     gate = tau * expm1(log_ratio)
     slope = -4.0 * sigmoid(gate) * sigmoid(-gate) * exp(log_ratio) * advantage
@@ -119,13 +128,13 @@ def _plain(log_ratio, logprob, advantage, bounds):
 
 
 @triton.jit
-def _unless_too_far(log_ratio, advantage, dual, too_low, too_high):
+def _unless_too_far(log_ratio, logprob, advantage, dual, too_low, too_high):
     """-r·A where the advantage does not lead further away; beyond `dual`, r stays what it is there,
     in the derivative too.
     """
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
-    ended = ended & (dual == float("inf"))
+    ended = (ended & (dual == float("inf"))) | (logprob == -float("inf"))
     loss = -tl.where(ratio > dual, dual, ratio) * advantage
     gone = tl.where(advantage > 0, too_high, too_low)
     return tl.where(gone, 0.0, loss), tl.where(gone | ended, 0.0, loss)
@@ -139,13 +148,13 @@ def _dppo_tv(log_ratio, logprob, advantage, bounds):
     larger = exp(tl.where(grown, logprob, logprob - log_ratio))
     moved = larger * tl.where(grown, -expm1(-log_ratio), expm1(log_ratio))
     return _unless_too_far(
-        log_ratio, advantage, bounds.dual, moved < bounds.low, moved > bounds.high
+        log_ratio, logprob, advantage, bounds.dual, moved < bounds.low, moved > bounds.high
     )
 
 
 @triton.jit
 def _log_of_others(logprob):
-    """ln(1 - p), of a probability below 1 by the least that there is."""
+    """The log of 1 - p, from ln p; for p = 1 that of the smallest normal number."""
     tiny: tl.constexpr = 2.2250738585072014e-308 if logprob.dtype == tl.float64 else 1.1754944e-38
     return tl.log(-expm1(tl.where(logprob > -tiny, -tiny, logprob)))
 
@@ -158,7 +167,7 @@ def _dppo_kl(log_ratio, logprob, advantage, bounds):
     divergence = of_token - expm1(old) * (_log_of_others(old) - _log_of_others(logprob))
     too_low = (divergence > -bounds.low) & (log_ratio < 0)
     too_high = (divergence > bounds.high) & (log_ratio > 0)
-    return _unless_too_far(log_ratio, advantage, bounds.dual, too_low, too_high)
+    return _unless_too_far(log_ratio, logprob, advantage, bounds.dual, too_low, too_high)
 
 
 SURROGATES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "plain": _plain}
@@ -191,7 +200,7 @@ def _abs(x):
 
 @triton.jit
 def _k1_plus(x):
-    # Where k2 is infinite, there is no number that has its derivative.
+    # x - x is 0, but NaN where x is infinite, as of the eager formula (`_with_gradient_of_k2`).
     return -x + (x - x), -x
 
 
@@ -211,8 +220,10 @@ def _as_it_is(KL: tl.constexpr, x, log_ratio):
 @triton.jit
 def _corrected(KL: tl.constexpr, x, log_ratio):
     """The ratio times an estimate."""
-    # Of a token that the policy forbids, and of its gradient, the ratio leaves nothing.
-    kl, slope = KL(tl.where(x == float("inf"), 0.0, x))
+    # Where the policy forbids a token, x is inf: penalty and slope are to be 0.
+    forbidden = x == float("inf")
+    kl, slope = KL(tl.where(forbidden, 0.0, x))
+    slope = tl.where(forbidden, 0.0, slope)
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
     return ratio * kl, ratio * tl.where(ended, slope, kl + slope)
@@ -252,7 +263,7 @@ def _row_statistics(
     LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The first sweep: statistics of a row, which stays in the cache as far as it fits there, and
-    whether it is nothing but -inf. A target that is not readable is NaN.
+    whether it is nothing but -inf. A target that is not readable has the logit NaN.
     """
     x_target = load_tile(source, target, readable, float("nan"), acc, "")
     sums, _ = no_columns(LANES, acc)
@@ -300,7 +311,7 @@ def _penalised(
     factor = tl.full((), kl_coef, logprob.dtype)
     if weighs_kl != 0:
         factor *= tl.load(kl_weights + row)
-        # Of a penalty that does not count, not even what is infinite.
+        # A penalty of weight 0 adds nothing, even where it is infinite: 0·inf would be NaN.
         kl, kl_slope = tl.where(factor == 0, 0.0, kl), tl.where(factor == 0, 0.0, kl_slope)
     return loss + factor * kl, slope + factor * kl_slope
 

@@ -3,7 +3,7 @@
 The recurrence keeps `Sums`: the largest logit so far (`peak`), Σ e^(z - peak) over all tokens but
 the target (`rest`) and, for the entropy, Σ e^(z - peak)·(z - peak) over the same tokens (`moment`).
 Each lane keeps its own over short vectors that one thread loads at once, so that an element costs
-one exponential and nothing is exchanged before the end of the row, or of the split of it.
+one exponential and nothing is exchanged before the end of the row, or of its split.
 
 Two decisions carry the numerics. The target stays out of `rest`, so that log p = -softplus(ln rest
 - z_target) is exact where p → 1 and `z_target - lse` would cancel. And the gradient gets `base`
@@ -129,21 +129,21 @@ def finite_base(peak):
 
 @triton.jit
 def move_base(sums, base, rate, with_entropy):
-    """Rest and moment, which are relative to the peak, relative to `base` instead; `rate` turns
-    logits into bits.
+    """Return rest and moment, whose exponents in `sums` are z - peak, for exponents z - base.
+    `rate` turns logits into bits.
     """
     shift = (sums.peak - base) * rate
     fade = tl.exp2(shift)
     moment = sums.moment
     if with_entropy:
-        # A sum that fades to nothing (an empty one has peak -inf) must not meet inf·0.
+        # Where fade is 0 (a sum of no columns has the peak -inf), shift may be -inf: 0·inf is NaN.
         moment = (moment + sums.rest * tl.where(fade > 0, shift, 0.0)) * fade
     return sums.rest * fade, moment
 
 
 @triton.jit
 def move_squares(peak, squares, base, rate):
-    """A sum of squares, which is relative to `peak`, relative to `base` instead."""
+    """Return Σ e^2(z - base), given `squares`, which is Σ e^2(z - peak)."""
     fade = tl.exp2((peak - base) * rate)
     return squares * (fade * fade)
 
@@ -245,7 +245,8 @@ def statistics(sums, target_capped, transform, with_entropy):
     total = sums.rest + target_weight
     log_norm = tl.log(total)
     logprob = log_sigmoid(target_shift - tl.log(sums.rest))
-    # The maximum passes over NaN, which the sums and the target show.
+    # A maximum ignores NaN. So the peak alone does not tell whether a row is empty: its NaN is in
+    # the sum, or in the target's logit.
     empty = (sums.peak == -float("inf")) & (sums.rest == 0.0) & (target_capped == -float("inf"))
     logprob = tl.where(empty, -float("inf"), logprob)
     entropy = sums.rest * 0.0
@@ -284,8 +285,8 @@ class Outputs(NamedTuple):
 
 @triton.jit
 def store_statistics(out, row, inside, live, sums, further, target_capped, count, transform, asked):
-    """Store the statistics of a row of `count` tokens, or of the rows of a block that are inside:
-    0 for those that are not live, but the peak, which is -inf.
+    """Store the statistics of a row of `count` tokens, or of the rows of a block that are inside.
+    Those that are not live get 0, but -inf as their peak.
     """
     stats, empty = statistics(sums, target_capped, transform, asked.entropy)
     row_t = transform.temperature
@@ -298,7 +299,7 @@ def store_statistics(out, row, inside, live, sums, further, target_capped, count
     if asked.entropy:
         tl.store(out.entropy + row, tl.where(live, stats.entropy, 0.0), mask=inside)
     if asked.top1:
-        # Of an ignored row both are -inf. The maxima pass over NaN, which the norm shows.
+        # In an ignored row both are -inf. Maxima ignore NaN; if a row has one, so has its norm.
         is_top1 = (further.own > further.before) & (further.own == sums.peak)
         is_top1 &= stats.log_norm == stats.log_norm
         tl.store(out.is_top1 + row, is_top1, mask=inside)
@@ -314,8 +315,8 @@ def load_slopes(
     d_logprob, d_entropy, d_lse, d_mean, row, inside, count,
     WITH_ENTROPY: tl.constexpr, WITH_LSE: tl.constexpr, WITH_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Slopes of a row of `count` tokens, or of those rows of a block that are inside. Those that
-    are not there are never looked at: the log-prob's stands in for them.
+    """Slopes of a row of `count` tokens, or of those rows of a block that are inside. For a
+    slope that is not asked for, that of the log-prob is returned.
     """
     of_logprob = tl.load(d_logprob + row, mask=inside, other=0.0)
     of_entropy, of_lse, of_total = of_logprob, of_logprob, of_logprob

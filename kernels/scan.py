@@ -28,13 +28,13 @@ _GPU_BLOCK = 1024
 
 @triton.jit
 def _nearest(far_found, far, near_found, near):
-    """Of two values, that of the token nearer to the start, if it counts."""
+    """Whether one of two tokens counts, and the value of the near one if it does, else the far."""
     return far_found | near_found, tl.where(near_found != 0, near, far)
 
 
 @triton.jit
 def _compose(far_scale, far_shift, near_scale, near_shift):
-    """X → near(far(x)), of affine functions."""
+    """The scale and the shift of x → near(far(x)), of two affine functions."""
     return near_scale * far_scale, near_scale * far_shift + near_shift
 
 

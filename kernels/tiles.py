@@ -78,7 +78,7 @@ def expm1_minus(x):
 
 @triton.jit
 def log1p_surplus_near_0(u):
-    """U - ln(1 + u) for -1/2 <= u <= 1, from ln(1 + u) = 2 artanh(r), r = u / (2 + u)."""
+    """The surplus u - ln(1 + u) for -1/2 <= u <= 1, by ln(1 + u) = 2 artanh(u / (2 + u))."""
     terms: tl.constexpr = 17 if u.dtype == tl.float64 else 7
     ratio = u / (2.0 + u)
     square = ratio * ratio

@@ -184,7 +184,7 @@ def _merged_splits(
     asked,
     PER_TOKEN_TEMPERATURE: tl.constexpr,
 ):
-    """Merge the splits of rows, and say where stands what follows their numbers."""
+    """Merge the splits of rows, and return also the place of what follows their numbers."""
     if PER_TOKEN_TEMPERATURE:
         rate = rate[:, None]
     peak = tl.load(place, mask=present, other=-float("inf"))
@@ -215,8 +215,8 @@ def _merged_splits(
 
 @triton.jit
 def _target_capped(source, target, here, other, transform, acc: tl.constexpr):
-    """The logits of the targets, transformed but for the temperature; of another logit where a
-    target is not here.
+    """The logits of the targets, transformed but for the temperature. Where a target is not here,
+    `other` is transformed in place of its logit.
     """
     x = tl.load(source.first + target * source.stride, mask=here, other=other).to(acc)
     capped, _ = capped_logits(x, transform)
@@ -457,7 +457,7 @@ class RowQuestion(NamedTuple):
 
     @property
     def constants(self) -> list[float]:
-        """What no columns at all say of a row: the numbers of its message."""
+        """The message about a row (P + 1 numbers) of a rank that has no columns."""
         asked, nothing = self.asked, -float("inf")
         further = [0.0] * asked["WITH_ENTROPY"] + [nothing, nothing] * asked["WITH_TOP1"]
         further += [0.0] * (asked["WITH_MEAN"] + asked["WITH_SQUARES"])

@@ -157,11 +157,40 @@ def test_forbidden_tokens_and_huge_advantages_agree_in_all_forms(device) -> None
         for loss, metrics in losses:
             assert loss.isfinite(), (sign, given_old, level)
             torch.testing.assert_close(loss, losses[0][0])
-            (gradient,) = torch.autograd.grad(loss, head, retain_graph=True)
-            assert gradient.isfinite().all()
             torch.testing.assert_close(
                 metrics["clip_ratio/low_mean"], losses[0][1]["clip_ratio/low_mean"]
             )
+        gradients = [torch.autograd.grad(x, head, retain_graph=True)[0] for x, _ in losses]
+        for gradient in gradients:
+            assert gradient.isfinite().all()
+            torch.testing.assert_close(gradient, gradients[0])
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"surrogate": name} for name in ("clip", "sapo", "dppo_tv", "dppo_kl")]
+    + [{"dual_clip": 3.0}, {"surrogate": "dppo_tv", "dual_clip": 3.0}]
+    + [
+        {"kl_estimator": name, "kl_coef": 0.5, "kl_bias_correction": True}
+        for name in ("k1", "k2", "k3", "abs", "k1+", "k3+")
+    ],
+    ids=str,
+)
+def test_no_gradient_comes_from_a_token_that_the_policy_forbids(options, on_policy, device) -> None:
+    given = problem(40, torch.float64, device)
+    tensors = given.tensors
+    given.logits[0, 0, given.targets[0, 0]] = -torch.inf
+    if on_policy:
+        tensors["old_logprobs"] = None
+    for sign in (1.0, -1.0):
+        tensors["advantages"] = sign * tensors["advantages"].abs() + sign
+        expected, *others = (evaluate(given, impl=impl, **options) for impl in IMPLS)
+        assert expected[0].isfinite() and expected[1].any()
+        assert not expected[1][0, 0].any()
+        for found in others:
+            torch.testing.assert_close(found[0], expected[0])
+            torch.testing.assert_close(found[1], expected[1])
 
 
 @BACKENDS

@@ -122,6 +122,14 @@ def test_discopop_goes_over_to_the_logistic_loss_where_its_exponential_would_ove
     assert slope.tolist() == [-1.0, 1.0]
 
 
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_discopop_of_an_impossible_chosen_sequence_is_infinite(tau: float) -> None:
+    scores = torch.tensor([-torch.inf, -1.0])
+    pair = torch.zeros(2), torch.tensor([0]), torch.tensor([1])
+    losses, _ = dpo_loss(scores, *pair, beta=1.0, loss_type="discopop", discopop_tau=tau)
+    assert losses.tolist() == [torch.inf]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "hinge", "sigmoid_norm"])
 def test_an_impossible_rejected_sequence_costs_nothing(

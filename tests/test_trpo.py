@@ -265,6 +265,27 @@ def test_what_is_outside_of_the_mask_can_be_anything(device) -> None:
         assert torch.equal(stepped(device, mask=kind), stepped(device))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_are_counted_exactly_in_16_bits(dtype, mode, device) -> None:
+    """A sum of 257 in bf16 would be 256."""
+    weight = device_inputs(device, 7, 3).requires_grad_()
+    hidden = device_inputs(device, 257, 3)
+    vector = device_inputs(device, weight.numel())
+    products = [
+        fisher_vector_product(
+            lambda: (hidden @ weight.T).to(dtype), [weight], vector, mask=mask, mode=mode
+        )
+        for mask in (
+            None,
+            torch.ones(257, device=device).bfloat16(),
+            torch.ones(257, device=device).bool(),
+        )
+    ]
+    assert torch.equal(products[0], products[2]) and torch.equal(products[1], products[2])
+    assert products[0].any()
+
+
 def test_a_batch_without_tokens_moves_nothing(device) -> None:
     batch = Batch(device)
     before, nothing = bits(batch.params), torch.zeros_like(batch.mask)

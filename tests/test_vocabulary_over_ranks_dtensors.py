@@ -10,6 +10,8 @@ from support.compare import relative_error
 from support.rank_pool import RankPool
 from support.vocabulary_checks import TIGHT
 from support.vocabulary_over_ranks import OPERATIONS, Problem, outcome
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import fastrlhf
 
@@ -97,6 +99,32 @@ def test_a_group_of_one_process_is_no_group_and_warns_of_nothing(tmp_path) -> No
         torch.distributed.destroy_process_group()
     for whole, shared in zip(*found, strict=True):
         assert torch.equal(whole, shared)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("support", [False, True])
+def test_a_copied_dtensor_is_never_overwritten(support, impl, tmp_path) -> None:
+    """Its version does not count what is written into the memory of this rank."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        leaf = distribute_tensor(torch.randn(5, 11), mesh, [Replicate()]).requires_grad_()
+        logits, targets = leaf * 1.0, torch.arange(5)
+        squares = logits.square().sum()  # whose backward needs the logits
+        before = logits.to_local().clone()
+        kept = torch.arange(11).repeat(5), torch.arange(0, 56, 11)
+        logprobs = fastrlhf.token_logprobs(
+            logits, targets, inplace_backward=True, support=kept if support else None, impl=impl
+        )
+        logprobs.sum().backward(retain_graph=True)
+        assert torch.equal(logits.to_local(), before)
+        leaf.grad = None
+        squares.backward()
+        assert torch.equal(leaf.grad.to_local(), 2 * before)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _with_gradient(hidden, weight, targets, group) -> list[torch.Tensor]:

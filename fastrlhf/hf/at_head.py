@@ -212,8 +212,8 @@ class _Worker:
         known, parts = measured(self.base, self.module, self.parts), self.parts
         due, self.map = known.is_due(), known.map
         if parts is not None and parts.part is not None and hidden.device.type == "cpu":
-            # All ranks measure if one does, since measuring takes collectives, and a hook may have
-            # changed on that rank alone.
+            # All ranks compare if one does, since that takes collectives, and a hook may have
+            # changed on that rank alone. On a GPU ranks are not asked: it would have to be awaited.
             due = bool(gathered(torch.tensor(due).int(), parts.part.group).any())
         known.calls += 1
         if not is_batched(targets, hidden):

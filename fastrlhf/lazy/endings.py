@@ -141,7 +141,7 @@ def argmax(recipe: Recipe, x: LazyTensor, dim: Any = None, keepdim: bool = False
 
 
 def largest(recipe: Recipe, x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
-    """max, amax: over the words."""
+    """max, amax: over the words. The gradient goes to the first of equal words, as that of max."""
     dim = kwargs.get("dim", args[0] if args else None)
     keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     of, words = _ordered(x), x.meaning()

@@ -303,8 +303,8 @@ def soft_cross_entropies(p: Distribution, q: Distribution) -> Tensor:
 
 @torch.no_grad()
 def best(of: Distribution, reduce: Callable[[Tensor], Any], dtype: torch.dtype) -> list[Any]:
-    """What `reduce` finds in the logits (n, V) of some tokens at a time. Temperatures are left out,
-    since positive ones do not change the order of words.
+    """Call `reduce` on the logits (n, V) of some tokens at a time, and return what it gave each
+    time, in order. Temperatures are left out: positive ones do not change the order of words.
     """
     rows, source = of.rows.numbers.reshape(-1), of.source
     scorer = source.scorer(of)

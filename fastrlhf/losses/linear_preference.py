@@ -124,7 +124,8 @@ def linear_dpo_loss(
         label_smoothing: as `dpo_loss`; simpo and cpo take it too.
         discopop_tau, loss_weights, rpo_alpha, dpop_lambda, reference_free, average, f_divergence,
             f_alpha, ld_alpha, use_weighting: as `dpo_loss`, the last without log_sum_sq_probs,
-            which are computed here. The reference-free types do not take those after the first.
+            which are computed here. The reference-free types take none of these but discopop_tau,
+            which has no effect on them.
 
     Returns:
         losses (P,), not reduced, and rewards (B,), detached; fp32 (fp64 for fp64 hidden states).

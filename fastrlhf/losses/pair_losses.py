@@ -1,4 +1,4 @@
-"""The losses of pairs that are more than a function of the margin between two sequences.
+"""The losses of preference pairs that have no kernel; those that have one are `MARGIN_LOSSES`.
 
 Each is a function of the scores of a batch of pairs, and a row of `PAIR_LOSSES`. In formulas,
 a = β·s_w and b = β·s_l are β times the scores of the chosen and the rejected sequence, d is β times
@@ -86,7 +86,8 @@ def _discopop(pairs: Pairs, beta: float, options: PreferenceOptions) -> Tensor:
     negative = d < 0
     rate = torch.where(negative, 1 / options.discopop_tau - 1, d.new_full((), -1.0))
     small = torch.log1p(torch.exp(torch.where(negative, gate, -gate)))
-    return -log_sigmoid(d) * sigmoid(-gate) + torch.exp(rate * d - small)
+    power = torch.where(rate == 0, 0.0, rate * d)  # for τ = 1 too, where 0·inf would be NaN
+    return -log_sigmoid(d) * sigmoid(-gate) + torch.exp(power - small)
 
 
 def _aot(pairs: Pairs, beta: float, options: PreferenceOptions) -> Tensor:

@@ -1,7 +1,7 @@
 """The DPO family: losses of preference pairs from log-probs under a policy and a reference model.
 
-A loss that depends on the margin between the two sequences alone is a row of `MARGIN_LOSSES` (in
-`fastrlhf.reference`, and with a kernel); any other is a row of `PAIR_LOSSES` of `pair_losses.py`.
+A loss that has a kernel is a function of the margin between the two sequences, and a row of
+`MARGIN_LOSSES` (in `fastrlhf.reference`); any other is a row of `PAIR_LOSSES` of `pair_losses.py`.
 
 The options are checked in `preference_options.py`, the log-probs and the indices of pairs here and
 in `arguments.py`. From there the way goes to the kernel, through `fastrlhf.ops.preference_loss`, or
@@ -81,10 +81,9 @@ def dpo_loss(
         group: torch.distributed group over whose ranks the tokens of each sequence are spread, see
             `fastrlhf.losses.ranks`; None: all are here. A ref_logps (B,) is of whole sequences.
         impl: "auto" (Triton on a GPU, and under TRITON_INTERPRET=1; else eager PyTorch), "triton",
-            "compiled" or "eager", which are the same here. The losses of the margin alone
-            (sigmoid, robust, hinge, ipo, sigmoid_norm) have a kernel, the others, sums of several
-            and the options from rpo_alpha on (but for reference_free) run in eager PyTorch whatever
-            it says.
+            "compiled" or "eager", which are the same here. Five losses have a kernel (sigmoid,
+            robust, hinge, ipo, sigmoid_norm). The others, sums of several, and the options from
+            rpo_alpha on (but for reference_free) run in eager PyTorch whatever it says.
 
     Options:
         loss_type: with d = β·(s_w - s_l), a = β·s_w, b = β·s_l and ℓ = -ln σ:

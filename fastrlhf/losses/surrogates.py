@@ -166,7 +166,7 @@ def _kl_limits(log_ratio: Tensor, logprob: Tensor, bounds: Bounds) -> tuple[Tens
 
 
 def _log_of_others(logprob: Tensor) -> Tensor:
-    """Compute ln(1 - p) from ln p, for p = 1 that of the largest p below 1."""
+    """Compute ln(1 - p) from ln p; for p = 1, the log of the smallest normal number."""
     return torch.log(-expm1(logprob.clamp(max=-torch.finfo(logprob.dtype).tiny)))
 
 

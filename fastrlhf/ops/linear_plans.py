@@ -95,8 +95,8 @@ _ONE_IN = 8
 
 
 def few_enough(wanted: Tensor) -> Tensor | None:
-    """Find the indices of the wanted rows (n,); None if so few rows are unwanted that leaving them
-    out is not worth it. On a GPU, the host waits for their number.
+    """Return the indices of the wanted rows, given (n,) bool; None if so few are unwanted that
+    leaving them out is not worth it. On a GPU, the host waits for their number.
     """
     index = wanted.nonzero().squeeze(1)
     left_out = wanted.shape[0] - index.shape[0]

@@ -1,12 +1,9 @@
 """Logits → policy loss, with the gradient computed along with it: one launch of the kernel.
 
-`logits_policy_loss` of `fastrlhf/losses/fused_policy.py` comes here with checked arguments where
-Triton runs, and the operator calls `kernels/policy_loss.py`. Where it does not, the same numbers
-come from `token_stats` and a loss of its log-probs.
-
-`fastrlhf.logits_policy_loss` (in `fastrlhf.losses.fused_policy`) checks the arguments and comes
-here; from here the way goes to the kernel and its launcher, in `kernels/policy_loss.py`. The loss
-that is called `policy_loss` in public takes log-probs, and is in `fastrlhf.losses.policy`.
+`fastrlhf.logits_policy_loss` (in `fastrlhf.losses.fused_policy`) checks the arguments. Where Triton
+runs, it calls `policy_loss` here, whose operator calls the launcher in `kernels/policy_loss.py`;
+elsewhere it takes `token_stats` and a loss of its log-probs. The loss that is called `policy_loss`
+in public takes log-probs, and is in `fastrlhf.losses.policy`.
 """
 
 from typing import NamedTuple
@@ -192,7 +189,7 @@ def _identity(x: Tensor) -> tuple[int, int]:
 
 
 def _scaled(d_logits: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by a factor that nearly always is 1, or known to be a constant of the training.
+    """Multiply the known gradient by the upstream one, a number that is nearly always 1.
 
     In place, unless the graph is kept for another backward, which will want the values as they are.
     """

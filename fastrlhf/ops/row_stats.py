@@ -1,7 +1,7 @@
 """What is asked about rows of logits, and room for the answer.
 
-The forward of `token_stats` fills a `RowStats`, on whatever backend it runs; what ranks share of a
-vocabulary is put together from `RowParts`, of which `Question.asked` says which there are.
+The forward of `token_stats` fills a `RowStats`, on whatever backend it runs. Where ranks share a
+vocabulary, it is put together from a `RowParts` of each rank, whose fields `Question.asked` names.
 
 Dims: N rows.
 """

@@ -202,7 +202,7 @@ def differentiable_stats(
     if under_transform():
         return _definition(logits, targets, transform, **wanted)
     stats = all_statistics(
-        logits, targets, transform, ignore_index, entropy, with_stats, inplace_backward, impl
+        logits, targets, transform, ignore_index, entropy, with_stats, inplace, impl
     )
     if not entropy_grad:
         stats = stats._replace(entropy=stats.entropy.detach())
@@ -318,7 +318,7 @@ class _Inputs(NamedTuple):
     with_stats: Sequence[str] = ()
 
     def room(self) -> RowStats:
-        """Statistics that are yet to be computed, or need not be where all tokens are ignored."""
+        """Make statistics of the right shapes: for tracing, and where there are no tokens."""
         return ignored_rows(self.logits, self.targets.numel(), self.entropy, self.with_stats)
 
 

@@ -1,4 +1,7 @@
-"""The map from the logits of a head to the effective ones, which all else speaks of."""
+"""Scale, softcap and temperature, which make effective logits of a head's, and their checks.
+
+The softmax is taken of the effective logits; all statistics and losses are defined by these.
+"""
 
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ class Transform(NamedTuple):
         return self.temperature if self.token_temperature is None else self.token_temperature
 
     def flat(self, dtype: torch.dtype) -> "Transform":
-        """With temperatures (N,) of the dtype in which logits of that dtype are computed."""
+        """Flatten temperatures to (N,), in the dtype in which logits of `dtype` are computed."""
         tokens = self.token_temperature
         if tokens is None:
             return self
@@ -76,8 +79,7 @@ def check_factor(name: str, value: float) -> float:
 
 def check_temperatures_on_host(tokens: Tensor | None, live: Tensor) -> None:
     """Raise ValueError for a temperature of a live token that is not positive and finite, on the
-    CPU only:
-    elsewhere it would synchronise.
+    CPU only: elsewhere the host would have to wait.
     """
     unknown = being_traced() or is_batched(tokens, live)
     if tokens is None or live.device.type != "cpu" or unknown:

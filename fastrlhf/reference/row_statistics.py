@@ -170,8 +170,9 @@ def with_target(rows: Tensor, index: Tensor, value: Tensor, columns: Tensor | No
 
 
 def merged_peaks(peaks: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the peak (N,) of rows, of which W runs of columns have peaks (W, N). Also return the
-    shifts (W, N) of exponents that make sums relative to a run's peak relative to the row's.
+    """Compute the peaks (N,) of rows from those (W, N) of their runs of columns. Also return (W, N)
+    (run's peak - row's peak) / temperature: e to that power times a run's sum of e^(z - run's peak)
+    is its sum of e^(z - row's peak).
     """
     peak = peaks.amax(0)
     return peak, (peaks - finite_base(peak)) / temperature

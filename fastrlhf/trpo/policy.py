@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,11 +77,15 @@ class PolicyOnBatch:
 
     def count(self, rows: Tensor) -> Tensor:
         """Number of tokens that count, of all ranks, at least 1. `rows`: one element per token."""
-        here = rows.new_full((), rows.numel()) if self.mask is None else self.mask.sum().to(rows)
-        return self.summed(here.float()).clamp(min=1)
+        # Rows and mask may be of 16 bits, in which a number of tokens would be rounded.
+        if self.mask is None:
+            here = rows.new_full((), rows.numel(), dtype=torch.float32)
+        else:
+            here = (self.mask != 0).sum().to(rows.device, torch.float32)
+        return self.summed(here).clamp(min=1)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Share of this rank in the mean over tokens, of values that are 0 outside of the mask."""
+        """This rank's summand of the mean over all tokens; values are 0 outside of the mask."""
         return values.sum() / self.count(values.detach())
 
     def gradient(self, value: Tensor) -> Tensor:

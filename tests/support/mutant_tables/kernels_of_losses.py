@@ -268,6 +268,20 @@ MUTANTS = [
     *mutants_of(
         "kernels/policy_loss.py", "test_logits_policy_loss_hostile.py",
         (
+            "policy kernel: a forbidden token's ratio to itself has a slope",
+            'return log_ratio, ended | (logprob == -float("inf"))', "return log_ratio, ended",
+            "policy_forbids",
+        ),
+        (
+            "policy kernel: so has that of DPPO",
+            'ended = (ended & (dual == float("inf"))) | (logprob == -float("inf"))',
+            'ended = ended & (dual == float("inf"))', "policy_forbids and dppo",
+        ),
+        (
+            "policy kernel: a forbidden token's penalty has a slope",
+            "slope = tl.where(forbidden, 0.0, slope)", "slope = slope", "policy_forbids and k1",
+        ),
+        (
             "policy kernel: a ratio in fp64 ends at that of fp32",
             "tl.constexpr = 700.0 if", "tl.constexpr = 80.0 if",
             "beyond_that_of_fp32",

@@ -37,6 +37,11 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/losses/pair_losses.py", "test_preference.py",
         (
+            "preference: 0·inf in discopop",
+            "power = torch.where(rate == 0, 0.0, rate * d)", "power = rate * d",
+            "discopop_of_an_impossible",
+        ),
+        (
             "preference: aot sorts one side",
             "margin = policy.sort(0).values - ref.sort(0).values",
             "margin = policy.sort(0).values - ref",
@@ -242,8 +247,11 @@ MUTANTS = [
         "fastrlhf/trpo/policy.py", "test_trpo.py",
         (
             "trpo: no token counts",
-            "return self.summed(here.float()).clamp(min=1)", "return self.summed(here.float())",
-            "without_tokens",
+            "return self.summed(here).clamp(min=1)", "return self.summed(here)", "without_tokens",
+        ),
+        (
+            "trpo: tokens are counted in the dtype of the mask",
+            "here = (self.mask != 0).sum()", "here = self.mask.sum()", "counted_exactly",
         ),
         (
             "trpo: the temperature is forgotten",

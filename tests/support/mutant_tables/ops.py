@@ -173,6 +173,12 @@ MUTANTS = [
             "eager_chunks",
         ),
     ),
+    Mutant(
+        "statistics: a copied DTensor is overwritten",
+        "fastrlhf/ops/token_stats.py",
+        "inplace = inplace_backward and not own.of_dtensor", "inplace = inplace_backward",
+        "test_vocabulary_over_ranks_dtensors.py", "copied_dtensor",
+    ),
     *mutants_of(
         "fastrlhf/ops/token_stats.py", "test_with_stats.py",
         (
