@@ -129,7 +129,7 @@ def kernels() -> list[Kernel]:
     """List every kernel that reads the whole vocabulary, on bf16 logits."""
     logits, rows = meta(1, 96, VOCAB, dtype=BF16), meta(96, dtype=FP32)
     targets, mask = meta(96, dtype=torch.int64), meta(96, dtype=torch.bool)
-    planes = meta(2, 96, dtype=FP32)
+    planes = meta(6, 96, dtype=FP32)
 
     def options(softcap: float | None = None) -> dict:
         return {"temperature": 1.0, "softcap": softcap, "scale": 1.0}
@@ -151,11 +151,10 @@ def kernels() -> list[Kernel]:
     def distance(share: float | None) -> object:
         return divergence.divergence_forward(logits, logits, mask, share=share, **options())
 
-    def distance_gradient(formula: str) -> object:
+    def distance_gradient(*, of_p: bool, share: float | None) -> object:
         return divergence.divergence_backward(
-            logits[0], logits, logits, mask, planes, planes, rows, rows, formula=formula,
-            share=0.5, **options(),
-        )  # fmt: skip
+            logits[0], logits, logits, mask, planes, rows, of_p=of_p, share=share, **options()
+        )
 
     def policy() -> object:
         return lint_kernels.launch_policy_loss(VOCAB, BF16, "clip", "k3", False)
@@ -181,12 +180,12 @@ def kernels() -> list[Kernel]:
         Kernel("K3 in row order, a candidate", "token_stats", Bytes(4), in_row_order),
         Kernel("KL forward", "divergence", pair, lambda: distance(None)),
         Kernel("KL backward, of p", "divergence_backward", Bytes(6),
-               lambda: distance_gradient("first")),
+               lambda: distance_gradient(of_p=True, share=None)),
         Kernel("KL backward, of q", "divergence_backward", Bytes(6),
-               lambda: distance_gradient("second")),
+               lambda: distance_gradient(of_p=False, share=None)),
         Kernel("JSD forward", "divergence", pair, lambda: distance(0.5)),
         Kernel("JSD backward", "divergence_backward", Bytes(6),
-               lambda: distance_gradient("mixture")),
+               lambda: distance_gradient(of_p=True, share=0.5)),
         Kernel("Fisher product", "fisher", Bytes(6, read_again=4), product),
     ]  # fmt: skip
 

@@ -255,10 +255,10 @@ def _divergence_fwd_kernel(
     rows,
     vocab,
     inner_p,
+    inner_q,
     p_stride_outer,
     p_stride_inner,
     p_stride_vocab,
-    inner_q,
     q_stride_outer,
     q_stride_inner,
     q_stride_vocab,
@@ -332,10 +332,10 @@ def _divergence_sums_kernel(
     rows,
     vocab,
     inner_p,
+    inner_q,
     p_stride_outer,
     p_stride_inner,
     p_stride_vocab,
-    inner_q,
     q_stride_outer,
     q_stride_inner,
     q_stride_vocab,
@@ -420,12 +420,12 @@ def _divergence_bwd_kernel(
     rows,
     vocab,
     tiles,
-    d_stride_row,
     inner,
+    inner_other,
+    d_stride_row,
     stride_outer,
     stride_inner,
     stride_vocab,
-    inner_other,
     other_stride_outer,
     other_stride_inner,
     other_stride_vocab,
@@ -496,9 +496,9 @@ def _sizes_and_shares(
     """Arguments of the forward's kernels: sizes, strides, and the shares of p and q in a mixture,
     which have no effect where there is none.
     """
-    layouts = (logits_p.shape[1], *strides(logits_p), logits_q.shape[1], *strides(logits_q))
+    sizes = (rows, logits_p.shape[2], logits_p.shape[1], logits_q.shape[1])
     shares = (1.0, 0.0) if share is None else (1 - share, share)
-    return (rows, logits_p.shape[2], *layouts, *shares)
+    return (*sizes, *strides(logits_p), *strides(logits_q), *shares)
 
 
 @on_their_device
@@ -566,28 +566,32 @@ def divergence_backward(
     own: torch.Tensor,
     other: torch.Tensor,
     mask: torch.Tensor,
-    own_stats: torch.Tensor,
-    other_stats: torch.Tensor,
-    mean: torch.Tensor,
+    stats: torch.Tensor,
     d_values: torch.Tensor,
     *,
-    formula: str,
-    share: float,
+    of_p: bool,
+    share: float | None,
     temperature: float | torch.Tensor,
     softcap: float | None,
     scale: float,
 ) -> None:
-    """Launch the backward with respect to one side: write its gradient into d_own (N, V).
-
-    `own_stats` and `other_stats` (2, N) are peak and log_norm, `mean` (N,) is of the own side.
+    """Launch the backward with respect to p or q, the own side: write its gradient into d_own
+    (N, V), from the statistics (6, N) of the forward. The kernel knows no p and q.
     """
+    norms_p, norms_q, mean_p, mean_q = stats[:2], stats[2:4], stats[4], stats[5]
+    of_q = 0.0 if share is None else share
+    if of_p:
+        of_sides, mean, shares = (norms_p, norms_q), mean_p, (1 - of_q, of_q)
+    else:
+        of_sides, mean, shares = (norms_q, norms_p), mean_q, (of_q, 1 - of_q)
+    formula = "mixture" if share is not None else "first" if of_p else "second"
     rows, vocab = mask.numel(), own.shape[2]
     plan = _plan("divergence_backward", softcap, own, other)
     tiles = triton.cdiv(vocab, plan.tile)
     _divergence_bwd_kernel[(rows * tiles,)](
-        d_own, own, other, mask, own_stats, other_stats, mean, d_values,
-        rows, vocab, tiles, d_own.stride(0),
-        own.shape[1], *strides(own), other.shape[1], *strides(other), share, 1 - share,
+        d_own, own, other, mask, *of_sides, mean, d_values.contiguous(),
+        rows, vocab, tiles, own.shape[1], other.shape[1],
+        d_own.stride(0), *strides(own), *strides(other), *shares,
         **transform_options(temperature, softcap, scale, mean), FORMULA=FORMULAS[formula],
         **plan.options(),
     )  # fmt: skip

@@ -54,10 +54,10 @@ def _fisher_kernel(
     mask,  # (N,)
     vocab,
     inner,
+    inner_u,
     stride_outer,
     stride_inner,
     stride_vocab,
-    inner_u,
     u_stride_outer,
     u_stride_inner,
     u_stride_vocab,
@@ -137,7 +137,7 @@ def fisher_product(
     wider = max(logits.dtype, tangent.dtype, key=lambda dtype: dtype.itemsize)
     _fisher_kernel[(rows,)](
         product, quadratic, logits, tangent, mask, vocab,
-        logits.shape[1], *strides(logits), tangent.shape[1], *strides(tangent),
+        logits.shape[1], tangent.shape[1], *strides(logits), *strides(tangent),
         **transform_options(temperature, None, 1.0, quadratic),
         **row_plan("fisher", vocab, wider).sweep_options(),
     )  # fmt: skip

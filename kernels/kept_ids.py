@@ -87,9 +87,9 @@ def _weighted_sums_kernel(
     bounds,  # (S + 1,) where in the order those of each row begin
     numbers,  # (M,) rows of the source
     width,
+    blocks,  # of columns
     out_stride,
     source_stride,
-    blocks,  # of columns
     OPERANDS: tl.constexpr,  # the dtype that rows of the source are rounded to
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -288,7 +288,7 @@ def sum_weighted_rows(
         return
     _weighted_sums_kernel[(out.shape[0] * blocks,)](
         out, factors, source, order, bounds, numbers,
-        source.shape[1], out.stride(0), source.stride(0), blocks,
+        source.shape[1], blocks, out.stride(0), source.stride(0),
         OPERANDS=_triton_dtype(operands),
         BLOCK=_SUMMANDS, COLUMNS=_SUM_COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -9,7 +9,7 @@ Dims: N rows, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,35 +177,11 @@ class _Launchers(NamedTuple):
 def _launchers(backend: str) -> _Launchers:
     """Choose the backend."""
     if backend == "triton":
-        from fastrlhf.kernels.divergence import divergence_forward
+        from fastrlhf.kernels.divergence import divergence_backward, divergence_forward
 
-        return _Launchers(divergence_forward, _kernel_backward)
+        return _Launchers(divergence_forward, divergence_backward)
     row_work = compiled_divergence if backend == "compiled" else eager_divergence
     return _Launchers(row_work.divergence_forward, row_work.divergence_backward)
-
-
-def _kernel_backward(
-    d_own: Tensor,
-    own: Tensor,
-    other: Tensor,
-    mask: Tensor,
-    stats: Tensor,
-    d_values: Tensor,
-    *,
-    of_p: bool,
-    share: float | None,
-    **transform: Any,
-) -> None:
-    """Launch the kernel, which knows the sides as its own and the other one."""
-    from fastrlhf.kernels.divergence import divergence_backward
-
-    pairs = (stats[:2], stats[2:4]) if of_p else (stats[2:4], stats[:2])
-    of_q = 0.0 if share is None else share
-    divergence_backward(
-        d_own, own, other, mask, *pairs, stats[4 if of_p else 5], d_values.contiguous(),
-        formula="mixture" if share is not None else "first" if of_p else "second",
-        share=1 - of_q if of_p else of_q, **transform,
-    )  # fmt: skip
 
 
 class _Inputs(NamedTuple):
@@ -253,7 +229,7 @@ def _forward_fake(*inputs):
     values = torch.empty(
         given.mask.numel(), dtype=wider(given.logits_p, given.logits_q), device=given.mask.device
     )
-    return values, values.new_empty(6, given.mask.numel())
+    return values, values.new_empty(len(reference.DivergenceStats._fields), given.mask.numel())
 
 
 class _Side(NamedTuple):

@@ -120,8 +120,8 @@ def divergence_over_ranks(
     sums = summed(own if share is not None else own[:3], part.group)
     p_is_empty, q_is_empty = (norms[i] == -torch.inf for i in (0, 3))
     values = reference.of_sums_of_terms(sums[0], sums[1], p_is_empty, q_is_empty, share)
-    stats = torch.stack((norms[0], norms[1], norms[3], norms[4], sums[2], sums[-1]))
-    return torch.where(keep, values, 0.0), stats
+    stats = reference.DivergenceStats(norms[0], norms[1], norms[3], norms[4], sums[2], sums[-1])
+    return torch.where(keep, values, 0.0), torch.stack(stats)
 
 
 def _parts(

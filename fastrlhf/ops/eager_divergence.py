@@ -48,7 +48,7 @@ def no_divergence(logits_p: Tensor, logits_q: Tensor, mask: Tensor) -> tuple[Ten
     overwrites those of the other rows.
     """
     values = torch.zeros(mask.numel(), dtype=wider(logits_p, logits_q), device=mask.device)
-    return values, values.new_zeros(6, mask.numel())
+    return values, values.new_zeros(len(reference.DivergenceStats._fields), mask.numel())
 
 
 def divergence_backward(

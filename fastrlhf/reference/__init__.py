@@ -20,6 +20,7 @@ from .advantages import advantages_backwards, decay, gae, packed_gae
 from .distributions import Distribution, distribution, log_ratio_of_sums, log_ratio_terms, row_norm
 from .divergence_terms import Shares, log_to_mixture
 from .divergences import (
+    DivergenceStats,
     divergence,
     divergence_and_stats,
     divergence_backward,
@@ -68,6 +69,7 @@ __all__ = [
     "MARGIN_LOSSES",
     "ROWS",
     "Distribution",
+    "DivergenceStats",
     "FurtherTokenStats",
     "Layout",
     "RowParts",

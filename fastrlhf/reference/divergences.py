@@ -3,6 +3,8 @@
 Dims: N rows, V vocabulary, ... any leading shape.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,17 @@ def of_sums_of_terms(
     return torch.where(p_is_empty, 0.0, torch.where(q_is_empty, if_q_is_empty, value))
 
 
+class DivergenceStats(NamedTuple):
+    """What the forward keeps of each row for the backward, each (N,), or stacked to (6, N)."""
+
+    peak_p: Tensor
+    log_norm_p: Tensor
+    peak_q: Tensor
+    log_norm_q: Tensor
+    mean_p: Tensor  # E_p of the log-ratio of p to q, or to the mixture
+    mean_q: Tensor  # E_q of that of q to the mixture; for KL(p‖q), mean_p again
+
+
 def divergence_and_stats(
     logits_p: Tensor,
     logits_q: Tensor,
@@ -59,8 +72,8 @@ def divergence_and_stats(
     softcap: float | Tensor | None,
     scale: float | Tensor,
 ) -> tuple[Tensor, ...]:
-    """Compute the divergence of rows (..., V), none of which is masked, followed by the six `stats`
-    that `divergence_backward` takes, each (...).
+    """Compute the divergence of rows (..., V), none of which is masked, followed by its
+    `DivergenceStats`, each (...).
     """
     dtype = accumulation_dtype(torch.promote_types(logits_p.dtype, logits_q.dtype))
     rows_t = column_of(temperature, dtype)
@@ -149,8 +162,8 @@ def divergence_backward(
     stats: Tensor | tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """Compute the gradient of the divergence of rows (N, V) with respect to one side, in the dtype
-    of d_values (N,); no row is masked. `stats` (6, N) are peak and log_norm of p and of q, and the
-    mean log-ratio of each; they are needed where only some columns of the rows are given.
+    of d_values (N,); no row is masked. `stats` are `DivergenceStats`, which are needed where only
+    some columns of the rows are given.
 
     With w the log-ratio of the own side p to the other side, or to the mixture, dz = p⊙(w - E_p[w])
     (times the share of the own side in the mixture). With respect to q in KL(p‖q), dz = q - p. Both
@@ -159,9 +172,10 @@ def divergence_backward(
     rows_t = column_of(temperature, d_values.dtype)
     of_own, of_other, mean = None, None, None
     if stats is not None:
-        norms = (stats[0], stats[1]), (stats[2], stats[3])
+        known = DivergenceStats(*stats)
+        norms = (known.peak_p, known.log_norm_p), (known.peak_q, known.log_norm_q)
         of_own, of_other = norms if of_p else norms[::-1]
-        mean = stats[4 if of_p else 5].unsqueeze(-1)
+        mean = (known.mean_p if of_p else known.mean_q).unsqueeze(-1)
     p = distribution(own.to(d_values.dtype), rows_t, softcap, scale, of_own)
     q = distribution(other.to(d_values.dtype), rows_t, softcap, scale, of_other)
     if share is None and not of_p:

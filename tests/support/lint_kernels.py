@@ -144,12 +144,10 @@ def launch_divergence(
     divergence.divergence_forward(logits, logits, mask, share=share, **transform)
     norms = meta(6, ROWS, dtype=acc)  # of ranks that share the vocabulary
     divergence.divergence_sums(logits, logits, mask, norms, share=share, **transform)
-    formulas = ("first", "second") if share is None else ("mixture",)
-    for formula in formulas:
+    for of_p in (True, False) if share is None else (True,):
         divergence.divergence_backward(
-            logits, logits, logits, mask, meta(2, ROWS, dtype=acc), meta(2, ROWS, dtype=acc), rows,
-            rows, formula=formula, share=0.5, **transform,
-        )  # fmt: skip
+            logits, logits, logits, mask, norms, rows, of_p=of_p, share=share, **transform
+        )
 
 
 def launch_fisher(vocab: int, dtype: torch.dtype, per_token: bool) -> None:
