@@ -1,4 +1,8 @@
-"""The head of a causal language model, and the hidden states that enter it."""
+"""The head of a causal language model, and the hidden states that enter it.
+
+`head_parts.py` reads what the head's module holds, and `measured.py` what the model does to its
+logits. The functions `model_*` do not come through here, but through `at_head.py`.
+"""
 
 import logging
 from typing import Any, NamedTuple

@@ -1,4 +1,8 @@
-"""What goes into a model's forward, and which of its tokens are scored."""
+"""What goes into a model's forward, and which of its tokens are scored.
+
+Every function `model_*` makes a `TokenBatch` here and hands it to `at_head.py`; `packing.py` has
+what concerns packed sequences.
+"""
 
 import inspect
 import typing

@@ -1,5 +1,8 @@
 """GRPO and its family: sets of options of the policy loss, by the names that their users know.
 
+The options are those of `policy_options.py`, the loss that takes them is in `policy.py`, and the
+advantages come from `groups.py`.
+
 Dims: B sequences, T tokens.
 """
 

@@ -1,4 +1,8 @@
-"""The options of the DPO family, which travel as one object and are checked once."""
+"""The options of the DPO family, which travel as one object and are checked once.
+
+`preference.py` and `linear_preference.py` parse their keywords into them; `dpo_loss` says what each
+is.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict

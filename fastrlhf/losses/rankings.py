@@ -1,5 +1,8 @@
 """Preferences among more than two completions: Plackett–Luce DPO, and rankings as pairs.
 
+The pairs go into `dpo_loss` (`preference.py`); the loss of a ranking is `plackett_luce_loss` of
+`reward.py`, applied to implicit rewards.
+
 Dims: B sequences, P pairs, K rankings.
 """
 

@@ -1,5 +1,8 @@
 """Losses of preference pairs that need no reference model: SimPO, CPO and ORPO.
 
+`linear_preference.py` computes the same losses from hidden states, and `triple.py` adds a third
+sequence. `preference.py` has the losses with a reference.
+
 Dims: B sequences, P pairs.
 """
 

@@ -2,6 +2,9 @@
 
 Everything here is a constant of the training step: nothing is differentiable.
 
+`advantages.py` has shaped rewards and whitening, `fastrlhf/ops/gae.py` advantages with a value
+model, and `groups.py` those of groups of samples.
+
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 

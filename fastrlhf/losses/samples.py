@@ -1,5 +1,8 @@
 """Samples in order of their groups, and what each takes from the others of its own.
 
+`groups.py`, `gdpo.py` and `pf_ppo.py` check and order their samples with it; `advantage_kinds.py`
+has the formulas on the result.
+
 Dims: B samples.
 """
 
