@@ -1,4 +1,7 @@
-"""Targets aligned with the logits that predict them."""
+"""Targets aligned with the logits that predict them.
+
+The targets go into `token_stats.py`, and into all operations that are made of it.
+"""
 
 import torch
 from torch import Tensor

@@ -3,6 +3,8 @@
 They also say how probable all other words are together, the *rest*, since probabilities add up to
 1.
 
+Used by `topk_divergence.py`, where the formulas are, and by `linear_topk_divergence.py`.
+
 Dims: N tokens, k words, V vocabulary.
 """
 

@@ -1,4 +1,8 @@
-"""Compile ahead what a training run will use."""
+"""Compile ahead what a training run will use.
+
+What is compiled is in `compiled_token_stats.py`, `compiled_divergence.py`, `compiled_fisher.py` and
+`compiled_gae.py`; `compiled.py` compiles it.
+"""
 
 import sys
 import time
