@@ -20,6 +20,8 @@ class FixedKLController:
     Args:
         kl_coef: at least 0; `value` from then on.
 
+    Source: a definition; a constant.
+
     Example:
         >>> controller = fastrlhf.FixedKLController(0.05)
         >>> controller.update(12.0, n_steps=256)

@@ -124,7 +124,7 @@ def kl_cov_mask(
             are any. Of equal covariances, the tokens that come first.
 
     Returns:
-        (B, T) bool.
+        (B, T) bool, not differentiable.
 
     The paper's loss has no clip, and |ln π - ln π_old| as the penalty of these tokens: with
     `policy_loss`, ref_logprobs=old_logprobs, kl_estimator="abs", a kl_coef (1.0 in the paper's

@@ -52,6 +52,8 @@ class SharedDPOOptions(TypedDict, total=False):
 class DPOOptions(SharedDPOOptions, total=False):
     """The options of `dpo_loss`, for `**options: Unpack[DPOOptions]`; see there.
 
+    Source: as `dpo_loss`.
+
     Example:
         >>> options: fastrlhf.DPOOptions = {"loss_type": "sigmoid", "label_smoothing": 0.1}
         >>> pair = torch.tensor([-10.0, -14.0]), torch.tensor([-11.0, -13.0])

@@ -184,7 +184,12 @@ def orpo_loss(
         losses (P,), differentiable with respect to logps and nll, and rewards (B,) = β·mean
         log-prob, detached.
 
-    1 - e^m is taken without cancellation. Raises as `dpo_loss`. Source: 2403.07691 Eq. 6 and 7.
+    1 - e^m is taken without cancellation.
+
+    Raises:
+        TypeError, ValueError: as `dpo_loss`.
+
+    Source: 2403.07691 Eq. 6 and 7.
 
     Example:
         >>> logps = torch.tensor([-10.0, -12.0, -14.0, -11.0])  # of four answers

@@ -98,6 +98,9 @@ def outcome_rewards(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
 
+    Source: a definition; outcome supervision, as in 2402.03300, section 4.1.2, whose advantages are
+    those of every token.
+
     Example:
         >>> mask = torch.tensor([[True, True, False], [True, True, True]])
         >>> fastrlhf.outcome_rewards(torch.tensor([1.0, -1.0]), mask)

@@ -38,8 +38,8 @@ def top_entropy_mask(
             share is that of all. The host waits for the sizes. None: of this batch alone.
 
     Returns:
-        The shape of entropy, bool, False outside of the mask. An entropy of NaN is not chosen,
-        and is none of the n tokens.
+        The shape of entropy, bool, False outside of the mask; not differentiable. An entropy of
+        NaN is not chosen, and is none of the n tokens.
 
     For a loss of these tokens alone, whose means count all (the paper's, and TRL's)::
 

@@ -41,6 +41,8 @@ def sequence_logprobs(
         TypeError, ValueError: dtypes or shapes that do not fit; neither mask nor cu_seqlens; a
             group that is none, or without this process.
 
+    Source: a definition; the log-likelihood of a sequence, by the chain rule of probability.
+
     Example:
         >>> token_logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, 0.0]])
         >>> mask = torch.tensor([[True, True, True], [True, True, False]])
