@@ -36,6 +36,8 @@ class LMHead(NamedTuple):
 
     Of a tensor parallel head, weight and bias are DTensors, which the linear operations take.
 
+    Source: as `lm_head`.
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
@@ -86,6 +88,8 @@ def lm_head(model: nn.Module) -> LMHead:
             (FSDP, ZeRO-3, accelerate's offloading): use `model_token_stats`; logits of which no
             scale, softcap and offset can be told.
 
+    Source: a definition; the softcap is that of Gemma 2 (2408.00118, section 2).
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
@@ -124,6 +128,8 @@ def head_inputs(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
+
+    Source: as `lm_head`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

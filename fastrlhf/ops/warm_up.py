@@ -41,6 +41,8 @@ def warm_up(
 ) -> float:
     """Compile ahead what operations use, forward and backward, and return the seconds it took.
 
+    Eager equivalent: none. It calls each operation on zeros, which has no effect on other results.
+
     Without it, the first call of an operation compiles what it uses, once for each combination of
     dtypes and options, and never again for another size. The value of a temperature, softcap or
     scale makes no difference, but whether there is one does; so does whether the gradient of the
