@@ -1,4 +1,4 @@
-"""What was measured of a model's head, and how long the measurement is used.
+"""Measurements of models' heads, and how long each is used.
 
 A measurement is used as long as the model's state is the one in which it was made: the head's
 class, its kind of weight and adapters, hooks and patched forwards, and the numbers of the config.

@@ -1,4 +1,4 @@
-"""The divergence of what two heads make of the same tokens, however the heads are stored.
+"""The divergence between the distributions that two heads give, however the heads are stored.
 
 Used by `model_divergence.py`, by `fastrlhf/lazy/scores.py` and by
 `fastrlhf/integrations/trl_head.py`. Where the matrices of both heads are known,

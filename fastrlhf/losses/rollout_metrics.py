@@ -1,4 +1,4 @@
-"""What tells how far the policy that is trained is from the one that sampled.
+"""Metrics of how far the policy that is trained is from the one that sampled.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """

@@ -1,4 +1,4 @@
-"""Which tokens a policy loss is of: those at which the policy is unsure.
+"""Choose the tokens that a policy loss is about: those at which the policy is unsure.
 
 A selection is a mask (B, T) of constants, to be used as `rollout_weights` of `policy_loss`, so that
 means go on to count all tokens.

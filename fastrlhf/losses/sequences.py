@@ -1,4 +1,4 @@
-"""From log-probs of tokens to log-probs of sequences.
+"""Sum log-probs of tokens to log-probs of sequences.
 
 `linear_preference.py` and `linear_unpaired.py` sum with it; `fastrlhf/reference/layout.py` says
 where the tokens of each sequence stand.

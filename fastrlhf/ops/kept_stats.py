@@ -170,7 +170,7 @@ def _row_parts(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> referen
     before = peak[:0]
     if "is_top1" in question.with_stats:
         before = kept.largest(torch.where(kept.ids < targets, capped, -torch.inf))
-    own = capped[kept.own] if len(capped) else peak  # of ignored tokens alone
+    own = capped[kept.own] if len(capped) else peak  # without ids, all tokens are ignored
     return reference.named_parts(
         peak, own, before, sums, question.entropy, question.with_stats
     )  # fmt: skip
@@ -252,7 +252,7 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
     """
     options, live = question.of_tokens, kept.live_tokens
     temperature, softcap, scale = options.values()
-    if not len(kept.ids):  # of ignored tokens alone
+    if not len(kept.ids):  # all tokens are ignored
         zeros = logits.sum() + logits.new_zeros(live.shape)
         return question.answer([zeros] * len(question.asked))
     column = torch.arange(max(1, int(kept.counts.max())), device=logits.device)

@@ -1,4 +1,4 @@
-"""What a teacher gives for each token: the log-probs of a few words of the vocabulary.
+"""The teacher's side of a token: the log-probs of a few words of the vocabulary.
 
 They also say how probable all other words are together, the *rest*, since probabilities add up to
 1.
