@@ -78,8 +78,9 @@ def _saturated(log_ratio):
 
 @triton.jit
 def _saturated_ratio(log_ratio, logprob):
-    """Likewise of a token's ratio. Where the policy forbids the token, the derivative is 0 too: to
-    itself, the ratio is the constant 1, and to any other policy 0.
+    """Bound the log of a token's ratio as `_saturated` does. Where the policy forbids the token,
+    the derivative is 0 too: the ratio to the policy itself is then the constant 1, and that to any
+    other policy 0.
     """
     log_ratio, ended = _saturated(log_ratio)
     return log_ratio, ended | (logprob == -float("inf"))

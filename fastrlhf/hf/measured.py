@@ -23,7 +23,7 @@ _CALLS_BETWEEN = 64
 
 @dataclass
 class Measured:
-    """What was measured of a head in some state of the model."""
+    """The measurement of a head, and the state of the model in which it was made."""
 
     state: tuple[Any, ...] | None = None
     map: LogitMap = field(default_factory=LogitMap)

@@ -115,8 +115,8 @@ def given_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(base: Any) -> dict[str, inspect.Parameter]:
-    """What a model's forward takes; of one that was patched and hides it, what its backbone's
-    does.
+    """Return the parameters of a model's forward; where it was patched and hides them, also those
+    of its backbone's forward.
     """
     parameters = dict(inspect.signature(type(base).forward).parameters)
     if "input_ids" not in parameters:

@@ -159,7 +159,7 @@ class Distribution(NamedTuple):
         return self.source is other.source and self.of_source() == other.of_source()
 
     def of_source(self) -> OfSource:
-        """What tells this from other distributions of its source, without holding the source."""
+        """Return the fields by which it differs from others of its source, without the source."""
         return OfSource(
             self.rows,
             self.scale,
@@ -179,7 +179,7 @@ def are_same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 class Kind(Enum):
-    """What the number of each word v is, in terms of a distribution p, or of p and q."""
+    """The meaning of the number of each word v, in terms of a distribution p, or of p and q."""
 
     LOGITS = auto()  # z_v
     LOGPROBS = auto()  # ln p_v
@@ -204,7 +204,7 @@ class Words(NamedTuple):
         return self.of[0]
 
     def viewed(self, view: View, step: Any, *, distinct: bool = True) -> Words:
-        """The same of those tokens that a view of the tokens chooses."""
+        """Return the numbers of those tokens that a view of the tokens chooses."""
         return self._replace(of=tuple(x.viewed(view, step, distinct=distinct) for x in self.of))
 
     def same_as(self, other: Words) -> bool:

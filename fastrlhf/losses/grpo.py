@@ -27,7 +27,7 @@ LossType = Literal[
     "vespo", "dppo_tv", "dppo_kl", "gpg", "dro", "prime_rl",
 ]  # fmt: skip
 
-# What tells the members apart, with the bounds that their papers took.
+# The options by which the members differ, with the bounds of their papers.
 _GSPO: PolicyLossOptions = {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
 _GRPO: dict[str, PolicyLossOptions] = {
     "grpo": {"reduction": "sequence-mean"},
@@ -64,7 +64,7 @@ _GRPO: dict[str, PolicyLossOptions] = {
 
 
 class _Preset:
-    """What stands for a default that depends on the loss_type."""
+    """Stands in a signature for a default that depends on the loss_type."""
 
     def __repr__(self) -> str:
         return "..."

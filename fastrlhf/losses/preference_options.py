@@ -138,7 +138,7 @@ class PreferenceOptions(NamedTuple):
 
     @property
     def averages(self) -> str | None:
-        """What needs the number of tokens of each sequence, in words."""
+        """The option that needs the number of tokens of each sequence, in words; None if none."""
         for name in self.loss_type:
             if name == "sft" or (name in MARGIN_LOSSES and MARGIN_LOSSES[name].average):
                 return f"loss_type {name!r}"

@@ -32,7 +32,7 @@ from .sharded import head_part, replicated
 
 
 class ChunkStats(NamedTuple):
-    """What a loss sees of n tokens at a time: `TokenStats`, and the groups that they belong to.
+    """The statistics of n tokens that a loss is given at a time, and the groups of the tokens.
 
     Source: as `token_stats`.
 

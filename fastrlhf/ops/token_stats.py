@@ -406,7 +406,7 @@ class _Upstream(NamedTuple):
 
     @property
     def slopes(self) -> tuple[Tensor | None, ...]:
-        """Contiguous, as kernels take them."""
+        """The gradients of the statistics, contiguous, as kernels take them."""
         slopes = self.d_logprob, self.d_entropy, self.d_lse, self.d_mean
         return tuple(None if x is None else x.contiguous() for x in slopes)
 
