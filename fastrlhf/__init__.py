@@ -1,4 +1,20 @@
-"""Fused kernels for preference learning and RLHF."""
+"""Fused kernels for preference learning and RLHF.
+
+What is where, in the order in which a call passes through the folders:
+
+    integrations, lazy   for training loops that nobody edits: patches of trainers, lazy logits
+    hf                   losses of a model of transformers, by its own forward; its head
+    losses               the losses, as functions of log-probs, logits or hidden states
+    trpo                 the natural gradient of a policy, and a step along it
+    ops                  the operations on logits and hidden states: arguments, plans, autograd
+    kernels              the Triton kernels that `ops` launches on a GPU
+    reference            the formulas in plain PyTorch: definitions, which tests evaluate in fp64,
+                         and closed forms, which backends without kernels run
+    recipes              whole training runs, as examples
+
+Begin with `ops/token_stats.py`, then `ops/linear_token_stats.py`: the others are alike, or made of
+these.
+"""
 
 from .hf import (
     LMHead,

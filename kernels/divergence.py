@@ -11,6 +11,9 @@ that side to the other, or to the mixture; and q - p with respect to q of KL(p鈥
 device function that the launcher hands to the kernel, launched once for each side that needs a
 gradient. Rows that are masked are not read, and neither are rows without an upstream gradient.
 
+Called by `fastrlhf/ops/divergence.py`, and for its sums alone by `divergence_over_ranks.py` there;
+read `rows.py` first.
+
 Dims: N rows = outer x inner, V vocabulary.
 """
 
@@ -96,7 +99,7 @@ def _normalisers(
     row_p, row_q, within_tile, vocab, transform, acc: tl.constexpr,
     LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The first sweep: what `_merge` says of p, and of q."""
+    """Sweep both rows for the first time, and return the results of `_merge` for p and for q."""
     peak_p = tl.full((LANES,), -float("inf"), acc)
     peak_q = tl.full((LANES,), -float("inf"), acc)
     rest_p = tl.zeros((LANES,), acc)
@@ -115,7 +118,7 @@ def _normalisers(
 
 @triton.jit
 def _log_ratio(z, base, norm, z_other, base_other, norm_other, per_t):
-    """Ln p - ln q from the differences of the logits.
+    """Compute ln p - ln q from the differences of the logits.
 
     Those of nearly equal logits are exact, and would not be once something else is subtracted. But
     sides that are far apart as a whole, which changes no distribution, are taken from their bases.
@@ -129,7 +132,7 @@ def _log_ratio(z, base, norm, z_other, base_other, norm_other, per_t):
 
 @triton.jit
 def _by_the_larger(gap, share, share_other):
-    """Ln m - ln of the larger of p and q, m = share路p + share_other路q, from the gap ln q - ln p."""
+    """Compute ln m - ln max(p, q) for m = share路p + share_other路q, from the gap ln q - ln p."""
     smaller = exp(-tl.abs(gap))
     mixed = tl.where(gap > 0, share_other + share * smaller, share + share_other * smaller)
     return tl.log(mixed)
@@ -137,8 +140,8 @@ def _by_the_larger(gap, share, share_other):
 
 @triton.jit
 def _log_to_mixture(gap, excess, by_the_larger):
-    """Ln m - ln p, for p > 0, from m / p - 1; where that is large, or nearly -1, by way of the
-    larger of p and q.
+    """Compute ln m - ln p for p > 0, from m / p - 1; where that is large, or nearly -1, by way of
+    the larger of p and q.
     """
     moderate = (excess >= -0.5) & (excess <= 1.0)
     return tl.where(moderate, log1p_near_0(excess), tl.maximum(gap, 0.0) + by_the_larger)
@@ -146,7 +149,7 @@ def _log_to_mixture(gap, excess, by_the_larger):
 
 @triton.jit
 def _mean(p, w):
-    """Terms of E_p[w]: what has no probability takes no part, whatever w is; NaN does."""
+    """Terms p路w of E_p[w]: 0 where p is 0, whatever w is; a p of NaN gives NaN."""
     return tl.where(p == 0, 0.0, p * w)
 
 

@@ -4,6 +4,8 @@ F u = p⊙(u - E_p[u]) / T² and uᵀF u = Var_p(u) / T². The mean needs the wh
 sweeps a row twice: forward for the normaliser and the mean, backward for the product and, from
 squares of differences that cannot cancel, the variance. Masked rows are not read.
 
+Called by `fastrlhf/ops/fisher.py`; read `rows.py` first.
+
 Dims: N rows = outer x inner, V vocabulary.
 """
 
@@ -36,7 +38,7 @@ def _mean_sweep(
         fade = tl.exp2((peak - base) * rate)
         weight = tl.exp2((x - base[:, None]) * rate)
         total = total * fade + tl.sum(weight, axis=1)
-        # What has no probability takes no part, whatever its tangent is; NaN does.
+        # A word of probability 0 adds 0, whatever its tangent is; a weight of NaN gives NaN.
         moment = moment * fade + tl.sum(tl.where(weight == 0, 0.0, weight * u), axis=1)
         peak = new_peak
     row_peak = tl.max(peak, axis=0)
@@ -63,7 +65,7 @@ def _fisher_kernel(
     u_stride_vocab,
     token_temperature,  # (N,) or unused
     temperature: tl.float64,
-    softcap: tl.float64,  # of no effect, as the next
+    softcap: tl.float64,  # not used here, nor is scale
     scale: tl.float64,
     PER_TOKEN_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -85,17 +87,17 @@ def _fisher_kernel(
     )
     row_x = row_of(logits, row, inner, stride_outer, stride_inner, stride_vocab)
     row_u = row_of(tangent, row, inner_u, u_stride_outer, u_stride_inner, u_stride_vocab)
-    # Of a row that is masked, no column is read.
+    # No column of a masked row is read.
     peak, total, mean = _mean_sweep(
         row_x, row_u, within_tile, tl.where(live, vocab, 0), rate, acc,
         LANES, TILE, STAGES,
     )  # fmt: skip
     base = finite_base(peak)
-    # A row that is masked, or has nothing but -inf.
+    # True for a row that is masked, or that holds nothing but -inf.
     nothing = (peak == -float("inf")) & (total == 0.0)
 
     squares = tl.zeros((LANES,), acc)
-    # Divided once, not at every token.
+    # One division for the row, instead of one for each column.
     inverse_total = 1.0 / total
     inverse_t2 = 1.0 / (row_t * row_t)
     tiles = tl.cdiv(vocab, TILE)

@@ -9,6 +9,9 @@ before. There are no atomics, and a result does not depend on what else is in a 
 
 Ids that nobody looks at, and rows whose factor is 0, are not read.
 
+Called by `kept_stats.py`, `kept_logits.py` and `weighted_rows.py` of `fastrlhf/ops`; read `rows.py`
+first.
+
 Dims: N tokens, M kept ids of all of them, U hidden states, K their width, V vocabulary, S rows of a
 result.
 """
@@ -239,7 +242,7 @@ def _kept_stats_bwd_kernel(
         slopes, Transform(scale, softcap, row_t, rate, HAS_SOFTCAP),
         WITH_ENTROPY, WITH_LSE, WITH_MEAN,
     )  # fmt: skip
-    # Of what was not loaded, all slopes are 0.
+    # Ids of tokens that are not active have slopes 0, and so a gradient of 0.
     tl.store(d_logits + pair, dx, mask=inside)
 
 

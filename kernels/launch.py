@@ -4,6 +4,8 @@
 which order it adds up, so the last bits of its sums; never by more than rounding. What a row is cut
 into depends on its vocabulary and dtype alone, not on how many rows there are, which is what makes
 results batch invariant.
+
+Every launcher of this folder uses it. Of the kernels, begin with `rows.py`, then `token_stats.py`.
 """
 
 import functools
@@ -34,7 +36,7 @@ def on_their_device(launcher: Callable[Arguments, Result]) -> Callable[Arguments
 
 
 class TileShape(NamedTuple):
-    """What a kernel works on at once, at large vocabularies."""
+    """The tile that a kernel works on at once, at large vocabularies."""
 
     warps: int
     thread_bytes: int  # of a row that one thread loads: 16 are one 128-bit load

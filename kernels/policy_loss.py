@@ -14,6 +14,9 @@ to the kernel. From what is known of one token it gives the value and its deriva
 the token's log-prob. Everything else that varies (bounds, coefficients, temperature, lengths) is an
 ordinary argument: one compiled kernel serves every batch.
 
+Called by `fastrlhf/ops/policy_loss.py`; read `rows.py` first, and `token_stats.py`, which does one
+half of this.
+
 Dims: N rows = outer x inner, V vocabulary.
 """
 
@@ -53,7 +56,7 @@ class PolicySettings(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Those of the settings that a surrogate takes, in the kernel."""
+    """The settings of `PolicySettings` that a surrogate takes, as numbers in the kernel."""
 
     low: tl.tensor
     high: tl.tensor
@@ -75,8 +78,9 @@ def _saturated(log_ratio):
 
 @triton.jit
 def _saturated_ratio(log_ratio, logprob):
-    """Likewise of a token's ratio. Where the policy forbids the token, the derivative is 0 too: to
-    itself, the ratio is the constant 1, and to any other policy 0.
+    """Bound the log of a token's ratio as `_saturated` does. Where the policy forbids the token,
+    the derivative is 0 too: the ratio to the policy itself is then the constant 1, and that to any
+    other policy 0.
     """
     log_ratio, ended = _saturated(log_ratio)
     return log_ratio, ended | (logprob == -float("inf"))
@@ -143,7 +147,8 @@ def _unless_too_far(log_ratio, logprob, advantage, dual, too_low, too_high):
 @triton.jit
 def _dppo_tv(log_ratio, logprob, advantage, bounds):
     """-r·A, within bounds of how much probability the token has gained or lost."""
-    # Of the larger probability, a share that needs no difference of nearly equal numbers.
+    # |π - π_old| is the larger of the two probabilities times 1 - e^-|log_ratio|, which expm1 gives
+    # without subtracting nearly equal numbers.
     grown = log_ratio > 0
     larger = exp(tl.where(grown, logprob, logprob - log_ratio))
     moved = larger * tl.where(grown, -expm1(-log_ratio), expm1(log_ratio))
@@ -235,14 +240,14 @@ def _corrected_k3(KL: tl.constexpr, x, log_ratio):
     constant = exp(_saturated(x + log_ratio)[0])
     log_ratio, ended = _saturated(log_ratio)
     ratio = exp(log_ratio)
-    x = tl.where(x == float("inf"), 0.0, x)  # of a token that the policy forbids, nothing is left
+    x = tl.where(x == float("inf"), 0.0, x)  # a forbidden token adds 0
     near = tl.abs(x) < 1
     kl = tl.where(near, ratio * expm1_minus(x), constant - ratio * (1 + x))
     return kl, ratio * tl.where(ended, tl.where(near, -expm1(x), 1.0), -x)
 
 
 def _penalty(kl_estimator: str, bias_correction: bool):
-    """What makes a penalty of an estimator and the ratio."""
+    """Choose the device function that turns the estimate of a KL into the penalty of a token."""
     if not bias_correction:
         return _as_it_is
     return _corrected_k3 if kl_estimator == "k3" else _corrected
@@ -267,7 +272,7 @@ def _row_statistics(
     """
     x_target = load_tile(source, target, readable, float("nan"), acc, "")
     sums, _ = no_columns(LANES, acc)
-    # Of a row that is ignored, no column is read.
+    # No column of an ignored row is read.
     for start in tl.range(0, tl.where(live, vocab, 0), TILE, num_stages=STAGES):
         columns = start + within_tile
         inside = columns < vocab
@@ -316,7 +321,8 @@ def _penalised(
     return loss + factor * kl, slope + factor * kl_slope
 
 
-# Slices of vectors start anywhere in memory, and no such start compiles the kernel anew.
+# Vectors may be slices, which start anywhere in memory. Triton would compile another kernel for a
+# start that is not aligned, so it must not specialise on the alignment of these.
 _VECTORS = ["targets", "old_logprobs", "ref_logprobs", "advantages", "weights", "kl_weights"]
 _VECTORS += ["token_temperature", "losses", "logprobs", "entropies"]
 

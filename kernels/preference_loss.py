@@ -12,6 +12,9 @@ in the order of the pairs, so that there are no atomics and the bits do not depe
 
 Packed sequences are (1, N), and cu_seqlens says where each begins and ends.
 
+Called by `fastrlhf/ops/preference_loss.py`. It reads no logits: of this folder it uses `launch.py`
+and `tiles.py` alone.
+
 Dims: B sequences, T tokens, N tokens of all packed sequences, P pairs.
 """
 
@@ -25,7 +28,7 @@ from .launch import on_their_device
 from .tiles import ASSERTING, extent, log_sigmoid, sigmoid, stored
 
 _TOKENS = tl.constexpr(1024)  # tokens of a sequence that a program handles at once
-_PAIRS = tl.constexpr(256)  # and pairs
+_PAIRS = tl.constexpr(256)  # pairs that a program handles at once
 
 
 # Arguments that Triton must not specialise on, so that no batch compiles a kernel anew.

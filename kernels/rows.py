@@ -18,6 +18,10 @@ vectors with a number for each token or sequence; sizes; strides, array by array
 own numbers; the transform of logits; and constexprs, first what is asked for, then how rows are
 cut. A kernel groups them into the NamedTuples below before it hands them to device functions.
 
+The kernels of `token_stats.py`, `policy_loss.py` and `kept_ids.py` are made of these device
+functions; `divergence.py` and `fisher.py` use those that find and load tiles. Read this file first,
+and then `token_stats.py`.
+
 Dims: N rows = outer x inner, V vocabulary; a tile is (LANES, VEC), of one row.
 """
 
@@ -49,7 +53,7 @@ class Asked(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of the columns that one lane, or one split, or a whole row has had so far."""
+    """Online sums over the columns that a lane, a split or a whole row has read so far."""
 
     peak: tl.tensor
     rest: tl.tensor
@@ -57,7 +61,7 @@ class Sums(NamedTuple):
 
 
 class Further(NamedTuple):
-    """What further statistics need, of the same columns; whatever is not asked for is unused."""
+    """Sums over the same columns that further statistics need; unused unless asked for."""
 
     before: tl.tensor  # the largest logit of a column before the target's
     own: tl.tensor  # the target's logit
@@ -66,7 +70,7 @@ class Further(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What is known of a row, or of each of several, once all of it was read."""
+    """Statistics of a row, or of each of several rows, after all of its columns were read."""
 
     logprob: tl.tensor
     entropy: tl.tensor  # 0 unless asked for
@@ -259,8 +263,9 @@ def statistics(sums, target_capped, transform, with_entropy):
 
 @triton.jit
 def log_sum_squares(squares, target_capped, stats, empty, row_t):
-    """Ln Σ p² of a row, or of several, from what `statistics` found. From the log-prob where the
-    target weighs as much as the peak or nearly, for that is accurate where p → 1.
+    """Compute ln Σ p² of a row, or of several, from what `statistics` found. Where the target
+    weighs more than half as much as the peak, it is taken from the log-prob, which is accurate
+    where p → 1.
     """
     weight = tl.exp2((target_capped - stats.base) / row_t * LOG2E)
     square = weight * weight

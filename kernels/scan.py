@@ -10,6 +10,9 @@ Packed sequences are (1, N), and cu_seqlens says where each begins and ends. λ 
 the value after the end 0, or each sequence has its own: that is a variant of the kernel, as packed
 sequences are, so that no number is compiled in.
 
+Called by `fastrlhf/ops/gae.py`. It reads no logits: of this folder it uses `launch.py` and
+`tiles.py` alone.
+
 Dims: B sequences, T tokens, N tokens of all packed sequences.
 """
 

@@ -4,6 +4,8 @@ Everything here works on tiles or scalars of the accumulation type (fp32, or fp6
 The elementary functions exist because the fast hardware forms lose what the losses need: `log(1 +
 u)` and `exp(x) - 1` are wrong by orders of magnitude where u and x are small, and libdevice, which
 has good ones, cannot run under the interpreter.
+
+All kernels of this folder use it, and `rows.py`, which is the next to read.
 """
 
 import math
@@ -90,19 +92,19 @@ def log1p_surplus_near_0(u):
 
 @triton.jit
 def log1p_near_0(u):
-    """Ln(1 + u) for -1/2 <= u <= 1 without cancellation."""
+    """Compute ln(1 + u) for -1/2 <= u <= 1 without cancellation."""
     return u - log1p_surplus_near_0(u)
 
 
 @triton.jit
 def log1p(u):
-    """Ln(1 + u) for u >= -1/2 without cancellation."""
+    """Compute ln(1 + u) for u >= -1/2 without cancellation."""
     return tl.where(u <= 1.0, log1p_near_0(u), tl.log(1.0 + u))
 
 
 @triton.jit
 def log_sigmoid(x):
-    """Ln σ(x) = -softplus(-x), accurate in both tails."""
+    """Compute ln σ(x) = -softplus(-x), accurate in both tails."""
     return tl.minimum(x, 0.0) - log1p(exp(-tl.abs(x)))
 
 

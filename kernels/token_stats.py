@@ -15,6 +15,10 @@ without a gradient are zeroed unread, whatever they hold.
 Further statistics, where asked for, come from the same pass: whether the target is the top token,
 the mean of the logits, ln Σ p². And some words of each row can be left out of its statistics.
 
+Called by `fastrlhf/ops/token_stats.py`; where the vocabulary is in several parts, by
+`stats_over_ranks.py`, `divergence_over_ranks.py` and `bucket_logits.py` there. Read `rows.py`
+first.
+
 Dims: N rows = outer x inner, V vocabulary, S splits, P numbers of a split, W ranks.
 """
 
@@ -82,7 +86,7 @@ def _store_numbers(place, plane, sums, further, asked, inside):
     return place
 
 
-# What varies from batch to batch is not specialised, so that no batch compiles a kernel anew.
+# Numbers that vary from batch to batch are not specialised: no batch compiles a kernel anew.
 @triton.jit(do_not_specialize=["rows", "inner", "splits", "ignore_index", "words"])
 def _token_stats_fwd_kernel(
     # (P, N, S) out: peak and rest; and what is asked for of moment, before and own, total, squares.
@@ -275,7 +279,9 @@ def _token_stats_merge_kernel(
 
 @triton.jit
 def _target_of_ranks(place, present):
-    """The logits of the targets, transformed but for the temperature, which one rank has each."""
+    """Find the logit of each target, scaled and capped but not divided by the temperature. Only
+    one rank has it in its part of the vocabulary; the others have sent -inf.
+    """
     of_ranks = tl.load(place, mask=present, other=-float("inf"))
     held = of_ranks != -float("inf")  # by one rank; NaN included
     capped = tl.sum(tl.where(held, of_ranks, 0.0), axis=1)
@@ -432,7 +438,7 @@ def _token_stats_bwd_kernel(
 
 
 class RowQuestion(NamedTuple):
-    """What is asked of rows of logits: their targets, the transform, which statistics."""
+    """The question about rows of logits: their targets, the transform, which statistics."""
 
     targets: torch.Tensor  # (N,) contiguous
     temperature: float | torch.Tensor  # (N,) contiguous, of tokens

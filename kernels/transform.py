@@ -8,6 +8,9 @@ the exponential takes anyway.
 Here are both sides: `transform_options` makes a launcher's arguments of it, and a kernel
 makes a `Transform` of these.
 
+Called by the launchers and kernels that read logits. `fastrlhf/ops/transform.py` checks the
+arguments before they come here.
+
 Dims: V vocabulary, N rows (tokens).
 """
 

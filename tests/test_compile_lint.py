@@ -103,9 +103,10 @@ def test_rows_that_start_at_16_bytes_are_loaded_and_stored_16_bytes_at_a_time(
         assert report["wide_loads"] >= 1, report
         if report["asserts"] and target == "gfx942":
             continue  # the report of a failed assertion has loads and stores of its own there
-        # What is not wide is a number per row, not a number per token: K2 takes ten of them, with
-        # the slopes of four statistics and a temperature for each token. The numbers of words that
-        # are left out are read one by one, in a loop that is unrolled.
+        # Loads that are not wide are of one number for each row, not for each column. The kernel of
+        # the gradient of token_stats has ten of them, with the slopes of four statistics and a
+        # temperature for each row. The numbers of words that are left out are read one by one, in a
+        # loop that is unrolled.
         of_words = 10 if report["words_left_out"] else 0
         assert report["loads"] - report["wide_loads"] <= 10 + of_words, report
         of_rows = STREAMING[report["kernel"]]

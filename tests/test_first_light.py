@@ -367,6 +367,7 @@ def test_every_timing_is_there(tiny) -> None:
     work = importlib.import_module("first_light.kernel_work")
     for kernel in work.Logits(MACHINE, 2, 64).works():
         assert names.count(kernel) == len(MACHINE.sizes.timed), kernel
+    # P0 to P4 are the plans of `fastrlhf/ops/linear_plans.py`, from READ_ONLY to RECOMPUTE.
     for plan in ("P0", "P1", "P2", "P3", "P4", "plain PyTorch", "TRL", "GAE", "DPO tail forward"):
         assert any(name.startswith(plan) for name in names), plan
     for trainer in ("DPOTrainer, full", "DPOTrainer, LoRA", "GRPOTrainer, full"):

@@ -69,7 +69,7 @@ def token_loss(inputs, size: float) -> Tensor:
 
 
 def z_loss(inputs, size: float) -> Tensor:
-    """What pulls the log-sum-exp to 0, beside a log-prob; it alone for some tokens."""
+    """A term that pulls the log-sum-exp to 0, and a log-prob, which is left out for some tokens."""
     hidden, weight, bias, targets = inputs
     likelihood = torch.full(targets.shape, size)
     likelihood[:, 5 : TOKENS // 4] = 0.0
@@ -108,6 +108,8 @@ def divergence(inputs, size: float) -> Tensor:
     return size * values.sum()
 
 
+# The names are those of the plans of `fastrlhf/ops/linear_plans.py` that the losses take: P1 is
+# KEEP_SLOPES, P2 WITH_LOSS of single tokens, P3 WITH_LOSS of groups of tokens, P4 RECOMPUTE.
 LOSSES = {
     "P2": token_loss,
     "P2 with the lse": z_loss,

@@ -14,7 +14,8 @@ from fastrlhf import QuantizedWeight, linear_token_logprobs, linear_token_stats,
 from fastrlhf.ops.linear_head import Head
 
 TOKENS, WIDTH, VOCAB = 11, 6, 37
-# What needs a gradient: hidden, weight, bias.
+# Which of hidden, weight and bias need a gradient. P1 and P4 are KEEP_SLOPES and RECOMPUTE of
+# `fastrlhf/ops/linear_plans.py`, the plans that statistics then take.
 NEEDS = {
     "P1": (True, False, False),
     "P4": (True, True, True),

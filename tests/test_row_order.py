@@ -1,5 +1,6 @@
-"""The candidate for K3 that first light times gives what K3 gives, whatever the distance between
-a row and the one whose gradient is written.
+"""First light times a candidate for the kernel of the policy loss, in which a program writes the
+gradient of another row than the one it has just read. It gives what the kernel gives, whatever the
+distance between the two rows.
 """
 
 import importlib

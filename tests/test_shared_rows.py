@@ -157,7 +157,7 @@ def test_it_costs_what_the_states_cost() -> None:
     assert cost(lambda: stats()) == 1
     assert cost(lambda: stats().logprob.sum().backward()) == 4
     assert cost(lambda: loss(torch.ones(tokens)).backward()) == 3
-    # Of halves of the states: P2 and P4.
+    # Half of the states have a gradient: the plans WITH_LOSS, and then RECOMPUTE.
     assert cost(lambda: loss(some).backward()) == 1 + 2 / 2
     assert cost(lambda: (some * stats().logprob).sum().backward()) == 1 + 3 / 2
     weight.requires_grad_(False)

@@ -79,6 +79,8 @@ def test_divergences_send_seven_or_eight_numbers_a_token(
     assert backward == []
 
 
+# P0 to P4, here and below, are the plans of `fastrlhf/ops/linear_plans.py`: READ_ONLY, KEEP_SLOPES,
+# WITH_LOSS of single tokens, WITH_LOSS of groups of tokens, and RECOMPUTE.
 @IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("plan", ["P0", "P1", "P2", "P4", "weight alone"])

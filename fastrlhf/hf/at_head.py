@@ -63,10 +63,10 @@ Work = Callable[[Scorer, Tensor], tuple[Tensor, Any]]
 
 
 class Done(NamedTuple):
-    """What the work and the model's forward returned."""
+    """The results of the work at the head, and of the model's forward."""
 
     result: Tensor  # the tensor of the work, tied to the model's output: see `stand_in`
-    aside: Any  # what else the work returned
+    aside: Any  # the rest of what the work returned
     outputs: Any  # what the model's forward returned; from `at_head`, without logits
 
     def with_outputs(self, wanted: bool) -> tuple[Any, ...]:
@@ -152,9 +152,9 @@ def _of_positions(batch: TokenBatch, targets: Tensor) -> float | Tensor:
     temperature = temperatures_of_layout(batch.temperature, targets, layout)
     if not isinstance(temperature, Tensor):
         return temperature
-    if temperature is not batch.temperature:  # those of sequences, spread to positions already
+    if temperature is not batch.temperature:  # already spread over positions
         return temperature
-    last = temperature.new_ones(())  # of the last position, which predicts no token
+    last = temperature.new_ones(())  # for the last position, which predicts no token
     expanded = token_temperatures(temperature, targets[:, 1:])
     return torch.cat((expanded, last.expand(len(expanded), 1)), dim=1)
 

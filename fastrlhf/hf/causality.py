@@ -1,4 +1,7 @@
-"""Whether a model sees the tokens that it is to predict."""
+"""Find out whether a model sees the tokens that it is to predict.
+
+Asked by `at_head.py` before the tokens of a model are scored, and by `check.py`.
+"""
 
 from typing import Any
 from weakref import WeakKeyDictionary

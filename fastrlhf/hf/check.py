@@ -1,4 +1,8 @@
-"""What is unusual about a model and a batch, in words."""
+"""Describe, in words, what is unusual about a model and a batch.
+
+It finds the head by `lm_head.py` and the scored tokens by `model_inputs.py`, and asks
+`causality.py` and `packing.py` whether the model fits.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,8 @@
-"""Whether the forward of a head multiplies by the weight that was read of it."""
+"""Find out whether the forward of a head multiplies by the weight that was read from it.
+
+Asked by `at_head.py` and by `fastrlhf/lazy/head.py`; how a head is stored is known in
+`head_parts.py`.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,8 @@
-"""What scores tokens by a model's head, however the head is stored."""
+"""Make the scorer that scores tokens by a model's head, however the head is stored.
+
+`at_head.py` calls it with the hidden states that arrive at the head; the scorer itself is in
+`fastrlhf/ops/scorer.py`.
+"""
 
 from collections.abc import Callable
 

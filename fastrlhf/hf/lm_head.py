@@ -1,4 +1,8 @@
-"""The head of a causal language model, and the hidden states that enter it."""
+"""The head of a causal language model, and the hidden states that enter it.
+
+`head_parts.py` reads what the head's module holds, and `measured.py` what the model does to its
+logits. The functions `model_*` do not come through here, but through `at_head.py`.
+"""
 
 import logging
 from typing import Any, NamedTuple
@@ -31,6 +35,8 @@ class LMHead(NamedTuple):
     """Logits are softcap·tanh(scale·(W·h + b) / softcap), or scale·(W·h + b) without a softcap.
 
     Of a tensor parallel head, weight and bias are DTensors, which the linear operations take.
+
+    Source: as `lm_head`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,6 +88,8 @@ def lm_head(model: nn.Module) -> LMHead:
             (FSDP, ZeRO-3, accelerate's offloading): use `model_token_stats`; logits of which no
             scale, softcap and offset can be told.
 
+    Source: a definition; the softcap is that of Gemma 2 (2408.00118, section 2).
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
@@ -120,6 +128,8 @@ def head_inputs(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lm_head` and `model_token_stats`.
+
+    Source: as `lm_head`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

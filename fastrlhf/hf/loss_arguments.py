@@ -1,4 +1,7 @@
-"""What the losses of models do alike with the tensors and keywords that they are given."""
+"""Handling of tensors and keywords that the losses of models have in common.
+
+Used by `model_losses.py`, `model_policy.py` and `model_preference.py`.
+"""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What was measured of a model's head, and how long the measurement is used.
+"""Measurements of models' heads, and how long each is used.
 
 A measurement is used as long as the model's state is the one in which it was made: the head's
 class, its kind of weight and adapters, hooks and patched forwards, and the numbers of the config.
@@ -23,7 +23,7 @@ _CALLS_BETWEEN = 64
 
 @dataclass
 class Measured:
-    """What was measured of a head in some state of the model."""
+    """The measurement of a head, and the state of the model in which it was made."""
 
     state: tuple[Any, ...] | None = None
     map: LogitMap = field(default_factory=LogitMap)

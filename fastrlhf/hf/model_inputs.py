@@ -1,4 +1,8 @@
-"""What goes into a model's forward, and which of its tokens are scored."""
+"""The inputs of a model's forward, and which of its tokens are scored.
+
+Every function `model_*` makes a `TokenBatch` here and hands it to `at_head.py`; `packing.py` has
+what concerns packed sequences.
+"""
 
 import inspect
 import typing
@@ -31,7 +35,7 @@ _PASSED_ON = {
 
 
 class TokenBatch(NamedTuple):
-    """What a model is called with, which of its tokens are scored, and how."""
+    """The inputs of a model, which of its tokens are scored, and how."""
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor | None
@@ -106,13 +110,13 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any], options: tuple[str, 
 
 
 def given_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is None, which says of every keyword that it is not given."""
+    """Leave out keywords that are None, which stands for one that is not given."""
     return {name: value for name, value in inputs.items() if value is not None}
 
 
 def _parameters(base: Any) -> dict[str, inspect.Parameter]:
-    """What a model's forward takes; of one that was patched and hides it, what its backbone's
-    does.
+    """Return the parameters of a model's forward; where it was patched and hides them, also those
+    of its backbone's forward.
     """
     parameters = dict(inspect.signature(type(base).forward).parameters)
     if "input_ids" not in parameters:

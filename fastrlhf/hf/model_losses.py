@@ -105,6 +105,8 @@ def model_linear_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `linear_loss`.
 
+    Source: as `linear_loss`.
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))
@@ -220,6 +222,8 @@ def model_cross_entropy(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `model_token_stats`; an option out of range.
+
+    Source: as `cross_entropy`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -124,6 +124,8 @@ def model_policy_loss(
         TypeError, ValueError, RuntimeError: as `model_token_stats` and `policy_loss`; rows with a
             ratio, or an off-policy mask, of sequences.
 
+    Source: as `policy_loss`.
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))

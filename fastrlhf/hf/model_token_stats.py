@@ -132,6 +132,8 @@ def model_token_stats(
         RuntimeError: logits that are not those of the head's weight, or are changed in a way that
             is no scale, softcap or offset; a forward that does not call the head once.
 
+    Source: as `token_stats`.
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1))

@@ -1,4 +1,7 @@
-"""A reference model that follows the policy: TR-DPO."""
+"""A reference model that follows the policy: TR-DPO.
+
+The loss that the reference is for is `model_dpo_loss` (`model_preference.py`).
+"""
 
 import torch
 from torch import nn

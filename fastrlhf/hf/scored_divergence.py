@@ -1,4 +1,10 @@
-"""The divergence of what two heads make of the same tokens, however the heads are stored."""
+"""The divergence between the distributions that two heads give, however the heads are stored.
+
+Used by `model_divergence.py`, by `fastrlhf/lazy/scores.py` and by
+`fastrlhf/integrations/trl_head.py`. Where the matrices of both heads are known,
+`fastrlhf/ops/linear_divergence.py` computes it; otherwise it is taken from logits, a chunk of
+tokens at a time.
+"""
 
 from typing import NamedTuple
 
@@ -93,10 +99,11 @@ def _without_graph(scorer: LinearScorer) -> LinearScorer:
 
 
 def _cut_as(ours: LinearScorer, theirs: LinearScorer) -> LinearScorer:
-    """The rows of a frozen head that this rank has of ours, where ranks share the vocabulary.
+    """Cut a frozen head as `ours` is cut: to this rank's rows, where ranks share the vocabulary.
 
     Raises:
-        ValueError: a head that is cut among ranks otherwise.
+        ValueError: theirs is cut among ranks, but not as ours is; or ours is cut, and theirs is
+            quantized.
     """
     if theirs.part is None and ours.part is None:
         return theirs

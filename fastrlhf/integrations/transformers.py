@@ -82,7 +82,7 @@ def unpatch() -> None:
 
 
 def patched() -> AbstractContextManager[None]:
-    """As `patch`, within a `with` statement. May be nested, and left in any order by threads.
+    """Patch within a `with` statement. May be nested, and left in any order by threads.
 
     Example:
         >>> from fastrlhf.integrations import transformers

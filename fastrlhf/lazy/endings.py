@@ -55,7 +55,7 @@ def gather(recipe: Recipe, x: LazyTensor, dim: int, index: Tensor, **options: An
 
 
 def take_along_dim(recipe: Recipe, x: LazyTensor, indices: Any, dim: Any = None) -> Any:
-    """As `gather`, for indices that need no broadcasting; others are not known."""
+    """Gather, where the indices need no broadcasting; other calls are not known."""
     known = isinstance(indices, Tensor) and dim is not None and indices.ndim == x.ndim
     if not known or indices.shape[:-1] != x.shape[:-1]:
         return NotImplemented

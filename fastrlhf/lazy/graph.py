@@ -78,8 +78,9 @@ class Derived(torch.autograd.Function):
             ctx.recipe, ctx.parents = None, [Gone(x, x.heads) for x in parents]
         if gradient is None:
             return None, None, *(None for _ in wanted)
-        # What was computed goes back by one parent alone. Where the ways of the parents are looked
-        # at in different places, each needs its own gradient, a plain one.
+        # A gradient of computed numbers goes back by one parent alone. Where the gradients of the
+        # parents stop at different tensors on the way (see `LazyTensor.stops`), each parent needs a
+        # plain gradient of its own.
         if len({x.stops() for x, wants in zip(parents, wanted, strict=True) if wants}) > 1:
             gradient = dense(gradient)  # else it would all go by the first
         terms, rest = parted(gradient)

@@ -22,7 +22,9 @@ def cross_entropy(
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
-    """Of logits or log-probs, and as target one word for each token or the probabilities of all."""
+    """Compute it from lazy logits or log-probs. The target is one word for each token, or the
+    probabilities of all words.
+    """
     words = x.meaning() if isinstance(x, LazyTensor) else None
     if words is None or words.factor != 1 or words.kind not in (Kind.LOGITS, Kind.LOGPROBS):
         return NotImplemented
@@ -38,7 +40,7 @@ def nll_loss(
     recipe: Recipe, x: LazyTensor, target: Any, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
 ) -> Any:  # fmt: skip
-    """Of log-probs, and as target one word for each token."""
+    """Compute it from lazy log-probs, with one word for each token as the target."""
     words = x.meaning() if isinstance(x, LazyTensor) else None
     if words is None or words.factor != 1 or words.kind is not Kind.LOGPROBS:
         return NotImplemented

@@ -305,7 +305,7 @@ def _product(recipe: Recipe, x: LazyTensor, y: LazyTensor) -> Any:
 
 
 def subtract(recipe: Recipe, x: Any, y: Any, **options: Any) -> Any:
-    """Ln p - ln q; and z - lse, which is ln p."""
+    """Know ln p - ln q, the log-ratio of two distributions, and z - lse, which is ln p."""
     if options or not isinstance(x, LazyTensor):
         return NotImplemented
     if isinstance(y, LazyTensor):

@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 class OfSource(NamedTuple):
-    """What tells distributions of one source apart."""
+    """The fields by which distributions of one source differ."""
 
     rows: Rows
     scale: float
@@ -99,18 +99,18 @@ class Distribution(NamedTuple):
         )  # fmt: skip
 
     def marked_as_whole(self) -> Distribution:
-        """The same, whose views will know what they are parts of."""
+        """Return the same distribution, whose views will know that they are parts of it."""
         numbers = self.rows.numbers
         places = torch.arange(numbers.numel(), device=numbers.device).view(numbers.shape)
         return self if self.part_of is not None else self._replace(part_of=(self.flat(), places))
 
     def flat(self) -> Distribution:
-        """The same tokens, one after the other."""
+        """Return the same distribution with its tokens in one dimension."""
         temperature = None if self.temperature is None else self.temperature.reshape(-1)
         return self._replace(rows=self.rows.flat(), temperature=temperature)
 
     def laid_out(self, layout: View) -> Distribution:
-        """The same tokens, whose numbers lie in another way."""
+        """Return the same distribution with its tokens laid out as by the view."""
         return self._replace(rows=self.rows._replace(numbers=layout(self.rows.numbers)))
 
     def scaled(self, by: float) -> Distribution:
@@ -124,7 +124,7 @@ class Distribution(NamedTuple):
         return self._changed(capped=True)
 
     def divided(self, by: Tensor) -> Distribution:
-        """With the logits of each token divided by a further temperature."""
+        """Return the distribution with the logits of each token divided by `by` as well."""
         temperature = by if self.temperature is None else self.temperature * by
         return self._alone(temperature=temperature)
 
@@ -132,7 +132,7 @@ class Distribution(NamedTuple):
         return self._changed(constant=not wanted)
 
     def _changed(self, **changes: Any) -> Distribution:
-        """With a change that holds for all tokens alike, so also for what they are part of."""
+        """Change what holds for all tokens alike, here and in the whole that these are part of."""
         changed = self._replace(**changes)
         if self.part_of is None:
             return changed
@@ -140,8 +140,8 @@ class Distribution(NamedTuple):
         return changed._replace(part_of=(whole._changed(**changes), places))
 
     def _alone(self, **changes: Any) -> Distribution:
-        """With a change by a tensor. In a loop, that is another for each part, so that these tokens
-        are no longer part of a whole.
+        """Change what a tensor determines. A loop over parts has another tensor for each part, so
+        the result is no longer part of a whole.
         """
         return self._replace(**changes, part_of=None)
 
@@ -159,7 +159,7 @@ class Distribution(NamedTuple):
         return self.source is other.source and self.of_source() == other.of_source()
 
     def of_source(self) -> OfSource:
-        """What tells this from other distributions of its source, without holding the source."""
+        """Return the fields by which it differs from others of its source, without the source."""
         return OfSource(
             self.rows,
             self.scale,
@@ -179,7 +179,7 @@ def are_same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 class Kind(Enum):
-    """What the number of each word v is, in terms of a distribution p, or of p and q."""
+    """The meaning of the number of each word v, in terms of a distribution p, or of p and q."""
 
     LOGITS = auto()  # z_v
     LOGPROBS = auto()  # ln p_v
@@ -204,7 +204,7 @@ class Words(NamedTuple):
         return self.of[0]
 
     def viewed(self, view: View, step: Any, *, distinct: bool = True) -> Words:
-        """The same of those tokens that a view of the tokens chooses."""
+        """Return the numbers of those tokens that a view of the tokens chooses."""
         return self._replace(of=tuple(x.viewed(view, step, distinct=distinct) for x in self.of))
 
     def same_as(self, other: Words) -> bool:

@@ -20,7 +20,7 @@ _PASSED_OVER = tuple(str(Path(x).parent) for x in (torch.__file__, __file__))
 
 @dataclass
 class LazyUse:
-    """What one line of code did with logits.
+    """The use that one line of code made of lazy logits.
 
     Example:
         >>> fastrlhf.LazyUse(site="train.py:12", what="argmax", plan="1G", calls=1, tokens=3)
@@ -37,7 +37,7 @@ class LazyUse:
 
 @dataclass(frozen=True)
 class LazyReport:
-    """What was fused and what was built; `print` it for a table.
+    """The uses of lazy logits that were fused, and those that built them; `print` it for a table.
 
     Example:
         >>> report = fastrlhf.LazyReport(fused=(), built=())
@@ -140,7 +140,7 @@ def note_built(what: str, tokens: int, size: int) -> None:
 
 
 def name_of(func: Any) -> str:
-    """What people call a function of PyTorch, or an attribute."""
+    """Return the usual name of a function of PyTorch, or of an attribute."""
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         return getattr(func.__self__, "__name__", name)

@@ -174,7 +174,7 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
 
 
 def _some_word(of: Distribution) -> Tensor:
-    """For each token, a word that is not ruled out by the bias."""
+    """Return for each token some word that is not ruled out by the bias."""
     bias = of.source.bias_of(of)
     word = torch.zeros((), dtype=torch.int64, device=of.source.device)
     if bias is not None:

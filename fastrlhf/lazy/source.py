@@ -59,8 +59,8 @@ class Source:
         # One backend, chosen by the size of all tokens, however few are scored at a time.
         self.backend = backend_of(impl, hidden, self.tokens * self.vocab)
         self.wide, self.weights = self.hidden, list[Weight]()
-        # What adapters make of the hidden states, with their dropout, is computed once, now: all
-        # that is asked later sees the same draw.
+        # Adapters, with their dropout, are applied to the hidden states once, now: everything that
+        # is computed later sees the same draw.
         drops = parts is not None and any(_drops(x.dropout) for x in parts.adapters)
         if parts is not None:
             with torch.set_grad_enabled(self.requires_grad):
@@ -161,7 +161,7 @@ class Source:
         only: Tensor | None = None,
         held: int = 1,
     ) -> Scorer:
-        """What scores tokens by the logits of a distribution.
+        """Make a scorer of tokens by the logits of a distribution.
 
         There is one token for each of the U hidden states; or, with `rows`, any tokens, given by
         the numbers of their hidden states; or, with `only`, one for each of some hidden states.

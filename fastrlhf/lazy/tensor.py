@@ -113,7 +113,9 @@ class LazyTensor(Tensor):
             return self.requires_grad and self.is_leaf
 
     def meaning(self) -> Words | None:
-        """What these numbers are, and which have a gradient; None: only the recipe tells."""
+        """Return the meaning of these numbers, and which have a gradient; None if only the recipe
+        tells.
+        """
         if self.words is None or not self.requires_grad:
             return self.words and self.words.constant()
         if not any(source.requires_grad for source in self.sources):
@@ -244,7 +246,7 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _known(func: Any, device: torch.device, args: Any, kwargs: Any) -> Any:
-    """What a known function returns; NotImplemented for a call that is not known in this form."""
+    """Call a known function; NotImplemented for a call that is not known in this form."""
     from .functions import KNOWN, signature
 
     if "input" in kwargs and not args:
@@ -338,7 +340,7 @@ def written(recipe: Recipe, lazy: LazyTensor, words: Words) -> LazyTensor:
 
 
 def form_of(x: Tensor) -> Tensor:
-    """A tensor on the meta device of the same shape, strides and dtype."""
+    """Make a tensor on the meta device of the same shape, strides and dtype."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
@@ -351,7 +353,7 @@ def computed(
     cost: Cost,
     again_for_gradient: bool = False,
 ) -> Tensor:
-    """What a call returns, a few numbers for each token, computed without logits.
+    """Return the result of a call, a few numbers for each token, computed without logits.
 
     again_for_gradient: compute the value without a graph, and again with one if a gradient comes.
     """

@@ -48,8 +48,12 @@ def whiten(
     Returns:
         The shape of x, fp32 (fp64 for fp64); 0 outside of the mask. A single entry has variance 0.
 
-    Differentiable; with a group, the gradient is that of the sum of the ranks' losses. Raises
-    TypeError, ValueError for dtypes, shapes or devices that do not fit, and for a wrong group.
+    Differentiable; with a group, the gradient is that of the sum of the ranks' losses.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; a group that is none.
+
+    Source: a definition; standardisation (the standard score), with the variance of a sample.
 
     Example:
         >>> advantages = torch.tensor([[1.0, 2.0, 3.0]])

@@ -15,10 +15,12 @@ from fastrlhf.ops.checks import check_at_least, check_finite, check_positive, ch
 
 @dataclass
 class FixedKLController:
-    """A coefficient that stays: the `AdaptiveKLController` of who wants none.
+    """A coefficient that never changes, for code that expects an `AdaptiveKLController`.
 
     Args:
         kl_coef: at least 0; `value` from then on.
+
+    Source: a definition; a constant.
 
     Example:
         >>> controller = fastrlhf.FixedKLController(0.05)
@@ -145,7 +147,7 @@ class AdaptiveEntropyCoefficient:
     delta: float = 0.005
     minimum: float = 0.0
     maximum: float = 1.0
-    entropy: float = field(init=False, default=math.inf)  # that was last seen
+    entropy: float = field(init=False, default=math.inf)  # of the last update
 
     def __post_init__(self) -> None:
         self.target = check_finite("target", self.target)

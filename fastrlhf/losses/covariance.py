@@ -124,7 +124,7 @@ def kl_cov_mask(
             are any. Of equal covariances, the tokens that come first.
 
     Returns:
-        (B, T) bool.
+        (B, T) bool, not differentiable.
 
     The paper's loss has no clip, and |ln π - ln π_old| as the penalty of these tokens: with
     `policy_loss`, ref_logprobs=old_logprobs, kl_estimator="abs", a kl_coef (1.0 in the paper's
@@ -177,7 +177,7 @@ def _advantages_of_tokens(advantages: Tensor, logprobs: Tensor, layout: Layout) 
     check_real("advantages", advantages)
     check_same_device("advantages", advantages, "logprobs", logprobs)
     shape, sequences = tuple(logprobs.shape), layout.sequences(logprobs)
-    # Of packed tokens (N,) there may be as many as sequences; then advantages are of tokens.
+    # There may be as many packed tokens (N,) as sequences; advantages are then those of tokens.
     if tuple(advantages.shape) == (sequences,) != shape:
         return layout.spread(advantages).expand(shape)
     check_shape("advantages", advantages, shape, "the shape of logprobs, or (B,)")

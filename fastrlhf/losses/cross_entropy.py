@@ -1,5 +1,8 @@
 """The loss of supervised fine-tuning, from logits, or from hidden states without building them.
 
+`cross_entropy_options.py` has the options and the loss of a chunk of tokens;
+`fastrlhf/hf/model_losses.py` computes the same of a model.
+
 Dims: N tokens, H hidden, V vocabulary.
 """
 

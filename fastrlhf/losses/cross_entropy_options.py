@@ -35,7 +35,7 @@ class CrossEntropyOptions(TypedDict, total=False):
 
 
 class _Stats(Protocol):
-    """What the loss looks at, of some tokens."""
+    """The statistics of some tokens that the loss uses."""
 
     @property
     def logprob(self) -> Tensor: ...
@@ -79,7 +79,7 @@ class CrossEntropy(NamedTuple):
 
     @property
     def with_stats(self) -> tuple[str, ...]:
-        """What it takes besides the log-prob and the lse."""
+        """Names of the statistics that it uses besides the log-prob and the lse."""
         return ("mean_logit",) if self.label_smoothing else ()
 
     @property

@@ -1,5 +1,8 @@
 """The score of a sequence where another divergence than the reverse KL keeps policy and reference
 together: f-DPO.
+
+`pair_scores.py` and `preference.py` call `f_score`; the option is checked in
+`preference_options.py`.
 """
 
 from typing import Literal, get_args

@@ -116,6 +116,8 @@ def logits_policy_loss(
     Raises:
         TypeError, ValueError: as `policy_loss` and `token_stats`; an unknown option.
 
+    Source: as `policy_loss`.
+
     Example:
         >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
         >>> actions = torch.tensor([[0, 1, 2], [3, 4, 5]])
@@ -219,6 +221,8 @@ def linear_policy_loss(
 
     Raises:
         TypeError, ValueError: as `policy_loss` and `linear_token_stats`; an unknown option.
+
+    Source: as `policy_loss`.
 
     Example:
         >>> hidden, weight = torch.ones(2, 3, 4, requires_grad=True), torch.zeros(8, 4)

@@ -132,12 +132,12 @@ class _ChunkLoss(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the statistics that the loss looks at."""
+        """Names of the statistics that the loss looks at."""
         return "logprob", *self.loss.with_stats
 
     def of_chunk(self, stats: ChunkStats, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the losses of the chunk's sequences; `positions` of its tokens, as if the batch were
-        flat. The chunk is put back into a whole batch, of which the other sequences are empty.
+        """Sum the losses of the chunk's sequences. `positions` are those of its tokens in the
+        flattened batch. The chunk is put back into a whole batch, whose other sequences are empty.
         """
         given = {name: getattr(stats, name) for name in self.names}
         of_chunk = self.mask.new_zeros(self.mask.numel()).index_fill(0, positions, True)
@@ -156,5 +156,5 @@ class _ChunkLoss(NamedTuple):
 def _weighted_sum(
     targets: Tensor, loss: SequenceLoss, ignore_index: int, scorer: LinearScorer, weights: Tensor
 ) -> Tensor:
-    """Sum the losses with weights that backward asks for, which are not all alike."""
+    """Sum the losses with the weights that the backward asks for; these differ from each other."""
     return (_ungrouped_losses(scorer, targets, loss, ignore_index)[0] * weights).sum()

@@ -1,5 +1,7 @@
 """Advantages from several rewards, each compared with the same reward of the others of its group.
 
+It uses `samples.py`, as `groups.py` does, which has the advantages from a single reward.
+
 Dims: B samples, R rewards of each.
 """
 

@@ -2,6 +2,9 @@
 
 Everything here is a constant of the training step: nothing is differentiable.
 
+The formula of each kind is in `advantage_kinds.py`; `samples.py` puts the samples of a group next
+to each other. The advantages go into `policy_loss` (`policy.py`).
+
 Dims: B samples, each a sequence.
 """
 

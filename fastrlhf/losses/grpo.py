@@ -1,5 +1,8 @@
 """GRPO and its family: sets of options of the policy loss, by the names that their users know.
 
+The options are those of `policy_options.py`, the loss that takes them is in `policy.py`, and the
+advantages come from `groups.py`.
+
 Dims: B sequences, T tokens.
 """
 
@@ -24,7 +27,7 @@ LossType = Literal[
     "vespo", "dppo_tv", "dppo_kl", "gpg", "dro", "prime_rl",
 ]  # fmt: skip
 
-# What tells the members apart, with the bounds that their papers took.
+# The options by which the members differ, with the bounds of their papers.
 _GSPO: PolicyLossOptions = {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
 _GRPO: dict[str, PolicyLossOptions] = {
     "grpo": {"reduction": "sequence-mean"},
@@ -61,7 +64,7 @@ _GRPO: dict[str, PolicyLossOptions] = {
 
 
 class _Preset:
-    """What stands for a default that depends on the loss_type."""
+    """Stands in a signature for a default that depends on the loss_type."""
 
     def __repr__(self) -> str:
         return "..."
@@ -73,6 +76,9 @@ _OPTIONS = dict.fromkeys(PolicyOptions._fields, _Preset())
 @showing(PolicyLossOptions, _OPTIONS)
 def grpo_options(loss_type: LossType, **changes: Unpack[PolicyLossOptions]) -> PolicyLossOptions:
     """Return the options of `policy_loss` that a member of GRPO's family consists of.
+
+    Eager equivalent: a dict; `policy_loss(..., **grpo_options(loss_type))` is
+    `grpo_loss(..., loss_type=loss_type)`.
 
     They serve its fused forms too: `linear_policy_loss(..., **grpo_options("gspo"))`. What is
     passed besides replaces or joins them: `grpo_options("dapo", clip_high=0.3, kl_coef=0.01)`.
@@ -110,6 +116,8 @@ def grpo_options(loss_type: LossType, **changes: Unpack[PolicyLossOptions]) -> P
         ValueError: an unknown loss_type.
         TypeError: an unknown option; what they are is checked by the function that takes them.
 
+    Source: the papers that are named above; GRPO itself is 2402.03300 Eq. 3.
+
     Example:
         >>> options = fastrlhf.grpo_options("dapo", kl_coef=0.01)
         >>> options["clip_high"], options["reduction"], options["kl_coef"]
@@ -133,8 +141,16 @@ def grpo_loss(
     """Compute a loss of GRPO's family: `policy_loss` with `grpo_options(loss_type)`.
 
     Eager equivalent: `policy_loss(..., **{**grpo_options(loss_type), **options})`, with its
-    arguments, returns and errors. Advantages come from `group_advantages`; the papers' penalty is
-    ref_logprobs and a kl_coef (0.04 in 2402.03300), which is 0 here unless given.
+    arguments. Advantages come from `group_advantages`; the papers' penalty is ref_logprobs and a
+    kl_coef (0.04 in 2402.03300), which is 0 here unless given.
+
+    Returns:
+        loss and metrics, differentiable, as `policy_loss`.
+
+    Raises:
+        TypeError, ValueError: as `policy_loss` and `grpo_options`.
+
+    Source: as `grpo_options`.
 
     Example:
         >>> old = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]])  # two answers to one prompt

@@ -54,6 +54,8 @@ LINEAR_DPO_DEFAULTS = {**PreferenceOptions()._asdict(), **_MARGIN_AND_LIKELIHOOD
 class LinearDPOOptions(SharedDPOOptions, total=False):
     """The options of `linear_dpo_loss`, for `**options: Unpack[LinearDPOOptions]`; see there.
 
+    Source: as `linear_dpo_loss`.
+
     Example:
         >>> options: fastrlhf.LinearDPOOptions = {"loss_type": "simpo", "gamma": 0.5}
         >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(10, 4)

@@ -37,6 +37,8 @@ from fastrlhf.reference import Layout
 class KTOOptions(TypedDict, total=False):
     """The options of `kto_loss`, for `**options: Unpack[KTOOptions]`; see there.
 
+    Source: as `kto_loss`.
+
     Example:
         >>> options: fastrlhf.KTOOptions = {"desirable_weight": 1.0, "undesirable_weight": 2.0}
         >>> logps, labels = torch.tensor([-10.0, -12.0]), torch.tensor([True, False])

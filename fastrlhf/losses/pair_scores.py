@@ -1,4 +1,6 @@
-"""From log-probs to the scores of pairs, and the sum of their losses.
+"""Compute the scores of pairs from log-probs, and the sum of their losses.
+
+Used by `preference.py`, which has `dpo_loss`; `pair_losses.py` has the loss of each pair.
 
 Dims: B sequences, T tokens of each in rows, P pairs.
 """

@@ -1,4 +1,9 @@
-"""Estimates of the divergence from a reference policy, token by token."""
+"""Estimates of the divergence from a reference policy, token by token.
+
+`policy.py` adds them to a loss, `advantages.py` subtracts them from rewards, and `rejection.py`
+compares them with bounds. The kernel of the policy loss has the same formulas as device functions
+(`fastrlhf/kernels/policy_loss.py`).
+"""
 
 from collections.abc import Callable
 

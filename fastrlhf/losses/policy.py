@@ -188,11 +188,18 @@ def ppo_loss(
     mask: Tensor,
     **options: Unpack[PolicyArguments],
 ) -> tuple[Tensor, Metrics]:
-    """Compute PPO's clipped loss: `policy_loss` with surrogate "clip", with its other options,
-    returns and errors.
+    """Compute PPO's clipped loss: `policy_loss` with surrogate "clip", and with its arguments and
+    other options.
 
-    Eager equivalent: `-torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)[mask].mean()`. Source:
-    1707.06347 Eq. 7.
+    Eager equivalent: `-torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)[mask].mean()`.
+
+    Returns:
+        loss and metrics, differentiable, as `policy_loss`.
+
+    Raises:
+        TypeError, ValueError: as `policy_loss`.
+
+    Source: 1707.06347 Eq. 7.
 
     Example:
         >>> old = torch.tensor([[-1.0, -2.0, -0.5]])

@@ -31,6 +31,8 @@ EstimatorName = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
 class PolicyLossOptions(TypedDict, total=False):
     """The options that every form of the policy loss takes as keywords; see `policy_loss`.
 
+    Source: as `policy_loss`.
+
     Example:
         >>> options: fastrlhf.PolicyLossOptions = {"clip_low": 0.2, "clip_high": 0.28}
         >>> old, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2)

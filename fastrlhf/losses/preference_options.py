@@ -1,4 +1,8 @@
-"""The options of the DPO family, which travel as one object and are checked once."""
+"""The options of the DPO family, which travel as one object and are checked once.
+
+`preference.py` and `linear_preference.py` parse their keywords into them; `dpo_loss` says what each
+is.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -47,6 +51,8 @@ class SharedDPOOptions(TypedDict, total=False):
 
 class DPOOptions(SharedDPOOptions, total=False):
     """The options of `dpo_loss`, for `**options: Unpack[DPOOptions]`; see there.
+
+    Source: as `dpo_loss`.
 
     Example:
         >>> options: fastrlhf.DPOOptions = {"loss_type": "sigmoid", "label_smoothing": 0.1}
@@ -132,7 +138,7 @@ class PreferenceOptions(NamedTuple):
 
     @property
     def averages(self) -> str | None:
-        """What needs the number of tokens of each sequence, in words."""
+        """The option that needs the number of tokens of each sequence, in words; None if none."""
         for name in self.loss_type:
             if name == "sft" or (name in MARGIN_LOSSES and MARGIN_LOSSES[name].average):
                 return f"loss_type {name!r}"

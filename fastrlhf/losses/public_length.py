@@ -1,5 +1,7 @@
 """Log-probs of pairs whose lengths are to matter less: LD-DPO.
 
+Used by `pair_scores.py` alone.
+
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed, P pairs.
 """
 

@@ -1,5 +1,8 @@
 """Preferences among more than two completions: Plackett–Luce DPO, and rankings as pairs.
 
+The pairs go into `dpo_loss` (`preference.py`); the loss of a ranking is `plackett_luce_loss` of
+`reward.py`, applied to implicit rewards.
+
 Dims: B sequences, P pairs, K rankings.
 """
 
@@ -60,6 +63,11 @@ def plackett_luce_dpo_loss(
 def ranked_pairs(groups: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Make all pairs of each ranking, for `dpo_loss` and its relatives.
 
+    Eager equivalent::
+
+        one_ranking = groups.unsqueeze(1) == groups
+        (one_ranking & (ranks.unsqueeze(1) < ranks)).nonzero(as_tuple=True)
+
     Args:
         groups: (B,) integer, which ranking a sequence belongs to.
         ranks: (B,) integer, the sequence's place in its ranking, the best the smallest. Two of one
@@ -67,10 +75,13 @@ def ranked_pairs(groups: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         yw_idxs, yl_idxs: (P,) int64, in ascending order of the first, then of the second; k
-        sequences of different ranks have k (k - 1) / 2 pairs. On a GPU, their number is awaited.
+        sequences of different ranks have k (k - 1) / 2 pairs. Not differentiable. On a GPU,
+        their number is awaited.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
+
+    Source: 2203.02155 Eq. 1, whose sum is over all pairs of a ranking.
 
     Example:
         >>> groups, ranks = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 2, 3, 2, 1])

@@ -1,4 +1,7 @@
-"""Ratios of probabilities from the difference of their logs: finite, and exact near 1."""
+"""Ratios of probabilities from the difference of their logs: finite, and exact near 1.
+
+Used wherever a loss has a ratio: `surrogates.py`, `penalties.py`, `rollout.py` and their relatives.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""From losses of tokens to one number: which weight each token has in it.
+"""Reduce the losses of tokens to one number: the weight that each token has in it.
+
+The policy loss (`policy_arguments.py`), `value.py` and `process_reward.py` take their weights and
+means from here.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """

@@ -1,5 +1,8 @@
 """Losses of preference pairs that need no reference model: SimPO, CPO and ORPO.
 
+`linear_preference.py` computes the same losses from hidden states, and `triple.py` adds a third
+sequence. `preference.py` has the losses with a reference.
+
 Dims: B sequences, P pairs.
 """
 
@@ -181,7 +184,12 @@ def orpo_loss(
         losses (P,), differentiable with respect to logps and nll, and rewards (B,) = β·mean
         log-prob, detached.
 
-    1 - e^m is taken without cancellation. Raises as `dpo_loss`. Source: 2403.07691 Eq. 6 and 7.
+    1 - e^m is taken without cancellation.
+
+    Raises:
+        TypeError, ValueError: as `dpo_loss`.
+
+    Source: 2403.07691 Eq. 6 and 7.
 
     Example:
         >>> logps = torch.tensor([-10.0, -12.0, -14.0, -11.0])  # of four answers

@@ -2,6 +2,9 @@
 
 Everything here is a constant of the training step: nothing is differentiable.
 
+`advantages.py` has shaped rewards and whitening, `fastrlhf/ops/gae.py` advantages with a value
+model, and `groups.py` those of groups of samples.
+
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 
@@ -94,6 +97,9 @@ def outcome_rewards(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
+
+    Source: a definition; outcome supervision, as in 2402.03300, section 4.1.2, whose advantages are
+    those of every token.
 
     Example:
         >>> mask = torch.tensor([[True, True, False], [True, True, True]])

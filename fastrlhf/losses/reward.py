@@ -1,5 +1,8 @@
 """Losses of reward models: pairs (Bradley–Terry) and rankings (Plackett–Luce).
 
+`rankings.py` applies the ranking loss to a policy; `process_reward.py` has the loss of a model that
+scores single steps.
+
 Dims: P pairs, M items, K groups.
 """
 

@@ -96,8 +96,8 @@ def rollout_correction(
     (richardli.xyz/rl-collapse, MIS and geometric means); IcePop: 2510.18855.
 
     Example:
-        >>> rollout = torch.tensor([[-1.0, -2.0, -4.0]])  # what the engine says that sampled
-        >>> logprobs = torch.tensor([[-1.0, -1.9, -2.0]])  # what the trainer says
+        >>> rollout = torch.tensor([[-1.0, -2.0, -4.0]])  # from the engine that sampled
+        >>> logprobs = torch.tensor([[-1.0, -1.9, -2.0]])  # from the trainer
         >>> weights, metrics = fastrlhf.rollout_correction(logprobs, rollout, torch.ones(1, 3))
         >>> weights
         tensor([[1.0000, 1.1052, 2.0000]])

@@ -1,4 +1,4 @@
-"""What tells how far the policy that is trained is from the one that sampled.
+"""Metrics of how far the policy that is trained is from the one that sampled.
 
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
@@ -56,7 +56,7 @@ def rollout_metrics(
         their logs; "log_ppl_diff", mean(-x), and "log_ppl_abs_diff", its absolute value;
         "ppl_ratio", e^mean(-x); and "chi2_seq", (Πw)² - 1 of the product over the sequence. 0 where
         there are no tokens. Logs of ratios and of perplexities end at ±80 (±700 in fp64), so that
-        all is finite.
+        all is finite. None is differentiable.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; a group that is none.

@@ -24,8 +24,8 @@ _LARGEST = 1e18
 
 
 class RolloutTokens(NamedTuple):
-    """What is known of the tokens of a batch, 0 outside of the mask; each (B, T), or packed, of the
-    shape of the mask.
+    """Numbers of the tokens of a batch, 0 outside of the mask; each (B, T), or packed, of the shape
+    of the mask.
     """
 
     inside: Tensor  # bool
@@ -39,8 +39,8 @@ class RolloutTokens(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What the numbers of a metric belong to: the tokens of this rank, or all sequences, which
-    every rank has.
+    """The units that a metric has a number for: the tokens of this rank, or all sequences, of
+    which every rank has every number.
     """
 
     tokens: RolloutTokens

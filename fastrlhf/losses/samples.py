@@ -1,5 +1,8 @@
 """Samples in order of their groups, and what each takes from the others of its own.
 
+`groups.py`, `gdpo.py` and `pf_ppo.py` check and order their samples with it; `advantage_kinds.py`
+has the formulas on the result.
+
 Dims: B samples.
 """
 
@@ -67,7 +70,7 @@ def in_groups(
     k: int | None = None,
 ) -> tuple[Samples, Tensor]:
     """Put samples in order of their groups. Returns them, and where each of the given ones is."""
-    # Those that count come first in their group.
+    # Samples that count come first in their group.
     order = torch.logical_not(counts).to(torch.uint8).argsort(stable=True)
     order = order[groups[order].argsort(stable=True)]
     ids, counts = groups[order], counts[order]

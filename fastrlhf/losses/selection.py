@@ -1,4 +1,4 @@
-"""Which tokens a policy loss is of: those at which the policy is unsure.
+"""Choose the tokens that a policy loss is about: those at which the policy is unsure.
 
 A selection is a mask (B, T) of constants, to be used as `rollout_weights` of `policy_loss`, so that
 means go on to count all tokens.
@@ -38,8 +38,8 @@ def top_entropy_mask(
             share is that of all. The host waits for the sizes. None: of this batch alone.
 
     Returns:
-        The shape of entropy, bool, False outside of the mask. An entropy of NaN is not chosen,
-        and is none of the n tokens.
+        The shape of entropy, bool, False outside of the mask; not differentiable. An entropy of
+        NaN is not chosen, and is none of the n tokens.
 
     For a loss of these tokens alone, whose means count all (the paper's, and TRL's)::
 

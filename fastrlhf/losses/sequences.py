@@ -1,4 +1,8 @@
-"""From log-probs of tokens to log-probs of sequences."""
+"""Sum log-probs of tokens to log-probs of sequences.
+
+`linear_preference.py` and `linear_unpaired.py` sum with it; `fastrlhf/reference/layout.py` says
+where the tokens of each sequence stand.
+"""
 
 from torch import Tensor
 
@@ -36,6 +40,8 @@ def sequence_logprobs(
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit; neither mask nor cu_seqlens; a
             group that is none, or without this process.
+
+    Source: a definition; the log-likelihood of a sequence, by the chain rule of probability.
 
     Example:
         >>> token_logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, 0.0]])

@@ -35,7 +35,7 @@ def showing(
     return decorated
 
 
-# What other libraries call an option of ours.
+# The names that other libraries have for options, and the names of these here.
 _ELSEWHERE = {
     "beta": "kl_coef", "epsilon": "clip_low and clip_high", "epsilon_low": "clip_low",
     "epsilon_high": "clip_high", "delta": "dual_clip", "clip_ratio_c": "dual_clip",

@@ -1,5 +1,7 @@
 """TPO, whose pairs come with a third sequence, to learn as it is.
 
+It is built from the functions of `reference_free.py`.
+
 Dims: B sequences, P pairs.
 """
 

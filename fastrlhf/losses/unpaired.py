@@ -1,5 +1,8 @@
 """KTO, which learns from sequences with a label of their own.
 
+`linear_unpaired.py` computes the same loss from hidden states; `preference.py` has the losses of
+pairs.
+
 Dims: B sequences.
 """
 

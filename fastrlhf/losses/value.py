@@ -1,5 +1,8 @@
 """The loss of a value model (critic).
 
+The returns that it fits are those of `gae` (`fastrlhf/ops/gae.py`) or of `returns.py`; `reduce.py`
+has the weights of the tokens.
+
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 

@@ -1,5 +1,7 @@
 """Weights of sequences by how likely the policy is to sample them: WPO.
 
+`preference.py` multiplies the losses of pairs by these weights.
+
 Dims: B sequences, T tokens of each in rows, N tokens of all where they are packed.
 """
 

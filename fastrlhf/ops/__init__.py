@@ -1,4 +1,12 @@
-"""The vocabulary-sized operations, and the sequence-sized ones that have a kernel."""
+"""The vocabulary-sized operations, and the sequence-sized ones that have a kernel.
+
+`token_stats.py` is the one to read first: `divergence.py`, `fisher.py` and `policy_loss.py` are
+built in the same way. Each checks its arguments (`logits_arguments.py`), chooses a backend
+(`backend.py`), and calls `fastrlhf/kernels`, or `compiled_*.py` or `eager_*.py` here, which run the
+formulas of `fastrlhf/reference`. The operations from hidden states begin with
+`linear_token_stats.py`, and `linear_plans.py` says what they cost. `scorer.py` is what
+`fastrlhf/losses` asks for statistics.
+"""
 
 from .backend import get_backend, set_backend
 from .divergence import kl_divergence

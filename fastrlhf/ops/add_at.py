@@ -1,4 +1,8 @@
-"""Add to rows that are found by number, in the same order at each run."""
+"""Add to rows that are found by number, in the same order at each run.
+
+Used where several tokens add to one row: in `head_gradients.py`, `shared_targets.py`,
+`shared_slopes.py`, `kept_logits.py` and `weighted_rows.py`.
+"""
 
 from torch import Tensor
 

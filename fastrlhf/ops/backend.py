@@ -34,7 +34,7 @@ BACKENDS = ("auto", "triton", "compiled", "eager")
 _WORTH_COMPILING = 2**22
 
 _VARIABLE = "FASTRLHF_BACKEND"
-_chosen: str | None = None  # by set_backend
+_chosen: str | None = None  # the last argument of set_backend; None before its first call
 
 
 def check_impl(impl: str, name: str = "impl") -> None:

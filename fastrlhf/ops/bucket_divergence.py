@@ -22,7 +22,7 @@ DIRECTIONS = (*PLAIN_DIRECTIONS, "skewed_forward", "skewed_reverse")
 
 
 class BucketMeasure(NamedTuple):
-    """What is measured: see `topk_kl_divergence`."""
+    """Which divergence is measured: the options of `topk_kl_divergence`."""
 
     direction: str
     tail: bool

@@ -186,7 +186,8 @@ class RowFunction:
     def _compiled(self, kinds: Kinds, options: dict[str, Hashable]) -> _Variant:
         if not compiler_is_there():
             raise NotCompiled
-        if _is_off():  # for a while
+        # It may be off only for a while: nothing is recorded, so that a later call tries again.
+        if _is_off():
             self._refuse(_OFF)
         start = time.perf_counter()
         name, function = self.function.__name__.strip("_"), _copied(self.function, options)
@@ -201,7 +202,8 @@ class RowFunction:
             if not _is_compiled(function.__code__):
                 raise RuntimeError("nothing came of it")
         except Exception as error:  # a compiler can fail in any way
-            if _is_off():  # meanwhile
+            # It was turned off while it was compiling, which is not a failure of the compiler.
+            if _is_off():
                 self._refuse(_OFF)
             if _required.get():
                 raise RuntimeError(f"{name} cannot be compiled: {_reason(error)}") from error

@@ -183,6 +183,8 @@ def linear_softmax_fisher_product(
         TypeError, ValueError: as `linear_token_stats` and `softmax_fisher_product`.
         RuntimeError: under a torch.func transform.
 
+    Source: as `softmax_fisher_product`.
+
     Example:
         >>> hidden, weight = torch.ones(1, 2), torch.zeros(4, 2)
         >>> tangent = torch.tensor([[1.0, 0.0]])

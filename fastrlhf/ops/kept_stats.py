@@ -28,7 +28,7 @@ _NO_ID = 2**62  # larger than any id
 
 
 class KeptQuestion(NamedTuple):
-    """What is asked about kept logits."""
+    """Which statistics of kept logits are asked for, and how they are computed."""
 
     transform: Transform  # its temperatures (N,) in the dtype of the logits
     entropy: bool
@@ -138,7 +138,7 @@ def _forward(
         stats = reference.statistics_of_parts(parts, kept.counts, temperature)
     logprob, entropy, lse, peak, log_norm, is_top1, mean_logit, log_squares = stats
     alone, live = kept.alone, kept.live_tokens
-    # What the statistics of a token are that keeps one id; None: they depend on its logit.
+    # The statistics of a token that keeps one id; None where they depend on its logit.
     certain = (0.0, 0.0, None, True, None, 0.0)
     every = (
         torch.where(alone, value, x) if value is not None and len(x) else x
@@ -170,7 +170,7 @@ def _row_parts(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> referen
     before = peak[:0]
     if "is_top1" in question.with_stats:
         before = kept.largest(torch.where(kept.ids < targets, capped, -torch.inf))
-    own = capped[kept.own] if len(capped) else peak  # of ignored tokens alone
+    own = capped[kept.own] if len(capped) else peak  # without ids, all tokens are ignored
     return reference.named_parts(
         peak, own, before, sums, question.entropy, question.with_stats
     )  # fmt: skip
@@ -252,7 +252,7 @@ def _definition(logits: Tensor, kept: KeptIds, question: KeptQuestion) -> KeptSt
     """
     options, live = question.of_tokens, kept.live_tokens
     temperature, softcap, scale = options.values()
-    if not len(kept.ids):  # of ignored tokens alone
+    if not len(kept.ids):  # all tokens are ignored
         zeros = logits.sum() + logits.new_zeros(live.shape)
         return question.answer([zeros] * len(question.asked))
     column = torch.arange(max(1, int(kept.counts.max())), device=logits.device)

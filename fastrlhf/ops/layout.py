@@ -203,7 +203,7 @@ class _Spread(torch.autograd.Function):
 
 def _sums_by_tree(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum (N,) over each run: see above. Plain tensor code."""
-    start, stop = cu_seqlens[:-1], cu_seqlens[1:]  # of what is not yet added, in cells of a level
+    start, stop = cu_seqlens[:-1], cu_seqlens[1:]  # cells of this level that are not yet added
     total = values.new_zeros(start.shape)
     while values.shape[0] > _NEIGHBOURS:
         # Whole groups of K lie from `first` to `end`; `first` is beyond `end` within one group.

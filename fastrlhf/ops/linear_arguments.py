@@ -113,7 +113,7 @@ def _check_ranks_agree(
     part, hidden = inputs.part, inputs.hidden
     assert part is not None
     triton = use_triton(inputs.impl, hidden)
-    # What ranks send each other also depends on which gradients are wanted.
+    # Which gradients are wanted decides what ranks send each other, so ranks must agree on it.
     yes_and_no = (triton, *question.yes_and_no, *inputs.wanted_gradients)
     dtype = inputs.dtype or matmul_dtype(hidden)
     compared = {"chunk_size": chunk, **numbered(yes_and_no, dtype, *transform[1:])}

@@ -32,7 +32,9 @@ from .sharded import head_part, replicated
 
 
 class ChunkStats(NamedTuple):
-    """What a loss sees of n tokens at a time: `TokenStats`, and the groups that they belong to.
+    """The statistics of n tokens that a loss is given at a time, and the groups of the tokens.
+
+    Source: as `token_stats`.
 
     Example:
         >>> def z_loss(stats: fastrlhf.ChunkStats):
@@ -122,6 +124,8 @@ def linear_loss(
     Raises:
         TypeError, ValueError: as `linear_token_stats`; groups or side inputs that do not fit; a
             loss_fn that returns anything else.
+
+    Source: a definition; the loss is the function that is given.
 
     Example:
         >>> def loss_fn(stats, weights):

@@ -51,7 +51,7 @@ from .vocabulary_part import VocabularyPart
 
 
 class Needs(NamedTuple):
-    """What needs a gradient."""
+    """Which of the inputs need a gradient."""
 
     hidden: bool
     weights: list[bool]
@@ -70,7 +70,7 @@ class Needs(NamedTuple):
 
 
 class Plan(Enum):
-    """What is done with the logits while they are there."""
+    """The work that is done on a block of logits before they are dropped."""
 
     READ_ONLY = "read the statistics"
     KEEP_SLOPES = "keep the gradient of each statistic"

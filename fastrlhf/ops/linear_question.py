@@ -1,4 +1,8 @@
-"""What is asked about tokens: keywords that do not depend on how their logits are made."""
+"""The question about tokens: keywords that do not depend on how their logits are made.
+
+`linear_token_stats.py`, `linear_loss.py` and `scorer.py` make one from their keywords,
+`linear_problem.py` puts it beside the tensors, and `linear_plans.py` answers it.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypedDict

@@ -141,6 +141,8 @@ def linear_token_stats(
 
     The gradient with respect to hidden: g·(w_target - Σ p_v w_v), for the log-prob's upstream g.
 
+    Source: as `token_stats`.
+
     Example:
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 0.0]], requires_grad=True)
         >>> weight = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])  # of the head, (V, H)
@@ -176,11 +178,19 @@ def linear_token_logprobs(
     impl: str = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    """Compute ln p(target) of each token: `linear_token_stats(...).logprob`, with its arguments,
-    cost and errors.
+    """Compute ln p(target) of each token: `linear_token_stats(...).logprob`, with its arguments
+    and cost.
 
     Eager equivalent: `F.linear(hidden, weight, bias).float().log_softmax(-1).gather(-1,
     targets[..., None])[..., 0]`.
+
+    Returns:
+        (...) in nats, fp32 (fp64 for fp64 hidden states), differentiable as `logprob` is there.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_stats`.
+
+    Source: as `token_stats`.
 
     Example:
         >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])

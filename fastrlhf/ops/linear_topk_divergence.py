@@ -101,6 +101,8 @@ def linear_topk_kl_divergence(
     Raises:
         TypeError, ValueError: as `linear_token_stats` and `topk_kl_divergence`.
 
+    Source: as `topk_kl_divergence`.
+
     Example:
         >>> hidden, weight = torch.ones(1, 4, requires_grad=True), torch.zeros(8, 4)
         >>> teacher = torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[3, 5]])  # log-probs, ids

@@ -1,6 +1,9 @@
 """Arguments of the operations from logits (..., V), checked before anything is computed.
 
 What tensors hold is checked where that costs no synchronisation: on the CPU.
+
+Used by `token_stats.py`, `divergence.py`, `fisher.py`, `topk_divergence.py` and `policy_loss.py`;
+`linear_arguments.py` is its counterpart for hidden states.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """Rows that follow each other among those that are selected: a view, where others are a copy.
 
 What a mask selects of a batch are mostly a few long runs: the answers, after their prompts.
+
+`rows.py` and `compiled_rows.py` look for spans; `linear_rows.py` cuts rows into blocks by them.
 """
 
 from torch import Tensor

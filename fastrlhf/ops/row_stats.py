@@ -1,4 +1,4 @@
-"""What is asked about rows of logits, and room for the answer.
+"""The question about rows of logits, and room for the answer.
 
 The forward of `token_stats` fills a `RowStats`, on whatever backend it runs. Where ranks share a
 vocabulary, it is put together from a `RowParts` of each rank, whose fields `Question.asked` names.

@@ -63,20 +63,21 @@ class Scorer(Protocol):
         self, targets: Tensor, *, ignore_index: int, entropy: bool = False,
         entropy_grad: bool = True, with_stats: Iterable[str] = (), lse: bool = True,
     ) -> TokenStats:  # fmt: skip
-        """As `linear_token_stats`. `lse`: whether anybody looks at it."""
+        """Compute statistics as `linear_token_stats` does. `lse`: whether the caller uses it."""
 
     def loss(
         self, loss_fn: LossFunction, targets: Tensor, *side_inputs: Tensor,
         ignore_index: int, groups: Tensor | None = None, entropy: bool = False,
         with_stats: Iterable[str] = (), lse: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """As `linear_loss`. `with_stats`: what else the loss sees, of which `mean_logit` is
-        differentiable; `lse`: whether it looks at that.
+        """Compute a loss and its gradient, as `linear_loss` does. `with_stats` names further
+        statistics that the loss sees, of which `mean_logit` is differentiable; `lse` says whether
+        it uses the lse.
         """
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The logits (n, V) of some hidden states, numbered as if flat: in fp32 or fp64, scaled and
-        capped, but without temperature; differentiable.
+        """Compute the logits (n, V) of some hidden states, numbered as if flat: in fp32 or fp64,
+        scaled and capped, but without temperature; differentiable.
         """
 
 

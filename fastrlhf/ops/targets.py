@@ -1,4 +1,7 @@
-"""Targets aligned with the logits that predict them."""
+"""Targets aligned with the logits that predict them.
+
+The targets go into `token_stats.py`, and into all operations that are made of it.
+"""
 
 import torch
 from torch import Tensor
@@ -32,10 +35,13 @@ def shift_targets(
         ignore_index: what marks a position without a target.
 
     Returns:
-        (..., T) int64 targets; `targets != ignore_index` is the mask of their log-probs.
+        (..., T) int64 targets; `targets != ignore_index` is the mask of their log-probs. Integers,
+        so not differentiable.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
+
+    Source: a definition; prediction of the next token.
 
     Example:
         >>> input_ids = torch.tensor([[5, 6, 7, 8]])

@@ -1,7 +1,9 @@
-"""What a teacher gives for each token: the log-probs of a few words of the vocabulary.
+"""The teacher's side of a token: the log-probs of a few words of the vocabulary.
 
 They also say how probable all other words are together, the *rest*, since probabilities add up to
 1.
+
+Used by `topk_divergence.py`, where the formulas are, and by `linear_topk_divergence.py`.
 
 Dims: N tokens, k words, V vocabulary.
 """

@@ -140,6 +140,9 @@ def token_stats(
     The gradient: dz = g·(e_target - p) - h·p⊙(ln p + H), for upstream g of the log-prob and h of
     the entropy H.
 
+    Source: a definition; the log-likelihood, entropy and log-partition function of a categorical
+    distribution whose natural parameters are the logits.
+
     Example:
         >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
         >>> stats = fastrlhf.token_stats(logits, torch.tensor([0, 2]), entropy=True)
@@ -222,10 +225,17 @@ def token_logprobs(
     impl: str = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    """Compute ln p(target) of each token: `token_stats(...).logprob`, with its arguments and
-    errors.
+    """Compute ln p(target) of each token: `token_stats(...).logprob`, with its arguments.
 
     Eager equivalent: `logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]`.
+
+    Returns:
+        (...) in nats, fp32 (fp64 for fp64 logits), differentiable as `logprob` is there.
+
+    Raises:
+        TypeError, ValueError: as `token_stats`.
+
+    Source: as `token_stats`.
 
     Example:
         >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
@@ -396,7 +406,7 @@ class _Upstream(NamedTuple):
 
     @property
     def slopes(self) -> tuple[Tensor | None, ...]:
-        """Contiguous, as kernels take them."""
+        """The gradients of the statistics, contiguous, as kernels take them."""
         slopes = self.d_logprob, self.d_entropy, self.d_lse, self.d_mean
         return tuple(None if x is None else x.contiguous() for x in slopes)
 

@@ -1,5 +1,9 @@
 """The divergence of a student and a teacher of whom the likeliest words are known, from logits.
 
+`teacher_words.py` checks what is known of the teacher, `bucket_logits.py` reduces the student's
+logits to its words and the rest, and `bucket_divergence.py` compares both.
+`linear_topk_divergence.py` computes the same from hidden states.
+
 Dims: N tokens, k words of the teacher, V vocabulary.
 """
 

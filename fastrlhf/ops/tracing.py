@@ -1,4 +1,8 @@
-"""Whether a call is run, or traced into a graph."""
+"""Find out whether a call is run, or traced into a graph.
+
+Checks that read what tensors hold, and code that must not be traced, ask it first; see `checks.py`
+and `backend.py`.
+"""
 
 import torch
 from torch._guards import TracingContext

@@ -20,7 +20,7 @@ from .linear_head import Head, Weight
 
 
 class ValueGradients(NamedTuple):
-    """What forward finishes for one head: nothing, where nothing needs a gradient."""
+    """Gradients that the forward finishes for one head; None where no gradient is needed."""
 
     head: Head
     hidden: Tensor  # (N, K)

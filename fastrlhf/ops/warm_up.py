@@ -1,4 +1,8 @@
-"""Compile ahead what a training run will use."""
+"""Compile ahead what a training run will use.
+
+What is compiled is in `compiled_token_stats.py`, `compiled_divergence.py`, `compiled_fisher.py` and
+`compiled_gae.py`; `compiled.py` compiles it.
+"""
 
 import sys
 import time
@@ -36,6 +40,8 @@ def warm_up(
     impl: str = "compiled",
 ) -> float:
     """Compile ahead what operations use, forward and backward, and return the seconds it took.
+
+    Eager equivalent: none. It calls each operation on zeros, which has no effect on other results.
 
     Without it, the first call of an operation compiles what it uses, once for each combination of
     dtypes and options, and never again for another size. The value of a temperature, softcap or

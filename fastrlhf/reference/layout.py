@@ -1,5 +1,7 @@
 """Where the tokens of each sequence stand, and sums over the tokens of sequences.
 
+`preference.py` here uses it, as do the losses of sequences in `fastrlhf/losses` and `fastrlhf/ops`.
+
 Dims: B sequences, T tokens.
 """
 

@@ -1,4 +1,7 @@
-"""Scalar functions that are accurate in their tails, and so are their derivatives."""
+"""Scalar functions that are accurate in their tails, and so are their derivatives.
+
+Nearly every module of this folder imports it; `token_statistics.py` is the next to read.
+"""
 
 import math
 

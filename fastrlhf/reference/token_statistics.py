@@ -25,6 +25,8 @@ class TokenStats(NamedTuple):
 
     The statistics that `with_stats` names are in `FurtherTokenStats`; here they are None.
 
+    Source: as `token_stats`.
+
     Example:
         >>> stats = fastrlhf.token_stats(torch.zeros(2, 8), torch.tensor([0, 5]), entropy=True)
         >>> logprob, entropy, lse = stats
@@ -58,6 +60,9 @@ class FurtherTokenStats(NamedTuple):
     mean_logit: (...,) z.mean(-1) over the vocabulary, -inf if any of them is; 0 where the target is
     ignored.
     log_sum_sq_probs: (...,) ln Σ p², 0 where all logits are -inf or the target is ignored.
+
+    Source: a definition; the accuracy of the top choice, the mean of the logits, and the log of the
+    collision probability.
 
     Example:
         >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])

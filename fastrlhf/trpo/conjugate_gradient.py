@@ -52,6 +52,8 @@ def conjugate_gradient(
         TypeError, ValueError: a target that is no vector; an operator that makes something else of
             a vector; an option out of range.
 
+    Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952).
+
     Example:
         >>> matrix, target = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([2.0, 2.0])
         >>> solution, residual = fastrlhf.conjugate_gradient(lambda v: matrix @ v, target)

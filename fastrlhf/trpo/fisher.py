@@ -128,7 +128,9 @@ class FisherProduct:
         return _by_double_vjp(self.policy, tangents)
 
     def _pull_back(self, output: Tensor, tangent: Tensor) -> Tensor:
-        """Jᵀ of what the Fisher information of each token makes of its tangent."""
+        """Multiply the Fisher information of each token's logits by its tangent, and pull the
+        product back to the parameters: multiply it by Jᵀ, for the Jacobian J of the output.
+        """
         policy, plain = self.policy, output.detach()
         options = policy.options() | {"mask": policy.mask}
         if policy.head is None:

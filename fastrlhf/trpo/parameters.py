@@ -29,11 +29,13 @@ class Parameters:
 
     @property
     def size(self) -> int:
-        """D."""
+        """The number D of elements of all parameters."""
         return sum(self.sizes)
 
     def gradient(self, output: Tensor, upstream: Tensor | None = None) -> Tensor:
-        """Gradient (D,) of an output, fp32 at least; zeros for parameters that it does not use."""
+        """Compute the gradient (D,) of an output, in fp32 at least; it is 0 for parameters that the
+        output does not use.
+        """
         gradients = torch.autograd.grad(output, self.tensors, upstream, allow_unused=True)
         pairs = zip(self.tensors, gradients, strict=True)
         parts = (torch.zeros_like(p) if x is None else x for p, x in pairs)

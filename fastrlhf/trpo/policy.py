@@ -51,7 +51,7 @@ class PolicyOnBatch:
         self.group = _ranks(group)
 
     def output(self) -> Tensor:
-        """What the policy returns, with its graph: logits (..., V), or hidden states (..., H)."""
+        """Call the policy: logits (..., V), or hidden states (..., H), with their graph."""
         output = self.policy()
         if not isinstance(output, Tensor) or not output.requires_grad:
             got = "one without gradient" if isinstance(output, Tensor) else type(output).__name__

@@ -40,7 +40,9 @@ from .policy import Policy, PolicyOnBatch, differentiable_attention
 
 
 class TrustRegionInfo(NamedTuple):
-    """What a step did; numbers are 0-d tensors, of the whole batch on every rank.
+    """The result of a step; tensors are 0-d, and of the whole batch on every rank.
+
+    Source: as `trpo_step`.
 
     Example:
         >>> policy = torch.nn.Linear(3, 4)
@@ -78,6 +80,12 @@ def trpo_step(
     group: Group | None = None,
 ) -> TrustRegionInfo:
     """Take one TRPO step: along the natural gradient, as far as an exact KL allows.
+
+    Eager equivalent of a step that needs no shortening, with F = the Fisher matrix + damping·I::
+
+        g = gradient of (ratio * advantages)[mask].mean() with respect to params
+        x, _ = conjugate_gradient(lambda v: F @ v, g, iterations=cg_iterations)
+        params += (2 * max_kl / (x @ g)).sqrt() * x
 
     It solves (F + λI)x = g for the gradient g of mean(r·A), moves the parameters by
     √(2·max_kl / xᵀ(F + λI)x)·x, and shortens that step until the surrogate improves and the exact
@@ -170,8 +178,8 @@ class _Before(NamedTuple):
 
 
 def _differentiated(on_batch: PolicyOnBatch, batch: _Batch) -> tuple[_Before, Tensor, _Batch]:
-    """The policy before the step, the gradient (D,) of its surrogate, and the batch with its old
-    log-probs.
+    """Compute the policy before the step and the gradient (D,) of its surrogate. Returns them, and
+    the batch with its old log-probs.
     """
     with differentiable_attention():
         output = on_batch.output()
@@ -186,7 +194,7 @@ def _differentiated(on_batch: PolicyOnBatch, batch: _Batch) -> tuple[_Before, Te
 
 
 def _kept(output: Tensor, parameters: Parameters) -> Tensor:
-    """What the policy returned, so that it stays as it is when the parameters move: a copy, where
+    """Return the policy's output so that it stays the same when the parameters move: a copy, if
     it lies in the memory of one of them.
     """
     output = output.detach()
@@ -199,7 +207,7 @@ def _kept(output: Tensor, parameters: Parameters) -> Tensor:
 def _surrogate_and_kl(
     on_batch: PolicyOnBatch, batch: _Batch, old_output: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Surrogate and mean KL(old‖new) of the parameters as they are."""
+    """Compute the surrogate and the mean KL(old‖new) of the parameters as they are."""
     output, head = on_batch.policy(), on_batch.head
     of_tokens = _surrogate_of_tokens(on_batch.logprobs(output, batch.targets), batch)
     options = on_batch.options() | {"direction": "forward", "mask": batch.mask}

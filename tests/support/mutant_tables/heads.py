@@ -137,7 +137,7 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/ops/head_gradients.py", "test_vocabulary_over_ranks.py",
         (
-            "shared: P2 to P4 have the gradient of this rank's columns",
+            "shared: WITH_LOSS and RECOMPUTE have the gradient of this rank's columns",
             "self.over_ranks = None if group is None or hidden is None else",
             "self.over_ranks = None if group is None or hidden is not None else",
             "of_the_whole and linear_loss and eager and uneven",
@@ -437,7 +437,7 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/ops/linear_token_stats.py", "test_vocabulary_over_ranks.py",
         (
-            "shared: P1 has the gradient of this rank's columns",
+            "shared: KEEP_SLOPES has the gradient of this rank's columns",
             "d_hidden = all_reduced_rows(d_hidden, order, problem.options.part.group)",
             "pass",
             "frozen and linear_token_stats and hidden and eager",

@@ -305,7 +305,7 @@ MUTANTS = [
         ),
         (
             "compiled: a compiler that is turned off is taken for one that failed",
-            "            if _is_off():  # meanwhile\n                self._refuse(_OFF)\n", "",
+            "            if _is_off():\n                self._refuse(_OFF)\n", "",
             "was_turned_off_meanwhile",
         ),
         (
@@ -315,7 +315,7 @@ MUTANTS = [
         ),
         (
             "compiled: while the compiler is off",
-            "        if _is_off():  # for a while\n            self._refuse(_OFF)\n", "",
+            "        if _is_off():\n            self._refuse(_OFF)\n", "",
             "asked_again",
         ),
         (

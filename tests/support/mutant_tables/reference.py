@@ -68,12 +68,12 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/reference/row_statistics.py", "test_linear_cross_entropy.py",
         (
-            "eager K1: a mean logit without temperature",
+            "eager token_stats forward: a mean logit without temperature",
             "mean_logit = total / vocab / temperature", "mean_logit = total / vocab",
             "loss_is_that and smoothed and warm",
         ),
         (
-            "eager K1: a mean of logits that are neither scaled nor capped",
+            "eager token_stats forward: a mean of logits that are neither scaled nor capped",
             "yield capped\n", "yield logits.to(capped)\n",
             "loss_is_that and smoothed and (scaled or capped)",
         ),
@@ -81,38 +81,38 @@ MUTANTS = [
     *mutants_of(
         "fastrlhf/reference/row_statistics.py", "test_with_stats.py",
         (
-            "eager K1: a top token beside NaN",
+            "eager token_stats forward: a top token beside NaN",
             "& ~log_norm.isnan() & ~empty", "& ~empty",
             "without_a_distribution and eager",
         ),
         (
-            "eager K1: the top of a row of nothing",
+            "eager token_stats forward: the top of a row of nothing",
             "& ~log_norm.isnan() & ~empty", "& ~log_norm.isnan()",
             "masked_vocabulary and eager",
         ),
         (
-            "eager K1: weights for their squares",
+            "eager token_stats forward: weights for their squares",
             "yield weight.square()", "yield weight",
             "match_the_oracle and eager and plain and 33",
         ),
         (
-            "eager K1: the square of a likely target cancels",
+            "eager token_stats forward: the square of a likely target cancels",
             "heavy = square > 0.25", "heavy = square > 4.0",
             "nearly_all_probability and eager",
         ),
         (
-            "eager K1: the target's square is left out",
+            "eager token_stats forward: the target's square is left out",
             "(squares + square).log() - 2 * log_norm", "squares.log() - 2 * log_norm",
             "unlikely_target and eager",
         ),
         (
-            "eager K1: squares of a row of nothing",
+            "eager token_stats forward: squares of a row of nothing",
             "log_squares = torch.where(empty, 0.0, log_squares)", "log_squares = log_squares * 1.0",
             "masked_vocabulary and eager",
         ),
     ),
     Mutant(
-        "eager K2: no slope of the mean logit",
+        "eager token_stats backward: no slope of the mean logit",
         "fastrlhf/reference/row_gradient.py",
         "dz.add_(slopes.mean.unsqueeze(-1))", "pass",
         "test_linear_cross_entropy.py", "loss_is_that and smoothed and all",
