@@ -417,3 +417,15 @@ def test_every_file_of_operations_has_a_place_in_the_table() -> None:
     files = [path.stem for path in (ROOT / "fastrlhf" / "ops").glob("[!_]*.py")]
     assert [name for name in files if not any(fnmatch(name, x) for x in patterns)] == []
     assert [x for x in patterns if not any(fnmatch(name, x) for name in files)] == []
+
+
+@pytest.mark.parametrize("page", ["docs/concepts/backends.md", "docs/guide/logits.md"])
+def test_the_functions_that_are_said_to_refuse_transforms_are_those_that_do(page: str) -> None:
+    sources = [path.read_text("utf-8") for path in (ROOT / "fastrlhf").rglob("*.py")]
+    refusing = {
+        name
+        for source in sources
+        for name in re.findall(r'refuse_transforms\(\s*"(\w+(?:\(entropy=True\))?)"', source)
+    }
+    listed = between(page, "builds the logits.", "refuse, and say what to call.")
+    assert set(re.findall(r"`([^`]*)`", listed)) - {"sft_loss"} == refusing
