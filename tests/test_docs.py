@@ -379,7 +379,7 @@ def between(page: str, start: str, end: str) -> str:
 
 
 def test_the_functions_that_are_said_to_take_packed_tokens_are_those_that_do() -> None:
-    listed = between("docs/guide/packed.md", "That goes for:", "What looks at each token")
+    listed = between("docs/guide/packed.md", "That goes for:", "What does not ask")
     assert named(listed) == takers("cu_seqlens")
 
 
