@@ -1,10 +1,12 @@
 """All pages of the documentation: their examples run, and what they name and link to is there."""
 
+import inspect
 import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -351,3 +353,79 @@ def test_every_loss_type_has_a_row() -> None:
     page = PAGES["docs/losses/preference.md"]
     for name in fastrlhf.losses.preference.LOSS_TYPES:
         assert f"`{name}`" in page, name
+
+
+# Lists of functions.
+
+TAKERS = {
+    name: set(inspect.signature(function).parameters)
+    for name, function in vars(fastrlhf).items()
+    if name in fastrlhf.__all__ and inspect.isfunction(function)
+}
+
+
+def takers(argument: str) -> set[str]:
+    """The public functions that take it."""
+    return {name for name, arguments in TAKERS.items() if argument in arguments}
+
+
+def named(text: str) -> set[str]:
+    """The public functions that are named in a text."""
+    return set(re.findall(r"`(\w+)`", text)) & TAKERS.keys()
+
+
+def between(page: str, start: str, end: str) -> str:
+    return PAGES[page].split(start)[1].split(end)[0]
+
+
+def test_the_functions_that_are_said_to_take_packed_tokens_are_those_that_do() -> None:
+    listed = between("docs/guide/packed.md", "That goes for:", "What does not ask")
+    assert named(listed) == takers("cu_seqlens")
+
+
+LINEAR = {name for name in TAKERS if name.startswith("linear_")}
+
+
+def test_the_functions_that_are_said_to_take_a_group_are_those_that_do() -> None:
+    page = "docs/guide/devices.md"
+    from_logits = between(page, "Tensor parallelism spreads it.", " and the `linear_*` operations")
+    without = between(page, "operations take `group=`, but not", ":")
+    of_sequences = between(page, "(context parallel): `group=` of", "How")
+    of_batches = between(page, "**Statistics of the batch:**", "have a `group=`")
+    assert named(without) == LINEAR - takers("group")
+    listed = [named(text) for text in (from_logits, of_sequences, of_batches)]
+    assert set.union(*listed) == takers("group") - LINEAR - {"global_normalizer"}
+    # The page that shows each step says the same.
+    page = "docs/distributed.md"
+    of_logits, of_linear = (
+        named(re.search(rf"^\| {start}.*$", PAGES[page], flags=re.M).group())  # type: ignore[union-attr]
+        for start in ("logits that are cut", "a head that you cut yourself")
+    )
+    assert of_logits == listed[0] and of_linear == named(without)
+    of_sequences = between(page, "sums over sequences need one", "take the\nsame `group=`")
+    assert named(of_sequences) | {"sequence_logprobs"} == listed[1]
+    assert named(between(page, "## Statistics of a batch", "take `group=`")) == listed[2]
+
+
+def test_every_file_of_operations_has_a_place_in_the_table() -> None:
+    table = between("CONTRIBUTING.md", "is one flat folder", "###")
+    patterns = [
+        pattern
+        for row in re.findall(r"^\| (`.*?) \|", table, flags=re.M)
+        for pattern in re.findall(r"`([\w*]+)`", row)
+    ]
+    files = [path.stem for path in (ROOT / "fastrlhf" / "ops").glob("[!_]*.py")]
+    assert [name for name in files if not any(fnmatch(name, x) for x in patterns)] == []
+    assert [x for x in patterns if not any(fnmatch(name, x) for name in files)] == []
+
+
+@pytest.mark.parametrize("page", ["docs/concepts/backends.md", "docs/guide/logits.md"])
+def test_the_functions_that_are_said_to_refuse_transforms_are_those_that_do(page: str) -> None:
+    sources = [path.read_text("utf-8") for path in (ROOT / "fastrlhf").rglob("*.py")]
+    refusing = {
+        name
+        for source in sources
+        for name in re.findall(r'refuse_transforms\(\s*"(\w+(?:\(entropy=True\))?)"', source)
+    }
+    listed = between(page, "builds the logits.", "refuse, and say what to call.")
+    assert set(re.findall(r"`([^`]*)`", listed)) - {"sft_loss"} == refusing

@@ -1,5 +1,6 @@
 """What the page on lazy logits says is recognised, at which cost, and what it says is built."""
 
+import contextlib
 import copy
 import re
 from typing import Any
@@ -123,3 +124,18 @@ def test_the_example_trains_and_builds_nothing() -> None:
     report = train(model, optimizer, [batch, batch])
     assert [use.calls for use in report.fused] == [2] and not report.built
     assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["amax", "max"])
+def test_of_words_with_the_same_logit_one_has_the_gradient(models, name: str) -> None:
+    model = copy.deepcopy(models[0])
+    shared = {}
+    for lazy in (True, False):
+        weight = nn.Parameter(torch.zeros(VOCAB, model.config.hidden_size))  # all logits are 0
+        model.lm_head.weight = weight
+        with fastrlhf.lazy_logits(model) if lazy else contextlib.nullcontext():
+            logits = model(IDS).logits
+        found = logits.amax(-1) if name == "amax" else logits.max(-1).values
+        found.sum().backward()
+        shared[lazy] = int((weight.grad != 0).any(1).sum())
+    assert shared == {True: 1, False: VOCAB if name == "amax" else 1}

@@ -116,7 +116,27 @@ def test_the_sdist_holds_what_a_wheel_is_built_from_and_says_what_it_is(built: P
     }
     assert texts <= names
     # Tests need a checkout, so that part of them would be worse than none.
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "kernels"))]
+    assert not [name for name in names if name.startswith(("tests", "kernels"))]
+    of_benchmarks = [name for name in names if name.startswith("benchmarks/")]
+    assert all(f"{name}/".startswith("benchmarks/results/") for name in of_benchmarks)
+
+
+def test_the_sdist_holds_what_the_pages_of_the_manual_show(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert {str(page.relative_to(ROOT)) for page in pages} <= names
+    shown = set()
+    for page in pages:
+        text = page.read_text("utf-8")
+        links = re.findall(
+            r"!\[[^]]*\]\(([^)]+)\)|^```\{(?:literal)?include\} (\S+)", text, flags=re.M
+        )
+        for link in ("".join(found) for found in links):
+            shown.add(os.path.relpath(page.parent / link, ROOT))
+    assert len(shown) > 15
+    assert shown <= names
 
 
 def test_the_wheel_has_the_license(built: Path) -> None:

@@ -1,4 +1,4 @@
-"""What knows the models of transformers, peft and bitsandbytes; it imports none of them.
+"""What knows the models of transformers, peft and bitsandbytes. To import it imports none of them.
 
 `model_token_stats` and the losses of models (`model_losses.py`, `model_preference.py`,
 `model_policy.py`, `model_divergence.py`) run a model's own forward with something else in the place

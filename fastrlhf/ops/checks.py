@@ -1,9 +1,10 @@
 """Checks of a single argument, whatever it is for: each error names the argument, what was expected
 and what came.
 
-Checks of arguments that belong together are next to what takes them: hidden states with a head in
-`linear_arguments.py`, tokens with a mask and pairs of sequences in `fastrlhf.losses.arguments`,
-what policy losses take in `fastrlhf.losses.policy_arguments`.
+Checks of arguments that belong together are next to what takes them: logits with their targets in
+`logits_arguments.py`, hidden states with a head in `linear_arguments.py`, tokens with a mask and
+pairs of sequences in `fastrlhf.losses.arguments`, what policy losses take in
+`fastrlhf.losses.policy_arguments`.
 """
 
 import math

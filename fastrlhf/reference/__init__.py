@@ -1,4 +1,7 @@
-"""The formulas of all operations that have a kernel, in eager PyTorch and any floating dtype.
+"""The formulas of the operations that have a kernel, in eager PyTorch and any floating dtype.
+
+Those of the policy loss alone are elsewhere: beside the policy losses without a kernel, in
+`fastrlhf/losses/policy.py` and `fastrlhf/losses/surrogates.py`.
 
 `token_stats`, `preference_loss`, `divergence`, `fisher_product` and `gae` are definitions: plain
 tensor code that autograd can differentiate any number of times. Tests evaluate them in fp64.
