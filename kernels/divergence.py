@@ -581,7 +581,7 @@ def divergence_backward(
     """Launch the backward with respect to p or q, the own side: write its gradient into d_own
     (N, V), from the statistics (6, N) of the forward. The kernel knows no p and q.
     """
-    norms_p, norms_q, mean_p, mean_q = stats[:2], stats[2:4], stats[4], stats[5]
+    norms_p, norms_q, mean_p, mean_q = stats.split((2, 2, 1, 1))
     of_q = 0.0 if share is None else share
     if of_p:
         of_sides, mean, shares = (norms_p, norms_q), mean_p, (1 - of_q, of_q)
