@@ -76,7 +76,7 @@ def checked_problem(
         at_once = inputs.chunk_size or max(1, targets.numel())
         chunk = checked_chunk(at_once, inputs.most_columns, hidden.device)
     entropy_grad = question.entropy and question.entropy_grad
-    question = question._replace(ignore_index=ignore_index, entropy_grad=entropy_grad)
+    question = question.changed(ignore_index=ignore_index, entropy_grad=entropy_grad)
     dtype = inputs.dtype or matmul_dtype(hidden)
     options = LinearOptions(
         *transform[1:], question, chunk, backend_of(inputs.impl, hidden, numbers), dtype, part,

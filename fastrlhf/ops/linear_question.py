@@ -30,12 +30,16 @@ class TokenQuestion(NamedTuple):
         check_bool("entropy", self.entropy)
         check_bool("entropy_grad", self.entropy_grad)
         names = check_names("with_stats", self.with_stats, FURTHER_STATS)
-        return self._replace(ignore_index=check_ignore_index(self.ignore_index), with_stats=names)
+        return self.changed(ignore_index=check_ignore_index(self.ignore_index), with_stats=names)
+
+    def changed(self, **fields: Any) -> "TokenQuestion":
+        """As `_replace`, whose result the compiler of PyTorch 2.11 loses where a graph breaks."""
+        return TokenQuestion(**(self._asdict() | fields))
 
     @property
     def of_gradient(self) -> "TokenQuestion":
         """The question without statistics that have no gradient, for logits that are made again."""
-        return self._replace(entropy=self.entropy and self.entropy_grad, with_stats=())
+        return self.changed(entropy=self.entropy and self.entropy_grad, with_stats=())
 
     @property
     def yes_and_no(self) -> tuple[bool, ...]:
