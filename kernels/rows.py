@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import LN2, LOG2E, expm1, log1p, log_sigmoid
+from .tiles import LN2, LOG2E, expm1, log1p, log_sigmoid, quotient
 from .transform import capped_logits
 
 
@@ -243,7 +243,7 @@ def statistics(sums, target_capped, transform, with_entropy):
     """Statistics of a row, or of several, and whether it is nothing but -inf."""
     base = finite_base(sums.peak)
     # Not by way of bits, whose rounding would be that of the log-prob of an unlikely target.
-    target_shift = (target_capped - base) / transform.temperature
+    target_shift = quotient(target_capped - base, transform.temperature)
     target_bits = target_shift * LOG2E
     target_weight = tl.exp2(target_bits)
     total = sums.rest + target_weight
@@ -295,7 +295,7 @@ def store_statistics(out, row, inside, live, sums, further, target_capped, count
     """
     stats, empty = statistics(sums, target_capped, transform, asked.entropy)
     row_t = transform.temperature
-    lse = stats.base / row_t + stats.log_norm
+    lse = quotient(stats.base, row_t) + stats.log_norm
     tl.store(out.logprob + row, tl.where(live, stats.logprob, 0.0), mask=inside)
     tl.store(out.lse + row, tl.where(live, lse, 0.0), mask=inside)
     peak = tl.where(live & (empty == 0), stats.base, -float("inf"))

@@ -38,6 +38,17 @@ def extent(cu_seqlens, sequence, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
+def quotient(x, y):
+    """Divide a few numbers of a row, rounded once. In fp32, `/` is a quick division, off by up to
+    two units in the last place, which would be an error of lse where logits have an offset.
+    """
+    if y.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
 def exp(x):
     """e^x, through the exponential that the hardware has."""
     return tl.exp2(x * LOG2E)

@@ -40,6 +40,7 @@ from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import laid_out, linear_scorer
+from fastrlhf.ops.tracing import replaced
 from fastrlhf.reference import Layout
 
 _REFERENCE_FREE = ("simpo", "cpo", "orpo")
@@ -252,7 +253,8 @@ class PairLoss(NamedTuple):
 
     def on_device_of(self, targets: Tensor) -> "PairLoss":
         device, ref_logps = targets.device, self.ref_logps
-        return self._replace(
+        return replaced(
+            self,
             ref_logps=None if ref_logps is None else ref_logps.to(device),
             yw_idxs=self.yw_idxs.to(device),
             yl_idxs=self.yl_idxs.to(device),

@@ -31,6 +31,7 @@ from fastrlhf.ops.kept_ids import Support
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.ranks import Group
 from fastrlhf.ops.scorer import laid_out, linear_scorer
+from fastrlhf.ops.tracing import replaced
 from fastrlhf.reference import Layout
 
 
@@ -173,7 +174,8 @@ class UnpairedLoss(NamedTuple):
 
     def on_device_of(self, targets: Tensor) -> "UnpairedLoss":
         device, kl = targets.device, self.kl
-        return self._replace(
+        return replaced(
+            self,
             ref_logps=self.ref_logps.to(device),
             desirable=self.desirable.to(device),
             kl=kl.to(device) if isinstance(kl, Tensor) else kl,

@@ -29,6 +29,7 @@ from fastrlhf.ops.checks import (
     check_shape,
 )
 from fastrlhf.ops.layout import layout_of
+from fastrlhf.ops.tracing import replaced
 from fastrlhf.reference import ROWS, Layout, accumulation_dtype
 
 # A function that gives each token the sum over the tokens of its sequence.
@@ -172,7 +173,7 @@ def _with_reference(tensors: PolicyTensors, options: PolicyOptions) -> PolicyTen
             )
         if old_logprobs is None:
             raise ValueError("old_logprobs: expected a tensor for kl_reference 'old', got None")
-        return tensors._replace(ref_logprobs=old_logprobs)
+        return replaced(tensors, ref_logprobs=old_logprobs)
     if options.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor for kl_coef {options.kl_coef}, got None")
     return tensors

@@ -22,6 +22,7 @@ from fastrlhf.ops.checks import (
     check_positive,
 )
 from fastrlhf.ops.ranks import Group
+from fastrlhf.ops.tracing import replaced
 
 SurrogateName = Literal["clip", "cispo", "sapo", "plain", "dppo_tv", "dppo_kl", "gmpo", "vespo"]
 RatioLevel = Literal["token", "sequence", "sequence-token", "product"]
@@ -131,7 +132,8 @@ class PolicyOptions(NamedTuple):
         threshold = self.off_policy_mask_threshold
         if threshold is not None:
             threshold = check_finite("off_policy_mask_threshold", threshold)
-        return self._replace(
+        return replaced(
+            self,
             clip_low=check_at_least("clip_low", self.clip_low, 0),
             clip_high=self._checked_clip_high(),
             dual_clip=dual_clip,

@@ -34,6 +34,7 @@ from fastrlhf.ops.checks import (
 from fastrlhf.ops.keywords import Unpack
 from fastrlhf.ops.preference_loss import preference_loss
 from fastrlhf.ops.ranks import Group, check_group
+from fastrlhf.ops.tracing import replaced
 from fastrlhf.reference import ROWS, Layout
 
 
@@ -175,7 +176,7 @@ class PairInputs(NamedTuple):
             )
         if self.cu_seqlens is None:
             return self
-        return self._replace(mask=every_token("pi_logps", self.pi_logps, self.cu_seqlens))
+        return replaced(self, mask=every_token("pi_logps", self.pi_logps, self.cu_seqlens))
 
 
 def dpo_loss_of(

@@ -17,6 +17,7 @@ from fastrlhf.ops.checks import (
     check_one_of,
     check_positive,
 )
+from fastrlhf.ops.tracing import replaced
 from fastrlhf.reference import MARGIN_LOSSES
 
 PairLossType = Literal[
@@ -102,7 +103,8 @@ class PreferenceOptions(NamedTuple):
             check_bool(name, getattr(self, name))
         check_one_of("f_divergence", self.f_divergence, F_DIVERGENCES)
         smoothing = check_between("label_smoothing", self.label_smoothing, 0, 0.5)
-        checked = self._replace(
+        checked = replaced(
+            self,
             loss_type=types,
             loss_weights=_weights(self.loss_weights, len(types)),
             label_smoothing=smoothing,

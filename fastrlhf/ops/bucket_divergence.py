@@ -17,6 +17,7 @@ from fastrlhf.reference import expm1_minus, log_to_mixture
 from .checks import check_between, check_bool, check_one_of
 from .divergence import DIRECTIONS as PLAIN_DIRECTIONS
 from .divergence import kl_divergence
+from .tracing import replaced
 
 DIRECTIONS = (*PLAIN_DIRECTIONS, "skewed_forward", "skewed_reverse")
 
@@ -45,7 +46,7 @@ class BucketMeasure(NamedTuple):
                 "distribution already; or tail=False"
             )
         beta, skew = check_between("beta", self.beta, 0, 1), check_between("skew", self.skew, 0, 1)
-        return self._replace(beta=beta, skew=skew)
+        return replaced(self, beta=beta, skew=skew)
 
     @property
     def complete(self) -> bool:

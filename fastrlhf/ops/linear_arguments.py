@@ -36,7 +36,7 @@ from .linear_problem import LinearInputs, LinearOptions, LinearProblem
 from .linear_question import TokenQuestion
 from .linear_rows import SharedRows, counts_are_unknown, default_chunk, shared_rows
 from .logits_arguments import check_values_on_host
-from .tracing import being_traced
+from .tracing import being_traced, replaced
 from .transform import Transform, check_temperatures_on_host, checked_transform
 from .vocabulary_part import IGNORED, VocabularyPart, agreed_part, numbered
 
@@ -76,7 +76,7 @@ def checked_problem(
         at_once = inputs.chunk_size or max(1, targets.numel())
         chunk = checked_chunk(at_once, inputs.most_columns, hidden.device)
     entropy_grad = question.entropy and question.entropy_grad
-    question = question.changed(ignore_index=ignore_index, entropy_grad=entropy_grad)
+    question = replaced(question, ignore_index=ignore_index, entropy_grad=entropy_grad)
     dtype = inputs.dtype or matmul_dtype(hidden)
     options = LinearOptions(
         *transform[1:], question, chunk, backend_of(inputs.impl, hidden, numbers), dtype, part,
@@ -102,8 +102,8 @@ def _with_rows(inputs: LinearInputs, targets: Tensor, ignore_index: int) -> Line
         return inputs
     rows = checked_rows(inputs.rows, inputs.hidden, targets, ignore_index)
     if inputs.part is None and not under_transform() and not counts_are_unknown(targets):
-        return inputs._replace(rows=rows)
-    return inputs._replace(hidden=one_state_a_token(inputs.hidden, rows, targets), rows=None)
+        return replaced(inputs, rows=rows)
+    return replaced(inputs, hidden=one_state_a_token(inputs.hidden, rows, targets), rows=None)
 
 
 def _check_ranks_agree(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 from fastrlhf.reference import FURTHER_STATS
 
 from .checks import check_bool, check_ignore_index, check_names
+from .tracing import replaced
 
 
 class TokenQuestion(NamedTuple):
@@ -30,16 +31,12 @@ class TokenQuestion(NamedTuple):
         check_bool("entropy", self.entropy)
         check_bool("entropy_grad", self.entropy_grad)
         names = check_names("with_stats", self.with_stats, FURTHER_STATS)
-        return self.changed(ignore_index=check_ignore_index(self.ignore_index), with_stats=names)
-
-    def changed(self, **fields: Any) -> "TokenQuestion":
-        """As `_replace`, whose result the compiler of PyTorch 2.11 loses where a graph breaks."""
-        return TokenQuestion(**(self._asdict() | fields))
+        return replaced(self, ignore_index=check_ignore_index(self.ignore_index), with_stats=names)
 
     @property
     def of_gradient(self) -> "TokenQuestion":
         """The question without statistics that have no gradient, for logits that are made again."""
-        return self.changed(entropy=self.entropy and self.entropy_grad, with_stats=())
+        return replaced(self, entropy=self.entropy and self.entropy_grad, with_stats=())
 
     @property
     def yes_and_no(self) -> tuple[bool, ...]:

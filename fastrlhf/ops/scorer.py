@@ -33,6 +33,7 @@ from .linear_rows import even_spans
 from .linear_token_stats import token_stats_of
 from .ranks import Group
 from .sharded import head_part, replicated
+from .tracing import replaced
 from .transform import temperatures_of_layout
 
 Result = TypeVar("Result")
@@ -161,7 +162,7 @@ def laid_out(
     check_integer("targets", targets)
     layout = layout_of("targets", targets, cu_seqlens)
     temperature = temperatures_of_layout(scorer.temperature, targets, layout)
-    return scorer._replace(temperature=temperature), targets, layout
+    return replaced(scorer, temperature=temperature), targets, layout
 
 
 def in_chunks(function: Callable[[Tensor], Result], rows: Tensor, size: int) -> list[Result]:

@@ -17,6 +17,7 @@ from .backend import outside_of_graphs
 from .checks import check_floating
 from .linear_head import QuantizedWeight, Weight
 from .ranks import Group, check_group, refuse_transforms_of_ranks
+from .tracing import replaced
 from .vocabulary_part import VocabularyPart, agreed_part, part_of
 
 
@@ -91,7 +92,7 @@ def same_head_part(
         raise ValueError(
             f"{prefix}weight: expected a DTensor cut as weight is, got {tuple(weight.placements)}"
         )
-    return own_part._replace(part=part)
+    return replaced(own_part, part=part)
 
 
 class LogitsPart(NamedTuple):

@@ -4,8 +4,12 @@ Checks that read what tensors hold, and code that must not be traced, ask it fir
 and `backend.py`.
 """
 
+from typing import Any, TypeVar
+
 import torch
 from torch._guards import TracingContext
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 def being_traced() -> bool:
@@ -19,3 +23,11 @@ def being_traced() -> bool:
     if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
         return True
     return TracingContext.try_get() is not None  # of this thread
+
+
+def replaced(fields: Fields, **changes: Any) -> Fields:
+    """As `fields._replace(**changes)`, for a NamedTuple that outlives a break of the graph.
+
+    The compiler of PyTorch 2.11 fails where code behind the break reads what `_replace` returned.
+    """
+    return type(fields)(**(fields._asdict() | changes))  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from fastrlhf.reference import ROWS, Layout, accumulation_dtype
 
 from .backend import is_batched
 from .checks import check_floating, check_positive, check_same_device
-from .tracing import being_traced
+from .tracing import being_traced, replaced
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -39,7 +39,7 @@ class Transform(NamedTuple):
         if tokens is None:
             return self
         flat = tokens.reshape(-1).to(accumulation_dtype(dtype)).contiguous()
-        return self._replace(token_temperature=flat)
+        return replaced(self, token_temperature=flat)
 
 
 # The fields of `Transform` in the schema of an operator on logits.
