@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
     def run(self) -> tuple[dict[str, Any], str]:
         """Execute it in a namespace of its own: what it defines, and what it prints."""
-        names: dict[str, Any] = {"__name__": self.page}
+        names: dict[str, Any] = {"__name__": "__main__"}  # a module that the compiler can import
         with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(compile(self.code, self.page, "exec"), names)
         return names, said.getvalue()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.model_stats import BERT, assert_same, expected
 from support.tiny_models import ARCHITECTURES, SMALL, VOCAB, batch, make, with_lora
+from support.wrapped_losses import enable_checkpointing
 from torch import nn
 
 import fastrlhf
@@ -156,7 +157,7 @@ def test_temperature_for_each_token_and_gradient_checkpointing() -> None:
     before = model.model.layers[0].mlp.up_proj.weight.grad.clone()
     model.zero_grad()
     model.train()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     fastrlhf.model_token_stats(model, **inputs, temperature=0.5).logprob.sum().backward()
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, before)
 

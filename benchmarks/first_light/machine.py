@@ -120,7 +120,7 @@ class Cuda:
     def launches(self, work: Work) -> list[Launch]:
         """Return every kernel that some work launches, in the order in which they ran."""
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with _profile(ProfilerActivity.CPU, ProfilerActivity.CUDA) as profiler:
             work()
             torch.cuda.synchronize()
         return _launches(
@@ -182,12 +182,17 @@ class Interpreted:
 
     def launches(self, work: Work) -> list[Launch]:
         """Return every operator of this library that the work calls."""
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with _profile(ProfilerActivity.CPU) as profiler:
             work()
         return _launches(e for e in profiler.events() if e.name.startswith("fastrlhf::"))
 
 
 Machine = Cuda | Interpreted
+
+
+def _profile(*activities: ProfilerActivity) -> profile:
+    # PyTorch 2.11 warns unless it is to keep the events of all cycles, of which there is one.
+    return profile(activities=activities, acc_events=True)
 
 
 def _launches(events: Iterator[Any]) -> list[Launch]:

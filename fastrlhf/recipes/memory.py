@@ -43,7 +43,9 @@ def _cuda_peak(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
 def _cpu_peak(work: Callable[[], T]) -> tuple[T, int]:
     # At any lower level, the profiler's library reports its own starts and stops on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # PyTorch 2.11 warns unless it is to keep the events of all cycles, of which there is one.
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         result = work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")

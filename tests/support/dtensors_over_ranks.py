@@ -18,7 +18,7 @@ Placements = list[Any]
 
 def as_outcome(group: Any, problem: Problem, mesh: str = "") -> tuple[Outcome, list[str]]:
     """As `vocabulary_over_ranks.outcome`, with gradients put together, and what is wrong with them:
-    a gradient is a DTensor of the placements of what it is of.
+    a gradient is a DTensor of the placements that one of `to_local` has.
 
     `mesh`: "" for one dimension; "copies first" or "copies last" of 2 x 2 ranks, of which one
     dimension has copies.
@@ -35,11 +35,20 @@ def as_outcome(group: Any, problem: Problem, mesh: str = "") -> tuple[Outcome, l
     differentiate(found, problem.weights)
     wrong, gradients = [], {}
     for name, x in leaves.items():
-        if not isinstance(x.grad, DTensor) or x.grad.placements != x.placements:
+        if not isinstance(x.grad, DTensor) or x.grad.placements != _accumulated(x):
             wrong.append(f"{name}: {type(x.grad)} {getattr(x.grad, 'placements', None)}")
         gradients[f"d_{name}"] = x.grad.full_tensor()
     wrong += [f"{name} is a DTensor" for name, x in found.items() if isinstance(x, DTensor)]
     return {name: x.detach() for name, x in (*found.items(), *gradients.items())}, wrong
+
+
+def _accumulated(x: Any) -> tuple[Any, ...]:
+    """The placements of the gradient that PyTorch itself accumulates of a local part: those of the
+    DTensor, but for PyTorch 2.11, which makes copies of parts that differ in size.
+    """
+    alike = x.detach().requires_grad_()
+    alike.to_local().sum().backward()
+    return alike.grad.placements
 
 
 def _distributed(name: str, x: Tensor, mesh: DeviceMesh, at: int) -> Tensor:

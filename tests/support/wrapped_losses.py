@@ -315,8 +315,16 @@ _static = partial(_ddp, static_graph=True)
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, {"use_reentrant": reentrant})
     return model
+
+
+def enable_checkpointing(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+    """Its old name warns in the transformers that have the new one."""
+    from transformers import PreTrainedModel
+
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, new if hasattr(PreTrainedModel, new) else old)(options)
 
 
 def _sharded(model: nn.Module, *parts: str, layers: bool = False, **options: Any) -> nn.Module:
