@@ -18,7 +18,7 @@ Placements = list[Any]
 
 def as_outcome(group: Any, problem: Problem, mesh: str = "") -> tuple[Outcome, list[str]]:
     """As `vocabulary_over_ranks.outcome`, with gradients put together, and what is wrong with them:
-    a gradient is a DTensor of the placements that one of `to_local` has.
+    a gradient is a DTensor of the placements of what it is of, or of those that PyTorch gives it.
 
     `mesh`: "" for one dimension; "copies first" or "copies last" of 2 x 2 ranks, of which one
     dimension has copies.
@@ -35,7 +35,8 @@ def as_outcome(group: Any, problem: Problem, mesh: str = "") -> tuple[Outcome, l
     differentiate(found, problem.weights)
     wrong, gradients = [], {}
     for name, x in leaves.items():
-        if not isinstance(x.grad, DTensor) or x.grad.placements != _accumulated(x):
+        served = isinstance(x.grad, DTensor)
+        if not served or x.grad.placements not in (x.placements, _accumulated(x)):
             wrong.append(f"{name}: {type(x.grad)} {getattr(x.grad, 'placements', None)}")
         gradients[f"d_{name}"] = x.grad.full_tensor()
     wrong += [f"{name} is a DTensor" for name, x in found.items() if isinstance(x, DTensor)]

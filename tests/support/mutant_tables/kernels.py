@@ -434,7 +434,8 @@ MUTANTS = [
         "kernels/rows.py", "test_token_stats.py",
         (
             "statistics: the lse without the temperature",
-            "lse = stats.base / row_t + stats.log_norm", "lse = stats.base + stats.log_norm",
+            "lse = quotient(stats.base, row_t) + stats.log_norm",
+            "lse = stats.base + stats.log_norm",
             "match_the_oracle and triton and scaled and 1000",
         ),
     ),
@@ -485,6 +486,14 @@ MUTANTS = [
             "statistics: a mean logit without temperature",
             "further.total / count / row_t", "further.total / count",
             "match_the_oracle and triton and scaled and 33",
+        ),
+    ),
+    *mutants_of(
+        "kernels/tiles.py", "test_gpu_arithmetic.py",
+        (
+            "tiles: a quotient of a row by the quick division",
+            "return tl.div_rn(x, y)", "return x / y",
+            "an_offset_of_logits",
         ),
     ),
 ]  # fmt: skip
