@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= passive
 ONE_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pipeline frontier test test-all lint types pytest any-cpu fuzz mutants bench docs dist triton-versions clean
+.PHONY: help demo pipeline frontier test test-all lint types pytest any-cpu fuzz mutants bench docs dist triton-versions oldest clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -92,12 +92,15 @@ triton-versions: ## the test suite against the oldest and the newest Triton (env
 	$(MAKE) pytest VENV=.venv-triton-3.6 CONSTRAIN='triton==3.6.0 numpy<2.4'
 	$(MAKE) pytest VENV=.venv-triton-3.9 CONSTRAIN='triton==3.9.0'
 
+oldest: ## the test suite against the oldest PyTorch, with its Triton 3.6 (a build for CUDA, some gigabytes)
+	$(MAKE) pytest VENV=.venv-oldest CONSTRAIN='torch==2.11.0 numpy<2.4'
+
 # Every warning fails it: a link that leads nowhere, a docstring that is not well-formed.
 docs: $(VENV)/.docs ## the documentation as a website, in build/docs
 	$(BIN)/python -m sphinx -W --keep-going --builder html docs build/docs
 
 clean: ## remove the environments and what tools left behind
-	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton-* .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and alone: what follows then finds it there and fetches no other build of it.
 $(VENV)/.torch: constraints.txt

@@ -26,6 +26,7 @@ from . import (
     kernel_times,
     launch_counts,
     launch_shapes,
+    lazy_logits,
     others,
     plan_times,
     trainers,
@@ -130,6 +131,7 @@ def timing_sections(machine: Machine, seconds: float) -> list[Section]:
         section("trainers", 0.4, trainers.time_trainers),
         *(section("kernels {} × {}".format(*size), 0.15, kernels, *size) for size in sizes),
         section("launch shapes", 0.4, launch_shapes.time_variants),
+        section("lazy logits", 0.2, lazy_logits.time_lazy_logits),
     ]
 
 

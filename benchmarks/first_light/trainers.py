@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from functools import partial
 
-import torch
 from torch import nn
 
 from .machine import Machine
-from .sections import Record, Reporter
+from .model_steps import make_model, report_step
+from .sections import Reporter
 
 _TRAINERS = ("DPO", "GRPO")
 
@@ -21,21 +21,12 @@ def time_trainers(report: Reporter, machine: Machine) -> None:
         kind = "full" if trained else "LoRA"
 
         def hold_contests(trained: bool = trained, kind: str = kind) -> None:
-            model = _model(machine, trained=trained)
+            model = make_model(machine, trained=trained)
             for name in _TRAINERS:
                 title = f"{name}Trainer, {kind}"
                 report.attempt(title, partial(_hold, report, machine, model, name, title))
 
         report.attempt(f"trainers, {kind}", hold_contests)
-
-
-def _model(machine: Machine, *, trained: bool) -> nn.Module:
-    # Imported here, because TRL and transformers take seconds to import and only this section
-    # needs them.
-    from model_step import for_training, random_model
-
-    model = random_model(machine.device, dtype=torch.bfloat16, **machine.sizes.model)
-    return for_training(model, trained=trained)
 
 
 def _hold(report: Reporter, machine: Machine, model: nn.Module, name: str, title: str) -> None:
@@ -44,22 +35,6 @@ def _hold(report: Reporter, machine: Machine, model: nn.Module, name: str, title
     sizes = machine.sizes
     sequences, tokens = sizes.trainer_batch
     records = contest(name, model, sequences, tokens, machine.device, sizes.trainer_rounds)
-    gradients = sum(x.nbytes for x in model.parameters() if x.requires_grad)
     for record in records:
-        _report(report, f"{title}: {record['provider']}", record, gradients)
-
-
-def _report(report: Reporter, title: str, record: Record, gradients: int) -> None:
-    status = record["status"]
-    if record["provider"].startswith("TRL"):
-        if status != "ok":
-            report.note(title, status)
-    else:
-        report.holds(title if status == "ok" else f"{title}: {status}", status == "ok")
-    if status == "ok":
-        rate = report.rates.get("matmul_flops_per_second")
-        report.timing(
-            title, record["median_ms"] / 1e3, record["matmul_operations"] / rate if rate else None,
-            peak_gib=round(record["peak_mib"] / 2**10 - gradients / 2**30, 2),
-            head_matmuls=record["head_matmuls"],
-        )  # fmt: skip
+        is_ours = not record["provider"].startswith("TRL")
+        report_step(report, f"{title}: {record['provider']}", record, model, is_ours=is_ours)
