@@ -42,7 +42,7 @@ def quotient(x, y):
     """Divide a few numbers of a row, rounded once. In fp32, `/` is a quick division, off by up to
     two units in the last place, which would be an error of lse where logits have an offset.
     """
-    if y.dtype == tl.float64:
+    if x.dtype == tl.float64:
         return x / y
     else:
         return tl.div_rn(x, y)

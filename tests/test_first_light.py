@@ -374,7 +374,11 @@ def test_every_timing_is_there(tiny) -> None:
         assert {f"{trainer}: {x}" for x in ("TRL", "patched")} <= set(names)
     products = ("logits fp32", "logits bf16", "d_hidden", "d_weight, beta 0", "d_weight, beta 1")
     assert [name.split(": ")[1] for name in names if " rows: " in name] == list(products)
-    assert all(timing["ms"] > 0 and timing["floor_ms"] > 0 for timing in found["timings"])
+    loops = importlib.import_module("lazy_loops").LOOPS
+    of_loops = {f"{loop}: {x}" for loop in loops for x in ("plain", "lazy_logits")}
+    assert of_loops <= set(names)
+    for timing in found["timings"]:
+        assert timing["ms"] > 0 and (timing["name"] in of_loops or timing["floor_ms"] > 0)
     assert found["rates"]["copy_bytes_per_second"] > 0
     assert [step["name"] for step in found["launches"]] == ["DPO step", "PPO step"]
     assert all(step["count"] == len(step["kernels"]) > 0 for step in found["launches"])

@@ -12,6 +12,8 @@ from support.tiny_models import VOCAB, batch, make, with_lora
 from torch import nn
 
 import fastrlhf
+from fastrlhf.hf.head_check import check_weight
+from fastrlhf.hf.head_parts import head_parts
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -342,3 +344,13 @@ def test_an_offset_of_scaled_logits() -> None:
 @pytest.mark.parametrize("parts", ["head", "norm"])
 def test_a_head_that_is_sharded_by_itself(parts, tmp_path) -> None:
     torch.multiprocessing.spawn(compare_with_whole_model, (str(tmp_path), parts), nprocs=2)
+
+
+def test_a_head_of_fewer_columns_than_its_weight_is_refused() -> None:
+    """A tensor-parallel head may give a rank its own columns alone, of a weight that is whole."""
+    head = make("Llama").lm_head
+    own = type(head).forward
+    with pytest.raises(RuntimeError, match="the forward of its head.*gives other logits than its"):
+        check_weight(
+            head, lambda x: own(head, x)[..., : VOCAB // 2], head_parts(head), torch.randn(3, 32)
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,9 +21,18 @@ def make_model(machine: Machine, *, trained: bool) -> nn.Module:
 
 
 def report_step(
-    report: Reporter, title: str, record: Record, model: nn.Module, *, is_ours: bool
+    report: Reporter,
+    title: str,
+    record: Record,
+    model: nn.Module,
+    *,
+    is_ours: bool,
+    **more: Any,
 ) -> None:
-    """Report the record of a contest: as a check if this library is responsible for it."""
+    """Report the record of a contest: as a check if this library is responsible for it.
+
+    `more` is added to the record of its time.
+    """
     status = record["status"]
     if is_ours:
         report.holds(title if status == "ok" else f"{title}: {status}", status == "ok")
@@ -29,7 +40,7 @@ def report_step(
         report.note(title, status)
     if status != "ok":
         return
-    rate, more = report.rates.get("matmul_flops_per_second"), {}
+    rate = report.rates.get("matmul_flops_per_second")
     operations = record.get("matmul_operations")
     if operations is not None:
         more["head_matmuls"] = record["head_matmuls"]

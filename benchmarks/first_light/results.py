@@ -18,7 +18,7 @@ from .sections import Outcome, Record
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 _PACKAGES = ("triton", "transformers", "trl", "liger-kernel")
-_CHECKS_CHARACTERS, _TIMINGS_CHARACTERS = 4300, 6500
+_CHARACTERS, _CHECKS_CHARACTERS = 9900, 4300  # of both tables, and of the first at most
 _WIDTH = 110
 _NAME = 54  # so many last characters of a check's name are shown
 _SHOWN_FAILURES, _SHOWN_OUTPUT = 20, 6
@@ -85,8 +85,9 @@ class Results:
 
     def tables(self) -> str:
         """Write checks and timings that fit onto a screen or two. The file has the rest."""
-        checks, timings = checks_table(self.found), timings_table(self.found)
-        return f"{_fit(checks, _CHECKS_CHARACTERS)}\n\n{_fit(timings, _TIMINGS_CHARACTERS)}"
+        checks = _fit(checks_table(self.found), _CHECKS_CHARACTERS)
+        timings = _fit(timings_table(self.found), _CHARACTERS - len(checks))
+        return f"{checks}\n\n{timings}"
 
 
 def _version(package: str) -> str | None:

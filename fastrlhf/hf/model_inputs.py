@@ -32,6 +32,9 @@ _PASSED_ON = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position",
     "adapter_names",
 }  # fmt: skip
+# What forwards call the keys and values of tokens before: since transformers 5.24 the second, and
+# they take the first still.
+CACHES = ("past_key_values", "cache")
 
 
 class TokenBatch(NamedTuple):
@@ -93,6 +96,8 @@ def check_keywords(base: nn.Module, inputs: dict[str, Any], options: tuple[str, 
             raise ValueError(f"{name}: expected none, {instead}")
     parameters = _parameters(base)
     known = _PASSED_ON.union(parameters)
+    if known.intersection(CACHES):
+        known.update(CACHES[:1])
     for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             for typed in (parameter.annotation, *typing.get_args(parameter.annotation)):
@@ -286,8 +291,8 @@ def with_positions(
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return inputs
-    given = "position_ids" in inputs or inputs.get("past_key_values") is not None
-    if given or _has_no_positions(base, model):
+    goes_on = any(inputs.get(name) is not None for name in CACHES)
+    if "position_ids" in inputs or goes_on or _has_no_positions(base, model):
         return inputs
     if not bool((attention_mask[:, 0] == 0).any()) or _counts_padding_itself(base):
         return inputs

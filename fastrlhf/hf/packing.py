@@ -18,7 +18,7 @@ from fastrlhf.ops.checks import known_on_host
 from fastrlhf.ops.layout import layout_of
 
 from .head_parts import evaluating, head_module, text_config
-from .model_inputs import TokenBatch, makes_own_positions
+from .model_inputs import CACHES, TokenBatch, makes_own_positions
 from .stand_in import StandIn, logits_of
 
 # For each model: its attention implementation when it was tried, and whether it keeps sequences
@@ -88,7 +88,7 @@ def check_restarts(model: nn.Module, base: Any, batch: TokenBatch) -> None:
 
 
 def _refuse_cache(inputs: dict[str, Any]) -> None:
-    for name in ("use_cache", "past_key_values"):
+    for name in ("use_cache", *CACHES):
         value = inputs.get(name)
         if value is not None and value is not False:
             raise ValueError(

@@ -382,4 +382,34 @@ MUTANTS = [
             "whole_model and sequence",
         ),
     ),
+    *mutants_of(
+        "fastrlhf/hf/model_inputs.py", "test_model_cache_names.py",
+        (
+            "inputs: the old name of the cache is unknown",
+            "known.update(CACHES[:1])", "known.update(CACHES[:0])",
+            "either_name",
+        ),
+        (
+            "inputs: a cache by its new name is not seen",
+            "any(inputs.get(name) is not None for name in CACHES)",
+            "any(inputs.get(name) is not None for name in CACHES[:1])",
+            "positions_are_left",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/hf/packing.py", "test_model_cache_names.py",
+        (
+            "packing: a cache by its new name is not refused",
+            'for name in ("use_cache", *CACHES):', 'for name in ("use_cache", *CACHES[:1]):',
+            "go_with_no_cache",
+        ),
+    ),
+    *mutants_of(
+        "fastrlhf/hf/head_check.py", "test_model_token_stats_heads.py",
+        (
+            "head: logits of fewer columns are compared",
+            "alike = logits.shape == expected.shape", "alike = True",
+            "fewer_columns",
+        ),
+    ),
 ]  # fmt: skip
