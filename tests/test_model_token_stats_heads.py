@@ -350,7 +350,7 @@ def test_a_head_of_fewer_columns_than_its_weight_is_refused() -> None:
     """A tensor-parallel head may give a rank its own columns alone, of a weight that is whole."""
     head = make("Llama").lm_head
     own = type(head).forward
-    with pytest.raises(RuntimeError, match="the forward of its head.*gives other logits than its"):
+    with pytest.raises(RuntimeError, match=r"the forward of its head.*gives other logits than its"):
         check_weight(
             head, lambda x: own(head, x)[..., : VOCAB // 2], head_parts(head), torch.randn(3, 32)
         )
